@@ -1,0 +1,78 @@
+"""Streams of random numbers for masks, crops, flips, order, replacement and initial weights.
+
+Nothing in a run draws from a stateful generator: each number is a pure function of the seed and of what it
+is for, so resuming needs no generator state and every sharding of a run draws the same numbers (method 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from mimae.kernels import philox_words
+
+
+class Purpose(IntEnum):
+    """What a stream is for; part of its counter, so that no two uses share a word."""
+
+    MASK = 1
+    CROP = 2
+    FLIP = 3
+    ORDER = 4
+    REPLACEMENT = 5
+    INITIALISATION = 6
+
+
+def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:
+    """Words first .. first + count - 1 of the streams of `ids` (n,): int64 (n, count) in [0, 2^32)."""
+    return philox_words(seed, int(purpose), epoch, ids, count, first)
+
+
+def uniform(words: Tensor) -> Tensor:
+    """Words as float64 in the open interval (0, 1): (w + 1/2) / 2^32."""
+    return (words.to(torch.float64) + 0.5) / 2.0**32
+
+
+def _stream_id(name: str) -> int:
+    """The 64-bit id of a parameter's stream, as a signed integer."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def parameter_uniform(seed: int, name: str, start: int, count: int, device: torch.device) -> Tensor:
+    """float64 (count,): the uniforms of elements start .. start + count - 1 of the parameter `name`."""
+    ids = torch.tensor([_stream_id(name)], device=device)
+    return uniform(words(seed, Purpose.INITIALISATION, 0, ids, count, start)[0])
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fills every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
+    counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
+
+    Modules that want another start define `initial_values() -> {parameter: constant}` for their own ones.
+    Counter-based, so a model built on the meta device, or in shards, gets the weights of a whole one.
+    """
+    for owner_name, owner in module.named_modules():
+        constants = owner.initial_values() if hasattr(owner, "initial_values") else {}
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            name = f"{owner_name}.{leaf}" if owner_name else leaf
+            if leaf in constants:
+                parameter.fill_(constants[leaf])
+            elif leaf.endswith("bias"):
+                parameter.zero_()
+            elif isinstance(owner, nn.LayerNorm):
+                parameter.fill_(1.0)
+            elif leaf.endswith("token"):
+                u = parameter_uniform(seed, name, 0, parameter.numel(), parameter.device)
+                # The inverse of the normal distribution needs one word per element, whatever the sharding.
+                parameter.copy_((0.02 * math.sqrt(2.0) * torch.erfinv(2 * u - 1)).view(parameter.shape))
+            elif leaf == "weight":
+                u = parameter_uniform(seed, name, 0, parameter.numel(), parameter.device)
+                bound = math.sqrt(6.0 / (parameter.shape[0] + parameter[0].numel()))
+                parameter.copy_(((2 * u - 1) * bound).view(parameter.shape))
+            else:
+                raise ValueError(f"no rule to initialise the parameter {name} of a {type(owner).__name__}")
