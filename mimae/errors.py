@@ -1,0 +1,5 @@
+"""The error of everything that a person can mend: the launcher prints its text, without a traceback, and exits with 2."""
+
+
+class UserError(ValueError):
+    """Says what was wrong, the value, what is legal and what to do."""
