@@ -1,0 +1,233 @@
+"""Each op in plain PyTorch, any floating dtype up to float64: oracle, fallback and baseline at once.
+
+Letters in shapes: B images, N views, L patches, K visible, M targets, T tokens, D width, P patch size. Images
+are uint8 (B, H, W, 3); the pixels of a patch are ordered (row, column, channel), as MAE's are; patch ids are
+row-major. Losses and statistics accumulate in fp32, or in float64 where the input is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimae.kernels.philox import philox_words
+
+_MASK_PURPOSE = 1
+# Keeps a dimension that carries nothing at zero instead of dividing by its zero deviation.
+_VARIANCE_EPS = 1e-6
+_TARGET_EPS = 1e-6
+
+
+def orthogonal_masks(
+    seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
+) -> tuple[Tensor, Tensor]:
+    """Disjoint views of each image (method 1): view k shows the patches of ranks kK .. (k+1)K - 1, where
+    patches are ranked by (word l of the sample's mask stream, l).
+
+    sample_ids (B,) int64 -> visible (B, N, K), hidden (B, N, L-K), int32, ascending, on the device of the ids.
+    Raises ValueError when N K > L.
+    """
+    if not 0 < num_visible * num_views <= num_patches:
+        raise ValueError(
+            f"{num_views} disjoint views of {num_visible} patches need {num_views * num_visible} patches, "
+            f"the image has {num_patches}"
+        )
+    words = philox_words(seed, _MASK_PURPOSE, epoch, sample_ids, num_patches)
+    ranks = words.argsort(1, stable=True).argsort(1)
+    views = torch.arange(num_views, device=ranks.device)
+    shown = (ranks[:, None, :] // num_visible) == views[None, :, None]
+    # A stable sort of the flags lists the hidden ids, then the visible ones, each ascending.
+    ids = shown.to(torch.uint8).argsort(2, stable=True).to(torch.int32)
+    hidden, visible = ids.split([num_patches - num_visible, num_visible], 2)
+    return visible.contiguous(), hidden.contiguous()
+
+
+def _uint8_patches(images: Tensor, patch: int) -> Tensor:
+    """uint8 (B, H, W, 3) -> uint8 (B, L, 3P^2)."""
+    B, H, W, C = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"images of {H} x {W} pixels do not divide into patches of {patch}")
+    grid = images.view(B, H // patch, patch, W // patch, patch, C)
+    return grid.transpose(2, 3).reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+def _gather(patches: Tensor, ids: Tensor) -> Tensor:
+    """patches (B, L, F), ids (B, N, M) -> (B, N, M, F)."""
+    batch = torch.arange(ids.shape[0], device=ids.device)[:, None, None]
+    return patches[batch, ids.long()]
+
+
+def _normalise(patches: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 (..., 3P^2) -> (x / 255 - mean) / std per channel, in `dtype`."""
+    repeats = patches.shape[-1] // 3
+    scale = (1.0 / (255.0 * std.to(dtype))).repeat(repeats)
+    shift = (-mean.to(dtype) / std.to(dtype)).repeat(repeats)
+    return torch.addcmul(shift, patches.to(dtype), scale)
+
+
+def patchify(
+    images: Tensor, patch: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Images uint8 (B, H, W, 3) as normalised patches (B, L, 3P^2) in `dtype`."""
+    return _normalise(_uint8_patches(images, patch), mean, std, dtype)
+
+
+def embed_visible(
+    images: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    cls: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """The encoder's input tokens of every view, from uint8 pixels.
+
+    images (B, H, W, 3) uint8, visible (B, N, K), weight (D, 3, P, P), bias (D,), pos (1+L, D), cls (D,),
+    mean and std (3,) -> tokens (B, N, 1+K, D): class token first, then the patches of `visible` in its order.
+    """
+    patches = _gather(_uint8_patches(images, weight.shape[-1]), visible)
+    pixels = _normalise(patches, mean, std, weight.dtype)
+    tokens = F.linear(pixels, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    tokens = tokens + pos[1 + visible.long()]
+    return torch.cat([(cls + pos[0]).expand(*visible.shape[:2], 1, -1), tokens], 2)
+
+
+def fill_masked(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    """The decoder's input: class | visible | targets, each with its place, in that order.
+
+    tokens (B, N, 1+K, Dd), visible (B, N, K), targets (B, N, M), mask_token (Dd,), pos (1+L, Dd)
+    -> (B, N, 1+K+M, Dd). Attention does not care for order, so nothing is put back into image order.
+    """
+    return torch.cat(
+        [
+            tokens[:, :, :1] + pos[0],
+            tokens[:, :, 1:] + pos[1 + visible.long()],
+            mask_token + pos[1 + targets.long()],
+        ],
+        2,
+    )
+
+
+def pixel_loss(
+    predictions: Tensor, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor, normalize: bool
+) -> Tensor:
+    """Sum over images, views and targets of the mean squared error of a patch (L_rec x B N M, method 2).
+
+    predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M), mean and std (3,) -> scalar.
+    `normalize`: the target patch is brought to its own mean 0 and unbiased variance 1 (eps 1e-6).
+    """
+    patch = round((predictions.shape[-1] / 3) ** 0.5)
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    patches = patchify(images, patch, mean, std, dtype)
+    if normalize:
+        variance, centre = torch.var_mean(patches, -1, keepdim=True)
+        patches = (patches - centre) * (variance + _TARGET_EPS).rsqrt()
+    error = predictions.to(dtype) - _gather(patches, targets)
+    return error.square().sum() / predictions.shape[-1]
+
+
+def view_latents(tokens: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One latent per view, its direction, and the local moments of CLUB's standardisation.
+
+    tokens: packed by view (B, N, T, D); or in image order (B, L, D) with visible (B, N, K), whose tokens are
+    gathered first. -> z (B, N, D) the mean over a view's tokens, u = z / |z|, and moments (2, D): mean and sum
+    of squared deviations of z over the B N latents, without gradient. fp32 (float64 from float64).
+    """
+    if visible is not None:
+        tokens = _gather(tokens, visible)
+    z = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(2)
+    flat = z.detach().flatten(0, 1)
+    centre = flat.mean(0)
+    return z, F.normalize(z, dim=-1), torch.stack([centre, (flat - centre).square().sum(0)])
+
+
+def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and positives of InfoNCE for ordered view pairs (a, b) (method 3).
+
+    rows u (b, N, D): this rank's; columns u (B, N, D): of all; row i is column offset + i; tau (1,).
+    -> lse (b, N, N) and positives (b, N, N) at [i, a, b]: over all j of u(i,a).u(j,b)/tau, and at j = i.
+    The entries a = b are zero.
+    """
+    b, N, _ = rows.shape
+    pairs = 1 - torch.eye(N, device=rows.device, dtype=rows.dtype)
+    lse, positives = [], []
+    for a in range(N):
+        scores = torch.einsum("id,jbd->ibj", rows[:, a], columns) / tau
+        lse.append(scores.logsumexp(2))
+        positives.append(scores.diagonal(offset, 0, 2)[:, :b].T)
+    return torch.stack(lse, 1) * pairs, torch.stack(positives, 1) * pairs
+
+
+def infonce_grad(
+    rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
+
+    rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) of all rows
+    -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): its rows' part of dS/dtau.
+    u(i,a) is a row of the pair (a,b) and a column of (b,a), and both read the same score, so one product
+    serves both.
+    """
+    b, N, _ = rows.shape
+    own = columns[offset : offset + b]
+    gradients, d_tau = [], torch.zeros_like(tau)
+    for a in range(N):
+        scores = torch.einsum("id,jbd->ibj", rows[:, a], columns) / tau
+        as_row = (scores - lse[offset : offset + b, a, :, None]).exp()
+        as_row[:, a] = 0
+        as_column = (scores - lse[:, :, a].T[None]).exp()
+        as_column[:, a] = 0
+        siblings = own.sum(1) - own[:, a]
+        gradient = torch.einsum("ibj,jbd->id", as_row + as_column, columns) - 2 * siblings
+        gradients.append(gradient / tau)
+        positives = (rows[:, a] * siblings).sum() / tau
+        d_tau += (positives - (as_row * scores).sum()) / tau
+    return torch.stack(gradients, 1), d_tau
+
+
+def club_terms(
+    z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CLUB and V's likelihood in linear time (method 3), of this rank's images.
+
+    z (B, N, D); mu and log_s2 (B, D) of V; mean and (biased) variance (D,) of z over the global batch, which
+    standardise y = (z - mean) / sqrt(variance + eps). -> the sums over i, k, d of
+    [mu^2 + v - (mu - y)^2] / (2 s2), with v the variance of y, and of [log s2 + (y - mu)^2 / s2] / 2; and over i
+    the sums (D,) of 1/s2 and mu/s2, which `club_grad` needs of all ranks.
+    """
+    inverse = (-log_s2).exp()
+    y = (z - mean) * (variance + _VARIANCE_EPS).rsqrt()
+    spread = variance / (variance + _VARIANCE_EPS)
+    square = (mu[:, None] - y).square()
+    club = 0.5 * ((mu.square() + spread)[:, None] - square).mul(inverse[:, None]).sum()
+    nll = 0.5 * (log_s2[:, None] + square * inverse[:, None]).sum()
+    return club, nll, inverse.sum(0), (mu * inverse).sum(0)
+
+
+def club_grad(
+    z: Tensor,
+    mu: Tensor,
+    log_s2: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    inverse_sum: Tensor,
+    mu_inverse_sum: Tensor,
+    images: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the two sums of `club_terms`, taken over the global batch of `images` images.
+
+    inverse_sum, mu_inverse_sum (D,): the sums of 1/s2 and mu/s2 over all ranks. -> d_z (B, N, D) of the CLUB sum,
+    with the gradient through the moments of y, which standardises with detached moments; d_mu and d_log_s2 (B, D)
+    of the likelihood's sum.
+    """
+    inverse = (-log_s2).exp()[:, None]
+    scale = (variance + _VARIANCE_EPS).rsqrt()
+    y = (z - mean) * scale
+    error = (mu[:, None] - y) * inverse
+    # Through the moments: dm/dy = 1/(BN) pulls by -sum (mu - m)/s2, dv/dy = 2 y/(BN) by sum 1/(2 s2), at m = 0.
+    d_y = error + (inverse_sum * y - mu_inverse_sum) / images
+    d_log_s2 = 0.5 * (1 - (mu[:, None] - y) * error).sum(1)
+    return d_y * scale, error.sum(1), d_log_s2

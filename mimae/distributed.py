@@ -1,0 +1,59 @@
+"""The process group as the rest of the system sees it: who am I, and the collectives of the objective."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's place among all ranks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup() -> torch.device:
+    """Joins the job of torchrun's environment, or starts a group of one, and returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside nccl: signals are agreed on over the host, without a wait for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shutdown() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, without gradient, as a new tensor."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total

@@ -1,0 +1,53 @@
+"""MAE's decoder, on the sequence class | visible | targets, so that its predictions are a slice.
+
+Letters in shapes: B images, N views, L patches, K visible, M targets, D encoder width, Dd decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mimae import kernels
+from mimae.model.encoder import blocks, run_blocks, sincos_positions
+from mimae.settings import Section
+
+
+class DecoderSettings(Section):
+    """The decoder; used in pretraining alone."""
+
+    width: int = Field(512, ge=4, description="decoder width")
+    depth: int = Field(8, ge=1, description="decoder blocks")
+    heads: int = Field(16, ge=1, description="attention heads of the decoder")
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of the target patches from the encoded visible tokens."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        settings: DecoderSettings,
+        encoder_width: int,
+        grid: tuple[int, int],
+        patch: int,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.embed = nn.Linear(encoder_width, settings.width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
+        self.register_buffer("pos_embed", sincos_positions(settings.width, *grid)[None], persistent=False)
+        self.blocks = blocks(settings.depth, settings.width, settings.heads)
+        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.head = nn.Linear(settings.width, 3 * patch * patch)
+
+    def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
+        """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""
+        filled = kernels.fill_masked(
+            self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0]
+        )
+        decoded = run_blocks(self.blocks, filled, self.checkpointing)
+        return self.head(self.norm(decoded[:, :, tokens.shape[2] :]))

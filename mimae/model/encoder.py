@@ -1,0 +1,140 @@
+"""The encoder: a timm ViT that sees only the visible patches of each view.
+
+Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D width, P patch size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimae import kernels
+from mimae.settings import Section
+
+SIZES = {
+    "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},
+    "small": {"patch_size": 16, "width": 384, "depth": 12, "heads": 6},
+    "base": {"patch_size": 16, "width": 768, "depth": 12, "heads": 12},
+    "large": {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
+    "huge": {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16},
+}
+
+
+class ModelSettings(Section):
+    """The encoder. `size` gives the four numbers below it; each can be set alone."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] = Field("base", description="named ViT size")
+    patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
+    width: int = Field(768, ge=4, description="encoder width (default: the size's)")
+    depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
+    heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
+    checkpointing: bool = Field(
+        False, description="recompute each block's activations in backward: less memory, a third more compute"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        named = SIZES.get(str(values.get("size", "base")), {})
+        return {**named, **{key: value for key, value in values.items() if value is not None}}
+
+
+def sincos_positions(width: int, height_patches: int, width_patches: int) -> Tensor:
+    """Fixed positions (1 + L, D): zeros for the class token, then sin and cos of the column in the first half of
+    the channels, of the row in the second, at frequencies 10000^(-4i/D) (MAE's layout).
+
+    Computed in float64, returned in fp32. Raises ValueError when D is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
+    with torch.device("cpu"):
+        omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+        rows, columns = torch.meshgrid(
+            torch.arange(height_patches, dtype=torch.float64),
+            torch.arange(width_patches, dtype=torch.float64),
+            indexing="ij",
+        )
+        angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
+        table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
+        return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).to(torch.float32)
+
+
+def blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
+    """`depth` pre-norm transformer blocks as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
+    return nn.ModuleList(
+        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
+        for _ in range(depth)
+    )
+
+
+def run_blocks(layers: nn.ModuleList, tokens: Tensor, recompute: bool) -> Tensor:
+    """tokens (..., T, D) through every block, each view a sequence of its own."""
+    flat = tokens.flatten(0, -3)
+    for layer in layers:
+        flat = checkpoint(layer, flat, use_reentrant=False) if recompute and layer.training else layer(flat)
+    return flat.view(tokens.shape)
+
+
+class PatchProjection(nn.Module):
+    """Owns the patch projection under timm's name `patch_embed.proj` and runs the fused embedding."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor
+    ) -> Tensor:
+        return kernels.embed_visible(images, visible, self.weight, self.bias, pos, cls, mean, std)
+
+
+class Encoder(nn.Module):
+    """ViT over visible tokens. Its state_dict has the names and shapes of timm's ViT of the same size."""
+
+    mean: Tensor
+    std: Tensor
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        image_size: tuple[int, int],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.grid = (image_size[0] // settings.patch_size, image_size[1] // settings.patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.width = settings.width
+        self.patch_embed = nn.ModuleDict({"proj": PatchProjection(settings.width, settings.patch_size)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
+        self.register_buffer("pos_embed", sincos_positions(settings.width, *self.grid)[None])
+        self.blocks = blocks(settings.depth, settings.width, settings.heads)
+        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        # Of the data set, not of the network: timm's state_dict has no place for them.
+        self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu"), persistent=False)
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
+        -> tokens (B, N, 1+K, D) after the final norm."""
+        if visible is None:
+            every = torch.arange(self.num_patches, device=images.device, dtype=torch.int32)
+            visible = every.expand(images.shape[0], 1, -1)
+        tokens = self.patch_embed["proj"](
+            images, visible, self.pos_embed[0], self.cls_token[0, 0], self.mean, self.std
+        )
+        return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing))
+
+    def features(self, images: Tensor) -> Tensor:
+        """images (B, H, W, 3) uint8 -> (B, D): mean of the patch tokens of the whole image."""
+        return self(images)[:, 0, 1:].mean(1)

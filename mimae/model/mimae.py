@@ -1,0 +1,58 @@
+"""MI-MAE: encoder, decoder and objective in one forward, uint8 pixels in and losses out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mimae.data import DataSettings
+from mimae.masking import MaskingSettings
+from mimae.model.decoder import Decoder, DecoderSettings
+from mimae.model.encoder import Encoder, ModelSettings
+from mimae.objective import Losses, Objective, ObjectiveSettings
+from mimae.randomness import initialise
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+
+class MIMAE(nn.Module):
+    """The model that is pretrained. With N=1 and no MI terms it is MAE, exactly."""
+
+    def __init__(
+        self,
+        data: DataSettings,
+        masking: MaskingSettings,
+        model: ModelSettings,
+        decoder: DecoderSettings,
+        objective: ObjectiveSettings,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
+        self.decoder = Decoder(
+            decoder, model.width, self.encoder.grid, model.patch_size, model.checkpointing
+        )
+        self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
+
+    def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
+        """images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M) -> losses; `loss` carries the graph."""
+        tokens = self.encoder(images, visible)
+        predictions = self.decoder(tokens, visible, targets)
+        # Latents and losses are fp32 (or float64) whatever the precision of the networks.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.objective(
+                predictions, tokens, images, targets, self.encoder.mean, self.encoder.std
+            )
+
+    def predict(self, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
+        """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""
+        return self.decoder(self.encoder(images, visible), visible, targets)
+
+
+def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
+    """The model of a recipe with the initial weights of its seed, on `device`."""
+    model = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective).to(device)
+    initialise(model, recipe.seed)
+    return model
