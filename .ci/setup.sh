@@ -1,0 +1,98 @@
+#!/bin/sh
+# Sets up .venv: Python, the package in place, its requirements at the versions of constraints.txt.
+# Usage: .ci/setup.sh [dev]. Returns at once while the last set-up still fits; PYTHON=... chooses the interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+
+NEEDED_GB=8
+VENV="$(pwd -P)/.venv"
+STAMP=.venv/installed # written last: extra and fingerprint. A .venv without it was cut short.
+LOG=.venv/setup.log
+extra=${1-}
+
+say() { printf 'setup: %s\n' "$1" >&2; }
+die() { for line in "$@"; do say "$line"; done; exit 1; }
+
+runs() { "$1" -c "$2" >/dev/null 2>&1; }
+new_enough() { runs "$1" 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+
+find_python() {
+    if [ -n "${PYTHON-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3.13 python3.12 python3.11 python3 python
+    fi
+    for candidate; do
+        if new_enough "$candidate"; then
+            # Some systems ship Python without the parts that make a virtual environment.
+            if runs "$candidate" 'import ensurepip, ssl, venv'; then
+                echo "$candidate"
+                return
+            fi
+            partial=$candidate
+        fi
+    done
+    [ -z "${partial-}" ] || die "$partial cannot make virtual environments (its venv or ssl module is missing)." \
+        "Install them (Debian, Ubuntu: the package python3-venv) or name another Python: make PYTHON=/path/to/python3"
+    [ -z "${PYTHON-}" ] || die "PYTHON=$PYTHON is not a Python of version 3.11 or newer."
+    die "no Python of version 3.11 or newer was found ($(python3 --version 2>&1 || true))." \
+        "Install one, or name it: make PYTHON=/path/to/python3"
+}
+
+fingerprint=$(cat setup.py constraints.txt | cksum)
+done_extra=
+done_fingerprint=
+if [ -f "$STAMP" ]; then
+    { read -r done_extra; read -r done_fingerprint; } <"$STAMP"
+    done_extra=${done_extra#extra:}
+fi
+# A set-up with dev serves a run without it, and stays one.
+[ -n "$extra" ] || extra=$done_extra
+
+# An environment is used again if it is whole, was made in this folder, still runs, and is of the Python asked for.
+usable() {
+    [ -f "$STAMP" ] && grep -qxF "$VENV" .venv/location && new_enough .venv/bin/python || return 1
+    [ -z "${PYTHON-}" ] && return 0
+    version='import sys; print(sys.version_info[:3])'
+    [ "$(.venv/bin/python -c "$version")" = "$("$PYTHON" -c "$version" 2>/dev/null)" ]
+}
+
+if usable; then
+    [ "$extra $fingerprint" != "$done_extra $done_fingerprint" ] || exit 0
+else
+    python=$(find_python)
+    [ ! -d .venv ] || say "making .venv anew: the one here is incomplete, was moved, or is of another Python"
+    rm -rf .venv
+fi
+
+used_kb=0
+[ ! -d .venv ] || used_kb=$(du -sk .venv | cut -f1)
+free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
+short_kb=$((NEEDED_GB * 1024 * 1024 - used_kb - free_kb))
+[ "$short_kb" -le 0 ] || die "not enough disk: .venv takes up to $NEEDED_GB GB, and $(pwd -P) has \
+$((free_kb / 1024 / 1024)) GB free. Free $((short_kb / 1024 / 1024 + 1)) GB, then start again."
+
+if [ ! -d .venv ]; then
+    "$python" -m venv .venv || die "$python could not make .venv (see above)."
+    printf '%s\n' "$VENV" >.venv/location
+fi
+rm -f "$STAMP" "$LOG"
+say "installing into .venv, $(.venv/bin/python --version): minutes, and about 3 GB from the package index the first time"
+# Progress belongs on a terminal; elsewhere only what goes wrong does.
+quiet=-q
+[ ! -t 2 ] || quiet=
+# shellcheck disable=SC2086
+if ! .venv/bin/python -m pip install $quiet --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
+    if grep -q 'No space left on device' "$LOG"; then
+        hint="The disk ran full: pip also needs room in TMPDIR and in its cache."
+    elif grep -qE 'Connection|connection|Temporary failure|timed out|SSLError|ProxyError' "$LOG"; then
+        hint="The package index could not be reached: check the network, or set PIP_INDEX_URL or HTTPS_PROXY."
+    elif grep -q 'No matching distribution' "$LOG"; then
+        hint="The index has no such version for this Python and system: try make PYTHON=python3.12, or a mirror."
+    else
+        hint="pip's last words are above."
+    fi
+    die "installing failed. $hint" "The whole log is $LOG; the next make starts again."
+fi
+printf 'extra:%s\n%s\n' "$extra" "$fingerprint" >"$STAMP"
+say "done"

@@ -1,0 +1,35 @@
+# Each target sets up .venv by itself; PYTHON=/path/to/python3.12 chooses the interpreter.
+.PHONY: help quickstart test test-all lint format setup clean
+
+BIN = .venv/bin
+
+help:
+	@echo 'make quickstart  pretrain on photographs for three minutes, then probe what was learned'
+	@echo 'make test        lint, types and the fast tests'
+	@echo 'make test-all    the slow tests too'
+	@echo 'make format      put the code into the project'"'"'s form'
+
+quickstart:
+	@.ci/setup.sh
+	$(BIN)/mimae pretrain configs/quickstart.yaml run.dir=runs/quickstart
+	$(BIN)/mimae probe runs/quickstart
+
+test: lint
+	$(BIN)/pytest -m 'not slow and not gpu' --durations=10
+
+test-all: lint
+	$(BIN)/pytest --durations=20
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup:
+	@.ci/setup.sh dev
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

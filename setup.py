@@ -1,0 +1,64 @@
+"""What `pip install` reads: the packages, their folders, their requirements."""
+
+from setuptools import find_packages, setup
+
+# These folders lie beside mimae/ in the repository and are packages inside it once installed; the relative links
+# mimae/kernels -> ../kernels and so on give a checkout the same view. A sdist has no links, hence the explicit names.
+MAPPED = ("kernels", "bench", "configs")
+
+packages = find_packages(include=["mimae", "mimae.*"], exclude=[f"mimae.{name}*" for name in MAPPED])
+package_dir = {}
+for name in MAPPED:
+    packages += [f"mimae.{name}"] + [f"mimae.{name}.{inner}" for inner in find_packages(name)]
+    package_dir[f"mimae.{name}"] = name
+
+setup(
+    name="mimae",
+    version="0.1.0",
+    description="MI-MAE: masked autoencoders that learn mask-invariant mutual information",
+    author="The mimae contributors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"mimae": ["py.typed"], "mimae.kernels": ["py.typed"], "mimae.configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["mimae = mimae.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "timm>=1.0.20",
+        "numpy",
+        "Pillow",
+        "pydantic>=2",
+        "PyYAML",
+        "typer",
+        "rich",
+        "tensorboard",
+        "safetensors",
+        "matplotlib",
+        "scikit-image",
+    ],
+    extras_require={
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "build",
+            "transformers",
+        ],
+        "peers": ["transformers", "lightly"],
+    },
+)
