@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_seconds = 0.0
 
 
 def rank() -> int:
@@ -41,13 +46,31 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _timed() -> Iterator[None]:
+    global _seconds
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _seconds += time.perf_counter() - start
+
+
+def communication_seconds() -> float:
+    """Host seconds in collectives since the process started: of gradients (gloo) from the start of a bucket's
+    reduction to its end, overlapped with backward; of latents and moments the wait. nccl returns before it is done,
+    so there a profile tells."""
+    return _seconds
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient."""
     if world_size() == 1:
         return tensor
     tensor = tensor.contiguous()
     gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor)
+    with _timed():
+        dist.all_gather_into_tensor(gathered, tensor)
     return gathered
 
 
@@ -55,5 +78,19 @@ def all_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, without gradient, as a new tensor."""
     total = tensor.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        with _timed():
+            dist.all_reduce(total)
     return total
+
+
+def timed_all_reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own averaging, with its seconds counted."""
+    start = time.perf_counter()
+    work = dist.all_reduce(bucket.buffer().div_(world_size()), async_op=True)
+
+    def finish(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        global _seconds
+        _seconds += time.perf_counter() - start
+        return future.value()[0]
+
+    return work.get_future().then(finish)

@@ -1,0 +1,135 @@
+"""AdamW's parameter groups, the learning rate of each step, and the device-side decision to take a step."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mimae.settings import Section
+
+
+class OptimizerSettings(Section):
+    """AdamW (method 5). Learning rates are per 256 views, views = images x masks of the global batch."""
+
+    learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 views")
+    posterior_learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of V per 256 views; null: as learning_rate"
+    )
+    weight_decay: float = Field(0.05, ge=0, description="weight decay, on matrices only, none on V")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
+    clip: float | None = Field(
+        None, gt=0, description="largest gradient norm; V and the rest are clipped apart; null: no clipping"
+    )
+
+
+class ScheduleSettings(Section):
+    """How long, and how much at a time."""
+
+    epochs: int = Field(400, ge=1, description="passes over the data")
+    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then half-cosine to 0")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than epochs give")
+    batch_size: int = Field(1024, ge=1, description="images per optimizer step, over all ranks")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; MI terms see one of them")
+
+
+class EMASettings(Section):
+    """A moving average of the weights."""
+
+    decay: float | None = Field(None, gt=0, lt=1, description="decay per step; null: no average is kept")
+
+
+def total_steps(schedule: ScheduleSettings, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = schedule.epochs * steps_per_epoch
+    return steps if schedule.max_steps is None else min(steps, schedule.max_steps)
+
+
+def schedule_factor(schedule: ScheduleSettings, step: int, steps_per_epoch: int) -> float:
+    """The share of the peak learning rate at optimizer step `step` (from 0): linear warm-up, half-cosine to 0."""
+    total = total_steps(schedule, steps_per_epoch)
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+class StepResult(NamedTuple):
+    """What a step did, on the device: nothing here has been read by the host."""
+
+    grad_norm: Tensor
+    """Norm of the gradient before clipping, V apart."""
+    skipped: Tensor
+    """1.0 where the gradient was not finite and the step was not taken, else 0.0."""
+
+
+class Optimizer:
+    """AdamW in one fused launch, with V in a group of its own (method 3), clipped apart from the rest."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, views: int) -> None:
+        """`views`: images x masks of the global batch, which scale the learning rate."""
+        self.settings = settings
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "posterior": []}
+        for name, parameter in model.named_parameters():
+            if "objective.posterior." in name:
+                groups["posterior"].append(parameter)
+            elif parameter.ndim > 1 and not name.endswith("token"):
+                groups["decay"].append(parameter)
+            else:
+                groups["no_decay"].append(parameter)
+        peak = settings.learning_rate * views / 256
+        posterior_peak = (settings.posterior_learning_rate or settings.learning_rate) * views / 256
+        self.peaks = {"decay": peak, "no_decay": peak, "posterior": posterior_peak}
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": p, "name": name, "weight_decay": settings.weight_decay if name == "decay" else 0.0}
+                for name, p in groups.items()
+                if p
+            ],
+            lr=peak,
+            betas=settings.betas,
+            fused=True,
+        )
+
+    def step(self, factor: float) -> StepResult:
+        """One step at `factor` of the peak learning rates; a gradient that is not finite leaves the weights and the
+        moments as they are, by a decision that is taken on the device."""
+        main: list[nn.Parameter] = []
+        posterior: list[nn.Parameter] = []
+        for group in self.adamw.param_groups:
+            group["lr"] = self.peaks[group["name"]] * factor
+            (posterior if group["name"] == "posterior" else main).extend(group["params"])
+        norms = []
+        for parameters in filter(None, (main, posterior)):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.settings.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
+            norms.append(norm)
+        skipped = (~torch.stack(norms).isfinite()).any().to(torch.float32)
+        # The fused kernels' own protocol (GradScaler's): they return without a change where it is 1.
+        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return StepResult(norms[0], skipped)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+        return {
+            f"{kind}.{self.names[id(p)]}": value
+            for p, state in self.adamw.state.items()
+            for kind, value in state.items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`. Raises KeyError when a parameter's state is missing."""
+        for group in self.adamw.param_groups:
+            for p in group["params"]:
+                name = self.names[id(p)]
+                self.adamw.state[p] = {
+                    kind: tensors[f"{kind}.{name}"].to(p.device, copy=True)
+                    for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
