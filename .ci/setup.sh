@@ -79,13 +79,14 @@ fi
 rm -f "$STAMP" "$LOG"
 say "installing into .venv, $(.venv/bin/python --version): minutes, and about 3 GB from the package index the first time"
 # Progress belongs on a terminal; elsewhere only what goes wrong does.
-quiet=-q
-[ ! -t 2 ] || quiet=
-# shellcheck disable=SC2086
-if ! .venv/bin/python -m pip install $quiet --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
+set --
+[ -t 2 ] || set -- -q --progress-bar off
+# pip's cache doubles what the download takes, often on the same disk.
+[ "$free_kb" -gt $((2 * NEEDED_GB * 1024 * 1024)) ] || set -- "$@" --no-cache-dir
+if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
     if grep -q 'No space left on device' "$LOG"; then
         hint="The disk ran full: pip also needs room in TMPDIR and in its cache."
-    elif grep -qE 'Connection|connection|Temporary failure|timed out|SSLError|ProxyError' "$LOG"; then
+    elif grep -qE 'NewConnectionError|ConnectionError|Timeout|timed out|SSLError|ProxyError|NameResolutionError' "$LOG"; then
         hint="The package index could not be reached: check the network, or set PIP_INDEX_URL or HTTPS_PROXY."
     elif grep -q 'No matching distribution' "$LOG"; then
         hint="The index has no such version for this Python and system: try make PYTHON=python3.12, or a mirror."
