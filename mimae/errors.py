@@ -1,4 +1,4 @@
-"""The error of everything that a person can mend: the launcher prints its text, without a traceback, and exits with 2."""
+"""The error of everything that a person can mend: the launcher prints its text alone and exits with 2."""
 
 
 class UserError(ValueError):

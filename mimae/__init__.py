@@ -1,0 +1,42 @@
+"""MI-MAE: pretraining of vision transformers by masking and mutual information.
+
+`import mimae` is instant: what needs torch is imported at its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mimae.config import RecipeLike
+    from mimae.loop import Outcome
+    from mimae.model import MIMAE
+    from mimae.transfer.export import load_encoder
+
+__version__ = "0.1.0"
+__all__ = ["MIMAE", "__version__", "load_encoder", "pretrain"]
+
+_LAZY = {"MIMAE": "mimae.model", "load_encoder": "mimae.transfer.export"}
+
+
+def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
+    """Pretrains as a recipe says, and resumes a run that was interrupted.
+
+    Args:
+        recipe: a path, the name of a shipped recipe, a mapping of sections, or a Recipe.
+        overrides: `"section.key=value"`, as on the command line.
+        settings: scalars or mappings by section, applied last: `masking={"num_masks": 2}, seed=1`.
+
+    Raises:
+        mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
+    """
+    from mimae import config, loop
+
+    return loop.pretrain(config.load(recipe, overrides, settings).recipe)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mimae' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m mimae`, which torchrun needs."""
+
+from mimae.cli import main
+
+main()

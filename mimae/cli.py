@@ -1,0 +1,101 @@
+"""The launcher: one command per verb. What a verb needs is imported inside it, so that --help is instant.
+
+Exit codes: 0 done; 2 a mistake of the user's, told without a traceback; 75 saved on a signal (the same
+command goes on); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from mimae import __version__
+from mimae.errors import UserError
+
+EXIT_MISTAKE = 2
+EXIT_SAVED = 75
+
+_OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _plain(help: str | None = None) -> typer.Typer:
+    """A group of commands without rich, whose import takes longer than the rest of --help."""
+    return typer.Typer(
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+app = _plain("MI-MAE: pretraining by masking and mutual information.")
+bench = _plain("Measure: speed and memory of a step, the controls of the method.")
+app.add_typer(bench, name="bench")
+
+RecipeArgument = Annotated[str, typer.Argument(help="path or name of a recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+
+
+@app.command()
+def pretrain(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Pretrain by a recipe, or go on with an interrupted run."""
+    import mimae
+
+    outcome = mimae.pretrain(recipe, *(overrides or ()))
+    # torchrun takes any code but 0 for a failure of the worker.
+    if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise typer.Exit(EXIT_SAVED)
+
+
+@app.command()
+def config(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what a recipe resolves to, and whence each value."""
+    from mimae import config
+
+    print(config.explain(config.load(recipe, overrides or ())), end="")
+
+
+@app.command()
+def settings() -> None:
+    """Print the reference of all settings (Markdown)."""
+    from mimae import config
+
+    print(config.reference(), end="")
+
+
+def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
+    """A verb whose arguments are those of `main` in its module, imported when the verb is used."""
+
+    def run(context: typer.Context) -> None:
+        command = _plain()
+        command.command()(import_module(module).main)
+        command(context.args, prog_name=context.command_path)
+
+    parent.command(verb, help=help, context_settings=_OWN_ARGUMENTS)(run)
+
+
+_mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
+_mount(bench, "step", "mimae.bench.step", "Speed and memory of a training step, with baselines.")
+_mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the controls of the method.")
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as mistake:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mimae: {mistake}", file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)

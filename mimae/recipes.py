@@ -1,0 +1,194 @@
+"""Reading recipes: YAML files with `base:`, overrides and mappings, to {dotted key: (value, origin)}.
+
+Nothing here knows which keys are legal (`config` does). Problems are collected in a list, to be told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel
+
+
+class Setting(NamedTuple):
+    """A value that somebody gave, and where."""
+
+    value: Any
+    origin: str
+
+
+Settings = dict[str, Setting]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("mimae.configs"))).resolve()
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") -> Path | None:
+    """The file of a recipe: a shipped name, or a path relative to `folder`."""
+    names = shipped()
+    if recipe in names:
+        return names[recipe]
+    path = folder / recipe
+    if path.is_file():
+        return path.resolve()
+    fault = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
+    near = difflib.get_close_matches(Path(recipe).stem, names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    problems.append(f"{wanted_by}recipe {recipe!r} {fault}; {hint}shipped: {', '.join(names)}")
+    return None
+
+
+def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> Settings:
+    """The settings of a file over those of its bases. `chain`: the files whose base this is."""
+    shown = _show(path)
+    if path in chain:
+        circle = " -> ".join(_show(p) for p in (*chain[chain.index(path) :], path))
+        problems.append(f"recipes are each other's base: {circle}")
+        return {}
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), _YAML)
+    except OSError as error:
+        problems.append(f"{shown}: cannot be read: {error.strerror}")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problems.append(f"{shown}{'' if mark is None else f':{mark.line + 1}'}: not YAML: {_reason(error)}")
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        what = "empty" if node is None else "text or a list"
+        problems.append(
+            f"{shown}: {what}, not a recipe, which holds sections as in `masking: {{num_masks: 4}}`"
+        )
+        return {}
+    given: Settings = {}
+    for key, line, value in _leaves(node, "", f"{shown}:", problems):
+        origin = f"{shown}:{line}"
+        if key in given:
+            problems.append(f"{origin}: {key} is given twice, first at {given[key].origin}")
+        else:
+            given[key] = Setting(value, origin)
+    return with_base(given, path.parent, problems, (*chain, path))
+
+
+def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> Settings:
+    """The given settings over those of their `base`: a shipped name, or a path relative to `folder`."""
+    own = {key: setting for key, setting in given.items() if key != "base"}
+    if "base" not in given:
+        return own
+    name, origin = given["base"]
+    if not isinstance(name, str):
+        problems.append(f"{origin}: base is the name or the path of one recipe, not {text(name)}")
+        return own
+    path = find(name, folder, problems, wanted_by=f"{origin}: base ")
+    return own if path is None else read(path, problems, chain) | own
+
+
+def read_override(override: str, problems: list[str]) -> Settings:
+    """The settings of one `section.key=value`, the value in YAML."""
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        problems.append(f"{override!r}: an override is written section.key=value")
+        return {}
+    try:
+        node = yaml.compose(value, _YAML)
+    except yaml.YAMLError as error:
+        problems.append(
+            f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'"
+        )
+        return {}
+    if node is None:
+        return {key: Setting(None, "override")}
+    return {
+        leaf: Setting(found, "override") for leaf, _, found in _leaves(node, key, "override, line ", problems)
+    }
+
+
+def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:
+    """The settings of a mapping of sections given in Python; of a model, those that somebody set."""
+    if isinstance(tree, BaseModel):
+        tree = tree.model_dump(exclude_unset=True)
+    given: Settings = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping | BaseModel):
+            given |= from_mapping(value, f"{prefix}{name}.")
+        else:
+            given[f"{prefix}{name}"] = Setting(value, "argument")
+    return given
+
+
+def text(value: Any) -> str:
+    """A value as a recipe would write it, in one line."""
+    return yaml.dump({"": value}, Dumper=_Dumper, width=10**9).partition(": ")[2].rstrip()
+
+
+class _YAML(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-3 is a number; on, off, yes and 2020-01-01 are text. No setting is infinite."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_YAML` would not read as text; lists in one line."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    # pattern, first characters, value
+    "null": (r"~|null|Null|NULL|", "~nN", lambda _: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda scalar: scalar.lower() == "true"),
+    "int": (r"[-+]?[0-9][0-9_]*", "-+0123456789", int),
+    "float": (r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+0123456789.", float),
+}
+for _dialect in (_YAML, _Dumper):
+    _dialect.yaml_implicit_resolvers = {}
+    for _kind, (_pattern, _first, _) in _SCALARS.items():
+        _firsts = [*_first, ""] if _kind == "null" else list(_first)
+        _dialect.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern})$"), _firsts)
+for _sequence in (list, tuple):
+    _Dumper.add_representer(
+        _sequence, lambda d, items: d.represent_sequence(_TAG + "seq", items, flow_style=True)
+    )
+_Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value)))
+
+
+def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Iterator[tuple[str, int, Any]]:
+    """(dotted key, line from 1, value) of each leaf of a YAML node. Problems give the line after `place`."""
+    if not isinstance(node, yaml.MappingNode):
+        yield key, node.start_mark.line + 1, _value(node, key, place, problems)
+        return
+    for name, child in node.value:
+        below = f"{key}.{name.value}" if key else f"{name.value}"
+        yield from _leaves(child, below, place, problems)
+
+
+def _value(node: yaml.Node, key: str, place: str, problems: list[str]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(child, key, place, problems) for child in node.value]
+    kind = node.tag.removeprefix(_TAG)
+    try:
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if kind == "str" else _SCALARS[kind][2](node.value)
+    except (KeyError, ValueError):  # a tag of its own (!path x), or a wrong one (!!int x)
+        pass
+    problems.append(
+        f"{key} ({place}{node.start_mark.line + 1}): a value is null, a boolean, a number, text or a list"
+    )
+    return None
+
+
+def _show(path: Path) -> str:
+    """The path as a person would write it: relative where it lies below the working directory."""
+    here = Path.cwd().resolve()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
