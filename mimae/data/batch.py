@@ -1,0 +1,98 @@
+"""What a loader hands to the training loop, and the account of the samples that it could not read."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimae.errors import UserError
+
+
+class DataError(UserError):
+    """The data cannot be used as asked; the text says what was found, what is legal and what to do."""
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be read: its id, its file and why."""
+
+    id: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. Images stay uint8 until the first op that computes with them."""
+
+    images: Tensor
+    """uint8 (B, H, W, 3), contiguous."""
+    sample_ids: Tensor
+    """int64 (B,): the slots' ids, which crop, flip and mask go by."""
+    source_ids: Tensor
+    """int64 (B,): whose pixels they are; differs from `sample_ids` where a bad sample was replaced."""
+    epoch: int
+    step: int
+    """Optimizer step within the epoch."""
+    bad: list[BadSample] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; from pinned memory the copy runs beside the host."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
+            source_ids=self.source_ids.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by torch's DataLoader."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
+            source_ids=self.source_ids.pin_memory(),
+        )
+
+
+class BadSamples:
+    """The list of unreadable samples of a run, shared by its ranks through one file, each id once.
+
+    `total` is the size of the data set; past `max_fraction` of it the run has to stop.
+    """
+
+    def __init__(self, path: Path, total: int, max_fraction: float) -> None:
+        self.path, self.total, self.max_fraction = path, total, max_fraction
+        self._known: set[int] = set()
+        self._read_to = 0
+
+    def record(self, bad: Iterable[BadSample]) -> None:
+        """Appends the samples that no rank has listed yet. Raises DataError past the legal share."""
+        new = [sample for sample in bad if sample.id not in self._known]
+        if not new:
+            return
+        with self.path.open("a+b") as file:
+            # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(self._read_to)
+            self._known.update(json.loads(line)["id"] for line in file)
+            for sample in new:
+                if sample.id not in self._known:
+                    self._known.add(sample.id)
+                    line = json.dumps(sample._asdict(), ensure_ascii=False) + "\n"
+                    file.write(line.encode("utf-8", "backslashreplace"))
+            file.flush()
+            self._read_to = file.tell()
+        if len(self._known) > self.max_fraction * self.total:
+            shown = "\n".join(f"  {sample.path}: {sample.reason}" for sample in new[:10])
+            raise DataError(
+                f"{len(self._known)} of {self.total} samples cannot be read, more than "
+                f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
+                f"All are listed in {self.path}. Mend or remove them, or raise data.max_bad_fraction."
+            )

@@ -1,0 +1,127 @@
+"""From the bytes of an image file to the pixels of a sample: whatever the bytes hold, pixels or BadImage."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from mimae.data.augment import Window
+
+_CHANNELS_TAG = 277
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BadImage(Exception):
+    """The bytes are no image that can be used; the text is one line saying why."""
+
+
+def decode(
+    data: bytes,
+    window: Callable[[int, int], Window],
+    size: tuple[int, int],
+    *,
+    max_pixels: int,
+    flip: bool = False,
+) -> np.ndarray:
+    """Cuts `window(height, width)` from the upright image, resized to `size` (height, width): uint8 RGB.
+
+    The header is checked before any pixel is decoded: at most `max_pixels`, and 1, 3 or 4 channels (or grey
+    with alpha). Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. The resize
+    is bicubic and antialiased, and sees the window alone. Raises BadImage.
+    """
+    try:
+        # Pillow warns without naming the image; what cannot be used is reported with its name by the caller.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _open(data, max_pixels)
+            image.load()
+            image = _upright(image)
+            cut = window(image.height, image.width)
+            region = image.crop((cut.left, cut.top, cut.left + cut.width, cut.top + cut.height))
+            pixels = np.asarray(_rgb(region).resize(size[::-1], Image.Resampling.BICUBIC))
+    except BadImage:
+        raise
+    except Exception as error:
+        # On damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error, MemoryError.
+        raise BadImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    return pixels[:, ::-1] if flip else pixels
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read and checked, its pixels not yet decoded."""
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise BadImage(_why_unidentified(data)) from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"more pixels than Pillow opens, and than data.max_pixels = {max_pixels}") from None
+    if image.width * image.height > max_pixels:
+        raise BadImage(
+            f"{image.width} x {image.height} is {image.width * image.height} pixels, "
+            f"more than data.max_pixels = {max_pixels}"
+        )
+    channels = len(image.getbands())
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow shows some TIFFs of five or six channels as RGB or CMYK.
+        channels = image.tag_v2.get(_CHANNELS_TAG, channels)
+    _check_channels(channels, image.mode)
+    return image
+
+
+def _check_channels(channels: int, mode: str) -> None:
+    if channels not in (1, 3, 4) and not (channels == 2 and mode in ("LA", "La", "PA")):
+        raise BadImage(f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)")
+
+
+def _why_unidentified(data: bytes) -> str:
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        channels = _tiff_channels(data)
+        if channels not in (None, 1, 3, 4):
+            return f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)"
+    return f"no image format that Pillow knows (the file begins with {data[:16]!r})"
+
+
+def _tiff_channels(data: bytes) -> int | None:
+    """The channel count in the header of a TIFF that Pillow refuses to open."""
+    directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(directory.next)
+    directory.load(file)
+    return directory.get(_CHANNELS_TAG)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image turned as its EXIF orientation asks."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # A corrupt EXIF block says nothing about the pixels.
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _GREY_16:
+        # Pillow's own conversion clips at 255.
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage(f"32-bit pixels (mode {image.mode}) have no known range; convert to 8 or 16 bits")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    return image.convert("RGB")

@@ -1,0 +1,75 @@
+"""The batches of a run: the plan of an epoch, carried out by a loader; and batches in order for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mimae.data.batch import Batch
+from mimae.data.order import Job, Plan, epoch_order
+from mimae.data.settings import DataSettings
+from mimae.data.sources import Source
+from mimae.data.torch_loader import TorchLoader
+
+
+class Loader:
+    """The micro-batches of one rank, epoch by epoch. Needs (epoch, step) and nothing else to resume."""
+
+    def __init__(self, plan: Plan, backend: TorchLoader, seed: int) -> None:
+        self.plan = plan
+        self._backend = backend
+        self._order = lru_cache(maxsize=1)(lambda epoch: epoch_order(seed, epoch, plan.samples))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.plan.steps_per_epoch
+
+    def dropped(self, epoch: int) -> Tensor:
+        """The ids that the epoch leaves out, int64: the tail of its order that fills no batch."""
+        return self.plan.dropped(self._order(epoch))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The micro-batches of the epoch from `first_step` on, `accumulate` of them per step."""
+        return self._backend.batches(self.plan.jobs(self._order(epoch), epoch, first_step))
+
+    def close(self) -> None:
+        """Ends what works for the loader."""
+        self._backend.close()
+
+
+def make_loader(
+    settings: DataSettings,
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """The training batches of `source`: `batch_size` images per step, over all ranks and micro-batches.
+
+    Raises DataError where the batch does not divide, or the source has no full one.
+    """
+    plan = Plan(len(source), batch_size, accumulate, rank, world_size)
+    return Loader(plan, TorchLoader(settings, source, seed), seed)
+
+
+def evaluation_batches(
+    settings: DataSettings, source: Source, batch_size: int, ids: Sequence[int] | Tensor | None = None
+) -> Iterator[Batch]:
+    """Every sample once (or those of `ids`), in order, the last batch smaller: its centre, unmirrored.
+
+    Labels go by `source_ids`: an unreadable image is replaced here too.
+    """
+    chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
+    plain = settings.model_copy(update={"crop_scale": None, "flip": False})
+    backend = TorchLoader(plain, source, seed=0)
+    try:
+        yield from backend.batches(Job(0, step, part) for step, part in enumerate(chosen.split(batch_size)))
+    finally:
+        backend.close()

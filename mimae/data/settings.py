@@ -1,0 +1,64 @@
+"""The settings of the data: which images, cut to which size, by how many workers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mimae.settings import Section
+
+Side = Annotated[int, Field(ge=1, le=16384)]
+
+PILLOW_LIMIT = 178_956_970
+"""Pixels above which Pillow itself refuses to open an image, whatever `max_pixels` says."""
+
+
+class DataSettings(Section):
+    """Where the images come from and how a sample is cut from its image."""
+
+    path: str = Field(
+        "photos", min_length=1, description="training images: photos (embedded), a folder, or a list file"
+    )
+    val_path: str | None = Field(None, min_length=1, description="held-out images, as path; null: none")
+    loader: Literal["auto", "torch"] = Field("auto", description="what decodes and cuts the images")
+    image_size: Side | tuple[Side, Side] = Field(
+        224, description="pixels of a sample: one side of a square, or [height, width]"
+    )
+    crop_scale: tuple[float, float] | None = Field(
+        (0.2, 1.0), description="area of the random crop as a share of the image; null: the centre, uncropped"
+    )
+    flip: bool = Field(True, description="mirror half of the training samples left to right")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="mean of red, green and blue in [0, 1]"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="deviation of red, green and blue in [0, 1]"
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="decoding processes of a rank; null: one per core; 0: none",
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
+    )
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=PILLOW_LIMIT, description="pixels past which an image is refused before decoding"
+    )
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of a sample in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale is [low, high] with 0 < low <= high <= 1, got {list(self.crop_scale)}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in every channel, got {list(self.std)}")
+        return self

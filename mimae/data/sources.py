@@ -1,0 +1,380 @@
+"""Where images come from. A source is a fixed order of files: a sample's place in it is its id.
+
+Names are kept as one block of bytes with int64 offsets: a source of ten million files holds no Python object
+per file, and workers share its pages with the process that forked them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mimae.data.batch import DataError
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
+LIST_EXTENSIONS = (".txt", ".tsv", ".csv")
+_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
+_INDEX_VERSION = 1
+_SCAN_THREADS = 16
+
+
+class Source(Protocol):
+    """A numbered set of encoded images."""
+
+    @property
+    def name(self) -> str:
+        """What the source was opened by."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (n,): the class of each sample, where the source knows it."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, where they have any."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names and labels in their order: two sources with equal ones number alike."""
+
+    def __len__(self) -> int: ...
+
+    def path(self, i: int) -> str:
+        """Where sample i lies, for people and for lists of bad samples."""
+
+    def read(self, i: int) -> bytes:
+        """The encoded image of sample i. Raises OSError."""
+
+
+def open_source(path: str) -> Source:
+    """The source that `path` names: photos, photos-test, a folder or a list file. Raises DataError."""
+    from mimae.data import photos
+
+    if path in photos.SPLITS:
+        return FileSource(path, *_indexed(photos.folder(path), _scan_folder))
+    place = Path(path).expanduser().absolute()
+    if place.is_dir():
+        return FileSource(path, *_indexed(place, _scan_folder))
+    if place.is_file() and place.suffix.lower() in LIST_EXTENSIONS:
+        return FileSource(path, *_indexed(place, _read_list))
+    legal = (
+        f"A data path is a folder of images, a list file ({', '.join(LIST_EXTENSIONS)}), "
+        f"or one of the embedded sets {', '.join(photos.SPLITS)}."
+    )
+    if place.exists():
+        raise DataError(f"{place} is neither a folder nor a list file. {legal}")
+    parent = next(p for p in place.parents if p.exists())
+    raise DataError(f"{place} does not exist ({parent} is the part of it that does). {legal}")
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of a source in their order, and the files and folders whose change makes it stale."""
+
+    names: np.ndarray
+    """uint8: the paths relative to the source's folder, one after the other."""
+    offsets: np.ndarray
+    """int64 (n + 1,): where each name begins, and the last one ends."""
+    labels: np.ndarray | None
+    classes: list[str] | None
+    watched: list[bytes]
+    """Paths of what was read to make the index: every folder, or the list file."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def name(self, i: int) -> bytes:
+        """The path of sample i relative to the source's folder."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+
+class FileSource:
+    """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its order."""
+
+    def __init__(self, name: str, folder: Path, index: Index) -> None:
+        self.name = name
+        self._folder, self._index = os.fsencode(folder), index
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._index.labels
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self._index.classes
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for block in (self._index.names, self._index.offsets, self._index.labels):
+            if block is not None:
+                digest.update(block.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def path(self, i: int) -> str:
+        return os.fsdecode(os.path.join(self._folder, self._index.name(i)))
+
+    def read(self, i: int) -> bytes:
+        with open(os.path.join(self._folder, self._index.name(i)), "rb") as file:
+            return file.read()
+
+
+def cache_folder() -> Path:
+    """Where indices and the embedded photographs are kept: $XDG_CACHE_HOME/mimae, or ~/.cache/mimae."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
+
+
+# Folders
+
+
+def _scan_folder(root: Path) -> tuple[Path, Index]:
+    """Indexes every image below `root`, one listing per folder, many at a time."""
+    listings = _list_folders(os.fsencode(root))
+    names, lengths, per_class = bytearray(), array("q"), dict[bytes, int]()
+    for prefix, run in _walk(listings):
+        found = [prefix + name for name in run]
+        names += b"".join(found)
+        lengths.extend(map(len, found))
+        label = prefix.partition(b"/")[0]
+        per_class[label] = per_class.get(label, 0) + len(found)
+    if not lengths:
+        folders = f"{len(listings)} folder{'s' if len(listings) > 1 else ''}"
+        raise DataError(
+            f"{root} holds no images: {folders} looked through, hidden ones left out. "
+            f"Images end in {', '.join(EXTENSIONS)}."
+        )
+    labels = classes = None
+    # Images beside the class folders have no class, and half a labelling is none.
+    if b"" not in per_class:
+        folders_in_order = sorted(per_class)
+        number = {name: i for i, name in enumerate(folders_in_order)}
+        labels = np.repeat(np.array([number[name] for name in per_class]), list(per_class.values())).astype(
+            np.int64
+        )
+        classes = [os.fsdecode(name) for name in folders_in_order]
+    watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
+    return root, Index(np.frombuffer(bytes(names), np.uint8), _offsets(lengths), labels, classes, watched)
+
+
+_Listing = list[bytes]
+"""A folder's entries in the order of paths' bytes: `name/` for a folder, names joined by NUL for images."""
+
+
+def _list_folders(root: bytes) -> dict[bytes, _Listing]:
+    """The listing of `root` and of every folder below it, by path relative to `root` ("" or "a/b/")."""
+    listings: dict[bytes, _Listing] = {}
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        level: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
+        while level:
+            below = []
+            for (prefix, above), result in zip(
+                level, pool.map(lambda at: _list(root, *at), level), strict=True
+            ):
+                if result is not None:
+                    identity, listings[prefix] = result
+                    inside = above | {identity}
+                    below += [(prefix + entry, inside) for entry in listings[prefix] if entry.endswith(b"/")]
+            level = below
+    return listings
+
+
+def _list(
+    root: bytes, prefix: bytes, above: frozenset[tuple[int, int]]
+) -> tuple[tuple[int, int], _Listing] | None:
+    """Lists one folder; None where it is one of those above it again, reached through a link."""
+    folder = os.path.join(root, prefix)
+    try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return None
+        with os.scandir(folder) as entries:
+            found = sorted(name for name in map(_entry, entries) if name is not None)
+    except OSError as error:
+        raise DataError(f"cannot list the folder {os.fsdecode(folder)}: {error.strerror}") from error
+    listing: _Listing = []
+    for is_folder, group in groupby(found, key=lambda name: name.endswith(b"/")):
+        run = list(group)
+        listing += run if is_folder else [b"\0".join(run)]
+    return identity, listing
+
+
+def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
+    """The entry's name where it is an image, `name/` where it is a folder, None where it is neither."""
+    name = entry.name
+    if name.startswith(b"."):
+        return None
+    try:
+        if entry.is_dir():
+            return name + b"/"
+    except OSError:  # A link to itself; as an image it will be listed as a bad sample.
+        pass
+    is_image = name.rpartition(b".")[2].lower() in _EXTENSIONS
+    return name if is_image and (entry.is_symlink() or entry.is_file()) else None
+
+
+def _walk(listings: dict[bytes, _Listing]) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Runs of images with their folder, in the order of the whole paths' bytes."""
+    stack = [(b"", iter(listings[b""]))]
+    while stack:
+        prefix, entries = stack[-1]
+        entry = next(entries, None)
+        if entry is None:
+            stack.pop()
+        elif not entry.endswith(b"/"):
+            yield prefix, entry.split(b"\0")
+        elif prefix + entry in listings:
+            stack.append((prefix + entry, iter(listings[prefix + entry])))
+
+
+# Lists
+
+
+def _read_list(path: Path) -> tuple[Path, Index]:
+    """Reads a list file: per line a path relative to its folder, then (tab, in .csv comma) a class number."""
+    comma = path.suffix.lower() == ".csv"
+    names, lengths, labels, unlabelled = bytearray(), array("q"), array("q"), 0
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = csv.reader(
+                file,
+                delimiter="," if comma else "\t",
+                quoting=csv.QUOTE_MINIMAL if comma else csv.QUOTE_NONE,
+            )
+            for row in rows:
+                if not row or row == [""]:
+                    continue
+                where = f"{path}, line {rows.line_num}"
+                if len(row) > 2 or not row[0]:
+                    raise DataError(
+                        f"{where}: {row!r} is not a path, alone or with a class number after a "
+                        f"{'comma' if comma else 'tab'}"
+                    )
+                name = os.fsencode(row[0])
+                names += name
+                lengths.append(len(name))
+                if len(row) == 1:
+                    unlabelled += 1
+                else:
+                    labels.append(_class_number(row[1], where))
+                if unlabelled and labels:
+                    raise DataError(f"{where}: class numbers stand on some lines and not on others")
+    except (csv.Error, OSError) as error:
+        raise DataError(f"cannot read the list {path}: {error}") from error
+    if not lengths:
+        raise DataError(f"{path} names no image; a list has one path per line, relative to {path.parent}")
+    index = Index(
+        np.frombuffer(bytes(names), np.uint8),
+        _offsets(lengths),
+        np.array(labels, np.int64) if labels else None,
+        None,
+        [os.fsencode(path)],
+    )
+    first = [os.path.join(path.parent, os.fsdecode(index.name(i))) for i in range(min(len(index), 100))]
+    if not any(map(os.path.exists, first)):
+        raise DataError(
+            f"{path}: none of its first {len(first)} paths exists, the first being {first[0]}; "
+            f"paths are relative to the list's folder"
+        )
+    return path.parent, index
+
+
+def _class_number(text: str, where: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 31:
+        raise DataError(f"{where}: {text!r} is not a class number, an integer from 0 on")
+    return number
+
+
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+
+
+# The cache of indices
+
+
+def _indexed(place: Path, build: Callable[[Path], tuple[Path, Index]]) -> tuple[Path, Index]:
+    """The index of `place`, from the cache where nothing that it was made from has changed since."""
+    key = hashlib.sha256(os.fsencode(place) + b"\0%d" % _INDEX_VERSION).hexdigest()[:32]
+    cached = cache_folder() / "index" / f"{key}.npz"
+    folder = place if place.is_dir() else place.parent
+    index = _load(cached)
+    if index is None:
+        started = time.time_ns()
+        folder, index = build(place)
+        _save(cached, index, started)
+    return folder, index
+
+
+def _stamps(watched: list[bytes]) -> np.ndarray:
+    """int64 (n, 2): time of change in ns, and for files the size, of each path. Raises OSError."""
+
+    def stamp(path: bytes) -> tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
+
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        return np.array(list(pool.map(stamp, watched)), np.int64)
+
+
+def _load(cached: Path) -> Index | None:
+    """The cached index, if there is one and it is fresh."""
+    try:
+        with np.load(cached, allow_pickle=False) as file:
+            watched = bytes(file["watched"]).split(b"\0")
+            if not np.array_equal(_stamps(watched), file["stamps"]):
+                return None
+            return Index(
+                file["names"],
+                file["offsets"],
+                file["labels"] if "labels" in file else None,
+                os.fsdecode(bytes(file["classes"])).split("\0") if "classes" in file else None,
+                watched,
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
+        return None
+
+
+def _save(cached: Path, index: Index, started_ns: int) -> None:
+    """Writes the index to the cache; a cache that cannot be written is done without."""
+    blocks = {"names": index.names, "offsets": index.offsets, "watched": _bytes(b"\0".join(index.watched))}
+    if index.labels is not None:
+        blocks["labels"] = index.labels
+    if index.classes is not None:
+        blocks["classes"] = _bytes(os.fsencode("\0".join(index.classes)))
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        stamps = _stamps(index.watched)
+        # A folder that changed this lately may change again without its time showing it.
+        if stamps[:, 0].max() > started_ns - 2_000_000_000:
+            return
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, stamps=stamps, **blocks)
+        temporary.replace(cached)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _bytes(block: bytes) -> np.ndarray:
+    return np.frombuffer(block, np.uint8)
