@@ -1,9 +1,14 @@
 """What `pip install` reads: the packages, their folders, their requirements."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
-# These folders lie beside mimae/ in the repository and are packages inside it once installed; the relative links
-# mimae/kernels -> ../kernels and so on give a checkout the same view. A sdist has no links, hence the explicit names.
+here = Path(__file__).parent
+
+# These folders lie beside mimae/ in the repository and are packages inside it once installed; relative links
+# (mimae/kernels -> ../kernels) give a checkout the same view. An sdist has none, hence the explicit names.
 MAPPED = ("kernels", "bench", "configs")
 
 packages = find_packages(include=["mimae", "mimae.*"], exclude=[f"mimae.{name}*" for name in MAPPED])
@@ -14,7 +19,7 @@ for name in MAPPED:
 
 setup(
     name="mimae",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (here / "mimae/__init__.py").read_text(), re.M)[1],
     description="MI-MAE: masked autoencoders that learn mask-invariant mutual information",
     author="The mimae contributors",
     license_expression="Apache-2.0",

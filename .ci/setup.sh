@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sets up .venv: Python, the package in place, its requirements at the versions of constraints.txt.
-# Usage: .ci/setup.sh [dev]. Returns at once while the last set-up still fits; PYTHON=... chooses the interpreter.
+# Usage: .ci/setup.sh [dev]. Does nothing while the last set-up still fits; PYTHON=... chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -32,8 +32,8 @@ find_python() {
             partial=$candidate
         fi
     done
-    [ -z "${partial-}" ] || die "$partial cannot make virtual environments (its venv or ssl module is missing)." \
-        "Install them (Debian, Ubuntu: the package python3-venv) or name another Python: make PYTHON=/path/to/python3"
+    [ -z "${partial-}" ] || die "$partial cannot make virtual environments (no ensurepip, ssl or venv module)." \
+        "Debian and Ubuntu have them in python3-venv. Or name another Python: make PYTHON=/path/to/python3"
     [ -z "${PYTHON-}" ] || die "PYTHON=$PYTHON is not a Python of version 3.11 or newer."
     die "no Python of version 3.11 or newer was found ($(python3 --version 2>&1 || true))." \
         "Install one, or name it: make PYTHON=/path/to/python3"
@@ -49,7 +49,7 @@ fi
 # A set-up with dev serves a run without it, and stays one.
 [ -n "$extra" ] || extra=$done_extra
 
-# An environment is used again if it is whole, was made in this folder, still runs, and is of the Python asked for.
+# An environment is used again if it is whole, was made in this folder, runs, and is of the Python asked for.
 usable() {
     [ -f "$STAMP" ] && grep -qxF "$VENV" .venv/location && new_enough .venv/bin/python || return 1
     [ -z "${PYTHON-}" ] && return 0
@@ -77,7 +77,7 @@ if [ ! -d .venv ]; then
     printf '%s\n' "$VENV" >.venv/location
 fi
 rm -f "$STAMP" "$LOG"
-say "installing into .venv, $(.venv/bin/python --version): minutes, and about 3 GB from the package index the first time"
+say "installing into .venv ($(.venv/bin/python --version)): some minutes, about 3 GB from the package index"
 # Progress belongs on a terminal; elsewhere only what goes wrong does.
 set --
 [ -t 2 ] || set -- -q --progress-bar off
@@ -86,10 +86,10 @@ set --
 if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
     if grep -q 'No space left on device' "$LOG"; then
         hint="The disk ran full: pip also needs room in TMPDIR and in its cache."
-    elif grep -qE 'NewConnectionError|ConnectionError|Timeout|timed out|SSLError|ProxyError|NameResolutionError' "$LOG"; then
-        hint="The package index could not be reached: check the network, or set PIP_INDEX_URL or HTTPS_PROXY."
+    elif grep -qE 'ConnectionError|Timeout|timed out|SSLError|ProxyError|NameResolution' "$LOG"; then
+        hint="The package index was out of reach: check the network, or set PIP_INDEX_URL or HTTPS_PROXY."
     elif grep -q 'No matching distribution' "$LOG"; then
-        hint="The index has no such version for this Python and system: try make PYTHON=python3.12, or a mirror."
+        hint="The index has no such version for this Python and system: try make PYTHON=python3.12."
     else
         hint="pip's last words are above."
     fi
