@@ -34,11 +34,11 @@ def orthogonal_masks(
             f"the image has {num_patches}"
         )
     words = philox_words(seed, _MASK_PURPOSE, epoch, sample_ids, num_patches)
-    ranks = words.argsort(1, stable=True).argsort(1)
+    ranks = words.argsort(dim=1, stable=True).argsort(dim=1)
     views = torch.arange(num_views, device=ranks.device)
     shown = (ranks[:, None, :] // num_visible) == views[None, :, None]
     # A stable sort of the flags lists the hidden ids, then the visible ones, each ascending.
-    ids = shown.to(torch.uint8).argsort(2, stable=True).to(torch.int32)
+    ids = shown.to(torch.uint8).argsort(dim=2, stable=True).to(torch.int32)
     hidden, visible = ids.split([num_patches - num_visible, num_visible], 2)
     return visible.contiguous(), hidden.contiguous()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ from mimae.engines.base import shape_model
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import EMASettings, Optimizer, OptimizerSettings, StepResult
+
+# The gate is the only state in buffers, and each rank computes the same one. (The argument's name before torch 2.14.)
+_NO_BUFFER_SYNC: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 class DDPEngine:
@@ -35,9 +44,8 @@ class DDPEngine:
         self.module = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            # The gate is the only state in buffers, and each rank computes the same one.
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
         )
         if device.type == "cpu":
             self.module.register_comm_hook(None, distributed.timed_all_reduce)

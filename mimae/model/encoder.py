@@ -5,6 +5,7 @@ Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,7 +70,7 @@ def sincos_positions(width: int, height_patches: int, width_patches: int) -> Ten
 def blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
     return nn.ModuleList(
-        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
+        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         for _ in range(depth)
     )
 

@@ -1,0 +1,446 @@
+"""Pretraining, from a recipe to a finished run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, telemetry
+from mimae.config import Recipe
+from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, make_loader, open_source
+from mimae.engines import DDPEngine, Engine
+from mimae.errors import UserError
+from mimae.kernels import pixel_loss
+from mimae.model import build
+from mimae.objective import Losses
+from mimae.optimizer import StepResult, schedule_factor, total_steps
+from mimae.transfer.probe import knn_accuracy
+
+MAX_SKIPPED = 10
+"""Non-finite steps in a row that end a run."""
+
+VALIDATION_IMAGES = 2048
+"""Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
+
+PICTURED = 8
+"""Images in a reconstruction picture."""
+
+FREE_KEYS = ("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction", "compile")
+"""Settings that may differ when a run is resumed: no weight depends on them."""
+
+
+class RunError(UserError):
+    """The run cannot start, or cannot go on."""
+
+
+class Outcome(NamedTuple):
+    """How a call of `pretrain` ended."""
+
+    run: Path
+    step: int
+    finished: bool
+    saved_on_signal: bool
+
+
+def pretrain(recipe: Recipe) -> Outcome:
+    """Runs a recipe to its end, or from its last checkpoint on; every rank of a job calls it.
+
+    Raises UserError for what a person can mend: data, run directory, checkpoints, ten non-finite steps in a row.
+    """
+    device = distributed.setup()
+    try:
+        with _lock(Path(recipe.run.dir)), _Signals() as signals:
+            return _Run(recipe, device).train(signals)
+    finally:
+        distributed.shutdown()
+
+
+class _Run:
+    """The parts of a run, put together once: data, model, engine, checkpoint, telemetry."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.path = Path(recipe.run.dir)
+        self.is_main = distributed.rank() == 0
+        self.source = open_source(recipe.data.path)
+        self.validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
+        self.loader: Loader = make_loader(
+            recipe.data,
+            self.source,
+            seed=recipe.seed,
+            batch_size=recipe.schedule.batch_size,
+            accumulate=recipe.schedule.accumulate,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.steps = total_steps(recipe.schedule, self.loader.steps_per_epoch)
+        self.views = recipe.schedule.batch_size * recipe.masking.num_masks
+        self.engine: Engine = DDPEngine(
+            build(recipe, device),
+            recipe.optimizer,
+            recipe.ema,
+            views=self.views,
+            precision=recipe.precision,
+            compile_blocks=recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda"),
+        )
+        self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
+        self.telemetry = telemetry.Telemetry(
+            self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps
+        )
+        self.phases = telemetry.Phases(device)
+        self.step = self._resume()
+
+    def _resume(self) -> int:
+        """Makes the run directory, or goes back to its last whole checkpoint; returns the steps done."""
+        _check_config(self.recipe, self.path)
+        found = checkpoint.find(self.path, self.telemetry.message)
+        dist.barrier()
+        if self.is_main:
+            checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
+            telemetry.environment(self.path / "environment.json")
+        step = 0
+        if found is not None:
+            if found.state["data"] != self.source.fingerprint:
+                raise RunError(
+                    f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
+                )
+            self.engine.load_state_dict(found.tensors)
+            step = int(found.state["step"])
+            self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
+        self.telemetry.rewind(step)
+        return step
+
+    def train(self, signals: _Signals) -> Outcome:
+        """All that is left of the run."""
+        recipe, say = self.recipe, self.telemetry.message
+        if self.step >= self.steps:
+            say(f"{self.path} is finished: {self.step} of {self.steps} steps")
+            return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
+        say(self._headline())
+        guard = _NonFinite(self.path)
+        per_epoch = self.loader.steps_per_epoch
+        step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
+        epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
+        logged_at = self.step
+        stop = False
+        with self.telemetry:
+            while self.step < self.steps and not stop:
+                epoch, first = divmod(self.step, per_epoch)
+                means = _Means()
+                communication = distributed.communication_seconds()
+                batches = self.loader.epoch(epoch, first)
+                for _ in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
+                    losses, result, ids = self._optimize(batches)
+                    self.step += 1
+                    means.add(losses)
+                    if self.step % recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
+                        images = (self.step - logged_at) * recipe.schedule.batch_size
+                        self.telemetry.step(self._record(losses, result) | step_pace.rates(images))
+                        logged_at = self.step
+                    guard.check(self.step, ids, result.skipped)
+                    stop = signals.agreed() or recipe.run.dry
+                    ends = stop or self.step == self.steps
+                    if ends or self.step % recipe.checkpoint.every_steps == 0:
+                        guard.drain()
+                        self._save()
+                    if stop:
+                        break
+                batches.close()
+                done = recipe.run.dry or self.step == self.steps
+                if self.step % per_epoch == 0 or done:
+                    record = epoch_pace.epoch((self.step - epoch * per_epoch - first) * recipe.schedule.batch_size)
+                    record["seconds_communication"] = distributed.communication_seconds() - communication
+                    self._end_of_epoch(epoch, record, means, losses, last=done)
+        self.loader.close()
+        finished = self.step >= self.steps
+        if signals.received and not finished:
+            say(f"saved at step {self.step} on a signal; the same command goes on from there")
+        elif finished:
+            say(f"finished: {self.path}")
+        return Outcome(self.path, self.step, finished, saved_on_signal=signals.received and not finished)
+
+    def _optimize(self, batches: Iterator[Batch]) -> tuple[Losses, StepResult, list[Tensor]]:
+        """One optimizer step over its micro-batches; returns the losses of the last one. Reads nothing back."""
+        recipe, ids = self.recipe, []
+        rec = torch.zeros((), device=self.device)
+        for micro in range(recipe.schedule.accumulate):
+            with self.phases("data"):
+                batch = next(batches)
+                self.bad.record(batch.bad)
+                ids.append(batch.sample_ids)
+                batch = batch.to(self.device)
+            with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
+                with self.phases("forward"):
+                    visible, hidden = masking.draw(
+                        recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, self.engine.model.encoder.num_patches
+                    )
+                    losses = self.engine.forward(batch.images, visible, hidden)
+                with self.phases("backward"):
+                    self.engine.backward(losses.loss / recipe.schedule.accumulate)
+            rec += losses.rec / recipe.schedule.accumulate
+        with self.phases("optimizer"):
+            factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch)
+            result = self.engine.step(factor)
+            self.engine.model.objective.gate.update(rec)
+        return losses, result, ids
+
+    def _record(self, losses: Losses, result: StepResult) -> dict[str, Any]:
+        """What a logged step reads from the device."""
+        factor = schedule_factor(self.recipe.schedule, self.step - 1, self.loader.steps_per_epoch)
+        return {
+            "step": self.step,
+            "epoch": self.step / self.loader.steps_per_epoch,
+            "samples": self.step * self.recipe.schedule.batch_size,
+            **{key: _number(getattr(losses, key)) for key in telemetry.LOSSES},
+            "gate": _number(self.engine.model.objective.gate.weight),
+            "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
+            "grad_norm": _number(result.grad_norm),
+            "mem_peak_bytes": telemetry.memory(self.device)["mem_peak_bytes"],
+        }
+
+    def _save(self) -> None:
+        with self.phases("checkpoint"):
+            if self.is_main:
+                state = {
+                    "samples": self.step * self.recipe.schedule.batch_size,
+                    "data": self.source.fingerprint,
+                }
+                checkpoint.save(
+                    self.path, self.step, self.engine.state_dict(), state, self.recipe.checkpoint.keep
+                )
+            dist.barrier()
+
+    def _end_of_epoch(
+        self, epoch: int, record: dict[str, Any], means: _Means, losses: Losses, last: bool
+    ) -> None:
+        """The epoch's line, its picture and its checks, on the main rank; the others wait at their next collective."""
+        recipe = self.recipe
+        if not self.is_main:
+            return
+        averages = means.read()
+        record |= {key: averages.get(key) for key in (*telemetry.LOSSES, "mi_lower_nats", "mi_upper_nats", "saturated")}
+        record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(losses.latents)}
+        flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
+        peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
+        record["tflops"] = flops / 1e12
+        record["mfu"] = flops / (peak * distributed.world_size()) if peak else None
+        checks = recipe.telemetry
+        if checks.probe_every_epochs and ((epoch + 1) % checks.probe_every_epochs == 0 or last):
+            record |= self._validate()
+        self.telemetry.epoch(record)
+        if checks.images_every_epochs and ((epoch + 1) % checks.images_every_epochs == 0 or last):
+            self.telemetry.image(f"images/step-{self.step:08d}.png", self._picture())
+        opened = self.engine.model.objective.gate.weight.item() > 0
+        if not opened and self.step * 4 >= self.steps:
+            self.telemetry.message(
+                f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="
+                f"{recipe.objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
+            )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """kNN accuracy and reconstruction loss on data.val_path, with the masks of epoch 0."""
+        if self.validation is None:
+            return {}
+        recipe, model = self.recipe, self.engine.model.eval()
+        rec, terms = 0.0, 0
+        for batch in self._evaluation_batches(self.validation, VALIDATION_IMAGES):
+            visible, hidden = self._masks(batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                predictions = model.predict(batch.images, visible, hidden)
+            mean, std = model.encoder.mean, model.encoder.std
+            rec += pixel_loss(
+                predictions, batch.images, hidden, mean, std, recipe.objective.normalize_pixels
+            ).item()
+            terms += hidden.numel()
+        checks = {"val_rec": rec / terms}
+        if self.source.labels is not None and self.validation.labels is not None:
+            checks["knn"] = knn_accuracy(
+                model.encoder, recipe.data, self.source, self.validation, limit=VALIDATION_IMAGES
+            )
+        model.train()
+        return checks
+
+    @torch.no_grad()
+    def _picture(self) -> bytes:
+        """Reconstructions of the first images of the validation set, or of the training set."""
+        recipe, model = self.recipe, self.engine.model.eval()
+        batch = next(iter(self._evaluation_batches(self.validation or self.source, PICTURED)))
+        visible, hidden = self._masks(batch)
+        predictions = model.predict(batch.images, visible, hidden)
+        model.train()
+        return pictures.reconstruction_grid(
+            batch.images,
+            visible,
+            hidden,
+            predictions,
+            patch=recipe.model.patch_size,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            normalize=recipe.objective.normalize_pixels,
+        )
+
+    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return masking.draw(
+            self.recipe.masking, self.recipe.seed, 0, batch.sample_ids, self.engine.model.encoder.num_patches
+        )
+
+    def _evaluation_batches(self, source: Source, limit: int) -> Iterator[Batch]:
+        """Batches spread evenly over a source, at most `limit` images."""
+        ids = torch.linspace(0, len(source) - 1, min(limit, len(source))).round().long().unique()
+        for batch in evaluation_batches(self.recipe.data, source, min(64, len(ids)), ids):
+            yield batch.to(self.device)
+
+    def _headline(self) -> str:
+        recipe = self.recipe
+        millions = sum(p.numel() for p in self.engine.model.parameters()) / 1e6
+        return (
+            f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
+            f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all\n"
+            f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
+            f"{recipe.precision}; the run is {self.path}"
+        )
+
+
+class _Means:
+    """Means of the losses over an epoch, summed on the device."""
+
+    KEYS = (*telemetry.LOSSES, "mi_lower_nats", "mi_upper_nats", "saturated")
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, losses: Losses) -> None:
+        self.count += 1
+        for key in self.KEYS:
+            if (value := getattr(losses, key)) is not None:
+                self.sums[key] = self.sums[key] + value.detach() if key in self.sums else value.detach().clone()
+
+    def read(self) -> dict[str, float]:
+        return {key: value.item() / self.count for key, value in self.sums.items()}
+
+
+class _NonFinite:
+    """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.pending: deque[tuple[int, list[Tensor], Tensor, torch.cuda.Event | None]] = deque()
+        self.streak: list[tuple[int, list[int]]] = []
+
+    def check(self, step: int, ids: list[Tensor], skipped: Tensor) -> None:
+        """Reads the decision of the step before. Raises RunError at the tenth skipped step in a row."""
+        self.drain()
+        event = torch.cuda.Event() if skipped.is_cuda else None
+        copied = skipped.to("cpu", non_blocking=True)
+        if event is not None:
+            event.record()
+        self.pending.append((step, ids, copied, event))
+
+    def drain(self) -> None:
+        """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
+        while self.pending:
+            step, ids, skipped, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if skipped.item() == 0:
+                self.streak.clear()
+                continue
+            self.streak.append((step, torch.cat(ids).tolist()))
+            if len(self.streak) == MAX_SKIPPED:
+                steps = "\n".join(f"  step {step}: samples {ids}" for step, ids in self.streak)
+                raise RunError(
+                    f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} are "
+                    f"untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
+                )
+
+
+class _Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C as a wish to save and stop, agreed on by all ranks one step late, over the host."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._wish = torch.zeros(1)
+        self._work: Any = None
+
+    def __enter__(self) -> _Signals:
+        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def agreed(self) -> bool:
+        """True on every rank after the same step once any of them was told to stop."""
+        if self._work is not None:
+            self._work.wait()
+            if self._wish.item() > 0:
+                self.received = True
+                return True
+        self._wish = torch.full((1,), float(self.received))
+        self._work = dist.all_reduce(self._wish, async_op=True)
+        return False
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[None]:
+    """Holds the run directory for this job; the main rank's lock goes with its process, however that ends."""
+    if distributed.rank() != 0:
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / "lock").open("a+")
+    except OSError as error:
+        raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunError(
+                f"run.dir={run} is in use by process {file.read().strip() or '?'}; wait for it or choose another run.dir"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _check_config(recipe: Recipe, run: Path) -> None:
+    """Refuses to resume a run with settings that would have made other weights."""
+    if not (run / "config.yaml").exists():
+        return
+    old = config.flat(config.load(run / "config.yaml").recipe)
+    new = config.flat(recipe)
+    changed = [
+        f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
+        for key in new
+        if old[key] != new[key] and not key.startswith(FREE_KEYS)
+    ]
+    if changed:
+        raise RunError(
+            "\n".join([f"{run} was started with other settings; choose another run.dir or go back:", *changed])
+        )
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else value.item()

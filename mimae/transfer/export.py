@@ -1,0 +1,38 @@
+"""The pretrained encoder, out of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from mimae import checkpoint, config
+from mimae.model import Encoder
+
+
+def load_encoder(path: str | Path, average: bool = False) -> Encoder:
+    """The encoder of a run directory (its newest whole checkpoint) or of one checkpoint directory, in eval mode.
+
+    `average`: the moving average of the weights instead of the weights. The state_dict of what is returned loads into
+    the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
+    """
+    path = Path(path)
+    run = path if (path / "config.yaml").exists() else path.parent.parent
+    if not (run / "config.yaml").exists():
+        raise checkpoint.CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
+    found = checkpoint.find(run) if path == run else checkpoint.load(path)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{run} has no checkpoint yet")
+    if average and "ema" not in found.tensors:
+        raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")
+    recipe = config.load(run / "config.yaml").recipe
+    encoder = Encoder(recipe.model, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
+    weights = _encoder_part(found.tensors["model"])
+    if average:
+        weights |= _encoder_part(found.tensors["ema"])
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
