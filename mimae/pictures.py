@@ -1,0 +1,119 @@
+"""Pictures of what the decoder makes of each view.
+
+Letters in shapes: B images, N views, L patches, K visible, M targets, P patch size. Patch ids are row-major;
+the values of a patch are ordered (row, column, channel).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mimae import kernels
+
+HIDDEN = (219, 223, 231)
+"""The colour of a hidden patch: a bluish light grey, since photographs are full of plain greys."""
+
+_PAPER, _INK = (255, 255, 255), (70, 70, 76)
+_PANEL = 128  # pixels: smaller images are enlarged to this at least
+_NARROW, _WIDE = 3, 14  # gaps inside a view and between rows, and between views
+
+
+@torch.no_grad()
+def reconstructions(
+    images: Tensor,
+    visible: Tensor,
+    hidden: Tensor,
+    predictions: Tensor,
+    *,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each view shows and what the decoder makes of it, as uint8 (B, N, H, W, 3) both, on the CPU.
+
+    images (B, H, W, 3) uint8, visible (B, N, K), hidden (B, N, M), predictions (B, N, M, 3P^2) in the space
+    of the reconstruction target. The first has the visible patches on grey; the second the predictions at the
+    hidden places too. Where targets are normalised (`normalize`), a prediction says nothing of its patch's
+    brightness and contrast: it gets the mean and variance of the true patch (unbiased, eps 1e-6).
+    """
+    images, visible, hidden = images.cpu(), visible.cpu().long(), hidden.cpu().long()
+    predicted = predictions.cpu().float()
+    shift, scale = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+    target = kernels.patchify(images, patch, shift, scale)[:, None].expand(-1, visible.shape[1], -1, -1)
+    if normalize:
+        true = target.gather(2, _places(hidden, target))
+        predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+    repeats = patch * patch
+    colours = (predicted * scale.repeat(repeats) + shift.repeat(repeats)).clamp(0, 1)
+    # Pixels of the visible patches come from the image itself, untouched by arithmetic.
+    originals = kernels.patchify(images, patch, torch.zeros(3), torch.ones(3)).mul(255).round().byte()
+    originals = originals[:, None].expand(-1, visible.shape[1], -1, -1)
+    masked = torch.tensor(HIDDEN, dtype=torch.uint8).repeat(repeats).expand_as(originals).clone()
+    shown = _places(visible, originals)
+    masked.scatter_(2, shown, originals.gather(2, shown))
+    rebuilt = masked.scatter(2, _places(hidden, originals), colours.mul(255).round().byte())
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    return _unpatchify(masked, rows, columns, patch), _unpatchify(rebuilt, rows, columns, patch)
+
+
+def reconstruction_grid(
+    images: Tensor,
+    visible: Tensor,
+    hidden: Tensor,
+    predictions: Tensor,
+    *,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    normalize: bool,
+) -> bytes:
+    """A PNG with a row for each image: the original, then each view and its reconstruction.
+
+    Takes what `reconstructions` takes. Small images are enlarged by a whole factor, pixel by pixel.
+    """
+    masked, rebuilt = reconstructions(
+        images, visible, hidden, predictions, patch=patch, mean=mean, std=std, normalize=normalize
+    )
+    count, height, width = images.shape[:3]
+    scale = max(1, -(-_PANEL // min(height, width)))
+    labels, panels = ["original"], [images.cpu()]
+    for view in range(visible.shape[1]):
+        labels += [f"view {view + 1}", f"reconstruction {view + 1}"]
+        panels += [masked[:, view], rebuilt[:, view]]
+
+    letters = max(14, width * scale // 12)
+    font, head = ImageFont.load_default(size=letters), 2 * letters
+    lefts = [_WIDE]
+    for column in range(1, len(panels)):
+        gap = _WIDE if column % 2 else _NARROW  # an odd column opens a view
+        lefts.append(lefts[-1] + width * scale + gap)
+    size = (lefts[-1] + width * scale + _WIDE, head + count * (height * scale + _NARROW) - _NARROW + _WIDE)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for left, label, panel in zip(lefts, labels, panels, strict=True):
+        draw.text((left + width * scale / 2, head / 2), label, fill=_INK, font=font, anchor="mm")
+        for row in range(count):
+            tile = Image.fromarray(np.ascontiguousarray(panel[row].numpy()))
+            tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left, head + row * (height * scale + _NARROW)))
+    png = io.BytesIO()
+    sheet.save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+def _places(ids: Tensor, patches: Tensor) -> Tensor:
+    """Patch ids (B, N, M) as an index (B, N, M, 3P^2) into patches (B, N, L, 3P^2)."""
+    return ids[..., None].expand(-1, -1, -1, patches.shape[-1])
+
+
+def _unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, N, L, 3P^2) -> (B, N, H, W, 3)."""
+    tiles = patches.unflatten(3, (patch, patch, 3)).unflatten(2, (rows, columns))
+    return tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)
