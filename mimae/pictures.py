@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimae import kernels
 
-HIDDEN = (219, 223, 231)
+HIDDEN = (202, 208, 220)
 """The colour of a hidden patch: a bluish light grey, since photographs are full of plain greys."""
 
 _PAPER, _INK = (255, 255, 255), (70, 70, 76)
@@ -104,7 +104,7 @@ def reconstruction_grid(
             tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(tile, (left, head + row * (height * scale + _NARROW)))
     png = io.BytesIO()
-    sheet.save(png, "PNG", optimize=True)
+    sheet.save(png, "PNG")
     return png.getvalue()
 
 

@@ -94,7 +94,6 @@ class Telemetry:
             self._writer_class = _summary_writer_class()
         if sys.stdout.isatty():
             self._progress = Progress(
-                TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
@@ -139,7 +138,7 @@ class Telemetry:
             print(self._step_line(plain, left), flush=True)
         else:
             self._progress.start()
-            status = f"{_losses(plain)}  {_rate(plain)}  {_clock(left)} left"
+            status = f"{_total(plain)}  {_rate(plain)}  {_clock(left)} left"  # fits 80 columns
             self._progress.update(self._task, completed=self._step, status=status, refresh=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -428,8 +427,11 @@ def _plain(value: Any) -> Any:
 
 def _losses(plain: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{key} {plain[key]:.3f}" for key in LOSSES[1:] if plain[key] is not None)
-    total = "not finite" if plain["loss"] is None else f"{plain['loss']:.3f}"
-    return f"loss {total} ({parts})"
+    return f"{_total(plain)} ({parts})"
+
+
+def _total(plain: Mapping[str, Any]) -> str:
+    return "loss not finite" if plain["loss"] is None else f"loss {plain['loss']:.3f}"
 
 
 def _rate(plain: Mapping[str, Any]) -> str:
