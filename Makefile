@@ -2,6 +2,8 @@
 .PHONY: help quickstart test test-all lint format setup clean
 
 BIN = .venv/bin
+# Tests work on small tensors in several processes: more threads make them wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 
 help:
 	@echo 'make quickstart  pretrain on photographs for three minutes, then probe what was learned'
@@ -15,10 +17,10 @@ quickstart:
 	$(BIN)/mimae probe runs/quickstart
 
 test: lint
-	$(BIN)/pytest -m 'not slow and not gpu' --durations=10
+	$(PYTEST) -m 'not slow and not gpu' --durations=10
 
 test-all: lint
-	$(BIN)/pytest --durations=20
+	$(PYTEST) --durations=20
 
 lint: setup
 	$(BIN)/ruff check .
