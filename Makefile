@@ -9,7 +9,7 @@ help:
 	@echo 'make quickstart  pretrain on photographs for three minutes, then probe what was learned'
 	@echo 'make test        lint, types and the fast tests'
 	@echo 'make test-all    the slow tests too'
-	@echo 'make format      put the code into the project'"'"'s form'
+	@echo 'make format      give the code its form'
 
 quickstart:
 	@.ci/setup.sh
