@@ -40,8 +40,8 @@ def decode(
     """Cuts `window(height, width)` from the upright image, resized to `size` (height, width): uint8 RGB.
 
     The header is checked before any pixel is decoded: at most `max_pixels`, and 1, 3 or 4 channels (or grey
-    with alpha). Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. The resize
-    is bicubic and antialiased, and sees the window alone. Raises BadImage.
+    with alpha). Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. The
+    resize is bicubic and antialiased, and sees the window alone. Raises BadImage.
     """
     try:
         # Pillow warns without naming the image; what cannot be used is reported with its name by the caller.
@@ -69,8 +69,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise BadImage(_why_unidentified(data)) from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"more pixels than Pillow opens, and than data.max_pixels = {max_pixels}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error).partition(",")[0]) from None
     if image.width * image.height > max_pixels:
         raise BadImage(
             f"{image.width} x {image.height} is {image.width * image.height} pixels, "
@@ -94,7 +94,7 @@ def _why_unidentified(data: bytes) -> str:
         channels = _tiff_channels(data)
         if channels not in (None, 1, 3, 4):
             return f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)"
-    return f"no image format that Pillow knows (the file begins with {data[:16]!r})"
+    return f"no header of an image that Pillow reads (the file begins with {data[:16]!r})"
 
 
 def _tiff_channels(data: bytes) -> int | None:

@@ -1,4 +1,4 @@
-"""The batches of a run: the plan of an epoch, carried out by a loader; and batches in order for evaluation."""
+"""The batches of a run: the plan of an epoch, carried out by a loader; batches in order for evaluation."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def evaluation_batches(
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})
     backend = TorchLoader(plain, source, seed=0)
     try:
-        yield from backend.batches(Job(0, step, part) for step, part in enumerate(chosen.split(batch_size)))
+        yield from backend.batches(
+            Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size))
+        )
     finally:
         backend.close()

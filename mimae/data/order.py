@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,19 +23,22 @@ def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
 
 
 class Job(NamedTuple):
-    """One micro-batch to be made: the ids of its samples, int64 (B,), and its place in the run."""
+    """One micro-batch to be made: the ids of its samples, int64 (B,), and its place in the run.
+
+    The ids travel to a worker in every job, so they are NumPy's: a tensor would go through shared memory.
+    """
 
     epoch: int
     step: int
-    ids: Tensor
+    ids: np.ndarray
 
 
 @dataclass(frozen=True)
 class Plan:
     """How the order of `samples` ids is dealt to steps, micro-batches and ranks.
 
-    Step s covers positions [s G, (s + 1) G) of the epoch's order, G = `batch_size`; its micro-batch a the a-th
-    of `accumulate` equal parts of them, and rank r the r-th of `world_size` equal parts of that.
+    Step s covers positions [s G, (s + 1) G) of the epoch's order, G = `batch_size`; its micro-batch a the
+    a-th of `accumulate` equal parts of them, and rank r the r-th of `world_size` equal parts of that.
     """
 
     samples: int
@@ -66,7 +70,7 @@ class Plan:
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(self.accumulate):
                 start = step * self.batch_size + (micro * self.world_size + self.rank) * share
-                yield Job(epoch, step, order[start : start + share])
+                yield Job(epoch, step, order[start : start + share].numpy())
 
     def dropped(self, order: Tensor) -> Tensor:
         """The ids that the epoch leaves out: the tail of its order."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mimae.data.augment import below
 from mimae.data.batch import DataError
-from mimae.data.sources import cache_folder
+from mimae.data.index import cache_folder
 from mimae.randomness import Purpose, words
 
 SPLITS = {"photos": "train", "photos-test": "test"}

@@ -1,33 +1,26 @@
-"""Where images come from. A source is a fixed order of files: a sample's place in it is its id.
-
-Names are kept as one block of bytes with int64 offsets: a source of ten million files holds no Python object
-per file, and workers share its pages with the process that forked them.
-"""
+"""Where images come from. A source is a fixed order of encoded images: a sample's place in it is its id."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import os
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 
+from mimae.data import photos
 from mimae.data.batch import DataError
+from mimae.data.index import SCAN_THREADS, Index, indexed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 LIST_EXTENSIONS = (".txt", ".tsv", ".csv")
 _EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
-_INDEX_VERSION = 1
-_SCAN_THREADS = 16
 
 
 class Source(Protocol):
@@ -59,16 +52,15 @@ class Source(Protocol):
 
 
 def open_source(path: str) -> Source:
-    """The source that `path` names: photos, photos-test, a folder or a list file. Raises DataError."""
-    from mimae.data import photos
+    """The source that `path` names: photos, photos-test, a folder (./photos if called so) or a list file.
 
-    if path in photos.SPLITS:
-        return FileSource(path, *_indexed(photos.folder(path), _scan_folder))
-    place = Path(path).expanduser().absolute()
+    Raises DataError.
+    """
+    place = photos.folder(path) if path in photos.SPLITS else Path(path).expanduser().absolute()
     if place.is_dir():
-        return FileSource(path, *_indexed(place, _scan_folder))
+        return FileSource(path, place, indexed(place, _scan_folder))
     if place.is_file() and place.suffix.lower() in LIST_EXTENSIONS:
-        return FileSource(path, *_indexed(place, _read_list))
+        return FileSource(path, place.parent, indexed(place, _read_list))
     legal = (
         f"A data path is a folder of images, a list file ({', '.join(LIST_EXTENSIONS)}), "
         f"or one of the embedded sets {', '.join(photos.SPLITS)}."
@@ -79,31 +71,8 @@ def open_source(path: str) -> Source:
     raise DataError(f"{place} does not exist ({parent} is the part of it that does). {legal}")
 
 
-@dataclass(frozen=True)
-class Index:
-    """The samples of a source in their order, and the files and folders whose change makes it stale."""
-
-    names: np.ndarray
-    """uint8: the paths relative to the source's folder, one after the other."""
-    offsets: np.ndarray
-    """int64 (n + 1,): where each name begins, and the last one ends."""
-    labels: np.ndarray | None
-    classes: list[str] | None
-    watched: list[bytes]
-    """Paths of what was read to make the index: every folder, or the list file."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def name(self, i: int) -> bytes:
-        """The path of sample i relative to the source's folder."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        return self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()
-
-
 class FileSource:
-    """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its order."""
+    """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its own."""
 
     def __init__(self, name: str, folder: Path, index: Index) -> None:
         self.name = name
@@ -136,15 +105,10 @@ class FileSource:
             return file.read()
 
 
-def cache_folder() -> Path:
-    """Where indices and the embedded photographs are kept: $XDG_CACHE_HOME/mimae, or ~/.cache/mimae."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
-
-
 # Folders
 
 
-def _scan_folder(root: Path) -> tuple[Path, Index]:
+def _scan_folder(root: Path) -> Index:
     """Indexes every image below `root`, one listing per folder, many at a time."""
     listings = _list_folders(os.fsencode(root))
     names, lengths, per_class = bytearray(), array("q"), dict[bytes, int]()
@@ -170,7 +134,7 @@ def _scan_folder(root: Path) -> tuple[Path, Index]:
         )
         classes = [os.fsdecode(name) for name in folders_in_order]
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
-    return root, Index(np.frombuffer(bytes(names), np.uint8), _offsets(lengths), labels, classes, watched)
+    return Index(np.frombuffer(bytes(names), np.uint8), _offsets(lengths), labels, classes, watched)
 
 
 _Listing = list[bytes]
@@ -180,7 +144,7 @@ _Listing = list[bytes]
 def _list_folders(root: bytes) -> dict[bytes, _Listing]:
     """The listing of `root` and of every folder below it, by path relative to `root` ("" or "a/b/")."""
     listings: dict[bytes, _Listing] = {}
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
         level: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
         while level:
             below = []
@@ -247,7 +211,7 @@ def _walk(listings: dict[bytes, _Listing]) -> Iterator[tuple[bytes, list[bytes]]
 # Lists
 
 
-def _read_list(path: Path) -> tuple[Path, Index]:
+def _read_list(path: Path) -> Index:
     """Reads a list file: per line a path relative to its folder, then (tab, in .csv comma) a class number."""
     comma = path.suffix.lower() == ".csv"
     names, lengths, labels, unlabelled = bytearray(), array("q"), array("q"), 0
@@ -293,7 +257,7 @@ def _read_list(path: Path) -> tuple[Path, Index]:
             f"{path}: none of its first {len(first)} paths exists, the first being {first[0]}; "
             f"paths are relative to the list's folder"
         )
-    return path.parent, index
+    return index
 
 
 def _class_number(text: str, where: str) -> int:
@@ -308,73 +272,3 @@ def _class_number(text: str, where: str) -> int:
 
 def _offsets(lengths: Iterable[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
-
-
-# The cache of indices
-
-
-def _indexed(place: Path, build: Callable[[Path], tuple[Path, Index]]) -> tuple[Path, Index]:
-    """The index of `place`, from the cache where nothing that it was made from has changed since."""
-    key = hashlib.sha256(os.fsencode(place) + b"\0%d" % _INDEX_VERSION).hexdigest()[:32]
-    cached = cache_folder() / "index" / f"{key}.npz"
-    folder = place if place.is_dir() else place.parent
-    index = _load(cached)
-    if index is None:
-        started = time.time_ns()
-        folder, index = build(place)
-        _save(cached, index, started)
-    return folder, index
-
-
-def _stamps(watched: list[bytes]) -> np.ndarray:
-    """int64 (n, 2): time of change in ns, and for files the size, of each path. Raises OSError."""
-
-    def stamp(path: bytes) -> tuple[int, int]:
-        status = os.stat(path)
-        return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
-
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        return np.array(list(pool.map(stamp, watched)), np.int64)
-
-
-def _load(cached: Path) -> Index | None:
-    """The cached index, if there is one and it is fresh."""
-    try:
-        with np.load(cached, allow_pickle=False) as file:
-            watched = bytes(file["watched"]).split(b"\0")
-            if not np.array_equal(_stamps(watched), file["stamps"]):
-                return None
-            return Index(
-                file["names"],
-                file["offsets"],
-                file["labels"] if "labels" in file else None,
-                os.fsdecode(bytes(file["classes"])).split("\0") if "classes" in file else None,
-                watched,
-            )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
-        return None
-
-
-def _save(cached: Path, index: Index, started_ns: int) -> None:
-    """Writes the index to the cache; a cache that cannot be written is done without."""
-    blocks = {"names": index.names, "offsets": index.offsets, "watched": _bytes(b"\0".join(index.watched))}
-    if index.labels is not None:
-        blocks["labels"] = index.labels
-    if index.classes is not None:
-        blocks["classes"] = _bytes(os.fsencode("\0".join(index.classes)))
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        stamps = _stamps(index.watched)
-        # A folder that changed this lately may change again without its time showing it.
-        if stamps[:, 0].max() > started_ns - 2_000_000_000:
-            return
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, stamps=stamps, **blocks)
-        temporary.replace(cached)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-
-
-def _bytes(block: bytes) -> np.ndarray:
-    return np.frombuffer(block, np.uint8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ _REPLACEMENTS = 64
 class TorchLoader:
     """Makes batches of jobs, in their order, with `settings.workers` processes (0: in this one).
 
-    The workers live until `close`. One run of `batches` at a time.
+    The workers live until `close`.
     """
 
     def __init__(self, settings: DataSettings, source: Source, seed: int) -> None:
         workers = default_workers() if settings.workers is None else settings.workers
         self._jobs = _Jobs()
+        self._running: Generator[Batch, None, None] | None = None
         self._loader: DataLoader | None = DataLoader(
             _MicroBatches(settings, source, seed),
             batch_size=None,
@@ -46,31 +48,41 @@ class TorchLoader:
         )
 
     def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
-        """The batches of `jobs` in their order. Raises DataError."""
+        """The batches of `jobs` in their order; an earlier run that is not done ends. Raises DataError."""
         if self._loader is None:
             raise ValueError("the loader is closed")
+        if self._running is not None:
+            self._running.close()
         self._jobs.jobs = jobs
-        try:
-            for made in _without_signal(self._loader):
-                if isinstance(made, DataError):
-                    raise made
-                yield made
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a decoding process died ({error}). Most often memory ran out: lower data.workers or the "
-                f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
-            ) from error
+        self._running = _run(self._loader)
+        return self._running
 
     def close(self) -> None:
         """Ends the workers."""
-        self._loader = None
+        if self._running is not None:
+            self._running.close()
+        # The workers end with the last reference to what they work for.
+        self._running = self._loader = None
+
+
+def _run(loader: DataLoader) -> Generator[Batch, None, None]:
+    try:
+        for made in _without_signal(loader):
+            if isinstance(made, DataError):
+                raise made
+            yield made
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a decoding process died ({error}). Most often memory ran out: lower data.workers or the "
+            f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
+        ) from error
 
 
 def default_workers() -> int:
-    """Cores that this rank may use: those of the process's affinity or SLURM's share, over the node's ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this rank may use: of its affinity or of SLURM's share, over the ranks of the node."""
+    cores = len(os.sched_getaffinity(0))
     cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -103,38 +115,34 @@ class _MicroBatches(Dataset[Batch | DataError]):
 def make_batch(settings: DataSettings, source: Source, seed: int, job: Job) -> Batch:
     """Reads, decodes and cuts the samples of a job. Raises DataError where one cannot even be replaced."""
     size, scale = settings.size_hw, settings.crop_scale
-    crops = crop_words(seed, job.epoch, job.ids).tolist() if scale is not None else None
-    mirrored = flips(seed, job.epoch, job.ids).tolist() if settings.flip else [False] * len(job.ids)
+    sample_ids = torch.tensor(job.ids)
+    mirrored = flips(seed, job.epoch, sample_ids).tolist() if settings.flip else [False] * len(job.ids)
+    windows: list[Callable[[int, int], Window]] = [partial(centre_window, size=size)] * len(job.ids)
+    if scale is not None:
+        drawn = crop_words(seed, job.epoch, sample_ids).tolist()
+        windows = [partial(random_window, row, scale=scale) for row in drawn]
     images = torch.empty((len(job.ids), *size, 3), dtype=torch.uint8)
-    pixels, source_ids = images.numpy(), job.ids.clone()
+    pixels, source_ids = images.numpy(), sample_ids.clone()
     bad: list[BadSample] = []
-    for slot, sample_id in enumerate(job.ids.tolist()):
-
-        def window(height: int, width: int, slot: int = slot) -> Window:
-            if crops is None or scale is None:
-                return centre_window(height, width, size)
-            return random_window(crops[slot], height, width, scale)
-
+    for slot, (sample_id, window, flip) in enumerate(zip(job.ids.tolist(), windows, mirrored)):
         for candidate in _chain(seed, job.epoch, sample_id, len(source)):
             try:
-                pixels[slot] = decode(
-                    source.read(candidate),
-                    window,
-                    size,
-                    max_pixels=settings.max_pixels,
-                    flip=mirrored[slot],
-                )
+                data = source.read(candidate)
+                pixels[slot] = decode(data, window, size, max_pixels=settings.max_pixels, flip=flip)
                 source_ids[slot] = candidate
                 break
-            except (BadImage, OSError) as error:
+            except BadImage as error:
                 bad.append(BadSample(candidate, source.path(candidate), str(error)))
+            except OSError as error:
+                reason = f"the file cannot be read: {error.strerror or error}"
+                bad.append(BadSample(candidate, source.path(candidate), reason))
         else:
             tried = "\n".join(f"  {path}: {reason}" for _, path, reason in bad[-5:])
             raise DataError(
                 f"sample {sample_id} of {source.name} cannot be read, nor any of {_REPLACEMENTS} samples "
                 f"tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
             )
-    return Batch(images, job.ids, source_ids, job.epoch, job.step, bad)
+    return Batch(images, sample_ids, source_ids, job.epoch, job.step, bad)
 
 
 def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
@@ -149,11 +157,11 @@ def _as_is(made: Any) -> Any:
 
 
 def _without_signal(loader: DataLoader) -> Iterator[Batch | DataError]:
-    """Iterates `loader` without torch's SIGCHLD handler, which raises a worker's death wherever the main thread
-    is (in the middle of a save, say); the next batch notices it too, within some seconds."""
+    """Iterates `loader` without torch's SIGCHLD handler, which raises a worker's death wherever the main
+    thread is (in the middle of a save, say); the next batch notices it too, within some seconds."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     iterator = iter(loader)
     signal.signal(signal.SIGCHLD, handler)
     return iterator

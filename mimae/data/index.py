@@ -1,0 +1,120 @@
+"""The index of a source: its samples' names in their order, cached until what it was made from changes.
+
+Names are kept as one block of bytes with int64 offsets: ten million files take no Python object each, and
+workers share the pages with the process that forked them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from zipfile import BadZipFile
+
+import numpy as np
+
+_VERSION = 1
+_SETTLED_NS = 2_000_000_000
+SCAN_THREADS = 16
+"""File systems across a network answer many questions at once as fast as one."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of a source in their order, and the files and folders whose change makes it stale."""
+
+    names: np.ndarray
+    """uint8: the paths relative to the source's folder, one after the other."""
+    offsets: np.ndarray
+    """int64 (n + 1,): where each name begins, and the last one ends."""
+    labels: np.ndarray | None
+    classes: list[str] | None
+    watched: list[bytes]
+    """Paths of what was read to make the index: every folder, or the list file."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def name(self, i: int) -> bytes:
+        """The path of sample i relative to the source's folder."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+
+def cache_folder() -> Path:
+    """Where indices and the embedded photographs are kept: $XDG_CACHE_HOME/mimae, or ~/.cache/mimae."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
+
+
+def indexed(place: Path, build: Callable[[Path], Index]) -> Index:
+    """The index of `place`, from the cache where nothing that it was made from has changed since."""
+    key = hashlib.sha256(os.fsencode(place) + b"\0%d" % _VERSION).hexdigest()[:32]
+    file = cache_folder() / "index" / f"{key}.npz"
+    index = _load(file)
+    if index is None:
+        started = time.time_ns()
+        index = build(place)
+        _save(file, index, started)
+    return index
+
+
+def _stamps(watched: list[bytes]) -> np.ndarray:
+    """int64 (n, 2): time of change in ns, and for files the size, of each path. Raises OSError."""
+
+    def stamp(path: bytes) -> tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
+
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        return np.array(list(pool.map(stamp, watched)), np.int64)
+
+
+def _load(path: Path) -> Index | None:
+    """The cached index, if there is one and it is fresh."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            watched = bytes(file["watched"]).split(b"\0")
+            if not np.array_equal(_stamps(watched), file["stamps"]):
+                return None
+            return Index(
+                file["names"],
+                file["offsets"],
+                file.get("labels"),
+                os.fsdecode(bytes(file["classes"])).split("\0") if "classes" in file else None,
+                watched,
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
+        return None
+
+
+def _save(path: Path, index: Index, started_ns: int) -> None:
+    """Writes the index to the cache; a cache that cannot be written is done without."""
+    blocks = {"names": index.names, "offsets": index.offsets, "watched": _bytes(b"\0".join(index.watched))}
+    if index.labels is not None:
+        blocks["labels"] = index.labels
+    if index.classes is not None:
+        blocks["classes"] = _bytes(os.fsencode("\0".join(index.classes)))
+    with suppress(OSError):
+        stamps = _stamps(index.watched)
+        # A folder that changed this lately may change again without its time showing it.
+        if stamps[:, 0].max() > started_ns - _SETTLED_NS:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, allow_pickle=False, stamps=stamps, **blocks)
+                file.flush()
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+
+
+def _bytes(block: bytes) -> np.ndarray:
+    return np.frombuffer(block, np.uint8)
