@@ -94,7 +94,7 @@ _mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the contro
 
 def main() -> None:
     try:
-        app()
+        app(prog_name="mimae")
     except UserError as mistake:
         if os.environ.get("RANK", "0") == "0":
             print(f"mimae: {mistake}", file=sys.stderr)

@@ -185,7 +185,8 @@ def _unknown(key: str, setting: Setting, known: list[str], sections: Mapping[str
     def likeness(candidate: str) -> tuple[float, float]:
         other_section, _, other_name = candidate.rpartition(".")
         last = difflib.SequenceMatcher(None, name, other_name).ratio()
-        return last + 0.5 * difflib.SequenceMatcher(None, section, other_section).ratio(), last
+        whose = difflib.SequenceMatcher(None, section, other_section).ratio() if section else 0
+        return last + 0.5 * whose, last
 
     nearest = max(known, key=likeness)
     if likeness(nearest)[1] >= 0.6:

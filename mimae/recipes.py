@@ -161,27 +161,28 @@ _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value
 
 def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Iterator[tuple[str, int, Any]]:
     """(dotted key, line from 1, value) of each leaf of a YAML node. Problems give the line after `place`."""
-    if not isinstance(node, yaml.MappingNode):
-        yield key, node.start_mark.line + 1, _value(node, key, place, problems)
+    if isinstance(node, yaml.MappingNode):
+        for name, child in node.value:
+            yield from _leaves(child, f"{key}.{name.value}" if key else name.value, place, problems)
         return
-    for name, child in node.value:
-        below = f"{key}.{name.value}" if key else f"{name.value}"
-        yield from _leaves(child, below, place, problems)
-
-
-def _value(node: yaml.Node, key: str, place: str, problems: list[str]) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(child, key, place, problems) for child in node.value]
-    kind = node.tag.removeprefix(_TAG)
+    line = node.start_mark.line + 1
     try:
-        if isinstance(node, yaml.ScalarNode):
-            return node.value if kind == "str" else _SCALARS[kind][2](node.value)
-    except (KeyError, ValueError):  # a tag of its own (!path x), or a wrong one (!!int x)
-        pass
-    problems.append(
-        f"{key} ({place}{node.start_mark.line + 1}): a value is null, a boolean, a number, text or a list"
-    )
-    return None
+        yield key, line, _value(node)
+    except ValueError as error:
+        problems.append(
+            f"{key} ({place}{line}): {error}; a value is null, a boolean, a number, text or a list"
+        )
+
+
+def _value(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(child) for child in node.value]
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.ScalarNode) and kind == "str":
+        return node.value
+    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
+        return _SCALARS[kind][2](node.value)
+    raise ValueError(f"{kind} is not a kind of value")
 
 
 def _show(path: Path) -> str:
