@@ -18,7 +18,7 @@ LAYERS = (
     {"kernels"},
     {"errors", "settings", "randomness", "distributed"},
     {"masking", "model", "posterior", "objective", "optimizer", "data", "engines"},
-    {"recipes", "config", "checkpoint", "telemetry", "diagnostics", "pictures"},
+    {"recipes", "config", "checkpoint", "guards", "telemetry", "diagnostics", "pictures"},
     {"loop", "transfer", "plan", "bench", "configs"},
     {"cli"},
     {"__main__"},
