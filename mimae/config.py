@@ -315,7 +315,7 @@ def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"])
 @_check("schedule")
 def _batch_splits(resolved: Resolved) -> Iterator[str]:
     schedule = resolved.recipe.schedule
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
     parts = ranks * schedule.accumulate
     if schedule.batch_size % parts:
         below = schedule.batch_size // parts * parts
