@@ -14,9 +14,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,56 +81,62 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     return [(features - mean) / deviation for features in (train, *others)]
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear classifier, logits = x @ weight + bias: weight (D, C), bias (C,)."""
+class Linear(NamedTuple):
+    """P linear classifiers, logits = x @ weight + bias: weight (P, D, C), bias (P, 1, C)."""
 
     weight: Tensor
     bias: Tensor
 
-    def count_right(self, features: Tensor, labels: Tensor) -> int:
-        return int(((features @ self.weight + self.bias).argmax(1) == labels).sum())
-
-    def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        return self.count_right(features, labels) / len(labels)
+    def right(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features (P, n, D), labels (P, n) -> (P, n) bool: which samples each classifier gets right."""
+        return (features @ self.weight + self.bias).argmax(2) == labels
 
 
 class LogisticRegression:
-    """Multinomial logistic regression on fixed samples: features (n, D), labels (n,) in [0, classes)."""
+    """P multinomial logistic regressions at once: features (P, n, D), labels (P, n) in [0, classes), and
+    weights (P, n) of the samples in the mean, which need no common scale."""
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, weights: Tensor, classes: int) -> None:
         self.features, self.labels, self.classes = features, labels, classes
-        # Of the loss at zero weights. Scaled by its root, strongly correlated features (pixels) need tens of
-        # iterations and not thousands.
-        self.curvature = (features.T @ features / (len(features) * classes)).double()
+        self.weights = weights / weights.sum(1, keepdim=True)
+        # The loss at zero weights has this curvature. Scaled by its root, strongly correlated features
+        # (pixels) need tens of iterations and not thousands.
+        self.curvature = (features.mT @ (features * self.weights[:, :, None]) / classes).double()
 
-    def fit(self, penalty: float, start: Linear | None = None) -> Linear:
-        """The minimum of mean cross-entropy + penalty / 2 * |weight|^2, by L-BFGS from `start` or 0.
+    def fit(self, penalty: Tensor, start: Linear | None = None) -> Linear:
+        """The minimum of mean cross-entropy + penalty / 2 * |weight|^2, penalty (P,), by L-BFGS from `start`
+        or 0.
 
-        Full batch, deterministic, at most 50 iterations.
+        Full batch, deterministic, until a step gains less than 1e-4, and at most 100 iterations.
         """
-        damping = penalty + 1e-5 * self.curvature.trace()  # past the rounding of `curvature`
-        identity = torch.eye(len(self.curvature)).to(self.curvature)
-        # (D, D) upper triangular; weight = root^-1 @ whitened.
-        root = torch.linalg.cholesky(self.curvature + damping * identity).mT.to(self.features.dtype)
+        problems, dimensions, _ = self.curvature.shape
+        trace = self.curvature.diagonal(dim1=1, dim2=2).sum(1)
+        damping = penalty.double() + 1e-5 * trace  # past the rounding of `curvature`
+        identity = torch.eye(dimensions).to(self.curvature)
+        damped = self.curvature + damping[:, None, None] * identity
+        # (P, D, D) upper triangular; weight = root^-1 @ whitened.
+        root = torch.linalg.cholesky(damped).mT.to(self.features.dtype)
         if start is None:
-            whitened = torch.zeros(len(root), self.classes).to(self.features)
-            bias = torch.zeros(self.classes).to(self.features)
+            whitened = torch.zeros(problems, dimensions, self.classes).to(self.features)
+            bias = torch.zeros(problems, 1, self.classes).to(self.features)
         else:
             whitened, bias = root @ start.weight, start.bias.clone()
         optimizer = torch.optim.LBFGS(
             [whitened.requires_grad_(), bias.requires_grad_()],
-            max_iter=50,
+            max_iter=100,
+            history_size=20,
             tolerance_grad=1e-5,
-            tolerance_change=1e-7,
+            tolerance_change=1e-4,
             line_search_fn="strong_wolfe",
         )
 
         def loss() -> Tensor:
             optimizer.zero_grad()
             weight = torch.linalg.solve_triangular(root, whitened, upper=True)
-            value = F.cross_entropy(self.features @ weight + bias, self.labels)
-            value = value + penalty / 2 * weight.square().sum()
+            logits = self.features @ weight + bias
+            entropy = F.cross_entropy(logits.flatten(0, 1), self.labels.flatten(), reduction="none")
+            value = (entropy.view_as(self.weights) * self.weights).sum()
+            value = value + (penalty / 2 * weight.square().sum((1, 2))).sum()
             value.backward()
             return value
 
@@ -141,23 +146,28 @@ class LogisticRegression:
         return Linear(weight, bias.detach())
 
 
-def choose_penalty(features: Tensor, labels: Tensor, classes: int, folds: list[Tensor]) -> float:
-    """The penalty whose classifiers are right most often on the folds, (n,) bool each, that they are not
-    fitted on; of equals the strongest. Ends once two penalties in a row were no better than the best."""
-    problems = [LogisticRegression(features[~held], labels[~held], classes) for held in folds]
-    classifiers: list[Linear | None] = [None] * len(folds)
-    best, most_right, worse = PENALTIES[0], -1, 0
+def choose_penalties(features: Tensor, labels: Tensor, held: Tensor, classes: int) -> Tensor:
+    """features (G, n, D), labels (G, n), held (G, F, n) bool -> penalties (G,): of each problem the one whose
+    classifiers, fitted without a fold, are right most often on it, summed over F folds; of equals the
+    strongest.
+
+    Ends once two penalties in a row were better for no problem.
+    """
+    groups, folds = held.shape[:2]
+    features = features[:, None].expand(-1, folds, -1, -1).flatten(0, 1)
+    labels = labels[:, None].expand(-1, folds, -1).flatten(0, 1)
+    regression = LogisticRegression(features, labels, (~held).flatten(0, 1).to(features.dtype), classes)
+    chosen, most = features.new_zeros(groups), labels.new_full((groups,), -1)
+    classifier, idle = None, 0
     for penalty in PENALTIES:
-        fits = [problem.fit(penalty, start) for problem, start in zip(problems, classifiers, strict=True)]
-        right = sum(
-            fit.count_right(features[held], labels[held]) for fit, held in zip(fits, folds, strict=True)
-        )
-        if right > most_right:
-            best, most_right, worse = penalty, right, 0
-        elif (worse := worse + 1) == 2:
+        classifier = regression.fit(features.new_full((groups * folds,), penalty), classifier)
+        right = (classifier.right(features, labels) & held.flatten(0, 1)).view(groups, -1).sum(1)
+        better = right > most
+        chosen[better], most = penalty, torch.maximum(right, most)
+        idle = 0 if better.any() else idle + 1
+        if idle == 2:
             break
-        classifiers = list(fits)
-    return best
+    return chosen
 
 
 def linear_probe(
@@ -168,8 +178,11 @@ def linear_probe(
     The penalty is chosen on a stratified fifth of the training set.
     """
     held = ranks_in_class(train_labels.cpu(), seed=0).to(train.device) % FOLDS == 0
-    penalty = choose_penalty(train, train_labels, classes, [held])
-    return LogisticRegression(train, train_labels, classes).fit(penalty).accuracy(test, test_labels), penalty
+    train, train_labels = train[None], train_labels[None]
+    penalty = choose_penalties(train, train_labels, held[None, None], classes)
+    every = torch.ones_like(train[:, :, 0])
+    classifier = LogisticRegression(train, train_labels, every, classes).fit(penalty)
+    return _share(classifier.right(test[None], test_labels[None])), float(penalty)
 
 
 def few_labels(classes: int) -> int:
@@ -183,25 +196,24 @@ def few_label_probe(
     """-> accuracies of linear classifiers that know the labels of `few_labels(classes)` training samples,
     class-balanced, one for each of 5 fixed draws. The penalty is chosen by cross-validation among those
     labels."""
-    accuracies = []
-    for draw in range(DRAWS):
-        ids = balanced_subset(train_labels.cpu(), few_labels(classes), seed=draw).to(train.device)
-        labels = train_labels[ids]
+    seeds = range(DRAWS)
+    ids = torch.stack([balanced_subset(train_labels.cpu(), few_labels(classes), seed) for seed in seeds])
+    labels = train_labels.cpu()[ids]
+    ranks = torch.stack([ranks_in_class(drawn, seed) for drawn, seed in zip(labels, seeds, strict=True)])
+    held = torch.stack([ranks % FOLDS == fold for fold in range(FOLDS)], 1).to(train.device)
+    features, labels = train[ids.to(train.device)], labels.to(train.device)
+    tests = test.expand(DRAWS, -1, -1)
+    if features.shape[2] > features.shape[1]:
         # The optimal weights lie in the span of the samples: the problem has no more dimensions than these.
-        features, basis = train[ids], None
-        if features.shape[1] > len(ids):
-            _, _, basis = torch.linalg.svd(features, full_matrices=False)
-            features = features @ basis.T
-        ranks = ranks_in_class(labels.cpu(), seed=draw).to(train.device) % FOLDS
-        penalty = choose_penalty(features, labels, classes, [ranks == fold for fold in range(FOLDS)])
-        classifier = LogisticRegression(features, labels, classes).fit(penalty)
-        accuracies.append(classifier.accuracy(test if basis is None else test @ basis.T, test_labels))
-    return accuracies
+        basis = torch.linalg.svd(features, full_matrices=False).Vh.mT
+        features, tests = features @ basis, tests @ basis
+    penalties = choose_penalties(features, labels, held, classes)
+    every = torch.ones_like(features[:, :, 0])
+    classifier = LogisticRegression(features, labels, every, classes).fit(penalties)
+    return [_share(right) for right in classifier.right(tests, test_labels.expand(DRAWS, -1))]
 
 
-def nearest_neighbours(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
-) -> float:
+def nearest_neighbours(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> float:
     """-> accuracy of the vote of the 20 training samples of highest cosine, weights exp(cosine / 0.07)."""
     bank = F.normalize(train, dim=1)
     predicted = []
@@ -210,12 +222,14 @@ def nearest_neighbours(
         weights = ((cosine - cosine[:, :1]) / VOTE_TEMPERATURE).exp()
         votes = torch.zeros(len(queries), classes, dtype=weights.dtype, device=weights.device)
         predicted.append(votes.scatter_add_(1, train_labels[ids], weights).argmax(1))
-    return int((torch.cat(predicted) == test_labels).sum()) / len(test_labels)
+    return _share(torch.cat(predicted) == test_labels)
 
 
-def measure(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
-) -> dict[str, Any]:
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / right.numel()
+
+
+def measure(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> dict[str, Any]:
     """-> the three measures of one kind of features, (n, D) float each: `linear`, `few_labels` and `knn` are
     accuracies; `few_labels` is a mean over draws, `few_labels_std` their deviation; `penalty` is the linear
     probe's."""
@@ -306,9 +320,7 @@ def knn_accuracy(encoder: Encoder, data: DataSettings, train: Source, test: Sour
 # The verb
 
 
-def probe(
-    run: str | Path, train: str | None = None, test: str | None = None, images: int = 50_000
-) -> dict[str, Any]:
+def probe(run: str | Path, train: str | None = None, test: str | None = None, images: int = 50_000) -> dict[str, Any]:
     """Probes the newest checkpoint of a run beside raw pixels and the run's encoder before training.
 
     `train` and `test` are data paths in place of the run's; of the training set at most `images`,
@@ -337,8 +349,7 @@ def probe(
     extractors |= {name: network.to(device).features for name, network in encoders.items()}
     chosen = [balanced_subset(labels[0], images, seed=0), torch.arange(len(labels[1]))]
     (train_features, train_ids), (test_features, test_ids) = (
-        extract(extractors, recipe.data, source, ids, device)
-        for source, ids in zip(sources, chosen, strict=True)
+        extract(extractors, recipe.data, source, ids, device) for source, ids in zip(sources, chosen, strict=True)
     )
     train_labels, test_labels = labels[0].to(device)[train_ids], labels[1].to(device)[test_ids]
     return {
@@ -362,9 +373,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="directory of a pretraining run")],
     train: Annotated[str | None, typer.Option(help="labelled training images [default: data.path]")] = None,
     test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
-    images: Annotated[
-        int, typer.Option(help="training images to use at most, class-balanced", min=1)
-    ] = 50_000,
+    images: Annotated[int, typer.Option(help="training images to use at most, class-balanced", min=1)] = 50_000,
 ) -> None:
     """Judge a run's frozen features: linear probe, few labels, nearest neighbours. Writes RUN/probe.json."""
     result = probe(run, train, test, images)
