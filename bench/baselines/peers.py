@@ -1,0 +1,208 @@
+"""The masked autoencoders that people install, transformers' and lightly's, with a MIMAE's weights (N=1).
+
+Both are optional at run time: a missing one is a UserError. Each takes float images (B, 3, H, W), normalised
+by channel, and noise (B, L) whose order gives the mask, as MAE has it, and returns the reconstruction loss.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from importlib import import_module
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mimae.config import Recipe
+from mimae.errors import UserError
+
+State = dict[str, Tensor]
+
+
+class TransformersMAE(nn.Module):
+    """`transformers.ViTMAEForPreTraining` from a configuration, with fused attention."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        transformers = _optional("transformers", "transformers")
+        side, num_patches = _square(recipe)
+        model, decoder = recipe.model, recipe.decoder
+        num_visible = recipe.masking.num_visible(num_patches)
+        self.mae = transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(
+                hidden_size=model.width,
+                num_hidden_layers=model.depth,
+                num_attention_heads=model.heads,
+                intermediate_size=4 * model.width,
+                layer_norm_eps=1e-6,
+                image_size=side,
+                patch_size=model.patch_size,
+                decoder_hidden_size=decoder.width,
+                decoder_num_hidden_layers=decoder.depth,
+                decoder_num_attention_heads=decoder.heads,
+                decoder_intermediate_size=4 * decoder.width,
+                # It keeps int(L (1 - ratio)) patches: half a patch more than ours survives the rounding.
+                mask_ratio=1 - (num_visible + 0.5) / num_patches,
+                norm_pix_loss=recipe.objective.normalize_pixels,
+                attn_implementation="sdpa",
+            )
+        )
+        # From a configuration, transformers 5 leaves its positions at zero: these are its own initialisers.
+        embeddings = self.mae.vit.embeddings
+        embeddings.patch_embeddings.projection._is_hf_initialized = False
+        embeddings.initialize_weights()
+        self.mae.decoder.initialize_weights(num_patches)
+
+    @property
+    def blocks(self) -> Any:
+        return self.mae.vit.layers
+
+    @property
+    def decoder_blocks(self) -> Any:
+        return self.mae.decoder.decoder_layers
+
+    def load(self, state: State) -> None:
+        """Takes the weights of a `MIMAE.state_dict()`."""
+        taken = {name: value for ours, tensor in state.items() for name, value in _to_transformers(ours, tensor)}
+        _load(self.mae, taken, keep=("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"))
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        return self.mae(pixel_values=images, noise=noise).loss
+
+
+class LightlyMAE(nn.Module):
+    """lightly's MAE, put together as in its example, with the recipe's targets."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        modules = _optional("lightly.models.modules", "lightly")
+        self.utils: Any = _optional("lightly.models.utils", "lightly")
+        side, num_patches = _square(recipe)
+        model, decoder = recipe.model, recipe.decoder
+        self.patch_size = model.patch_size
+        self.num_visible = recipe.masking.num_visible(num_patches)
+        self.normalize = recipe.objective.normalize_pixels
+        self.backbone = modules.MaskedVisionTransformerTIMM(
+            VisionTransformer(
+                img_size=side,
+                patch_size=model.patch_size,
+                embed_dim=model.width,
+                depth=model.depth,
+                num_heads=model.heads,
+                num_classes=0,
+            )
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated in favour of one without embedding and head
+            self.decoder = modules.MAEDecoderTIMM(
+                num_patches=num_patches,
+                patch_size=model.patch_size,
+                embed_dim=model.width,
+                decoder_embed_dim=decoder.width,
+                decoder_depth=decoder.depth,
+                decoder_num_heads=decoder.heads,
+            )
+        # Of masked image modelling without an encoder's gather; no part of MAE, and it would get no gradient.
+        self.backbone.mask_token.requires_grad_(False)
+
+    @property
+    def blocks(self) -> Any:
+        return self.backbone.vit.blocks
+
+    @property
+    def decoder_blocks(self) -> Any:
+        return self.decoder.decoder_blocks
+
+    def load(self, state: State) -> None:
+        """Takes the weights of a `MIMAE.state_dict()`."""
+        taken = {_to_lightly(name): tensor for name, tensor in state.items() if not name.startswith("objective.")}
+        _load(self, taken, keep=("backbone.vit.pos_embed", "backbone.mask_token", "decoder.decoder_pos_embed"))
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        utils = self.utils
+        order = 1 + torch.argsort(noise, dim=1)
+        class_token = torch.zeros_like(order[:, :1])
+        idx_keep = torch.cat([class_token, order[:, : self.num_visible]], dim=1)
+        idx_mask = order[:, self.num_visible :]
+        encoded = self.decoder.embed(self.backbone.encode(images=images, idx_keep=idx_keep))
+        tokens = utils.repeat_token(self.decoder.mask_token, (images.shape[0], self.backbone.sequence_length))
+        tokens = utils.set_at_index(tokens, idx_keep, encoded.type_as(tokens))
+        decoded = self.decoder.decode(tokens)
+        prediction = self.decoder.predict(utils.get_at_index(decoded, idx_mask))
+        target = utils.get_at_index(utils.patchify(images, self.patch_size), idx_mask - 1)
+        if self.normalize:
+            target = utils.normalize_mean_var(target, dim=-1)
+        return nn.functional.mse_loss(prediction.to(target.dtype), target)
+
+
+def noise_of(visible: Tensor, num_patches: int) -> Tensor:
+    """Noise (B, L) whose argsort lists the patches of `visible` (B, N, K), view by view, then the rest."""
+    order = visible.flatten(1).long()
+    noise = torch.full((order.shape[0], num_patches), 2.0, device=visible.device)
+    return noise.scatter(1, order, torch.linspace(0, 1, order.shape[1], device=visible.device).expand(order.shape))
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the comparison with {package} needs it ({error}): install it with `pip install {package}`, "
+            "or leave --peers away"
+        ) from error
+
+
+def _load(module: nn.Module, weights: State, keep: tuple[str, ...]) -> None:
+    """Strictly, but for what the module computes itself: it keeps its own tables of positions."""
+    own = module.state_dict()
+    try:
+        module.load_state_dict({**weights, **{name: own[name] for name in keep}})
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            "the installed transformers or lightly names its weights otherwise than the versions that this "
+            f"comparison was written for (transformers 5.23, lightly 1.6): {error}"
+        ) from error
+
+
+def _square(recipe: Recipe) -> tuple[int, int]:
+    """Side in pixels and number of patches."""
+    height, width = recipe.data.size_hw
+    if height != width:
+        raise UserError(f"transformers and lightly take square images, data.image_size is [{height}, {width}]")
+    return height, (height // recipe.model.patch_size) ** 2
+
+
+_RENAMED = [
+    (r"^encoder\.patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.cls_token$", "vit.embeddings.cls_token"),
+    (r"^encoder\.pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^encoder\.blocks\.", "vit.layers."),
+    (r"^encoder\.norm\.", "vit.layernorm."),
+    (r"^decoder\.embed\.", "decoder.decoder_embed."),
+    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+    (r"^decoder\.norm\.", "decoder.decoder_norm."),
+    (r"^decoder\.head\.", "decoder.decoder_pred."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+]
+
+
+def _to_transformers(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """One of our tensors under the names of `transformers`, which has query, key and value apart."""
+    if name.startswith("objective."):
+        return []
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    if ".qkv." in name:
+        return [(name.replace(".qkv.", f".{part}_proj."), t) for part, t in zip("qkv", tensor.chunk(3))]
+    return [(name, tensor)]
+
+
+def _to_lightly(name: str) -> str:
+    name = re.sub(r"^encoder\.", "backbone.vit.", name)
+    name = re.sub(r"^decoder\.(embed|blocks|norm)\.", r"decoder.decoder_\1.", name)
+    return name.replace("decoder.head.", "decoder.decoder_pred.")

@@ -1,0 +1,88 @@
+"""The machine that a benchmark ran on: its name in words, the versions in use, its measured matrix rate."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What every result file opens with: `date`, `machine` and `versions`. No names of users or hosts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "vector_units": torch.backends.cpu.get_cpu_capability(),
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        machine["gpu"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine, "versions": versions}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Product(NamedTuple):
+    """`layers` layers that multiply (rows, inner) by (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    layers: int = 1
+
+
+def matmul_rate(products: Iterable[Product], dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOP/s of the given layers, forward and both products of backward, each at its best measured time.
+
+    Each product repeats for `seconds`, twice at least.
+    """
+    flops = total = 0.0
+    for rows, inner, columns, layers in products:
+        x = torch.randn(rows, inner, dtype=dtype, device=device)
+        weight = torch.randn(columns, inner, dtype=dtype, device=device)
+        grad = torch.randn(rows, columns, dtype=dtype, device=device)
+        for left, right in ((x, weight.T), (grad, weight), (grad.T, x)):
+            flops += layers * 2.0 * rows * inner * columns
+            total += layers * _best_time(left, right, device, seconds)
+    return flops / total
+
+
+def _best_time(left: torch.Tensor, right: torch.Tensor, device: torch.device, seconds: float) -> float:
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,64 @@
+"""Without MI terms the system is the MAE of transformers: the same loss from the same weights and ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mimae.bench.baselines.peers import TransformersMAE, noise_of
+from mimae.config import Recipe
+from mimae.data import DataSettings
+from mimae.masking import MaskingSettings, draw
+from mimae.model import ModelSettings, build
+from mimae.model.decoder import DecoderSettings
+from mimae.objective import ObjectiveSettings
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "normalize", "ratio", "tolerance"),
+    [
+        pytest.param(torch.float64, True, 0.75, 1e-10, id="float64"),
+        # 0.6 of 16 patches keeps 6 by rounding and 6 by transformers' truncation of 6.4: both round down.
+        pytest.param(torch.float64, False, 0.6, 1e-10, id="raw pixels and another ratio"),
+        pytest.param(torch.float32, True, 0.75, 1e-6, id="float32"),
+    ],
+)
+def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float, tolerance: float) -> None:
+    recipe = Recipe(
+        data=DataSettings(image_size=16),
+        masking=MaskingSettings(num_masks=1, ratio=ratio),
+        model=ModelSettings(patch_size=4, width=24, depth=2, heads=3),
+        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        objective=ObjectiveSettings(max_mi=0, min_mi=0, normalize_pixels=normalize),
+    )
+    torch.manual_seed(0)
+    ours = build(recipe)
+    # Away from the initial zeros and ones, which would hide a bias in the wrong place.
+    for parameter in ours.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs = TransformersMAE(recipe)
+    theirs.load(ours.state_dict())  # but for the positions, which each computes
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    visible, hidden = draw(recipe.masking, 0, 0, torch.arange(3), ours.encoder.num_patches)
+    pixels = ((images.to(dtype) / 255 - ours.encoder.mean) / ours.encoder.std).permute(0, 3, 1, 2)
+
+    loss, expected = ours(images, visible, hidden).loss, theirs(pixels, noise_of(visible, 16))
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+
+    loss.backward()
+    expected.backward()
+    pairs = {
+        "encoder.cls_token": "vit.embeddings.cls_token",
+        "encoder.patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+        "encoder.blocks.0.mlp.fc1.weight": "vit.layers.0.mlp.fc1.weight",
+        "decoder.mask_token": "decoder.mask_token",
+        "decoder.head.bias": "decoder.decoder_pred.bias",
+    }
+    for name, their_name in pairs.items():
+        gradient = theirs.mae.get_parameter(their_name).grad
+        error = torch.dist(ours.get_parameter(name).grad, gradient) / gradient.norm()
+        assert error <= 10 * tolerance, f"{name}: off by {error:.1e} of its norm"
