@@ -190,7 +190,8 @@ def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
             return name + b"/"
     except OSError:  # A link to itself; as an image it will be listed as a bad sample.
         pass
-    is_image = name.rpartition(b".")[2].lower() in _EXTENSIONS
+    _, dot, extension = name.rpartition(b".")
+    is_image = dot and extension.lower() in _EXTENSIONS
     return name if is_image and (entry.is_symlink() or entry.is_file()) else None
 
 

@@ -1,0 +1,49 @@
+"""What the tests of the data share: a cache of their own, and images that fit in a line."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, so that no test sees another's index or writes to the user's home."""
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home / "mimae"
+
+
+def photograph(seed: int, height: int, width: int) -> np.ndarray:
+    """Smooth random colours with some grain, uint8 (height, width, 3): neither flat nor pure noise."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int64)
+    return np.clip(smooth + random.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:
+    """The pixels as an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def write_images(folder: Path, names: list[str], height: int = 24, width: int = 32) -> None:
+    """One PNG per name, each with pixels of its own."""
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photograph(seed, height, width)))
+
+
+def settle(folder: Path) -> None:
+    """Makes `folder`, and what is below it, look as if nobody had touched it for an hour."""
+    for path in [folder, *folder.rglob("*")]:
+        status = os.stat(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 3_600_000_000_000))
