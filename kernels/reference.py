@@ -66,9 +66,7 @@ def _normalise(patches: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -
     return torch.addcmul(shift, patches.to(dtype), scale)
 
 
-def patchify(
-    images: Tensor, patch: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def patchify(images: Tensor, patch: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images uint8 (B, H, W, 3) as normalised patches (B, L, 3P^2) in `dtype`."""
     return _normalise(_uint8_patches(images, patch), mean, std, dtype)
 
@@ -161,9 +159,7 @@ def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tupl
     return torch.stack(lse, 1) * pairs, torch.stack(positives, 1) * pairs
 
 
-def infonce_grad(
-    rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
 
     rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) of all rows

@@ -45,7 +45,9 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
     """Writes the checkpoint of `step` under a temporary name, syncs it to disk, renames it, points `latest` to it and
     removes all but the newest `keep`. A kill at any moment leaves the previous one whole."""
     folder = run / "checkpoints"
@@ -54,7 +56,10 @@ def save(run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], stat
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, section in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in section.items()}, temporary / f"{name}.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in section.items()},
+            temporary / f"{name}.safetensors",
+        )
     (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     manifest = {
         file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())
@@ -87,7 +92,9 @@ def find(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
         except CheckpointError as error:
             say(f"{error}; trying the one before")
     if names:
-        raise CheckpointError(f"none of the {len(names)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir")
+        raise CheckpointError(
+            f"none of the {len(names)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir"
+        )
     return None
 
 
@@ -102,7 +109,9 @@ def load(path: Path, sections: tuple[str, ...] | None = None) -> Checkpoint:
                 raise CheckpointError(f"{file} is torn: {file.stat().st_size} bytes of {expected['bytes']}")
             if _digest(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-        wanted = sections or tuple(name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors"))
+        wanted = sections or tuple(
+            name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")
+        )
         tensors = {name: load_file(path / f"{name}.safetensors") for name in wanted}
         return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

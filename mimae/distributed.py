@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The name from torch 2.14 on, and the one before.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 _seconds = 0.0
 
 
@@ -35,7 +38,8 @@ def setup() -> torch.device:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     return device
 
 
@@ -69,7 +73,7 @@ def all_gather(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
     with _timed():
-        dist.all_gather_into_tensor(gathered, tensor)
+        _gather(gathered, tensor)
     return gathered
 
 
@@ -82,7 +86,10 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def timed_all_reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def timed_all_reduce(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """DDP's own averaging, with its seconds counted."""
     start = time.perf_counter()
     work = dist.all_reduce(bucket.buffer().div_(world_size()), async_op=True)

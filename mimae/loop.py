@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import signal
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +14,12 @@ from mimae import checkpoint, config, diagnostics, distributed, masking, picture
 from mimae.config import Recipe
 from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, make_loader, open_source
 from mimae.engines import DDPEngine, Engine
-from mimae.errors import UserError
+from mimae.guards import NonFinite, RunError, Signals, lock
 from mimae.kernels import pixel_loss
 from mimae.model import build
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
 from mimae.transfer.probe import knn_accuracy
-
-MAX_SKIPPED = 10
-"""Non-finite steps in a row that end a run."""
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -38,10 +29,6 @@ PICTURED = 8
 
 FREE_KEYS = ("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction", "compile")
 """Settings that may differ when a run is resumed: no weight depends on them."""
-
-
-class RunError(UserError):
-    """The run cannot start, or cannot go on."""
 
 
 class Outcome(NamedTuple):
@@ -60,7 +47,7 @@ def pretrain(recipe: Recipe) -> Outcome:
     """
     device = distributed.setup()
     try:
-        with _lock(Path(recipe.run.dir)), _Signals() as signals:
+        with lock(Path(recipe.run.dir)), Signals() as signals:
             return _Run(recipe, device).train(signals)
     finally:
         distributed.shutdown()
@@ -95,9 +82,7 @@ class _Run:
             compile_blocks=recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda"),
         )
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
-        self.telemetry = telemetry.Telemetry(
-            self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps
-        )
+        self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
         self.phases = telemetry.Phases(device)
         self.step = self._resume()
 
@@ -121,14 +106,14 @@ class _Run:
         self.telemetry.rewind(step)
         return step
 
-    def train(self, signals: _Signals) -> Outcome:
+    def train(self, signals: Signals) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
         if self.step >= self.steps:
             say(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
         say(self._headline())
-        guard = _NonFinite(self.path)
+        guard = NonFinite(self.path)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -144,24 +129,24 @@ class _Run:
                     losses, result, ids = self._optimize(batches)
                     self.step += 1
                     means.add(losses)
+                    guard.check(self.step, ids, result.skipped)
                     if self.step % recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
                         images = (self.step - logged_at) * recipe.schedule.batch_size
                         self.telemetry.step(self._record(losses, result) | step_pace.rates(images))
                         logged_at = self.step
-                    guard.check(self.step, ids, result.skipped)
-                    stop = signals.agreed() or recipe.run.dry
-                    ends = stop or self.step == self.steps
-                    if ends or self.step % recipe.checkpoint.every_steps == 0:
+                    last = recipe.run.dry or self.step == self.steps
+                    # Before the checkpoint: a kill between the two repeats the line, and loses none.
+                    if last or self.step % per_epoch == 0:
+                        images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
+                        record = epoch_pace.epoch(images)
+                        record["seconds_communication"] = distributed.communication_seconds() - communication
+                        self._end_of_epoch(epoch, record, means, losses, last)
+                    stop = signals.agreed() or last
+                    if stop or self.step % recipe.checkpoint.every_steps == 0:
                         guard.drain()
                         self._save()
                     if stop:
                         break
-                batches.close()
-                done = recipe.run.dry or self.step == self.steps
-                if self.step % per_epoch == 0 or done:
-                    record = epoch_pace.epoch((self.step - epoch * per_epoch - first) * recipe.schedule.batch_size)
-                    record["seconds_communication"] = distributed.communication_seconds() - communication
-                    self._end_of_epoch(epoch, record, means, losses, last=done)
         self.loader.close()
         finished = self.step >= self.steps
         if signals.received and not finished:
@@ -182,9 +167,7 @@ class _Run:
                 batch = batch.to(self.device)
             with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
                 with self.phases("forward"):
-                    visible, hidden = masking.draw(
-                        recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, self.engine.model.encoder.num_patches
-                    )
+                    visible, hidden = self._masks(batch, batch.epoch)
                     losses = self.engine.forward(batch.images, visible, hidden)
                 with self.phases("backward"):
                     self.engine.backward(losses.loss / recipe.schedule.accumulate)
@@ -202,7 +185,7 @@ class _Run:
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
             "samples": self.step * self.recipe.schedule.batch_size,
-            **{key: _number(getattr(losses, key)) for key in telemetry.LOSSES},
+            **{key: _number(value) for key, value in _reported(losses).items() if key in telemetry.LOSSES},
             "gate": _number(self.engine.model.objective.gate.weight),
             "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
             "grad_norm": _number(result.grad_norm),
@@ -216,20 +199,15 @@ class _Run:
                     "samples": self.step * self.recipe.schedule.batch_size,
                     "data": self.source.fingerprint,
                 }
-                checkpoint.save(
-                    self.path, self.step, self.engine.state_dict(), state, self.recipe.checkpoint.keep
-                )
+                checkpoint.save(self.path, self.step, self.engine.state_dict(), state, self.recipe.checkpoint.keep)
             dist.barrier()
 
-    def _end_of_epoch(
-        self, epoch: int, record: dict[str, Any], means: _Means, losses: Losses, last: bool
-    ) -> None:
+    def _end_of_epoch(self, epoch: int, record: dict[str, Any], means: _Means, losses: Losses, last: bool) -> None:
         """The epoch's line, its picture and its checks, on the main rank; the others wait at their next collective."""
         recipe = self.recipe
         if not self.is_main:
             return
-        averages = means.read()
-        record |= {key: averages.get(key) for key in (*telemetry.LOSSES, "mi_lower_nats", "mi_upper_nats", "saturated")}
+        record |= means.read()
         record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(losses.latents)}
         flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
         peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
@@ -260,9 +238,7 @@ class _Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 predictions = model.predict(batch.images, visible, hidden)
             mean, std = model.encoder.mean, model.encoder.std
-            rec += pixel_loss(
-                predictions, batch.images, hidden, mean, std, recipe.objective.normalize_pixels
-            ).item()
+            rec += pixel_loss(predictions, batch.images, hidden, mean, std, recipe.objective.normalize_pixels).item()
             terms += hidden.numel()
         checks = {"val_rec": rec / terms}
         if self.source.labels is not None and self.validation.labels is not None:
@@ -291,10 +267,9 @@ class _Run:
             normalize=recipe.objective.normalize_pixels,
         )
 
-    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return masking.draw(
-            self.recipe.masking, self.recipe.seed, 0, batch.sample_ids, self.engine.model.encoder.num_patches
-        )
+    def _masks(self, batch: Batch, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        patches = self.engine.model.encoder.num_patches
+        return masking.draw(self.recipe.masking, self.recipe.seed, epoch, batch.sample_ids, patches)
 
     def _evaluation_batches(self, source: Source, limit: int) -> Iterator[Batch]:
         """Batches spread evenly over a source, at most `limit` images."""
@@ -313,10 +288,14 @@ class _Run:
         )
 
 
+def _reported(losses: Losses) -> dict[str, Tensor | None]:
+    """The losses by the keys of the records; all of them global."""
+    keys = (*telemetry.LOSSES[1:], "mi_lower_nats", "mi_upper_nats", "saturated")
+    return {"loss": losses.total} | {key: getattr(losses, key) for key in keys}
+
+
 class _Means:
     """Means of the losses over an epoch, summed on the device."""
-
-    KEYS = (*telemetry.LOSSES, "mi_lower_nats", "mi_upper_nats", "saturated")
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -324,105 +303,12 @@ class _Means:
 
     def add(self, losses: Losses) -> None:
         self.count += 1
-        for key in self.KEYS:
-            if (value := getattr(losses, key)) is not None:
-                self.sums[key] = self.sums[key] + value.detach() if key in self.sums else value.detach().clone()
+        for key, value in _reported(losses).items():
+            if value is not None:
+                self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def read(self) -> dict[str, float]:
         return {key: value.item() / self.count for key, value in self.sums.items()}
-
-
-class _NonFinite:
-    """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.pending: deque[tuple[int, list[Tensor], Tensor, torch.cuda.Event | None]] = deque()
-        self.streak: list[tuple[int, list[int]]] = []
-
-    def check(self, step: int, ids: list[Tensor], skipped: Tensor) -> None:
-        """Reads the decision of the step before. Raises RunError at the tenth skipped step in a row."""
-        self.drain()
-        event = torch.cuda.Event() if skipped.is_cuda else None
-        copied = skipped.to("cpu", non_blocking=True)
-        if event is not None:
-            event.record()
-        self.pending.append((step, ids, copied, event))
-
-    def drain(self) -> None:
-        """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
-        while self.pending:
-            step, ids, skipped, event = self.pending.popleft()
-            if event is not None:
-                event.synchronize()
-            if skipped.item() == 0:
-                self.streak.clear()
-                continue
-            self.streak.append((step, torch.cat(ids).tolist()))
-            if len(self.streak) == MAX_SKIPPED:
-                steps = "\n".join(f"  step {step}: samples {ids}" for step, ids in self.streak)
-                raise RunError(
-                    f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} are "
-                    f"untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
-                )
-
-
-class _Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C as a wish to save and stop, agreed on by all ranks one step late, over the host."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._wish = torch.zeros(1)
-        self._work: Any = None
-
-    def __enter__(self) -> _Signals:
-        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def agreed(self) -> bool:
-        """True on every rank after the same step once any of them was told to stop."""
-        if self._work is not None:
-            self._work.wait()
-            if self._wish.item() > 0:
-                self.received = True
-                return True
-        self._wish = torch.full((1,), float(self.received))
-        self._work = dist.all_reduce(self._wish, async_op=True)
-        return False
-
-
-@contextmanager
-def _lock(run: Path) -> Iterator[None]:
-    """Holds the run directory for this job; the main rank's lock goes with its process, however that ends."""
-    if distributed.rank() != 0:
-        yield
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / "lock").open("a+")
-    except OSError as error:
-        raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise RunError(
-                f"run.dir={run} is in use by process {file.read().strip() or '?'}; wait for it or choose another run.dir"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _check_config(recipe: Recipe, run: Path) -> None:

@@ -47,9 +47,10 @@ class ObjectiveSettings(Section):
 
 class Losses(NamedTuple):
     """fp32 scalars of one micro-batch; None where a term is off. `loss` is local and carries the graph, the others
-    are global and detached, the same on every rank."""
+    are global and detached, the same on every rank; `total` is the global `loss`."""
 
     loss: Tensor
+    total: Tensor
     rec: Tensor
     max_mi: Tensor | None
     min_mi: Tensor | None
@@ -75,7 +76,7 @@ class InfoNCE(torch.autograd.Function):
         return loss / ctx.terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         u, columns, tau, lse = ctx.saved_tensors
         d_u, d_tau = kernels.infonce_grad(u, columns, ctx.offset, tau, lse)
         scale = grad * world_size() / ctx.terms
@@ -98,9 +99,9 @@ class CLUB(torch.autograd.Function):
         return club[0] / (ctx.images * N), nll / ctx.local
 
     @staticmethod
-    def backward(ctx: Any, d_club: Tensor, d_nll: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        z = ctx.saved_tensors[0]
-        d_z, d_mu, d_log_s2 = kernels.club_grad(*ctx.saved_tensors, ctx.images)
+    def backward(ctx: Any, d_club: Tensor, d_nll: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        z, mu, log_s2, mean, variance, inverse, mu_inverse = ctx.saved_tensors
+        d_z, d_mu, d_log_s2 = kernels.club_grad(z, mu, log_s2, mean, variance, inverse, mu_inverse, ctx.images)
         d_z = d_z * (d_club * world_size() / (ctx.images * z.shape[1]))
         return d_z, d_mu * (d_nll / ctx.local), d_log_s2 * (d_nll / ctx.local), None
 
@@ -143,9 +144,7 @@ class Objective(nn.Module):
     What a term of weight 0 would need is not built: a run without CLUB pays for no V.
     """
 
-    def __init__(
-        self, settings: ObjectiveSettings, num_views: int, width: int, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, settings: ObjectiveSettings, num_views: int, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         if settings.max_mi > 0 and num_views < 2:
             raise ValueError(f"objective.max_mi needs at least 2 views, masking.num_masks is {num_views}")
@@ -174,9 +173,7 @@ class Objective(nn.Module):
         settings = self.settings
         rec = kernels.pixel_loss(predictions, images, targets, mean, std, settings.normalize_pixels)
         rec = rec / targets.numel()
-        z, u, moments = kernels.view_latents(
-            tokens[:, :, :1] if settings.latent == "class_token" else tokens[:, :, 1:]
-        )
+        z, u, moments = kernels.view_latents(tokens[:, :, :1] if settings.latent == "class_token" else tokens[:, :, 1:])
         loss, local_means = rec, [rec.detach()]
         max_mi = min_mi = fit = lower = upper = saturated = None
         if settings.max_mi > 0:
@@ -193,10 +190,10 @@ class Objective(nn.Module):
             upper = upper.detach()
             min_mi = upper / z.shape[-1]
             local_means += [nll.detach(), saturation(log_s2.detach())]
-        global_means = (all_sum(torch.stack(local_means)) / world_size()).unbind()
-        if self.posterior is not None:
-            fit, saturated = global_means[1:]
-        return Losses(loss, global_means[0], max_mi, min_mi, fit, lower, upper, saturated, z.detach())
+        total, rec, *of_posterior = all_sum(torch.stack([loss.detach(), *local_means])) / world_size()
+        if of_posterior:
+            fit, saturated = of_posterior
+        return Losses(loss, total, rec, max_mi, min_mi, fit, lower, upper, saturated, z.detach())
 
     def _temperature(self, like: Tensor) -> Tensor:
         if self.log_temperature is None:

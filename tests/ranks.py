@@ -20,9 +20,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _enter(
-    rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple
-) -> None:
+def _enter(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -38,5 +36,7 @@ def _enter(
 
 def run_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each of `world_size` ranks; the results by rank (tensors, numbers, dicts of them)."""
-    mp.spawn(_enter, (world_size, _free_port(), folder, function, args), nprocs=world_size)
+    mp.spawn(  # type: ignore[attr-defined]
+        _enter, (world_size, _free_port(), folder, function, args), nprocs=world_size
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]

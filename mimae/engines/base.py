@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimae.model import MIMAE
 from mimae.objective import Losses
@@ -25,8 +25,6 @@ class Engine(Protocol):
 
     model: MIMAE
     """The model itself, for evaluation on this rank alone."""
-    module: nn.Module
-    """What training calls: `module(images, visible, targets) -> Losses`."""
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
         """One micro-batch of this rank, in the run's precision."""

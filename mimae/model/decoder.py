@@ -46,8 +46,6 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""
-        filled = kernels.fill_masked(
-            self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0]
-        )
+        filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0])
         decoded = run_blocks(self.blocks, filled, self.checkpointing)
         return self.head(self.norm(decoded[:, :, tokens.shape[2] :]))

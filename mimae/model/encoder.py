@@ -70,7 +70,7 @@ def sincos_positions(width: int, height_patches: int, width_patches: int) -> Ten
 def blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
     return nn.ModuleList(
-        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
         for _ in range(depth)
     )
 
@@ -91,9 +91,7 @@ class PatchProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(
-        self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor
-    ) -> Tensor:
+    def forward(self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return kernels.embed_visible(images, visible, self.weight, self.bias, pos, cls, mean, std)
 
 
@@ -131,9 +129,7 @@ class Encoder(nn.Module):
         if visible is None:
             every = torch.arange(self.num_patches, device=images.device, dtype=torch.int32)
             visible = every.expand(images.shape[0], 1, -1)
-        tokens = self.patch_embed["proj"](
-            images, visible, self.pos_embed[0], self.cls_token[0, 0], self.mean, self.std
-        )
+        tokens = self.patch_embed["proj"](images, visible, self.pos_embed[0], self.cls_token[0, 0], self.mean, self.std)
         return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing))
 
     def features(self, images: Tensor) -> Tensor:

@@ -31,9 +31,7 @@ class MIMAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
-        self.decoder = Decoder(
-            decoder, model.width, self.encoder.grid, model.patch_size, model.checkpointing
-        )
+        self.decoder = Decoder(decoder, model.width, self.encoder.grid, model.patch_size, model.checkpointing)
         self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
@@ -42,9 +40,7 @@ class MIMAE(nn.Module):
         predictions = self.decoder(tokens, visible, targets)
         # Latents and losses are fp32 (or float64) whatever the precision of the networks.
         with torch.autocast(images.device.type, enabled=False):
-            return self.objective(
-                predictions, tokens, images, targets, self.encoder.mean, self.encoder.std
-            )
+            return self.objective(predictions, tokens, images, targets, self.encoder.mean, self.encoder.std)
 
     def predict(self, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""

@@ -1,0 +1,121 @@
+"""What keeps a run from harm: one job per directory, signals that save, and steps whose gradient is not finite."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mimae import distributed
+from mimae.errors import UserError
+
+MAX_SKIPPED = 10
+"""Non-finite steps in a row that end a run."""
+
+
+class RunError(UserError):
+    """The run cannot start, or cannot go on."""
+
+
+class NonFinite:
+    """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.pending: deque[tuple[int, list[Tensor], Tensor, torch.cuda.Event | None]] = deque()
+        self.streak: list[tuple[int, list[int]]] = []
+
+    def check(self, step: int, ids: list[Tensor], skipped: Tensor) -> None:
+        """Reads the decision of the step before. Raises RunError at the tenth skipped step in a row."""
+        self.drain()
+        event = torch.cuda.Event() if skipped.is_cuda else None
+        copied = skipped.to("cpu", non_blocking=True)
+        if event is not None:
+            event.record()
+        self.pending.append((step, ids, copied, event))
+
+    def drain(self) -> None:
+        """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
+        while self.pending:
+            step, ids, skipped, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if skipped.item() == 0:
+                self.streak.clear()
+                continue
+            self.streak.append((step, torch.cat(ids).tolist()))
+            if len(self.streak) == MAX_SKIPPED:
+                steps = "\n".join(f"  step {step}: samples {ids}" for step, ids in self.streak)
+                raise RunError(
+                    f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} "
+                    f"are untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
+                )
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C as a wish to save and stop, agreed on by all ranks one step late, over the host."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._wish = torch.zeros(1)
+        self._work: Any = None
+
+    def __enter__(self) -> Signals:
+        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def agreed(self) -> bool:
+        """True on every rank after the same step once any of them was told to stop."""
+        if self._work is not None:
+            self._work.wait()
+            if self._wish.item() > 0:
+                self.received = True
+                return True
+        self._wish = torch.full((1,), float(self.received))
+        self._work = dist.all_reduce(self._wish, async_op=True)
+        return False
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Holds the run directory for this job; the main rank's lock goes with its process, however that ends."""
+    if distributed.rank() != 0:
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / "lock").open("a+")
+    except OSError as error:
+        raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunError(
+                f"run.dir={run} is in use by process {file.read().strip() or '?'}; "
+                "wait for it or choose another run.dir"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
