@@ -9,12 +9,14 @@ in a fresh process for each.
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -265,6 +267,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def time_by_kind(contender: Contender) -> dict[str, float]:
     """Share of one step's operator time by kind (KINDS): on the device where there is one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler complains to stderr where there is no GPU
     on_cuda = contender.images.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
@@ -329,14 +332,15 @@ def _resident_bytes(field: str) -> int:
 
 
 def measure_memory(contests: Sequence[tuple[Recipe, dict[str, Any]]], device: torch.device) -> None:
-    """Adds `peak_bytes` to every contender of the contests, each from a process of its own."""
+    """Adds `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
     for recipe, result in contests:
         for name, contender in result["contenders"].items():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                try:
-                    contender["peak_bytes"] = pool.submit(peak_memory, name, recipe, device).result()
-                except (BrokenProcessPool, torch.OutOfMemoryError):
-                    contender["peak_bytes"] = None
+            contender["peak_bytes"] = None
+            with (
+                suppress(BrokenProcessPool, torch.OutOfMemoryError),
+                ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+            ):
+                contender["peak_bytes"] = pool.submit(peak_memory, name, recipe, device).result()
 
 
 def products(recipe: Recipe) -> list[Product]:
