@@ -320,8 +320,14 @@ def knn_accuracy(encoder: Encoder, data: DataSettings, train: Source, test: Sour
 # The verb
 
 
-def probe(run: str | Path, train: str | None = None, test: str | None = None, images: int = 50_000) -> dict[str, Any]:
-    """Probes the newest checkpoint of a run beside raw pixels and the run's encoder before training.
+def probe(
+    run: str | Path,
+    train: str | None = None,
+    test: str | None = None,
+    images: int = 50_000,
+    baselines: bool = True,
+) -> dict[str, Any]:
+    """Probes the newest checkpoint of a run, with `baselines` beside raw pixels and the encoder before training.
 
     `train` and `test` are data paths in place of the run's; of the training set at most `images`,
     class-balanced, are used. Returns what `mimae probe` writes to probe.json. Raises UserError.
@@ -342,10 +348,11 @@ def probe(run: str | Path, train: str | None = None, test: str | None = None, im
             f"{images:,} are used; a probe needs {FOLDS} a class, {FOLDS * classes:,}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders = {"random encoder": build(recipe).encoder.eval(), "this run": encoder}
+    encoders = {"random encoder": build(recipe).encoder.eval()} if baselines else {}
+    encoders["this run"] = encoder
     if recipe.ema.decay is not None:
         encoders["this run, moving average"] = load_encoder(run, average=True)
-    extractors: dict[str, Extractor] = {"raw pixels": pixels}
+    extractors: dict[str, Extractor] = {"raw pixels": pixels} if baselines else {}
     extractors |= {name: network.to(device).features for name, network in encoders.items()}
     chosen = [balanced_subset(labels[0], images, seed=0), torch.arange(len(labels[1]))]
     (train_features, train_ids), (test_features, test_ids) = (
@@ -374,9 +381,10 @@ def main(
     train: Annotated[str | None, typer.Option(help="labelled training images [default: data.path]")] = None,
     test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
     images: Annotated[int, typer.Option(help="training images to use at most, class-balanced", min=1)] = 50_000,
+    baselines: Annotated[bool, typer.Option(help="also raw pixels and the encoder before training")] = True,
 ) -> None:
     """Judge a run's frozen features: linear probe, few labels, nearest neighbours. Writes RUN/probe.json."""
-    result = probe(run, train, test, images)
+    result = probe(run, train, test, images, baselines)
     write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")
     table = Table(
         title=f"{run}: {result['train_images']:,} training and {result['test_images']:,} test images of "
