@@ -45,10 +45,12 @@ def pretrain(recipe: Recipe) -> Outcome:
 
     Raises UserError for what a person can mend: data, run directory, checkpoints, ten non-finite steps in a row.
     """
+    source = open_source(recipe.data.path)
+    validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
     device = distributed.setup()
     try:
         with lock(Path(recipe.run.dir)), Signals() as signals:
-            return _Run(recipe, device).train(signals)
+            return _Run(recipe, source, validation, device).train(signals)
     finally:
         distributed.shutdown()
 
@@ -56,12 +58,10 @@ def pretrain(recipe: Recipe) -> Outcome:
 class _Run:
     """The parts of a run, put together once: data, model, engine, checkpoint, telemetry."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
+    def __init__(self, recipe: Recipe, source: Source, validation: Source | None, device: torch.device) -> None:
+        self.recipe, self.source, self.validation, self.device = recipe, source, validation, device
         self.path = Path(recipe.run.dir)
         self.is_main = distributed.rank() == 0
-        self.source = open_source(recipe.data.path)
-        self.validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
         self.loader: Loader = make_loader(
             recipe.data,
             self.source,

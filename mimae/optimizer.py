@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mimae.settings import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Section):
@@ -20,7 +22,7 @@ class OptimizerSettings(Section):
         None, gt=0, description="peak learning rate of V per 256 views; null: as learning_rate"
     )
     weight_decay: float = Field(0.05, ge=0, description="weight decay, on matrices only, none on V")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
     clip: float | None = Field(
         None, gt=0, description="largest gradient norm; V and the rest are clipped apart; null: no clipping"
     )

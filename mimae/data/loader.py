@@ -70,8 +70,6 @@ def evaluation_batches(
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})
     backend = TorchLoader(plain, source, seed=0)
     try:
-        yield from backend.batches(
-            Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size))
-        )
+        yield from backend.batches(Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size)))
     finally:
         backend.close()

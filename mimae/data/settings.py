@@ -29,9 +29,7 @@ class DataSettings(Section):
         (0.2, 1.0), description="area of the random crop as a share of the image; null: the centre, uncropped"
     )
     flip: bool = Field(True, description="mirror half of the training samples left to right")
-    mean: tuple[float, float, float] = Field(
-        (0.485, 0.456, 0.406), description="mean of red, green and blue in [0, 1]"
-    )
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="mean of red, green and blue in [0, 1]")
     std: tuple[float, float, float] = Field(
         (0.229, 0.224, 0.225), description="deviation of red, green and blue in [0, 1]"
     )
@@ -56,9 +54,7 @@ class DataSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale is [low, high] with 0 < low <= high <= 1, got {list(self.crop_scale)}"
-            )
+            raise ValueError(f"crop_scale is [low, high] with 0 < low <= high <= 1, got {list(self.crop_scale)}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0 in every channel, got {list(self.std)}")
         return self

@@ -129,9 +129,7 @@ def _scan_folder(root: Path) -> Index:
     if b"" not in per_class:
         folders_in_order = sorted(per_class)
         number = {name: i for i, name in enumerate(folders_in_order)}
-        labels = np.repeat(np.array([number[name] for name in per_class]), list(per_class.values())).astype(
-            np.int64
-        )
+        labels = np.repeat(np.array([number[name] for name in per_class]), list(per_class.values())).astype(np.int64)
         classes = [os.fsdecode(name) for name in folders_in_order]
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
     return Index(np.frombuffer(bytes(names), np.uint8), _offsets(lengths), labels, classes, watched)
@@ -148,9 +146,7 @@ def _list_folders(root: bytes) -> dict[bytes, _Listing]:
         level: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
         while level:
             below = []
-            for (prefix, above), result in zip(
-                level, pool.map(lambda at: _list(root, *at), level), strict=True
-            ):
+            for (prefix, above), result in zip(level, pool.map(lambda at: _list(root, *at), level), strict=True):
                 if result is not None:
                     identity, listings[prefix] = result
                     inside = above | {identity}
@@ -159,9 +155,7 @@ def _list_folders(root: bytes) -> dict[bytes, _Listing]:
     return listings
 
 
-def _list(
-    root: bytes, prefix: bytes, above: frozenset[tuple[int, int]]
-) -> tuple[tuple[int, int], _Listing] | None:
+def _list(root: bytes, prefix: bytes, above: frozenset[tuple[int, int]]) -> tuple[tuple[int, int], _Listing] | None:
     """Lists one folder; None where it is one of those above it again, reached through a link."""
     folder = os.path.join(root, prefix)
     try:

@@ -54,30 +54,40 @@ class TorchLoader:
         if self._running is not None:
             self._running.close()
         self._jobs.jobs = jobs
-        self._running = _run(self._loader)
+        self._running = self._run()
         return self._running
 
     def close(self) -> None:
         """Ends the workers."""
         if self._running is not None:
             self._running.close()
-        # The workers end with the last reference to what they work for.
+        # The workers end with the last reference to the DataLoader, so no frame of an error may hold one.
         self._running = self._loader = None
 
+    def _run(self) -> Generator[Batch, None, None]:
+        try:
+            for made in self._iterator():
+                if isinstance(made, DataError):
+                    raise made
+                yield made
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a decoding process died ({error}). Most often memory ran out: lower data.workers or the "
+                f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
+            ) from error.with_traceback(None)
 
-def _run(loader: DataLoader) -> Generator[Batch, None, None]:
-    try:
-        for made in _without_signal(loader):
-            if isinstance(made, DataError):
-                raise made
-            yield made
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a decoding process died ({error}). Most often memory ran out: lower data.workers or the "
-            f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
-        ) from error
+    def _iterator(self) -> Iterator[Batch | DataError]:
+        """The DataLoader's iterator, without torch's SIGCHLD handler: that one raises a worker's death wherever
+        the main thread is (in the middle of a save, say); the next batch notices it too, within seconds."""
+        assert self._loader is not None
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        iterator = iter(self._loader)
+        signal.signal(signal.SIGCHLD, handler)
+        return iterator
 
 
 def default_workers() -> int:
@@ -154,17 +164,6 @@ def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
 
 def _as_is(made: Any) -> Any:
     return made
-
-
-def _without_signal(loader: DataLoader) -> Iterator[Batch | DataError]:
-    """Iterates `loader` without torch's SIGCHLD handler, which raises a worker's death wherever the main
-    thread is (in the middle of a save, say); the next batch notices it too, within some seconds."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return iterator
 
 
 class _Guard:
