@@ -21,6 +21,8 @@ setup(
     name="mimae",
     version=re.search(r'^__version__ = "(.+)"$', (here / "mimae/__init__.py").read_text(), re.M)[1],
     description="MI-MAE: masked autoencoders that learn mask-invariant mutual information",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     author="The mimae contributors",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
