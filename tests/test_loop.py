@@ -1,0 +1,268 @@
+"""Whole runs on small images: resuming, killing, stopping, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import Tensor
+
+from mimae import checkpoint, config, guards, loop
+from mimae.errors import UserError
+from mimae.telemetry import EPOCH_KEYS, STEP_KEYS
+from tests.ranks import run_ranks
+
+STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images of two classes, 14 to 20 pixels wide."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (16, 14 + i % 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")
+    return folder
+
+
+def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
+    """Seconds on one core, with every part in use: gate, V, projector, accumulation, clipping, EMA, checks."""
+    tree = {
+        "precision": "fp32",
+        "run": {"dir": str(run)},
+        "data": {"path": str(images), "val_path": str(images), "image_size": 8, "workers": 0},
+        "model": {"size": "tiny", "patch_size": 2, "width": 16, "depth": 1, "heads": 2},
+        "decoder": {"width": 8, "depth": 1, "heads": 2},
+        "objective": {"projector": "mlp", "gate_loss": 5.0, "posterior_width": 4},
+        "optimizer": {"learning_rate": 0.1, "clip": 1.0},
+        "schedule": {"batch_size": 8, "epochs": 3, "warmup_epochs": 1, "accumulate": 2},
+        "ema": {"decay": 0.5},
+        "checkpoint": {"every_steps": 2},
+        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "tensorboard": False},
+    }
+    return config.load(tree, overrides).recipe
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    found = checkpoint.find(run)
+    assert found is not None
+    return {f"{section}.{name}": t for section, part in found.tensors.items() for name, t in part.items()}
+
+
+def assert_bit_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    different = [name for name in want if not torch.equal(got[name].nan_to_num(), want[name].nan_to_num())]
+    assert not different
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    outcome = loop.pretrain(recipe(images, run))
+    assert outcome == (run, STEPS, True, False)
+    return run
+
+
+def test_a_run_leaves_what_its_reader_expects(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    steps, epochs = lines(whole / "metrics.jsonl"), lines(whole / "epochs.jsonl")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert all(set(record) == set(STEP_KEYS) for record in steps)
+    assert [record["epoch"] for record in epochs] == [0, 1, 2]
+    assert all(set(record) == set(EPOCH_KEYS) for record in epochs)
+    assert [record["images"] for record in epochs] == [24, 24, 24]
+    assert all(record[key] is not None for record in epochs for key in ("knn", "val_rec", "effective_rank"))
+    assert steps[0]["gate"] == 1 and steps[-1]["lr"] < steps[2]["lr"]
+    assert len(list((whole / "images").glob("*.png"))) == 3
+    assert len(list((whole / "checkpoints").glob("step-*"))) == 2
+    assert json.loads((whole / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_a_finished_run_says_so(images: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tensors(whole)
+    assert loop.pretrain(recipe(images, whole)).finished
+    assert "finished" in capsys.readouterr().out
+    assert_bit_equal(tensors(whole), before)
+
+
+def _die_at_step(images: Path, run: Path, step: int) -> None:
+    """Runs until `step` has been computed, then dies before anything is written about it."""
+    optimize: Callable[..., Any] = loop._Run._optimize
+
+    def until(self: Any, batches: Any) -> Any:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return optimize(self, batches)
+
+    vars(loop)["_Run"]._optimize = until
+    loop.pretrain(recipe(images, run))
+
+
+def _die_in_save(images: Path, run: Path, step: int) -> None:
+    """Dies with half of the optimizer's file of the checkpoint at `step` written."""
+    write = checkpoint.save_file
+
+    def torn(content: Any, path: Path) -> None:
+        write(content, path)
+        if path.name == "optimizer.safetensors" and f"step-{step:08d}" in str(path):
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    vars(checkpoint)["save_file"] = torn
+    loop.pretrain(recipe(images, run))
+
+
+def _killed(function: Callable[..., None], *args: Any) -> None:
+    """Runs `function` in a process of its own, which has to die by SIGKILL."""
+    process = mp.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_at_random_and_in_a_save_a_run_ends_with_the_same_bits(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    step = random.randrange(1, STEPS)
+    print("killed at step", step)
+    _killed(_die_at_step, images, tmp_path, step)
+    _killed(_die_in_save, images, tmp_path, random.choice(range(step // 2 * 2 + 2, STEPS, 2) or [STEPS]))
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    records = lines(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "each step once, none lost"
+    undisturbed = lines(whole / "metrics.jsonl")
+    assert [record["loss"] for record in records] == [record["loss"] for record in undisturbed]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimize = loop._Run._optimize
+
+    def signalled(self: Any, batches: Any) -> Any:
+        if self.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return optimize(self, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimize", signalled)
+    outcome = loop.pretrain(recipe(images, tmp_path))
+    assert outcome.saved_on_signal and not outcome.finished and outcome.step < STEPS
+    monkeypatch.undo()
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Altered in one bit; then torn; then none is left."""
+    loop.pretrain(recipe(images, tmp_path))
+    older, newest = sorted((tmp_path / "checkpoints").iterdir())
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    output = capsys.readouterr().out
+    assert f"{weights} was altered" in output and f"at step {int(older.name[5:])}" in output
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    for path in (tmp_path / "checkpoints").iterdir():
+        os.truncate(path / "optimizer.safetensors", 10)
+    with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
+        loop.pretrain(recipe(images, tmp_path))
+    assert "is torn: 10 bytes" in capsys.readouterr().out
+
+
+def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"masking\.ratio: 0\.75 in the run, 0\.5 now"):
+        loop.pretrain(recipe(images, whole, "masking.ratio=0.5", "masking.num_masks=2"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for i, path in enumerate(images.rglob("*.png")):
+        (other / f"{i}.png").write_bytes(path.read_bytes())
+    run = tmp_path / "run"
+    loop.pretrain(recipe(images, run, "run.dry=true"))
+    found = checkpoint.find(run)
+    assert found is not None and found.state["step"] == 1
+    images_link = tmp_path / "link"
+    images_link.symlink_to(images)
+    moved = config.load(recipe(images_link, run)).recipe
+    with pytest.raises(UserError, match=r"data\.path"):
+        loop.pretrain(moved)
+    for path in list(images.rglob("*.png"))[:1]:
+        kept = path.read_bytes()
+        path.rename(tmp_path / "away.png")
+        try:
+            with pytest.raises(UserError, match="no longer holds the images"):
+                loop.pretrain(recipe(images, run))
+        finally:
+            path.write_bytes(kept)
+
+
+def test_two_runs_in_one_directory_are_refused(images: Path, tmp_path: Path) -> None:
+    with (
+        guards.lock(tmp_path),
+        pytest.raises(guards.RunError, match=f"in use by process {os.getpid()}"),
+        guards.lock(tmp_path),
+    ):
+        pass
+
+
+def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad step leaves the weights and the averages alone; ten in a row leave the checkpoints alone too."""
+    optimize, bad = loop._Run._optimize, {4}
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        parameter = next(self.engine.model.parameters())
+        hook = parameter.register_hook(lambda g: g * float("nan")) if self.step in bad else None
+        before = {name: p.clone() for name, p in self.engine.model.named_parameters()}
+        averages = {name: p.clone() for name, p in self.engine.ema.items()}
+        result = optimize(self, batches)
+        changed = [n for n, p in self.engine.model.named_parameters() if not torch.equal(p, before[n])]
+        changed += [n for n, p in self.engine.ema.items() if not torch.equal(p, averages[n])]
+        assert bool(changed) == (hook is None and self.step > 0) or self.step == 0
+        if hook is not None:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(loop._Run, "_optimize", poisoned)
+    assert loop.pretrain(recipe(images, tmp_path / "one")).finished
+    bad |= set(range(5, 40))
+    with pytest.raises(guards.RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
+        loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
+    found = checkpoint.find(tmp_path / "ten")
+    assert found is not None and all(t.isfinite().all() for n, t in found.tensors["model"].items() if "gate" not in n)
+
+
+def _losses(images: Path, run: Path) -> list[float]:
+    loop.pretrain(recipe(images, run, "schedule.accumulate=1"))
+    return [record["loss"] for record in lines(run / "metrics.jsonl")]
+
+
+def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> None:
+    """Global statistics, global batches: only rounding differs."""
+    (tmp_path / "ranks").mkdir()
+    two = run_ranks(2, tmp_path / "ranks", _losses, images, tmp_path / "two")[0]
+    one = _losses(images, tmp_path / "one")
+    assert len(one) == STEPS
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
