@@ -38,7 +38,12 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"mimae": ["py.typed"], "mimae.kernels": ["py.typed"], "mimae.configs": ["*.yaml"]},
+    package_data={
+        "mimae": ["py.typed"],
+        "mimae.kernels": ["py.typed"],
+        "mimae.bench": ["*.yaml"],
+        "mimae.configs": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["mimae = mimae.cli:main"]},
     install_requires=[
         "torch>=2.11",
