@@ -70,11 +70,13 @@ class TorchLoader:
                 if isinstance(made, DataError):
                     raise made
                 yield made
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # The latter two where it died while it handed a batch over.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            reason = str(error) or "its pipe closed"
             raise DataError(
-                f"a decoding process died ({error}). Most often memory ran out: lower data.workers or the "
+                f"a decoding process died ({reason}). Most often memory ran out: lower data.workers or the "
                 f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
             ) from error.with_traceback(None)
 

@@ -1,0 +1,289 @@
+"""Micro-batches as the training loop gets them: the right pixels under the right ids, whatever the images hold."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from mimae.data import Batch, DataError, DataSettings, Source, evaluation_batches, make_loader, open_source
+from mimae.data.augment import centre_window, crop_words, flips, random_window
+from mimae.data.torch_loader import default_workers
+from mimae.randomness import Purpose, words
+from tests.data.conftest import encoded, photograph, write_images
+
+SETTINGS = DataSettings(image_size=(16, 24), workers=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty images, one turned by its EXIF block and one grey."""
+    write_images(tmp_path, [f"{i:02}.png" for i in range(20)], 40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "03.png").write_bytes(encoded(photograph(3, 40, 60), exif=exif))
+    (tmp_path / "04.png").write_bytes(encoded(photograph(4, 40, 60)[..., 0]))
+    return tmp_path
+
+
+def expected_sample(source: Source, seed: int, epoch: int, slot: int, pixels_of: int) -> np.ndarray:
+    """The sample without the loader: whole image upright, cut in NumPy, resized, mirrored."""
+    image = ImageOps.exif_transpose(Image.open(source.path(pixels_of))).convert("RGB")
+    row = crop_words(seed, epoch, torch.tensor([slot]))[0].tolist()
+    top, left, h, w = random_window(row, image.height, image.width, (0.2, 1.0))
+    cut = Image.fromarray(np.ascontiguousarray(np.asarray(image)[top : top + h, left : left + w]))
+    resized = np.asarray(cut.resize((24, 16), Image.Resampling.BICUBIC))
+    return resized[:, ::-1] if flips(seed, epoch, torch.tensor([slot]))[0] else resized
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_of_micro_batches(folder: Path, workers: int) -> None:
+    """Two ranks, two micro-batches a step: every sample of the order once, its pixels cut by its own id."""
+    source = open_source(str(folder))
+    settings = SETTINGS.model_copy(update={"workers": workers})
+    loaders = [
+        make_loader(settings, source, seed=3, batch_size=8, accumulate=2, rank=rank, world_size=2) for rank in range(2)
+    ]
+    assert [loader.steps_per_epoch for loader in loaders] == [2, 2]
+    for epoch in (0, 1):
+        dealt = [list(loader.epoch(epoch)) for loader in loaders]
+        assert [len(batches) for batches in dealt] == [4, 4]
+        seen = []
+        for micro, both in enumerate(zip(*dealt)):
+            for batch in both:
+                assert (batch.epoch, batch.step) == (epoch, micro // 2)
+                assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
+                assert batch.images.shape == (2, 16, 24, 3)
+                assert batch.bad == []
+                assert torch.equal(batch.sample_ids, batch.source_ids)
+                for image, i in zip(batch.images, batch.sample_ids.tolist()):
+                    np.testing.assert_array_equal(image, expected_sample(source, 3, epoch, i, i))
+                    seen.append(i)
+        assert sorted(seen + loaders[0].dropped(epoch).tolist()) == list(range(20))
+    for loader in loaders:
+        loader.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        torch.equal(a.images, b.images)
+        and torch.equal(a.sample_ids, b.sample_ids)
+        and (a.epoch, a.step, a.bad) == (b.epoch, b.step, b.bad)
+    )
+
+
+def test_resume_and_unfinished_epochs(folder: Path) -> None:
+    """An epoch left half-way, another begun, the first resumed: the same batches, with workers still at it."""
+    source = open_source(str(folder))
+    whole = list(make_loader(SETTINGS, source, seed=0, batch_size=4, accumulate=2).epoch(5))
+    loader = make_loader(SETTINGS.model_copy(update={"workers": 2}), source, seed=0, batch_size=4, accumulate=2)
+    begun = loader.epoch(5)
+    assert same(next(begun), whole[0])
+    assert [b.epoch for b in loader.epoch(6)] == [6] * 10
+    assert next(begun, None) is None  # It ended when the other began: its batches would be the other's.
+    rest = list(loader.epoch(5, first_step=3))
+    assert len(rest) == 4 and all(map(same, rest, whole[6:]))
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        loader.epoch(0)
+
+
+def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
+    """Dropout or noise of a model must not depend on how often an epoch was begun."""
+    loader = make_loader(SETTINGS, open_source(str(folder)), seed=0, batch_size=4)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    list(loader.epoch(0))
+    list(evaluation_batches(SETTINGS, open_source(str(folder)), 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Samples that cannot be read
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_are_replaced_by_the_chain(folder: Path, workers: int) -> None:
+    """Three broken in three ways: each costs itself alone, and its slot keeps its own crop and flip."""
+    source = open_source(str(folder))
+    (folder / "05.png").write_bytes(b"no image")
+    (folder / "11.png").unlink()
+    big = np.zeros((300, 300), np.uint8)
+    (folder / "17.png").write_bytes(encoded(big))
+    broken = {5: "begins with b'no image'", 11: "No such file", 17: "max_pixels = 80000"}
+    settings = SETTINGS.model_copy(update={"workers": workers, "max_pixels": 80_000})
+    loader = make_loader(settings, source, seed=2, batch_size=5)
+    replaced = set()
+    for batch in loader.epoch(4):
+        for image, slot, pixels_of in zip(batch.images, batch.sample_ids.tolist(), batch.source_ids.tolist()):
+            drawn = words(2, Purpose.REPLACEMENT, 4, torch.tensor([slot]), 64)[0].tolist()
+            chain = [slot, *(word * 20 >> 32 for word in drawn)]
+            assert pixels_of == next(i for i in chain if i not in broken)
+            np.testing.assert_array_equal(image, expected_sample(source, 2, 4, slot, pixels_of))
+            replaced |= {slot} if slot != pixels_of else set()
+        for i, path, reason in batch.bad:
+            assert path == source.path(i) and broken[i] in reason and "\n" not in reason
+    loader.close()
+    assert replaced == set(broken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_of_which_nothing_can_be_read(tmp_path: Path, workers: int) -> None:
+    """An error with a few of the reasons; from a worker too without torch's traceback."""
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    settings = SETTINGS.model_copy(update={"workers": workers})
+    loader = make_loader(settings, open_source(str(tmp_path)), seed=0, batch_size=4)
+    with pytest.raises(DataError, match=r"cannot be read, nor any of 64 samples tried") as failure:
+        next(loader.epoch(0))
+    assert "Traceback" not in str(failure.value)
+    assert "0.jpg: no header of an image" in str(failure.value)
+    loader.close()
+    assert not multiprocessing.active_children()  # Though the error still lives, with its traceback.
+
+
+# Evaluation
+
+
+def test_evaluation_is_in_order_and_of_the_centre(folder: Path) -> None:
+    source = open_source(str(folder))
+    batches = list(evaluation_batches(SETTINGS, source, 8))
+    assert [batch.sample_ids.tolist() for batch in batches] == [
+        list(range(8)),
+        list(range(8, 16)),
+        [16, 17, 18, 19],
+    ]
+    # 40 x 60 has the shape of 16 x 24; upright, 03.png is 60 x 40 and loses its top and bottom.
+    whole = Image.open(source.path(2)).resize((24, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(batches[0].images[2], np.asarray(whole))
+    window = centre_window(60, 40, (16, 24))
+    assert window == (16, 0, 27, 40)
+    middle = ImageOps.exif_transpose(Image.open(source.path(3))).crop((0, 16, 40, 43))
+    np.testing.assert_array_equal(batches[0].images[3], np.asarray(middle.resize((24, 16), Image.Resampling.BICUBIC)))
+
+
+def test_evaluation_of_chosen_samples(folder: Path) -> None:
+    source = open_source(str(folder))
+    whole = torch.cat([batch.images for batch in evaluation_batches(SETTINGS, source, 20)])
+    chosen = [7, 0, 19, 7]
+    some = list(evaluation_batches(SETTINGS, source, 3, ids=chosen))
+    assert torch.cat([batch.sample_ids for batch in some]).tolist() == chosen
+    assert torch.equal(torch.cat([batch.images for batch in some]), whole[chosen])
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "4"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "6"}, 6),
+        ({"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "5"}, 2),  # More than the process may use.
+        ({"LOCAL_WORLD_SIZE": "16"}, 1),
+    ],
+)
+def test_default_workers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_workers() == expected
+
+
+def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path) -> None:
+    """SIGINT and SIGTERM are for the parent to answer; a killed worker is an error in words, at a batch."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    settings = SETTINGS.model_copy(update={"workers": 2})
+    loader = make_loader(settings, open_source(str(folder)), seed=0, batch_size=1)
+    batches = loader.epoch(0)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    # As from a scheduler: another process than the parent sends it.
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    for _ in range(5):
+        next(batches)
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].kill()
+    with pytest.raises(DataError, match=r"a decoding process died.*lower data.workers"):
+        list(batches)
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_workers(folder: Path) -> None:
+    loader = make_loader(SETTINGS.model_copy(update={"workers": 2}), open_source(str(folder)), seed=0, batch_size=4)
+    unfinished = loader.epoch(0)
+    next(unfinished)
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+from mimae.data import DataSettings, make_loader, open_source
+loader = make_loader(DataSettings(image_size=16, workers=2), open_source(sys.argv[1]), seed=0, batch_size=1)
+batches = loader.epoch(0)
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+if sys.argv[2] == "exit":
+    raise SystemExit("without closing")
+time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_workers_end_with_their_parent(folder: Path) -> None:
+    """However it ends: killed, or leaving by an exception with the loader open."""
+    parents = {
+        end: subprocess.Popen(
+            [sys.executable, "-c", ORPHANS, str(folder), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for end in ("kill", "exit")
+    }
+    workers: list[int] = []
+    for end, parent in parents.items():
+        assert parent.stdout is not None
+        born = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(born) == 2
+        if end == "kill":
+            assert all(map(alive, born))
+            parent.kill()
+        workers += born
+    for parent in parents.values():
+        parent.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+@pytest.mark.gpu
+def test_batches_come_in_pinned_memory_and_move(folder: Path) -> None:
+    loader = make_loader(SETTINGS.model_copy(update={"workers": 1}), open_source(str(folder)), seed=0, batch_size=4)
+    batch = next(loader.epoch(0))
+    assert batch.images.is_pinned() and batch.sample_ids.is_pinned() and batch.source_ids.is_pinned()
+    moved = batch.to("cuda")
+    assert moved.images.is_cuda and moved.sample_ids.is_cuda and torch.equal(moved.images.cpu(), batch.images)
+    loader.close()
