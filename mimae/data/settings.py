@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from mimae.settings import Section
 
@@ -51,10 +51,16 @@ class DataSettings(Section):
         """Height and width of a sample in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
-    @model_validator(mode="after")
-    def _check(self) -> DataSettings:
-        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is [low, high] with 0 < low <= high <= 1, got {list(self.crop_scale)}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0 in every channel, got {list(self.std)}")
-        return self
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_range(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("legal: [low, high] with 0 < low <= high <= 1, or null")
+        return scale
+
+    @field_validator("std")
+    @classmethod
+    def _is_positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError("legal: three numbers above 0")
+        return std

@@ -221,7 +221,7 @@ def _read_list(path: Path) -> Index:
                 if not row or row == [""]:
                     continue
                 where = f"{path}, line {rows.line_num}"
-                if len(row) > 2 or not row[0]:
+                if len(row) > 2 or not row[0] or "\0" in row[0]:
                     raise DataError(
                         f"{where}: {row!r} is not a path, alone or with a class number after a "
                         f"{'comma' if comma else 'tab'}"
