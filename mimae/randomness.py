@@ -48,6 +48,12 @@ def parameter_uniform(seed: int, name: str, start: int, count: int, device: torc
     return uniform(words(seed, Purpose.INITIALISATION, 0, ids, count, start)[0])
 
 
+def materialise(module: nn.Module, device: torch.device | str) -> None:
+    """Gives the parameters of a module built on the meta device memory on `device`, unset, and moves its buffers,
+    which hold constants, there. Building so spares the default initialisation."""
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
     """Fills every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection

@@ -12,7 +12,7 @@ from mimae.masking import MaskingSettings
 from mimae.model.decoder import Decoder, DecoderSettings
 from mimae.model.encoder import Encoder, ModelSettings
 from mimae.objective import Losses, Objective, ObjectiveSettings
-from mimae.randomness import initialise
+from mimae.randomness import initialise, materialise
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
@@ -49,6 +49,8 @@ class MIMAE(nn.Module):
 
 def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
     """The model of a recipe with the initial weights of its seed, on `device`."""
-    model = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective).to(device)
+    with torch.device("meta"):
+        model = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
+    materialise(model, device)
     initialise(model, recipe.seed)
     return model

@@ -1,0 +1,80 @@
+"""The encoder as timm's ViT, and weights that do not depend on how a model was built."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+from mimae.model import Encoder, ModelSettings
+from mimae.randomness import initialise, materialise, parameter_uniform
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_vit_base_loads_into_timm_and_computes_the_same() -> None:
+    """Nothing missing or unexpected, 85,798,656 parameters, and the same tokens of a whole image."""
+    encoder = Encoder(ModelSettings(size="base"), (224, 224), *IMAGENET)
+    initialise(encoder, 0)
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+    assert isinstance(vit, nn.Module)
+    vit.load_state_dict(encoder.state_dict(), strict=True)
+    assert sum(p.numel() for p in vit.parameters()) == 85_798_656
+    images = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
+    pixels = (images.permute(0, 3, 1, 2) / 255 - encoder.mean[:, None, None]) / encoder.std[:, None, None]
+    with torch.no_grad():
+        expected = vit.eval().forward_features(pixels)  # type: ignore[operator]
+        assert (encoder(images)[:, 0] - expected).abs().max() < 2e-4
+
+
+def tiny() -> Encoder:
+    return Encoder(ModelSettings(size="tiny", patch_size=4, width=12, depth=1, heads=2), (8, 12), *IMAGENET)
+
+
+def test_a_model_built_on_the_meta_device_has_the_weights_of_a_whole_one() -> None:
+    whole = tiny()
+    initialise(whole, 3)
+    with torch.device("meta"):
+        late = tiny()
+    materialise(late, "cpu")
+    initialise(late, 3)
+    for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for (name, got), (_, want) in zip(tensors(late), tensors(whole), strict=True):
+            assert torch.equal(got, want), name
+
+
+def test_a_shard_of_a_weight_is_a_part_of_the_whole() -> None:
+    """A rank can fill elements 5 to 12 of a parameter without the rest."""
+    device = torch.device("cpu")
+    whole = parameter_uniform(1, "blocks.0.attn.qkv.weight", 0, 20, device)
+    assert torch.equal(parameter_uniform(1, "blocks.0.attn.qkv.weight", 5, 8, device), whole[5:13])
+    assert not torch.equal(parameter_uniform(1, "blocks.1.attn.qkv.weight", 0, 20, device), whole)
+
+
+def test_initial_weights_have_the_recipes_spread() -> None:
+    """Xavier uniform for linears and the patch projection, normal 0.02 for tokens, zero biases."""
+    encoder = Encoder(ModelSettings(size="tiny", depth=1), (32, 32), *IMAGENET)
+    initialise(encoder, 0)
+    for name, fan in (("blocks.0.mlp.fc1.weight", 192 + 768), ("patch_embed.proj.weight", 192 + 3 * 16 * 16)):
+        weight = encoder.get_parameter(name)
+        bound = (6 / fan) ** 0.5
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.02
+        assert weight.mean().abs() < 0.01 * bound
+    assert 0.015 < encoder.cls_token.std() < 0.025
+    assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
+    assert torch.equal(encoder.norm.weight, torch.ones(192))
+
+
+def test_views_are_independent_sequences_of_their_own_patches() -> None:
+    """A view's tokens do not change with what the other views show, nor with pixels that it hides."""
+    encoder = tiny()
+    initialise(encoder, 0)
+    images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+    visible = torch.tensor([[[0, 5], [1, 2]], [[3, 4], [0, 1]]], dtype=torch.int32)
+    tokens = encoder(images, visible)
+    assert torch.allclose(encoder(images, visible[:, :1]), tokens[:, :1], atol=1e-6)
+    changed = images.clone()
+    changed[:, :4, 8:] = 0  # patch 2, which the second view of the first image alone shows
+    moved = (encoder(changed, visible) - tokens).abs().amax((2, 3)) > 1e-4
+    assert moved.tolist() == [[False, True], [False, False]]
