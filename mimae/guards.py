@@ -58,7 +58,8 @@ class NonFinite:
                 steps = "\n".join(f"  step {step}: samples {ids}" for step, ids in self.streak)
                 raise RunError(
                     f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} "
-                    f"are untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
+                    f"are untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n"
+                    f"{steps}"
                 )
 
 
