@@ -57,7 +57,7 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
     """Each patch is shown with probability K/L, each pair with K(K-1)/L(L-1), in every view; and of two views a pair
     of patches, one in each, with K^2/L(L-1) when they are disjoint, with (K/L)^2 when they are not."""
     L, K, images = 8, 2, 40_000
-    masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)  # type: ignore[arg-type]
+    masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)
     visible, _ = draw(masking, 5, 0, torch.arange(images), L)
     shown = torch.zeros(images, 4, L).scatter_(2, visible.long(), 1.0)
     together = torch.einsum("bnl,bnm->nlm", shown, shown) / images
@@ -75,7 +75,7 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
 
 def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
     ids = torch.arange(8)
-    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, 16)[0] for kind in ("orthogonal", "independent")]  # type: ignore[arg-type]
+    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, 16)[0] for kind in ("orthogonal", "independent")]
     assert torch.equal(single[0], single[1])
     assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, 16)[0])
     assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, 16)[0])

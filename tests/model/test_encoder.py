@@ -62,8 +62,8 @@ def test_initial_weights_have_the_recipes_spread() -> None:
         assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.02
         assert weight.mean().abs() < 0.01 * bound
     assert 0.015 < encoder.cls_token.std() < 0.025
-    assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
-    assert torch.equal(encoder.norm.weight, torch.ones(192))
+    assert encoder.get_parameter("blocks.0.attn.qkv.bias").abs().max() == 0
+    assert torch.equal(encoder.get_parameter("norm.weight"), torch.ones(192))
 
 
 def test_views_are_independent_sequences_of_their_own_patches() -> None:
