@@ -39,6 +39,8 @@ from mimae.model import MIMAE, build
 from mimae.optimizer import Optimizer
 
 State = Mapping[str, Tensor]
+Gradient = dict[str, float]
+"""`loss` and `grad_norm` of one batch."""
 
 OURS = "mimae"
 BASELINES = {"eager": EagerMIMAE, "transformers": TransformersMAE, "lightly": LightlyMAE}
@@ -75,6 +77,7 @@ class Contender:
         self.recipe, self.module, self.images = recipe, module, images
         height, width = recipe.data.size_hw
         self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
+        self.compiled = recipe.compile == "on" or (recipe.compile == "auto" and images.is_cuda)
 
     def draw(self) -> tuple[Tensor, ...]:
         """Fresh masks, as arguments of the module."""
@@ -91,12 +94,20 @@ class Contender:
         raise NotImplementedError
 
     def compile_blocks(self) -> None:
+        """Compiles each transformer block."""
         raise NotImplementedError
 
     def step(self) -> None:
         """A training step; does not wait for the device."""
         self.forward(self.draw(), self.recipe.precision).backward()
         self.update()
+
+    def warm_up(self) -> float:
+        """Takes the first steps, which compile and allocate, and returns about the seconds of a later one."""
+        if self.compiled:
+            self.compile_blocks()
+            self.timed(3)
+        return self.timed(1)
 
     def timed(self, steps: int) -> float:
         """Seconds per step over `steps` steps."""
@@ -107,8 +118,8 @@ class Contender:
         synchronize(self.images.device)
         return (time.perf_counter() - start) / steps
 
-    def gradient(self, masks: Sequence[Tensor], precision: str) -> dict[str, float]:
-        """`loss` and `grad_norm` with the given masks."""
+    def gradient(self, masks: Sequence[Tensor], precision: str) -> Gradient:
+        """Loss and norm of the gradient with the given masks."""
         loss = self.forward(masks, precision)
         loss.backward()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -188,17 +199,14 @@ def batch_of(recipe: Recipe) -> Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def check(ours: Ours, other: Contender, precision: str) -> dict[str, float]:
-    """Relative differences of loss and gradient norm with the same masks. RuntimeError past TOLERANCES."""
-    visible, hidden = ours.draw()
-    expected = ours.gradient((visible, hidden), precision)
-    found = other.gradient((noise_of(visible, ours.num_patches),), precision)
-    errors = {name: abs(found[name] - expected[name]) / abs(expected[name]) for name in expected}
-    for name, error in errors.items():
-        if not error <= TOLERANCES[precision][name]:
+def check(name: str, expected: Gradient, found: Gradient, precision: str) -> dict[str, float]:
+    """Relative differences of a contender's gradient from this system's. RuntimeError past TOLERANCES."""
+    errors = {key: abs(found[key] - expected[key]) / abs(expected[key]) for key in expected}
+    for key, error in errors.items():
+        if not error <= TOLERANCES[precision][key]:
             raise RuntimeError(
-                f"{type(other.module).__name__} and mimae do not compute the same in {precision}: "
-                f"{name} {found[name]} and {expected[name]}, {error:.1e} apart"
+                f"{name} and {OURS} do not compute the same in {precision}: "
+                f"{key} {found[key]} and {expected[key]}, {error:.1e} apart"
             )
     return errors
 
@@ -209,23 +217,25 @@ def contest(recipe: Recipe, others: Sequence[str], rounds: int, device: torch.de
     One of the others that runs out of memory is left out, with the reason.
     """
     state, images = build(recipe).state_dict(), batch_of(recipe)
-    compiled = recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
     ours = Ours(recipe, state, images, device)
     contenders: dict[str, Contender] = {OURS: ours}
+    visible, hidden = ours.draw()
+    noise = noise_of(visible, ours.num_patches)
+    expected = {p: ours.gradient((visible, hidden), p) for p in dict.fromkeys(["fp32", recipe.precision])}
+    slowest = ours.warm_up()
     agreement: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name in others:
         try:
             other = Baseline(name, recipe, state, images, device)
-            precisions = dict.fromkeys(["fp32", recipe.precision])
-            agreement[name] = {precision: check(ours, other, precision) for precision in precisions}
-            _warm_up(other, compiled)
+            agreement[name] = {
+                p: check(name, gradient, other.gradient((noise,), p), p) for p, gradient in expected.items()
+            }
+            slowest = max(slowest, other.warm_up())
             contenders[name] = other
         except torch.OutOfMemoryError as error:
             skipped[name] = f"out of memory: {str(error).splitlines()[0]}"
-    _warm_up(ours, compiled)
 
-    slowest = max(contender.timed(1) for contender in contenders.values())
     steps = max(1, round(ROUND_SECONDS / slowest))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -237,7 +247,7 @@ def contest(recipe: Recipe, others: Sequence[str], rounds: int, device: torch.de
         "images": len(images),
         "views": recipe.masking.num_masks,
         "precision": recipe.precision,
-        "compiled_blocks": compiled,
+        "compiled_blocks": ours.compiled,
         "steps_per_round": steps,
         "agreement": agreement,
         "skipped": skipped,
@@ -253,12 +263,6 @@ def contest(recipe: Recipe, others: Sequence[str], rounds: int, device: torch.de
             for name, times in seconds.items()
         },
     }
-
-
-def _warm_up(contender: Contender, compiled: bool) -> None:
-    if compiled:
-        contender.compile_blocks()
-    contender.timed(3 if contender.images.is_cuda else 1)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -296,6 +300,7 @@ def peak_memory(name: str, recipe: Recipe, device: torch.device) -> int:
 
 
 def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
+    """The first steps of a contender with random weights."""
     module = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -304,7 +309,8 @@ def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
         Ours(recipe, state, images, device) if name == OURS else Baseline(name, recipe, state, images, device)
     )
     del module, state
-    contender.timed(2)
+    contender.warm_up()
+    contender.timed(1)
 
 
 def _miniature(recipe: Recipe) -> Recipe:
@@ -333,6 +339,8 @@ def _resident_bytes(field: str) -> int:
 
 def measure_memory(contests: Sequence[tuple[Recipe, dict[str, Any]]], device: torch.device) -> None:
     """Adds `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the contests left to this process
     for recipe, result in contests:
         for name, contender in result["contenders"].items():
             contender["peak_bytes"] = None
