@@ -147,9 +147,9 @@ class LogisticRegression:
 
 
 def choose_penalties(features: Tensor, labels: Tensor, held: Tensor, classes: int) -> Tensor:
-    """features (G, n, D), labels (G, n), held (G, F, n) bool -> penalties (G,): of each problem the one whose
-    classifiers, fitted without a fold, are right most often on it, summed over F folds; of equals the
-    strongest.
+    """features (G, n, D), labels (G, n), held (G, F, n) bool -> places in PENALTIES (G,): of each problem the
+    one whose classifiers, fitted without a fold, are right most often on it, summed over F folds; of equals
+    the strongest.
 
     Ends once two penalties in a row were better for no problem.
     """
@@ -157,13 +157,13 @@ def choose_penalties(features: Tensor, labels: Tensor, held: Tensor, classes: in
     features = features[:, None].expand(-1, folds, -1, -1).flatten(0, 1)
     labels = labels[:, None].expand(-1, folds, -1).flatten(0, 1)
     regression = LogisticRegression(features, labels, (~held).flatten(0, 1).to(features.dtype), classes)
-    chosen, most = features.new_zeros(groups), labels.new_full((groups,), -1)
+    chosen, most = labels.new_zeros(groups), labels.new_full((groups,), -1)
     classifier, idle = None, 0
-    for penalty in PENALTIES:
+    for place, penalty in enumerate(PENALTIES):
         classifier = regression.fit(features.new_full((groups * folds,), penalty), classifier)
         right = (classifier.right(features, labels) & held.flatten(0, 1)).view(groups, -1).sum(1)
         better = right > most
-        chosen[better], most = penalty, torch.maximum(right, most)
+        chosen[better], most = place, torch.maximum(right, most)
         idle = 0 if better.any() else idle + 1
         if idle == 2:
             break
@@ -179,10 +179,10 @@ def linear_probe(
     """
     held = ranks_in_class(train_labels.cpu(), seed=0).to(train.device) % FOLDS == 0
     train, train_labels = train[None], train_labels[None]
-    penalty = choose_penalties(train, train_labels, held[None, None], classes)
+    penalty = PENALTIES[int(choose_penalties(train, train_labels, held[None, None], classes))]
     every = torch.ones_like(train[:, :, 0])
-    classifier = LogisticRegression(train, train_labels, every, classes).fit(penalty)
-    return _share(classifier.right(test[None], test_labels[None])), float(penalty)
+    classifier = LogisticRegression(train, train_labels, every, classes).fit(train.new_tensor([penalty]))
+    return _share(classifier.right(test[None], test_labels[None])), penalty
 
 
 def few_labels(classes: int) -> int:
@@ -207,7 +207,7 @@ def few_label_probe(
         # The optimal weights lie in the span of the samples: the problem has no more dimensions than these.
         basis = torch.linalg.svd(features, full_matrices=False).Vh.mT
         features, tests = features @ basis, tests @ basis
-    penalties = choose_penalties(features, labels, held, classes)
+    penalties = features.new_tensor(PENALTIES)[choose_penalties(features, labels, held, classes)]
     every = torch.ones_like(features[:, :, 0])
     classifier = LogisticRegression(features, labels, every, classes).fit(penalties)
     return [_share(right) for right in classifier.right(tests, test_labels.expand(DRAWS, -1))]
@@ -327,7 +327,8 @@ def probe(
     images: int = 50_000,
     baselines: bool = True,
 ) -> dict[str, Any]:
-    """Probes the newest checkpoint of a run, with `baselines` beside raw pixels and the encoder before training.
+    """Probes the newest checkpoint of a run, with `baselines` beside raw pixels and the encoder before
+    training.
 
     `train` and `test` are data paths in place of the run's; of the training set at most `images`,
     class-balanced, are used. Returns what `mimae probe` writes to probe.json. Raises UserError.
