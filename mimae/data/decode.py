@@ -68,7 +68,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise BadImage(_why_unidentified(data)) from None
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            _check_channels(_tiff_channels(data), "TIFF")
+        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r})") from None
     except Image.DecompressionBombError as error:
         raise BadImage(str(error).partition(",")[0]) from None
     if image.width * image.height > max_pixels:
@@ -89,21 +91,13 @@ def _check_channels(channels: int, mode: str) -> None:
         raise BadImage(f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)")
 
 
-def _why_unidentified(data: bytes) -> str:
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        channels = _tiff_channels(data)
-        if channels not in (None, 1, 3, 4):
-            return f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)"
-    return f"no header of an image that Pillow reads (the file begins with {data[:16]!r})"
-
-
-def _tiff_channels(data: bytes) -> int | None:
+def _tiff_channels(data: bytes) -> int:
     """The channel count in the header of a TIFF that Pillow refuses to open."""
     directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
     file = io.BytesIO(data)
     file.seek(directory.next)
     directory.load(file)
-    return directory.get(_CHANNELS_TAG)
+    return directory.get(_CHANNELS_TAG, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
