@@ -50,7 +50,7 @@ setup(
         "torchvision",
         "timm>=1.0.20",
         "numpy",
-        "Pillow",
+        "Pillow>=11",
         "pydantic>=2",
         "PyYAML",
         "typer",
