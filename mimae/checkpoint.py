@@ -53,7 +53,8 @@ def save(
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for interrupted in folder.glob(".step-*.tmp"):
+        shutil.rmtree(interrupted)
     temporary.mkdir(parents=True)
     for name, section in tensors.items():
         save_file(
@@ -73,7 +74,10 @@ def save(
     os.replace(temporary, final)
     _sync(folder)
     write_atomically(run / "latest", final.name + "\n")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    # Names after this one are damaged ones that the resumed run went back behind.
+    others = sorted(path for path in folder.glob("step-*") if path != final)
+    before = [path for path in others if path < final]
+    for old in {*others} - {*before[len(before) - keep + 1 :]}:
         shutil.rmtree(old)
     return final
 
@@ -98,9 +102,8 @@ def find(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     return None
 
 
-def load(path: Path, sections: tuple[str, ...] | None = None) -> Checkpoint:
-    """Reads and verifies one checkpoint directory, all sections or those named. Raises CheckpointError naming what is
-    wrong with which file."""
+def load(path: Path) -> Checkpoint:
+    """Reads and verifies one checkpoint directory. Raises CheckpointError naming what is wrong with which file."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, expected in manifest.items():
@@ -109,10 +112,8 @@ def load(path: Path, sections: tuple[str, ...] | None = None) -> Checkpoint:
                 raise CheckpointError(f"{file} is torn: {file.stat().st_size} bytes of {expected['bytes']}")
             if _digest(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-        wanted = sections or tuple(
-            name.removesuffix(".safetensors") for name in manifest if name.endswith(".safetensors")
-        )
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in wanted}
+        files = [path / name for name in manifest if name.endswith(".safetensors")]
+        tensors = {file.stem: load_file(file) for file in files}
         return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):

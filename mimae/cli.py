@@ -96,6 +96,8 @@ def main() -> None:
     try:
         app(prog_name="mimae")
     except UserError as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"mimae: {mistake}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # A mistake in the settings is every rank's; one in the data may be one rank's alone.
+        if rank == "0" or type(mistake).__name__ != "ConfigError":
+            print(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,32 +30,33 @@ class RunError(UserError):
 class NonFinite:
     """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.pending: deque[tuple[int, list[Tensor], Tensor, torch.cuda.Event | None]] = deque()
-        self.streak: list[tuple[int, list[int]]] = []
+    def __init__(self, run: Path, samples: Callable[[int], list[int]]) -> None:
+        """`samples`: the ids of the global batch of a step."""
+        self.run, self.samples = run, samples
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.streak: list[int] = []
 
-    def check(self, step: int, ids: list[Tensor], skipped: Tensor) -> None:
+    def check(self, step: int, skipped: Tensor) -> None:
         """Reads the decision of the step before. Raises RunError at the tenth skipped step in a row."""
         self.drain()
         event = torch.cuda.Event() if skipped.is_cuda else None
         copied = skipped.to("cpu", non_blocking=True)
         if event is not None:
             event.record()
-        self.pending.append((step, ids, copied, event))
+        self.pending.append((step, copied, event))
 
     def drain(self) -> None:
         """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
         while self.pending:
-            step, ids, skipped, event = self.pending.popleft()
+            step, skipped, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             if skipped.item() == 0:
                 self.streak.clear()
                 continue
-            self.streak.append((step, torch.cat(ids).tolist()))
+            self.streak.append(step)
             if len(self.streak) == MAX_SKIPPED:
-                steps = "\n".join(f"  step {step}: samples {ids}" for step, ids in self.streak)
+                steps = "\n".join(f"  step {step}: samples {self.samples(step)}" for step in self.streak)
                 raise RunError(
                     f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} "
                     f"are untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n"
@@ -107,6 +108,8 @@ def lock(run: Path) -> Iterator[None]:
         file = (run / "lock").open("a+")
     except OSError as error:
         raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
+    # A forked worker of the data shares the open file, and would hold the lock past this process's end.
+    os.register_at_fork(after_in_child=file.close)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

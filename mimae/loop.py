@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from mimae.kernels import pixel_loss
 from mimae.model import build
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
-from mimae.transfer.probe import knn_accuracy
+from mimae.transfer.probe import knn_accuracy, shared_labels
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -28,7 +29,7 @@ PICTURED = 8
 """Images in a reconstruction picture."""
 
 FREE_KEYS = ("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction", "compile")
-"""Settings that may differ when a run is resumed: no weight depends on them."""
+"""Settings that may differ when a run is resumed: no weight depends on them (on `compile` by rounding alone)."""
 
 
 class Outcome(NamedTuple):
@@ -47,6 +48,8 @@ def pretrain(recipe: Recipe) -> Outcome:
     """
     source = open_source(recipe.data.path)
     validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
+    if validation is not None and source.labels is not None and validation.labels is not None:
+        shared_labels(source, validation)  # classes that do not fit are told now, not at the first check
     device = distributed.setup()
     try:
         with lock(Path(recipe.run.dir)), Signals() as signals:
@@ -95,6 +98,7 @@ class _Run:
             checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
             telemetry.environment(self.path / "environment.json")
         step = 0
+        self._agree(found)
         if found is not None:
             if found.state["data"] != self.source.fingerprint:
                 raise RunError(
@@ -106,6 +110,24 @@ class _Run:
         self.telemetry.rewind(step)
         return step
 
+    def _agree(self, found: checkpoint.Checkpoint | None) -> None:
+        """Ranks that go on from different weights or data would average the gradients of different models."""
+        mine = {
+            "checkpoint (run.dir)": found.path.name if found else "none",
+            "data (data.path)": self.source.fingerprint,
+            "settings": config.dump(self.recipe),
+        }
+        every: list[dict[str, str]] = [{}] * distributed.world_size()
+        dist.all_gather_object(every, mine)
+        for rank, other in enumerate(every):
+            for what, value in mine.items():
+                if other[what] != value:
+                    raise RunError(
+                        f"ranks {distributed.rank()} and {rank} differ in {what}: {value[:80]!r} and "
+                        f"{other[what][:80]!r}; "
+                        "run.dir and data.path have to be the same storage on every node"
+                    )
+
     def train(self, signals: Signals) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
@@ -113,26 +135,26 @@ class _Run:
             say(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
         say(self._headline())
-        guard = NonFinite(self.path)
+        guard = NonFinite(self.path, self._samples)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
         stop = False
-        with self.telemetry:
+        with self.telemetry, closing(self.loader):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
                 means = _Means()
                 communication = distributed.communication_seconds()
                 batches = self.loader.epoch(epoch, first)
                 for _ in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
-                    losses, result, ids = self._optimize(batches)
+                    step = self._optimize(batches)
                     self.step += 1
-                    means.add(losses)
-                    guard.check(self.step, ids, result.skipped)
+                    means.add(step.losses)
+                    guard.check(self.step, step.result.skipped)
                     if self.step % recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
                         images = (self.step - logged_at) * recipe.schedule.batch_size
-                        self.telemetry.step(self._record(losses, result) | step_pace.rates(images))
+                        self.telemetry.step(self._record(step) | step_pace.rates(images))
                         logged_at = self.step
                     last = recipe.run.dry or self.step == self.steps
                     # Before the checkpoint: a kill between the two repeats the line, and loses none.
@@ -140,14 +162,13 @@ class _Run:
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record = epoch_pace.epoch(images)
                         record["seconds_communication"] = distributed.communication_seconds() - communication
-                        self._end_of_epoch(epoch, record, means, losses, last)
+                        self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                     stop = signals.agreed() or last
                     if stop or self.step % recipe.checkpoint.every_steps == 0:
                         guard.drain()
                         self._save()
                     if stop:
                         break
-        self.loader.close()
         finished = self.step >= self.steps
         if signals.received and not finished:
             say(f"saved at step {self.step} on a signal; the same command goes on from there")
@@ -155,42 +176,47 @@ class _Run:
             say(f"finished: {self.path}")
         return Outcome(self.path, self.step, finished, saved_on_signal=signals.received and not finished)
 
-    def _optimize(self, batches: Iterator[Batch]) -> tuple[Losses, StepResult, list[Tensor]]:
-        """One optimizer step over its micro-batches; returns the losses of the last one. Reads nothing back."""
-        recipe, ids = self.recipe, []
-        rec = torch.zeros((), device=self.device)
+    def _optimize(self, batches: Iterator[Batch]) -> _Step:
+        """One optimizer step over its micro-batches. Reads nothing back."""
+        recipe, losses = self.recipe, dict[str, Tensor]()
         for micro in range(recipe.schedule.accumulate):
             with self.phases("data"):
                 batch = next(batches)
                 self.bad.record(batch.bad)
-                ids.append(batch.sample_ids)
                 batch = batch.to(self.device)
             with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
                 with self.phases("forward"):
                     visible, hidden = self._masks(batch, batch.epoch)
-                    losses = self.engine.forward(batch.images, visible, hidden)
+                    out = self.engine.forward(batch.images, visible, hidden)
                 with self.phases("backward"):
-                    self.engine.backward(losses.loss / recipe.schedule.accumulate)
-            rec += losses.rec / recipe.schedule.accumulate
+                    self.engine.backward(out.loss / recipe.schedule.accumulate)
+            for key, value in _reported(out).items():
+                share = value / recipe.schedule.accumulate
+                losses[key] = losses[key] + share if key in losses else share
         with self.phases("optimizer"):
             factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch)
             result = self.engine.step(factor)
-            self.engine.model.objective.gate.update(rec)
-        return losses, result, ids
+            self.engine.model.objective.gate.update(losses["rec"])
+        return _Step(losses, out.latents, result)
 
-    def _record(self, losses: Losses, result: StepResult) -> dict[str, Any]:
+    def _record(self, step: _Step) -> dict[str, Any]:
         """What a logged step reads from the device."""
         factor = schedule_factor(self.recipe.schedule, self.step - 1, self.loader.steps_per_epoch)
         return {
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
             "samples": self.step * self.recipe.schedule.batch_size,
-            **{key: _number(value) for key, value in _reported(losses).items() if key in telemetry.LOSSES},
-            "gate": _number(self.engine.model.objective.gate.weight),
+            **{key: value.item() for key, value in step.losses.items() if key in telemetry.LOSSES},
+            "gate": self.engine.model.objective.gate.weight.item(),
             "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
-            "grad_norm": _number(result.grad_norm),
+            "grad_norm": step.result.grad_norm.item(),
             "mem_peak_bytes": telemetry.memory(self.device)["mem_peak_bytes"],
         }
+
+    def _samples(self, step: int) -> list[int]:
+        """The ids of the global batch of optimizer step `step` (from 1)."""
+        epoch, place = divmod(step - 1, self.loader.steps_per_epoch)
+        return self.loader.samples(epoch, place).tolist()
 
     def _save(self) -> None:
         with self.phases("checkpoint"):
@@ -202,13 +228,15 @@ class _Run:
                 checkpoint.save(self.path, self.step, self.engine.state_dict(), state, self.recipe.checkpoint.keep)
             dist.barrier()
 
-    def _end_of_epoch(self, epoch: int, record: dict[str, Any], means: _Means, losses: Losses, last: bool) -> None:
+    def _end_of_epoch(
+        self, epoch: int, record: dict[str, Any], means: dict[str, float], latents: Tensor, last: bool
+    ) -> None:
         """The epoch's line, its picture and its checks, on the main rank; the others wait at their next collective."""
         recipe = self.recipe
         if not self.is_main:
             return
-        record |= means.read()
-        record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(losses.latents)}
+        record |= means
+        record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
         flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
         peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
         record["tflops"] = flops / 1e12
@@ -219,8 +247,9 @@ class _Run:
         self.telemetry.epoch(record)
         if checks.images_every_epochs and ((epoch + 1) % checks.images_every_epochs == 0 or last):
             self.telemetry.image(f"images/step-{self.step:08d}.png", self._picture())
-        opened = self.engine.model.objective.gate.weight.item() > 0
-        if not opened and self.step * 4 >= self.steps:
+        quarter = (self.step - self.loader.steps_per_epoch) * 4 < self.steps <= self.step * 4
+        uses_mi = recipe.objective.max_mi > 0 or recipe.objective.min_mi > 0
+        if quarter and uses_mi and self.engine.model.objective.gate.weight.item() == 0:
             self.telemetry.message(
                 f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="
                 f"{recipe.objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
@@ -282,16 +311,26 @@ class _Run:
         millions = sum(p.numel() for p in self.engine.model.parameters()) / 1e6
         return (
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
-            f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all\n"
+            f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
+            f"{len(self.loader.dropped(0))} images are left out of each epoch\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}"
         )
 
 
-def _reported(losses: Losses) -> dict[str, Tensor | None]:
-    """The losses by the keys of the records; all of them global."""
+class _Step(NamedTuple):
+    """An optimizer step, on the device: means of the losses over its micro-batches, latents of the last of them."""
+
+    losses: dict[str, Tensor]
+    latents: Tensor
+    result: StepResult
+
+
+def _reported(losses: Losses) -> dict[str, Tensor]:
+    """The losses that are computed, by the keys of the records; all of them global."""
     keys = (*telemetry.LOSSES[1:], "mi_lower_nats", "mi_upper_nats", "saturated")
-    return {"loss": losses.total} | {key: getattr(losses, key) for key in keys}
+    found = {"loss": losses.total} | {key: getattr(losses, key) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 class _Means:
@@ -301,11 +340,10 @@ class _Means:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
-    def add(self, losses: Losses) -> None:
+    def add(self, losses: dict[str, Tensor]) -> None:
         self.count += 1
-        for key, value in _reported(losses).items():
-            if value is not None:
-                self.sums[key] = self.sums[key] + value if key in self.sums else value
+        for key, value in losses.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def read(self) -> dict[str, float]:
         return {key: value.item() / self.count for key, value in self.sums.items()}
@@ -326,7 +364,3 @@ def _check_config(recipe: Recipe, run: Path) -> None:
         raise RunError(
             "\n".join([f"{run} was started with other settings; choose another run.dir or go back:", *changed])
         )
-
-
-def _number(value: Tensor | None) -> float | None:
-    return None if value is None else value.item()

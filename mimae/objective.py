@@ -198,4 +198,5 @@ class Objective(nn.Module):
     def _temperature(self, like: Tensor) -> Tensor:
         if self.log_temperature is None:
             return like.new_full((1,), self.settings.temperature)
-        return self.log_temperature.exp().clamp_min(0.01)
+        # Below the bound the value stops but the gradient goes on, so that the temperature finds back.
+        return self.log_temperature.exp() + (0.01 - self.log_temperature.detach().exp()).clamp_min(0)

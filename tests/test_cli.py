@@ -91,9 +91,11 @@ def test_a_mistake_exits_with_2_and_one_message(
     monkeypatch.setattr(loop, "pretrain", no_data)
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae: data.path=/nonexistent is not there\n"
-    # One of several ranks speaks for all.
+    # What one rank finds in its data it alone can tell; settings are the same on all, and one speaks for them.
     monkeypatch.setenv("RANK", "1")
     assert launch(monkeypatch, *QUICK) == 2
+    assert capsys.readouterr().err == "mimae (rank 1): data.path=/nonexistent is not there\n"
+    assert launch(monkeypatch, *QUICK, "masking.num_masks=5") == 2
     assert capsys.readouterr() == ("", "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +81,7 @@ class BadSamples:
             # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
-            self._known.update(json.loads(line)["id"] for line in file)
+            self._known.update(_ids(file))
             for sample in new:
                 if sample.id not in self._known:
                     self._known.add(sample.id)
@@ -96,3 +96,12 @@ class BadSamples:
                 f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
                 f"All are listed in {self.path}. Mend or remove them, or raise data.max_bad_fraction."
             )
+
+
+def _ids(lines: Iterable[bytes]) -> Iterator[int]:
+    """The ids of a list; a line that a full disk or a crash tore counts for nothing."""
+    for line in lines:
+        try:
+            yield json.loads(line)["id"]
+        except (ValueError, KeyError, TypeError):
+            continue

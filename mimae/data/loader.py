@@ -32,6 +32,11 @@ class Loader:
         """The ids that the epoch leaves out, int64: the tail of its order that fills no batch."""
         return self.plan.dropped(self._order(epoch))
 
+    def samples(self, epoch: int, step: int) -> Tensor:
+        """The ids of the global batch of a step, int64, over all ranks and micro-batches."""
+        batch = self.plan.batch_size
+        return self._order(epoch)[step * batch : (step + 1) * batch]
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of the epoch from `first_step` on, `accumulate` of them per step."""
         return self._backend.batches(self.plan.jobs(self._order(epoch), epoch, first_step))

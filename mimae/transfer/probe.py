@@ -368,7 +368,6 @@ def probe(
         "unreadable_images": sum(map(len, chosen)) - len(train_ids) - len(test_ids),
         "classes": classes,
         "few_labels": few_labels(classes),
-        "checkpoint": (run / "latest").read_text().strip(),
         "features": {
             name: measure(train_features[name], train_labels, test_features[name], test_labels, classes)
             for name in extractors
