@@ -225,11 +225,14 @@ def test_two_runs_in_one_directory_are_refused(images: Path, tmp_path: Path) -> 
 
 def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
     """Workers may outlive a killed run by seconds; its restart must not wait for them."""
+    ready, tell = os.pipe()
     with guards.lock(tmp_path):
         child = os.fork()
         if child == 0:
+            os.write(tell, b"forked")
             time.sleep(60)
             os._exit(0)
+        os.read(ready, 6)
     try:
         with guards.lock(tmp_path):
             pass
