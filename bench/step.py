@@ -61,7 +61,7 @@ PRODUCT_SECONDS = 0.1
 KINDS = {
     "optimizer": r"adamw|Optimizer|vector_norm|_foreach_norm",
     "attention": r"attention|softmax",
-    "matmul": r"::(addmm|mm|bmm|baddbmm|linear|matmul|einsum)$|mkldnn|convolution",
+    "matmul": r"::(addmm|mm|bmm|baddbmm|linear|matmul|einsum)$|mkldnn|conv",
     "norm": r"layer_norm",
     "copies": r"copy_|::(clone|cat|stack|gather|scatter|repeat|roll|index|sort|contiguous)|slice_backward",
     "elementwise": r"gelu|::(add|sub|mul|div|exp|pow|neg|r?sqrt|addcmul|sum|mean|var|var_mean|fill|zero)_?$",
