@@ -139,9 +139,7 @@ def mae_loss(
     shown = torch.zeros(batch, num_patches, dtype=torch.bool).scatter(1, visible, True)
     hidden = torch.stack([(~row).nonzero()[:, 0] for row in shown])
     tokens = linear(tokens, weights, "decoder.embed")
-    shuffled = torch.cat(
-        [tokens[:, 1:], weights["decoder.mask_token"].expand(batch, num_patches - num_visible, -1)], 1
-    )
+    shuffled = torch.cat([tokens[:, 1:], weights["decoder.mask_token"].expand(batch, num_patches - num_visible, -1)], 1)
     in_image_order = torch.argsort(torch.cat([visible, hidden], 1), dim=1)
     tokens = torch.cat([tokens[:, :1], shuffled[rows, in_image_order]], 1)
     tokens = tokens + sincos_positions(grid, tokens.shape[-1])

@@ -13,9 +13,7 @@ from tests.oracles.mae_oracle import pixel_targets, sincos_positions
 
 
 def test_infonce_of_equal_latents_is_log_batch() -> None:
-    assert l_max(torch.ones(5, 3, 4, dtype=torch.float64), 0.07).item() == pytest.approx(
-        math.log(5), abs=1e-12
-    )
+    assert l_max(torch.ones(5, 3, 4, dtype=torch.float64), 0.07).item() == pytest.approx(math.log(5), abs=1e-12)
 
 
 def test_infonce_by_hand() -> None:
