@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -69,7 +70,7 @@ KINDS = {
 """What an operator counts as in the profile: the first pattern that is found in its name, else `other`."""
 
 
-class Contender:
+class Contender(ABC):
     """An implementation with its optimizer, ready to take training steps on a fixed batch of images."""
 
     def __init__(self, recipe: Recipe, module: nn.Module, images: Tensor) -> None:
@@ -79,9 +80,9 @@ class Contender:
         self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
         self.compiled = recipe.compile == "on" or (recipe.compile == "auto" and images.is_cuda)
 
+    @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
         """Fresh masks, as arguments of the module."""
-        raise NotImplementedError
 
     def forward(self, masks: Sequence[Tensor], precision: str) -> Tensor:
         """The loss."""
@@ -89,13 +90,13 @@ class Contender:
             output = self.module(self.images, *masks)
         return output if isinstance(output, Tensor) else output.loss
 
+    @abstractmethod
     def update(self) -> None:
         """Optimizer step, gradients cleared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compile_blocks(self) -> None:
         """Compiles each transformer block."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """A training step; does not wait for the device."""

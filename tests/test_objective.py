@@ -19,6 +19,7 @@ from mimae.model.decoder import DecoderSettings
 from mimae.objective import CLUB, Gate, InfoNCE, ObjectiveSettings
 from mimae.optimizer import EMASettings, OptimizerSettings
 from mimae.randomness import initialise
+from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 
 
@@ -36,21 +37,10 @@ def posterior(images: int = 5, width: int = 7) -> tuple[Tensor, Tensor]:
     return mu.requires_grad_(), log_s2.requires_grad_()
 
 
-def pairwise_club(z: Tensor, mu: Tensor, log_s2: Tensor) -> Tensor:
-    """The definition (method 3): every latent under every image's Gaussian. y by detached moments of z."""
-    flat = z.detach().flatten(0, 1)
-    y = (z - flat.mean(0)) / (flat.var(0, correction=0) + 1e-6).sqrt()
-    B, N, _ = z.shape
-    # log q(y_jk | x_i) at [i, j, k]
-    log_q = -0.5 * (log_s2[:, None, None] + (y[None] - mu[:, None, None]).square() / log_s2.exp()[:, None, None])
-    log_q = log_q.sum(-1)
-    return log_q.diagonal().sum() / (B * N) - log_q.sum() / (B * B * N)
-
-
 def test_club_is_the_pairwise_definition_with_its_gradient_through_the_moments() -> None:
     z, (mu, log_s2) = latents(), posterior()
     club, _ = CLUB.apply(z, mu, log_s2, kernels.view_latents(z[:, :, None])[2])
-    expected = pairwise_club(z, mu.detach(), log_s2.detach())
+    expected = club_oracle.club(club_oracle.standardised(z, 1e-6), mu.detach(), log_s2.detach())
     assert abs(club - expected) < 1e-12
     (gradient,) = torch.autograd.grad(club, z)
     (wanted,) = torch.autograd.grad(expected, z)
@@ -61,10 +51,7 @@ def test_club_is_the_pairwise_definition_with_its_gradient_through_the_moments()
 def test_club_trains_the_latents_alone_and_the_likelihood_v_alone() -> None:
     z, (mu, log_s2) = latents(), posterior()
     club, nll = CLUB.apply(z, mu, log_s2, kernels.view_latents(z[:, :, None])[2])
-    flat = z.detach().flatten(0, 1)
-    y = (z.detach() - flat.mean(0)) / (flat.var(0, correction=0) + 1e-6).sqrt()
-    gaussian = torch.distributions.Normal(mu[:, None], (0.5 * log_s2[:, None]).exp())
-    expected = -gaussian.log_prob(y).mean() - 0.5 * math.log(2 * math.pi)
+    expected = club_oracle.l_fit(club_oracle.standardised(z, 1e-6), mu, log_s2)
     assert abs(nll - expected) < 1e-12
     gradients = torch.autograd.grad(nll, (z, mu, log_s2), retain_graph=True)
     wanted = torch.autograd.grad(expected, (mu, log_s2))
@@ -82,21 +69,15 @@ def test_club_of_a_constant_posterior_is_zero() -> None:
     assert abs(club) < 1e-12
 
 
-def cross_entropy(u: Tensor, tau: Tensor) -> Tensor:
-    """L_max from full logits, over ordered pairs of views."""
-    B, N, _ = u.shape
-    terms = [F.cross_entropy(u[:, a] @ u[:, b].T / tau, torch.arange(B)) for a in range(N) for b in range(N) if a != b]
-    return torch.stack(terms).mean()
-
-
 @pytest.mark.parametrize("tau", [0.05, 1.0], ids=["peaked", "flat"])
 def test_infonce_is_cross_entropy_over_ordered_pairs(tau: float) -> None:
     temperature = torch.tensor([tau], dtype=torch.float64, requires_grad=True)
-    u = F.normalize(latents() - 3, dim=-1).detach().requires_grad_()
-    loss, expected = InfoNCE.apply(u, temperature), cross_entropy(u, temperature)
+    z = (latents() - 3).detach().requires_grad_()
+    loss = InfoNCE.apply(F.normalize(z, dim=-1), temperature)
+    expected = infonce_oracle.l_max(z, temperature)
     assert abs(loss - expected) < 1e-12
     for got, want in zip(
-        torch.autograd.grad(loss, (u, temperature)), torch.autograd.grad(expected, (u, temperature)), strict=True
+        torch.autograd.grad(loss, (z, temperature)), torch.autograd.grad(expected, (z, temperature)), strict=True
     ):
         assert (got - want).abs().max() < 1e-12
 

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -86,7 +87,7 @@ class FileSource:
     def classes(self) -> list[str] | None:
         return self._index.classes
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for block in (self._index.names, self._index.offsets, self._index.labels):
