@@ -365,11 +365,17 @@ def products(recipe: Recipe) -> list[Product]:
         inner_and_columns = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
         return [Product(views * tokens, inner, columns, layers) for inner, columns in inner_and_columns]
 
+    def last_block(tokens: int, wanted: int, width: int) -> list[Product]:
+        keys_and_values = Product(views * tokens, width, 2 * width)
+        shapes = [(width, width), (width, width), (width, 4 * width), (4 * width, width)]
+        return [keys_and_values, *(Product(views * wanted, inner, columns) for inner, columns in shapes)]
+
     return [
         Product(views * visible, values, model.width),
         *blocks(1 + visible, model.width, model.depth),
         Product(views * (1 + visible), model.width, decoder.width),
-        *blocks(1 + patches, decoder.width, decoder.depth),
+        *blocks(1 + patches, decoder.width, decoder.depth - 1),
+        *last_block(1 + patches, patches - visible, decoder.width),
         Product(views * (patches - visible), decoder.width, values),
     ]
 

@@ -1,22 +1,20 @@
 """The ops of MI-MAE, all that anyone outside this package may import.
 
-Depends on torch alone. Letters in shapes: B images, N views, L patches, K visible, M targets, T tokens,
-D width, P patch size.
+Each has a fused implementation in its module and one in plain PyTorch in `reference`; `impl` chooses, and "auto"
+takes the fused one on a GPU. Depends on torch, and on triton where it is installed. Letters in shapes: B images,
+N views, L patches, K visible, M targets, T tokens, D width, P patch size.
 """
 
+from mimae.kernels.club import club_grad, club_terms
+from mimae.kernels.embed_visible import embed_visible
+from mimae.kernels.fill_masked import fill_masked
+from mimae.kernels.infonce import infonce_grad, infonce_lse
+from mimae.kernels.orthogonal_masks import orthogonal_masks
 from mimae.kernels.philox import philox4x32, philox_words
-from mimae.kernels.reference import (
-    club_grad,
-    club_terms,
-    embed_visible,
-    fill_masked,
-    infonce_grad,
-    infonce_lse,
-    orthogonal_masks,
-    patchify,
-    pixel_loss,
-    view_latents,
-)
+from mimae.kernels.pixel_loss import pixel_loss
+from mimae.kernels.reference import patchify
+from mimae.kernels.runtime import prefer, reason
+from mimae.kernels.view_latents import view_latents
 
 __all__ = [
     "club_grad",
@@ -30,5 +28,7 @@ __all__ = [
     "philox4x32",
     "philox_words",
     "pixel_loss",
+    "prefer",
+    "reason",
     "view_latents",
 ]

@@ -110,11 +110,19 @@ def fill_masked(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Te
 
 
 def pixel_loss(
-    predictions: Tensor, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor, normalize: bool
+    predictions: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    normalize: bool,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sum over images, views and targets of the mean squared error of a patch (L_rec x B N M, method 2).
+    """Sum over images, views and targets of the mean squared error of a patch (L_rec x B N M, method 2), times
+    `scale`: with 1 / (B N M), L_rec.
 
-    predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M), mean and std (3,) -> scalar.
+    predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M) distinct within a view, mean and
+    std (3,) -> scalar.
     `normalize`: the target patch is brought to its own mean 0 and unbiased variance 1 (eps 1e-6).
     """
     patch = round((predictions.shape[-1] / 3) ** 0.5)
@@ -124,19 +132,20 @@ def pixel_loss(
         variance, centre = torch.var_mean(patches, -1, keepdim=True)
         patches = (patches - centre) * (variance + _TARGET_EPS).rsqrt()
     error = predictions.to(dtype) - _gather(patches, targets)
-    return error.square().sum() / predictions.shape[-1]
+    return error.square().sum() * (scale / predictions.shape[-1])
 
 
-def view_latents(tokens: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def view_latents(tokens: Tensor, visible: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """One latent per view, its direction, and the local moments of CLUB's standardisation.
 
-    tokens: packed by view (B, N, T, D); or in image order (B, L, D) with visible (B, N, K), whose tokens are
-    gathered first. -> z (B, N, D) the mean over a view's tokens, u = z / |z|, and moments (2, D): mean and sum
+    tokens: packed by view (B, N, T, D), of which those from place `first` on count (1 leaves out the class token); or
+    in image order (B, L, D) with visible (B, N, K), whose tokens are gathered first. -> z (B, N, D) the mean over a
+    view's tokens, u = z / |z|, and moments (2, D): mean and sum
     of squared deviations of z over the B N latents, without gradient. fp32 (float64 from float64).
     """
     if visible is not None:
         tokens = _gather(tokens, visible)
-    z = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(2)
+    z = tokens[:, :, first:].to(torch.promote_types(tokens.dtype, torch.float32)).mean(2)
     flat = z.detach().flatten(0, 1)
     centre = flat.mean(0)
     return z, F.normalize(z, dim=-1), torch.stack([centre, (flat - centre).square().sum(0)])

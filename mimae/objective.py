@@ -171,9 +171,12 @@ class Objective(nn.Module):
         """predictions (B, N, M, 3P^2), tokens (B, N, 1+K, D), images (B, H, W, 3) uint8, targets (B, N, M), mean and
         std (3,) of the data set."""
         settings = self.settings
-        rec = kernels.pixel_loss(predictions, images, targets, mean, std, settings.normalize_pixels)
-        rec = rec / targets.numel()
-        z, u, moments = kernels.view_latents(tokens[:, :, :1] if settings.latent == "class_token" else tokens[:, :, 1:])
+        share = 1 / targets.numel()
+        rec = kernels.pixel_loss(predictions, images, targets, mean, std, settings.normalize_pixels, scale=share)
+        if settings.latent == "class_token":
+            z, u, moments = kernels.view_latents(tokens[:, :, :1])
+        else:
+            z, u, moments = kernels.view_latents(tokens, first=1)
         loss, local_means = rec, [rec.detach()]
         max_mi = min_mi = fit = lower = upper = saturated = None
         if settings.max_mi > 0:

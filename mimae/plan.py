@@ -79,11 +79,12 @@ def encoder_flops(recipe: Recipe) -> int:
 
 
 def decoder_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of the decoder for one view; its head runs on the targets alone."""
+    """Forward FLOPs of the decoder for one view; its last block and its head answer for the targets alone."""
     decoder, K, L = recipe.decoder, _visible(recipe), _patches(recipe)
     embed = 2 * (1 + K) * recipe.model.width * decoder.width
+    last = _block(1 + L, decoder.width, L - K)
     head = 2 * (L - K) * decoder.width * _patch_values(recipe)
-    return embed + decoder.depth * _block(1 + L, decoder.width) + head
+    return embed + (decoder.depth - 1) * _block(1 + L, decoder.width) + last + head
 
 
 def objective_flops(recipe: Recipe) -> int:
@@ -111,9 +112,11 @@ def step_flops(recipe: Recipe) -> int:
     return 3 * image_flops(recipe) * recipe.schedule.batch_size
 
 
-def _block(tokens: int, width: int) -> int:
-    """A transformer block: qkv, projection and an MLP of 4 x width, then scores and weighted values."""
-    return 24 * tokens * width**2 + 4 * tokens**2 * width
+def _block(tokens: int, width: int, answered: int | None = None) -> int:
+    """A transformer block, of which `answered` tokens are wanted: keys and values of all tokens; of the wanted ones
+    queries, projection and an MLP of 4 x width, then scores and weighted values."""
+    wanted = tokens if answered is None else answered
+    return 4 * tokens * width**2 + 20 * wanted * width**2 + 4 * wanted * tokens * width
 
 
 def _patches(recipe: Recipe) -> int:

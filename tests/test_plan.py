@@ -86,11 +86,13 @@ def test_vit_base_has_the_numbers_of_the_method() -> None:
     given = config.load({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
     giga = 1e9
     assert plan.encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
-    assert plan.decoder_flops(given) / giga == pytest.approx(10.6, abs=0.15)
+    # The method counts 10.6 with a whole last block; ours leaves out what only the 50 unread tokens would need.
+    unread = 50 * (20 * 512**2 + 4 * 197 * 512)
+    assert (plan.decoder_flops(given) + unread) / giga == pytest.approx(10.6, abs=0.15)
     assert plan.image_flops(given) / giga == pytest.approx(77, abs=1)
     training = plan.step_flops(given) / 4096
     assert training == pytest.approx(0.23e12, rel=0.02)
-    assert 0.45 * 989e12 / training == pytest.approx(1900, rel=0.02)
+    assert 0.45 * 989e12 / training == pytest.approx(1940, rel=0.01)  # 1,900 with a whole last block
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimae import kernels
-from mimae.model.encoder import blocks, run_blocks, sincos_positions
+from mimae.model.blocks import Block, run_blocks
+from mimae.model.encoder import sincos_positions
 from mimae.settings import Section
 
 
@@ -40,12 +41,12 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, *grid)[None], persistent=False)
-        self.blocks = blocks(settings.depth, settings.width, settings.heads)
+        self.blocks = nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
         self.head = nn.Linear(settings.width, 3 * patch * patch)
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""
         filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0])
-        decoded = run_blocks(self.blocks, filled, self.checkpointing)
-        return self.head(self.norm(decoded[:, :, tokens.shape[2] :]))
+        decoded = run_blocks(self.blocks, filled, self.checkpointing, first=tokens.shape[2])
+        return self.head(self.norm(decoded))

@@ -5,16 +5,14 @@ Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mimae import kernels
+from mimae.model.blocks import Block, run_blocks
 from mimae.settings import Section
 
 SIZES = {
@@ -67,22 +65,6 @@ def sincos_positions(width: int, height_patches: int, width_patches: int) -> Ten
         return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).to(torch.float32)
 
 
-def blocks(depth: int, width: int, heads: int) -> nn.ModuleList:
-    """`depth` pre-norm transformer blocks as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
-    return nn.ModuleList(
-        Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
-        for _ in range(depth)
-    )
-
-
-def run_blocks(layers: nn.ModuleList, tokens: Tensor, recompute: bool) -> Tensor:
-    """tokens (..., T, D) through every block, each view a sequence of its own."""
-    flat = tokens.flatten(0, -3)
-    for layer in layers:
-        flat = checkpoint(layer, flat, use_reentrant=False) if recompute and layer.training else layer(flat)
-    return flat.view(tokens.shape)
-
-
 class PatchProjection(nn.Module):
     """Owns the patch projection under timm's name `patch_embed.proj` and runs the fused embedding."""
 
@@ -117,7 +99,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(settings.width, settings.patch_size)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, *self.grid)[None])
-        self.blocks = blocks(settings.depth, settings.width, settings.heads)
+        self.blocks = nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
         # Of the data set, not of the network: timm's state_dict has no place for them.
         self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)
