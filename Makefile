@@ -34,4 +34,4 @@ setup:
 	@.ci/setup.sh dev
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist mimae/_C.* *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,9 +1,19 @@
-"""What `pip install` reads: the packages, their folders, their requirements."""
+"""What `pip install` reads: the packages, their folders, their requirements, and how the extension is built.
 
+The extension mimae._C (csrc/) is built where torch is importable: with `pip install --no-build-isolation`, or in a
+checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 builds its CUDA part too, which needs nvcc. Where
+it cannot be built one line says why, and nothing but speed is lost.
+"""
+
+import os
 import re
+import shlex
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).parent
 
@@ -16,6 +26,72 @@ package_dir = {}
 for name in MAPPED:
     packages += [f"mimae.{name}"] + [f"mimae.{name}.{inner}" for inner in find_packages(name)]
     package_dir[f"mimae.{name}"] = name
+
+OLDEST_TORCH = (2, 11)
+GPUS = (80, 90, 100)
+torch = find_spec("torch")
+extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp"], py_limited_api=True, optional=True)
+
+
+class BuildNative(build_ext):
+    """The extension by one call of the C++ compiler or of nvcc, against what torch promises to keep as it is."""
+
+    def run(self):
+        if self.inplace:  # no older one may stay where building fails
+            for built in here.glob("mimae/_C.*"):
+                built.unlink()
+        super().run()
+
+    def build_extension(self, extension):
+        built = Path(self.get_ext_fullpath(extension.name))
+        built.parent.mkdir(parents=True, exist_ok=True)
+        built.unlink(missing_ok=True)
+        wanted = {"mimae._C": self.cxx}
+        if os.environ.get("MIMAE_CUDA") == "1":
+            wanted = {"the CUDA part of mimae._C": self.nvcc, **wanted}
+        for part, compiler in wanted.items():
+            obstacle = self.call([*compiler(), "-o", str(built)])
+            if obstacle is None:
+                return
+            print(f"mimae: {part} was not built ({obstacle}): nothing but speed is lost")
+
+    def cxx(self):
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        return [*compiler, "-fPIC", "-fvisibility=hidden", str(here / "csrc/orthogonal_masks.cpp"), *self.common()]
+
+    def nvcc(self):
+        home = os.environ.get("CUDA_HOME")
+        host = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
+        targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
+        # What is newer than all of them compiles this one's instructions as it loads.
+        targets += [f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"]
+        return [
+            *(f"{home}/bin/nvcc" if home else "nvcc", *host, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden"),
+            *("-cudart=shared", "-DMIMAE_CUDA", "-DUSE_CUDA"),
+            *(str(here / "csrc" / name) for name in ("orthogonal_masks.cpp", "orthogonal_masks.cu")),
+            *(*self.common(), "-ltorch_cuda"),
+        ]
+
+    def common(self):
+        (home,) = torch.submodule_search_locations
+        target = OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48
+        return [
+            *("-shared", "-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target}ULL", "-isystem", f"{home}/include"),
+            # An older torch then refuses to load what it lacks, instead of dying where it is used.
+            *("-Xlinker", "-z", "-Xlinker", "now", f"-L{home}/lib", "-ltorch_cpu"),
+        ]
+
+    def call(self, command):
+        """Runs a compiler. Returns what went wrong, or None; what the compiler says goes into a file."""
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except OSError:
+            return f"no {command[0]}"
+        log = here / "build" / "native.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(f"{shlex.join(command)}\n{done.stdout}")
+        return f"{command[0]} failed, see {log}" if done.returncode else None
+
 
 setup(
     name="mimae",
@@ -38,6 +114,9 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
+    ext_modules=[extension] if torch else [],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     package_data={
         "mimae": ["py.typed"],
         "mimae.kernels": ["py.typed"],
@@ -46,7 +125,7 @@ setup(
     },
     entry_points={"console_scripts": ["mimae = mimae.cli:main"]},
     install_requires=[
-        "torch>=2.11",
+        f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}",
         "torchvision",
         "timm>=1.0.20",
         "numpy",
@@ -70,7 +149,9 @@ setup(
             "types-PyYAML",
             "build",
             "transformers",
+            "pyarrow",
         ],
         "peers": ["transformers", "lightly"],
+        "parquet": ["pyarrow"],
     },
 )

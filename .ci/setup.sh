@@ -39,7 +39,7 @@ find_python() {
         "Install one, or name it: make PYTHON=/path/to/python3"
 }
 
-fingerprint=$(cat setup.py constraints.txt | cksum)
+fingerprint=$(cat setup.py constraints.txt csrc/* | cksum)
 done_extra=
 done_fingerprint=
 if [ -f "$STAMP" ]; then
@@ -95,5 +95,7 @@ if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".$
     fi
     die "installing failed. $hint" "The whole log is $LOG; the next make starts again."
 fi
+# pip builds away from .venv, where there is no torch; the C++ form of the ops needs its headers.
+.venv/bin/python setup.py -q build_ext --inplace >&2
 printf 'extra:%s\n%s\n' "$extra" "$fingerprint" >"$STAMP"
 say "done"

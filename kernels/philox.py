@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORDS_OF_A_STREAM = 1 << 26
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,7 +40,7 @@ def philox_words(seed: int, purpose: int, epoch: int, ids: Tensor, count: int, f
 
     Raises ValueError where a stream would run past its 2^26 words.
     """
-    if first < 0 or count < 0 or first + count > 1 << 26:
+    if first < 0 or count < 0 or first + count > WORDS_OF_A_STREAM:
         raise ValueError(f"a stream has words 0 to 2^26 - 1, asked for {first} to {first + count - 1}")
     blocks = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=ids.device)
     ids = ids.to(torch.int64)[:, None]

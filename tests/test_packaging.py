@@ -49,7 +49,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sdist(work: Path) -> Path:
     """Built from a copy, since building writes beside setup.py."""
-    unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     copy = shutil.copytree(CHECKOUT, work / "checkout", symlinks=True, ignore=unwanted)
     return build(copy, "sdist", work / "sdist")
 
@@ -86,7 +86,8 @@ def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
             if path.suffix in (".py", ".yaml") and not linked:
                 expected.add(f"{place}/{inside.as_posix()}")
     assert "mimae/configs/quickstart.yaml" in expected
-    assert names(wheel) == expected | {"mimae/py.typed", "mimae/kernels/py.typed"}
+    extension = {"mimae/_C.abi3.so"} if shutil.which("c++") else set()
+    assert names(wheel) == expected | extension | {"mimae/py.typed", "mimae/kernels/py.typed"}
 
 
 def test_wheel_of_the_sdist_is_the_same(work: Path, sdist: Path, wheel: Path) -> None:
@@ -103,6 +104,8 @@ def test_installed_wheel_runs_without_the_checkout(python: Path, tmp_path: Path)
     )
     for file in run(python, "-c", code, cwd=tmp_path).split():
         assert Path(file).is_relative_to(python.parents[1]), f"{file} is not the installed one"
+    code = "import torch; from mimae import kernels; print(kernels.reason('orthogonal_masks', torch.device('cpu')))"
+    assert not shutil.which("c++") or run(python, "-c", code, cwd=tmp_path) == "native\n"
     mimae = python.with_name("mimae")
     assert "pretrain" in run(mimae, "--help", cwd=tmp_path)
     assert "num_masks" in run(mimae, "config", "quickstart", cwd=tmp_path)
