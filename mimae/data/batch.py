@@ -34,9 +34,9 @@ class Batch:
     images: Tensor
     """uint8 (B, H, W, 3), contiguous."""
     sample_ids: Tensor
-    """int64 (B,): the slots' ids, which crop, flip and mask go by."""
+    """int64 (B,): the slots' ids, which crop, flip and mask go by; modulo the size of the source, their samples'."""
     source_ids: Tensor
-    """int64 (B,): whose pixels they are; differs from `sample_ids` where a bad sample was replaced."""
+    """int64 (B,): whose pixels they are; another sample's where a bad one was replaced."""
     epoch: int
     step: int
     """Optimizer step within the epoch."""

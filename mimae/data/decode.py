@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from mimae.data.augment import Window
 
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
+"""Endings by which a source takes a file for an image; what it is its bytes tell."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
 _CHANNELS_TAG = 277
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -43,22 +49,48 @@ def decode(
     with alpha). Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. The
     resize is bicubic and antialiased, and sees the window alone. Raises BadImage.
     """
+    with _bad_image():
+        image = _open(data, max_pixels)
+        image.load()
+        image = _upright(image)
+        cut = window(image.height, image.width)
+        region = image.crop((cut.left, cut.top, cut.left + cut.width, cut.top + cut.height))
+        pixels = np.asarray(_rgb(region).resize(size[::-1], Image.Resampling.BICUBIC))
+    return pixels[:, ::-1] if flip else pixels
+
+
+def whole(data: bytes, max_pixels: int) -> Image.Image:
+    """All of the image, upright and RGB, checked as by `decode`. Raises BadImage."""
+    with _bad_image():
+        image = _open(data, max_pixels)
+        image.load()
+        return _rgb(_upright(image))
+
+
+def format_of(data: bytes, max_pixels: int) -> str:
+    """The name of the format, by the header alone, which is checked as by `decode`. Raises BadImage."""
+    with _bad_image():
+        return str(_open(data, max_pixels).format)
+
+
+def why(error: BadImage | OSError) -> str:
+    """One line on why a sample cannot be had: its bytes are no image, or its source could not read them."""
+    return str(error) if isinstance(error, BadImage) else f"the file cannot be read: {error.strerror or error}"
+
+
+@contextmanager
+def _bad_image() -> Iterator[None]:
+    """Whatever is raised becomes BadImage: on damaged files decoders raise OSError, SyntaxError, struct.error,
+    MemoryError and nearly anything else."""
     try:
         # Pillow warns without naming the image; what cannot be used is reported with its name by the caller.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _open(data, max_pixels)
-            image.load()
-            image = _upright(image)
-            cut = window(image.height, image.width)
-            region = image.crop((cut.left, cut.top, cut.left + cut.width, cut.top + cut.height))
-            pixels = np.asarray(_rgb(region).resize(size[::-1], Image.Resampling.BICUBIC))
+            yield
     except BadImage:
         raise
     except Exception as error:
-        # On damaged files decoders raise nearly anything: OSError, SyntaxError, struct.error, MemoryError.
         raise BadImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
-    return pixels[:, ::-1] if flip else pixels
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -66,11 +98,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*"):
             _check_channels(_tiff_channels(data), "TIFF")
-        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r})") from None
+        jpeg = "; as a JPEG it is damaged, or of 12 bits a channel" if data.startswith(b"\xff\xd8") else ""
+        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
     except Image.DecompressionBombError as error:
         raise BadImage(str(error).partition(",")[0]) from None
     if image.width * image.height > max_pixels:
@@ -84,6 +117,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         channels = image.tag_v2.get(_CHANNELS_TAG, channels)
     _check_channels(channels, image.mode)
     return image
+
+
+@lru_cache(1)
+def _formats() -> tuple[str, ...]:
+    """Formats of image collections that this Pillow reads. It reads others by starting programs, EPS by Ghostscript."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _check_channels(channels: int, mode: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from mimae.data.torch_loader import TorchLoader
 class Loader:
     """The micro-batches of one rank, epoch by epoch. Needs (epoch, step) and nothing else to resume."""
 
-    def __init__(self, plan: Plan, backend: TorchLoader, seed: int) -> None:
+    def __init__(self, plan: Plan, backend: TorchLoader, order: Callable[[int], Tensor]) -> None:
         self.plan = plan
         self._backend = backend
-        self._order = lru_cache(maxsize=1)(lambda epoch: epoch_order(seed, epoch, plan.samples))
+        self._order = lru_cache(maxsize=1)(order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -29,11 +29,11 @@ class Loader:
         return self.plan.steps_per_epoch
 
     def dropped(self, epoch: int) -> Tensor:
-        """The ids that the epoch leaves out, int64: the tail of its order that fills no batch."""
+        """The slots that the epoch leaves out, int64: the tail of its order that fills no batch."""
         return self.plan.dropped(self._order(epoch))
 
     def samples(self, epoch: int, step: int) -> Tensor:
-        """The ids of the global batch of a step, int64, over all ranks and micro-batches."""
+        """The slots of the global batch of a step, int64, over all ranks and micro-batches."""
         batch = self.plan.batch_size
         return self._order(epoch)[step * batch : (step + 1) * batch]
 
@@ -60,8 +60,10 @@ def make_loader(
 
     Raises DataError where the batch does not divide, or the source has no full one.
     """
-    plan = Plan(len(source), batch_size, accumulate, rank, world_size)
-    return Loader(plan, TorchLoader(settings, source, seed), seed)
+    parts = source.parts
+    plan = Plan(sum(part.draws for part in parts), batch_size, accumulate, rank, world_size)
+    order = partial(epoch_order, seed, parts=parts, by_blocks=settings.shuffle == "blocks")
+    return Loader(plan, TorchLoader(settings, source, seed), order)
 
 
 def evaluation_batches(

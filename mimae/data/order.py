@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +13,66 @@ from torch import Tensor
 from mimae.data.batch import DataError
 from mimae.randomness import Purpose, words
 
+GROUP = 16_384
+"""Samples that are shuffled together where storage wants its blocks read together."""
 
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The permutation of an epoch, int64 (n,): ids sorted by (64-bit key of words 0 and 1, id); method 1."""
-    key = words(seed, Purpose.ORDER, epoch, torch.arange(n), 2)
-    # Keys are unsigned: with its top bit turned over, a key sorts as a signed integer.
-    signed = ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]
-    return torch.sort(signed, stable=True).indices
+
+class Part(NamedTuple):
+    """What the order of an epoch has to know of a source: of its `samples`, `draws` are due each epoch."""
+
+    samples: int
+    draws: int
+    blocks: np.ndarray
+    """int64 (m + 1,): where the runs of samples begin that lie together in storage, and `samples`."""
+
+
+def epoch_order(seed: int, epoch: int, parts: Sequence[Part], *, by_blocks: bool = False) -> Tensor:
+    """The slots of an epoch in their order, int64 (sum of draws,); ids of the parts follow one another.
+
+    Each part is gone through pass after pass, every pass in an order of its own, and an epoch takes up where the last
+    one left: within a pass each sample comes exactly once. The draws of a part lie evenly spread over the epoch. A slot
+    of the epoch's r-th pass over a part (from 0) is r M + id, M the number of all samples: crops and masks, which go
+    by the slot, differ when a sample comes again. One part with as many draws as samples is one pass an epoch.
+    """
+    first, slots, places = 0, [], []
+    total = sum(part.samples for part in parts)
+    for part in parts:
+        begin, end = epoch * part.draws, (epoch + 1) * part.draws
+        start = begin // part.samples
+        passes = [
+            _pass(seed, number, first, part, by_blocks) + (number - start) * total
+            for number in range(start, -(-end // part.samples))
+        ]
+        skipped = begin - start * part.samples
+        slots.append(torch.cat(passes)[skipped : skipped + part.draws])
+        places.append((torch.arange(part.draws, dtype=torch.float64) + 0.5) / part.draws)
+        first += part.samples
+    return torch.cat(slots)[torch.sort(torch.cat(places), stable=True).indices]
+
+
+def _pass(seed: int, number: int, first: int, part: Part, by_blocks: bool) -> Tensor:
+    """Ids first .. first + samples - 1 in the order of a pass, int64: sorted by (64-bit key of words 0 and 1, id);
+    method 1.
+
+    By blocks, these are sorted by the like key of words 2 and 3 of their first ids and fill groups of GROUP samples,
+    the last block of a group running over; samples are sorted within their group.
+    """
+    ids = torch.arange(first, first + part.samples)
+    order = torch.sort(_keys(seed, number, ids, 0), stable=True).indices
+    if by_blocks:
+        starts, sizes = torch.from_numpy(part.blocks[:-1]), torch.from_numpy(np.diff(part.blocks))
+        blocks = torch.sort(_keys(seed, number, first + starts, 2), stable=True).indices
+        group = torch.empty_like(blocks)
+        group[blocks] = (sizes[blocks].cumsum(0) - sizes[blocks]) // GROUP
+        order = order[torch.sort(group.repeat_interleave(sizes)[order], stable=True).indices]
+    return ids[order]
+
+
+def _keys(seed: int, number: int, ids: Tensor, word: int) -> Tensor:
+    """Words `word` and `word` + 1 of the streams of `ids` as one number, int64 and sorting as unsigned."""
+    key = words(seed, Purpose.ORDER, number, ids, 2, word)
+    # With its top bit turned over, an unsigned number sorts as a signed one.
+    return ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]
 
 
 class Job(NamedTuple):
@@ -35,7 +88,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the order of `samples` ids is dealt to steps, micro-batches and ranks.
+    """How the order of an epoch's `samples` slots is dealt to steps, micro-batches and ranks.
 
     Step s covers positions [s G, (s + 1) G) of the epoch's order, G = `batch_size`; its micro-batch a the
     a-th of `accumulate` equal parts of them, and rank r the r-th of `world_size` equal parts of that.

@@ -18,9 +18,17 @@ class DataSettings(Section):
     """Where the images come from and how a sample is cut from its image."""
 
     path: str = Field(
-        "photos", min_length=1, description="training images: photos (embedded), a folder, or a list file"
+        "photos",
+        min_length=1,
+        description="training images: photos (embedded), a folder, a list file, tar shards, Parquet files, "
+        "a mixture or torchvision:NAME:ROOT, see [data.md](data.md)",
     )
     val_path: str | None = Field(None, min_length=1, description="held-out images, as path; null: none")
+    shuffle: Literal["full", "blocks"] = Field(
+        "full",
+        description="order of an epoch: any sample anywhere, or blocks (shards, row groups, runs of files) "
+        "shuffled, and samples within groups of blocks: for storage that is slow at random reads",
+    )
     loader: Literal["auto", "torch"] = Field("auto", description="what decodes and cuts the images")
     image_size: Side | tuple[Side, Side] = Field(
         224, description="pixels of a sample: one side of a square, or [height, width]"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
+import stat
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +16,16 @@ import numpy as np
 
 from mimae.data import photos
 from mimae.data.batch import DataError
-from mimae.data.index import SCAN_THREADS, Index, indexed
+from mimae.data.decode import EXTENSIONS
+from mimae.data.index import SCAN_THREADS, Index, IndexedSource, end_to_end, indexed
+from mimae.data.mixture import EXTENSIONS as MIXTURES
+from mimae.data.mixture import read_mixture
+from mimae.data.order import Part
+from mimae.data.parquet import ParquetSource, read_footers
+from mimae.data.patterns import SHARDS, is_pattern, matching, shard_files
+from mimae.data.shards import ShardSource, read_headers
+from mimae.data.torchvision_sets import PREFIX, TorchvisionSource
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 LIST_EXTENSIONS = (".txt", ".tsv", ".csv")
 _EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 
@@ -40,6 +46,10 @@ class Source(Protocol):
         """The names of the classes, where they have any."""
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """What an epoch is drawn from, its sizes adding up to the source's; but in mixtures the source alone."""
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of names and labels in their order: two sources with equal ones number alike."""
 
@@ -52,58 +62,71 @@ class Source(Protocol):
         """The encoded image of sample i. Raises OSError."""
 
 
-def open_source(path: str) -> Source:
-    """The source that `path` names: photos, photos-test, a folder (./photos if called so) or a list file.
+LEGAL = (
+    f"A data path is a folder of images, a list file ({', '.join(LIST_EXTENSIONS)}), tar shards or Parquet files "
+    f"(one, a folder of them, or a pattern as train-{{000..099}}.tar or train-*.tar), a mixture (.yaml), "
+    f"torchvision:NAME:ROOT, or one of the embedded sets {', '.join(photos.SPLITS)}."
+)
 
-    Raises DataError.
+
+def open_source(path: str, folder: Path = Path()) -> Source:
+    """The source that `path`, relative to `folder`, names; docs/data.md has the forms. Raises DataError.
+
+    Embedded sets are called by their names, a folder called so ./photos.
     """
-    place = photos.folder(path) if path in photos.SPLITS else Path(path).expanduser().absolute()
+    if path.startswith(PREFIX):
+        return TorchvisionSource(path, folder)
+    place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
     if place.is_dir():
-        return FileSource(path, place, indexed(place, _scan_folder))
+        if shards := shard_files(place):
+            return _open_shards(path, shards)
+        return FileSource(path, place, indexed([place], lambda: _scan_folder(place)))
     if place.is_file() and place.suffix.lower() in LIST_EXTENSIONS:
-        return FileSource(path, place.parent, indexed(place, _read_list))
-    legal = (
-        f"A data path is a folder of images, a list file ({', '.join(LIST_EXTENSIONS)}), "
-        f"or one of the embedded sets {', '.join(photos.SPLITS)}."
-    )
+        return FileSource(path, place.parent, indexed([place], lambda: _read_list(place)))
+    if place.is_file() and place.suffix.lower() in MIXTURES:
+        return read_mixture(path, place, open_source)
+    if place.is_file() and place.suffix.lower() in SHARDS:
+        return _open_shards(path, [place])
     if place.exists():
-        raise DataError(f"{place} is neither a folder nor a list file. {legal}")
+        raise DataError(f"{place} is none of these. {LEGAL}")
+    if is_pattern(place):
+        return _open_shards(path, matching(place))
     parent = next(p for p in place.parents if p.exists())
-    raise DataError(f"{place} does not exist ({parent} is the part of it that does). {legal}")
+    raise DataError(f"{place} does not exist ({parent} is the part of it that does). {LEGAL}")
 
 
-class FileSource:
+def _open_shards(name: str, shards: list[Path]) -> Source:
+    if len(endings := sorted({shard.suffix.lower() for shard in shards})) > 1:
+        raise DataError(f"{name} names files of several kinds, {' and '.join(endings)}; open one kind, or mix them")
+    if endings[0] not in SHARDS:
+        raise DataError(f"{name} names {shards[0]} and others of its kind. {LEGAL}")
+    if endings == [".tar"]:
+        return ShardSource(name, shards, indexed(shards, lambda: read_headers(shards)))
+    return ParquetSource(name, shards, indexed(shards, lambda: read_footers(shards)))
+
+
+class FileSource(IndexedSource):
     """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its own."""
 
     def __init__(self, name: str, folder: Path, index: Index) -> None:
-        self.name = name
-        self._folder, self._index = os.fsencode(folder), index
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self._index.labels
-
-    @property
-    def classes(self) -> list[str] | None:
-        return self._index.classes
-
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for block in (self._index.names, self._index.offsets, self._index.labels):
-            if block is not None:
-                digest.update(block.tobytes())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._index)
+        super().__init__(name, index)
+        self._folder = os.fsencode(folder)
 
     def path(self, i: int) -> str:
-        return os.fsdecode(os.path.join(self._folder, self._index.name(i)))
+        return os.fsdecode(os.path.join(self._folder, self.index.name(i)))
 
     def read(self, i: int) -> bytes:
-        with open(os.path.join(self._folder, self._index.name(i)), "rb") as file:
+        with open(os.path.join(self._folder, self.index.name(i)), "rb", opener=_open_regular) as file:
             return file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Opens a file, but no pipe or device, which might never end or never answer."""
+    opened = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError("it is not a regular file")
+    return opened
 
 
 # Folders
@@ -123,7 +146,7 @@ def _scan_folder(root: Path) -> Index:
         folders = f"{len(listings)} folder{'s' if len(listings) > 1 else ''}"
         raise DataError(
             f"{root} holds no images: {folders} looked through, hidden ones left out. "
-            f"Images end in {', '.join(EXTENSIONS)}."
+            f"Images end in {', '.join(EXTENSIONS)}; tar shards and Parquet files lie in a folder of their own."
         )
     labels = classes = None
     # Images beside the class folders have no class, and half a labelling is none.
@@ -133,7 +156,7 @@ def _scan_folder(root: Path) -> Index:
         labels = np.repeat(np.array([number[name] for name in per_class]), list(per_class.values())).astype(np.int64)
         classes = [os.fsdecode(name) for name in folders_in_order]
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
-    return Index(np.frombuffer(bytes(names), np.uint8), _offsets(lengths), labels, classes, watched)
+    return Index(np.frombuffer(bytes(names), np.uint8), end_to_end(np.array(lengths)), labels, classes, watched)
 
 
 _Listing = list[bytes]
@@ -242,7 +265,7 @@ def _read_list(path: Path) -> Index:
         raise DataError(f"{path} names no image; a list has one path per line, relative to {path.parent}")
     index = Index(
         np.frombuffer(bytes(names), np.uint8),
-        _offsets(lengths),
+        end_to_end(np.array(lengths)),
         np.array(labels, np.int64) if labels else None,
         None,
         [os.fsencode(path)],
@@ -264,7 +287,3 @@ def _class_number(text: str, where: str) -> int:
     if not 0 <= number < 1 << 31:
         raise DataError(f"{where}: {text!r} is not a class number, an integer from 0 on")
     return number
-
-
-def _offsets(lengths: Iterable[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimae.data.augment import Window, below, centre_window, crop_words, flips, random_window
 from mimae.data.batch import BadSample, Batch, DataError
-from mimae.data.decode import BadImage, decode
+from mimae.data.decode import BadImage, decode, why
 from mimae.data.order import Job
 from mimae.data.settings import DataSettings
 from mimae.data.sources import Source
@@ -143,11 +143,8 @@ def make_batch(settings: DataSettings, source: Source, seed: int, job: Job) -> B
                 pixels[slot] = decode(data, window, size, max_pixels=settings.max_pixels, flip=flip)
                 source_ids[slot] = candidate
                 break
-            except BadImage as error:
-                bad.append(BadSample(candidate, source.path(candidate), str(error)))
-            except OSError as error:
-                reason = f"the file cannot be read: {error.strerror or error}"
-                bad.append(BadSample(candidate, source.path(candidate), reason))
+            except (BadImage, OSError) as error:
+                bad.append(BadSample(candidate, source.path(candidate), why(error)))
         else:
             tried = "\n".join(f"  {path}: {reason}" for _, path, reason in bad[-5:])
             raise DataError(
@@ -158,8 +155,8 @@ def make_batch(settings: DataSettings, source: Source, seed: int, job: Job) -> B
 
 
 def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
-    """The sample itself, then those that take its place, drawn from its stream."""
-    yield sample_id
+    """The slot's own sample, then those that take its place, drawn from its stream."""
+    yield sample_id % n
     for word in words(seed, Purpose.REPLACEMENT, epoch, torch.tensor([sample_id]), _REPLACEMENTS)[0].tolist():
         yield below(word, n)
 

@@ -199,7 +199,13 @@ def bad_header(kind: bytes, width: int, height: int) -> bytes:
 
 JPEG = encoded(PIXELS, "JPEG")
 PNG = encoded(PIXELS)
+TWELVE_BITS = b"\xff\xd8\xff\xdb\0\x43\0" + bytes([8] * 64) + b"\xff\xc1\0\x0b\x0c" + bytes([0, 64, 0, 96, 1, 1, 17, 0])
+"""The head of a grey JPEG of 12 bits a channel: a table, and a frame of precision 12."""
+
 REFUSED = {
+    "12 bits": (TWELVE_BITS, "12 bits a channel"),
+    # Pillow would have Ghostscript run it.
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "begins with"),
     "empty": (b"", "empty"),
     "text": (b"This is not an image.\n", "begins with b'This is not an i'"),
     "an error page": (b"<!DOCTYPE html><title>404</title>", "begins with b'<!DOCTYPE html"),

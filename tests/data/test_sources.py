@@ -178,12 +178,13 @@ def test_path_that_does_not_exist(tmp_path: Path) -> None:
         open_source(str(missing))
     text = str(refusal.value)
     assert f"{missing} does not exist ({tmp_path} is the part of it that does)" in text
-    assert "a folder of images, a list file (.txt, .tsv, .csv), or one of the embedded sets photos, photos-test" in text
+    assert "a folder of images, a list file (.txt, .tsv, .csv), tar shards or Parquet files" in text
+    assert "a mixture (.yaml), torchvision:NAME:ROOT, or one of the embedded sets photos, photos-test" in text
 
 
 def test_file_that_is_no_list(tmp_path: Path) -> None:
     touch(tmp_path, ["train.zip"])
-    with pytest.raises(DataError, match=r"train.zip is neither a folder nor a list file"):
+    with pytest.raises(DataError, match=r"train.zip is none of these. A data path is"):
         open_source(str(tmp_path / "train.zip"))
 
 
@@ -200,14 +201,28 @@ def test_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
     touch(tmp_path, ["a/1.png", "b/2.png"])
     scandir = os.scandir
 
-    def refusing(folder: bytes) -> object:
-        if folder.rstrip(b"/").endswith(b"/b"):
+    def refusing(folder: bytes | Path) -> object:
+        if os.fsencode(folder).rstrip(b"/").endswith(b"/b"):
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
     monkeypatch.setattr(sources.os, "scandir", refusing)
     with pytest.raises(DataError, match=r"cannot list the folder .*/b/: Permission denied"):
         open_source(str(tmp_path))
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever, and /dev/zero never end; by a list or a link either can be named."""
+    write_images(tmp_path, ["1.png"])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "2.png").symlink_to("pipe")
+    (tmp_path / "3.png").symlink_to("/dev/zero")
+    (tmp_path / "4.png").symlink_to(tmp_path)
+    source = open_source(str(tmp_path))
+    assert names_of(source, tmp_path) == ["1.png", "2.png", "3.png"]  # A link to a folder above is a loop.
+    for i in (1, 2):
+        with pytest.raises(OSError, match="not a regular file"):
+            source.read(i)
 
 
 # The cache

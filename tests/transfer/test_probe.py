@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mimae import config
 from mimae.data import DataSettings, Source, open_source
+from mimae.data.order import Part
 from mimae.errors import UserError
 from mimae.loop import pretrain
 from mimae.transfer import probe
@@ -218,6 +219,10 @@ class Labelled:
     @property
     def fingerprint(self) -> str:
         return self.name
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        raise AssertionError("labels are not drawn from")
 
     def path(self, i: int) -> str:
         raise AssertionError("labels need no file")

@@ -1,0 +1,74 @@
+"""Which files a pattern of shards names: {000..127} counts, {a,b} lists, and * ? [...] match what is there."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from mimae.data.batch import DataError
+from mimae.data.decode import EXTENSIONS
+
+SHARDS = (".tar", ".parquet")
+"""Endings of files that hold many samples."""
+
+_IMAGES = tuple(f".{extension}" for extension in EXTENSIONS)
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards right in a folder, by the bytes of their names; none where images or other folders lie beside them."""
+    found = []
+    # A folder that may not be listed is told of where its images are looked for.
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir() or entry.name.lower().endswith(_IMAGES):
+                return []
+            if entry.name.lower().endswith(SHARDS):
+                found.append(folder / entry.name)
+    return sorted(found, key=os.fsencode)
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether the path, which does not exist as it stands, may name several files."""
+    return bool(_BRACES.search(str(path))) or glob.has_magic(str(path))
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The files that a pattern names: braces in their order, what matches sorted by bytes. Raises DataError."""
+    files: dict[str, None] = {}
+    for path in _expand(str(pattern)):
+        found = sorted(glob.glob(path), key=os.fsencode) if glob.has_magic(path) else [path]
+        if not found:
+            raise DataError(f"{pattern}: nothing matches {path}")
+        for name in found:
+            if not os.path.isfile(name):
+                raise DataError(f"{pattern}: {name} does not exist, or is no file")
+            if name in files:
+                raise DataError(f"{pattern} names {name} twice")
+            files[name] = None
+    if not files:
+        raise DataError(f"{pattern} counts backwards: {{first..last}} goes up")
+    return list(map(Path, files))
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """The pattern once for every choice in its braces, from left to right."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, listed = match.groups()
+    choices = listed.split(",") if listed is not None else _count(first, last)
+    for choice in choices:
+        yield from _expand(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _count(first: str, last: str) -> list[str]:
+    """The numbers from `first` to `last`, as wide as the first is written."""
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
