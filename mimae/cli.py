@@ -34,8 +34,10 @@ def _plain(help: str | None = None) -> typer.Typer:
 
 
 app = _plain("MI-MAE: pretraining by masking and mutual information.")
-bench = _plain("Measure: speed and memory of a step, the controls of the method.")
+bench = _plain("Measure: speed and memory of a step and of its ops, the controls of the method.")
 app.add_typer(bench, name="bench")
+data = _plain("Data sets: look at them, pack them into shards.")
+app.add_typer(data, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="path or name of a recipe")]
 Overrides = Annotated[
@@ -87,8 +89,15 @@ def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
     parent.command(verb, help=help, context_settings=_OWN_ARGUMENTS)(run)
 
 
+_mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
+_mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")
+_mount(data, "pack", "mimae.data.pack", "Write tar shards of a data set, resized if asked.")
+_mount(data, "show", "mimae.show", "A picture of samples as they are trained on, and of their masks.")
+_mount(bench, "kernels", "mimae.bench.kernels", "Time and memory of every op, beside plain PyTorch.")
+_mount(bench, "gpu", "mimae.bench.gpu", "All that needs a GPU, into one file.")
 _mount(bench, "step", "mimae.bench.step", "Speed and memory of a training step, with baselines.")
+_mount(bench, "traffic", "mimae.bench.traffic", "Bytes that the fused ops move, and their machine code; no GPU needed.")
 _mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the controls of the method.")
 
 

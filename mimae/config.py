@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from mimae.checkpoint import CheckpointSettings
 from mimae.data import DataSettings
-from mimae.engines import EngineSettings
+from mimae.engines import Compile, EngineSettings
 from mimae.errors import UserError
 from mimae.masking import MaskingSettings
 from mimae.model.decoder import DecoderSettings
@@ -45,14 +45,13 @@ class RunSettings(Section):
 class Recipe(Section):
     """Everything that a pretraining run depends on."""
 
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights"
-    )
+    seed: int = Field(0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of the matrix products; weights, latents and losses are fp32 in both"
     )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile of each block; auto: on with CUDA, off on the CPU"
+    compile: Compile = Field(
+        "auto",
+        description="torch.compile of each block; graphs: with CUDA graphs; auto: on with CUDA, off on the CPU",
     )
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -85,12 +84,12 @@ class Resolved:
     origins: dict[str, str]
 
 
+_SIZED = {f"model.{name}" for name in SIZES["base"]}
+
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
-def load(
-    recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-) -> Resolved:
+def load(recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Resolved:
     """Reads a recipe, applies overrides and then `settings`, validates.
 
     Args:
@@ -102,19 +101,32 @@ def load(
         ConfigError: with all problems at once.
     """
     problems: list[str] = []
-    name, given = "unnamed", Settings()
+    name, layers = "unnamed", list[Settings]()
     if isinstance(recipe, str | Path):
         path = find(str(recipe), Path(), problems)
         if path is not None:
-            name, given = path.stem, read(path, problems)
+            name, layers = path.stem, read(path, problems)
     else:
-        given = with_base(from_mapping(recipe), Path(), problems)
+        layers = with_base(from_mapping(recipe), Path(), problems)
     whole = not problems
+    # One layer, whatever their order: a width that stands beside a size is meant.
+    asked = Settings()
     for override in overrides:
-        given |= read_override(override, problems)
-    given |= from_mapping(settings or {})
+        asked |= read_override(override, problems)
+    given = _over([*layers, asked | from_mapping(settings or {})])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     return _validate(given, problems, whole)
+
+
+def _over(layers: Sequence[Settings]) -> Settings:
+    """Each layer over those before it. A named size is the numbers that it stands for: what an earlier layer gave for
+    them is for the model before."""
+    given = Settings()
+    for layer in layers:
+        if "model.size" in layer:
+            given = {key: setting for key, setting in given.items() if key not in _SIZED}
+        given |= layer
+    return given
 
 
 # Validation
@@ -167,8 +179,7 @@ def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
 
 
 def _origin(key: str, given: Settings) -> str:
-    section, _, name = key.rpartition(".")
-    if section == "model" and name in SIZES["base"] and (key not in given or given[key].value is None):
+    if key in _SIZED and (key not in given or given[key].value is None):
         return "from model.size"
     return given[key].origin if key in given else "default"
 
@@ -344,6 +355,18 @@ def _siblings(resolved: Resolved) -> Iterator[str]:
         )
 
 
+@_check("decoder", "masking")
+def _next_view(resolved: Resolved) -> Iterator[str]:
+    masking = resolved.recipe.masking
+    if resolved.recipe.decoder.predict != "next_view" or (masking.kind == "orthogonal" and masking.num_masks > 1):
+        return
+    yield (
+        f"{_say(resolved, 'decoder.predict')}: predicts what another view shows and this one does not; legal are at "
+        f"least 2 orthogonal masks (here {_say(resolved, 'masking.kind')}, {_say(resolved, 'masking.num_masks')}), "
+        "or decoder.predict=hidden"
+    )
+
+
 @_check("schedule", "objective")
 def _other_images(resolved: Resolved) -> Iterator[str]:
     recipe = resolved.recipe
@@ -370,11 +393,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     """{dotted key: value} of the whole recipe, values as YAML has them."""
     values: dict[str, Any] = {}
     for name, value in recipe.model_dump(mode="json").items():
-        values |= (
-            {f"{name}.{key}": leaf for key, leaf in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        values |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     return values
 
 

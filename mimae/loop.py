@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, telemetry
 from mimae.config import Recipe
 from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, make_loader, open_source
-from mimae.engines import DDPEngine, Engine
+from mimae.engines import DDPEngine, Engine, check_machine
 from mimae.guards import NonFinite, RunError, Signals, lock
 from mimae.kernels import pixel_loss
-from mimae.model import build
+from mimae.model import MIMAE, build
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
 from mimae.transfer.probe import knn_accuracy, shared_labels
@@ -28,8 +28,11 @@ VALIDATION_IMAGES = 2048
 PICTURED = 8
 """Images in a reconstruction picture."""
 
-FREE_KEYS = ("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction", "compile")
-"""Settings that may differ when a run is resumed: no weight depends on them (on `compile` by rounding alone)."""
+FREE_KEYS = (
+    *("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction"),
+    *("compile", "model.attention", "optimizer.impl"),
+)
+"""Settings that may differ when a run is resumed: no weight depends on them (on the last three by rounding alone)."""
 
 
 class Outcome(NamedTuple):
@@ -44,7 +47,8 @@ class Outcome(NamedTuple):
 def pretrain(recipe: Recipe) -> Outcome:
     """Runs a recipe to its end, or from its last checkpoint on; every rank of a job calls it.
 
-    Raises UserError for what a person can mend: data, run directory, checkpoints, ten non-finite steps in a row.
+    Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, ten
+    non-finite steps in a row.
     """
     source = open_source(recipe.data.path)
     validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
@@ -52,6 +56,7 @@ def pretrain(recipe: Recipe) -> Outcome:
         shared_labels(source, validation)  # classes that do not fit are told now, not at the first check
     device = distributed.setup()
     try:
+        check_machine(recipe, device)
         with lock(Path(recipe.run.dir)), Signals() as signals:
             return _Run(recipe, source, validation, device).train(signals)
     finally:
@@ -82,7 +87,7 @@ class _Run:
             recipe.ema,
             views=self.views,
             precision=recipe.precision,
-            compile_blocks=recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda"),
+            compile=recipe.compile,
         )
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
         self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
@@ -186,8 +191,8 @@ class _Run:
                 batch = batch.to(self.device)
             with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
                 with self.phases("forward"):
-                    visible, hidden = self._masks(batch, batch.epoch)
-                    out = self.engine.forward(batch.images, visible, hidden)
+                    visible, targets = self._masks(batch, batch.epoch)
+                    out = self.engine.forward(batch.images, visible, targets)
                 with self.phases("backward"):
                     self.engine.backward(out.loss / recipe.schedule.accumulate)
             for key, value in _reported(out).items():
@@ -255,40 +260,47 @@ class _Run:
                 f"{recipe.objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
             )
 
-    @torch.no_grad()
+    @contextmanager
+    def _evaluating(self) -> Iterator[MIMAE]:
+        """The model in eval mode, without gradients, and as it was before compiling: that is for the sizes of training,
+        and each other one would compile anew."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield self.engine.model.eval()
+        self.engine.model.train()
+
     def _validate(self) -> dict[str, float]:
         """kNN accuracy and reconstruction loss on data.val_path, with the masks of epoch 0."""
         if self.validation is None:
             return {}
-        recipe, model = self.recipe, self.engine.model.eval()
+        with self._evaluating() as model:
+            return self._checks(model, self.validation)
+
+    def _checks(self, model: MIMAE, validation: Source) -> dict[str, float]:
+        recipe = self.recipe
         rec, terms = 0.0, 0
-        for batch in self._evaluation_batches(self.validation, VALIDATION_IMAGES):
-            visible, hidden = self._masks(batch)
+        for batch in self._evaluation_batches(validation, VALIDATION_IMAGES):
+            visible, targets = self._masks(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                predictions = model.predict(batch.images, visible, hidden)
+                predictions = model.predict(batch.images, visible, targets)
             mean, std = model.encoder.mean, model.encoder.std
-            rec += pixel_loss(predictions, batch.images, hidden, mean, std, recipe.objective.normalize_pixels).item()
-            terms += hidden.numel()
+            rec += pixel_loss(predictions, batch.images, targets, mean, std, recipe.objective.normalize_pixels).item()
+            terms += targets.numel()
         checks = {"val_rec": rec / terms}
-        if self.source.labels is not None and self.validation.labels is not None:
-            checks["knn"] = knn_accuracy(
-                model.encoder, recipe.data, self.source, self.validation, limit=VALIDATION_IMAGES
-            )
-        model.train()
+        if self.source.labels is not None and validation.labels is not None:
+            checks["knn"] = knn_accuracy(model.encoder, recipe.data, self.source, validation, limit=VALIDATION_IMAGES)
         return checks
 
-    @torch.no_grad()
     def _picture(self) -> bytes:
         """Reconstructions of the first images of the validation set, or of the training set."""
-        recipe, model = self.recipe, self.engine.model.eval()
+        recipe = self.recipe
         batch = next(iter(self._evaluation_batches(self.validation or self.source, PICTURED)))
-        visible, hidden = self._masks(batch)
-        predictions = model.predict(batch.images, visible, hidden)
-        model.train()
+        visible, targets = self._masks(batch)
+        with self._evaluating() as model:
+            predictions = model.predict(batch.images, visible, targets)
         return pictures.reconstruction_grid(
             batch.images,
             visible,
-            hidden,
+            targets,
             predictions,
             patch=recipe.model.patch_size,
             mean=recipe.data.mean,
@@ -297,8 +309,10 @@ class _Run:
         )
 
     def _masks(self, batch: Batch, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        patches = self.engine.model.encoder.num_patches
-        return masking.draw(self.recipe.masking, self.recipe.seed, epoch, batch.sample_ids, patches)
+        """visible (B, N, K) and targets (B, N, M)."""
+        recipe, patches = self.recipe, self.engine.model.encoder.num_patches
+        visible, hidden = masking.draw(recipe.masking, recipe.seed, epoch, batch.sample_ids, patches)
+        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
 
     def _evaluation_batches(self, source: Source, limit: int) -> Iterator[Batch]:
         """Batches spread evenly over a source, at most `limit` images."""

@@ -1,4 +1,4 @@
-"""Which patches each view of an image shows: the settings of the masks, and the op that draws them."""
+"""Which patches each view of an image shows and predicts: the settings of the masks, and the op that draws them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mimae import kernels
 from mimae.settings import Section
+
+Predict = Literal["hidden", "next_view"]
+"""Which patches each view's decoder predicts, see `targets`."""
 
 
 class MaskingSettings(Section):
@@ -44,3 +47,12 @@ def draw(
         for view in range(masking.num_masks)
     ]
     return torch.cat([v for v, _ in views], 1), torch.cat([h for _, h in views], 1)
+
+
+def targets(predict: Predict, visible: Tensor, hidden: Tensor) -> Tensor:
+    """What each view's decoder predicts, of visible (B, N, K) and hidden (B, N, L - K) patch ids -> (B, N, M).
+
+    hidden: all that the view hides, M = L - K. next_view: what the next view shows, the first after the last, M = K;
+    orthogonal views then have every visible patch predicted once per image, from another view.
+    """
+    return hidden if predict == "hidden" else visible.roll(-1, 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mimae.adamw import IMPLEMENTATIONS
 from mimae.settings import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -17,6 +18,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings(Section):
     """AdamW (method 5). Learning rates are per 256 views, views = images x masks of the global batch."""
 
+    impl: Literal["auto", "torch", "apex", "deepspeed"] = Field(
+        "auto", description="whose AdamW; auto: torch's fused one; deepspeed: on a CPU"
+    )
     learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 views")
     posterior_learning_rate: float | None = Field(
         None, gt=0, description="peak learning rate of V per 256 views; null: as learning_rate"
@@ -74,7 +78,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimizerSettings, views: int) -> None:
         """`views`: images x masks of the global batch, which scale the learning rate."""
         self.settings = settings
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "posterior": []}
         for name, parameter in model.named_parameters():
             if "objective.posterior." in name:
@@ -86,15 +90,13 @@ class Optimizer:
         peak = settings.learning_rate * views / 256
         posterior_peak = (settings.posterior_learning_rate or settings.learning_rate) * views / 256
         self.peaks = {"decay": peak, "no_decay": peak, "posterior": posterior_peak}
-        self.adamw = torch.optim.AdamW(
+        self.adamw = IMPLEMENTATIONS[settings.impl](
             [
                 {"params": p, "name": name, "weight_decay": settings.weight_decay if name == "decay" else 0.0}
                 for name, p in groups.items()
                 if p
             ],
-            lr=peak,
-            betas=settings.betas,
-            fused=True,
+            settings.betas,
         )
 
     def step(self, factor: float) -> StepResult:
@@ -102,8 +104,8 @@ class Optimizer:
         moments as they are, by a decision that is taken on the device."""
         main: list[nn.Parameter] = []
         posterior: list[nn.Parameter] = []
-        for group in self.adamw.param_groups:
-            group["lr"] = self.peaks[group["name"]] * factor
+        for group in self.adamw.optimizer.param_groups:
+            self.adamw.set_rate(group, self.peaks[group["name"]] * factor)
             (posterior if group["name"] == "posterior" else main).extend(group["params"])
         norms = []
         for parameters in filter(None, (main, posterior)):
@@ -112,26 +114,22 @@ class Optimizer:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
             norms.append(norm)
         skipped = (~torch.stack(norms).isfinite()).any().to(torch.float32)
-        # The fused kernels' own protocol (GradScaler's): they return without a change where it is 1.
-        self.adamw.found_inf = skipped  # type: ignore[attr-defined]
-        self.adamw.step()
-        self.adamw.zero_grad()
+        self.adamw.step(skipped)
+        self.adamw.optimizer.zero_grad()
         return StepResult(norms[0], skipped)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
         return {
-            f"{kind}.{self.names[id(p)]}": value
-            for p, state in self.adamw.state.items()
-            for kind, value in state.items()
+            f"{kind}.{self.names[p]}": value for p, kinds in self.adamw.state().items() for kind, value in kinds.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises KeyError when a parameter's state is missing."""
-        for group in self.adamw.param_groups:
-            for p in group["params"]:
-                name = self.names[id(p)]
-                self.adamw.state[p] = {
-                    kind: tensors[f"{kind}.{name}"].to(p.device, copy=True)
-                    for kind in ("step", "exp_avg", "exp_avg_sq")
-                }
+        kinds = ("step", "exp_avg", "exp_avg_sq")
+        self.adamw.load(
+            {
+                p: {kind: tensors[f"{kind}.{name}"].to(p.device, copy=True) for kind in kinds}
+                for p, name in self.names.items()
+            }
+        )

@@ -7,7 +7,7 @@ the values of a patch are ordered (row, column, channel).
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ _NARROW, _WIDE = 3, 14  # gaps inside a view and between rows, and between views
 def reconstructions(
     images: Tensor,
     visible: Tensor,
-    hidden: Tensor,
+    targets: Tensor,
     predictions: Tensor,
     *,
     patch: int,
@@ -38,17 +38,17 @@ def reconstructions(
 ) -> tuple[Tensor, Tensor]:
     """What each view shows and what the decoder makes of it, as uint8 (B, N, H, W, 3) both, on the CPU.
 
-    images (B, H, W, 3) uint8, visible (B, N, K), hidden (B, N, M), predictions (B, N, M, 3P^2) in the space
+    images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space
     of the reconstruction target. The first has the visible patches on grey; the second the predictions at the
-    hidden places too. Where targets are normalised (`normalize`), a prediction says nothing of its patch's
+    places of the targets too. Where targets are normalised (`normalize`), a prediction says nothing of its patch's
     brightness and contrast: it gets the mean and variance of the true patch (unbiased, eps 1e-6).
     """
-    images, visible, hidden = images.cpu(), visible.cpu().long(), hidden.cpu().long()
+    images, visible, targets = images.cpu(), visible.cpu().long(), targets.cpu().long()
     predicted = predictions.cpu().float()
     shift, scale = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    target = kernels.patchify(images, patch, shift, scale)[:, None].expand(-1, visible.shape[1], -1, -1)
+    patches = kernels.patchify(images, patch, shift, scale)[:, None].expand(-1, visible.shape[1], -1, -1)
     if normalize:
-        true = target.gather(2, _places(hidden, target))
+        true = patches.gather(2, _places(targets, patches))
         predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
     repeats = patch * patch
     colours = (predicted * scale.repeat(repeats) + shift.repeat(repeats)).clamp(0, 1)
@@ -58,7 +58,7 @@ def reconstructions(
     masked = torch.tensor(HIDDEN, dtype=torch.uint8).repeat(repeats).expand_as(originals).clone()
     shown = _places(visible, originals)
     masked.scatter_(2, shown, originals.gather(2, shown))
-    rebuilt = masked.scatter(2, _places(hidden, originals), colours.mul(255).round().byte())
+    rebuilt = masked.scatter(2, _places(targets, originals), colours.mul(255).round().byte())
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     return _unpatchify(masked, rows, columns, patch), _unpatchify(rebuilt, rows, columns, patch)
 
@@ -66,7 +66,7 @@ def reconstructions(
 def reconstruction_grid(
     images: Tensor,
     visible: Tensor,
-    hidden: Tensor,
+    targets: Tensor,
     predictions: Tensor,
     *,
     patch: int,
@@ -76,35 +76,41 @@ def reconstruction_grid(
 ) -> bytes:
     """A PNG with a row for each image: the original, then each view and its reconstruction.
 
-    Takes what `reconstructions` takes. Small images are enlarged by a whole factor, pixel by pixel.
+    Takes what `reconstructions` takes.
     """
     masked, rebuilt = reconstructions(
-        images, visible, hidden, predictions, patch=patch, mean=mean, std=std, normalize=normalize
+        images, visible, targets, predictions, patch=patch, mean=mean, std=std, normalize=normalize
     )
-    count, height, width = images.shape[:3]
-    scale = max(1, -(-_PANEL // min(height, width)))
     labels, panels = ["original"], [images.cpu()]
     for view in range(visible.shape[1]):
         labels += [f"view {view + 1}", f"reconstruction {view + 1}"]
         panels += [masked[:, view], rebuilt[:, view]]
+    return sheet(labels, panels, wide=range(1, len(panels), 2))
 
+
+def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int]) -> bytes:
+    """A PNG of columns, each with its label: panels uint8 (B, H, W, 3), image b in row b.
+
+    The columns in `wide` stand apart from the one before. Small images are enlarged by a whole factor, pixel by pixel.
+    """
+    count, height, width = panels[0].shape[:3]
+    scale = max(1, -(-_PANEL // min(height, width)))
     letters = max(14, width * scale // 12)
     font, head = ImageFont.load_default(size=letters), 2 * letters
     lefts = [_WIDE]
     for column in range(1, len(panels)):
-        gap = _WIDE if column % 2 else _NARROW  # an odd column opens a view
-        lefts.append(lefts[-1] + width * scale + gap)
+        lefts.append(lefts[-1] + width * scale + (_WIDE if column in wide else _NARROW))
     size = (lefts[-1] + width * scale + _WIDE, head + count * (height * scale + _NARROW) - _NARROW + _WIDE)
-    sheet = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    picture = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(picture)
     for left, label, panel in zip(lefts, labels, panels, strict=True):
         draw.text((left + width * scale / 2, head / 2), label, fill=_INK, font=font, anchor="mm")
         for row in range(count):
             tile = Image.fromarray(np.ascontiguousarray(panel[row].numpy()))
             tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left, head + row * (height * scale + _NARROW)))
+            picture.paste(tile, (left, head + row * (height * scale + _NARROW)))
     png = io.BytesIO()
-    sheet.save(png, "PNG")
+    picture.save(png, "PNG")
     return png.getvalue()
 
 

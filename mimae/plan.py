@@ -1,7 +1,7 @@
 """What a recipe costs in floating-point operations, and what a GPU could do at best (method 7).
 
 A multiply-add counts as two; norms, softmax, activations and the optimizer are not counted, nor is what
-checkpointing recomputes. Letters: B images, N views, L patches, K visible, M targets, D width, Dd decoder
+checkpointing recomputes. Letters: B images, N views, L patches, K visible, T = 1 + K, M targets, D width, Dd decoder
 width, P patch size.
 """
 
@@ -79,12 +79,15 @@ def encoder_flops(recipe: Recipe) -> int:
 
 
 def decoder_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of the decoder for one view; its last block and its head answer for the targets alone."""
-    decoder, K, L = recipe.decoder, _visible(recipe), _patches(recipe)
-    embed = 2 * (1 + K) * recipe.model.width * decoder.width
-    last = _block(1 + L, decoder.width, L - K)
-    head = 2 * (L - K) * decoder.width * _patch_values(recipe)
-    return embed + (decoder.depth - 1) * _block(1 + L, decoder.width) + last + head
+    """Forward FLOPs of the decoder for one view; its last block and its head answer for the targets alone, with
+    cross attention every block does."""
+    decoder, T, M = recipe.decoder, 1 + _visible(recipe), targets(recipe)
+    embed = 2 * T * recipe.model.width * decoder.width
+    head = 2 * M * decoder.width * _patch_values(recipe)
+    if decoder.attention == "cross":
+        return embed + decoder.depth * _block(T, decoder.width, M) + head
+    before = (decoder.depth - 1) * _block(T + M, decoder.width)
+    return embed + before + _block(T + M, decoder.width, M) + head
 
 
 def objective_flops(recipe: Recipe) -> int:
@@ -113,10 +116,15 @@ def step_flops(recipe: Recipe) -> int:
 
 
 def _block(tokens: int, width: int, answered: int | None = None) -> int:
-    """A transformer block, of which `answered` tokens are wanted: keys and values of all tokens; of the wanted ones
-    queries, projection and an MLP of 4 x width, then scores and weighted values."""
+    """A transformer block that answers for `answered` tokens, for all where it is not given: keys and values of
+    `tokens`; of those answered for queries, projection and an MLP of 4 x width; scores and weighted values."""
     wanted = tokens if answered is None else answered
     return 4 * tokens * width**2 + 20 * wanted * width**2 + 4 * wanted * tokens * width
+
+
+def targets(recipe: Recipe) -> int:
+    """M, the patches that the decoder predicts from one view."""
+    return _visible(recipe) if recipe.decoder.predict == "next_view" else _patches(recipe) - _visible(recipe)
 
 
 def _patches(recipe: Recipe) -> int:

@@ -47,28 +47,26 @@ def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") ->
     return None
 
 
-def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> Settings:
-    """The settings of a file over those of its bases. `chain`: the files whose base this is."""
+def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[Settings]:
+    """The settings of a file's bases, the furthest first, and its own. `chain`: the files whose base this is."""
     shown = _show(path)
     if path in chain:
         circle = " -> ".join(_show(p) for p in (*chain[chain.index(path) :], path))
         problems.append(f"recipes are each other's base: {circle}")
-        return {}
+        return []
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), _YAML)
     except OSError as error:
         problems.append(f"{shown}: cannot be read: {error.strerror}")
-        return {}
+        return []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         problems.append(f"{shown}{'' if mark is None else f':{mark.line + 1}'}: not YAML: {_reason(error)}")
-        return {}
+        return []
     if not isinstance(node, yaml.MappingNode):
         what = "empty" if node is None else "text or a list"
-        problems.append(
-            f"{shown}: {what}, not a recipe, which holds sections as in `masking: {{num_masks: 4}}`"
-        )
-        return {}
+        problems.append(f"{shown}: {what}, not a recipe, which holds sections as in `masking: {{num_masks: 4}}`")
+        return []
     given: Settings = {}
     for key, line, value in _leaves(node, "", f"{shown}:", problems):
         origin = f"{shown}:{line}"
@@ -79,17 +77,17 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> Setti
     return with_base(given, path.parent, problems, (*chain, path))
 
 
-def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> Settings:
-    """The given settings over those of their `base`: a shipped name, or a path relative to `folder`."""
+def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[Settings]:
+    """The settings of the `base` of the given ones (a shipped name, or a path relative to `folder`), and these."""
     own = {key: setting for key, setting in given.items() if key != "base"}
     if "base" not in given:
-        return own
+        return [own]
     name, origin = given["base"]
     if not isinstance(name, str):
         problems.append(f"{origin}: base is the name or the path of one recipe, not {text(name)}")
-        return own
+        return [own]
     path = find(name, folder, problems, wanted_by=f"{origin}: base ")
-    return own if path is None else read(path, problems, chain) | own
+    return [own] if path is None else [*read(path, problems, chain), own]
 
 
 def read_override(override: str, problems: list[str]) -> Settings:
@@ -102,15 +100,11 @@ def read_override(override: str, problems: list[str]) -> Settings:
     try:
         node = yaml.compose(value, _YAML)
     except yaml.YAMLError as error:
-        problems.append(
-            f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'"
-        )
+        problems.append(f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'")
         return {}
     if node is None:
         return {key: Setting(None, "override")}
-    return {
-        leaf: Setting(found, "override") for leaf, _, found in _leaves(node, key, "override, line ", problems)
-    }
+    return {leaf: Setting(found, "override") for leaf, _, found in _leaves(node, key, "override, line ", problems)}
 
 
 def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:
@@ -153,9 +147,7 @@ for _dialect in (_YAML, _Dumper):
         _firsts = [*_first, ""] if _kind == "null" else list(_first)
         _dialect.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern})$"), _firsts)
 for _sequence in (list, tuple):
-    _Dumper.add_representer(
-        _sequence, lambda d, items: d.represent_sequence(_TAG + "seq", items, flow_style=True)
-    )
+    _Dumper.add_representer(_sequence, lambda d, items: d.represent_sequence(_TAG + "seq", items, flow_style=True))
 _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value)))
 
 
@@ -169,9 +161,7 @@ def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Itera
     try:
         yield key, line, _value(node)
     except ValueError as error:
-        problems.append(
-            f"{key} ({place}{line}): {error}; a value is null, a boolean, a number, text or a list"
-        )
+        problems.append(f"{key} ({place}{line}): {error}; a value is null, a boolean, a number, text or a list")
 
 
 def _value(node: yaml.Node) -> Any:

@@ -81,6 +81,8 @@ def test_controls_differ_from_their_base_in_what_they_control_only(base: str, sa
     assert changed("_max_mi") == {"objective.min_mi": 0}
     assert changed("_orthogonal") == no_mi
     assert changed("_independent") == no_mi | {"masking.kind": "independent"}
+    assert changed("_next_view") == {"decoder.predict": "next_view"}
+    assert changed("_cross") == {"decoder.attention": "cross"}
     mae, ours = recipe("_mae"), recipe("")
     length = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs"}
     assert changed("_mae").keys() == no_mi.keys() | {"masking.num_masks"} | length
@@ -92,9 +94,7 @@ def test_controls_differ_from_their_base_in_what_they_control_only(base: str, sa
 
 
 def test_origins(small: str) -> None:
-    Path("variant.yaml").write_text(
-        "# three lines\nbase: small.yaml\nmasking: {ratio: 0.8}\nmodel.depth: 3\n"
-    )
+    Path("variant.yaml").write_text("# three lines\nbase: small.yaml\nmasking: {ratio: 0.8}\nmodel.depth: 3\n")
     resolved = load("variant.yaml", ["schedule.epochs=7"], {"seed": 5})
     recipe, origins = resolved.recipe, resolved.origins
     assert list(origins) == config.keys() == list(flat(recipe))
@@ -172,6 +172,28 @@ def test_a_recipe_from_python(small: str) -> None:
     # A recipe goes in again, and gets overrides as a file does.
     assert load(by_file, ["seed=3"]).recipe == by_file.model_copy(update={"seed": 3})
     assert load(small, settings={"data": {"image_size": (32, 64)}}).recipe.data.size_hw == (32, 64)
+
+
+SIZED = ("model.patch_size", "model.width", "model.depth", "model.heads")
+
+
+def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: str) -> None:
+    def shape(recipe: Any, *overrides: str, **settings: Any) -> list[int]:
+        values = flat(load(recipe, overrides, settings).recipe)
+        return [values[key] for key in SIZED]
+
+    assert shape(small, "model.size=large") == [16, 1024, 24, 16]
+    assert {load(small, ["model.size=large"]).origins[key] for key in SIZED} == {"from model.size"}
+    assert shape(small, "model.depth=3") == [4, 96, 3, 4]  # no size is named: the recipe's numbers stay
+    Path("large.yaml").write_text("base: small.yaml\nmodel: {size: large, patch_size: 8}\n")
+    assert shape("large.yaml") == [8, 1024, 24, 16]
+    Path("flat.yaml").write_text("base: large.yaml\nmodel: {depth: 2}\n")
+    assert shape("flat.yaml") == [8, 1024, 2, 16]
+    assert shape({"base": "flat.yaml", "model": {"size": "tiny"}}) == [16, 192, 12, 3]
+    assert shape(load("flat.yaml").recipe, "model.size=tiny") == [16, 192, 12, 3]
+    # What one caller asks for belongs together, in whatever order.
+    assert shape("flat.yaml", "model.width=48", "model.size=tiny", "model.patch_size=8") == [8, 48, 12, 3]
+    assert shape("flat.yaml", "model.width=48", model={"size": "tiny"}) == [16, 48, 12, 3]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +287,7 @@ def test_a_section_without_keys_is_no_mistake(small: str) -> None:
         ("masking.num_masks=2.0", "an integer from 1 to 64"),
         ("masking.ratio=1.0", "a number above 0 and below 1"),
         ("masking.kind=block", "orthogonal or independent"),
-        ("compile=false", "auto, on or off"),
+        ("compile=false", "auto, on, graphs or off"),
         ("run.dry=1", "true or false"),
         ("ema.decay=.inf", "a number above 0 and below 1, or null"),
         ("data.val_path=5", "text that is not empty, or null"),
@@ -372,6 +394,20 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
             ["objective.max_mi = 0.1 (default)", "masking.num_masks = 1 (override)"],
         ),
         (
+            ["decoder.predict=next_view", "masking.kind=independent"],
+            ["decoder.predict=next_view", "decoder.attention=cross"],
+            [
+                "decoder.predict = next_view (override)",
+                "masking.kind = independent (override)",
+                "decoder.predict=hidden",
+            ],
+        ),
+        (  # the next view of one view is itself
+            ["decoder.predict=next_view", "masking.num_masks=1", "objective.max_mi=0"],
+            ["decoder.predict=next_view", "masking.num_masks=2", "objective.max_mi=0"],
+            ["at least 2 orthogonal masks", "masking.num_masks = 1 (override)"],
+        ),
+        (
             ["schedule.accumulate=32", "objective.min_mi=0"],
             ["schedule.accumulate=16"],
             ["objective.max_mi = 0.1 (default)", "schedule.accumulate = 32 (override)"],
@@ -391,9 +427,8 @@ def test_keys_that_must_agree(small: str, wrong: list[str], right: list[str], sa
 
 def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert (
-        "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override), as 30 or 36 is"
-        in problem(small, "schedule.accumulate=2")
+    assert "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override), as 30 or 36 is" in problem(
+        small, "schedule.accumulate=2"
     )
     load(small, ["schedule.accumulate=2", "schedule.batch_size=36"])
 
@@ -401,9 +436,7 @@ def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.Monke
 def test_all_problems_at_once(small: str) -> None:
     """Keys are compared although others are unknown or illegal, but none of an illegal section."""
     Path("bad.yaml").write_text("base: small.yaml\nmasking:\n  num_masks: 5\n")
-    said = problems(
-        "bad.yaml", "optimizer.lerning_rate=1", "compile=maybe", "schedule.epochs=0", "model.heads=5"
-    )
+    said = problems("bad.yaml", "optimizer.lerning_rate=1", "compile=maybe", "schedule.epochs=0", "model.heads=5")
     assert sorted(text.split(" ")[0] for text in said) == [
         "compile",
         "masking.num_masks",

@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 LAYERS = (
     {"kernels"},
     {"errors", "settings", "randomness", "distributed"},
-    {"masking", "model", "posterior", "objective", "optimizer", "data", "engines"},
+    {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
     {"recipes", "config", "checkpoint", "guards", "telemetry", "diagnostics", "pictures"},
-    {"loop", "transfer", "plan", "bench", "configs"},
+    {"loop", "transfer", "plan", "bench", "configs", "doctor", "show"},
     {"cli"},
     {"__main__"},
 )

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from mimae import checkpoint, config, guards, loop
+from mimae import checkpoint, config, guards, loop, masking
+from mimae.data import evaluation_batches, open_source
 from mimae.errors import UserError
+from mimae.kernels import patchify
+from mimae.model import build
 from mimae.telemetry import EPOCH_KEYS, STEP_KEYS
 from tests.ranks import run_ranks
 
@@ -280,6 +284,78 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors["model"].items() if "gate" not in n)
+
+
+def test_the_next_views_patches_are_what_is_validated_and_pictured(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """val_rec against a loop over views and patches: the mean over what the next view shows, once per image."""
+    given = recipe(images, tmp_path, "decoder.predict=next_view", "decoder.attention=cross", "schedule.epochs=1")
+    drawn: list[Tensor] = []
+
+    def grid(_: Tensor, visible: Tensor, targets: Tensor, *rest: Any, **options: Any) -> bytes:
+        drawn.extend((visible, targets))
+        return b""
+
+    monkeypatch.setattr(loop.pictures, "reconstruction_grid", grid)
+    assert loop.pretrain(given).finished
+    assert torch.equal(drawn[1], drawn[0][:, [1, 2, 3, 0]])
+
+    model = build(given)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    model.load_state_dict(found.tensors["model"])
+    source = open_source(str(images))
+    errors = []
+    for batch in evaluation_batches(given.data, source, 30, torch.arange(30)):
+        visible, _ = masking.draw(given.masking, given.seed, 0, batch.sample_ids, 16)
+        targets = visible[:, [1, 2, 3, 0]]
+        with torch.no_grad():
+            predictions = model.predict(batch.images, visible, targets)
+        pixels = patchify(batch.images, 2, model.encoder.mean, model.encoder.std)
+        for place in np.ndindex(*targets.shape):
+            true = pixels[place[0], targets[place]]
+            goal = (true - true.mean()) / (true.var() + 1e-6).sqrt()
+            errors.append((predictions[place] - goal).square().mean().item())
+    assert len(errors) == 30 * 16, "every patch once"
+    assert lines(tmp_path / "epochs.jsonl")[0]["val_rec"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_blocks_are_compiled_for_the_sizes_of_training_alone(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder block and decoder's last, each once and with fixed sizes, in a run with checks and pictures."""
+    compiled: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled.append([size for value in inputs if isinstance(value, Tensor) for size in value.shape])
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    assert loop.pretrain(recipe(images, tmp_path, "compile=on", "schedule.epochs=1")).finished
+    assert len(compiled) == 2 and all(type(size) is int for sizes in compiled for size in sizes)
+    curves = [[record["loss"] for record in lines(run / "metrics.jsonl")] for run in (tmp_path, whole)]
+    assert curves[0] == pytest.approx(curves[1][:3], rel=1e-6)
+
+
+def test_what_this_machine_cannot_do_is_told_before_anything_starts(images: Path, tmp_path: Path) -> None:
+    wishes = ["model.attention=flex", "optimizer.impl=apex", "compile=graphs"]
+    if torch.cuda.is_available():
+        wishes = ["optimizer.impl=deepspeed"]
+    with pytest.raises(UserError) as error:
+        loop.pretrain(recipe(images, tmp_path / "run", *wishes))
+    assert all(f"{wish} cannot run on this " in str(error.value) for wish in wishes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_train_and_validate_as_without(images: Path, tmp_path: Path) -> None:
+    curves = {}
+    for setting in ("off", "graphs"):
+        loop.pretrain(recipe(images, tmp_path / setting, f"compile={setting}"))
+        curves[setting] = [record["loss"] for record in lines(tmp_path / setting / "metrics.jsonl")]
+        curves[setting] += [record["val_rec"] for record in lines(tmp_path / setting / "epochs.jsonl")]
+    assert curves["graphs"] == pytest.approx(curves["off"], rel=1e-3)
 
 
 def _losses(images: Path, run: Path) -> list[float]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mimae.kernels import orthogonal_masks, philox_words
-from mimae.masking import MaskingSettings, draw
+from mimae.masking import MaskingSettings, draw, targets
 
 # L with N and K such that N K <= L; grids need not be square, so any L goes.
 SHAPES = st.integers(2, 60).flatmap(
@@ -79,6 +79,18 @@ def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
     assert torch.equal(single[0], single[1])
     assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, 16)[0])
     assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, 16)[0])
+
+
+def test_each_view_predicts_what_it_hides_or_what_the_next_one_shows() -> None:
+    """Three views of 13 patches, 4 visible in each: one patch is in no view and nobody predicts it from the next."""
+    visible, hidden = orthogonal_masks(2, 0, torch.arange(5), 13, 3, 4)
+    assert targets("hidden", visible, hidden) is hidden
+    predicted = targets("next_view", visible, hidden)
+    for image in range(5):
+        shown = visible[image].tolist()
+        assert predicted[image].tolist() == [shown[1], shown[2], shown[0]]
+        assert sorted(predicted[image].flatten().tolist()) == sorted(visible[image].flatten().tolist())
+        assert all(set(predicted[image, view].tolist()) <= set(hidden[image, view].tolist()) for view in range(3))
 
 
 def test_too_many_views_are_refused() -> None:

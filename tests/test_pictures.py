@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mimae import kernels
+from mimae.masking import targets
 from mimae.pictures import HIDDEN, reconstruction_grid, reconstructions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,9 +48,7 @@ def target(pixels: np.ndarray, normalize: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_perfect_prediction_gives_the_image_back(
-    batch: tuple[Tensor, Tensor, Tensor], normalize: bool
-) -> None:
+def test_a_perfect_prediction_gives_the_image_back(batch: tuple[Tensor, Tensor, Tensor], normalize: bool) -> None:
     images, visible, hidden = batch
     predictions = torch.empty(*hidden.shape, 3 * PATCH**2)
     for place in np.ndindex(*hidden.shape):
@@ -77,11 +76,16 @@ def test_predictions_are_denormalised_and_clipped(batch: tuple[Tensor, Tensor, T
 
 
 def test_what_is_neither_shown_nor_predicted_stays_grey(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A view that predicts what the next one shows: 4 of 15 patches are its own, 4 predicted, 7 neither."""
     images, visible, hidden = batch
-    some = hidden[:, :, :3]
-    predictions = torch.zeros((*some.shape, 3 * PATCH**2), dtype=torch.bfloat16)
-    _, rebuilt = reconstructions(images, visible, some, predictions, **options(True))
-    assert (block(rebuilt[1, 0], int(hidden[1, 0, 5])) == HIDDEN).all()
+    predicted = targets("next_view", visible, hidden)
+    predictions = torch.full((*predicted.shape, 3 * PATCH**2), 1e4, dtype=torch.bfloat16)  # white
+    _, rebuilt = reconstructions(images, visible, predicted, predictions, **options(False))
+    for view, other in ((0, 1), (1, 0)):
+        for number in range(ROWS * COLUMNS):
+            own, theirs = (number in visible[1, v].tolist() for v in (view, other))
+            expected = block(images[1], number) if own else np.full(3, 255) if theirs else np.array(HIDDEN)
+            assert (block(rebuilt[1, view], number) == expected).all()
 
 
 def test_the_grid_holds_every_panel_enlarged(batch: tuple[Tensor, Tensor, Tensor]) -> None:

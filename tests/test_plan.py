@@ -36,16 +36,26 @@ def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
     height, width = recipe.data.size_hw
     images = torch.randint(0, 256, (B, height, width, 3), dtype=torch.uint8)
     visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(B), L)
+    targets = masking.targets(recipe.decoder.predict, visible, hidden)
     # torch knows no count for the CPU's fused attention: let it run as two products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model(images, visible, hidden).loss
+        loss = model(images, visible, targets).loss
         if backward:
             loss.backward()
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
 
-def test_encoder_and_decoder_are_what_torch_counts() -> None:
-    given = recipe()
+DECODERS = [
+    pytest.param({}, id="hidden, self"),
+    pytest.param({"predict": "next_view"}, id="next view, self"),
+    pytest.param({"attention": "cross"}, id="hidden, cross"),
+    pytest.param({"predict": "next_view", "attention": "cross", "depth": 1}, id="next view, cross, one block"),
+]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_encoder_and_decoder_are_what_torch_counts(decoder: dict[str, Any]) -> None:
+    given = recipe(decoder=decoder)
     views = given.schedule.batch_size * given.masking.num_masks
     flops = counted(given)
     assert flops["MIMAE.encoder"] == views * plan.encoder_flops(given)
@@ -70,9 +80,11 @@ def test_infonce_is_over_the_micro_batch() -> None:
     assert plan.objective_flops(recipe(objective={"max_mi": 0, "min_mi": 0})) == 0
 
 
+@pytest.mark.parametrize("decoder", [{}, {"predict": "next_view", "attention": "cross"}], ids=["default", "cross"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: bool) -> None:
-    given = recipe(objective={"max_mi": 0, "min_mi": 0}, model={"checkpointing": checkpointing})
+def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: bool, decoder: dict[str, Any]) -> None:
+    no_mi = {"max_mi": 0, "min_mi": 0}
+    given = recipe(objective=no_mi, model={"checkpointing": checkpointing}, decoder=decoder)
     executed = counted(given, backward=True)["Global"]
     views, K = given.schedule.batch_size * given.masking.num_masks, 6
     pixels = views * 2 * K * 3 * 8**2 * 48
@@ -93,6 +105,19 @@ def test_vit_base_has_the_numbers_of_the_method() -> None:
     training = plan.step_flops(given) / 4096
     assert training == pytest.approx(0.23e12, rel=0.02)
     assert 0.45 * 989e12 / training == pytest.approx(1940, rel=0.01)  # 1,900 with a whole last block
+
+
+def test_what_the_decoder_leaves_out_at_vit_base() -> None:
+    """The last block's unread tokens, exactly; and by choice what next_view and cross never compute."""
+
+    def flops(**decoder: str) -> float:
+        return plan.image_flops(config.load({"decoder": decoder}).recipe)
+
+    unread = 4 * 50 * (20 * 512**2 + 4 * 197 * 512)
+    assert unread / (flops() + unread) == pytest.approx(0.0146, abs=5e-5)
+    assert flops(predict="next_view") / flops() == pytest.approx(0.713, abs=5e-4)
+    assert flops(attention="cross") / flops() == pytest.approx(0.813, abs=5e-4)
+    assert flops(predict="next_view", attention="cross") / flops() == pytest.approx(0.589, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +142,7 @@ def test_vit_base_has_the_numbers_of_the_method() -> None:
         ("CPU", None, None),
     ],
 )
-def test_peaks_are_found_by_the_name_that_torch_gives(
-    name: str, bf16: float | None, fp32: float | None
-) -> None:
+def test_peaks_are_found_by_the_name_that_torch_gives(name: str, bf16: float | None, fp32: float | None) -> None:
     assert plan.peak_flops(name, "bf16") == (None if bf16 is None else bf16 * 1e12)
     assert plan.peak_flops(name, "fp32") == (None if fp32 is None else fp32 * 1e12)
 

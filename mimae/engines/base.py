@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from mimae.model import MIMAE
+from mimae.adamw import IMPLEMENTATIONS
+from mimae.errors import UserError
+from mimae.model import MIMAE, attention
 from mimae.objective import Losses
 from mimae.optimizer import StepResult
 from mimae.settings import Section
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+Compile = Literal["auto", "on", "graphs", "off"]
+"""torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA."""
 
 
 class EngineSettings(Section):
@@ -45,8 +54,36 @@ class Engine(Protocol):
         """The inverse of `state_dict`."""
 
 
-def shape_model(model: MIMAE, compile_blocks: bool) -> None:
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Raises UserError for what a recipe asks by name and this machine cannot do."""
+    model, decoder = recipe.model, recipe.decoder
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    heads = {model.width // model.heads, decoder.width // decoder.heads}
+    graphs = recipe.compile == "graphs" and device.type != "cuda"
+    obstacles = {
+        f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
+        f"optimizer.impl={recipe.optimizer.impl}": IMPLEMENTATIONS[recipe.optimizer.impl].obstacle(device),
+        f"compile={recipe.compile}": "CUDA graphs need a CUDA device" if graphs else None,
+    }
+    told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
+    if told:
+        raise UserError("\n".join([*told, "auto runs everywhere"]))
+
+
+def compiles(setting: Compile, device: torch.device) -> bool:
+    """Whether the setting `compile` compiles blocks on a device."""
+    return setting in ("on", "graphs") or (setting == "auto" and device.type == "cuda")
+
+
+def shape_model(model: MIMAE, setting: Compile) -> None:
     """Compiles each transformer block in place; before sharding, after checkpointing (which wraps the call)."""
-    if compile_blocks:
-        for block in (*model.encoder.blocks, *model.decoder.blocks):
-            block.compile()
+    if not compiles(setting, model.encoder.mean.device):
+        return
+    mode = "reduce-overhead" if setting == "graphs" else None
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        # Sizes do not change in training. But encoder and decoder run the same code, and torch would take the sizes of
+        # the second for a change, and compile for sizes that vary.
+        block.compile(mode=mode, dynamic=False)
+    if setting == "graphs":
+        # Every pass opens with the encoder; what the graphs put out in the pass before may be overwritten from there.
+        model.encoder.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

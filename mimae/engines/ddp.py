@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimae import distributed
-from mimae.engines.base import shape_model
+from mimae.engines.base import Compile, shape_model
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import EMASettings, Optimizer, OptimizerSettings, StepResult
@@ -35,10 +35,10 @@ class DDPEngine:
         *,
         views: int,
         precision: str,
-        compile_blocks: bool,
+        compile: Compile,
     ) -> None:
         """`model` lies on its device; `views`: images x masks of the global batch; `precision`: fp32 or bf16."""
-        shape_model(model, compile_blocks)
+        shape_model(model, compile)
         self.model = model
         device = model.encoder.mean.device
         self.module = DistributedDataParallel(

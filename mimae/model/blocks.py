@@ -1,66 +1,84 @@
-"""The transformer block of encoder and decoder: timm's, able to answer for some of its tokens only.
+"""The transformer block of encoder and decoder, under the names of timm's, able to answer for some tokens only.
 
-Letters in shapes: S sequences, T tokens, M of them answered for, D width.
+Letters in shapes: S sequences, M tokens that ask, T tokens that are asked, D width.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention as TimmAttention
-from timm.models.vision_transformer import Block as TimmBlock
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mimae.model.attention import BACKENDS
 
-class Attention(TimmAttention):
-    """timm's attention, with the tokens that ask apart from those that are asked."""
 
-    def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """queries (S, M, D) look at context (S, T, D); None: at each other -> (S, M, D)."""
+class QKV(nn.Linear):
+    """One weight (3D, D) for queries, keys and values, of one set of tokens or of two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def forward(self, queries: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """queries (S, M, D), context (S, T, D) -> q (S, M, D), k and v (S, T, D); without a context all three of
+        the queries."""
         if context is None:
-            q, k, v = self._heads(self.qkv(queries))
-        else:
-            width = queries.shape[-1]
-            weights, biases = self.qkv.weight.split([width, 2 * width]), self.qkv.bias.split([width, 2 * width])
-            (q,) = self._heads(F.linear(queries, weights[0], biases[0]))
-            k, v = self._heads(F.linear(context, weights[1], biases[1]))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """(S, T, n D) -> n of (S, heads, T, D / heads)."""
-        S, T, _ = projected.shape
-        return projected.view(S, T, -1, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            return super().forward(queries).chunk(3, -1)
+        parts = [self.in_features, 2 * self.in_features]
+        (weight_q, weight_kv), (bias_q, bias_kv) = self.weight.split(parts), self.bias.split(parts)
+        return F.linear(queries, weight_q, bias_q), *F.linear(context, weight_kv, bias_kv).chunk(2, -1)
 
 
-class Block(TimmBlock):
+class Attention(nn.Module):
+    """Attention of several heads, with the tokens that ask apart from those that are asked."""
+
+    def __init__(self, width: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attend = BACKENDS[backend]
+        self.qkv = QKV(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
+        """queries (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.qkv(queries, context))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
     """A pre-norm block as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(
-            width,
-            heads,
-            mlp_ratio=4,
-            qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-            attn_layer=Attention,
-        )
+    def __init__(self, width: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, backend)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
 
-    def forward(self, tokens: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
-        """tokens (S, T, D) -> (S, T - first, D): those from place `first` on. What nobody reads of a last block is
-        not computed: queries, projection and MLP of the tokens before."""
-        context = self.norm1(tokens)
-        wanted = self.attn(context[:, first:], context) if first else self.attn(context)
-        tokens = tokens[:, first:] + wanted
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """tokens (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
+        around = None if context is None else self.norm1(context)
+        tokens = tokens + self.attn(self.norm1(tokens), around)
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, recompute: bool, first: int = 0) -> Tensor:
-    """tokens (B, N, T, D) through every block, each view a sequence of its own -> (B, N, T - first, D)."""
+def run_blocks(
+    blocks: nn.ModuleList, tokens: Tensor, recompute: bool, *, first: int = 0, context: Tensor | None = None
+) -> Tensor:
+    """tokens (B, N, T, D) through every block, each view a sequence of its own -> (B, N, T - first, D).
+
+    The tokens look at each other, or at `context` (B, N, C, D), which stays as it is. Those before `first` are not
+    asked for: what nobody reads of the last block (queries, projection and MLP of theirs) is not computed.
+    """
     flat = tokens.flatten(0, 1)
+    # Contiguous once, where every block's norm would copy it.
+    around = None if context is None else context.flatten(0, 1).contiguous()
     for block in blocks:
-        skip = first if block is blocks[-1] else 0
-        flat = checkpoint(block, flat, skip, use_reentrant=False) if recompute and block.training else block(flat, skip)
+        if first and block is blocks[-1]:
+            flat, around = flat[:, first:], flat
+        flat = (
+            checkpoint(block, flat, around, use_reentrant=False)
+            if recompute and block.training
+            else block(flat, around)
+        )
     return flat.unflatten(0, tokens.shape[:2])

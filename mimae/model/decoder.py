@@ -5,13 +5,16 @@ Letters in shapes: B images, N views, L patches, K visible, M targets, D encoder
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mimae import kernels
+from mimae.masking import Predict
 from mimae.model.blocks import Block, run_blocks
-from mimae.model.encoder import sincos_positions
+from mimae.model.encoder import ModelSettings, sincos_positions
 from mimae.settings import Section
 
 
@@ -21,32 +24,42 @@ class DecoderSettings(Section):
     width: int = Field(512, ge=4, description="decoder width")
     depth: int = Field(8, ge=1, description="decoder blocks")
     heads: int = Field(16, ge=1, description="attention heads of the decoder")
+    predict: Predict = Field(
+        "hidden", description="targets of a view: all patches that it hides, or those that the next view shows"
+    )
+    attention: Literal["self", "cross"] = Field(
+        "self", description="self: all tokens look at each other; cross: targets look at the visible tokens alone"
+    )
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of the target patches from the encoded visible tokens."""
+    """Predicts the pixels of the target patches from the encoded visible tokens.
+
+    With cross attention a target knows of no other: each block's queries are the targets, its keys and values the
+    projected tokens of the encoder (class token included), which no block changes, normed by the block's own norm.
+    """
 
     pos_embed: Tensor
 
-    def __init__(
-        self,
-        settings: DecoderSettings,
-        encoder_width: int,
-        grid: tuple[int, int],
-        patch: int,
-        checkpointing: bool,
-    ) -> None:
+    def __init__(self, settings: DecoderSettings, encoder: ModelSettings, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.checkpointing = checkpointing
-        self.embed = nn.Linear(encoder_width, settings.width)
+        self.is_cross = settings.attention == "cross"
+        self.checkpointing = encoder.checkpointing
+        self.embed = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, *grid)[None], persistent=False)
-        self.blocks = nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
+        self.blocks = nn.ModuleList(
+            Block(settings.width, settings.heads, encoder.attention) for _ in range(settings.depth)
+        )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
-        self.head = nn.Linear(settings.width, 3 * patch * patch)
+        self.head = nn.Linear(settings.width, 3 * encoder.patch_size**2)
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""
         filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0])
-        decoded = run_blocks(self.blocks, filled, self.checkpointing, first=tokens.shape[2])
+        shown = tokens.shape[2]
+        if self.is_cross:
+            decoded = run_blocks(self.blocks, filled[:, :, shown:], self.checkpointing, context=filled[:, :, :shown])
+        else:
+            decoded = run_blocks(self.blocks, filled, self.checkpointing, first=shown)
         return self.head(self.norm(decoded))

@@ -25,13 +25,16 @@ SIZES = {
 
 
 class ModelSettings(Section):
-    """The encoder. `size` gives the four numbers below it; each can be set alone."""
+    """The encoder. `size` gives the four numbers below it; each can be set alone, beside `size` or after it."""
 
     size: Literal["tiny", "small", "base", "large", "huge"] = Field("base", description="named ViT size")
     patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
     width: int = Field(768, ge=4, description="encoder width (default: the size's)")
     depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
     heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
+    attention: Literal["auto", "sdpa", "xformers", "flex"] = Field(
+        "auto", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
+    )
     checkpointing: bool = Field(
         False, description="recompute each block's activations in backward: less memory, a third more compute"
     )
@@ -99,7 +102,9 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(settings.width, settings.patch_size)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, *self.grid)[None])
-        self.blocks = nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
+        self.blocks = nn.ModuleList(
+            Block(settings.width, settings.heads, settings.attention) for _ in range(settings.depth)
+        )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
         # Of the data set, not of the network: timm's state_dict has no place for them.
         self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)

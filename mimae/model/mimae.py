@@ -31,7 +31,7 @@ class MIMAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
-        self.decoder = Decoder(decoder, model.width, self.encoder.grid, model.patch_size, model.checkpointing)
+        self.decoder = Decoder(decoder, model, self.encoder.grid)
         self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:

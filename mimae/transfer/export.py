@@ -26,7 +26,9 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     if average and "ema" not in found.tensors:
         raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")
     recipe = config.load(run / "config.yaml").recipe
-    encoder = Encoder(recipe.model, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
+    # Its weights go anywhere; the backend that trained them may be another machine's.
+    settings = recipe.model.model_copy(update={"attention": "auto"})
+    encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
     weights = _encoder_part(found.tensors["model"])
     if average:
         weights |= _encoder_part(found.tensors["ema"])

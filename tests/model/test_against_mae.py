@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mimae.data import DataSettings
-from mimae.masking import MaskingSettings, draw
+from mimae.masking import MaskingSettings, Predict, draw, targets
 from mimae.model import MIMAE, ModelSettings
 from mimae.model.decoder import DecoderSettings
 from mimae.objective import ObjectiveSettings
@@ -17,14 +19,14 @@ HEADS, DECODER_HEADS, PATCH = 3, 2, 4
 BATCH = 3  # odd, and unlike any other size here
 
 
-def make(image_size: tuple[int, int], views: int, normalize: bool) -> MIMAE:
+def make(image_size: tuple[int, int], views: int, normalize: bool = True, **decoder: Any) -> MIMAE:
     """A small model in float64 whose every parameter is away from its initial zeros and ones."""
     torch.manual_seed(0)
     model = MIMAE(
         DataSettings(image_size=image_size),
         MaskingSettings(num_masks=views, ratio=0.75),
         ModelSettings(patch_size=PATCH, width=24, depth=2, heads=HEADS),
-        DecoderSettings(width=16, depth=2, heads=DECODER_HEADS),
+        DecoderSettings(width=16, depth=2, heads=DECODER_HEADS, **decoder),
         ObjectiveSettings(max_mi=0, min_mi=0, normalize_pixels=normalize),
     ).double()
     for name, parameter in model.named_parameters():
@@ -33,7 +35,9 @@ def make(image_size: tuple[int, int], views: int, normalize: bool) -> MIMAE:
     return model
 
 
-def oracle(model: MIMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def oracle(
+    model: MIMAE, images: Tensor, visible: Tensor, predicted: list[Tensor] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over views of the oracle's loss, and its gradient by the name of the parameter."""
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     losses = [
@@ -47,6 +51,8 @@ def oracle(model: MIMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, dict[
             mean=model.encoder.mean.tolist(),
             std=model.encoder.std.tolist(),
             normalize=model.objective.settings.normalize_pixels,
+            targets=None if predicted is None else predicted[view],
+            cross=model.decoder.is_cross,
         )
         for view in range(visible.shape[1])
     ]
@@ -55,24 +61,31 @@ def oracle(model: MIMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, dict[
 
 
 @pytest.mark.parametrize(
-    ("image_size", "views", "normalize"),
+    ("image_size", "views", "normalize", "decoder"),
     [
-        pytest.param((16, 16), 1, True, id="MAE"),
-        pytest.param((16, 16), 1, False, id="raw pixels"),
-        pytest.param((12, 20), 1, True, id="rows and columns differ"),
-        pytest.param((16, 16), 3, True, id="the mean over orthogonal views"),
+        pytest.param((16, 16), 1, True, {}, id="MAE"),
+        pytest.param((16, 16), 1, False, {}, id="raw pixels"),
+        pytest.param((12, 20), 1, True, {}, id="rows and columns differ"),
+        pytest.param((16, 16), 3, True, {}, id="the mean over orthogonal views"),
+        pytest.param((16, 16), 3, True, {"predict": "next_view"}, id="the next view's patches"),
+        pytest.param((12, 20), 1, True, {"attention": "cross"}, id="cross attention, one view"),
+        pytest.param((16, 16), 3, True, {"attention": "cross", "predict": "next_view"}, id="both"),
     ],
 )
-def test_loss_and_gradients(image_size: tuple[int, int], views: int, normalize: bool) -> None:
-    model = make(image_size, views, normalize)
+def test_loss_and_gradients(
+    image_size: tuple[int, int], views: int, normalize: bool, decoder: dict[str, Predict]
+) -> None:
+    model = make(image_size, views, normalize, **decoder)
     images = torch.randint(0, 256, (BATCH, *image_size, 3), dtype=torch.uint8)
     masking = MaskingSettings(num_masks=views, ratio=0.75)
     visible, hidden = draw(masking, 1, 0, torch.arange(BATCH), model.encoder.num_patches)
 
-    loss = model(images, visible, hidden).loss
+    predict = decoder.get("predict", "hidden")
+    loss = model(images, visible, targets(predict, visible, hidden)).loss
     loss.backward()
 
-    expected, gradients = oracle(model, images, visible)
+    by_hand = [visible[:, (view + 1) % views] for view in range(views)] if predict == "next_view" else None
+    expected, gradients = oracle(model, images, visible, by_hand)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
@@ -82,7 +95,7 @@ def test_loss_and_gradients(image_size: tuple[int, int], views: int, normalize: 
 
 
 def test_shown_order_does_not_matter() -> None:
-    model = make((16, 16), 1, True)
+    model = make((16, 16), 1)
     images = torch.randint(0, 256, (BATCH, 16, 16, 3), dtype=torch.uint8)
     visible, hidden = draw(MaskingSettings(num_masks=1), 1, 0, torch.arange(BATCH), 16)
     loss = model(images, visible, hidden).loss

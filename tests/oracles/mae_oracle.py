@@ -52,18 +52,22 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def attention(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
+def attention(x: Tensor, context: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
+    """Every token of x looks at every token of context."""
     batch, tokens, width = x.shape
-    qkv = linear(x, weights, f"{name}.qkv").view(batch, tokens, 3, heads, width // heads)
-    query, key, value = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+    query, key, value = (
+        linear(of, weights, f"{name}.qkv").view(batch, -1, 3, heads, width // heads)[:, :, i].transpose(1, 2)
+        for i, of in enumerate((x, context, context))
+    )
     scores = query @ key.transpose(-1, -2) / math.sqrt(width // heads)
     scores = torch.exp(scores - scores.amax(-1, keepdim=True))
     mixed = scores / scores.sum(-1, keepdim=True) @ value
     return linear(mixed.transpose(1, 2).reshape(batch, tokens, width), weights, f"{name}.proj")
 
 
-def block(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
-    x = x + attention(layer_norm(x, weights, f"{name}.norm1"), weights, f"{name}.attn", heads)
+def block(x: Tensor, context: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
+    normed, normed_context = (layer_norm(of, weights, f"{name}.norm1") for of in (x, context))
+    x = x + attention(normed, normed_context, weights, f"{name}.attn", heads)
     inner = linear(layer_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1")
     inner = inner * (1 + torch.erf(inner / math.sqrt(2.0))) / 2
     return x + linear(inner, weights, f"{name}.mlp.fc2")
@@ -110,8 +114,11 @@ def mae_loss(
     mean: Sequence[float],
     std: Sequence[float],
     normalize: bool,
+    targets: Tensor | None = None,
+    cross: bool = False,
 ) -> Tensor:
-    """L_rec of images uint8 (B, H, W, 3), of which the patches `visible` (B, K) are shown.
+    """L_rec of images uint8 (B, H, W, 3), of which the patches `visible` (B, K) are shown and `targets` (B, M)
+    predicted, or all others. `cross`: the tokens of the targets look at the visible ones alone.
 
     `weights` in float64: the encoder under timm's names behind `encoder.`, the decoder behind `decoder.`.
     """
@@ -133,19 +140,22 @@ def mae_loss(
     tokens = (tokens + positions[1:])[rows, visible]
     tokens = torch.cat([(weights["encoder.cls_token"] + positions[0]).expand(batch, 1, -1), tokens], 1)
     for i in range(depth_of(weights, "encoder.blocks.")):
-        tokens = block(tokens, weights, f"encoder.blocks.{i}", heads)
+        tokens = block(tokens, tokens, weights, f"encoder.blocks.{i}", heads)
     tokens = layer_norm(tokens, weights, "encoder.norm")
 
     shown = torch.zeros(batch, num_patches, dtype=torch.bool).scatter(1, visible, True)
-    hidden = torch.stack([(~row).nonzero()[:, 0] for row in shown])
+    if targets is None:
+        targets = torch.stack([(~row).nonzero()[:, 0] for row in shown])
     tokens = linear(tokens, weights, "decoder.embed")
-    shuffled = torch.cat([tokens[:, 1:], weights["decoder.mask_token"].expand(batch, num_patches - num_visible, -1)], 1)
-    in_image_order = torch.argsort(torch.cat([visible, hidden], 1), dim=1)
-    tokens = torch.cat([tokens[:, :1], shuffled[rows, in_image_order]], 1)
-    tokens = tokens + sincos_positions(grid, tokens.shape[-1])
+    shuffled = torch.cat([tokens[:, 1:], weights["decoder.mask_token"].expand(batch, targets.shape[1], -1)], 1)
+    places, in_image_order = torch.cat([visible, targets.long()], 1).sort(1)
+    positions = sincos_positions(grid, tokens.shape[-1])
+    tokens = torch.cat([tokens[:, :1] + positions[0], shuffled[rows, in_image_order] + positions[1:][places]], 1)
+    is_target = torch.cat([torch.zeros(batch, 1, dtype=torch.bool), ~shown.gather(1, places)], 1)
+    context = tokens[~is_target].view(batch, 1 + num_visible, -1)
     for i in range(depth_of(weights, "decoder.blocks.")):
-        tokens = block(tokens, weights, f"decoder.blocks.{i}", decoder_heads)
-    predictions = linear(layer_norm(tokens, weights, "decoder.norm")[:, 1:], weights, "decoder.head")
+        tokens = block(tokens, context if cross else tokens, weights, f"decoder.blocks.{i}", decoder_heads)
+    predictions = linear(layer_norm(tokens, weights, "decoder.norm"), weights, "decoder.head")[:, 1:]
 
-    errors = ((predictions - pixel_targets(pixels, patch, normalize)) ** 2).mean(-1)
-    return (errors * ~shown).sum() / (~shown).sum()
+    errors = ((predictions - pixel_targets(pixels, patch, normalize)[rows, places]) ** 2).mean(-1)
+    return errors[is_target[:, 1:]].mean()

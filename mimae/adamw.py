@@ -1,0 +1,167 @@
+"""Implementations of AdamW: torch's, NVIDIA apex's, DeepSpeed's.
+
+Each takes the decision to leave out a step from the device, without a wait for it, and speaks of its state as torch
+does, by parameter: `step` (a scalar in fp32: the steps taken), `exp_avg` and `exp_avg_sq`. So a run can go on with
+another of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+"""`params`, `name`, `weight_decay`."""
+
+
+class AdamW(ABC):
+    """An optimizer of torch's kind, with a step that can be left out."""
+
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+        """Of parameters on one device."""
+
+    @staticmethod
+    @abstractmethod
+    def obstacle(device: torch.device) -> str | None:
+        """Why it cannot run on a device, in words; None where it can. Builds nothing."""
+
+    @abstractmethod
+    def step(self, skipped: Tensor) -> None:
+        """A step with the gradients of the parameters; where `skipped` (a scalar in fp32) is 1 nothing changes."""
+
+    def set_rate(self, group: Group, rate: float) -> None:
+        """The learning rate of a group from now on."""
+        group["lr"] = rate
+
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """`step`, `exp_avg`, `exp_avg_sq` of each parameter that has been trained."""
+        return dict(self.optimizer.state)
+
+    def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """The inverse of `state`; keeps the tensors."""
+        self.optimizer.state.update(state)
+
+
+class TorchAdamW(AdamW):
+    """torch's fused kernels, on CPU and GPU."""
+
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+
+    @staticmethod
+    def obstacle(device: torch.device) -> str | None:
+        return None
+
+    def step(self, skipped: Tensor) -> None:
+        # The kernels' own protocol (GradScaler's): they return without a change where it is 1.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+
+class ApexAdamW(AdamW):
+    """FusedAdam of NVIDIA's apex in its capturable form, which keeps the count of steps on the device."""
+
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+        self.optimizer = import_module("apex.optimizers").FusedAdam(groups, betas=betas, capturable=True)
+        for group in self.optimizer.param_groups:
+            group["step"] = torch.zeros(1, dtype=torch.int, device=group["params"][0].device)
+
+    @staticmethod
+    def obstacle(device: torch.device) -> str | None:
+        spec = find_spec("apex")
+        if spec is None:
+            return "apex is not installed; it is built from NVIDIA's source (PyPI's package of that name is another)"
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+        if not any((folder / "optimizers/fused_adam.py").exists() for folder in folders):
+            return "the apex that is installed is not NVIDIA's, which is built from its source and not on PyPI"
+        if device.type != "cuda":
+            return "its FusedAdam needs a CUDA device"
+        try:
+            import_module("amp_C")
+        except ImportError as error:
+            return f"apex is there without its CUDA extensions: {error}"
+        return None
+
+    def set_rate(self, group: Group, rate: float) -> None:
+        group["lr"] = torch.full((), rate, device=group["step"].device)
+
+    def step(self, skipped: Tensor) -> None:
+        # It counts a step unless this flag, which it sets from the scaler group by group, is up: set it for all groups.
+        self.optimizer._dummy_overflow_buf.copy_(skipped)  # type: ignore[attr-defined]
+        self.optimizer.step(grad_scaler=_Verdict(skipped))  # type: ignore[call-overload]
+
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {
+            p: self.optimizer.state[p] | {"step": group["step"][0].float()}
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p in self.optimizer.state
+        }
+
+    def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        for group in self.optimizer.param_groups:
+            group["step"].copy_(state[group["params"][0]]["step"])
+        super().load({p: {k: v for k, v in kinds.items() if k != "step"} for p, kinds in state.items()})
+
+
+class _Verdict:
+    """What FusedAdam asks a GradScaler: whether the gradients are not finite, and their scale."""
+
+    def __init__(self, skipped: Tensor) -> None:
+        self.skipped = skipped
+
+    def _check_inf_per_device(self, _: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self.skipped.device: self.skipped}
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.ones_like(self.skipped)
+
+
+class DeepSpeedAdamW(AdamW):
+    """DeepSpeedCPUAdam. It counts steps on the host, where the decision about one is at hand: on a CPU alone."""
+
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+        self.optimizer = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, betas=betas)
+
+    @staticmethod
+    def obstacle(device: torch.device) -> str | None:
+        if find_spec("deepspeed") is None:
+            return "deepspeed is not installed"
+        if device.type != "cpu":
+            return (
+                "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out "
+                "by waiting for the device in every step; optimizer.impl=torch has as few launches"
+            )
+        built = import_module("deepspeed.git_version_info")
+        here = import_module("deepspeed.accelerator").get_accelerator().device_name()
+        if not built.installed_ops.get("cpu_adam") or built.accelerator_name != here:
+            return "its CPU Adam is not built, which takes minutes: install deepspeed with DS_BUILD_CPU_ADAM=1"
+        return None
+
+    def step(self, skipped: Tensor) -> None:
+        if not skipped:
+            self.optimizer.step()
+
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {p: {**kinds, "step": torch.tensor(float(kinds["step"]))} for p, kinds in super().state().items()}
+
+    def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        super().load({p: {**kinds, "step": int(kinds["step"])} for p, kinds in state.items()})
+
+
+IMPLEMENTATIONS: dict[str, type[AdamW]] = {
+    "auto": TorchAdamW,
+    "torch": TorchAdamW,
+    "apex": ApexAdamW,
+    "deepspeed": DeepSpeedAdamW,
+}
