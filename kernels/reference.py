@@ -7,6 +7,9 @@ row-major. Losses and statistics accumulate in fp32, or in float64 where the inp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import permutations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,52 +148,64 @@ def view_latents(tokens: Tensor, visible: Tensor | None = None, first: int = 0) 
     """
     if visible is not None:
         tokens = _gather(tokens, visible)
-    z = tokens[:, :, first:].to(torch.promote_types(tokens.dtype, torch.float32)).mean(2)
+    z = tokens[:, :, first:].mean(2, dtype=torch.promote_types(tokens.dtype, torch.float32))
     flat = z.detach().flatten(0, 1)
     centre = flat.mean(0)
     return z, F.normalize(z, dim=-1), torch.stack([centre, (flat - centre).square().sum(0)])
 
 
+def _products_of_views(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Ordered view pairs (a, b) with their products u(i,a).u(j,b) (b, B), in fp32 or more; on one rank only a < b,
+    since (b, a) is the transpose."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    one_rank = rows.shape[0] == columns.shape[0]
+    for a, b in permutations(range(rows.shape[1]), 2):
+        if a < b or not one_rank:
+            yield a, b, (rows[:, a] @ columns[:, b].T).to(dtype)
+
+
 def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and positives of InfoNCE for ordered view pairs (a, b) (method 3).
 
-    rows u (b, N, D): this rank's; columns u (B, N, D): of all; row i is column offset + i; tau (1,).
-    -> lse (b, N, N) and positives (b, N, N) at [i, a, b]: over all j of u(i,a).u(j,b)/tau, and at j = i.
-    The entries a = b are zero.
+    rows u (b, N, D): this rank's, which are columns[offset : offset + b]; columns u (B, N, D): of all; tau (1,).
+    -> lse (b, N, N) and positives (b, N, N) at [i, a, b]: over all j of u(i,a).u(j,b)/tau, and at j = i. fp32 (float64
+    from float64). The entries a = b are zero.
     """
     b, N, _ = rows.shape
-    pairs = 1 - torch.eye(N, device=rows.device, dtype=rows.dtype)
-    lse, positives = [], []
-    for a in range(N):
-        scores = torch.einsum("id,jbd->ibj", rows[:, a], columns) / tau
-        lse.append(scores.logsumexp(2))
-        positives.append(scores.diagonal(offset, 0, 2)[:, :b].T)
-    return torch.stack(lse, 1) * pairs, torch.stack(positives, 1) * pairs
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    lse, positives = rows.new_zeros(b, N, N, dtype=dtype), rows.new_zeros(b, N, N, dtype=dtype)
+    for a, other, products in _products_of_views(rows, columns):
+        scores = products / tau
+        lse[:, a, other] = scores.logsumexp(1)
+        positives[:, a, other] = scores.diagonal(offset)
+        if b == columns.shape[0]:
+            lse[:, other, a] = scores.logsumexp(0)
+            positives[:, other, a] = positives[:, a, other]
+    return lse, positives
 
 
 def infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
 
     rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) of all rows
-    -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): its rows' part of dS/dtau.
-    u(i,a) is a row of the pair (a,b) and a column of (b,a), and both read the same score, so one product
-    serves both.
+    -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): its part of dS/dtau, the sum
+    over the ranks. fp32 (float64 from float64). u(i,a) is a row of the pair (a,b) and a column of (b,a), and both
+    read the same score, so one product serves both.
     """
-    b, N, _ = rows.shape
-    own = columns[offset : offset + b]
-    gradients, d_tau = [], torch.zeros_like(tau)
-    for a in range(N):
-        scores = torch.einsum("id,jbd->ibj", rows[:, a], columns) / tau
-        as_row = (scores - lse[offset : offset + b, a, :, None]).exp()
-        as_row[:, a] = 0
-        as_column = (scores - lse[:, :, a].T[None]).exp()
-        as_column[:, a] = 0
-        siblings = own.sum(1) - own[:, a]
-        gradient = torch.einsum("ibj,jbd->id", as_row + as_column, columns) - 2 * siblings
-        gradients.append(gradient / tau)
-        positives = (rows[:, a] * siblings).sum() / tau
-        d_tau += (positives - (as_row * scores).sum()) / tau
-    return torch.stack(gradients, 1), d_tau
+    b = rows.shape[0]
+    d_u = torch.zeros_like(rows, dtype=lse.dtype)
+    for a, other, products in _products_of_views(rows, columns):
+        scores = products / tau
+        weights = (scores - lse[offset : offset + b, a, other, None]).exp_()
+        weights += scores.sub_(lse[:, other, a]).exp_()
+        weights.diagonal(offset).sub_(2)
+        weights = weights.to(rows.dtype)
+        d_u[:, a] += weights @ columns[:, other]
+        if b == columns.shape[0]:
+            d_u[:, other] += weights.T @ rows[:, a]
+    d_u /= tau
+    # S depends on u and tau through u.u / tau alone: u dS/du = -2 tau dS/dtau.
+    return d_u, (rows * d_u).sum() / (-2 * tau)
 
 
 def club_terms(
@@ -203,13 +218,22 @@ def club_terms(
     [mu^2 + v - (mu - y)^2] / (2 s2), with v the variance of y, and of [log s2 + (y - mu)^2 / s2] / 2; and over i
     the sums (D,) of 1/s2 and mu/s2, which `club_grad` needs of all ranks.
     """
-    inverse = (-log_s2).exp()
-    y = (z - mean) * (variance + _VARIANCE_EPS).rsqrt()
-    spread = variance / (variance + _VARIANCE_EPS)
-    square = (mu[:, None] - y).square()
-    club = 0.5 * ((mu.square() + spread)[:, None] - square).mul(inverse[:, None]).sum()
-    nll = 0.5 * (log_s2[:, None] + square * inverse[:, None]).sum()
+    N, dtype = z.shape[1], torch.promote_types(z.dtype, torch.float32)
+    mu, log_s2 = mu.to(dtype), log_s2.to(dtype)
+    # In place, so that beside the inputs there is one tensor of z's size, and a few of mu's.
+    scale = (variance + _VARIANCE_EPS).rsqrt()
+    square = _error(z, mu, mean, scale).square_().sum(1)
+    inverse = (-log_s2).exp_()
+    # Of the rounded scale: CLUB is the small difference of large sums, that have to err alike.
+    spread = variance * scale.square()
+    club = mu.square().add_(spread).mul_(N).sub_(square).mul_(inverse).sum() / 2
+    nll = (N * log_s2.sum() + square.mul_(inverse).sum()) / 2
     return club, nll, inverse.sum(0), (mu * inverse).sum(0)
+
+
+def _error(z: Tensor, mu: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """y - mu (B, N, D), where y = (z - mean) scale."""
+    return (z - mean.to(mu.dtype)).mul_(scale).sub_(mu[:, None])
 
 
 def club_grad(
@@ -228,11 +252,14 @@ def club_grad(
     with the gradient through the moments of y, which standardises with detached moments; d_mu and d_log_s2 (B, D)
     of the likelihood's sum.
     """
-    inverse = (-log_s2).exp()[:, None]
+    N, dtype = z.shape[1], torch.promote_types(z.dtype, torch.float32)
+    mu, inverse = mu.to(dtype), (-log_s2.to(dtype)).exp_()
     scale = (variance + _VARIANCE_EPS).rsqrt()
-    y = (z - mean) * scale
-    error = (mu[:, None] - y) * inverse
-    # Through the moments: dm/dy = 1/(BN) pulls by -sum (mu - m)/s2, dv/dy = 2 y/(BN) by sum 1/(2 s2), at m = 0.
-    d_y = error + (inverse_sum * y - mu_inverse_sum) / images
-    d_log_s2 = 0.5 * (1 - (mu[:, None] - y) * error).sum(1)
-    return d_y * scale, error.sum(1), d_log_s2
+    error = _error(z, mu, mean, scale)
+    d_mu = -error.sum(1) * inverse
+    d_log_s2 = (N - error.square().sum(1) * inverse) / 2
+    # Through the moments: dm/dy = 1/(BN) pulls by -sum (mu - m)/s2, dv/dy = 2 y/(BN) by sum 1/(2 s2), at m = 0. With
+    # the image's own term, (mu - y)/s2 + pull y - push: linear in y - mu.
+    pull, push = inverse_sum / images, mu_inverse_sum / images
+    slope, offset = (pull - inverse) * scale, (pull * mu - push) * scale
+    return error.mul_(slope[:, None]).add_(offset[:, None]), d_mu, d_log_s2

@@ -13,13 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mimae.kernels import native
+from mimae.kernels.native import OLDEST_CAPABILITY
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheels for this system: every op runs in plain PyTorch
     triton = tl = None
 
-Impl = Literal["auto", "triton", "reference"]
+Impl = Literal["auto", "native", "triton", "reference"]
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set before the import: kernels run on CPU tensors, slowly, for tests."""
@@ -28,8 +31,6 @@ if INTERPRETED:
     from mimae.kernels import interpreter
 
     interpreter.mend_bfloat16()
-
-OLDEST_CAPABILITY = (8, 0)
 
 _preferred: Impl = "auto"
 
@@ -42,26 +43,37 @@ def jit(function: Callable[..., Any]) -> Any:
 # Which implementation
 
 
-def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["triton", "reference"]:
-    """The implementation of `op` for tensors like `tensor`. Raises ValueError where triton is asked for in vain."""
+def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["native", "triton", "reference"]:
+    """The implementation of `op` for tensors like `tensor`. Raises ValueError where one is asked for in vain."""
     wanted = _preferred if impl == "auto" else impl
-    if wanted not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl={wanted!r}: legal is auto, triton or reference")
-    if wanted == "reference":
-        return "reference"
-    obstacle = _obstacle(tensor.device)
-    if wanted == "triton" and obstacle is not None:
-        raise ValueError(f"{op} cannot run in triton on {tensor.device}: {obstacle}")
-    # The interpreter is for tests, that ask for it by name.
-    return "triton" if wanted == "triton" or (obstacle is None and tensor.is_cuda) else "reference"
-
-
-def reason(device: torch.device) -> str:
-    """Why `auto` chooses what it does on a device, in words."""
-    obstacle = _obstacle(device)
+    if wanted == "auto":
+        return "reference" if tensor.dtype == torch.float64 else _fastest(op, tensor.device)
+    if wanted not in ("native", "triton", "reference"):
+        raise ValueError(f"impl={wanted!r}: legal is auto, native, triton or reference")
+    obstacle = {"native": native.obstacle(op, tensor.device), "triton": _obstacle(tensor.device)}.get(wanted)
+    if wanted == "triton" and tensor.dtype == torch.float64:
+        obstacle = "its kernels compute in float32"
     if obstacle is not None:
-        return f"reference: {obstacle}"
-    return "triton" if device.type == "cuda" else "reference: triton's interpreter is for tests"
+        raise ValueError(f"{op} cannot run in {wanted} on {tensor.device}: {obstacle}")
+    return wanted
+
+
+def _fastest(op: str, device: torch.device) -> Literal["native", "triton", "reference"]:
+    if native.obstacle(op, device) is None:
+        return "native"
+    # The interpreter is for tests, that ask for it by name.
+    return "triton" if device.type == "cuda" and _obstacle(device) is None else "reference"
+
+
+def reason(op: str, device: torch.device) -> str:
+    """What `auto` chooses on a device, and what keeps it from a faster choice, in words."""
+    choice = _fastest(op, device)
+    if choice == "native":
+        return choice
+    obstacles = [native.obstacle(op, device)] if op in native.OPS else []
+    if choice == "reference":
+        obstacles.append(_obstacle(device) or "triton's interpreter is for tests")
+    return f"{choice}: {'; '.join(map(str, obstacles))}" if obstacles else choice
 
 
 def _obstacle(device: torch.device) -> str | None:

@@ -28,7 +28,7 @@ from mimae.settings import Section
 class ObjectiveSettings(Section):
     """Weights and choices of the objective. A term of weight 0 is not computed."""
 
-    max_mi: float = Field(0.1, ge=0, description="weight of L_max (InfoNCE between views)")
+    max_mi: float = Field(0.03, ge=0, description="weight of L_max (InfoNCE between views)")
     min_mi: float = Field(0.01, ge=0, description="weight of L_min (CLUB between latent and image, per dimension)")
     temperature: float = Field(0.07, ge=0.01, le=10, description="InfoNCE temperature; the start of a learned one")
     learn_temperature: bool = Field(False, description="learn the temperature (bounded below by 0.01)")

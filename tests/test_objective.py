@@ -146,7 +146,7 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor
         EMASettings(),
         views=GLOBAL_BATCH * 3,
         precision="fp32",
-        compile_blocks=False,
+        compile="off",
     )
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 8, 12, 3), generator=generator, dtype=torch.uint8)

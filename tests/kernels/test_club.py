@@ -1,0 +1,207 @@
+"""`club_terms` and `club_grad` against float64 and against the pairwise definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimae import kernels
+from mimae.kernels import club_grad, club_terms, reference
+from mimae.kernels.club import _club_grad, _club_terms, _merge
+from mimae.kernels.runtime import launch
+from mimae.objective import CLUB
+from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.oracles import club_oracle
+
+Op = Callable[..., tuple[Tensor, ...]]
+fused_terms: Op = partial(club_terms, impl="triton")
+fused_grad: Op = partial(club_grad, impl="triton")
+plain_grad: Op = reference.club_grad
+
+
+def drawn(images: int, views: int, width: int, spread: float = 0.5) -> list[Tensor]:
+    """z, mu and log s2, mean and variance: latents far from zero with unequal spreads, a posterior that differs from
+    image to image, and global moments that are near those of this rank but not the same."""
+    generator = torch.Generator().manual_seed(images + views + width)
+    z = torch.randn(images, views, width, generator=generator) * torch.linspace(0.1, 2, width) + 3
+    mu = torch.randn(images, width, generator=generator)
+    log_s2 = spread * (2 * torch.rand(images, width, generator=generator) - 1)
+    mean = 3 + 0.1 * torch.randn(width, generator=generator)
+    variance = 0.01 + torch.rand(width, generator=generator)
+    return [each.to(DEVICE) for each in (z, mu, log_s2, mean, variance)]
+
+
+def results(terms: Op, grad: Op, inputs: list[Tensor]) -> list[Tensor]:
+    """What both ops give, the second with sums that another rank too has a part in."""
+    of_terms = terms(*inputs)
+    sums = [1.5 * each for each in of_terms[2:]]
+    return [*of_terms, *grad(*inputs, *sums, images=2 * inputs[0].shape[0])]
+
+
+def assert_accurate(inputs: list[Tensor]) -> None:
+    assert_as_accurate(
+        results(fused_terms, fused_grad, inputs),
+        results(reference.club_terms, plain_grad, inputs),
+        results(reference.club_terms, plain_grad, [each.double() for each in inputs]),
+    )
+
+
+SIZES = {
+    "one of everything": (1, 1, 1),
+    "one image, 8 views": (1, 8, 5),
+    "odd: a program's share of 24 images and one tile of 8 and one; prime, over a tile of 128": (33, 3, 131),
+    "one view: a share of 40 images and one": (41, 1, 6),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_against_float64(sizes: tuple[int, int, int]) -> None:
+    assert_accurate(drawn(*sizes))
+
+
+def test_log_variances_over_their_whole_range() -> None:
+    inputs = drawn(5, 2, 6)
+    inputs[2] = torch.tensor([-3.0, 3.0], device=DEVICE).repeat(15).view(5, 6)
+    assert_accurate(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_posterior_of_half_precision(dtype: torch.dtype) -> None:
+    """As autocast gives it. The results are fp32 all the same, and so are those of latents of half precision."""
+    z, mu, log_s2, *moments = drawn(9, 2, 8)
+    assert_accurate([z, mu.to(dtype), log_s2.to(dtype), *moments])
+    assert_accurate([z.to(dtype), mu.to(dtype), log_s2.to(dtype), *moments])
+
+
+def test_latents_that_carry_nothing() -> None:
+    """A dimension without variance: its scale is that of the epsilon."""
+    inputs = drawn(4, 2, 3)
+    inputs[0][..., 1] = inputs[3][1]
+    inputs[4][1] = 0
+    assert_accurate(inputs)
+
+
+def test_is_the_pairwise_definition_with_its_gradients() -> None:
+    """Through the objective's own function, with moments from the fused kernel too."""
+    z, mu, log_s2, *_ = drawn(7, 2, 5, spread=1.0)
+    exact = [each.double().cpu().requires_grad_() for each in (z, mu, log_s2)]
+    y = club_oracle.standardised(exact[0], 1e-6)
+    club = club_oracle.club(y, exact[1].detach(), exact[2].detach())
+    nll = club_oracle.l_fit(y, exact[1], exact[2])
+    wanted = [club, nll, *torch.autograd.grad(club + nll, exact)]
+    ours = [each.requires_grad_() for each in (z, mu, log_s2)]
+    with kernels.prefer("triton"):
+        terms = CLUB.apply(*ours, kernels.view_latents(z[:, :, None])[2])
+        got = [*terms, *torch.autograd.grad(terms[0] + terms[1], ours)]
+    for ours_is, exact_is in zip(got, wanted):
+        assert torch.allclose(ours_is.double().cpu(), exact_is, rtol=1e-4, atol=1e-5)
+
+
+def test_halves_of_one_tensor() -> None:
+    """V gives mu and log s2 so: rows that lie apart. And as nobody gives them: columns."""
+    inputs = drawn(5, 2, 6)
+    inputs[1], inputs[2] = torch.cat(inputs[1:3], 1).chunk(2, 1)
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    assert not any(each.is_contiguous() for each in inputs[:3])
+    assert_accurate(inputs)
+    inputs[1], inputs[2] = (each.T.contiguous().T for each in inputs[1:3])
+    assert_accurate(inputs)
+
+
+def test_more_programs_than_a_tile_of_them() -> None:
+    """9 groups in tiles of 4 and 45 programs in tiles of 32, 11 dimensions in tiles of 8: the last of each is short."""
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randn(9, 2, 11, generator=generator).to(DEVICE)
+    scalars = torch.randn(2, 45, generator=generator).to(DEVICE)
+    shapes = {"club": (), "nll": (), "inverse": (11,), "mu_inverse": (11,)}
+    outputs: dict[str, Any] = {name: torch.empty(shape, device=DEVICE) for name, shape in shapes.items()}
+    launch(_merge, (2,), sums=sums, scalars=scalars, **outputs, groups=9, programs=45, D=11, ROWS=4, COLUMNS=8)
+    wanted = [*(scalars.sum(1) / 2), *sums.sum(0)]
+    for got, want in zip(outputs.values(), wanted):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_same_bits_every_time() -> None:
+    inputs = drawn(30, 4, 5)
+    once, again = (results(fused_terms, fused_grad, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+def test_no_gradient_is_silently_missing() -> None:
+    z, mu, *others = drawn(2, 2, 3)
+    club, *_ = fused_terms(z, mu.requires_grad_(), *others)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        club.backward()
+
+
+def test_are_well_behaved_operators() -> None:
+    inputs = drawn(3, 2, 4)
+    torch.library.opcheck(_club_terms, tuple(inputs))
+    torch.library.opcheck(_club_grad, (*inputs, *inputs[3:], 5))
+
+
+def test_compile_into_one_graph() -> None:
+    """Twice in one graph, as two micro-batches would."""
+
+    def both(*inputs: Tensor) -> list[Tensor]:
+        return results(fused_terms, fused_grad, list(inputs)) + results(fused_terms, fused_grad, list(inputs))
+
+    inputs = drawn(3, 2, 4)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(got, want) for got, want in zip(compiled(*inputs), both(*inputs)))
+
+
+MISTAKES: dict[str, Callable[..., object]] = {
+    "not \\(2, 3\\)": lambda z, mu, log_s2, m, v: club_terms(z[0], mu, log_s2, m, v),
+    "of at least one latent": lambda z, mu, log_s2, m, v: club_terms(z[:, :0], mu, log_s2, m, v),
+    "not \\(1, 3\\)": lambda z, mu, log_s2, m, v: club_terms(z, mu[:1], log_s2, m, v),
+    "not \\(3, 2\\)": lambda z, mu, log_s2, m, v: club_terms(z, mu, log_s2.T, m, v),
+    "not \\(2,\\)": lambda z, mu, log_s2, m, v: club_terms(z, mu, log_s2, m[:2], v),
+    "torch.int64": lambda z, mu, log_s2, m, v: club_terms(z, mu, log_s2, m, v.long()),
+    "images, this rank's part": lambda z, mu, log_s2, m, v: club_grad(z, mu, log_s2, m, v, m, v, 1),
+    "not \\(1,\\)": lambda z, mu, log_s2, m, v: club_grad(z, mu, log_s2, m, v, m[:1], v, 2),
+    "compute in float32": lambda z, *others: fused_terms(z.double(), *others),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_told(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MISTAKES[message](*drawn(2, 2, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(4096, 1, 768), (4096, 4, 1024), (8192, 4, 1280)], ids=["B", "L", "H"])
+def test_production_sizes(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    z, mu, log_s2, *moments = drawn(*sizes)
+    assert_accurate([z, mu.to(dtype), log_s2.to(dtype), *moments])
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31() -> None:
+    z = torch.randn(66000, 4, 8192, device=DEVICE, dtype=torch.bfloat16)
+    assert z.numel() > 1 << 31
+    _, mu, log_s2, *moments = drawn(1, 1, 8192)
+    mu, log_s2 = mu.expand(66000, -1), log_s2.expand(66000, -1)
+    terms = fused_terms(z, mu, log_s2, *moments)
+    d_z, d_mu, _ = fused_grad(z, mu, log_s2, *moments, *terms[2:], images=66000)
+    sums = [each.double() for each in terms[2:]]
+    last = [each[-3:].double() for each in (z, mu, log_s2)]
+    wanted = plain_grad(*last, *(each.double() for each in moments), *sums, 66000)
+    assert_as_accurate(
+        [d_z[-3:], d_mu[-3:]], [each.float() for each in wanted[:2]], [each.cpu() for each in wanted[:2]]
+    )
+
+
+@pytest.mark.gpu
+def test_250_repeats_are_bit_equal() -> None:
+    inputs = drawn(8192, 4, 768)
+    once = results(fused_terms, fused_grad, inputs)
+    for _ in range(250):
+        assert all(torch.equal(a, b) for a, b in zip(once, results(fused_terms, fused_grad, inputs)))
