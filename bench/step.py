@@ -1,9 +1,10 @@
-"""Speed and memory of a whole training step: this system, its eager baseline, the MAEs that people install.
+"""Speed and memory of a whole training step: this system, its eager baseline, the MAEs that people install; or this
+system with one setting and with another.
 
 The contenders run in one process on the same images from the same weights, in turn, round by round, after a
-check that they compute the same loss and gradient norm. Each starts from what its own loader would hand it
-(this system uint8 pixels, the others normalised floats) and draws its masks itself. Peak memory is measured
-in a fresh process for each.
+check that they compute the same loss and gradient norm (with other settings they need not, and are not checked).
+Each starts from what its own loader would hand it (this system uint8 pixels, the others normalised floats) and
+draws its masks itself. Peak memory is measured in a fresh process for each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -34,7 +35,7 @@ from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
 from mimae.bench.machine import Product, describe, matmul_rate, synchronize
 from mimae.config import Recipe
-from mimae.engines.base import shape_model
+from mimae.engines.base import check_machine, compiles, shape_model
 from mimae.errors import UserError
 from mimae.model import MIMAE, build
 from mimae.optimizer import Optimizer
@@ -78,7 +79,7 @@ class Contender(ABC):
         self.recipe, self.module, self.images = recipe, module, images
         height, width = recipe.data.size_hw
         self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
-        self.compiled = recipe.compile == "on" or (recipe.compile == "auto" and images.is_cuda)
+        self.compiled = compiles(recipe.compile, images.device)
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
@@ -144,14 +145,15 @@ class Ours(Contender):
 
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1
-        seed = self.recipe.seed
-        return masking.draw(self.recipe.masking, seed, self.epoch, self.sample_ids, self.num_patches)
+        recipe = self.recipe
+        visible, hidden = masking.draw(recipe.masking, recipe.seed, self.epoch, self.sample_ids, self.num_patches)
+        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
 
     def update(self) -> None:
         self.optimizer.step(1.0)
 
     def compile_blocks(self) -> None:
-        shape_model(self.module, compile_blocks=True)
+        shape_model(self.module, self.recipe.compile)
 
 
 class Baseline(Contender):
@@ -212,26 +214,44 @@ def check(name: str, expected: Gradient, found: Gradient, precision: str) -> dic
     return errors
 
 
-def contest(recipe: Recipe, others: Sequence[str], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Checks, times and profiles this system and `others` on one recipe.
+class Contest(NamedTuple):
+    """Who is compared: this system on a recipe, `others` on the same, this system on other recipes, by name."""
 
-    One of the others that runs out of memory is left out, with the reason.
+    recipe: Recipe
+    others: Sequence[str]
+    variants: Mapping[str, Recipe]
+
+    def contender(self, name: str) -> tuple[str, Recipe]:
+        """Whose implementation a name stands for, and on which recipe."""
+        return (OURS, self.variants[name]) if name in self.variants else (name, self.recipe)
+
+
+def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Checks, times and profiles the contenders.
+
+    One that runs out of memory is left out, with the reason, unless it is this system on the contest's recipe.
     """
+    recipe = contest.recipe
     state, images = build(recipe).state_dict(), batch_of(recipe)
     ours = Ours(recipe, state, images, device)
     contenders: dict[str, Contender] = {OURS: ours}
-    visible, hidden = ours.draw()
-    noise = noise_of(visible, ours.num_patches)
-    expected = {p: ours.gradient((visible, hidden), p) for p in dict.fromkeys(["fp32", recipe.precision])}
+    if contest.others:
+        visible, targets = ours.draw()
+        noise = noise_of(visible, ours.num_patches)
+        expected = {p: ours.gradient((visible, targets), p) for p in dict.fromkeys(["fp32", recipe.precision])}
     slowest = ours.warm_up()
     agreement: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    for name in others:
+    for name in (*contest.others, *contest.variants):
         try:
-            other = Baseline(name, recipe, state, images, device)
-            agreement[name] = {
-                p: check(name, gradient, other.gradient((noise,), p), p) for p, gradient in expected.items()
-            }
+            if name in contest.variants:
+                variant = contest.variants[name]
+                other: Contender = Ours(variant, build(variant).state_dict(), batch_of(variant), device)
+            else:
+                other = Baseline(name, recipe, state, images, device)
+                agreement[name] = {
+                    p: check(name, gradient, other.gradient((noise,), p), p) for p, gradient in expected.items()
+                }
             slowest = max(slowest, other.warm_up())
             contenders[name] = other
         except torch.OutOfMemoryError as error:
@@ -252,10 +272,12 @@ def contest(recipe: Recipe, others: Sequence[str], rounds: int, device: torch.de
         "steps_per_round": steps,
         "agreement": agreement,
         "skipped": skipped,
-        "flops_per_step": plan.step_flops(recipe),
+        "variants": list(contest.variants),
         "contenders": {
             name: {
-                "images_per_s": len(images) / statistics.median(times),
+                "images_per_s": len(contenders[name].images) / statistics.median(times),
+                "precision": contenders[name].recipe.precision,
+                "flops_per_step": plan.step_flops(contenders[name].recipe),
                 "seconds_per_step": times,
                 # Paired by round, so that what slows the machine for a while slows both.
                 "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
@@ -338,18 +360,18 @@ def _resident_bytes(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
-def measure_memory(contests: Sequence[tuple[Recipe, dict[str, Any]]], device: torch.device) -> None:
+def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch.device) -> None:
     """Adds `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the contests left to this process
-    for recipe, result in contests:
+    for contest, result in held:
         for name, contender in result["contenders"].items():
             contender["peak_bytes"] = None
             with (
                 suppress(BrokenProcessPool, torch.OutOfMemoryError),
                 ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
             ):
-                contender["peak_bytes"] = pool.submit(peak_memory, name, recipe, device).result()
+                contender["peak_bytes"] = pool.submit(peak_memory, *contest.contender(name), device).result()
 
 
 def products(recipe: Recipe) -> list[Product]:
@@ -365,18 +387,26 @@ def products(recipe: Recipe) -> list[Product]:
         inner_and_columns = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
         return [Product(views * tokens, inner, columns, layers) for inner, columns in inner_and_columns]
 
-    def last_block(tokens: int, wanted: int, width: int) -> list[Product]:
-        keys_and_values = Product(views * tokens, width, 2 * width)
+    def asking(tokens: int, context: int, width: int, layers: int) -> list[Product]:
+        keys_and_values = Product(views * context, width, 2 * width, layers)
         shapes = [(width, width), (width, width), (width, 4 * width), (4 * width, width)]
-        return [keys_and_values, *(Product(views * wanted, inner, columns) for inner, columns in shapes)]
+        return [keys_and_values, *(Product(views * tokens, inner, columns, layers) for inner, columns in shapes)]
 
+    shown, wanted = 1 + visible, plan.targets(recipe)
+    decode = (
+        asking(wanted, shown, decoder.width, decoder.depth)
+        if decoder.attention == "cross"
+        else [
+            *blocks(shown + wanted, decoder.width, decoder.depth - 1),
+            *asking(wanted, shown + wanted, decoder.width, 1),
+        ]
+    )
     return [
         Product(views * visible, values, model.width),
-        *blocks(1 + visible, model.width, model.depth),
-        Product(views * (1 + visible), model.width, decoder.width),
-        *blocks(1 + patches, decoder.width, decoder.depth - 1),
-        *last_block(1 + patches, patches - visible, decoder.width),
-        Product(views * (patches - visible), decoder.width, values),
+        *blocks(shown, model.width, model.depth),
+        Product(views * shown, model.width, decoder.width),
+        *decode,
+        Product(views * wanted, decoder.width, values),
     ]
 
 
@@ -404,36 +434,67 @@ def main(
     batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
     masks: Annotated[int | None, typer.Option(help="masking.num_masks; else the recipe's")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the recipe's")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="not the eager baseline but this system with other settings: key=value, several in quotes; repeatable"
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="rounds in which every contender has a turn", min=1)] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
-    """Speed and memory of a training step: this system, the same method in plain PyTorch, and other MAEs.
+    """Speed and memory of a training step: this system, the same method in plain PyTorch, and other MAEs; or this
+    system with other settings.
 
     The recipe's gate is open, its images are noise, and nothing is loaded or downloaded.
     """
     named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
     chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
     given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
-    ours = config.load(recipe or {}, [*given, "objective.gate_loss=null"]).recipe
+
+    def resolve(*more: str) -> Recipe:
+        return config.load(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+
+    ours = resolve()
     views = ours.masking.num_masks
-    if ours.masking.kind != "orthogonal" and views > 1:
-        raise UserError(f"the eager baseline has orthogonal masks alone, masking.kind is {ours.masking.kind}")
-    recipes = [(ours, ["eager"])]
+    contests = [
+        Contest(ours, [], {text: resolve(*text.split()) for text in variant})
+        if variant
+        else Contest(ours, ["eager"], {})
+    ]
     if peers:
         plain = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
-        mae = config.load(recipe or {}, [*given, *plain, f"schedule.batch_size={batch * views}"]).recipe
-        recipes.append((mae, ["transformers", "lightly"]))
-
+        contests.append(
+            Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), ["transformers", "lightly"], {})
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for contest in contests:
+        if contest.others:
+            _has_baselines(contest.recipe)
+        for settings in (contest.recipe, *contest.variants.values()):
+            check_machine(settings, device)
+
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()
     result["roof"] = roof(ours, device)
-    result["contests"] = [contest(settings, others, rounds, device) for settings, others in recipes]
-    measure_memory(list(zip([settings for settings, _ in recipes], result["contests"])), device)
+    result["contests"] = [compete(contest, rounds, device) for contest in contests]
+    measure_memory(list(zip(contests, result["contests"])), device)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {json_file}")
+
+
+def _has_baselines(recipe: Recipe) -> None:
+    """Raises UserError for a method that the other implementations do not have."""
+    masking, decoder = recipe.masking, recipe.decoder
+    if masking.kind != "orthogonal" and masking.num_masks > 1:
+        raise UserError(f"the eager baseline has orthogonal masks alone, masking.kind is {masking.kind}")
+    if (decoder.predict, decoder.attention) != ("hidden", "self"):
+        raise UserError(
+            "the baselines predict the hidden patches with self attention: decoder.predict and decoder.attention are "
+            f"{decoder.predict} and {decoder.attention}; --variant compares this system with itself"
+        )
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
@@ -449,30 +510,32 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             f"{precision} matrix products: {square:.3g} TFLOP/s large and square, {layers:.3g} as in the model"
         )
     for contest in result["contests"]:
-        limit = result["roof"][contest["precision"]]["layers"]
         rows = contest["contenders"]
-        speed = Table(
-            title=f"{contest['images']} images x {contest['views']} views, {contest['precision']}, "
-            f"{contest['flops_per_step'] / 1e12:.3g} TFLOP a step"
-        )
-        for column in ("", "images/s", "mimae is faster by (min .. max)", "peak memory", "of the roof"):
-            speed.add_column(column, justify="right" if column else "left")
+        variants = contest["variants"]
+        speed = Table(title=f"{contest['images']} images x {contest['views']} views, {contest['precision']}")
+        faster = "faster than mimae by (min .. max)" if variants else "mimae is faster by (min .. max)"
+        for column in ("", "images/s", faster, "TFLOP a step", "of the roof", "peak memory"):
+            speed.add_column(column, justify="right" if column else "left", overflow="fold")
         for name, row in rows.items():
-            ratio, peak = row["ours_over_this"], row["peak_bytes"]
-            flops_per_s = row["images_per_s"] / contest["images"] * contest["flops_per_step"]
+            ratio, peak, flops = row["ours_over_this"], row["peak_bytes"], row["flops_per_step"]
+            low, middle, high = ratio["min"], ratio["median"], ratio["max"]
+            if variants:
+                low, middle, high = 1 / high, 1 / middle, 1 / low
+            seconds, limit = statistics.median(row["seconds_per_step"]), result["roof"][row["precision"]]["layers"]
             speed.add_row(
                 name,
                 f"{row['images_per_s']:.3g}",
-                "" if name == OURS else f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})",
+                "" if name == OURS else f"{middle:.3f} ({low:.3f} .. {high:.3f})",
+                f"{flops / 1e12:.3g}",
+                f"{flops / seconds / limit:.0%}",
                 "out of memory" if peak is None else f"{peak / 2**20:,.0f} MiB",
-                f"{flops_per_s / limit:.0%}",
             )
         console.print(speed)
         for name, reason in contest["skipped"].items():
             console.print(f"{name} left out: {reason}")
         kinds = Table(title="what the time of a step goes to")
         for column in ("", *KINDS, "other"):
-            kinds.add_column(column, justify="right" if column else "left")
+            kinds.add_column(column, justify="right" if column else "left", overflow="fold")
         for name, row in rows.items():
             kinds.add_row(name, *(f"{share:.1%}" for share in row["time_by_kind"].values()))
         console.print(kinds)

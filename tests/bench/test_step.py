@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -137,17 +141,25 @@ def test_a_step_trains_every_parameter() -> None:
         assert all(p.grad is None for p in trained)
 
 
-def test_the_layers_of_the_roof_are_those_of_the_cost_model() -> None:
-    recipe = recipe_of()
+@pytest.mark.parametrize(
+    ("decoder", "pairs"),
+    [
+        # 6 of 24 patches are visible. Pairs of tokens that look at each other, in the last block and in those before.
+        pytest.param([], 18 * 25 + 25 * 25, id="hidden, self"),
+        pytest.param(["decoder.predict=next_view"], 6 * 13 + 13 * 13, id="next view"),
+        pytest.param(["decoder.attention=cross"], 18 * 7 * 2, id="cross"),
+    ],
+)
+def test_the_layers_of_the_roof_are_those_of_the_cost_model(decoder: list[str], pairs: int) -> None:
+    recipe = recipe_of("decoder.depth=2", *decoder)
     layers = sum(2 * p.rows * p.inner * p.columns * p.layers for p in bench.products(recipe))
-    patches, visible = 24, 6
-    # The decoder's one block is its last: it answers for the hidden patches.
-    attention = 2 * 4 * (1 + visible) ** 2 * 24 + 4 * (patches - visible) * (1 + patches) * 16
+    attention = 2 * 4 * (1 + 6) ** 2 * 24 + 4 * pairs * 16
     views = 5 * 4
     assert layers == views * (plan.encoder_flops(recipe) + plan.decoder_flops(recipe) - attention)
 
 
-def test_the_verb_writes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SQUARE_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(bench, "PRODUCT_SECONDS", 1e-4)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 1e-4)
@@ -155,15 +167,21 @@ def test_the_verb_writes_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         bench,
         "measure_memory",
-        lambda contests, _: [c.update(peak_bytes=None) for _, r in contests for c in r["contenders"].values()],
+        lambda held, _: [c.update(peak_bytes=None) for _, r in held for c in r["contenders"].values()],
     )
-    file = tmp_path / "step.json"
-    arguments = ["bench", "step", "--batch", "3", "--masks", "2", "--rounds", "3", "--json", str(file)]
-    answer = CliRunner().invoke(app, [*arguments, *SMALL], catch_exceptions=False)
-    assert answer.exit_code == 0, answer.output
-    assert "3 images x 2 views, fp32" in answer.output
 
-    result = json.loads(file.read_text())
+
+def result_of(file: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What `mimae bench step` prints and writes."""
+    whole = ["bench", "step", "--batch", "3", "--masks", "2", "--rounds", "3", "--json", str(file), *arguments, *SMALL]
+    answer = CliRunner().invoke(app, whole, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    return answer.output, json.loads(file.read_text())
+
+
+def test_the_verb_writes_what_it_shows(tmp_path: Path, quick: None) -> None:
+    output, result = result_of(tmp_path / "step.json")
+    assert "3 images x 2 views, fp32" in output
     assert result["machine"]["cores"] >= 1 and result["versions"]["torch"] == torch.__version__.split("+")[0]
     contest = result["contests"][0]
     assert list(contest["contenders"]) == ["mimae", "eager"]
@@ -176,9 +194,29 @@ def test_the_verb_writes_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monke
     assert ours["time_by_kind"]["matmul"] > 0.01 and ours["time_by_kind"]["optimizer"] > 0
 
 
-def test_independent_masks_have_no_baseline() -> None:
+def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> None:
+    both = "decoder.predict=next_view decoder.attention=cross"
+    _, result = result_of(tmp_path / "step.json", "--variant", "decoder.predict=next_view", "--variant", both)
+    contest = result["contests"][0]
+    assert list(contest["contenders"]) == ["mimae", "decoder.predict=next_view", both]
+    assert not contest["agreement"]
+    ours, *_, last = (row["seconds_per_step"] for row in contest["contenders"].values())
+    shown = io.StringIO()
+    bench.show(result, Console(file=shown, width=200))
+    assert f"{statistics.median(o / t for o, t in zip(ours, last)):.3f} (" in shown.getvalue()
+    work = [row["flops_per_step"] for row in contest["contenders"].values()]
+    recipes = [
+        recipe_of("schedule.batch_size=3", "masking.num_masks=2", *text.split()) for text in ("", *contest["variants"])
+    ]
+    assert work == [plan.step_flops(recipe) for recipe in recipes]
+    assert work[0] > work[1] > work[2]
+
+
+def test_what_has_no_baseline_is_told() -> None:
     with pytest.raises(UserError, match="has orthogonal masks alone"):
         bench.main([*SMALL, "masking.kind=independent"])
+    with pytest.raises(UserError, match="are next_view and self; --variant"):
+        bench.main([*SMALL, "decoder.predict=next_view"])
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +236,7 @@ def test_peak_memory() -> None:
     for batch in (2, 32):
         recipe = recipe_of(*wide, f"schedule.batch_size={batch}")
         result: dict = {"contenders": {"mimae": {}}}
-        bench.measure_memory([(recipe, result)], CPU)
+        bench.measure_memory([(bench.Contest(recipe, [], {}), result)], CPU)
         results.append(result["contenders"]["mimae"]["peak_bytes"])
     state_bytes = 4 * 4 * sum(p.numel() for p in build(recipe).parameters())
     assert state_bytes < results[0] < results[1] < 2**30

@@ -1,0 +1,111 @@
+"""All that needs a GPU, in one command: its tests, the ops, the training step at ViT-B and ViT-L, in one JSON file.
+
+Each stage is a process of its own with a time limit, so that what hangs or fails costs its own result alone; the file
+is written after every stage. The limits add up to less than eight minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+
+from mimae.bench.machine import describe
+from mimae.checkpoint import write_atomically
+from mimae.errors import UserError
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+"""A checkout has them, an installed wheel does not."""
+
+_LAST_LINES = 30
+_CAPTURED: dict[str, Any] = {
+    "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace",
+}  # fmt: skip
+
+
+class Stage(NamedTuple):
+    """A command of `python -m`, and how long it may take."""
+
+    name: str
+    arguments: list[str]
+    seconds: float
+    writes: bool = True
+    """It takes --json FILE; of the others the last lines are kept."""
+
+
+STAGES = (
+    Stage("tests", ["pytest", "-m", "gpu", "-q", "--durations=10", str(TESTS)], 120, writes=False),
+    Stage("kernels", ["mimae", "bench", "kernels", "--batch", "1024", "--batch", "4096", "--rounds", "15"], 150),
+    Stage("step, ViT-B", ["mimae", "bench", "step", "--model", "base", "--batch", "128", "--peers"], 120),
+    Stage("step, ViT-L", ["mimae", "bench", "step", "--model", "large", "--batch", "64"], 80),
+)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Runs a stage: its exit code (None: it ran out of time), its result, its last lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", *stage.arguments, *(["--json", str(file)] if stage.writes else [])]
+        started = time.monotonic()
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=stage.seconds,
+            )
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            code, output = None, (error.stdout or b"").decode(errors="replace")
+        return {
+            "arguments": stage.arguments,
+            "seconds": time.monotonic() - started,
+            "limit_seconds": stage.seconds,
+            "exit_code": code,
+            "last_lines": output.splitlines()[-_LAST_LINES:],
+            "result": json.loads(file.read_text()) if file.exists() else None,
+        }
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="the file to write")] = Path("bench/results/gpu.json"),
+    only: Annotated[list[str] | None, typer.Option(help="stages to run; repeatable [default: all]")] = None,
+) -> None:
+    """Run all that needs a GPU, and keep it in one JSON file; under eight minutes."""
+    names = [stage.name for stage in STAGES]
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r}: legal is {', '.join(map(repr, names))}")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device: `mimae bench kernels` and `mimae bench step` run on a CPU too")
+    stages = [stage for stage in STAGES if stage.name in (only or names)]
+    failed = run_all(stages, json_file, describe(torch.device("cuda")))
+    if failed:
+        print(f"not finished: {', '.join(failed)}; their last lines are in {json_file}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def run_all(stages: Sequence[Stage], file: Path, machine: dict[str, Any]) -> list[str]:
+    """Runs the stages in order and writes `file` after each; returns the names of those that did not end well."""
+    report: dict[str, Any] = {"bench": "gpu", **machine, "stages": {}}
+    failed = []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        print(f"{stage.name}: at most {stage.seconds:.0f} s", flush=True)
+        outcome = run(stage)
+        report["stages"][stage.name] = outcome
+        write_atomically(file, json.dumps(report, indent=2) + "\n")
+        print("\n".join(outcome["last_lines"]), flush=True)
+        if outcome["exit_code"] != 0:
+            failed.append(stage.name)
+    return failed
