@@ -198,7 +198,7 @@ def backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tenso
     run = _ceil(B, splits * tiles.depth) * tiles.depth
     gradients = columns.new_zeros(_ceil(B, run), b, N, D, dtype=torch.float32)
     d_tau = columns.new_empty(pairs * blocks * column_blocks, dtype=torch.float32)
-    u, lse = columns.contiguous(), lse.contiguous()
+    u, lse = columns.contiguous(), lse.to(torch.float32).contiguous()
     for start in range(0, b, height):
         here = min(height, b - start)
         launch(

@@ -391,7 +391,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
         (
             ["masking.num_masks=1"],
             ["masking.num_masks=1", "objective.max_mi=0"],
-            ["objective.max_mi = 0.1 (default)", "masking.num_masks = 1 (override)"],
+            ["objective.max_mi = 0.03 (default)", "masking.num_masks = 1 (override)"],
         ),
         (
             ["decoder.predict=next_view", "masking.kind=independent"],
@@ -410,7 +410,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
         (
             ["schedule.accumulate=32", "objective.min_mi=0"],
             ["schedule.accumulate=16"],
-            ["objective.max_mi = 0.1 (default)", "schedule.accumulate = 32 (override)"],
+            ["objective.max_mi = 0.03 (default)", "schedule.accumulate = 32 (override)"],
         ),
         (
             ["schedule.batch_size=1", "objective.max_mi=0"],
