@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import subprocess
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,9 @@ for name in MAPPED:
 OLDEST_TORCH = (2, 11)
 GPUS = (80, 90, 100)
 torch = find_spec("torch")
-extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp"], py_limited_api=True, optional=True)
+# One wheel for all versions of Python, which those without the lock do not load.
+limited = bool(torch) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp"], py_limited_api=limited, optional=True)
 
 
 class BuildNative(build_ext):
@@ -56,12 +59,14 @@ class BuildNative(build_ext):
             print(f"mimae: {part} was not built ({obstacle}): nothing but speed is lost")
 
     def cxx(self):
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
         return [*compiler, "-fPIC", "-fvisibility=hidden", str(here / "csrc/orthogonal_masks.cpp"), *self.common()]
 
     def nvcc(self):
         home = os.environ.get("CUDA_HOME")
-        host = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
+        # Of `ccache g++ -m64` nvcc takes the compiler alone.
+        words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
+        host = ["-ccbin", words[-1]] if words else []
         targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
         # What is newer than all of them compiles this one's instructions as it loads.
         targets += [f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"]
@@ -111,12 +116,13 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11",
+    # Workers go when their parent changes; from 3.14 on a server forks them.
+    python_requires=">=3.11,<3.14",
     packages=packages,
     package_dir=package_dir,
     ext_modules=[extension] if torch else [],
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
     package_data={
         "mimae": ["py.typed"],
         "mimae.kernels": ["py.typed"],
@@ -128,7 +134,7 @@ setup(
         f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}",
         "torchvision",
         "timm>=1.0.20",
-        "numpy",
+        "numpy>=2",
         "Pillow>=11",
         "pydantic>=2",
         "PyYAML",

@@ -14,7 +14,7 @@ say() { printf 'setup: %s\n' "$1" >&2; }
 die() { for line in "$@"; do say "$line"; done; exit 1; }
 
 runs() { "$1" -c "$2" >/dev/null 2>&1; }
-new_enough() { runs "$1" 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+fits() { runs "$1" 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; }
 
 find_python() {
     if [ -n "${PYTHON-}" ]; then
@@ -23,7 +23,7 @@ find_python() {
         set -- python3.13 python3.12 python3.11 python3 python
     fi
     for candidate; do
-        if new_enough "$candidate"; then
+        if fits "$candidate"; then
             # Some systems ship Python without the parts that make a virtual environment.
             if runs "$candidate" 'import ensurepip, ssl, venv'; then
                 echo "$candidate"
@@ -34,8 +34,8 @@ find_python() {
     done
     [ -z "${partial-}" ] || die "$partial cannot make virtual environments (no ensurepip, ssl or venv module)." \
         "Debian and Ubuntu have them in python3-venv. Or name another Python: make PYTHON=/path/to/python3"
-    [ -z "${PYTHON-}" ] || die "PYTHON=$PYTHON is not a Python of version 3.11 or newer."
-    die "no Python of version 3.11 or newer was found ($(python3 --version 2>&1 || true))." \
+    [ -z "${PYTHON-}" ] || die "PYTHON=$PYTHON is not a Python of version 3.11 to 3.13."
+    die "no Python of version 3.11 to 3.13 was found ($(python3 --version 2>&1 || true))." \
         "Install one, or name it: make PYTHON=/path/to/python3"
 }
 
@@ -51,7 +51,7 @@ fi
 
 # An environment is used again if it is whole, was made in this folder, runs, and is of the Python asked for.
 usable() {
-    [ -f "$STAMP" ] && grep -qxF "$VENV" .venv/location && new_enough .venv/bin/python || return 1
+    [ -f "$STAMP" ] && grep -qxF "$VENV" .venv/location && fits .venv/bin/python || return 1
     [ -z "${PYTHON-}" ] && return 0
     version='import sys; print(sys.version_info[:3])'
     [ "$(.venv/bin/python -c "$version")" = "$("$PYTHON" -c "$version" 2>/dev/null)" ]

@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mimae.data.augment import Window
 from mimae.data.batch import BadSample
@@ -117,7 +118,8 @@ def _spread(values: np.ndarray) -> dict[str, int] | None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['source']}: {found['samples']:,} samples", title_justify="left", show_header=False)
+    title = Text(_printable(f"{found['source']}: {found['samples']:,} samples"), "table.title")
+    table = Table(title=title, title_justify="left", show_header=False)
     broken, readable = len(found["broken"]), found["readable"]
     table.add_row("readable", f"{readable:,}, {found['bytes'] / 1e6:,.1f} MB")
     table.add_row("broken", f"{broken:,}" + (f" ({broken / found['samples']:.3%})" if broken else ""))
@@ -128,10 +130,10 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row(
         "classes", "{count:,}, of {smallest:,} to {largest:,} samples".format(**classes) if classes else "not told"
     )
-    for key, title in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
+    for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
         spare = sum(len(group) - 1 for group in found[key])
         table.add_row(
-            title, f"{spare:,} beside the first of each group; groups: {len(found[key]):,}" if spare else "none"
+            row, f"{spare:,} beside the first of each group; groups: {len(found[key]):,}" if spare else "none"
         )
     console = Console(soft_wrap=True)
     console.print(table)
@@ -140,13 +142,17 @@ def _print(found: dict[str, Any]) -> None:
     _list(console, "alike to the eye", [" ~ ".join(group) for group in found["near_duplicates"]])
 
 
+def _printable(text: str) -> str:
+    """A file name need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _list(console: Console, title: str, lines: Sequence[str]) -> None:
     if not lines:
         return
     console.print(f"\n{title}:", markup=False)
     for line in lines[:_SHOWN]:
-        # A file name need not be UTF-8.
-        console.print("  " + line.encode("utf-8", "backslashreplace").decode(), markup=False, highlight=False)
+        console.print("  " + _printable(line), markup=False, highlight=False)
     if len(lines) > _SHOWN:
         console.print(f"  and {len(lines) - _SHOWN:,} more; --json lists all")
 

@@ -26,7 +26,7 @@ from mimae.data.order import Part
 
 T = TypeVar("T")
 
-_VERSION = 1
+_VERSION = 2
 _SETTLED_NS = 2_000_000_000
 _PLACE = "place."
 STAMPS = "stamps"

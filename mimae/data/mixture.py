@@ -92,9 +92,11 @@ def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source]
     draws = apportion(total, list(weights.values()))
     if none := [str(path) for path, share in zip(weights, draws) if not share]:
         raise DataError(f"{file}: of {total} draws none is for {', '.join(none)}; raise draws or its weight")
+    # Before any is opened: a mixture that names itself would have no end.
+    for place in (file.parent / Path(str(path)).expanduser() for path in weights):
+        if place.suffix.lower() in EXTENSIONS and place.is_file():
+            raise DataError(f"{file}: a mixture holds no other mixtures; list their sources here")
     sources = [open_part(str(path), file.parent) for path in weights]
-    if any(isinstance(source, Mixture) for source in sources):
-        raise DataError(f"{file}: a mixture holds no other mixtures; list their sources here")
     return Mixture(name, sources, draws)
 
 

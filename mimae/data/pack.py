@@ -7,6 +7,7 @@ them and has to be the same then.
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -27,6 +28,9 @@ from mimae.data.torch_loader import default_workers
 QUALITY = 95
 """Of the JPEGs that images are resized to."""
 
+_LONGEST_SIDE = 65_500
+"""Of an image that libjpeg writes."""
+
 _ENDINGS = {"PNG": "png", "WEBP": "webp", "TIFF": "tif", "GIF": "gif", "BMP": "bmp"}
 """Of all others jpg: it says that the member is an image, and a reader goes by the bytes."""
 
@@ -44,7 +48,9 @@ class Packing(NamedTuple):
     max_pixels: int
 
     def shard(self, number: int) -> Path:
-        return self.target.with_name(f"{self.target.stem}-{number:05}.tar")
+        # As wide as the last one, so that their names sort as they follow one another.
+        width = max(5, len(str(self.numbers()[-1])))
+        return self.target.with_name(f"{self.target.stem}-{number:0{width}}.tar")
 
     def left_out(self, number: int) -> Path:
         """The list of the samples that a shard leaves out, until all shards are there."""
@@ -63,6 +69,7 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
     try:
         packing.target.parent.mkdir(parents=True, exist_ok=True)
         _same_as_before(packing)
+        _sweep(packing)
         missing = [number for number in packing.numbers() if not packing.shard(number).exists()]
         for _ in over(missing, _write_shard, packing, workers=workers, title="packing"):
             pass
@@ -107,7 +114,7 @@ def _same_as_before(packing: Packing) -> None:
 def _write_shard(packing: Packing, number: int) -> None:
     shard, source, bad = packing.shard(number), packing.source, list[BadSample]()
     first = number * packing.samples
-    temporary = shard.with_name(f".{shard.name}.tmp")
+    temporary = _temporary(shard)
     with temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, min(first + packing.samples, len(source))):
@@ -140,6 +147,8 @@ def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
     if scale >= 1:
         return ending, data
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if max(size) > _LONGEST_SIDE:
+        raise BadImage(f"made smaller it has {size[1]} x {size[0]} pixels; a JPEG has {_LONGEST_SIDE:,} a side at most")
     file = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=QUALITY)
     return "jpg", file.getvalue()
@@ -154,22 +163,46 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _gather(packing: Packing) -> int:
     """Joins the lists of the shards into one, in the order of ids; returns its length."""
     joined = packing.target.with_suffix(".bad_samples.jsonl")
-    parts = [part for part in map(packing.left_out, packing.numbers()) if part.exists()]
-    # With what an interrupted joining has joined.
-    texts = [part.read_text(encoding="utf-8") for part in [joined, *parts] if part.exists()]
-    bad = {sample.id: sample for text in texts for sample in (BadSample(**json.loads(s)) for s in text.splitlines())}
+    parts = {number: part for number in packing.numbers() if (part := packing.left_out(number)).exists()}
+    # With what was joined before, but for the shards that are written anew.
+    before = (
+        [sample for sample in _read(joined) if sample.id // packing.samples not in parts] if joined.exists() else []
+    )
+    bad = {sample.id: sample for sample in [*before, *(sample for part in parts.values() for sample in _read(part))]}
     _write(joined, _lines([bad[i] for i in sorted(bad)]))
-    for part in parts:
-        part.unlink()
+    for part in parts.values():
+        part.unlink(missing_ok=True)
     return len(bad)
+
+
+def _read(path: Path) -> list[BadSample]:
+    return [BadSample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _lines(bad: list[BadSample]) -> str:
     return "".join(json.dumps(sample._asdict()) + "\n" for sample in bad)
 
 
+def _temporary(path: Path) -> Path:
+    """Of this process alone, so that two packings of one target do not write into one file."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sweep(packing: Packing) -> None:
+    """Removes what stopped packings have left half written."""
+    for left in packing.target.parent.glob(f".{glob.escape(packing.target.stem)}*.*.tmp"):
+        pid = left.name.split(".")[-2]
+        try:
+            if pid.isdigit():
+                os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except PermissionError:  # Another user's, and running.
+            pass
+
+
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -1,7 +1,8 @@
 """Parquet files as Hugging Face writes them: a column of image bytes and, where there is one, a column of classes.
 
-A row group is read whole, so samples are cheap in the order of `data.shuffle=blocks` and dear in a full shuffle of more
-than the process keeps: large sets are better packed into tar shards (`mimae data pack`).
+A row group is read whole, and a process keeps KEPT_BYTES of them. Samples are cheap while what is gone through in
+random order fits in there: the whole set in a full shuffle, a group of 16,384 samples with `data.shuffle=blocks`.
+Beyond that row groups are read many times over, and the set is better packed into tar shards (`mimae data pack`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class ParquetSource(IndexedSource):
     """The rows of Parquet files, in the order of the files and of their rows."""
 
     def __init__(self, name: str, files: Sequence[Path], index: Index) -> None:
+        _need_pyarrow()  # An index from the cache has not asked for it.
         super().__init__(name, index)
         self._files = list(files)
 
@@ -116,8 +118,7 @@ def _open(path: Path) -> Any:
 
 def read_footers(files: Sequence[Path]) -> Index:
     """The index of Parquet files. Raises DataError."""
-    if find_spec("pyarrow") is None:
-        raise DataError("Parquet files are read by pyarrow, which is not installed: pip install 'mimae[parquet]'")
+    _need_pyarrow()
     found = read_all("Parquet files", files, _footer_or_reason)
     if not sum(len(file.lengths) for file in found):
         raise DataError(f"{files[0].parent}: the Parquet files hold no rows")
@@ -138,6 +139,11 @@ def read_footers(files: Sequence[Path]) -> Index:
             STAMPS: np.array([file.stamp for file in found], np.int64),
         },
     )
+
+
+def _need_pyarrow() -> None:
+    if find_spec("pyarrow") is None:
+        raise DataError("Parquet files are read by pyarrow, which is not installed: pip install 'mimae[parquet]'")
 
 
 class _Columns(NamedTuple):
@@ -201,10 +207,12 @@ def _columns(file: Any) -> _Columns:
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     schema = file.schema_arrow
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    # Every level may be null, or something else.
+    features = {k: v for k, v in _inner(_inner(notes, "info"), "features").items() if isinstance(v, dict)}
 
     def feature(kind: str) -> list[str]:
-        return [name for name, value in features.items() if isinstance(value, dict) and value.get("_type") == kind]
+        return [name for name, value in features.items() if value.get("_type") == kind]
 
     def is_bytes(kind: Any) -> bool:
         return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind)
@@ -233,10 +241,16 @@ def _columns(file: Any) -> _Columns:
     return _Columns(f"{images[0]}.bytes", path, label[0] if label else None, classes)
 
 
+def _inner(value: Any, key: str) -> dict[str, Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _leaf(table: Any, dotted: str) -> Any:
     """The one column of a table that was read by a dotted name, out of its struct."""
     import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     column = table.column(0)
-    inner = dotted.partition(".")[2]
-    return pc.struct_field(column, inner) if inner else column
+    # The name of the column itself may have dots.
+    return pc.struct_field(column, dotted.rpartition(".")[2]) if kinds.is_struct(column.type) else column

@@ -6,7 +6,6 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from mimae.data.batch import DataError
@@ -22,28 +21,44 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 def shard_files(folder: Path) -> list[Path]:
     """The shards right in a folder, by the bytes of their names; none where images or other folders lie beside them."""
     found = []
-    # A folder that may not be listed is told of where its images are looked for.
-    with suppress(PermissionError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir() or entry.name.lower().endswith(_IMAGES):
-                return []
-            if entry.name.lower().endswith(SHARDS):
-                found.append(folder / entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.startswith("."):
+                    continue
+                if name.endswith(_IMAGES) or _is_folder(entry):
+                    return []
+                # Opening a pipe would wait for who writes into it.
+                if name.endswith(SHARDS) and (entry.is_symlink() or entry.is_file()):
+                    found.append(folder / entry.name)
+    except OSError:
+        return []  # What cannot be listed is told of where the folder's images are looked for.
     return sorted(found, key=os.fsencode)
 
 
-def is_pattern(path: Path) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself.
+        return False
+
+
+def is_pattern(path: str) -> bool:
     """Whether the path, which does not exist as it stands, may name several files."""
-    return bool(_BRACES.search(str(path))) or glob.has_magic(str(path))
+    return bool(_BRACES.search(path)) or glob.has_magic(path)
 
 
-def matching(pattern: Path) -> list[Path]:
-    """The files that a pattern names: braces in their order, what matches sorted by bytes. Raises DataError."""
+def matching(given: str, folder: Path) -> list[Path]:
+    """The files that a pattern names, relative to `folder`, whose own name stands for itself: braces in their order,
+    what matches sorted by bytes. Raises DataError."""
+    pattern = os.path.join(folder, given)
     files: dict[str, None] = {}
-    for path in _expand(str(pattern)):
-        found = sorted(glob.glob(path), key=os.fsencode) if glob.has_magic(path) else [path]
+    for choice in _expand(given):
+        path = os.path.join(folder, choice)
+        found = [path]
+        if glob.has_magic(choice):
+            found = sorted(glob.glob(os.path.join(glob.escape(str(folder)), choice)), key=os.fsencode)
         if not found:
             raise DataError(f"{pattern}: nothing matches {path}")
         for name in found:

@@ -33,6 +33,13 @@ _IMAGES = frozenset(extension.encode() for extension in EXTENSIONS)
 _LONGEST = 1 << 20
 """Bytes that a name or a label takes at most."""
 _LABELS = (b"cls", b"json")
+_LARGEST = (1 << 63) - 1
+_DIGITS = 18
+"""Of a decimal number at most, which then fits."""
+_PADDING = 1 << 20
+"""Zeros that archivers fill their last record up with at most, an archive without members apart: that has one record of
+_EMPTY bytes. More are what a file system leaves of what was never written."""
+_EMPTY = 20 * _BLOCK
 
 _FINE, _CUT, _DUPLICATE, _OUTSIDE, _LINK, _DOTS, _NO_END, _DAMAGED, _JOINED = range(9)
 _REASONS = {
@@ -86,7 +93,8 @@ class _Opened:
     """An open file, closed when nobody holds it any more. Reads at given places, so processes may share it."""
 
     def __init__(self, path: bytes) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe would wait for who writes into it.
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
         # Not there if it could not be opened.
@@ -300,8 +308,10 @@ def _members(reader: _Reader) -> Iterator[_Member | _End]:
             yield _End(min(at, reader.end), _NO_END)
             return
         if not header.strip(b"\0"):
-            if reader.read(at, min(reader.end - at, 1 << 20)).strip(b"\0"):
+            if reader.read(at, min(reader.end - at, _PADDING)).strip(b"\0"):
                 yield _End(at, _JOINED)
+            elif reader.end - at > (_PADDING if at else _EMPTY):
+                yield _End(at, _NO_END)
             return
         length = _number(header[124:136])
         if not _intact(header) or length is None:
@@ -316,17 +326,20 @@ def _members(reader: _Reader) -> Iterator[_Member | _End]:
         elif kind == b"x":
             records = _records(reader.read(data, length))
             name = records.get(b"path", name)
-            size = int(records[b"size"]) if records.get(b"size", b"").isdigit() else size
+            told = records.get(b"size", b"")
+            if told.isdigit() and len(told) > _DIGITS:
+                yield _End(at, _DAMAGED)
+                return
+            size = int(told) if told.isdigit() else size
         elif kind not in b"Kg":
             regular = kind in b"07\0"
-            length = length if size is None else size
+            # Links carry no data, whatever size they tell.
+            length = 0 if kind in b"123456" else length if size is None else size
             cut = data + length > reader.end
             yield _Member(name or _name(header), data, length, _LINK if not regular else _CUT if cut else _FINE)
             if cut:
                 yield _End(reader.end, _NO_END)
                 return
-            # Links carry no data, whatever size they tell.
-            length = 0 if kind in b"123456" else length
             name = size = None
         at = data + -(-length // _BLOCK) * _BLOCK
 
@@ -340,9 +353,10 @@ def _intact(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """A number of a header: octal digits or, where the first bit is set, base 256."""
+    """A number of a header, below 2^63: octal digits or, where the first bit is set, base 256."""
     if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        number = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        return number if number <= _LARGEST else None
     digits = field.strip(b" \0") or b"0"
     return int(digits, 8) if not digits.strip(b"01234567") else None
 
@@ -359,7 +373,7 @@ def _records(data: bytes) -> dict[bytes, bytes]:
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not length.isdigit() or len(length) > _DIGITS or not 0 < int(length) <= len(data):
             break
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key] = value

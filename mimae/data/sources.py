@@ -89,8 +89,9 @@ def open_source(path: str, folder: Path = Path()) -> Source:
         return _open_shards(path, [place])
     if place.exists():
         raise DataError(f"{place} is none of these. {LEGAL}")
-    if is_pattern(place):
-        return _open_shards(path, matching(place))
+    given = str(Path(path).expanduser())
+    if is_pattern(given):
+        return _open_shards(path, matching(given, folder.absolute()))
     parent = next(p for p in place.parents if p.exists())
     raise DataError(f"{place} does not exist ({parent} is the part of it that does). {LEGAL}")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
+import os
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from mimae.data.index import IndexedSource
 from mimae.data.order import Part
 
 PREFIX = "torchvision:"
-_FORM = re.compile(PREFIX + r"(\w+):(.+?)(?::(\w+))?")
+_FORM = re.compile(PREFIX + r"(\w+):(.+?)(?::([\w+-]+))?")
 _LABELS = ("targets", "labels", "_labels")
+_FILES = ("samples", "imgs", "_samples")
 
 
 class TorchvisionSource:
@@ -26,14 +29,17 @@ class TorchvisionSource:
 
     def __init__(self, name: str, folder: Path = Path()) -> None:
         self.name = name
-        self._data = _open(name, folder)
+        self._data, self._split = _open(name, folder)
 
     @cached_property
     def labels(self) -> np.ndarray | None:
         found = [getattr(self._data, name) for name in _LABELS if hasattr(self._data, name)]
-        labels = np.asarray(found[0], np.int64) if found else None
+        try:
+            labels = np.asarray(found[0], np.int64) if found else None
+        except (ValueError, TypeError):  # Boxes, segmentations, captions.
+            return None
         # Some mark what has no class by -1.
-        return labels if labels is not None and labels.ndim == 1 and labels.min() >= 0 else None
+        return labels if labels is not None and labels.ndim == 1 and (labels >= 0).all() else None
 
     @property
     def classes(self) -> list[str] | None:
@@ -47,8 +53,10 @@ class TorchvisionSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        _, name, split = _parts(self.name)
-        digest = hashlib.sha256(f"{name} {split} {len(self)}".encode())
+        _, name, _ = _parts(self.name)
+        digest = hashlib.sha256(f"{name} {self._split} {len(self)}".encode())
+        for file in _files(self._data):
+            digest.update(file + b"\0")
         if self.labels is not None:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()
@@ -70,7 +78,16 @@ class TorchvisionSource:
         return file.getvalue()
 
 
-def _open(name: str, folder: Path) -> Any:
+def _files(data: Any) -> Iterator[bytes]:
+    """The paths of a set's images, relative to its folder, where it lists (path, class)."""
+    root = os.fsencode(getattr(data, "root", ""))
+    for sample in next((getattr(data, name) for name in _FILES if hasattr(data, name)), ()):
+        if isinstance(sample, tuple) and isinstance(sample[0], str | Path):
+            yield os.fsencode(sample[0]).removeprefix(root)
+
+
+def _open(name: str, folder: Path) -> tuple[Any, str]:
+    """The set, and which part of it that is, whether the name says so or leaves it to torchvision."""
     from torchvision import datasets  # type: ignore[import-untyped]
 
     place, kind, split = _parts(name)
@@ -85,8 +102,12 @@ def _open(name: str, folder: Path) -> Any:
         options = {"split": split}
     elif split not in (None, "train", "test") or (split is not None and not options):
         raise DataError(f"{name}: {kind} has no part {split!r}; legal is {'train or test' if options else 'none'}")
+    part = inspect.signature(make).bind_partial(**options)
+    part.apply_defaults()
     try:
-        return make(str(root), **options)
+        return make(str(root), **options), str({key: part.arguments.get(key) for key in ("train", "split")})
+    except ImportError as error:
+        raise DataError(f"{name}: torchvision's {kind} needs what is not installed: {error}") from error
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{name}: torchvision cannot open {kind} under {root} ({' '.join(str(error).split())}). "

@@ -16,9 +16,9 @@ from PIL import Image
 
 from mimae import cli
 from mimae.data import DataError, processes
-from mimae.data.check import check, summary
+from mimae.data.check import check, main, summary
 from mimae.data.duplicates import NEAR, near_duplicates, perceptual_hash, same
-from tests.data.conftest import encoded, photograph
+from tests.data.conftest import encoded, photograph, write_images
 
 
 def copy_of(pixels: np.ndarray, size: tuple[int, int], quality: int) -> bytes:
@@ -93,6 +93,17 @@ def test_the_verb_prints_a_table_or_json(
     run(monkeypatch, str(folder), "--workers", "1", "--json", "--max-pixels", "1000000")
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["readable"], len(found["broken"])) == (11, 7, 4)
+
+
+def test_title_is_the_name_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither rich's markup nor what is no UTF-8 disturbs it."""
+    name = "[red]x" + os.fsdecode(b"\xe9")
+    write_images(tmp_path / name, ["0.png"], 16, 16)
+    monkeypatch.chdir(tmp_path)
+    main(name, workers=1, max_pixels=1000)
+    assert "[red]x\\udce9: 1 samples" in capsys.readouterr().out
 
 
 def test_nothing_readable(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_epochs_of_draws(folder: Path) -> None:
         ("draws: 4\nsources: {a: yes}", "the weight of a is True"),
         ("draws: 4\nsources: {a: 1, b: 1000}", "of 4 draws none is for a"),
         ("draws: 4\nsources: {nowhere: 1}", "nowhere does not exist"),
+        ("draws: 4\nsources: {mix.yaml: 1}", "a mixture holds no other mixtures"),
         ("draws: 4\nsources: {inner.yaml: 1}", "a mixture holds no other mixtures"),
     ],
 )

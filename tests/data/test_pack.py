@@ -99,11 +99,46 @@ def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     # As after a kill while the second shard was written and the others were there, their lists not yet joined.
     (out / "t-00001.tar").unlink()
-    (out / ".t-00001.tar.tmp").write_bytes(b"half")
+    with subprocess.Popen("true") as process:
+        pass
+    (out / f".t-00001.tar.{process.pid}.tmp").write_bytes(b"half")
     untouched = (out / "t-00000.tar").stat().st_mtime_ns
     assert pack.pack(job, workers=1) == (1, 2)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert (out / "t-00000.tar").stat().st_mtime_ns == untouched
+
+
+def test_list_forgets_what_a_shard_written_anew_holds(folder: Path) -> None:
+    """A network's moment of weakness, say: the images are there again when their shard is."""
+    job, out = packing(folder), folder.parent / "out"
+    image = (folder / "2" / "5.png").read_bytes()
+    for name in ("0/0.png", "2/5.png"):
+        (folder / name).write_bytes(b"no image")
+    assert pack.pack(job, workers=1) == (3, 2)
+    (out / "t-00002.tar").unlink()  # Of the last sample, 2/5.png.
+    (folder / "2" / "5.png").write_bytes(image)
+    assert pack.pack(job, workers=1) == (1, 1)
+    (line,) = (out / "t.bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"].endswith("0/0.png")
+
+
+def test_packings_of_one_target_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = packing(folder).shard(0)
+    ours = pack._temporary(shard)
+    monkeypatch.setattr(pack.os, "getpid", lambda: -1)
+    assert pack._temporary(shard) != ours and ours.parent == shard.parent
+
+
+def test_names_sort_as_the_shards_follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = packing(folder, samples=1)
+    monkeypatch.setattr(type(job.source), "__len__", lambda self: 100_001)
+    assert [job.shard(number).name for number in (99_999, 100_000)] == ["t-099999.tar", "t-100000.tar"]
+
+
+def test_jpeg_that_would_be_too_long_is_left_out(folder: Path) -> None:
+    Image.new("L", (131_100, 2)).save(folder / "0" / "0.png")
+    assert pack.pack(packing(folder, shortest=1), workers=1) == (3, 1)
+    assert "2 x" not in (said := (folder.parent / "out" / "t.bad_samples.jsonl").read_text()) and "1 x 65550" in said
 
 
 def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:

@@ -161,6 +161,26 @@ def test_index_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert again.read(9) == BYTES[9]
 
 
+def test_notes_and_names_out_of_the_ordinary(tmp_path: Path) -> None:
+    names: list[str | None] = [f"{i}.png" for i in range(10)]
+    notes = [json.dumps(note) for note in (None, {"info": None}, {"info": {"features": {"my.label": "int64"}}})]
+    for number, note in enumerate(notes):
+        columns = {"my.image": images([*BYTES], names), "label": [0, 1] * 5}
+        write(tmp_path / f"{number}.parquet", columns, {"huggingface": note})
+    source = open_source(str(tmp_path))
+    assert [source.read(i) for i in range(30)] == BYTES * 3
+    assert source.path(3) == f"{tmp_path}/0.parquet, row 3 (3.png)" and source.labels is not None
+
+
+def test_cached_index_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", {"image": images([*BYTES])})
+    settle(tmp_path)
+    open_source(str(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'mimae\[parquet\]'"):
+        open_source(str(path))
+
+
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()

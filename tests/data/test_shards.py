@@ -6,8 +6,9 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimae.data import DataError, Source, open_source, shards
+from mimae.data import DataError, Source, open_source, patterns, shards
 from tests.data.conftest import settle
 
 Members = Iterable[tuple[str, bytes]]
@@ -224,6 +225,54 @@ def test_shard_that_is_damaged_inside(tmp_path: Path) -> None:
     assert found == {str(path): "the shard is damaged at byte 2560, where a header should be; what follows is lost"}
 
 
+def damaged_pair(tmp_path: Path, first: bytes) -> dict[str, str]:
+    """What cannot be read of a shard of two samples, with `first` before its second image's header at 2560."""
+    _, path, data = pair(tmp_path)
+    path.write_bytes(data[:2560] + first + data[2560:])
+    source = open_source(str(path))
+    assert source.read(0) == bytes(700)
+    return refusals(source)
+
+
+@pytest.mark.parametrize("size", [b"\x80\0\0\0\x80" + bytes(7), b"\xff" * 12])  # 2^63, and GNU's -1.
+def test_size_that_no_file_has(tmp_path: Path, size: bytes) -> None:
+    header = bytearray(member("a.png", 5).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size
+    (reason,) = damaged_pair(tmp_path, with_sum(header)).values()
+    assert reason.startswith("the shard is damaged at byte 2560")
+
+
+@pytest.mark.parametrize("digits", [20, 5000])  # Past int64; past what int() takes.
+def test_pax_size_that_no_file_has(tmp_path: Path, digits: int) -> None:
+    info = member("a.png", 5, pax_headers={"size": "9" * digits})
+    (reason,) = damaged_pair(tmp_path, info.create_pax_header(info.get_info(), "utf-8")).values()
+    assert reason.startswith("the shard is damaged at byte 2560")
+
+
+def test_pax_record_of_a_length_that_no_number_has(tmp_path: Path) -> None:
+    """A damaged record counts for nothing."""
+    header = bytearray(member("x", 5000, type=tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT))
+    assert damaged_pair(tmp_path, with_sum(header) + (b"9" * 4990 + b" path=b.p").ljust(5120, b"\0")) == {}
+
+
+def test_folder_with_a_size_ends_no_shard(tmp_path: Path) -> None:
+    """Some archivers give folders and links the size of what they are on the disk; no data follow."""
+    header = bytearray(member("folder", 0, type=tarfile.DIRTYPE).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"%011o\0" % (1 << 20)
+    assert damaged_pair(tmp_path, with_sum(header)) == {}
+
+
+def test_zeros_that_no_archiver_writes(tmp_path: Path) -> None:
+    """What a file system leaves of a shard whose end was never written, or nothing of it."""
+    _, path, data = pair(tmp_path)
+    path.write_bytes(data[:5120] + bytes(1 << 20))
+    assert refusals(open_source(str(path))) == {}
+    path.write_bytes(data[:5120] + bytes((1 << 20) + 512))
+    assert list(refusals(open_source(str(path)))) == [str(path)]
+    path.write_bytes(bytes(20480))
+    assert list(refusals(open_source(f"{tmp_path}/{{whole,x}}.tar"))) == [str(path)]
+
+
 def test_joined_archives(tmp_path: Path) -> None:
     """cat a.tar b.tar: every reader of tar stops at the first end mark, and half of the data would be missing."""
     _, path, data = pair(tmp_path)
@@ -367,6 +416,34 @@ def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
     four(tmp_path / "data[1] {a,b}")
     assert len(open_source(str(tmp_path / "data[1] {a,b}"))) == 4
     assert len(open_source(str(tmp_path / "data[1] {a,b}" / "t-08.tar"))) == 1
+    assert len(open_source("t-{08..09}.tar", tmp_path / "data[1] {a,b}")) == 2
+    assert len(open_source("t-*.tar", tmp_path / "data[1] {a,b}")) == 3
+
+
+def test_entries_beside_shards_that_are_none(tmp_path: Path) -> None:
+    """A link to itself, which cannot be asked what it is, and a pipe, which would wait for who writes into it."""
+    four(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "x.tar")
+    assert len(open_source(str(tmp_path))) == 4
+
+
+def test_folder_whose_listing_fails_midway_holds_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the shards would be another data set."""
+    four(tmp_path)
+    scan = os.scandir
+
+    @contextmanager
+    def failing(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+        def entries() -> Iterator[os.DirEntry[str]]:
+            with scan(folder) as found:
+                yield next(found)
+            raise PermissionError(13, "Permission denied")
+
+        yield entries()
+
+    monkeypatch.setattr(patterns.os, "scandir", failing)
+    assert patterns.shard_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("beside", ["1.png", "folder/1.png"])

@@ -56,9 +56,45 @@ def test_fingerprint_is_of_the_set_and_not_of_the_place(root: Path, tmp_path: Pa
     moved = root / "copy"
     moved.mkdir()
     (moved / datasets.CIFAR10.base_folder).symlink_to(root / datasets.CIFAR10.base_folder)
-    names = [f"torchvision:CIFAR10:{place}" for place in (root, moved, f"{root}:test")]
+    names = [f"torchvision:CIFAR10:{place}" for place in (root, moved, f"{root}:train", f"{root}:test")]
     prints = [open_source(name).fingerprint for name in names]
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] == prints[2] != prints[3]
+
+
+class Named:
+    """A set that lists its files, with boxes in the place of classes."""
+
+    def __init__(self, root: str, split: str = "train+unlabeled") -> None:
+        self.root = root
+        self.samples = [(str(path), 0) for path in sorted(Path(root).iterdir())]
+        self.targets = ["boxes.xml"] * len(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> None: ...
+
+
+def test_files_that_a_set_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "STL10", Named)
+    for name in ("a/1.png", "b/1.png", "c/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    places = ["a", "b", "c", "a:train+unlabeled", "a:train-standard"]
+    sources = [open_source(f"torchvision:STL10:{place}", tmp_path) for place in places]
+    assert all(source.labels is None for source in sources)
+    prints = [source.fingerprint for source in sources]
+    assert prints[0] == prints[1] == prints[3] and len(set(prints)) == 3
+
+
+def test_set_that_needs_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(root: str) -> None:
+        raise ImportError("No module named 'av'")
+
+    monkeypatch.setattr(make, "__getitem__", None, raising=False)
+    monkeypatch.setattr(datasets, "Kinetics", make)
+    with pytest.raises(DataError, match="Kinetics needs what is not installed: No module named 'av'"):
+        open_source("torchvision:Kinetics:x")
 
 
 @pytest.mark.parametrize(
