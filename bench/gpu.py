@@ -26,9 +26,6 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 """A checkout has them, an installed wheel does not."""
 
 _LAST_LINES = 30
-_CAPTURED: dict[str, Any] = {
-    "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace",
-}  # fmt: skip
 
 
 class Stage(NamedTuple):
@@ -41,11 +38,14 @@ class Stage(NamedTuple):
     """It takes --json FILE; of the others the last lines are kept."""
 
 
+_OPS = ("orthogonal_masks", "embed_visible", "fill_masked", "pixel_loss", "view_latents", "infonce", "club")
+_TWO_BATCHES = ["--batch", "1024", "--batch", "4096", "--rounds", "15"]
 STAGES = (
-    Stage("tests", ["pytest", "-m", "gpu", "-q", "--durations=10", str(TESTS)], 120, writes=False),
-    Stage("kernels", ["mimae", "bench", "kernels", "--batch", "1024", "--batch", "4096", "--rounds", "15"], 150),
-    Stage("step, ViT-B", ["mimae", "bench", "step", "--model", "base", "--batch", "128", "--peers"], 120),
-    Stage("step, ViT-L", ["mimae", "bench", "step", "--model", "large", "--batch", "64"], 80),
+    Stage("tests", ["pytest", "-m", "gpu", "-v", "--durations=10", str(TESTS)], 120, writes=False),
+    # One for each op: an illegal access ends a process's use of the GPU.
+    *(Stage(op, ["mimae", "bench", "kernels", "--op", op, *_TWO_BATCHES], 24) for op in _OPS),
+    Stage("step, ViT-B", ["mimae", "bench", "step", "--model", "base", "--batch", "128", "--peers"], 110),
+    Stage("step, ViT-L", ["mimae", "bench", "step", "--model", "large", "--batch", "64"], 75),
 )
 
 

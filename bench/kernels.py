@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from mimae import kernels
 from mimae.bench.cases import CASES, Case, Inputs, Pass, Size, named, numbers
 from mimae.bench.machine import Product, describe, matmul_rate, synchronize
+from mimae.checkpoint import write_atomically
 from mimae.errors import UserError
 from mimae.kernels.runtime import Impl, chosen, watching
 from mimae.objective import CLUB, InfoNCE
@@ -36,6 +37,8 @@ BATCHES = (256, 1024, 4096)
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
 """Inputs are rotated until they pass this: more than the L2 of any GPU here, or the L3 of most CPUs."""
 MOST_SETS = 8
+_BUSY_CYCLES = 4_000_000
+"""About two milliseconds, longer than the host needs to launch an op, forward and backward."""
 SQUARE_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -51,6 +54,8 @@ class Form(NamedTuple):
     call: Callable[[Inputs], Results]
     prepared: bool
     """Takes the inputs as `Case.prepare` lays them out for the eager form."""
+    impl: Impl = "auto"
+    """Of the ops that it calls, in backward too."""
 
 
 # The ops as the model calls them
@@ -76,10 +81,11 @@ def _draw(x: Inputs) -> Results:
 
 
 def _club(x: Inputs) -> Results:
-    z = x["z"]
-    flat = z.detach().flatten(0, 1)
-    variance, mean = torch.var_mean(flat, 0, correction=0)
-    return CLUB.apply(z, x["mu"], x["log_s2"], torch.stack([mean, variance * len(flat)]))
+    if "moments" not in x:  # in training `view_latents` has them at hand
+        flat = x["z"].detach().flatten(0, 1)
+        variance, mean = torch.var_mean(flat, 0, correction=0)
+        x["moments"] = torch.stack([mean, variance * len(flat)])
+    return CLUB.apply(x["z"], x["mu"], x["log_s2"], x["moments"])
 
 
 PUBLIC: dict[str, Callable[[Inputs], Results]] = {
@@ -124,20 +130,16 @@ def _infcl(x: Inputs) -> Results:
 def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
     """The contenders of an op on a device, by name; `fused` where the op has one there."""
 
-    def public(impl: Impl) -> Callable[[Inputs], Results]:
-        def call(x: Inputs) -> Results:
-            with kernels.prefer(impl):
-                return PUBLIC[case.op](x)
-
-        return call
-
-    found = {"reference": Form(public("reference"), prepared=False)}
+    public = PUBLIC[case.op]
+    found = {"reference": Form(public, prepared=False, impl="reference")}
     automatic = chosen(case.op, torch.empty(0, device=device))
     if automatic != "reference":
-        found["fused"] = Form(public(automatic), prepared=False)
+        found["fused"] = Form(public, prepared=False, impl=automatic)
     found["eager"] = Form(case.eager, prepared=True)
     if compiled:
+        torch._dynamo.reset()  # past eight shapes of one function it would run as it is
         found["compiled"] = Form(torch.compile(case.eager, dynamic=False), prepared=True)
+        found["compiled reference"] = found["reference"]._replace(call=torch.compile(public, dynamic=False))
     if case.op == "infonce":
         found["chunked"] = Form(chunked_infonce, prepared=True)
         if device.type == "cuda" and find_spec("inf_cl") is not None:
@@ -149,34 +151,36 @@ def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
 
 
 class Contender:
-    """A form with its sets of inputs."""
+    """A form with its sets of inputs, in its layout."""
 
-    def __init__(self, case: Case, size: Size, batch: int, form: Form, sets: Sequence[Inputs]) -> None:
-        self.case, self.form = case, form
+    def __init__(self, case: Case, form: Form, sets: Sequence[Inputs], device: torch.device) -> None:
+        self.case, self.form, self.device = case, form, device
         self.sets = [
             {
                 name: value.detach().clone().requires_grad_() if name in case.trained else value
-                for name, value in (case.prepare(size, each) if form.prepared else each).items()
+                for name, value in each.items()
             }
             for each in sets
         ]
-        self.device = next(value.device for value in self.sets[0].values() if isinstance(value, Tensor))
         self.turn = 0
 
     def forward(self, x: Inputs) -> Results:
-        return self.form.call(x)
+        with kernels.prefer(self.form.impl):
+            return self.form.call(x)
 
     def backward(self, x: Inputs, results: Results) -> Results:
         leaves = [x[name] for name in self.case.trained]
         if not leaves:
             return []
         upstream = [x[name] for name in self.case.upstream] or [torch.ones_like(each) for each in results]
-        return torch.autograd.grad(results[: len(upstream)], leaves, upstream)
+        with kernels.prefer(self.form.impl):
+            return torch.autograd.grad(results[: len(upstream)], leaves, upstream)
 
     def once(self) -> tuple[float, float]:
         """Seconds of one forward and one backward, each on the next set of inputs."""
         x = self.sets[self.turn % len(self.sets)]
         self.turn += 1
+        _get_ahead(self.device)
         marks = [_mark(self.device)]
         results = self.forward(x)
         marks.append(_mark(self.device))
@@ -198,6 +202,13 @@ class Contender:
         before = torch.cuda.memory_allocated(self.device)
         self.once()
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _get_ahead(device: torch.device) -> None:
+    """Empties a GPU's cache, and keeps it busy while the host launches what is timed, so that events time the GPU."""
+    if device.type == "cuda":
+        torch.empty(CACHE_BYTES["cuda"], dtype=torch.uint8, device=device).zero_()
+        torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
 
 
 def _mark(device: torch.device) -> Any:
@@ -222,17 +233,18 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
     used = numbers([value for value in first.values() if isinstance(value, Tensor)])
     count = min(MOST_SETS, max(2, math.ceil(CACHE_BYTES[device.type] / used)))
     sets = [first, *(case.inputs(size, batch, device) for _ in range(count - 1))]
+    laid = {False: sets, True: [case.prepare(size, each) for each in sets]}
     rows: dict[str, dict[str, Any]] = {}
     racing: dict[str, Contender] = {}
     expected: list[float] = []
     for name, form in forms(case, device, compiled).items():
         rows[name] = {"skipped": None}
         try:
-            contender = Contender(case, size, batch, form, sets)
+            contender = Contender(case, form, laid[form.prepared], device)
             found = contender.norms()
             rows[name]["extra_bytes"] = contender.extra_bytes()
-        except torch.OutOfMemoryError as error:
-            rows[name]["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
+        except (RuntimeError, ImportError) as error:  # memory, a compiler, a package: its time alone is lost
+            rows[name]["skipped"] = _reason(error)
             continue
         expected = expected or found
         # Random masks have no norm to agree on.
@@ -243,7 +255,7 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
     names = list(racing)
     for number in range(rounds):
-        turn = number % len(names)
+        turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             times[name].append(racing[name].once())
     passes = [sum(p) for p in zip(*(_work(case, each, size, batch) for each in case.passes))]
@@ -254,8 +266,14 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
         rows[name] |= {kind: _quantiles(values) for kind, values in kinds.items()}
     return {
         "op": case.op, "size": size.name, "batch": batch, "width": size.width, "sets": count,
+        "precision": "bf16" if size.precision == torch.bfloat16 else "fp32",
         "floor_bytes": passes[0], "flops": passes[1], "contenders": rows,
     }  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _agree(expected: Sequence[float], found: Sequence[float], precision: torch.dtype) -> bool:
@@ -339,41 +357,43 @@ def main(
         wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
         raise UserError(f"{wrong}; precision is bf16 or fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
     result = {"bench": "kernels", **describe(device), "rounds": rounds, "precision": precision, "roof": roof(device)}
     contests = result["contests"] = []
     for case in (known[name] for name in op or known):
         for size, images in sizes_of(case, batch or BATCHES):
             size = size._replace(precision=dtypes[precision])
             contests.append(contest(case, size, images, device, rounds, compiled))
-            show([contests[-1]], result["roof"], Console())
-    result["crossovers"] = crossovers(contests)
+            show(contests[-1], result["roof"], Console())
+            result["crossovers"] = crossovers(contests)
+            if json_file is not None:  # each time: what comes next may hang
+                write_atomically(json_file, json.dumps(result, indent=2) + "\n")
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {json_file}")
 
 
-def show(contests: Sequence[dict[str, Any]], roof: dict[str, float], console: Console) -> None:
-    """Prints contests as tables."""
-    for each in contests:
-        matrix = each["flops"] > 0
-        unit = "TFLOP/s" if matrix else "GB/s"
-        limit = roof["bf16_flops_per_s"] if matrix else roof["copy_bytes_per_s"]
-        table = Table(title=f"{each['op']}, {each['size']}, {each['batch']} images")
-        for column in ("", "forward ms", "backward ms", "both ms (p20 .. p80)", unit, "of the roof", "extra memory"):
-            table.add_column(column, justify="right" if column else "left")
-        for name, row in each["contenders"].items():
-            if row["skipped"] or "both" not in row:
-                table.add_row(name, row["skipped"] or "")
-                continue
-            both, extra = row["both"], row["extra_bytes"]
-            rate = (each["flops"] if matrix else each["floor_bytes"]) / both["median"]
-            table.add_row(
-                name,
-                f"{1e3 * row['forward']['median']:.3g}",
-                f"{1e3 * row['backward']['median']:.3g}" if "backward" in row else "",
-                f"{1e3 * both['median']:.3g} ({1e3 * both['p20']:.3g} .. {1e3 * both['p80']:.3g})",
-                f"{rate / (1e12 if matrix else 1e9):.3g}",
-                f"{rate / limit:.0%}",
-                "" if extra is None else f"{extra / 2**20:,.0f} MiB",
-            )
-        console.print(table)
+def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> None:
+    """Prints a contest as a table."""
+    matrix = contest["flops"] > 0
+    unit = "TFLOP/s" if matrix else "GB/s"
+    limit = roof[f"{contest['precision']}_flops_per_s" if matrix else "copy_bytes_per_s"]
+    table = Table(title=f"{contest['op']}, {contest['size']}, {contest['batch']} images, {contest['precision']}")
+    for column in ("", "forward ms", "backward ms", "both ms", "p20 .. p80", unit, "of the roof", "extra memory"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in contest["contenders"].items():
+        if row["skipped"] or "both" not in row:
+            table.add_row(name, row["skipped"] or "")
+            continue
+        both, extra = row["both"], row["extra_bytes"]
+        rate = (contest["flops"] if matrix else contest["floor_bytes"]) / both["median"]
+        table.add_row(
+            name,
+            f"{1e3 * row['forward']['median']:.3g}",
+            f"{1e3 * row['backward']['median']:.3g}" if "backward" in row else "",
+            f"{1e3 * both['median']:.3g}",
+            f"{1e3 * both['p20']:.3g} .. {1e3 * both['p80']:.3g}",
+            f"{rate / (1e12 if matrix else 1e9):.3g}",
+            f"{rate / limit:.0%}",
+            "" if extra is None else f"{extra / 2**20:,.0f} MiB",
+        )
+    console.print(table)

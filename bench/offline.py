@@ -54,8 +54,9 @@ TARGETS = (Target(80, 108), H100, Target(100, 148))
 """A100, H100, B200."""
 
 _REGISTERS_AT_ONCE = 256
-"""A warp's registers are given out in pieces of this many, its shared memory with 1 KiB for the system."""
+"""A warp's registers are given out in pieces of this many."""
 _SHARED_OF_SYSTEM = 1024
+"""Of every block, beside what it asks for."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")

@@ -27,10 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mimae.bench import offline
 from mimae.bench.cases import Case, Inputs, Pass, Size, chosen, numbers, recorded
 from mimae.bench.counting import TorchTraffic, Traffic, counting, total
+from mimae.errors import UserError
+from mimae.kernels import runtime
 from mimae.kernels.runtime import H100, Launch, Target
 
 H100_BYTES_PER_S = 3.35e12
 """Memory bandwidth of an H100 SXM by its data sheet."""
+
+WIDTH = 150
+"""Of the tables, in characters: narrower ones would cut the figures."""
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 Row = dict[str, Any]
@@ -303,6 +308,8 @@ def main(
 
     Fails where an op passes its bound.
     """
+    if runtime.triton is None:
+        raise UserError("the kernels are counted and compiled by triton, which is not installed")
     cases = chosen(op)
     result: dict[str, Any] = {
         "bench": "traffic",
@@ -310,7 +317,7 @@ def main(
         "traffic": count(cases, jobs),
         "machine_code": offline.machine_code(cases, jobs) if machine_code else [],
     }
-    show(result, Console())
+    show(result, Console(width=WIDTH))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {json_file}")
@@ -355,7 +362,18 @@ def _code_table(binaries: Sequence[Row]) -> Table:
         title="machine code, compiled without a GPU",
         caption="spilled: bytes of a thread; shared: KiB of a block; blocks: at a time on a multiprocessor",
     )
-    for column in ("kernel", "size", "sm", "registers", "spilled", "shared", "blocks", "warps", "matrix", "128 bit"):
+    for column in (
+        "kernel",
+        "size",
+        "sm",
+        "registers",
+        "spilled",
+        "shared",
+        "blocks",
+        "occupancy",
+        "matrix",
+        "128 bit",
+    ):
         table.add_column(column, justify="left" if column in ("kernel", "size", "matrix") else "right")
     for binary in binaries:
         table.add_row(

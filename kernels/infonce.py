@@ -117,7 +117,7 @@ class Tiles(NamedTuple):
 def _tiles(columns: Tensor) -> Tiles:
     if columns.dtype == torch.float32:  # three products of tf32, whose operands take the registers
         return Tiles(64, 64, 32, 4, 2)
-    if target_of(columns).capability == 90:  # as large as registers allow: a smaller one waits for the L2
+    if target_of(columns).capability == 90:  # as large as registers allow, for the fewest bytes to a product
         return Tiles(256, 128, 64, 8, 3)
     return Tiles(128, 128, 64, 8, 3)
 
@@ -333,6 +333,8 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Log-sum-exp of each row of a tile over a run of columns, and, shared, of each column over the tile's rows; the
+    positives among the scores."""
     HALF: tl.constexpr = COLUMNS // 2
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -393,6 +395,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """The log-sum-exp of each row from its parts (rows and columns of shared scores differ in their number); zero for a
+    view with itself, and so the positive."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     view = tl.program_id(1) // N
     other = tl.program_id(1) % N
@@ -548,9 +552,11 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     step = k[:, None] * (N * D) + d[None, :]
     result = gradients + (tl.cast(split * b + first, tl.int64) * N + view) * D
     scale = tl.div_rn(1.0, tl.load(tau).to(tl.float32)) * (1 / 16384)
-    if block * ROWS < here:
+    # On one rank the view's latents are columns of the pairs with views below it, else of none.
+    below = view if SHARED else 0
+    if (block * ROWS < here) & (below < N - 1):
         total = tl.zeros((ROWS, WIDTH), tl.float32)
-        for pair in range(view if SHARED else 0, N - 1):
+        for pair in range(below, N - 1):
             other = pair + 1 if SHARED else tl.where(pair < view, pair, pair + 1)
             corner = (tl.cast(_number(view, other, N, SHARED), tl.int64) * height + block * ROWS) * stride
             left = panel + corner + begin
@@ -562,9 +568,9 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
                 left += DEPTH
                 right += DEPTH * N * D
         _add(result, total * scale, b - first, number % width_blocks * WIDTH, N, D)
-    if SHARED:
+    if below > 0:
         total = tl.zeros((ROWS, WIDTH), tl.float32)
-        for other in range(0, view):
+        for other in range(0, below):
             left = panel + tl.cast(_number(other, view, N, SHARED), tl.int64) * height * stride + first
             right = _latents(u, start, other, N, D)
             for row in range(0, here, DEPTH):
@@ -573,5 +579,6 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
                 total = tl.dot(tl.trans(x), y, total, input_precision="tf32x3")
                 left += DEPTH * stride
                 right += DEPTH * N * D
+        # Other threads may have added the sum above.
         tl.debug_barrier()
         _add(result, total * scale, b - first, number % width_blocks * WIDTH, N, D)

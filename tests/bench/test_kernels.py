@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mimae.bench import kernels as bench
 from mimae.bench.cases import CASES, Case, Size
 from mimae.cli import app
+from mimae.kernels import runtime
 
 CPU = torch.device("cpu")
 # 6 patches of 4 pixels, a width that is no power of two, 3 views of 2 patches.
@@ -37,6 +38,25 @@ def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPat
     found = bench.contest(wrong, SMALL, 3, CPU, rounds=1, compiled=False)["contenders"]
     assert "both" in found["reference"]
     assert "both" not in found["eager"] and found["eager"]["skipped"].startswith("wrong")
+
+
+def test_backward_runs_in_the_form_that_is_timed() -> None:
+    """On a GPU `auto` would take the fused gradient for the reference's."""
+    case, seen = KNOWN["infonce"], []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+            return u.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(runtime._preferred)
+            return grad.expand(3, 3, 20)
+
+    form = bench.Form(lambda inputs: [Watched.apply(inputs["u"])], prepared=False, impl="reference")
+    bench.Contender(case, form, [case.inputs(SMALL, 3, CPU)], CPU).once()
+    assert seen == ["reference"] and runtime._preferred == "auto"
 
 
 def test_the_crossover_is_the_batch_from_which_fused_stays_ahead() -> None:

@@ -17,6 +17,7 @@ from mimae.bench.cases import CASES, VIT_B, Case, Size, chosen, recorded
 from mimae.bench.counting import TorchTraffic, Traffic, counting, total
 from mimae.bench.traffic import BOUNDS, COUNTS, Bound, beyond_bounds, eager, extrapolated, measure
 from mimae.cli import app
+from mimae.errors import UserError
 from mimae.kernels import runtime
 from tests.bench import toy_kernels
 
@@ -204,9 +205,15 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
     assert "beyond its bound: pixel_loss, patch 16: issued bytes over floor" in answer.output
 
 
+def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "triton", None)
+    with pytest.raises(UserError, match="triton, which is not installed"):
+        traffic.main()
+
+
 def test_an_unknown_op_is_a_mistake_of_the_users() -> None:
-    answer = CliRunner().invoke(app, ["bench", "traffic", "--op", "nosuch"])
-    assert "no case named nosuch: legal is orthogonal_masks, embed_visible" in str(answer.exception)
+    with pytest.raises(UserError, match="no case named nosuch: legal is orthogonal_masks, embed_visible"):
+        traffic.main(op=["nosuch"])
 
 
 def test_every_pass_is_counted_and_every_op_has_a_bound() -> None:
