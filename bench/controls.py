@@ -30,7 +30,7 @@ from mimae.checkpoint import write_atomically
 from mimae.data import Source, open_source
 from mimae.errors import UserError
 from mimae.loop import FREE_KEYS
-from mimae.optimizer import total_steps
+from mimae.optimizer import ScheduleSettings, total_steps
 from mimae.transfer.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
@@ -38,11 +38,13 @@ RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 
 
 class Control(NamedTuple):
-    """One row of the table."""
+    """One row of a table."""
 
     suffix: str
     meaning: str
     seeds: tuple[int, ...]
+    stretch: float = 1.0
+    """Optimizer steps, in those of MI-MAE."""
 
 
 CONTROLS = {
@@ -52,6 +54,15 @@ CONTROLS = {
     "max_mi": Control("_max_mi", "5. control 4 + L_max", (0,)),
     "mi_mae": Control("", "6. control 5 + L_min: MI-MAE", (0, 1, 2)),
 }
+
+CHOICES = {
+    "next_view": Control("_next_view", "`decoder.predict=next_view`", (0, 1, 2)),
+    "next_view_long": Control("_next_view", "the same for as long as the default takes", (0, 1, 2), stretch=1.3),
+    "cross": Control("_cross", "`decoder.attention=cross`", (0, 1, 2)),
+    "cross_long": Control("_cross", "the same for as long as the default takes", (0, 1, 2), stretch=1.12),
+}
+"""MI-MAE with less work in the decoder. A stretch is what a step of quickstart took, in steps of the choice (one CPU
+thread, two rounds of 100 steps: 1.21 and 1.39, 1.08 and 1.15)."""
 
 _PLACES = (*FREE_KEYS, "data.path")
 """Settings on which no result depends, but for the data set, which has its name."""
@@ -107,23 +118,38 @@ def make_trial(
 
 
 def control_trials(data: str) -> list[Trial]:
-    """The trials of all controls on one data set, seed by seed. Raises UserError where their views differ."""
+    """The trials of all controls and choices on one data set, seed by seed. Raises UserError where the views of
+    controls differ."""
     name, paths = parse_data(data)
-    path = config.load(RECIPES[name], paths).recipe.data.path
-    samples = len(open_source(path))
+    recipe = config.load(RECIPES[name], paths).recipe
+    path = recipe.data.path
+    samples = sum(part.draws for part in open_source(path).parts)
+    rows = {**CONTROLS, **CHOICES}
     trials = [
-        make_trial(f"{name}-{kind}-{seed}", name, kind, RECIPES[name] + control.suffix, [], paths, samples, seed)
-        for seed in sorted({seed for control in CONTROLS.values() for seed in control.seeds})
-        for kind, control in CONTROLS.items()
-        if seed in control.seeds
+        make_trial(
+            *(f"{name}-{kind}-{seed}", name, kind, RECIPES[name] + row.suffix),
+            *(stretched(recipe.schedule, samples, row.stretch), paths, samples, seed),
+        )
+        for seed in sorted({seed for row in rows.values() for seed in row.seeds})
+        for kind, row in rows.items()
+        if seed in row.seeds
     ]
-    views = {trial.recipe: trial.views for trial in trials}
+    views = {trial.recipe: trial.views for trial in trials if trial.kind in CONTROLS}
     if len(set(views.values())) > 1:
         raise UserError(
             f"the controls on {samples:,} images of {path} would see different numbers of views "
             f"({', '.join(f'{recipe}: {count:,}' for recipe, count in views.items())}); set schedule.max_steps in them"
         )
     return trials
+
+
+def stretched(schedule: ScheduleSettings, samples: int, stretch: float) -> list[str]:
+    """The overrides that make a schedule `stretch` times as long; none for 1."""
+    if stretch == 1:
+        return []
+    per_epoch = samples // schedule.batch_size
+    steps = round(total_steps(schedule, per_epoch) * stretch)
+    return [f"schedule.max_steps={steps}", f"schedule.epochs={-(-steps // per_epoch)}"]
 
 
 def hold_out(source: Source, folder: Path) -> list[str]:
@@ -298,7 +324,7 @@ def render(controls: Iterable[Result], tuning: Iterable[Result]) -> str:
 def _render_controls(results: list[Result]) -> Iterator[str]:
     yield (
         "# The controls\n\n"
-        "Made by `mimae bench controls` from the files of bench/results/controls; do not edit. All trained rows of a "
+        "Made by `mimae bench controls` from the files of bench/results/controls; do not edit. All trained controls of a "
         "table see equally many views (images x masks) in equally many optimizer steps, and one probe judges all: "
         "frozen features, the mean of the patch tokens of the whole image, standardised; a linear classifier of all "
         "training images; one of few labels, the mean of 5 draws; the vote of the "
@@ -307,7 +333,8 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
     if not results:
         yield "Not yet run.\n"
     for data in sorted({result["data"] for result in results}):
-        here = [result for result in results if result["data"] == data]
+        every = [result for result in results if result["data"] == data]
+        here = [result for result in every if result["kind"] in CONTROLS]
         probed, epoch = here[0]["probe"], here[0]["last_epoch"]
         yield (
             f"## {data}\n\n{probed['train_images']:,} training and {probed['test_images']:,} test images of "
@@ -326,6 +353,23 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
                 yield _row(control.meaning, rows, "this run", trained=True)
         yield ""
         yield from _render_differences(here)
+        yield from _render_choices(every)
+
+
+def _render_choices(results: list[Result]) -> Iterator[str]:
+    """MI-MAE beside its forms with less work in the decoder."""
+    if not any(result["kind"] in CHOICES for result in results):
+        return
+    yield "Less work in the decoder by choice, after equal steps and after equal time of training:\n"
+    yield (
+        f"| MI-MAE | steps | seeds | linear probe | few labels | {NEIGHBOURS} neighbours | L_rec | minutes |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    default = CONTROLS["mi_mae"]._replace(meaning="the default: all hidden patches, self-attention")
+    for kind, row in {"mi_mae": default, **CHOICES}.items():
+        if rows := [result for result in results if result["kind"] == kind]:
+            yield _row(f"{row.meaning} | {rows[0]['last_epoch']['step']:,}", rows, "this run", trained=True)
+    yield ""
 
 
 def _render_differences(results: list[Result]) -> Iterator[str]:

@@ -27,6 +27,14 @@ class BadSample(NamedTuple):
     reason: str
 
 
+class Spent(NamedTuple):
+    """Seconds that went into a batch in the process that made it, by the wall clock; 0 where not told apart."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    resize: float = 0.0
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank. Images stay uint8 until the first op that computes with them."""
@@ -41,6 +49,7 @@ class Batch:
     step: int
     """Optimizer step within the epoch."""
     bad: list[BadSample] = field(default_factory=list)
+    spent: Spent = Spent()
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; from pinned memory the copy runs beside the host."""

@@ -84,6 +84,37 @@ def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: s
         assert {key for key, value in terms[kind].items() if value != terms["mi_mae"][key]} <= keys
 
 
+def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_path: Path) -> None:
+    """Equal time means more steps, on one schedule that ends with them: 10 batches of 32 an epoch, 60 steps in all."""
+    folder = folder_of_images(tmp_path / "train", 160)
+    controls_only = {kind: row for kind, row in CONTROLS.items() if kind == "mi_mae"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "CONTROLS", controls_only)
+        made = {trial.name: trial for trial in controls.control_trials(f"photos={folder}:{folder}") if trial.seed == 2}
+    steps = {name: trial.views // (32 * 4) for name, trial in made.items()}
+    assert steps == {
+        "photos-mi_mae-2": 60,
+        "photos-next_view-2": 60,
+        "photos-next_view_long-2": 78,
+        "photos-cross-2": 60,
+        "photos-cross_long-2": 67,
+    }
+    default = made["photos-mi_mae-2"].settings
+    for kind, key in (("next_view", "decoder.predict"), ("cross", "decoder.attention")):
+        differing = {k for k, v in made[f"photos-{kind}-2"].settings.items() if v != default[k]}
+        longer = {k for k, v in made[f"photos-{kind}_long-2"].settings.items() if v != default[k]}
+        assert differing == {key} and longer == {key, "schedule.max_steps", "schedule.epochs"}
+
+
+def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
+    rows = written([("mi_mae", 0, result(0.5, 0.3, 0.4)), ("next_view", 0, result(0.6, 0.35, 0.45))])
+    page = controls.render(rows, [])
+    assert "| `decoder.predict=next_view` | 1,200 | 1 | 0.600 | 0.350 | 0.450 | 0.500 | 1.0 |" in page
+    assert page.count("| 6. control 5 + L_min: MI-MAE | 1 | 0.500 |") == 1
+    alone = controls.render(rows[:1], [])
+    assert "by choice" not in alone
+
+
 def test_the_seeds_of_the_claim_are_three() -> None:
     assert {kind: len(control.seeds) for kind, control in CONTROLS.items()} == {
         "mae": 3, "independent": 1, "orthogonal": 3, "max_mi": 1, "mi_mae": 3,
