@@ -324,8 +324,8 @@ def render(controls: Iterable[Result], tuning: Iterable[Result]) -> str:
 def _render_controls(results: list[Result]) -> Iterator[str]:
     yield (
         "# The controls\n\n"
-        "Made by `mimae bench controls` from the files of bench/results/controls; do not edit. All trained controls of a "
-        "table see equally many views (images x masks) in equally many optimizer steps, and one probe judges all: "
+        "Made by `mimae bench controls` from the files of bench/results/controls; do not edit. All trained controls of "
+        "a table see equally many views (images x masks) in equally many optimizer steps, and one probe judges all: "
         "frozen features, the mean of the patch tokens of the whole image, standardised; a linear classifier of all "
         "training images; one of few labels, the mean of 5 draws; the vote of the "
         f"{NEIGHBOURS} nearest training images. Accuracies on the test set: mean ± standard deviation over seeds.\n"
