@@ -44,6 +44,8 @@ class Size(NamedTuple):
     side: int = 224
     patch: int = 16
     views: int = 4
+    loss_weight: float = 1.0
+    """In backward: under gradient accumulation, one over its steps."""
 
     @property
     def patches(self) -> int:
@@ -317,7 +319,13 @@ FILL_MASKED = Case(
 def _prediction_inputs(size: Size, batch: int, device: torch.device) -> Inputs:
     shape = (batch, size.views, size.patches - size.visible, 3 * size.patch**2)
     predictions = torch.randn(shape, device=device).to(size.precision)
-    return {**_images(size, batch, device), "predictions": predictions, "weight": torch.ones((), device=device)}
+    weight = torch.full((), size.loss_weight, device=device)
+    return {
+        **_images(size, batch, device),
+        "predictions": predictions,
+        "weight": weight,
+        "rescaled": size.loss_weight != 1,
+    }
 
 
 _PREDICTION_ARGUMENTS = ("predictions", "images", "targets", "mean", "std")
@@ -330,9 +338,13 @@ def _loss_and_gradient(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _finished_gradient(inputs: Inputs) -> Sequence[Tensor]:
-    """Of a loss whose weight is 1: forward has made it, and it stays as it is."""
+    """Forward has made it: of a loss whose weight is 1 it stays as it is, else it is written once more."""
     scale_gradient(inputs["predictions"], inputs["weight"], 1.0)
-    return []
+    return _rescaled(inputs)
+
+
+def _rescaled(inputs: Inputs) -> list[Tensor]:
+    return [inputs["predictions"]] if inputs["rescaled"] else []
 
 
 def _prepare_targets(size: Size, inputs: Inputs) -> Inputs:
@@ -342,7 +354,13 @@ def _prepare_targets(size: Size, inputs: Inputs) -> Inputs:
     predictions = torch.cat([shown, _by_view(inputs["predictions"])], 1)
     predictions = predictions.gather(1, restore[:, :, None].expand_as(predictions))
     images = _floats(inputs).repeat(size.views, 1, 1, 1)
-    return {"predictions": predictions, "images": images, "hidden": restore >= size.visible, "patch": size.patch}
+    return {
+        "predictions": predictions,
+        "images": images,
+        "hidden": restore >= size.visible,
+        "patch": size.patch,
+        "weight": inputs["weight"],
+    }
 
 
 def _materialised_targets(inputs: Inputs) -> Sequence[Tensor]:
@@ -359,7 +377,7 @@ def _materialised_targets(inputs: Inputs) -> Sequence[Tensor]:
 
 PIXEL_LOSS = Case(
     op="pixel_loss",
-    sizes=(Size("patch 16", 0, 1024),),
+    sizes=(Size("patch 16", 0, 1024), Size("patch 16, weight 1/2", 0, 1024, loss_weight=0.5)),
     inputs=_prediction_inputs,
     passes=(
         Pass(
@@ -367,11 +385,16 @@ PIXEL_LOSS = Case(
             run=_loss_and_gradient,
             reads=lambda inputs: [inputs[name] for name in _PREDICTION_ARGUMENTS],
         ),
-        Pass("pixel_loss backward", run=_finished_gradient, reads=lambda inputs: [inputs["weight"]]),
+        Pass(
+            "pixel_loss backward",
+            run=_finished_gradient,
+            reads=lambda inputs: [inputs["weight"], *_rescaled(inputs)],
+        ),
     ),
     prepare=_prepare_targets,
     eager=_materialised_targets,
     trained=("predictions",),
+    upstream=("weight",),
 )
 
 
@@ -444,7 +467,11 @@ def _products(of_each: int) -> Callable[[Size, int], float]:
 
 INFONCE = Case(
     op="infonce",
-    sizes=LARGE_BATCHES,
+    # Training keeps its latents in fp32: rounded to bf16 they would move a score by 1e-3 to 1e-2.
+    sizes=(
+        *(size._replace(precision=torch.float32) for size in LARGE_BATCHES),
+        *(size._replace(name=f"{size.name} bf16") for size in LARGE_BATCHES),
+    ),
     inputs=_infonce_inputs,
     passes=(
         Pass(

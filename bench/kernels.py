@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from mimae import kernels
 from mimae.bench.cases import CASES, Case, Inputs, Pass, Size, named, numbers
 from mimae.bench.machine import Product, describe, matmul_rate, synchronize
+from mimae.bench.traffic import eager as eager_traffic
 from mimae.checkpoint import write_atomically
 from mimae.errors import UserError
 from mimae.kernels.runtime import Impl, chosen, watching
@@ -44,6 +46,9 @@ COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """Of a norm, by the precision of the products. Whether an op is right its tests say; this keeps a benchmark from timing
 the wrong thing."""
+
+_MOST_OF_A_HOST = 0.25
+"""Of its memory, that one tensor of a contender may take."""
 
 Results = Sequence[Tensor]
 
@@ -195,13 +200,36 @@ class Contender:
         return [each.double().norm().item() for each in (results[0], *self.backward(self.sets[0], results))]
 
     def extra_bytes(self) -> int | None:
-        """Most memory beside the inputs in a forward and backward; None where it is not counted (CPU)."""
+        """Most memory beside the inputs in a forward and backward: PyTorch's on a GPU, else the process's, as Linux
+        counts it; None where nothing does."""
         if self.device.type != "cuda":
-            return None
+            return _resident_peak(self.once)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self.once()
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _resident_peak(run: Callable[[], object]) -> int | None:
+    """By how much the process's memory grew at most while `run` ran."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        before = _status("VmRSS")
+        run()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    """An entry of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def _physical() -> int:
+    """Bytes of the host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _get_ahead(device: torch.device) -> None:
@@ -237,8 +265,13 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
     rows: dict[str, dict[str, Any]] = {}
     racing: dict[str, Contender] = {}
     expected: list[float] = []
+    largest = eager_traffic(case, size._replace(batch=batch))["largest_bytes"]
     for name, form in forms(case, device, compiled).items():
         rows[name] = {"skipped": None}
+        if name in ("eager", "compiled") and device.type == "cpu" and largest > _MOST_OF_A_HOST * _physical():
+            # A host lends memory that it has not, and then ends the process.
+            rows[name]["skipped"] = f"a tensor of {largest / 1e9:.0f} GB"
+            continue
         try:
             contender = Contender(case, form, laid[form.prepared], device)
             found = contender.norms()
@@ -336,10 +369,13 @@ def crossovers(contests: Sequence[dict[str, Any]]) -> dict[str, int]:
     return found
 
 
-def sizes_of(case: Case, batches: Sequence[int]) -> list[tuple[Size, int]]:
-    """Every size of a case at every batch, each shape once."""
-    shapes = {size._replace(batch=0, name=size.name.partition(" B=")[0]) for size in case.sizes}
-    return [(size, batch) for size in sorted(shapes) for batch in batches]
+def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) -> list[tuple[Size, int]]:
+    """Every size of a case at every batch, in its own precision or another, each once."""
+    sizes = (
+        size._replace(batch=0, name=size.name.partition(" B=")[0], precision=precision or size.precision)
+        for size in case.sizes
+    )
+    return [(size, batch) for size in dict.fromkeys(sizes) for batch in batches]
 
 
 def main(
@@ -347,22 +383,23 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="images; repeatable", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="turns of every contender", min=1)] = 30,
     compiled: Annotated[bool, typer.Option(help="time the eager forms under torch.compile too")] = True,
-    precision: Annotated[str, typer.Option(help="of the products: bf16 or fp32")] = "bf16",
+    precision: Annotated[
+        str | None, typer.Option(help="of the products: bf16 or fp32 [default: bf16, but infonce in both]")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
     """Time and memory of every op: fused and reference beside eager PyTorch and torch.compile."""
     known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
     unknown = [name for name in op or () if name not in known]
-    if unknown or precision not in dtypes:
+    if unknown or precision not in (None, *dtypes):
         wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
         raise UserError(f"{wrong}; precision is bf16 or fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
-    result = {"bench": "kernels", **describe(device), "rounds": rounds, "precision": precision, "roof": roof(device)}
+    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
     contests = result["contests"] = []
     for case in (known[name] for name in op or known):
-        for size, images in sizes_of(case, batch or BATCHES):
-            size = size._replace(precision=dtypes[precision])
+        for size, images in sizes_of(case, batch or BATCHES, dtypes.get(precision or "")):
             contests.append(contest(case, size, images, device, rounds, compiled))
             show(contests[-1], result["roof"], Console())
             result["crossovers"] = crossovers(contests)

@@ -45,6 +45,8 @@ class Processor(NamedTuple):
 
 PROCESSORS = {
     80: Processor(shared=164 << 10, shared_of_block=163 << 10),
+    86: Processor(shared=100 << 10, shared_of_block=99 << 10, warps=48, blocks=16),
+    89: Processor(shared=100 << 10, shared_of_block=99 << 10, warps=48, blocks=24),
     90: Processor(shared=228 << 10, shared_of_block=227 << 10),
     100: Processor(shared=228 << 10, shared_of_block=227 << 10, tensor_columns=512),
 }
@@ -121,7 +123,7 @@ class Binary(NamedTuple):
 
 
 def compiled(launch: Launch, capability: int) -> Binary:
-    """Compiles a recorded launch for `capability` (80, 90, 100). Raises RuntimeError where triton interprets."""
+    """Compiles a recorded launch for `capability`, one of PROCESSORS. Raises RuntimeError where triton interprets."""
     if runtime.INTERPRETED:
         raise RuntimeError("this process interprets kernels: compile in one without TRITON_INTERPRET")
     from triton.backends.compiler import GPUTarget
@@ -158,9 +160,11 @@ def compiled(launch: Launch, capability: int) -> Binary:
     )
 
 
-def machine_code(cases: Sequence[Case], processes: int = 2) -> list[dict[str, Any]]:
-    """The binaries of the cases' kernels at each of their sizes for each of TARGETS: `Binary.row` with op and size."""
-    jobs = [(case.op, size, target) for case in cases for size in case.sizes for target in TARGETS]
+def machine_code(
+    cases: Sequence[Case], processes: int = 2, targets: Sequence[Target] = TARGETS
+) -> list[dict[str, Any]]:
+    """The binaries of the cases' kernels at each of their sizes for each target: `Binary.row` with op and size."""
+    jobs = [(case.op, size, target) for case in cases for size in case.sizes for target in targets]
     with fresh_processes(processes, interpret=False) as pool:
         return [
             {"op": op, "size": size.name, **binary.row()}

@@ -58,8 +58,8 @@ def _images_and_programs(size: Size, batch: int, launches: Sequence[Launch]) -> 
 def _tiles_and_panels(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
     """Tiles are squares of the batch; the gradient of all latents is read and written again for each panel of weights,
     of a pair of launches."""
-    squares, latents = batch**2, batch * size.width
-    return [squares * size.width, squares, latents * len(launches), latents, batch, len(launches)]
+    squares, latents, panels = batch**2, batch * size.width, len(launches)
+    return [squares * size.width, squares, latents * panels, latents, batch * panels, batch, panels]
 
 
 class Count(NamedTuple):
@@ -92,9 +92,9 @@ COUNTS = {
     "infonce_lse": Count(
         [*_two_by_two, Point(768, width=128), Point(256)], _tiles_and_panels, adaptive=("_partial_kernel.D",)
     ),
-    # The first four have a panel for every 256 images, the others one.
+    # The first four have a panel for every tile of rows, the others for two and for all.
     "infonce_grad": Count(
-        [*_two_by_two, Point(512, width=384), Point(512, width=512), Point(256)],
+        [*_two_by_two, Point(512, width=384), Point(512, width=512), Point(256), Point(512), Point(384, width=256)],
         _tiles_and_panels,
         adaptive=("_weights_kernel.D", "_accumulate_kernel.D"),
     ),
@@ -303,11 +303,19 @@ def main(
     ] = True,
     jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--render", help="write the result that --json names as this page, and run nothing")
+    ] = None,
 ) -> None:
     """Bytes that the fused ops move, against their floor and eager PyTorch, and their machine code; no GPU needed.
 
     Fails where an op passes its bound.
     """
+    if page is not None:
+        if json_file is None or not json_file.exists():
+            raise UserError("--render shows a result: name its file by --json")
+        page.write_text(render(json.loads(json_file.read_text())))
+        return
     if runtime.triton is None:
         raise UserError("the kernels are counted and compiled by triton, which is not installed")
     cases = chosen(op)
@@ -355,6 +363,56 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(traffic)
     if result["machine_code"]:
         console.print(_code_table(result["machine_code"]))
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """A result as a page in Markdown: traffic, and machine code with the architectures of a kernel in one row."""
+    versions = " and ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [
+        "# What the kernels move, counted without a GPU",
+        "",
+        f"From `bench/results/traffic.json`, with {versions}. `mimae bench traffic --json` writes that file, with",
+        "`--render` this page. In megabytes; *least*: each input and each result once, *issued*: what loads and stores",
+        "ask for, *different*: without what is asked for again. The time is a prediction: the least at an H100's",
+        f"{H100_BYTES_PER_S / 1e12:g} TB/s. `infonce` is in fp32, as training has it, where bf16 is not named.",
+        "",
+        "| pass | size | images | launches | least | issued | of least | different | eager | extra | µs at least |",
+        "| --- | --- |" + " ---: |" * 9,
+    ]
+    for row in result["traffic"]:
+        for fused, eager in zip(row["passes"], ("forward_bytes", "backward_bytes")):
+            least, issued, unique = (fused[key] for key in ("floor_bytes", "issued_bytes", "unique_bytes"))
+            ratios = " | ".join(f"{each / max(least, NEGLIGIBLE):.3f}" for each in (issued, unique))
+            moved = [least, issued, row["eager"][eager], fused["extra_bytes"]]
+            least_mb, issued_mb, eager_mb, extra_mb = (f"{each / 1e6:,.{1 if each else 0}f}" for each in moved)
+            lines.append(
+                f"| {fused['name']} | {row['size']} | {row['batch']:,} | {fused['launches']} | {least_mb} "
+                f"| {issued_mb} | {ratios} | {eager_mb} | {extra_mb} | {fused['predicted_h100_us_at_floor']:,.1f} |"
+            )
+    kernels: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for binary in result["machine_code"]:
+        of_kernel = kernels.setdefault((f"{binary['op']}{binary['kernel']}", binary["size"]), {})
+        of_kernel.setdefault(binary["capability"], []).append(binary)
+    found = sorted({binary["capability"] for binary in result["machine_code"]})
+    lines += [
+        "",
+        "## Machine code",
+        "",
+        "Of a thread registers and spilled bytes, of a block KiB of shared memory, and the matrix instructions; of",
+        "variants of a kernel the one with the most registers.",
+        "",
+        "| kernel | size |" + "".join(f" sm_{capability} |" for capability in found),
+        "| --- | --- |" + " --- |" * len(found),
+    ]
+    for (kernel, size), of_kernel in kernels.items():
+        cells = (_cell(max(of_kernel[capability], key=lambda each: each["registers"])) for capability in found)
+        lines.append(f"| {kernel} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(binary: Row) -> str:
+    matrix = "".join(f", {count} {kind}" for kind, count in binary["matrix"].items())
+    return f"{binary['registers']}, {binary['local_bytes']}, {binary['shared_bytes'] / 1024:.0f}{matrix}"
 
 
 def _code_table(binaries: Sequence[Row]) -> Table:

@@ -114,12 +114,15 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def _tiles(columns: Tensor) -> Tiles:
-    if columns.dtype == torch.float32:  # three products of tf32, whose operands take the registers
-        return Tiles(64, 64, 32, 4, 2)
-    if target_of(columns).capability == 90:  # as large as registers allow, for the fewest bytes to a product
-        return Tiles(256, 128, 64, 8, 3)
-    return Tiles(128, 128, 64, 8, 3)
+def _tiles(rows: Tensor, columns: Tensor) -> Tiles:
+    """As large as the registers allow, for the fewest bytes to a product. fp32 is three products of tf32, whose
+    operands take registers; but on Hopper and Blackwell every operand of a product passes through them."""
+    generation = target_of(columns).capability // 10
+    if columns.dtype == torch.float32:
+        return Tiles(128, 128, 32, 8, 3) if generation in (9, 10) else Tiles(64, 64, 16, 4, 4)
+    if generation == 9:  # a rank among many has few rows
+        return Tiles(256 if len(rows) == len(columns) else 128, 128, 64, 8, 3)
+    return Tiles(128, 128, 32, 8, 4)
 
 
 def _ceil(size: int, divisor: int) -> int:
@@ -129,7 +132,7 @@ def _ceil(size: int, divisor: int) -> int:
 def forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Launches `infonce_lse`."""
     (b, N, D), B = rows.shape, columns.shape[0]
-    tiles = _tiles(columns)
+    tiles = _tiles(rows, columns)
     blocks, column_blocks = _ceil(b, tiles.rows), _ceil(B, tiles.columns)
     shared = b == B and (N - 1) * max(blocks, column_blocks) <= D
     if shared:
@@ -184,7 +187,7 @@ def forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Te
 def backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Launches `infonce_grad`."""
     (b, N, D), B = rows.shape, columns.shape[0]
-    tiles = _tiles(columns)
+    tiles = _tiles(rows, columns)
     blocks, column_blocks, width_blocks = _ceil(b, tiles.rows), _ceil(B, tiles.columns), _ceil(D, tiles.columns)
     shared = b == B
     pairs = N * (N - 1) // (2 if shared else 1)

@@ -8,6 +8,8 @@ and each list written once, ascending: neighbouring lanes write neighbouring pla
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,8 @@ if native.LOADED:
     torch.library.register_fake("mimae::orthogonal_masks_native", _empty_lists)
 
 
-@jit
+# Else the epochs 0, 1 and 2 would each have a binary of its own.
+@partial(jit, do_not_specialize=("seed", "epoch"))
 def _draw(  # type: ignore[no-untyped-def]
     sample_ids, visible, hidden, seed: tl.int64, epoch: tl.int64, patches, views, shown,
     PURPOSE: tl.constexpr, SIZE: tl.constexpr,

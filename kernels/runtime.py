@@ -35,9 +35,9 @@ if INTERPRETED:
 _preferred: Impl = "auto"
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where there is no triton: it is then never launched."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """`triton.jit` with its options, or the function itself where there is no triton: it is then never launched."""
+    return function if triton is None else triton.jit(function, **options)
 
 
 # Which implementation

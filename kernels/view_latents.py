@@ -191,8 +191,8 @@ def backward(
     length: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    B, N, D = z.shape
     """One launch: the gradient of tokens (B, N, T, D) or (B, L, D), `length` T or L, from those of z and u, if any."""
+    B, N, D = z.shape
     d_tokens = torch.empty(_shape_of_tokens(z, visible, length), dtype=dtype, device=z.device)
     d_z, d_u, visible = (each if each is None else each.contiguous() for each in (d_z, d_u, visible))
     columns = _power_of_2(D)
@@ -257,8 +257,9 @@ def _pool(  # type: ignore[no-untyped-def]
     mean = tl.zeros((COLUMNS,), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     for i in range(tl.minimum(share, views - start)):
-        view = (start + i).to(tl.int64)
-        rows = tokens + view // N * by_image + view % N * by_view
+        number = start + i
+        rows = tokens + (number // N).to(tl.int64) * by_image + (number % N).to(tl.int64) * by_view
+        view = number.to(tl.int64)
         total = tl.zeros((COLUMNS,), tl.float32)
         for t in range(first, T, ROWS):
             place = t + tl.arange(0, ROWS)

@@ -10,9 +10,9 @@ import torch
 
 from mimae.bench import traffic
 from mimae.bench.cases import CASES, Size, chosen
-from mimae.bench.offline import PROCESSORS, Binary, compiled, fresh_processes, machine_code
+from mimae.bench.offline import PROCESSORS, TARGETS, Binary, compiled, fresh_processes, machine_code
 from mimae.kernels import runtime
-from mimae.kernels.runtime import Launch
+from mimae.kernels.runtime import Launch, Target
 from tests.bench import toy_kernels
 
 pytest.importorskip("triton")
@@ -58,13 +58,16 @@ def test_spills_are_seen(compiler: ProcessPoolExecutor) -> None:
         ({"shared_bytes": 76 << 10}, 2),
         ({"warps": 1}, 32),  # the most blocks
         ({"capability": 100, "tensor_columns": 256}, 2),  # of 512
+        ({"capability": 89}, 12),  # 1,536 threads
+        ({"capability": 86, "warps": 1}, 16),
+        ({"capability": 86, "shared_bytes": 33 << 10}, 2),  # of 100 KiB
     ],
 )
 def test_blocks_of_a_multiprocessor(change: dict[str, int], blocks: int) -> None:
     plain = Binary("copy", 90, 4, 32, 0, 0, 0, {}, {})
     binary = plain._replace(**change)  # type: ignore[arg-type]
     assert binary.blocks == blocks
-    assert binary.occupancy == blocks * binary.warps / 64
+    assert binary.occupancy == blocks * binary.warps / PROCESSORS[binary.capability].warps
 
 
 def test_a_block_may_not_ask_for_more_than_there_is() -> None:
@@ -91,9 +94,9 @@ def test_an_interpreting_process_is_told_so() -> None:
 
 def assert_sound(binaries: list[dict]) -> None:
     assert [flaw for binary in binaries for flaw in traffic.flaws(binary)] == []
-    for op in {binary["op"] for binary in binaries if traffic.BOUNDS[binary["op"]].hopper}:
-        kinds = [set(each["matrix"]) for each in binaries if each["op"] == op and each["capability"] == 90]
-        assert {"HGMMA"} in kinds, op
+    of_hopper = [each for each in binaries if each["capability"] == 90 and traffic.BOUNDS[each["op"]].hopper]
+    for op in {each["op"] for each in of_hopper}:
+        assert {"HGMMA"} in [set(each["matrix"]) for each in of_hopper if each["op"] == op], op
 
 
 def test_machine_code_of_an_op() -> None:
@@ -103,17 +106,34 @@ def test_machine_code_of_an_op() -> None:
     assert_sound(binaries)
 
 
+WORKSTATIONS = (Target(86, 84), Target(89, 142))
+"""RTX A6000 and RTX 6000 Ada, whose blocks have 99 KiB of shared memory."""
+
+
 @pytest.mark.slow
-def test_machine_code_of_all_ops() -> None:
-    assert_sound(machine_code(CASES))
+@pytest.mark.parametrize("targets", [TARGETS, WORKSTATIONS], ids=["servers", "workstations"])
+def test_machine_code_of_all_ops(targets: tuple[Target, ...]) -> None:
+    assert_sound(machine_code(CASES, targets=targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*TARGETS, WORKSTATIONS[0]], ids=lambda target: f"sm_{target.capability}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(256, 768), (128, 1024)], ids=["ViT-B on 16 GPUs", "ViT-L on 32"])
+def test_machine_code_of_infonce_of_a_rank(
+    compiler: ProcessPoolExecutor, rows: int, width: int, dtype: torch.dtype, target: Target
+) -> None:
+    binaries = compiler.submit(toy_kernels.compile_infonce_of_a_rank, rows, width, dtype, target).result()
+    assert_sound([{**each.row(), "op": "infonce", "size": "of a rank"} for each in binaries])
 
 
 HUGE = Size("ViT-H/14", 1280, 1024, patch=14)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("targets", [TARGETS, WORKSTATIONS], ids=["servers", "workstations"])
 @pytest.mark.parametrize(
     "size", [HUGE, HUGE._replace(name="fp32", precision=torch.float32)], ids=lambda size: size.name
 )
-def test_machine_code_at_other_sizes(size: Size) -> None:
-    assert_sound(machine_code([case._replace(sizes=(size,)) for case in CASES]))
+def test_machine_code_at_other_sizes(size: Size, targets: tuple[Target, ...]) -> None:
+    assert_sound(machine_code([case._replace(sizes=(size,)) for case in CASES], targets=targets))

@@ -21,6 +21,8 @@ from mimae.errors import UserError
 from mimae.kernels import runtime
 from tests.bench import toy_kernels
 
+ROOT = Path(__file__).parents[2]
+
 interpreted = pytest.mark.skipif(not runtime.INTERPRETED, reason="traffic is counted in the interpreter")
 
 
@@ -203,6 +205,23 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 1
     assert "beyond its bound: pixel_loss, patch 16: issued bytes over floor" in answer.output
+
+
+def test_the_page_in_the_documentation_is_what_its_file_renders_to(tmp_path: Path) -> None:
+    page = tmp_path / "traffic.md"
+    traffic.main(json_file=ROOT / "bench/results/traffic.json", page=page)
+    assert (ROOT / "docs/traffic.md").read_text() == page.read_text(), (
+        "run `mimae bench traffic --json ... --render ...`"
+    )
+    with pytest.raises(UserError, match="name its file by --json"):
+        traffic.main(page=page)
+
+
+def test_the_published_result_keeps_its_bounds() -> None:
+    result = json.loads((ROOT / "bench/results/traffic.json").read_text())
+    assert [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])] == []
+    assert [line for binary in result["machine_code"] for line in traffic.flaws(binary)] == []
+    assert {row["op"] for row in result["traffic"]} == BOUNDS.keys()
 
 
 def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Kernels whose traffic and machine code are known beforehand, for the tests of what counts them."""
+"""Kernels to compile in fresh processes: small ones whose traffic and machine code are known beforehand, and the form
+of `infonce` that the benches do not have."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mimae.bench.offline import Binary, compiled
-from mimae.kernels.runtime import Launch, jit, launch, tl, watching
+from mimae.kernels import infonce
+from mimae.kernels.runtime import Launch, Target, jit, launch, tl, watching
 
 
 @jit
@@ -62,6 +64,16 @@ def compile_product(side: int, warps: int, capability: int) -> Binary:
     out = torch.empty(side, side, dtype=torch.float32, device="meta")
     tile = {"SIDE": side, "INNER": 768}
     return _compiled(lambda: launch(product, (1,), warps=warps, out=out, left=left, right=right, **tile), capability)
+
+
+def compile_infonce_of_a_rank(rows: int, width: int, dtype: torch.dtype, target: Target) -> list[Binary]:
+    """Its kernels for the rows of one rank among many, of 4,096 images and 4 views."""
+    u, tau, lse = (torch.empty(shape, device="meta") for shape in ((4096, 4, width), (1,), (4096, 4, 4)))
+    u, seen = u.to(dtype), list[Launch]()
+    with watching(seen.append, target):
+        infonce.forward(u[:rows], u, 0, tau)
+        infonce.backward(u[:rows], u, 0, tau, lse)
+    return [compiled(each, target.capability) for each in seen]
 
 
 def _compiled(run: Callable[[], object], capability: int) -> Binary:

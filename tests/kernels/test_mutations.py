@@ -226,7 +226,7 @@ SUBJECTS = [
                 "mask=pooled[:, None] & inside[None, :], other=0",
                 "mask=inside[None, :], other=0",
             ),
-            ("the stride of a view", "packed", "view % N * by_view", "view % N * 0"),
+            ("the stride of a view", "packed", "(number % N).to(tl.int64) * by_view", "(number % N).to(tl.int64) * 0"),
             ("how many are pooled", "packed", "latent = total / (T - first)", "latent = total / T"),
             ("ids of a view", "in image order", "visible + view * T + place", "visible + view // N * N * T + place"),
             (

@@ -1,0 +1,116 @@
+"""A short training run through the fused ops gives the losses of plain PyTorch's, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimae import config, kernels, masking
+from mimae.kernels import infonce
+from mimae.kernels.runtime import INTERPRETED, Impl, Launch, watching
+from mimae.model import build
+from tests.kernels.accuracy import SLACK
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="on a GPU other products than the ops' differ too"),
+    # Lanes past the edge compute with nothing; their results are not stored.
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning"),
+]
+
+STEPS = 8
+# 6 patches in a grid that is not square, 3 views; all terms, at weights that show.
+RECIPE = config.load(
+    {
+        "precision": "fp32",
+        "data": {"image_size": [8, 12]},
+        "masking": {"num_masks": 3, "ratio": 2 / 3},
+        "model": {"patch_size": 4, "width": 8, "depth": 1, "heads": 2},
+        "decoder": {"width": 8, "depth": 1, "heads": 2},
+        "objective": {"max_mi": 0.5, "min_mi": 0.5, "learn_temperature": True, "posterior_width": 8},
+    }
+).recipe
+
+
+def losses(impl: Impl, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
+    """L, L_rec, L_max, L_min and L_fit (steps, 5) of a run over four images, two a step; bf16: by autocast."""
+    model = build(RECIPE).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    images = torch.randint(256, (4, 8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    rows = []
+    with kernels.prefer(impl):
+        for step in range(steps):
+            ids = torch.arange(2) + step % 2 * 2
+            visible, hidden = masking.draw(RECIPE.masking, RECIPE.seed, step // 2, ids, 6)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                found = model(images[ids], visible, hidden)
+            found.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.append(torch.stack([found.total, found.rec, found.max_mi, found.min_mi, found.fit]))
+    return torch.stack(rows).double()
+
+
+@pytest.fixture(scope="module")
+def exact() -> Tensor:
+    return losses("reference", torch.float64)
+
+
+def allowed(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far from the losses of float64, by loss, those of a fused run may be: twice as far as plain PyTorch's at
+    their worst step, plus an ulp (`accuracy`). About 1e-6 in fp32."""
+    error = (losses("reference", dtype) - exact).abs().amax(0)
+    return 2 * error + SLACK[torch.float32] * exact.abs().amax(0)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infonce, "_tiles", lambda *_: infonce.Tiles(16, 16, 16, warps=4, stages=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_losses_of_a_fused_run(dtype: torch.dtype, exact: Tensor) -> None:
+    most, seen = allowed(exact, dtype), list[Launch]()
+    with watching(seen.append):
+        fused = losses("triton", dtype)
+    assert {launch.kernel.fn.__module__ for launch in seen} >= {f"mimae.kernels.{op}" for op in MUTANTS}
+    assert exact[-1, 0] < 0.7 * exact[0, 0], "it learns"
+    assert ((fused - exact).abs() <= most).all(), (fused - exact).abs() / most
+
+
+def without_the_first(result: Any) -> Any:
+    """A gradient that lacks its first row: AdamW would not notice one that is too large throughout."""
+    gradient = result if isinstance(result, Tensor) else result[0]
+    gradient[0] = 0
+    return result
+
+
+def without_the_first_of_its_gradient(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    result[1][0] = 0
+    return result
+
+
+MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "orthogonal_masks": ("forward", lambda lists: tuple(each.flip(0) for each in lists)),
+    "embed_visible": ("backward", without_the_first),
+    "fill_masked": ("backward", without_the_first),
+    "pixel_loss": ("forward", without_the_first_of_its_gradient),
+    "view_latents": ("backward", without_the_first),
+    "infonce": ("backward", without_the_first),
+    "club": ("backward", without_the_first),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", MUTANTS)
+def test_a_wrong_gradient_shows(op: str, exact: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second step's losses, by a hundred times what is allowed."""
+    module, (name, change) = import_module(f"mimae.kernels.{op}"), MUTANTS[op]
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: change(original(*arguments)))
+    off = (losses("triton", torch.float32, steps=2) - exact[:2]).abs()
+    assert (off > 100 * allowed(exact, torch.float32)).any()
