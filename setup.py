@@ -29,6 +29,7 @@ for name in MAPPED:
     package_dir[f"mimae.{name}"] = name
 
 OLDEST_TORCH = (2, 11)
+DALI = "nvidia-dali-cuda130 ; sys_platform == 'linux'"
 GPUS = (80, 90, 100)
 torch = find_spec("torch")
 # One wheel for all versions of Python, which those without the lock do not load.
@@ -136,6 +137,7 @@ setup(
         "timm>=1.0.20",
         "numpy>=2",
         "Pillow>=11",
+        "simplejpeg",
         "pydantic>=2",
         "PyYAML",
         "typer",
@@ -146,6 +148,7 @@ setup(
         "scikit-image",
     ],
     extras_require={
+        "deepspeed": ["deepspeed"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -154,10 +157,13 @@ setup(
             "mypy",
             "types-PyYAML",
             "build",
+            "deepspeed",
             "transformers",
             "pyarrow",
+            DALI,
         ],
         "peers": ["transformers", "lightly"],
         "parquet": ["pyarrow"],
+        "dali": [DALI],
     },
 )

@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-NEEDED_GB=8
+NEEDED_GB=9
 VENV="$(pwd -P)/.venv"
 STAMP=.venv/installed # written last: extra and fingerprint. A .venv without it was cut short.
 LOG=.venv/setup.log

@@ -39,6 +39,7 @@ from mimae.engines.base import check_machine, compiles, shape_model
 from mimae.errors import UserError
 from mimae.model import MIMAE, build
 from mimae.optimizer import Optimizer
+from mimae.randomness import whole_parts
 
 State = Mapping[str, Tensor]
 Gradient = dict[str, float]
@@ -141,7 +142,7 @@ class Ours(Contender):
         super().__init__(recipe, module.to(device), images.to(device))
         self.sample_ids = torch.arange(len(images), device=device)
         self.epoch = 0
-        self.optimizer = Optimizer(module, recipe.optimizer, len(images) * recipe.masking.num_masks)
+        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, len(images) * recipe.masking.num_masks)
 
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1
@@ -153,7 +154,7 @@ class Ours(Contender):
         self.optimizer.step(1.0)
 
     def compile_blocks(self) -> None:
-        shape_model(self.module, self.recipe.compile)
+        shape_model(self.module, self.recipe.compile, self.images.device)
 
 
 class Baseline(Contender):

@@ -51,7 +51,8 @@ class Recipe(Section):
     )
     compile: Compile = Field(
         "auto",
-        description="torch.compile of each block; graphs: with CUDA graphs; auto: on with CUDA, off on the CPU",
+        description="torch.compile of each block; graphs: with CUDA graphs; auto: on with CUDA, off on the CPU and "
+        "with engine.kind=zero3",
     )
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()

@@ -13,6 +13,8 @@ from torch import Tensor
 # The name from torch 2.14 on, and the one before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+Group = dist.ProcessGroup  # type: ignore[name-defined]
+
 _seconds = 0.0
 
 
@@ -21,9 +23,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Ranks of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: Group | None = None) -> int:
+    """Ranks of the run, or of a group of them."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def setup() -> torch.device:
@@ -66,23 +68,24 @@ def communication_seconds() -> float:
     return _seconds
 
 
-def all_gather(tensor: Tensor) -> Tensor:
-    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient."""
-    if world_size() == 1:
+def all_gather(tensor: Tensor, group: Group | None = None) -> Tensor:
+    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient; of all ranks, or of a group."""
+    ranks = world_size(group)
+    if ranks == 1:
         return tensor
     tensor = tensor.contiguous()
-    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    gathered = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
     with _timed():
-        _gather(gathered, tensor)
+        _gather(gathered, tensor, group=group)
     return gathered
 
 
-def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, without gradient, as a new tensor."""
+def all_sum(tensor: Tensor, group: Group | None = None) -> Tensor:
+    """The sum over ranks, all or a group's, without gradient, as a new tensor."""
     total = tensor.detach().clone()
-    if world_size() > 1:
+    if world_size(group) > 1:
         with _timed():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group)
     return total
 
 

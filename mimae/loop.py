@@ -13,11 +13,14 @@ from torch import Tensor
 
 from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, telemetry
 from mimae.config import Recipe
-from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, make_loader, open_source
-from mimae.engines import DDPEngine, Engine, check_machine
+from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, fastest, make_loader, open_source
+from mimae.data.cache import cache_note
+from mimae.data.stalls import Stalls
+from mimae.data.transfer import Transfer
+from mimae.engines import Engine, check_machine, make_engine
 from mimae.guards import NonFinite, RunError, Signals, lock
 from mimae.kernels import pixel_loss
-from mimae.model import MIMAE, build
+from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
 from mimae.transfer.probe import knn_accuracy, shared_labels
@@ -29,10 +32,11 @@ PICTURED = 8
 """Images in a reconstruction picture."""
 
 FREE_KEYS = (
-    *("run.", "checkpoint.", "telemetry.", "data.workers", "data.val_path", "data.max_bad_fraction"),
-    *("compile", "model.attention", "optimizer.impl"),
+    *("run.", "checkpoint.", "telemetry.", "data.workers", "data.cache", "data.val_path", "data.max_bad_fraction"),
+    *("engine.", "compile", "model.attention", "optimizer.impl"),
 )
-"""Settings that may differ when a run is resumed: no weight depends on them (on the last three by rounding alone)."""
+"""Settings that may differ when a run is resumed: no weight depends on them (on data.cache and the last four by
+rounding alone)."""
 
 
 class Outcome(NamedTuple):
@@ -67,6 +71,7 @@ class _Run:
     """The parts of a run, put together once: data, model, engine, checkpoint, telemetry."""
 
     def __init__(self, recipe: Recipe, source: Source, validation: Source | None, device: torch.device) -> None:
+        recipe, self.chosen = _choose_loader(recipe, source)
         self.recipe, self.source, self.validation, self.device = recipe, source, validation, device
         self.path = Path(recipe.run.dir)
         self.is_main = distributed.rank() == 0
@@ -81,17 +86,12 @@ class _Run:
         )
         self.steps = total_steps(recipe.schedule, self.loader.steps_per_epoch)
         self.views = recipe.schedule.batch_size * recipe.masking.num_masks
-        self.engine: Engine = DDPEngine(
-            build(recipe, device),
-            recipe.optimizer,
-            recipe.ema,
-            views=self.views,
-            precision=recipe.precision,
-            compile=recipe.compile,
-        )
+        self.engine: Engine = make_engine(recipe, device, self.views)
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
         self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
         self.phases = telemetry.Phases(device)
+        self.transfer = Transfer(device)
+        self.stalls = Stalls(recipe.data)
         self.step = self._resume()
 
     def _resume(self) -> int:
@@ -140,6 +140,8 @@ class _Run:
             say(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
         say(self._headline())
+        if recipe.data.cache is not None:
+            say(cache_note(recipe.data, self.source))
         guard = NonFinite(self.path, self._samples)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -151,7 +153,7 @@ class _Run:
                 epoch, first = divmod(self.step, per_epoch)
                 means = _Means()
                 communication = distributed.communication_seconds()
-                batches = self.loader.epoch(epoch, first)
+                batches = self.transfer(self.loader.epoch(epoch, first))
                 for _ in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
                     step = self._optimize(batches)
                     self.step += 1
@@ -160,6 +162,7 @@ class _Run:
                     if self.step % recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
                         images = (self.step - logged_at) * recipe.schedule.batch_size
                         self.telemetry.step(self._record(step) | step_pace.rates(images))
+                        self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         logged_at = self.step
                     last = recipe.run.dry or self.step == self.steps
                     # Before the checkpoint: a kill between the two repeats the line, and loses none.
@@ -167,7 +170,10 @@ class _Run:
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record = epoch_pace.epoch(images)
                         record["seconds_communication"] = distributed.communication_seconds() - communication
+                        self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         self._end_of_epoch(epoch, record, means.read(), step.latents, last)
+                        # The checks and pictures of an epoch's end are no training.
+                        self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
                     if stop or self.step % recipe.checkpoint.every_steps == 0:
                         guard.drain()
@@ -188,7 +194,7 @@ class _Run:
             with self.phases("data"):
                 batch = next(batches)
                 self.bad.record(batch.bad)
-                batch = batch.to(self.device)
+                self.stalls.made(batch.spent)
             with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
                 with self.phases("forward"):
                     visible, targets = self._masks(batch, batch.epoch)
@@ -225,20 +231,22 @@ class _Run:
 
     def _save(self) -> None:
         with self.phases("checkpoint"):
+            tensors = self.engine.state_dict()
             if self.is_main:
                 state = {
                     "samples": self.step * self.recipe.schedule.batch_size,
                     "data": self.source.fingerprint,
                 }
-                checkpoint.save(self.path, self.step, self.engine.state_dict(), state, self.recipe.checkpoint.keep)
+                checkpoint.save(self.path, self.step, tensors, state, self.recipe.checkpoint.keep)
             dist.barrier()
 
     def _end_of_epoch(
         self, epoch: int, record: dict[str, Any], means: dict[str, float], latents: Tensor, last: bool
     ) -> None:
-        """The epoch's line, its picture and its checks, on the main rank; the others wait at their next collective."""
+        """The epoch's line, its picture and its checks. Where a forward is a collective every rank takes part, on the
+        same images; else the others wait for the main rank at their next collective."""
         recipe = self.recipe
-        if not self.is_main:
+        if not (self.is_main or self.engine.is_spread):
             return
         record |= means
         record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
@@ -250,6 +258,8 @@ class _Run:
         if checks.probe_every_epochs and ((epoch + 1) % checks.probe_every_epochs == 0 or last):
             record |= self._validate()
         self.telemetry.epoch(record)
+        if warning := self.stalls.verdict():
+            self.telemetry.message(warning)
         if checks.images_every_epochs and ((epoch + 1) % checks.images_every_epochs == 0 or last):
             self.telemetry.image(f"images/step-{self.step:08d}.png", self._picture())
         quarter = (self.step - self.loader.steps_per_epoch) * 4 < self.steps <= self.step * 4
@@ -287,7 +297,7 @@ class _Run:
             terms += targets.numel()
         checks = {"val_rec": rec / terms}
         if self.source.labels is not None and validation.labels is not None:
-            checks["knn"] = knn_accuracy(model.encoder, recipe.data, self.source, validation, limit=VALIDATION_IMAGES)
+            checks["knn"] = knn_accuracy(model, recipe.data, self.source, validation, limit=VALIDATION_IMAGES)
         return checks
 
     def _picture(self) -> bytes:
@@ -322,13 +332,14 @@ class _Run:
 
     def _headline(self) -> str:
         recipe = self.recipe
-        millions = sum(p.numel() for p in self.engine.model.parameters()) / 1e6
+        millions = self.engine.num_parameters / 1e6
         return (
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
             f"{len(self.loader.dropped(0))} images are left out of each epoch\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
-            f"{recipe.precision}; the run is {self.path}"
+            f"{recipe.precision}; the run is {self.path}\n"
+            f"data.loader={recipe.data.loader}, {self.chosen}"
         )
 
 
@@ -361,6 +372,26 @@ class _Means:
 
     def read(self) -> dict[str, float]:
         return {key: value.item() / self.count for key, value in self.sums.items()}
+
+
+def _choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
+    """The recipe with the name of a loader, and why that one. For "auto" a run keeps what it was started with, or
+    takes the fastest one on the main rank's machine."""
+    if recipe.data.loader != "auto":
+        return recipe, "as the recipe says"
+    said = [("", "")]
+    if distributed.rank() == 0:
+        known = Path(recipe.run.dir) / "config.yaml"
+        if known.exists():
+            said = [(config.load(known).recipe.data.loader, "as the run was started")]
+        else:
+            share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
+            choice = fastest(recipe.data, source, recipe.seed, max(1, share))
+            rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
+            said = [(choice.loader, f"the fastest here (images/s: {rates})" if rates else "the only one here")]
+    dist.broadcast_object_list(said)
+    ((loader, reason),) = said
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason
 
 
 def _check_config(recipe: Recipe, run: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimae.adamw import IMPLEMENTATIONS
+from mimae.randomness import Part
 from mimae.settings import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -75,18 +77,26 @@ class StepResult(NamedTuple):
 class Optimizer:
     """AdamW in one fused launch, with V in a group of its own (method 3), clipped apart from the rest."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, views: int) -> None:
-        """`views`: images x masks of the global batch, which scale the learning rate."""
-        self.settings = settings
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "posterior": []}
-        for name, parameter in model.named_parameters():
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        settings: OptimizerSettings,
+        views: int,
+        whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms,
+    ) -> None:
+        """`parts`: what this rank steps of each parameter, by name, with gradients in `.grad`; `views`: images x masks
+        of the global batch, which scale the learning rate; `whole_norms`: norms of all parts of the stacked norms of
+        this rank's."""
+        self.settings, self.whole_norms = settings, whole_norms
+        self.names: dict[Tensor, str] = {part.values: name for name, part in parts.items()}
+        groups: dict[str, list[Tensor]] = {"decay": [], "no_decay": [], "posterior": []}
+        for name, part in parts.items():
             if "objective.posterior." in name:
-                groups["posterior"].append(parameter)
-            elif parameter.ndim > 1 and not name.endswith("token"):
-                groups["decay"].append(parameter)
+                groups["posterior"].append(part.values)
+            elif len(part.shape) > 1 and not name.endswith("token"):
+                groups["decay"].append(part.values)
             else:
-                groups["no_decay"].append(parameter)
+                groups["no_decay"].append(part.values)
         peak = settings.learning_rate * views / 256
         posterior_peak = (settings.posterior_learning_rate or settings.learning_rate) * views / 256
         self.peaks = {"decay": peak, "no_decay": peak, "posterior": posterior_peak}
@@ -99,21 +109,27 @@ class Optimizer:
             settings.betas,
         )
 
+    def set_rates(self, factor: float) -> None:
+        """Learning rates at `factor` of their peaks from now on."""
+        for group in self.adamw.optimizer.param_groups:
+            self.adamw.set_rate(group, self.peaks[group["name"]] * factor)
+
     def step(self, factor: float) -> StepResult:
         """One step at `factor` of the peak learning rates; a gradient that is not finite leaves the weights and the
         moments as they are, by a decision that is taken on the device."""
-        main: list[nn.Parameter] = []
-        posterior: list[nn.Parameter] = []
+        main: list[Tensor] = []
+        posterior: list[Tensor] = []
+        self.set_rates(factor)
         for group in self.adamw.optimizer.param_groups:
-            self.adamw.set_rate(group, self.peaks[group["name"]] * factor)
             (posterior if group["name"] == "posterior" else main).extend(group["params"])
-        norms = []
-        for parameters in filter(None, (main, posterior)):
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self.settings.clip is not None:
+        clipped = [parameters for parameters in (main, posterior) if parameters]
+        norms = self.whole_norms(
+            torch.stack([torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in clipped])
+        )
+        if self.settings.clip is not None:
+            for parameters, norm in zip(clipped, norms, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
-            norms.append(norm)
-        skipped = (~torch.stack(norms).isfinite()).any().to(torch.float32)
+        skipped = (~norms.isfinite()).any().to(torch.float32)
         self.adamw.step(skipped)
         self.adamw.optimizer.zero_grad()
         return StepResult(norms[0], skipped)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,31 +56,54 @@ def materialise(module: nn.Module, device: torch.device | str) -> None:
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
 
+class Part(NamedTuple):
+    """What this rank holds of a parameter: a range of its elements, contiguous when it is flattened."""
+
+    values: Tensor
+    """In the memory of the model; of any shape."""
+    start: int
+    """Place of the first of them in the whole."""
+    shape: torch.Size
+    """Of the whole."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same elements of another tensor of the whole's shape."""
+        return whole.flatten()[self.start : self.start + self.values.numel()].view(self.values.shape)
+
+
+def whole_parts(module: nn.Module) -> dict[str, Part]:
+    """Every parameter of a module, by name, for a rank that holds them whole."""
+    return {name: Part(parameter, 0, parameter.shape) for name, parameter in module.named_parameters()}
+
+
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Fills every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
     counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
 
     Modules that want another start define `initial_values() -> {parameter: constant}` for their own ones.
-    Counter-based, so a model built on the meta device, or in shards, gets the weights of a whole one.
+    Counter-based, so a model built on the meta device, or in parts, gets the weights of a whole one; `parts` are
+    what this rank holds of each parameter, everything where they are not given.
     """
+    parts = parts or whole_parts(module)
     for owner_name, owner in module.named_modules():
         constants = owner.initial_values() if hasattr(owner, "initial_values") else {}
-        for leaf, parameter in owner.named_parameters(recurse=False):
+        for leaf, _ in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{leaf}" if owner_name else leaf
+            values, start, shape = parts[name]
             if leaf in constants:
-                parameter.fill_(constants[leaf])
+                values.fill_(constants[leaf])
             elif leaf.endswith("bias"):
-                parameter.zero_()
+                values.zero_()
             elif isinstance(owner, nn.LayerNorm):
-                parameter.fill_(1.0)
+                values.fill_(1.0)
             elif leaf.endswith("token"):
-                u = parameter_uniform(seed, name, 0, parameter.numel(), parameter.device)
+                u = parameter_uniform(seed, name, start, values.numel(), values.device)
                 # The inverse of the normal distribution needs one word per element, whatever the sharding.
-                parameter.copy_((0.02 * math.sqrt(2.0) * torch.erfinv(2 * u - 1)).view(parameter.shape))
+                values.copy_((0.02 * math.sqrt(2.0) * torch.erfinv(2 * u - 1)).view(values.shape))
             elif leaf == "weight":
-                u = parameter_uniform(seed, name, 0, parameter.numel(), parameter.device)
-                bound = math.sqrt(6.0 / (parameter.shape[0] + parameter[0].numel()))
-                parameter.copy_(((2 * u - 1) * bound).view(parameter.shape))
+                u = parameter_uniform(seed, name, start, values.numel(), values.device)
+                bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))
+                values.copy_(((2 * u - 1) * bound).view(values.shape))
             else:
                 raise ValueError(f"no rule to initialise the parameter {name} of a {type(owner).__name__}")

@@ -58,9 +58,7 @@ class TelemetrySettings(Section):
     """How often a run reports, and where."""
 
     log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
-    images_every_epochs: int = Field(
-        1, ge=0, description="epochs between two reconstruction pictures; 0: none"
-    )
+    images_every_epochs: int = Field(1, ge=0, description="epochs between two reconstruction pictures; 0: none")
     probe_every_epochs: int = Field(
         0, ge=0, description="epochs between two kNN and reconstruction checks on data.val_path; 0: none"
     )
@@ -73,9 +71,7 @@ class Telemetry:
     Call `rewind(step)` once before the first record of every start, with the step the run goes on from.
     """
 
-    def __init__(
-        self, run_dir: str | Path, settings: TelemetrySettings, *, is_main: bool, total_steps: int
-    ) -> None:
+    def __init__(self, run_dir: str | Path, settings: TelemetrySettings, *, is_main: bool, total_steps: int) -> None:
         self._is_main = is_main
         self._run_dir = Path(run_dir)
         self._total_steps = total_steps
@@ -125,7 +121,7 @@ class Telemetry:
         """Appends a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
 
         `epoch` counts the epochs done, as a fraction; `samples` the images seen; `data_wait` is the share of
-        the wall time since the last log that was spent waiting for data, 0 to 1.
+        the wall time since the last log in which the device of this rank waited for data, 0 to 1.
         """
         if not self._is_main:
             return
@@ -138,7 +134,7 @@ class Telemetry:
             print(self._step_line(plain, left), flush=True)
         else:
             self._progress.start()
-            status = f"{_total(plain)}  {_rate(plain)}  {_clock(left)} left"  # fits 80 columns
+            status = f"{_total(plain)}  {_rate(plain)}{_wait(plain)}  {_clock(left)} left"  # fits 80 columns
             self._progress.update(self._task, completed=self._step, status=status, refresh=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -229,18 +225,19 @@ class Telemetry:
         width = len(str(self._total_steps))
         head = f"step {plain['step']:>{width}}/{self._total_steps}"
         epoch = "" if plain["epoch"] is None else f"  epoch {plain['epoch']:.2f}"
-        return f"{head}{epoch}  {_losses(plain)}  {_rate(plain)}  eta {_clock(left)}"
+        return f"{head}{epoch}  {_losses(plain)}  {_rate(plain)}{_wait(plain)}  eta {_clock(left)}"
 
 
 class Phases:
     """Seconds spent in each of PHASES since it was made: `with phases("forward"): ...`.
 
-    A phase inside another is taken out of it, so the sum counts no time twice. On CUDA a phase that gives
-    work to the device is timed there, by a pair of events that nothing waits for until `seconds()` is read;
-    waiting for data and saving checkpoints are timed by the host's clock, as everything is on the CPU.
+    A phase inside another is taken out of it, so the sum counts no time twice. On CUDA a phase is timed by the
+    device, by a pair of events that nothing waits for until `seconds()` is read: waiting for data counts from when the
+    device has done all it was given until it is given more, and is nothing where it was busy all the while. Saving
+    checkpoints is timed by the host's clock, as everything is on the CPU.
     """
 
-    _HOST = ("data", "checkpoint")
+    _HOST = ("checkpoint",)
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -264,8 +261,7 @@ class Phases:
                 finally:
                     end.record()
                     self._pending.append((name, outer, start, end))
-                    while self._pending[0][3].query() and len(self._pending) > 1:
-                        self._settle()  # done already: keeps the queue short, without waiting
+                    self._settle_done()  # keeps the queue short
             else:
                 began = time.perf_counter()
                 try:
@@ -277,23 +273,25 @@ class Phases:
 
     @property
     def data_seconds(self) -> float:
-        """Seconds spent waiting for data; reading it waits for nothing."""
+        """Seconds spent waiting for data; reading it waits for nothing, so on CUDA it lacks what is not done yet."""
+        self._settle_done()
         return self._seconds["data"]
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase. On CUDA this waits for the device."""
         if self._pending:
             self._pending[-1][3].synchronize()
-        while self._pending:
-            self._settle()
+        self._settle_done()
         return dict(self._seconds)
 
     def _uses_events(self, name: str) -> bool:
         return self._on_cuda and name not in self._HOST
 
-    def _settle(self) -> None:
-        name, outer, start, end = self._pending.popleft()
-        self._add(name, outer, start.elapsed_time(end) / 1000)
+    def _settle_done(self) -> None:
+        """Adds the phases that the device is done with."""
+        while self._pending and self._pending[0][3].query():
+            name, outer, start, end = self._pending.popleft()
+            self._add(name, outer, start.elapsed_time(end) / 1000)
 
     def _add(self, name: str, outer: str | None, seconds: float) -> None:
         self._seconds[name] += seconds
@@ -436,6 +434,10 @@ def _total(plain: Mapping[str, Any]) -> str:
 
 def _rate(plain: Mapping[str, Any]) -> str:
     return "" if plain["images_per_s"] is None else f"{plain['images_per_s']:.0f} images/s"
+
+
+def _wait(plain: Mapping[str, Any]) -> str:
+    return "" if plain["data_wait"] is None else f"  wait {plain['data_wait']:.1%}"
 
 
 def _clock(seconds: float | None) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mimae import checkpoint, config, guards, loop, masking
 from mimae.data import evaluation_batches, open_source
+from mimae.data.backend import Choice
 from mimae.errors import UserError
 from mimae.kernels import patchify
 from mimae.model import build
@@ -47,7 +48,7 @@ def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
     tree = {
         "precision": "fp32",
         "run": {"dir": str(run)},
-        "data": {"path": str(images), "val_path": str(images), "image_size": 8, "workers": 0},
+        "data": {"path": str(images), "val_path": str(images), "image_size": 8, "workers": 0, "loader": "torch"},
         "model": {"size": "tiny", "patch_size": 2, "width": 16, "depth": 1, "heads": 2},
         "decoder": {"width": 8, "depth": 1, "heads": 2},
         "objective": {"projector": "mlp", "gate_loss": 5.0, "posterior_width": 4},
@@ -194,6 +195,21 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
         loop.pretrain(recipe(images, tmp_path))
     assert "is torn: 10 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["encoded", "decoded"])
+def test_a_cache_may_be_switched_on_in_a_run(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Its samples are the source's: the weights are those of the run without one. PNGs: one decoder reads them all."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    loop.pretrain(recipe(images, run, "run.dry=true"))
+    assert loop.pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
+    assert_bit_equal(tensors(run), tensors(whole))
+    (folder,) = kept.glob("mimae-cache-*/*")
+    assert f"data.cache={kind}: 0.0 GB are kept" in (output := capsys.readouterr().out)
+    assert f"rm -r {folder}" in output
+    assert (folder / "data").stat().st_size > 0
 
 
 def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Path, tmp_path: Path) -> None:
@@ -370,3 +386,15 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
     one = _losses(images, tmp_path / "one")
     assert len(one) == STEPS
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+
+
+def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was the fastest when the run was started stays; by name another one is refused."""
+    dry = ("run.dry=true", "data.loader=auto")
+    monkeypatch.setattr(loop, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
+    loop.pretrain(recipe(images, tmp_path, *dry))
+    assert config.load(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
+    monkeypatch.setattr(loop, "fastest", None)
+    assert loop.pretrain(recipe(images, tmp_path, *dry)).step == 2
+    with pytest.raises(UserError, match=r"data.loader: 'dali_cpu' in the run, 'torch' now"):
+        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimae import distributed, kernels, masking, objective
+from mimae import config, distributed, kernels, masking, objective
 from mimae.data import DataSettings
 from mimae.engines import DDPEngine
 from mimae.masking import MaskingSettings
 from mimae.model import MIMAE, ModelSettings
 from mimae.model.decoder import DecoderSettings
 from mimae.objective import CLUB, Gate, InfoNCE, ObjectiveSettings
-from mimae.optimizer import EMASettings, OptimizerSettings
-from mimae.randomness import initialise
 from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 
@@ -116,16 +114,16 @@ GLOBAL_BATCH = 12  # divides by 2 and by 3 ranks, with more than one image on ea
 
 
 def _model(dtype: torch.dtype) -> MIMAE:
-    model = MIMAE(
-        DataSettings(image_size=[8, 12]),
-        MaskingSettings(num_masks=3, ratio=2 / 3),
-        ModelSettings(patch_size=4, width=16, depth=1, heads=2),
-        DecoderSettings(width=8, depth=1, heads=2),
-        ObjectiveSettings(
-            max_mi=0.3, min_mi=0.7, temperature=0.2, learn_temperature=True, projector="mlp", posterior_width=5
-        ),
-    )
-    initialise(model, 0)
+    with torch.device("meta"):
+        model = MIMAE(
+            DataSettings(image_size=[8, 12]),
+            MaskingSettings(num_masks=3, ratio=2 / 3),
+            ModelSettings(patch_size=4, width=16, depth=1, heads=2),
+            DecoderSettings(width=8, depth=1, heads=2),
+            ObjectiveSettings(
+                max_mi=0.3, min_mi=0.7, temperature=0.2, learn_temperature=True, projector="mlp", posterior_width=5
+            ),
+        )
     return model.to(dtype)
 
 
@@ -140,14 +138,8 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor
         vars(objective)["InfoNCE"].backward = staticmethod(
             lambda ctx, grad: tuple(g / world_size for g in whole(ctx, grad))
         )
-    engine = DDPEngine(
-        _model(dtype),
-        OptimizerSettings(),
-        EMASettings(),
-        views=GLOBAL_BATCH * 3,
-        precision="fp32",
-        compile="off",
-    )
+    recipe = config.load({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
+    engine = DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 8, 12, 3), generator=generator, dtype=torch.uint8)
     ids = torch.arange(GLOBAL_BATCH)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mimae.adamw import IMPLEMENTATIONS
 from mimae.optimizer import Optimizer, OptimizerSettings
+from mimae.randomness import whole_parts
 
 CPU = torch.device("cpu")
 BETAS, DECAY, RATE, POSTERIOR_RATE = (0.8, 0.9), 0.1, 0.02, 0.05
@@ -34,7 +35,7 @@ def optimizer(model: nn.Module, impl: str = "torch") -> Optimizer:
     settings = OptimizerSettings(
         impl=impl, learning_rate=RATE, posterior_learning_rate=POSTERIOR_RATE, weight_decay=DECAY, betas=BETAS
     )
-    return Optimizer(model, settings, views=256)
+    return Optimizer(whole_parts(model), settings, views=256)
 
 
 def by_formula(start: dict[str, Tensor], steps: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -213,7 +214,9 @@ def test_apex_has_to_be_nvidias_and_built(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_deepspeed_has_to_be_built_and_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deepspeed: Callable[[torch.device], str | None] = IMPLEMENTATIONS["deepspeed"].obstacle
-    assert deepspeed(CPU) == "deepspeed is not installed"
+    with monkeypatch.context() as without:
+        without.setattr("mimae.adamw.find_spec", lambda _: None)
+        assert deepspeed(CPU) == "deepspeed is not installed"
     package(monkeypatch, tmp_path / "deepspeed")
     version: Any = SimpleNamespace(installed_ops={"cpu_adam": False}, accelerator_name="cpu")
     accelerator = SimpleNamespace(device_name=lambda: "cpu")

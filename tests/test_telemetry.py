@@ -140,11 +140,12 @@ def test_plain_lines_without_a_terminal(
     monkeypatch.setattr("mimae.telemetry.time.monotonic", lambda: next(clock))
     with Telemetry(tmp_path, QUIET, is_main=True, total_steps=1200) as telemetry:
         telemetry.rewind(80)
-        telemetry.step(losses(100, images_per_s=309.6, max_mi=0.1))
+        telemetry.step(losses(100, images_per_s=309.6, data_wait=0.0312, max_mi=0.1))
         telemetry.step(losses(110, loss=math.nan))
     first, second = capsys.readouterr().out.splitlines()
     # 20 steps took 10 s, so 1100 take 550 s; the steps before the resume, and the start, do not count.
-    assert first == "step  100/1200  epoch 2.50  loss 0.800 (rec 0.750, max_mi 0.100)  310 images/s  eta 9:10"
+    shown = "loss 0.800 (rec 0.750, max_mi 0.100)  310 images/s  wait 3.1%  eta 9:10"
+    assert first == f"step  100/1200  epoch 2.50  {shown}"
     assert "loss not finite" in second and second.endswith("eta 18:10")
 
 
@@ -157,14 +158,14 @@ def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
-    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=1200) as telemetry:
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=500_000) as telemetry:
         telemetry.message("before [the first] step")
-        telemetry.step(losses(300, images_per_s=310.0))
+        telemetry.step(losses(300, images_per_s=12_310.0, data_wait=0.1))
         telemetry.message("above the bar")
     shown = terminal.getvalue()
     assert "before [the first] step" in shown and "above the bar" in shown
-    bar = next(line for line in shown.splitlines() if "300/1200" in line)
-    assert "loss 0.800" in bar and "310 images/s" in bar and "left" in bar  # all of it, in 80 columns
+    bar = next(line for line in shown.splitlines() if "300/500000" in line)
+    assert "loss 0.800  12310 images/s  wait 10.0%" in bar and "left" in bar  # all of it, in 80 columns
 
 
 def test_tensorboard_has_the_scalars_and_the_picture(tmp_path: Path) -> None:
@@ -234,6 +235,96 @@ def test_pace_measures_since_its_last_reading() -> None:
     second = pace.epoch(8)
     assert second["seconds_data"] == 0 and second["data_wait"] == 0 and second["seconds"] < 0.06
     assert set(first) <= set(EPOCH_KEYS) and set(pace.rates(8)) <= set(STEP_KEYS)
+
+
+class FakeDevice:
+    """A device that works on what it was given, in order, and its events; the host's time is `now`."""
+
+    def __init__(self) -> None:
+        self.now = self.free = 0.0
+
+    def give(self, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+
+    def Event(self, enable_timing: bool) -> FakeEvent:
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.at = device, math.inf
+
+    def record(self) -> None:
+        self.device.give(0.0)
+        self.at = self.device.free
+
+    def query(self) -> bool:
+        return self.at <= self.device.now
+
+    def synchronize(self) -> None:
+        self.device.now = max(self.device.now, self.at)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_waiting_for_data_on_cuda_is_the_time_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that waits while the device works costs nothing; what goes on after its work is done does."""
+    device = FakeDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.Event)
+    phases = Phases(torch.device("cuda"))
+    for host_waits in (4.0, 9.0, 13.0):  # beside steps of 10 s that are given in 1 s
+        with phases("forward"):
+            device.give(10.0)
+            device.now += 1.0
+        with phases("data"):
+            device.now += host_waits
+    # Steps end at 10, 20 and 30 s, the host is ready for the next at 5, 15 and 29 s: it never waits too long.
+    assert phases.data_seconds == 0.0
+    device.now = 50.0
+    for _ in range(2):
+        with phases("data"):
+            device.now += 2.0
+        with phases("forward"):
+            device.give(1.0)
+    # 2 s idle; then 1 s, for the device was at work for the first of the 2 s.
+    assert phases.data_seconds == 3.0 and phases.seconds()["data"] == 3.0
+    assert phases.seconds()["forward"] == 32.0
+
+
+def test_reading_the_waits_on_cuda_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.Event)
+    phases = Phases(torch.device("cuda"))
+    with phases("data"):
+        device.now += 2.0
+    with phases("forward"):
+        device.give(10.0)
+    assert (phases.data_seconds, device.now) == (2.0, 2.0)
+    with phases("checkpoint"):
+        assert phases.seconds()["forward"] == 10.0  # This does wait.
+    assert device.now == 12.0
+
+
+@pytest.mark.gpu
+def test_waiting_for_data_on_a_gpu() -> None:
+    """0.2 s beside work that takes longer, then 0.2 s with none left."""
+    phases = Phases(torch.device("cuda"))
+    a = torch.randn(8192, 8192, device="cuda")
+    (a @ a).sum().item()
+    for _ in range(100):
+        torch.mm(a, a)
+    busy = torch.cuda.Event()
+    busy.record()
+    with phases("data"):
+        time.sleep(0.2)
+    assert not busy.query(), "the work was too short for this test"
+    torch.mm(a, a)
+    assert phases.seconds()["data"] < 0.02
+    torch.cuda.synchronize()
+    with phases("data"):
+        time.sleep(0.2)
+    assert phases.seconds()["data"] == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.gpu

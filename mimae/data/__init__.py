@@ -1,5 +1,6 @@
 """Images in, micro-batches out: sources, the order of an epoch, crops, decoding and loaders."""
 
+from mimae.data.backend import fastest
 from mimae.data.batch import BadSample, BadSamples, Batch, DataError
 from mimae.data.loader import Loader, evaluation_batches, make_loader
 from mimae.data.settings import DataSettings
@@ -14,6 +15,7 @@ __all__ = [
     "Loader",
     "Source",
     "evaluation_batches",
+    "fastest",
     "make_loader",
     "open_source",
 ]

@@ -49,7 +49,7 @@ class Batch:
     step: int
     """Optimizer step within the epoch."""
     bad: list[BadSample] = field(default_factory=list)
-    spent: Spent = Spent()
+    spent: Spent = field(default_factory=Spent)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; from pinned memory the copy runs beside the host."""

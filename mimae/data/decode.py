@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from mimae.data.augment import Window
+from mimae.data.cut import Turn, finish
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 """Endings by which a source takes a file for an image; what it is its bytes tell."""
@@ -35,32 +38,48 @@ class BadImage(Exception):
     """The bytes are no image that can be used; the text is one line saying why."""
 
 
-def decode(
-    data: bytes,
-    window: Callable[[int, int], Window],
-    size: tuple[int, int],
-    *,
-    max_pixels: int,
-    flip: bool = False,
-) -> np.ndarray:
-    """Cuts `window(height, width)` from the upright image, resized to `size` (height, width): uint8 RGB.
+class Encoded(NamedTuple):
+    """An image whose header has been read and found legal, and none of its pixels."""
 
-    The header is checked before any pixel is decoded: at most `max_pixels`, and 1, 3 or 4 channels (or grey
-    with alpha). Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. The
-    resize is bicubic and antialiased, and sees the window alone. Raises BadImage.
+    data: bytes
+    image: Image.Image
+    """As Pillow opens it."""
+    orientation: int | None
+    """EXIF's (1 to 8), of a plain JPEG: any decoder reads it alike. None: Pillow decodes it, in every loader."""
+
+
+def look(data: bytes, max_pixels: int) -> Encoded:
+    """Reads and checks the header: at most `max_pixels`, and 1, 3 or 4 channels (or grey with alpha).
+
+    A plain JPEG is of 8 bits, grey or YCbCr, and does not end too early. Raises BadImage.
     """
     with _bad_image():
         image = _open(data, max_pixels)
-        image.load()
-        image = _upright(image)
-        cut = window(image.height, image.width)
-        region = image.crop((cut.left, cut.top, cut.left + cut.width, cut.top + cut.height))
-        pixels = np.asarray(_rgb(region).resize(size[::-1], Image.Resampling.BICUBIC))
-    return pixels[:, ::-1] if flip else pixels
+        return Encoded(data, image, _orientation(image) if _is_plain_jpeg(image, data) else None)
+
+
+def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray:
+    """`window(height, width)` of the upright image as Pillow decodes it: uint8 RGB, not resized.
+
+    Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. Raises BadImage.
+    """
+    with _bad_image():
+        encoded.image.load()
+        image = _upright(encoded.image)
+        top, left, height, width = window(image.height, image.width)
+        return np.array(_rgb(image.crop((left, top, left + width, top + height))))
+
+
+def decode(data: bytes, window: Callable[[int, int], Window], size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
+    """`window` of the upright image, resized to `size` (height, width): uint8 RGB. Raises BadImage.
+
+    The image is checked as by `look`, the resize sees the window alone.
+    """
+    return finish(torch.from_numpy(region(look(data, max_pixels), window)), size, Turn()).numpy()
 
 
 def whole(data: bytes, max_pixels: int) -> Image.Image:
-    """All of the image, upright and RGB, checked as by `decode`. Raises BadImage."""
+    """All of the image, upright and RGB, checked as by `look`. Raises BadImage."""
     with _bad_image():
         image = _open(data, max_pixels)
         image.load()
@@ -68,7 +87,7 @@ def whole(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def format_of(data: bytes, max_pixels: int) -> str:
-    """The name of the format, by the header alone, which is checked as by `decode`. Raises BadImage."""
+    """The name of the format, by the header alone, which is checked as by `look`. Raises BadImage."""
     with _bad_image():
         return str(_open(data, max_pixels).format)
 
@@ -140,13 +159,24 @@ def _tiff_channels(data: bytes) -> int:
     return directory.get(_CHANNELS_TAG, 1)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The loaded image turned as its EXIF orientation asks."""
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Pillow opens no other JPEGs than those of 8 bits; one that misses its end is truncated or has bytes after it."""
+    stored_as_rgb = image.info.get("adobe_transform") == 0
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and not stored_as_rgb and b"\xff\xd9" in data[-64:]
+
+
+def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # A corrupt EXIF block says nothing about the pixels.
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image turned as its EXIF orientation asks."""
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

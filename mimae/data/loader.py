@@ -8,17 +8,22 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from mimae.data.backend import OBSTACLES, Backend, make_backend
 from mimae.data.batch import Batch
+from mimae.data.cache import cached
 from mimae.data.order import Job, Plan, epoch_order
+from mimae.data.samples import EachDecoder, make_batch
 from mimae.data.settings import DataSettings
 from mimae.data.sources import Source
 from mimae.data.torch_loader import TorchLoader
+
+__all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_loader"]
 
 
 class Loader:
     """The micro-batches of one rank, epoch by epoch. Needs (epoch, step) and nothing else to resume."""
 
-    def __init__(self, plan: Plan, backend: TorchLoader, order: Callable[[int], Tensor]) -> None:
+    def __init__(self, plan: Plan, backend: Backend, order: Callable[[int], Tensor]) -> None:
         self.plan = plan
         self._backend = backend
         self._order = lru_cache(maxsize=1)(order)
@@ -58,12 +63,13 @@ def make_loader(
 ) -> Loader:
     """The training batches of `source`: `batch_size` images per step, over all ranks and micro-batches.
 
-    Raises DataError where the batch does not divide, or the source has no full one.
+    `settings.loader` names what makes them; "auto" is "torch" until somebody has measured (`fastest`). Raises DataError
+    where the batch does not divide or the source has no full one, and where the loader cannot run.
     """
     parts = source.parts
     plan = Plan(sum(part.draws for part in parts), batch_size, accumulate, rank, world_size)
     order = partial(epoch_order, seed, parts=parts, by_blocks=settings.shuffle == "blocks")
-    return Loader(plan, TorchLoader(settings, source, seed), order)
+    return Loader(plan, make_backend(settings, cached(settings, source), seed), order)
 
 
 def evaluation_batches(
@@ -75,8 +81,8 @@ def evaluation_batches(
     """
     chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})
-    backend = TorchLoader(plain, source, seed=0)
+    each = TorchLoader(partial(make_batch, plain, source, 0, decoder=EachDecoder()), plain.workers)
     try:
-        yield from backend.batches(Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size)))
+        yield from each.batches(Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size)))
     finally:
-        backend.close()
+        each.close()

@@ -117,9 +117,14 @@ class Plan:
         """Optimizer steps of an epoch; the last partial batch is dropped."""
         return self.samples // self.batch_size
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a micro-batch of one rank."""
+        return self.batch_size // (self.accumulate * self.world_size)
+
     def jobs(self, order: Tensor, epoch: int, first_step: int = 0) -> Iterator[Job]:
         """This rank's micro-batches of the epoch from `first_step` on."""
-        share = self.batch_size // (self.accumulate * self.world_size)
+        share = self.micro_batch
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(self.accumulate):
                 start = step * self.batch_size + (micro * self.world_size + self.rank) * share

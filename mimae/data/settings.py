@@ -29,7 +29,11 @@ class DataSettings(Section):
         description="order of an epoch: any sample anywhere, or blocks (shards, row groups, runs of files) "
         "shuffled, and samples within groups of blocks: for storage that is slow at random reads",
     )
-    loader: Literal["auto", "torch"] = Field("auto", description="what decodes and cuts the images")
+    loader: Literal["auto", "dali_gpu", "dali_cpu", "torch"] = Field(
+        "auto",
+        description="what decodes and cuts the images, see [data.md](data.md#loaders); auto: the fastest one, by "
+        "measurement when a run starts",
+    )
     image_size: Side | tuple[Side, Side] = Field(
         224, description="pixels of a sample: one side of a square, or [height, width]"
     )
@@ -46,6 +50,14 @@ class DataSettings(Section):
         ge=0,
         le=1024,
         description="decoding processes of a rank; null: one per core; 0: none",
+    )
+    cache: Literal["encoded", "decoded"] | None = Field(
+        None,
+        description="keep what was read once: encoded as it is, or decoded as pixels (of photographs some six times as "
+        "much); null: no",
+    )
+    cache_dir: str | None = Field(
+        None, min_length=1, description="folder of the cache, best on a disk of the node; null: in RAM, /dev/shm"
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"

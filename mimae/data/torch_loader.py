@@ -1,41 +1,36 @@
-"""The loader on torch's DataLoader: worker processes make whole micro-batches, ahead and in order."""
+"""Worker processes on torch's DataLoader: they make whole micro-batches, ahead and in order, for every loader."""
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mimae.data.augment import Window, below, centre_window, crop_words, flips, random_window
-from mimae.data.batch import BadSample, Batch, DataError
-from mimae.data.decode import BadImage, decode, why
+from mimae.data.batch import DataError
 from mimae.data.order import Job
-from mimae.data.settings import DataSettings
-from mimae.data.sources import Source
-from mimae.randomness import Purpose, words
 
-_REPLACEMENTS = 64
-"""Other samples tried in the place of an unreadable one."""
+Made = TypeVar("Made")
 
 
-class TorchLoader:
-    """Makes batches of jobs, in their order, with `settings.workers` processes (0: in this one).
+class TorchLoader(Generic[Made]):
+    """`make(job)` for each job, in their order, by `workers` processes (None: one per core of this rank; 0: here).
 
-    The workers live until `close`.
+    The processes live until `close`.
     """
 
-    def __init__(self, settings: DataSettings, source: Source, seed: int) -> None:
-        workers = default_workers() if settings.workers is None else settings.workers
+    def __init__(self, make: Callable[[Job], Made], workers: int | None) -> None:
+        workers = default_workers() if workers is None else workers
         self._jobs = _Jobs()
-        self._running: Generator[Batch, None, None] | None = None
+        self._running: Generator[Made, None, None] | None = None
         self._loader: DataLoader | None = DataLoader(
-            _MicroBatches(settings, source, seed),
+            _MicroBatches(make),
             batch_size=None,
             sampler=self._jobs,
             num_workers=workers,
@@ -47,8 +42,8 @@ class TorchLoader:
             generator=torch.Generator(),
         )
 
-    def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
-        """The batches of `jobs` in their order; an earlier run that is not done ends. Raises DataError."""
+    def batches(self, jobs: Iterable[Job]) -> Iterator[Made]:
+        """What is made of `jobs`, in their order; an earlier run that is not done ends. Raises DataError."""
         if self._loader is None:
             raise ValueError("the loader is closed")
         if self._running is not None:
@@ -64,7 +59,7 @@ class TorchLoader:
         # The workers end with the last reference to the DataLoader, so no frame of an error may hold one.
         self._running = self._loader = None
 
-    def _run(self) -> Generator[Batch, None, None]:
+    def _run(self) -> Generator[Made, None, None]:
         try:
             for made in self._iterator():
                 if isinstance(made, DataError):
@@ -80,7 +75,7 @@ class TorchLoader:
                 f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
             ) from error.with_traceback(None)
 
-    def _iterator(self) -> Iterator[Batch | DataError]:
+    def _iterator(self) -> Iterator[Made | DataError]:
         """The DataLoader's iterator, without torch's SIGCHLD handler: that one raises a worker's death wherever
         the main thread is (in the middle of a save, say); the next batch notices it too, within seconds."""
         assert self._loader is not None
@@ -93,10 +88,16 @@ class TorchLoader:
 
 
 def default_workers() -> int:
-    """Cores that this rank may use: of its affinity or of SLURM's share, over the ranks of the node."""
+    """Cores that this rank may use: of its affinity and of what SLURM allots, over the ranks that share them."""
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or "1"
+    tasks = int(re.split("[(,]", per_node)[0])  # 8(x4),2 where nodes differ.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
     cores = len(os.sched_getaffinity(0))
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    of_task = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    shares = [of_task // max(1, ranks // tasks)]
+    if "SLURM_CPUS_ON_NODE" in os.environ:
+        shares.append(int(os.environ["SLURM_CPUS_ON_NODE"]) // ranks)
+    return max(1, min(shares))
 
 
 class _Jobs(Sampler[Job]):
@@ -111,54 +112,17 @@ class _Jobs(Sampler[Job]):
         return iter(self.jobs)
 
 
-class _MicroBatches(Dataset[Batch | DataError]):
-    """A job's micro-batch; what stops the run comes back as a value: torch would bury it in a traceback."""
+class _MicroBatches(Dataset[Any]):
+    """What is made of a job; what stops the run comes back as a value: torch would bury it in a traceback."""
 
-    def __init__(self, settings: DataSettings, source: Source, seed: int) -> None:
-        self.settings, self.source, self.seed = settings, source, seed
+    def __init__(self, make: Callable[[Job], Any]) -> None:
+        self.make = make
 
-    def __getitem__(self, job: Job) -> Batch | DataError:
+    def __getitem__(self, job: Job) -> Any:
         try:
-            return make_batch(self.settings, self.source, self.seed, job)
+            return self.make(job)
         except DataError as error:
             return error
-
-
-def make_batch(settings: DataSettings, source: Source, seed: int, job: Job) -> Batch:
-    """Reads, decodes and cuts the samples of a job. Raises DataError where one cannot even be replaced."""
-    size, scale = settings.size_hw, settings.crop_scale
-    sample_ids = torch.tensor(job.ids)
-    mirrored = flips(seed, job.epoch, sample_ids).tolist() if settings.flip else [False] * len(job.ids)
-    windows: list[Callable[[int, int], Window]] = [partial(centre_window, size=size)] * len(job.ids)
-    if scale is not None:
-        drawn = crop_words(seed, job.epoch, sample_ids).tolist()
-        windows = [partial(random_window, row, scale=scale) for row in drawn]
-    images = torch.empty((len(job.ids), *size, 3), dtype=torch.uint8)
-    pixels, source_ids = images.numpy(), sample_ids.clone()
-    bad: list[BadSample] = []
-    for slot, (sample_id, window, flip) in enumerate(zip(job.ids.tolist(), windows, mirrored)):
-        for candidate in _chain(seed, job.epoch, sample_id, len(source)):
-            try:
-                data = source.read(candidate)
-                pixels[slot] = decode(data, window, size, max_pixels=settings.max_pixels, flip=flip)
-                source_ids[slot] = candidate
-                break
-            except (BadImage, OSError) as error:
-                bad.append(BadSample(candidate, source.path(candidate), why(error)))
-        else:
-            tried = "\n".join(f"  {path}: {reason}" for _, path, reason in bad[-5:])
-            raise DataError(
-                f"sample {sample_id} of {source.name} cannot be read, nor any of {_REPLACEMENTS} samples "
-                f"tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
-            )
-    return Batch(images, sample_ids, source_ids, job.epoch, job.step, bad)
-
-
-def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
-    """The slot's own sample, then those that take its place, drawn from its stream."""
-    yield sample_id % n
-    for word in words(seed, Purpose.REPLACEMENT, epoch, torch.tensor([sample_id]), _REPLACEMENTS)[0].tolist():
-        yield below(word, n)
 
 
 def _as_is(made: Any) -> Any:
@@ -173,6 +137,9 @@ class _Guard:
         self.parent = parent
 
     def __call__(self, worker: int) -> None:
+        # What the parent left as garbage is not to end here: a pipeline of DALI's would wait for threads that a fork
+        # does not copy.
+        gc.freeze()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=self._watch, daemon=True).start()

@@ -2,56 +2,186 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol
+from importlib.util import find_spec
+from itertools import chain
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
+from mimae import distributed
 from mimae.adamw import IMPLEMENTATIONS
 from mimae.errors import UserError
 from mimae.model import MIMAE, attention
 from mimae.objective import Losses
-from mimae.optimizer import StepResult
+from mimae.optimizer import Optimizer, StepResult
+from mimae.randomness import Part
 from mimae.settings import Section
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
 
 Compile = Literal["auto", "on", "graphs", "off"]
-"""torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA."""
+"""torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA, but for engine.kind=zero3."""
 
 
 class EngineSettings(Section):
-    """How the model is spread over ranks."""
+    """How the model is spread over ranks. Weights do not depend on it, but for rounding: a run may change it."""
 
-    kind: Literal["ddp"] = Field("ddp", description="ddp: every rank holds the whole model")
+    kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "ddp",
+        description="ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer are spread (torch); "
+        "zero1, zero2, zero3: the optimizer, gradients too, weights too (DeepSpeed)",
+    )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="fsdp: groups of ranks with the whole model in each, spread inside (HSDP); as many as nodes keep "
+        "the gathering of weights inside a node",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: the optimizer lives in host memory; fsdp, zero3: weights too"
+    )
+
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> EngineSettings:
+        if self.replicas > 1 and self.kind != "fsdp":
+            raise ValueError(f"replicas is a setting of kind=fsdp, not of kind={self.kind}")
+        if self.offload != "none" and self.kind == "ddp":
+            raise ValueError("offload needs a kind that spreads the optimizer: fsdp, zero1, zero2 or zero3")
+        return self
 
 
-class Engine(Protocol):
-    """One model on all ranks. A group of one rank takes the same path."""
+class Engine(ABC):
+    """One model on all ranks, its optimizer and its average. A group of one rank takes the same path.
 
-    model: MIMAE
-    """The model itself, for evaluation on this rank alone."""
+    Of each parameter a rank keeps one part (`Part`), contiguous in the flattened whole and named by the parameter;
+    optimizer and average work on parts. States are whole tensors by name, so that one engine reads what another wrote.
+    """
+
+    is_spread: bool
+    """Whether a forward of `model` is a collective, in which every rank has to take part."""
+
+    parts: dict[str, Part]
+    """Of every parameter, by name."""
+
+    group: distributed.Group | None = None
+    """The ranks that together hold each parameter; None: all of them."""
+
+    def __init__(self, model: MIMAE, recipe: Recipe, device: torch.device, views: int) -> None:
+        """Takes over a `model` on the meta device, which gets the initial weights of the recipe's seed.
+
+        Needs an initialised process group, of one rank too. In this order blocks are checkpointed (by the model, around
+        each call), compiled, sharded. `views`: images x masks of the global batch.
+        """
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        # No weight is used twice in a forward: the cache would only keep a second copy of all of them. Autocast lies
+        # inside of what wraps the model, which then cannot switch it off.
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False)
+        model.forward = autocast(model.forward)  # type: ignore[method-assign]
+        # Not with zero3: see `check_machine`.
+        shape_model(model, "off" if recipe.engine.kind == "zero3" else recipe.compile, device)
+        self.model = model
+        self.module, self.optimizer = self._shard(recipe, device, views)
+        self.ema_decay = recipe.ema.decay
+        self.ema = {n: p.values.detach().clone() for n, p in self.parts.items()} if recipe.ema.decay else {}
+
+    @abstractmethod
+    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+        """Spreads `model` in place, fills it and sets `parts`; returns what forward calls, and the optimizer."""
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
         """One micro-batch of this rank, in the run's precision."""
+        return self.module(images, visible, targets)
 
+    @abstractmethod
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around one micro-batch: gradients are reduced over ranks with the last one only."""
+        """Around one micro-batch; the last one ends the reduction of gradients over ranks."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` to the accumulated one."""
+        loss.backward()
 
     def step(self, factor: float) -> StepResult:
         """Optimizer step at `factor` of the peak learning rates, and the average of weights."""
+        result = self._update(factor)
+        if self.ema_decay is not None:
+            averages = list(self.ema.values())
+            with torch.no_grad():
+                moves = torch._foreach_sub([part.values for part in self.parts.values()], averages)
+                torch._foreach_mul_(moves, (1 - self.ema_decay) * (1 - result.skipped))
+                torch._foreach_add_(averages, moves)
+        return result
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors by section (model, optimizer, ema) and name."""
+        """Whole tensors by section (model, optimizer, ema) and name, on the main rank's host; nothing elsewhere. A
+        collective: on the devices one tensor at a time is whole."""
+        sections: dict[str, Iterator[tuple[str, Tensor]]] = {
+            "model": chain(self._buffers().items(), self._wholes({n: p.values for n, p in self.parts.items()})),
+            "optimizer": self._optimizer_state(),
+            "ema": self._wholes(self.ema),
+        }
+        state: dict[str, dict[str, Tensor]] = {}
+        for section, tensors in sections.items():
+            for name, tensor in tensors:
+                if distributed.rank() == 0:
+                    state.setdefault(section, {})[name] = tensor.detach().cpu()
+        return state
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, on every rank with the whole state. Raises KeyError for what is missing."""
+        for name, buffer in self._buffers().items():
+            buffer.copy_(state["model"][name])
+        for name, part in self.parts.items():
+            part.values.copy_(part.of(state["model"][name]))
+        self._load_optimizer_state(state["optimizer"])
+        for name, average in self.ema.items():
+            average.copy_(self.parts[name].of(state["ema"][name]))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that are state, the same on every rank."""
+        kept = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+
+    def _wholes(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The whole tensors of what ranks hold in parts: weights, moments or averages by the parameter's name."""
+        for name, part_values in values.items():
+            yield name, self._gather(self.parts[name], part_values)
+
+    def _gather(self, part: Part, values: Tensor) -> Tensor:
+        """The whole of `values`, which are laid out as `part` is: the parts of all ranks side by side."""
+        whole = values.new_zeros(part.shape.numel())
+        whole[part.start : part.start + values.numel()] = values.flatten()
+        return distributed.all_sum(whole, self.group).view(part.shape)
+
+    def _whole_norms(self, norms: Tensor) -> Tensor:
+        """Norms of this rank's parts, stacked, -> those of the whole tensors."""
+        return distributed.all_sum(norms.square(), self.group).sqrt()
+
+    def _update(self, factor: float) -> StepResult:
+        """The optimizer's step, and gradients set to zero."""
+        return self.optimizer.step(factor)
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, whole."""
+        for key, values in self.optimizer.state_dict().items():
+            yield key, self._gather(self.parts[_owner(key)], values) if values.ndim else values
+
+    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `_optimizer_state`."""
+        self.optimizer.load_state_dict(
+            {key: self.parts[_owner(key)].of(value) if value.ndim else value for key, value in tensors.items()}
+        )
+
+
+def _owner(key: str) -> str:
+    """The parameter that an entry of the optimizer's state belongs to."""
+    return key.partition(".")[2]
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
@@ -59,15 +189,41 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
     model, decoder = recipe.model, recipe.decoder
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     heads = {model.width // model.heads, decoder.width // decoder.heads}
-    graphs = recipe.compile == "graphs" and device.type != "cuda"
     obstacles = {
+        f"engine.kind={recipe.engine.kind}": _obstacle(recipe),
         f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
         f"optimizer.impl={recipe.optimizer.impl}": IMPLEMENTATIONS[recipe.optimizer.impl].obstacle(device),
-        f"compile={recipe.compile}": "CUDA graphs need a CUDA device" if graphs else None,
+        f"compile={recipe.compile}": _compile_obstacle(recipe, device),
     }
     told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
     if told:
-        raise UserError("\n".join([*told, "auto runs everywhere"]))
+        raise UserError("\n".join([*told, "auto runs everywhere, as engine.kind=ddp does"]))
+
+
+def _compile_obstacle(recipe: Recipe, device: torch.device) -> str | None:
+    if recipe.engine.kind == "zero3" and recipe.compile in ("on", "graphs"):
+        return "DeepSpeed gathers weights inside of the blocks, which tears apart what is compiled; fsdp does not"
+    if recipe.compile != "graphs":
+        return None
+    if device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    return "CUDA graphs need weights that stay in place; fsdp gathers them" if recipe.engine.kind == "fsdp" else None
+
+
+def _obstacle(recipe: Recipe) -> str | None:
+    """Why the recipe's engine cannot run here or on as many ranks, in words; None where it can."""
+    engine, ranks = recipe.engine, distributed.world_size()
+    if ranks % engine.replicas:
+        return f"engine.replicas={engine.replicas} does not divide the {ranks} ranks of the run"
+    if engine.offload == "cpu" and recipe.optimizer.impl == "apex":
+        return "apex's AdamW steps on the GPU, and engine.offload=cpu keeps weights on the host"
+    if not engine.kind.startswith("zero"):
+        return None
+    if find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed: pip install 'mimae[deepspeed]'"
+    if recipe.optimizer.impl not in ("auto", "torch"):
+        return f"DeepSpeed steps torch's AdamW here, not optimizer.impl={recipe.optimizer.impl}"
+    return None
 
 
 def compiles(setting: Compile, device: torch.device) -> bool:
@@ -75,9 +231,9 @@ def compiles(setting: Compile, device: torch.device) -> bool:
     return setting in ("on", "graphs") or (setting == "auto" and device.type == "cuda")
 
 
-def shape_model(model: MIMAE, setting: Compile) -> None:
+def shape_model(model: MIMAE, setting: Compile, device: torch.device) -> None:
     """Compiles each transformer block in place; before sharding, after checkpointing (which wraps the call)."""
-    if not compiles(setting, model.encoder.mean.device):
+    if not compiles(setting, device):
         return
     mode = "reduce-overhead" if setting == "graphs" else None
     for block in (*model.encoder.blocks, *model.decoder.blocks):

@@ -46,11 +46,20 @@ class MIMAE(nn.Module):
         """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""
         return self.decoder(self.encoder(images, visible), visible, targets)
 
+    def features(self, images: Tensor) -> Tensor:
+        """See `Encoder.features`."""
+        return self.encoder.features(images)
+
+
+def outline(recipe: Recipe) -> MIMAE:
+    """The model of a recipe on the meta device: shapes and constants, no weights."""
+    with torch.device("meta"):
+        return MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
+
 
 def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
     """The model of a recipe with the initial weights of its seed, on `device`."""
-    with torch.device("meta"):
-        model = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
+    model = outline(recipe)
     materialise(model, device)
     initialise(model, recipe.seed)
     return model

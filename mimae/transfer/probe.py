@@ -29,7 +29,7 @@ from mimae import config
 from mimae.checkpoint import write_atomically
 from mimae.data import DataSettings, Source, evaluation_batches, open_source
 from mimae.errors import UserError
-from mimae.model import Encoder, build
+from mimae.model import MIMAE, Encoder, build
 from mimae.transfer.export import load_encoder
 
 MEASURES = ("linear", "few_labels", "knn")
@@ -301,11 +301,11 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(train_labels), torch.from_numpy(np.searchsorted(known, keys[1])), len(known)
 
 
-def knn_accuracy(encoder: Encoder, data: DataSettings, train: Source, test: Source, limit: int) -> float:
+def knn_accuracy(encoder: Encoder | MIMAE, data: DataSettings, train: Source, test: Source, limit: int) -> float:
     """-> nearest-neighbour accuracy of the encoder as it is, on class-balanced subsets of at most `limit`
     images of each source: cheap enough to follow a run with. Raises UserError where labels are missing."""
     *labels, classes = shared_labels(train, test)
-    device = next(encoder.parameters()).device
+    device = next(encoder.buffers()).device
     sides = []
     for source, known in zip((train, test), labels, strict=True):
         features, ids = extract(

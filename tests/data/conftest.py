@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from mimae.data import DataSettings, Loader, Source, make_loader
+from mimae.data.dali_loader import DaliGpuLoader
+
+LOADERS = ("torch", "dali_cpu", "dali_gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +53,15 @@ def settle(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         status = os.stat(path)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 3_600_000_000_000))
+
+
+def loader_on_cpu(
+    name: str, settings: DataSettings, source: Source, *, seed: int, batch_size: int, **plan: int
+) -> Loader:
+    """The loader called `name`; of dali_gpu the same class and pipeline, on the CPU."""
+    if name != "dali_gpu":
+        named = settings.model_copy(update={"loader": name})
+        return make_loader(named, source, seed=seed, batch_size=batch_size, **plan)
+    like = loader_on_cpu("torch", settings, source, seed=seed, batch_size=batch_size, **plan)
+    backend = DaliGpuLoader(settings, source, seed, torch.device("cpu"))
+    return Loader(like.plan, backend, like._order)

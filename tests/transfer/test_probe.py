@@ -295,7 +295,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "run": {"dir": str(folder / "run")},
             "data": {
                 "path": str(folder / "train"), "val_path": str(folder / "test"),
-                "image_size": 8, "workers": 0,
+                "image_size": 8, "workers": 0, "loader": "torch",
             },
             "model": {"patch_size": 2, "width": 16, "depth": 1, "heads": 2},
             "decoder": {"width": 8, "depth": 1, "heads": 1},

@@ -1,0 +1,82 @@
+"""Weights, gradients and optimizer spread over ranks by torch's FSDP2; a block is whole only while it computes.
+
+Weights are gathered, and gradients reduced, in fp32, and autocast computes in bf16, as under DDP: a mixed-precision
+policy would round the weights of the norms too, which autocast leaves as they are. Without model.checkpointing autograd
+keeps the bf16 copy of each block's weights until its backward, so a model that is spread for want of memory wants both.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from mimae import distributed
+from mimae.engines.base import Engine
+from mimae.optimizer import Optimizer, StepResult
+from mimae.randomness import Part, initialise, materialise
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+
+class FSDPEngine(Engine):
+    """See `engines.base.Engine`. A rank's part of a parameter is some of its rows, in the order of ranks; with
+    replicas each group of neighbouring ranks has all of them.
+
+    Gradients are reduced with every micro-batch, inside a replica, so that no rank holds whole ones; across replicas
+    with the last one only.
+    """
+
+    is_spread = True
+
+    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+        replicas = recipe.engine.replicas
+        shape = (replicas, distributed.world_size() // replicas)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self.group = mesh.get_group("shard")
+        is_offloaded = recipe.engine.offload == "cpu"
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()
+        for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):
+            fully_shard(module, mesh=mesh if replicas > 1 else mesh["shard"], offload_policy=offload)
+        # The root's other forwards, of evaluation: its own weights are gathered for them too.
+        for method in ("predict", "features"):
+            register_fsdp_forward_method(self.model, method)
+        materialise(self.model, "cpu" if is_offloaded else device)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.to(device)
+        self.parts = {name: _rows(p, mesh["shard"]) for name, p in self.model.named_parameters()}
+        initialise(self.model, recipe.seed, self.parts)
+        return self.model, Optimizer(self.parts, recipe.optimizer, views, self._whole_norms)
+
+    def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_all_reduce(is_last)
+        return nullcontext()
+
+    def _update(self, factor: float) -> StepResult:
+        for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter.grad, DTensor)
+            self.parts[name].values.grad = parameter.grad.to_local()
+            parameter.grad = None
+        return self.optimizer.step(factor)
+
+
+def _rows(parameter: nn.Parameter, mesh: DeviceMesh) -> Part:
+    """FSDP2 gives each rank of the mesh ceil(rows / ranks) of the rows, and the last ones what is left."""
+    assert isinstance(parameter, DTensor)
+    shape = parameter.shape
+    start = mesh.get_local_rank() * -(-shape[0] // mesh.size()) * shape[1:].numel()
+    with torch.no_grad():
+        return Part(parameter.to_local(), start, shape)

@@ -1,0 +1,208 @@
+"""ZeRO of DeepSpeed: the optimizer (stage 1), gradients (2) and weights (3) spread over ranks.
+
+Its configuration follows from the recipe. DeepSpeed steps torch's AdamW on flat fp32 partitions, one or more for each
+group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step whose gradient is
+not finite is left out by DeepSpeed, for which the host reads the norm in every step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimae import distributed
+from mimae.engines.base import Engine
+from mimae.optimizer import Optimizer, StepResult
+from mimae.randomness import Part, initialise, materialise
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Place(NamedTuple):
+    """Where this rank's part of a parameter lies: elements of one of its flat partitions."""
+
+    flat: Tensor
+    first: int
+    length: int
+
+    def within(self, values: Tensor) -> Tensor:
+        """The part's elements of a tensor that is laid out as the flat partition is."""
+        return values[self.first : self.first + self.length]
+
+
+class ZeroEngine(Engine):
+    """See `engines.base.Engine`. A rank's part of a parameter is what falls into its share of the group (stages 1 and
+    2), or its share of the parameter's elements (stage 3).
+
+    Stages 2 and 3 reduce gradients with every micro-batch, so that no rank holds whole ones, stage 1 with the last.
+    """
+
+    module: Any
+
+    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+        deepspeed = _import(device)
+        self.is_spread = recipe.engine.kind == "zero3"
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        config = _config(recipe, device)
+        # Of the whole model no rank holds more than a block at a time, where weights are spread.
+        for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):
+            materialise(module, device)
+            if self.is_spread:
+                deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        whole = {name: Part(p, 0, shapes[name]) for name, p in self.model.named_parameters()}
+        optimizer = Optimizer(whole, recipe.optimizer, views)
+        optimizer.adamw.optimizer.register_step_pre_hook(_scale)
+        engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.adamw.optimizer, config=config)
+        self.zero: Any = engine.optimizer
+        self.places, self.parts = {}, {}
+        for name, parameter in self.model.named_parameters():
+            place, start = self._find(parameter)
+            self.places[name], self.parts[name] = place, Part(place.within(place.flat.detach()), start, shapes[name])
+        initialise(self.model, recipe.seed, self.parts)
+        self._publish()
+        return engine, optimizer
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Forward reads copies of the partitions: whole ones, or with stage 3 the shares that it gathers."""
+        parameter: Any  # DeepSpeed's, with attributes of its own
+        for name, parameter in self.model.named_parameters():
+            part = self.parts[name]
+            if self.is_spread:
+                parameter.ds_tensor[: part.values.numel()].copy_(part.values)
+            if parameter.shape == part.shape:
+                parameter.copy_(self._gather(part, part.values))
+
+    def _find(self, parameter: Any) -> tuple[_Place, int]:
+        """The place of this rank's part of a parameter, and the part's start in the whole."""
+        if self.is_spread:
+            group, first, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = min(distributed.rank() * count, parameter.ds_numel)
+            return _Place(self.flats[group], first, min(count, parameter.ds_numel - start)), start
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return _Place(self.flats[0], 0, 0), 0
+        inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return _Place(self.flats[mapping.param_group_index], inside.start, inside.numel), whole.start
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """This rank's fp32 partitions."""
+        return self.zero.fp32_partitioned_groups_flat if self.is_spread else self.zero.single_partition_of_fp32_groups
+
+    def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
+        self.module.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss, scale_wrt_gas=False)  # the loop has divided by the micro-batches
+
+    def _update(self, factor: float) -> StepResult:
+        self.optimizer.set_rates(factor)
+        groups = self.optimizer.adamw.optimizer.param_groups
+        squares = {"posterior": 0.0, "main": 0.0}
+        for place, norm in self._norms():
+            # DeepSpeed's norm of what is not finite is -1.
+            squares[_clipped_with(groups[place])] += norm**2 if norm >= 0 else math.nan
+        clip = self.optimizer.settings.clip
+        for group in groups:
+            norm = math.sqrt(squares[_clipped_with(group)])
+            group["scale"] = 1.0 if clip is None else min(clip / (norm + 1e-6), 1.0)
+        self.module.step()
+        # Beside the parts, which may be on the host: the average of weights reads it there.
+        result = torch.tensor([math.sqrt(squares["main"]), float(self.zero.overflow)], device=self.flats[0].device)
+        return StepResult(result[0], result[1])
+
+    def _norms(self) -> Iterator[tuple[int, float]]:
+        """(parameter group, norm of a partition's gradient over all ranks) of each partition."""
+        zero = self.zero
+        if self.is_spread:
+            yield from zip(zero.sub_group_to_group_id.values(), map(float, zero._get_norm_groups()), strict=True)
+            return
+        for group, parameters in enumerate(zero.params_in_partition):
+            if zero.cpu_offload:
+                norm = zero.complete_grad_norm_calculation_for_cpu_offload(parameters)
+            else:
+                norm = zero.get_grad_norm_direct(zero.averaged_gradients[group], parameters)
+            yield group, float(norm)
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        states = self.optimizer.adamw.optimizer.state
+        # Partitions step together; a rank without a share of one has no count of its own.
+        steps = [states[flat]["step"] for flat in self.flats if flat in states]
+        for name, place in self.places.items():
+            if steps:
+                yield f"step.{name}", steps[0].clone()
+                for kind in _MOMENTS:
+                    yield f"{kind}.{name}", self._gather(self.parts[name], place.within(states[place.flat][kind]))
+
+    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        states = self.optimizer.adamw.optimizer.state
+        for flat in self.flats:
+            states[flat] = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
+        for name, place in self.places.items():
+            state = states[place.flat]
+            # torch keeps the count of its fused kernels beside the weights.
+            state["step"] = tensors[f"step.{name}"].to(place.flat.device, copy=True)
+            for kind in _MOMENTS:
+                place.within(state[kind]).copy_(self.parts[name].of(tensors[f"{kind}.{name}"]))
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        super().load_state_dict(state)
+        self._publish()
+
+
+def _clipped_with(group: Mapping[str, Any]) -> str:
+    """V is clipped apart from the rest."""
+    return "posterior" if group["name"] == "posterior" else "main"
+
+
+def _scale(adamw: torch.optim.Optimizer, *_: object) -> None:
+    """Clips the gradients of the group that DeepSpeed is about to step."""
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(group["scale"])
+
+
+def _config(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's own settings."""
+    stage = int(recipe.engine.kind.removeprefix("zero"))
+    spread: dict[str, Any] = {"stage": stage}
+    if recipe.engine.offload == "cpu":
+        place = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        spread |= {"offload_optimizer": place} | ({"offload_param": place} if stage == 3 else {})
+    accumulate = recipe.schedule.accumulate
+    return {
+        "train_micro_batch_size_per_gpu": recipe.schedule.batch_size // (accumulate * distributed.world_size()),
+        "gradient_accumulation_steps": accumulate,
+        "zero_optimization": spread,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**62,
+    }
+
+
+def _import(device: torch.device) -> Any:
+    """DeepSpeed, quiet and building nothing."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed = import_module("deepspeed")
+    import_module("deepspeed.utils").logger.setLevel(logging.ERROR)
+    # It calls torch's collectives by the names they had before torch 2.14.
+    warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Its collectives in shared memory are compiled at the first start, silently and for minutes; gloo has the same.
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

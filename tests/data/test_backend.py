@@ -1,0 +1,65 @@
+"""Which loader can run, what is said where it cannot, and which one `auto` is."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimae.data import DataError, DataSettings, fastest, open_source
+from mimae.data import backend as backends
+from mimae.data.backend import OBSTACLES, make_backend
+from tests.data.conftest import encoded, photograph
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(photograph(i, 40, 60), "JPEG"))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def refuse(name: str, *given: Any, **more: Any) -> Any:
+        if name.startswith("nvidia.dali"):
+            raise ModuleNotFoundError("No module named 'nvidia.dali'")
+        return original(name, *given, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def test_a_loader_that_cannot_run_says_why_and_what_to_do(images: str, no_dali: None) -> None:
+    for name in ("dali_cpu", "dali_gpu"):
+        settings = DataSettings(image_size=8, workers=0, loader=name)
+        remedy = r"pip install 'mimae\[dali\]'" if name == "dali_cpu" or torch.cuda.is_available() else "no CUDA device"
+        with pytest.raises(DataError, match=f"data.loader={name} cannot run here: .*{remedy}"):
+            make_backend(settings, open_source(images), 0)
+
+
+def test_where_one_can_run_nothing_is_measured(images: str, no_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_rate", None)
+    assert fastest(DataSettings(), open_source(images), 0, 4) == ("torch", {})
+
+
+def test_the_fastest_by_its_rate(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured for real, then with a loader that each batch holds up: the other one is taken."""
+    monkeypatch.setattr(backends, "SECONDS", 0.2)
+    settings, source = DataSettings(image_size=8, workers=0), open_source(images)
+    can_run = {name for name, obstacle in OBSTACLES.items() if obstacle(backends._device()) is None}
+    choice = fastest(settings, source, 0, 4)
+    assert choice.rates.keys() == can_run and min(choice.rates.values()) > 0
+    assert choice.rates[choice.loader] == max(choice.rates.values())
+
+    for slow in can_run:
+        rate = backends._rate
+        monkeypatch.setattr(
+            backends, "_rate", lambda settings, *given, slow=slow: 1.0 if settings.loader == slow else 2.0
+        )
+        assert fastest(settings, source, 0, 4).loader != slow
+        monkeypatch.setattr(backends, "_rate", rate)

@@ -1,0 +1,327 @@
+"""Every engine against one process: losses, gradients after its own reduction, weights, averages, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mimae import config, distributed, masking, objective
+from mimae.engines import Engine, ZeroEngine, base, check_machine, make_engine
+from mimae.errors import UserError
+from mimae.objective import InfoNCE, Losses
+from tests.ranks import run_ranks
+
+STEPS = 20
+BATCH, ACCUMULATE = 24, 2  # micro-batches of 12 images, which 2 and 4 ranks share with more than one on each
+GRADIENT = 1e-5  # of each tensor's norm, fp32: sums in another order
+WEIGHTS = 5e-5  # of each tensor's norm: AdamW makes steps of one size of the smallest gradients too, 20 times
+
+
+def recipe(*overrides: str) -> config.Recipe:
+    """Everything that an engine could break: V, a gate that opens at step 1, a learned temperature, the projector,
+    accumulation, an average, and a clipping norm that both clipped groups exceed at first.
+
+    No size is divisible by 2 and 3 ranks alike: width 20, 5 hidden units of V, 1 temperature.
+    """
+    tree = {
+        "precision": "fp32",
+        "data": {"image_size": [8, 12]},
+        "masking": {"num_masks": 3, "ratio": 2 / 3},
+        "model": {"patch_size": 4, "width": 20, "depth": 2, "heads": 2},
+        "decoder": {"width": 8, "depth": 2, "heads": 2},
+        "objective": {
+            "max_mi": 0.3,
+            "min_mi": 0.7,
+            "temperature": 0.2,
+            "learn_temperature": True,
+            "projector": "mlp",
+            "posterior_width": 5,
+            "gate_loss": 5.0,
+        },
+        "optimizer": {"learning_rate": 0.02, "clip": 0.1},
+        "schedule": {"batch_size": BATCH, "accumulate": ACCUMULATE, "epochs": 1, "warmup_epochs": 0},
+        "ema": {"decay": 0.8},
+    }
+    return config.load(tree, overrides).recipe
+
+
+def micro_batches(settings: config.Recipe, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share of the micro-batches of a step; the global ones are the same for any number of ranks."""
+    images = torch.randint(0, 256, (BATCH, 8, 12, 3), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+    ids = torch.arange(BATCH) + BATCH * step
+    for part in torch.arange(BATCH).chunk(ACCUMULATE):
+        mine = part.chunk(distributed.world_size())[distributed.rank()]
+        yield images[mine], *masking.draw(settings.masking, 0, 0, ids[mine], 6)
+
+
+def backward(engine: Engine, settings: config.Recipe, step: int, scale: float = 1.0) -> Losses:
+    for i, batch in enumerate(micro_batches(settings, step)):
+        with engine.accumulate(is_last=i == ACCUMULATE - 1):
+            losses = engine.forward(*batch)
+            engine.backward(scale * losses.loss / ACCUMULATE)
+    return losses
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    """Whole gradients after the reduction."""
+    found = {}
+    for name, parameter in engine.model.named_parameters():
+        grad: Any = parameter.grad
+        if isinstance(engine, ZeroEngine):
+            grad = import_module("deepspeed.utils").safe_get_full_grad(parameter)
+        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+    return found
+
+
+def train(engine: Engine, settings: config.Recipe, steps: range) -> tuple[list[float], list[float]]:
+    """Losses and norms of the gradient."""
+    losses, norms = [], []
+    for step in steps:
+        out = backward(engine, settings, step)
+        norms.append(engine.step(1 - step / STEPS).grad_norm.item())
+        engine.model.objective.gate.update(out.rec)
+        losses.append(out.total.item())
+    return losses, norms
+
+
+def evaluate(engine: Engine, settings: config.Recipe) -> list[Tensor]:
+    """Predictions and features of the same images on every rank, as the loop has them: alone where that is possible."""
+    images = torch.randint(0, 256, (3, 8, 12, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
+    visible, hidden = masking.draw(settings.masking, 0, 0, torch.arange(3), 6)
+    if distributed.rank() > 0 and not engine.is_spread:
+        return []
+    engine.model.eval()
+    with torch.no_grad():
+        found = [engine.model.predict(images, visible, hidden), engine.model.features(images)]
+    engine.model.train()
+    return found
+
+
+@contextmanager
+def without_the_factor() -> Iterator[None]:
+    """The mistake that the comparison has to see: InfoNCE's gradient without its factor W."""
+    whole = InfoNCE.backward
+    ranks = distributed.world_size()
+    wrong = staticmethod(lambda ctx, grad: tuple(g / ranks for g in whole(ctx, grad)))
+    try:
+        vars(objective)["InfoNCE"].backward = wrong
+        yield
+    finally:
+        vars(objective)["InfoNCE"].backward = staticmethod(whole)
+
+
+def saved(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """The state as it is now; 0 for the gate's average before the first step."""
+    state = engine.state_dict()
+    return {section: {n: t.nan_to_num().clone() for n, t in tensors.items()} for section, tensors in state.items()}
+
+
+def first_gradients(settings: config.Recipe) -> dict[str, Tensor]:
+    """Of the first step, with the gate open."""
+    engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
+    engine.model.objective.gate.weight.fill_(1.0)
+    backward(engine, settings, 0)
+    return gradients(engine)
+
+
+def everything(overrides: list[str]) -> dict[str, Any]:
+    """All that is compared, from engines on this rank."""
+    settings = recipe(*overrides)
+    with without_the_factor():
+        found: dict[str, Any] = {"gradients without the factor": first_gradients(settings)}
+    found["gradients"] = first_gradients(settings)
+    engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
+    found["start"] = saved(engine)
+    found["losses"], found["norms"] = train(engine, settings, range(STEPS // 2))
+    found["evaluation"] = evaluate(engine, settings)
+    for key, values in zip(("losses", "norms"), train(engine, settings, range(STEPS // 2, STEPS)), strict=True):
+        found[key] += values
+    found["end"] = saved(engine)
+    # One rank alone has a gradient that is not finite: all leave the step out.
+    backward(engine, settings, STEPS, scale=float("nan") if distributed.rank() == 0 else 1.0)
+    found["skipped"] = engine.step(1.0).skipped.item()
+    found["after the skipped step"] = saved(engine)
+    return found
+
+
+def every_engine(kinds: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    return {kind: everything(overrides) for kind, overrides in kinds.items()}
+
+
+KINDS = {
+    "fsdp": ["engine.kind=fsdp"],
+    "zero2": ["engine.kind=zero2"],
+    "zero3": ["engine.kind=zero3"],
+}
+SLOW_KINDS = {
+    "ddp": ["engine.kind=ddp"],
+    "zero1": ["engine.kind=zero1"],
+    "fsdp, offload": ["engine.kind=fsdp", "engine.offload=cpu"],
+    "zero1, offload": ["engine.kind=zero1", "engine.offload=cpu"],
+    "zero3, offload": ["engine.kind=zero3", "engine.offload=cpu"],
+    "fsdp, checkpointing": ["engine.kind=fsdp", "model.checkpointing=true"],
+    "zero3, checkpointing": ["engine.kind=zero3", "model.checkpointing=true"],
+}
+FOUR_RANKS = {"fsdp, replicas": ["engine.kind=fsdp", "engine.replicas=2"], "zero3": ["engine.kind=zero3"]}
+
+Results = list[dict[str, dict[str, Any]]]
+"""By rank and engine. Processes take longer to start than engines to run, so all are compared in the same ones."""
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    distributed.setup()
+    try:
+        return everything(["engine.kind=ddp"])
+    finally:
+        distributed.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks(2, tmp_path_factory.mktemp("two"), every_engine, KINDS)
+
+
+@pytest.fixture(scope="module")
+def two_slow(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks(2, tmp_path_factory.mktemp("two"), every_engine, SLOW_KINDS)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks(4, tmp_path_factory.mktemp("four"), every_engine, FOUR_RANKS)
+
+
+def apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest relative distance of two tensors of a name.
+
+    The keys' bias is left out: softmax does not see it, so that its gradient is rounding, of which AdamW makes steps.
+    """
+
+    def seen(name: str, tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(3)[::2]) if name.endswith("qkv.bias") and tensor.ndim else tensor
+
+    assert got.keys() == want.keys()
+    assert all(got[name].shape == want[name].shape for name in want)
+    pairs = [(seen(name, got[name]), seen(name, want[name])) for name in want]
+    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def compare(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert all(torch.equal(got["start"]["model"][n], w) for n, w in want["start"]["model"].items())
+    assert apart(got["gradients"], want["gradients"]) < GRADIENT
+    assert apart(got["gradients without the factor"], want["gradients"]) > 100 * GRADIENT
+    assert got["norms"] == pytest.approx(want["norms"], rel=WEIGHTS)
+    assert got["losses"] == pytest.approx(want["losses"], rel=WEIGHTS)
+    for tensor, other in zip(got["evaluation"], want["evaluation"], strict=True):
+        assert (tensor - other).norm() / other.norm() < WEIGHTS
+    for section in ("model", "optimizer", "ema"):
+        assert apart(got["end"][section], want["end"][section]) < WEIGHTS
+        assert apart(got["after the skipped step"][section], got["end"][section]) == 0
+    assert got["skipped"] == 1
+
+
+def compare_ranks(found: Results, kind: str, want: dict[str, Any]) -> None:
+    compare(found[0][kind], want)
+    for rank in found[1:]:
+        assert rank[kind]["losses"] == found[0][kind]["losses"]
+        assert rank[kind]["skipped"] == 1 and not rank[kind]["end"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_as_one(kind: str, one: dict[str, Any], two: Results) -> None:
+    compare_ranks(two, kind, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_two_ranks_train_as_one_in_every_variant(kind: str, one: dict[str, Any], two_slow: Results) -> None:
+    compare_ranks(two_slow, kind, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FOUR_RANKS)
+def test_four_ranks_train_as_one(kind: str, one: dict[str, Any], four: Results) -> None:
+    compare_ranks(four, kind, one)
+
+
+def test_the_run_moves_all_that_it_compares(one: dict[str, Any]) -> None:
+    """Else a comparison could hold of nothing: every weight moves, the gate opens, gradients are clipped."""
+    start, end = one["start"]["model"], one["end"]["model"]
+    assert [n for n in start if torch.equal(start[n], end[n])] == ["encoder.pos_embed"]
+    assert end["objective.gate.weight"] == 1 and start["objective.gate.weight"] == 0
+    assert one["norms"][0] > 0.1
+
+
+def bf16_gradients() -> dict[str, dict[str, Tensor]]:
+    kinds = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    return {kind: first_gradients(recipe(f"engine.kind={kind}", "precision=bf16")) for kind in kinds}
+
+
+@pytest.mark.slow
+def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> None:
+    """Under bf16 another rounding of one weight would be seen: products differ by 1e-3 and more from those in fp32."""
+    found = run_ranks(2, tmp_path, bf16_gradients)[0]
+    for gradient in found.values():
+        assert apart(gradient, found["ddp"]) < GRADIENT
+        assert apart(gradient, one["gradients"]) > 100 * GRADIENT
+
+
+@pytest.mark.slow
+def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    counts, curves = [], []
+    distributed.setup()
+    try:
+        for kind in ("ddp", "fsdp"):
+            torch.compiler.reset()
+            graphs.clear()
+            settings = recipe(f"engine.kind={kind}", "compile=on")
+            curves.append(train(make_engine(settings, torch.device("cpu"), BATCH * 3), settings, range(2))[0])
+            counts.append(len(graphs))
+    finally:
+        distributed.shutdown()
+    assert counts[0] == counts[1] > 0
+    assert curves[0] == pytest.approx(curves[1], rel=GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["engine.replicas=2"], "replicas is a setting of kind=fsdp"),
+        (["engine.offload=cpu"], "offload needs a kind that spreads"),
+    ],
+)
+def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(config.ConfigError, match=told):
+        recipe(*overrides)
+
+
+def test_what_an_engine_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    with pytest.raises(UserError, match=r"engine\.kind=fsdp cannot run .*replicas=2 does not divide the 1 ranks"):
+        check_machine(recipe("engine.kind=fsdp", "engine.replicas=2"), device)
+    for wishes, told in (
+        (["engine.kind=zero3", "compile=on"], "gathers weights inside of the blocks"),
+        (["engine.kind=zero1", "optimizer.impl=deepspeed"], "steps torch's AdamW here"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_machine(recipe(*wishes), device)
+    monkeypatch.setattr(base, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"engine\.kind=zero2 cannot run .*pip install 'mimae\[deepspeed\]'"):
+        check_machine(recipe("engine.kind=zero2"), device)
