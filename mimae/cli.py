@@ -1,7 +1,6 @@
 """The launcher: one command per verb. What a verb needs is imported inside it, so that --help is instant.
 
-Exit codes: 0 done; 2 a mistake of the user's, told without a traceback; 75 saved on a signal (the same
-command goes on); 1 anything else.
+Exit codes: see `errors`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from typing import Annotated
 import typer
 
 from mimae import __version__
-from mimae.errors import UserError
-
-EXIT_MISTAKE = 2
-EXIT_SAVED = 75
+from mimae.errors import EXIT_MISTAKE, UserError
 
 _OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -40,9 +36,7 @@ data = _plain("Data sets: look at them, pack them into shards.")
 app.add_typer(data, name="data")
 
 RecipeArgument = Annotated[str, typer.Argument(help="path or name of a recipe")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,14 +46,20 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def pretrain(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Pretrain by a recipe, or go on with an interrupted run."""
-    import mimae
+def pretrain(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
+    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
+    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+) -> None:
+    """Pretrain by a recipe, or go on with an interrupted run. All GPUs of the machine take part."""
+    from mimae import launch
 
-    outcome = mimae.pretrain(recipe, *(overrides or ()))
-    # torchrun takes any code but 0 for a failure of the worker.
-    if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise typer.Exit(EXIT_SAVED)
+    raise typer.Exit(launch.pretrain(recipe, overrides or (), launch.default_job(ranks, nodes, rendezvous, restarts)))
 
 
 @app.command()
@@ -90,6 +90,7 @@ def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
 
 
 _mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
+_mount(app, "status", "mimae.status", "Where a run stands.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
 _mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")
 _mount(data, "pack", "mimae.data.pack", "Write tar shards of a data set, resized if asked.")
@@ -98,6 +99,8 @@ _mount(bench, "kernels", "mimae.bench.kernels", "Time and memory of every op, be
 _mount(bench, "gpu", "mimae.bench.gpu", "All that needs a GPU, into one file.")
 _mount(bench, "step", "mimae.bench.step", "Speed and memory of a training step, with baselines.")
 _mount(bench, "traffic", "mimae.bench.traffic", "Bytes that the fused ops move, and their machine code; no GPU needed.")
+_mount(bench, "data", "mimae.bench.data", "Images per second of each loader, beside torchvision's and others'.")
+_mount(bench, "soak", "mimae.bench.soak", "A loader for minutes while images go bad at random.")
 _mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the controls of the method.")
 
 

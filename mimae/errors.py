@@ -1,4 +1,11 @@
-"""The error of everything that a person can mend: the launcher prints its text alone and exits with 2."""
+"""The error of everything that a person can mend, and the exit codes of the launcher.
+
+0 done; 2 a mistake of the user's, told without a traceback; 75 saved on a signal (the same command goes on);
+1 anything else.
+"""
+
+EXIT_MISTAKE = 2
+EXIT_SAVED = 75
 
 
 class UserError(ValueError):

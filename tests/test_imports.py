@@ -19,7 +19,8 @@ LAYERS = (
     {"errors", "settings", "randomness", "distributed"},
     {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
     {"recipes", "config", "checkpoint", "guards", "telemetry", "diagnostics", "pictures"},
-    {"loop", "transfer", "plan", "bench", "configs", "doctor", "show"},
+    {"loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status"},
+    {"launch"},
     {"cli"},
     {"__main__"},
 )
