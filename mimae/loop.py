@@ -235,6 +235,7 @@ class _Run:
             if self.is_main:
                 state = {
                     "samples": self.step * self.recipe.schedule.batch_size,
+                    "steps": self.steps,
                     "data": self.source.fingerprint,
                 }
                 checkpoint.save(self.path, self.step, tensors, state, self.recipe.checkpoint.keep)

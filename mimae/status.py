@@ -44,10 +44,14 @@ def _state(run: Path, last: dict[str, Any] | None, saved: str | None) -> str:
     holder = _holder(run / "lock")
     if holder is not None:
         return f"running, process {holder}"
-    step = int(saved.removeprefix("step-")) if saved else 0
-    if last is None or step >= last["step"]:
-        return "not running; the same command begins or goes on, or finds it finished"
-    return f"ended after its last checkpoint; the same command goes on from step {step:,}"
+    if saved is None:
+        return "not running, nothing saved; the same command begins anew"
+    state = json.loads((run / "checkpoints" / saved / "state.json").read_text())
+    if state["step"] >= state["steps"]:
+        return f"finished after {state['steps']:,} steps"
+    lost = last["step"] - state["step"] if last else 0
+    again = f", and repeats the {lost:,} after it" if lost > 0 else ""
+    return f"not running; the same command goes on from step {state['step']:,} of {state['steps']:,}{again}"
 
 
 def _holder(lock: Path) -> str | None:

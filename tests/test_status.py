@@ -1,0 +1,53 @@
+"""What `mimae status` tells of a run at each point of its life."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+import mimae
+from mimae import status
+from mimae.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of four steps, stopped there by the schedule's own limit."""
+    folder = tmp_path_factory.mktemp("status") / "run"
+    settings = {"workers": 0, "loader": "torch", "val_path": None}
+    quiet = {"tensorboard": False, "images_every_epochs": 0, "probe_every_epochs": 0, "log_every_steps": 1}
+    mimae.pretrain(
+        "quickstart", "schedule.batch_size=8", "schedule.max_steps=4", "checkpoint.every_steps=2",
+        run={"dir": str(folder)}, data=settings, telemetry=quiet,
+    )  # fmt: skip
+    return folder
+
+
+def test_a_finished_run(run: Path) -> None:
+    told = status.look(run)
+    assert told["state"] == "finished after 4 steps"
+    assert told["step"].startswith("4, 0.01 epochs, ") and told["saved"].startswith("step-00000004, ")
+    assert "images/s" in told["speed"] and "rec" in told["losses"] and "unreadable" not in told
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
+    (run / "latest").write_text("step-00000002\n")
+    assert "goes on from step 2 of 4, and repeats the 2 after it" in status.look(run)["state"]
+    (run / "bad_samples.jsonl").write_text(json.dumps({"id": 1}) + "\n")
+    assert status.look(run)["unreadable"].startswith("1 samples")
+
+
+def test_a_run_at_work_names_its_process(run: Path) -> None:
+    (run / "lock").write_text("4242")
+    with (run / "lock").open("r") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert status.look(run)["state"] == "running, process 4242"
+    assert "not running" in status.look(run)["state"]
+
+
+def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not the directory of a run"):
+        status.look(tmp_path)
