@@ -160,10 +160,12 @@ setup(
             "deepspeed",
             "transformers",
             "pyarrow",
+            "submitit",
             DALI,
         ],
         "peers": ["transformers", "lightly"],
         "parquet": ["pyarrow"],
         "dali": [DALI],
+        "slurm": ["submitit"],
     },
 )

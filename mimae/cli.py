@@ -90,6 +90,7 @@ def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
 
 
 _mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
+_mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends.")
 _mount(app, "status", "mimae.status", "Where a run stands.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
 _mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")

@@ -21,6 +21,7 @@ LAYERS = (
     {"recipes", "config", "checkpoint", "guards", "telemetry", "diagnostics", "pictures"},
     {"loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status"},
     {"launch"},
+    {"submit"},
     {"cli"},
     {"__main__"},
 )
