@@ -48,13 +48,15 @@ class Damaged:
         draw = random.SystemRandom()  # the same in no two processes, which a fork's generator would be
         if draw.random() >= self._share:
             return data
-        kind = draw.choice(("cut", "empty", "noise", "text", "vanished"))
+        kind = draw.choice(("cut", "empty", "noise", "tables", "text", "vanished"))
         if kind == "vanished":
             raise FileNotFoundError(2, "No such file or directory")
         return {
             "cut": data[: draw.randrange(2, max(3, len(data) - 64))],
             "empty": b"",
             "noise": draw.randbytes(len(data)),
+            # Quantization tables by another name: the header of a JPEG is sound, its decoder fails.
+            "tables": data.replace(b"\xff\xdb", b"\xff\xec"),
             "text": b"<html>404 Not Found</html>",
         }[kind]
 
@@ -62,8 +64,8 @@ class Damaged:
 class Account:
     """What came of each epoch, against what had to come."""
 
-    def __init__(self, steps_per_epoch: int, batch_size: int) -> None:
-        self.expected = steps_per_epoch * batch_size
+    def __init__(self, steps_per_epoch: int, batch_size: int, samples: int) -> None:
+        self.expected, self.samples = steps_per_epoch * batch_size, samples
         self.seen: Counter[int] = Counter()
         self.images = self.replaced = self.lost = self.repeated = self.unnamed = self.epochs = 0
         self.reasons: Counter[str] = Counter()
@@ -71,7 +73,8 @@ class Account:
     def add(self, batch: Batch) -> None:
         """Counts a batch; a slot with another sample's pixels has to have its own sample on the list."""
         named = {bad.id for bad in batch.bad}
-        moved = batch.sample_ids[batch.sample_ids != batch.source_ids].tolist()
+        own = batch.sample_ids % self.samples
+        moved = own[own != batch.source_ids].tolist()
         self.seen.update(batch.sample_ids.tolist())
         self.images += len(batch.sample_ids)
         self.replaced += len(moved)
@@ -99,7 +102,7 @@ def soak(
     while (now := time.perf_counter()) - start < 60 * minutes:
         until = min(now + draw.uniform(0.5, 1.5) * restart_seconds, start + 60 * minutes)
         with closing(make_loader(settings, damaged, seed=0, batch_size=batch_size)) as loader:
-            account = account or Account(loader.steps_per_epoch, batch_size)
+            account = account or Account(loader.steps_per_epoch, batch_size, len(source))
             for batch in _until(loader, epoch, step, until):
                 account.add(batch)
                 epoch, step = batch.epoch, batch.step + 1
@@ -115,7 +118,7 @@ def soak(
         "restarts": restarts,
         "reasons": dict(account.reasons.most_common()),
         "memory_mib": curve,
-        "growth_mib_per_hour": _slope(curve),
+        "quarters_mib": _quarters(curve),
     }
 
 
@@ -129,10 +132,9 @@ def _until(loader: Any, epoch: int, step: int, until: float) -> Iterator[Batch]:
         epoch, step = epoch + 1, 0
 
 
-def _slope(curve: list[tuple[float, float]]) -> float:
-    """MiB per hour, by least squares over the second half, when caches and pools have filled."""
-    seconds, mib = np.array(curve[len(curve) // 2 :]).T
-    return float(np.polyfit(seconds / 3600, mib, 1)[0]) if len(seconds) > 1 else 0.0
+def _quarters(curve: list[tuple[float, float]]) -> list[float]:
+    """MiB in each quarter of the time: medians, since single looks fall on processes that begin and end."""
+    return [float(np.median(part)) for part in np.array_split(np.array(curve)[:, 1], 4) if len(part)]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -176,7 +178,8 @@ def main(
         print(
             f"{name}: {result['images']:,} images in {result['epochs']:,} whole epochs, {result['restarts']} restarts; "
             f"{result['lost']} slots lost, {result['repeated']} repeated, {result['replaced']:,} replaced, "
-            f"{result['unnamed']} of them not named; memory {result['growth_mib_per_hour']:+.0f} MiB/hour",
+            f"{result['unnamed']} of them not named; memory by quarters of the time "
+            f"{', '.join(f'{mib:.0f}' for mib in result['quarters_mib'])} MiB",
             flush=True,
         )
     if out is not None:
