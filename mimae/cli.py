@@ -89,6 +89,12 @@ def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
     parent.command(verb, help=help, context_settings=_OWN_ARGUMENTS)(run)
 
 
+_mount(
+    app,
+    "plan",
+    "mimae.plan.advice",
+    "What a recipe needs on so many GPUs, and the engine to take.",
+)
 _mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
 _mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends.")
 _mount(app, "status", "mimae.status", "Where a run stands.")

@@ -85,7 +85,7 @@ class Resolved:
     origins: dict[str, str]
 
 
-_SIZED = {f"model.{name}" for name in SIZES["base"]}
+_SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 

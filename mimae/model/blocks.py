@@ -46,14 +46,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block as MAE and timm's ViT have them: biased qkv, MLP of 4 x width, GELU."""
+    """A pre-norm block as MAE and timm's ViT have them: biased qkv, an MLP of width `mlp` (4 x width), GELU."""
 
-    def __init__(self, width: int, heads: int, backend: str) -> None:
+    def __init__(self, width: int, heads: int, backend: str, mlp: int | None = None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, backend)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width)
+        self.mlp = Mlp(width, mlp or 4 * width)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """tokens (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""

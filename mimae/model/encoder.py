@@ -21,17 +21,24 @@ SIZES = {
     "base": {"patch_size": 16, "width": 768, "depth": 12, "heads": 12},
     "large": {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
     "huge": {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16},
+    "giant": {"patch_size": 14, "width": 1408, "depth": 40, "heads": 16, "mlp_width": 6144},
+    "gigantic": {"patch_size": 14, "width": 1664, "depth": 48, "heads": 16, "mlp_width": 8192},
 }
 
 
 class ModelSettings(Section):
-    """The encoder. `size` gives the four numbers below it; each can be set alone, beside `size` or after it."""
+    """The encoder. `size` gives the numbers below it; each can be set alone, beside `size` or after it."""
 
-    size: Literal["tiny", "small", "base", "large", "huge"] = Field("base", description="named ViT size")
+    size: Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"] = Field(
+        "base", description="named ViT size"
+    )
     patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
     width: int = Field(768, ge=4, description="encoder width (default: the size's)")
     depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
     heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
+    mlp_width: int | None = Field(
+        None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
+    )
     attention: Literal["auto", "sdpa", "xformers", "flex"] = Field(
         "auto", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
     )
@@ -46,6 +53,11 @@ class ModelSettings(Section):
             return values
         named = SIZES.get(str(values.get("size", "base")), {})
         return {**named, **{key: value for key, value in values.items() if value is not None}}
+
+    @property
+    def mlp(self) -> int:
+        """Hidden width of a block's MLP."""
+        return self.mlp_width or 4 * self.width
 
 
 def sincos_positions(width: int, height_patches: int, width_patches: int) -> Tensor:
@@ -103,7 +115,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, *self.grid)[None])
         self.blocks = nn.ModuleList(
-            Block(settings.width, settings.heads, settings.attention) for _ in range(settings.depth)
+            Block(settings.width, settings.heads, settings.attention, settings.mlp) for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
         # Of the data set, not of the network: timm's state_dict has no place for them.

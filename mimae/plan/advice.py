@@ -1,0 +1,219 @@
+"""`mimae plan`: what a recipe costs on so many GPUs, with each engine, and which to take (docs/scaling.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from mimae import config
+from mimae.config import Recipe
+from mimae.errors import UserError
+from mimae.plan.communication import HOST, LINKS, OVERLAP, Traffic, exposed, traffic
+from mimae.plan.flops import image_flops, step_flops
+from mimae.plan.gpus import GPU, GPUS, find_gpu, peak_flops
+from mimae.plan.memory import Layout, Memory, Parameters, largest, memory, parameters
+
+USABLE = 0.9
+"""Assumed share of a GPU's memory for a step: the rest is the CUDA context, buffers of NCCL, and gaps."""
+
+
+class Fleet(NamedTuple):
+    """The GPUs of a run, and what is assumed of them."""
+
+    gpu: GPU
+    gpus: int
+    per_node: int
+    share: float
+    """Of the peak, that forward and backward reach."""
+
+    @property
+    def budget(self) -> float:
+        return USABLE * self.gpu.memory * 2**30
+
+
+class Row(NamedTuple):
+    """One engine."""
+
+    layout: Layout
+    recipe: Recipe
+    memory: Memory
+    largest: int
+    """Micro-batch of a rank, in images."""
+    traffic: list[Traffic]
+    exposed: float
+    """Seconds of a step."""
+    seconds: float
+    """Of a step."""
+    fits: bool
+
+    @property
+    def images_per_s(self) -> float:
+        return self.recipe.schedule.batch_size / self.seconds
+
+
+def layouts(ranks: int, per_node: int) -> list[Layout]:
+    """Engines, the simpler first."""
+    spread = [Layout(kind, ranks) for kind in ("fsdp", "zero1", "zero2", "zero3")]
+    nodes = ranks // per_node
+    hybrid = [Layout("fsdp", ranks, nodes)] if nodes > 1 and ranks % per_node == 0 else []
+    return [Layout("ddp", ranks), *hybrid, *spread, Layout("fsdp", ranks, offload="cpu")]
+
+
+def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
+    """Every engine with the recipe's micro-batch."""
+    peak = peak_flops(fleet.gpu.name, recipe.precision)
+    if peak is None:
+        raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
+    forward = step_flops(recipe) / 3 / (fleet.gpus * peak * fleet.share)
+    # Recomputation is one more forward.
+    backward = (3 if recipe.model.checkpointing else 2) * forward
+    images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
+    found = []
+    for layout in layouts(fleet.gpus, fleet.per_node):
+        needed = memory(recipe, layout, images, count=count)
+        sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)
+        waits = exposed(sent, forward, backward, recipe.schedule.accumulate, layout.kind)
+        most = largest(recipe, layout, fleet.budget, count)
+        seconds = forward + backward + waits
+        found.append(Row(layout, recipe, needed, most, sent, waits, seconds, needed.total <= fleet.budget))
+    return found
+
+
+def advise(recipe: Recipe, fleet: Fleet, count: Parameters) -> tuple[Row | None, str]:
+    """The engine to take, and why; None where the model fits on no engine.
+
+    The fastest that fits, the simpler of two within 2 %. Where none does, blocks are recomputed before batches are
+    split: that costs a third, but more micro-batches take other images away from the MI terms.
+    """
+    for tried, said in _variants(recipe, fleet):
+        table = rows(tried, fleet, count)
+        fitting = [row for row in table if row.fits]
+        if not fitting:
+            continue
+        fastest = max(row.images_per_s for row in fitting)
+        best = next(row for row in fitting if row.images_per_s >= 0.98 * fastest)
+        settings = " ".join([best.layout.settings, *said])
+        why = f"nothing fits without {' '.join(said)}; {_reason(best, table)}" if said else _reason(best, table)
+        return best, f"take {settings}, micro-batches of up to {best.largest} images a GPU: {why}"
+    return None, "no engine fits one image a GPU: more GPUs, or ones with more memory"
+
+
+def _variants(recipe: Recipe, fleet: Fleet) -> list[tuple[Recipe, list[str]]]:
+    """The recipe, then with what makes it smaller, and the overrides that say so."""
+    found: list[tuple[Recipe, list[str]]] = [(recipe, [])]
+    if not recipe.model.checkpointing:
+        found.append((_with(recipe, "model", checkpointing=True), ["model.checkpointing=true"]))
+    smallest, said = found[-1]
+    images = recipe.schedule.batch_size // fleet.gpus
+    # InfoNCE and CLUB compare the images of a micro-batch: at least two, over all GPUs.
+    for accumulate in range(recipe.schedule.accumulate + 1, min(images, recipe.schedule.batch_size // 2) + 1):
+        if images % accumulate == 0:
+            split = _with(smallest, "schedule", accumulate=accumulate)
+            found.append((split, [*said, f"schedule.accumulate={accumulate}"]))
+    return found
+
+
+def _with(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def _reason(best: Row, table: list[Row]) -> str:
+    ddp = table[0]
+    if best is ddp:
+        return "the whole model fits on each GPU, and no engine is faster"
+    if not ddp.fits:
+        return f"ddp needs {_gib(ddp.memory.total)} GiB a GPU, this one {_gib(best.memory.total)}"
+    return f"ddp waits {ddp.exposed:.3g} s a step for the network, this one {best.exposed:.3g} s"
+
+
+def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
+    """All figures, in text."""
+    count = parameters(recipe)
+    table = rows(recipe, fleet, count)
+    best, advice = advise(recipe, fleet, count)
+    schedule = recipe.schedule
+    steps = schedule.epochs * (dataset // schedule.batch_size)
+    steps = steps if schedule.max_steps is None else min(steps, schedule.max_steps)
+    micro = schedule.batch_size // (fleet.gpus * schedule.accumulate)
+    flops = step_flops(recipe)
+    lines = [
+        f"{count.total / 1e6:,.1f} M parameters, {count.encoder / 1e6:,.1f} M of them in the encoder",
+        f"{fleet.gpus} x {fleet.gpu.name}, {fleet.per_node} a node; {schedule.batch_size} images a step, "
+        f"{micro} a GPU and micro-batch, {schedule.accumulate} micro-batches",
+        f"{image_flops(recipe) * 3 / 1e12:.3g} TFLOP a training image, {flops / 1e15:.3g} PFLOP a step, "
+        f"{flops / fleet.gpus / 1e12:.4g} TFLOP a GPU",
+        "",
+        "GiB a GPU" + " " * 23 + "weights   grads   optim  activ.  losses    work   total       largest micro-batch",
+    ]
+    lines += [_memory_line(row) for row in table]
+    lines += ["", "a step" + " " * 27 + "GB sent  exposed s  share  images/s    hours"]
+    lines += [_speed_line(row, steps) for row in table]
+    lines += ["", "GB sent by a GPU in a step"]
+    lines += [
+        f"  {row.layout.settings.replace('engine.', ''):<30} "
+        + "; ".join(f"{each.what} {each.bytes / 1e9:.3g}" for each in row.traffic)
+        for row in table
+    ]
+    if best is not None:
+        height, width = recipe.data.size_hw
+        rate, nodes = best.images_per_s, -(-fleet.gpus // fleet.per_node)
+        lines += [
+            "",
+            f"data: {rate:,.0f} images/s, {rate / nodes:,.0f} on each node, "
+            f"{rate * height * width * 3 / nodes / 1e9:.3g} GB/s of pixels to its GPUs",
+            f"time: {steps:,} steps of {best.seconds:.3g} s are {steps * best.seconds / 3600:,.1f} hours",
+        ]
+    lines += [
+        "",
+        "assumed: "
+        f"{fleet.share:.0%} of the peak while computing; {LINKS:.0%} of {fleet.gpu.link:g} GB/s in a node and of "
+        f"{fleet.gpu.network:g} GB/s a GPU between nodes; communication hides behind {OVERLAP:.0%} of computing; "
+        f"{USABLE:.0%} of {fleet.gpu.memory:g} GiB for a step; {HOST / 1e9:g} GB/s of the host for each GPU; "
+        f"{dataset:,} images in the data set",
+        "",
+        advice,
+    ]
+    return "\n".join(lines)
+
+
+def _gib(bytes: float) -> str:
+    return f"{bytes / 2**30:.1f}"
+
+
+def _memory_line(row: Row) -> str:
+    parts = "".join(f"{_gib(part):>8}" for part in (*row.memory, row.memory.total))
+    verdict = "fits" if row.fits else "too much"
+    return f"  {row.layout.settings.replace('engine.', ''):<29}{parts}  {verdict:<8} {row.largest:>4}"
+
+
+def _speed_line(row: Row, steps: int) -> str:
+    sent = sum(each.bytes for each in row.traffic) / 1e9
+    if not row.fits:
+        return f"  {row.layout.settings.replace('engine.', ''):<30} {sent:>7.3g}"
+    return (
+        f"  {row.layout.settings.replace('engine.', ''):<30} {sent:>7.3g} {row.exposed:>10.3g} "
+        f"{row.exposed / row.seconds:>6.0%} {row.images_per_s:>9,.0f} {steps * row.seconds / 3600:>8,.1f}"
+    )
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="path or name of a recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the run", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help=f"one of {', '.join(GPUS)}")] = "h100",
+    nodes_of: Annotated[int, typer.Option(help="GPUs of a node", min=1)] = 8,
+    share: Annotated[float, typer.Option(help="of the peak, while computing", min=0.01, max=1)] = 0.45,
+    images: Annotated[int, typer.Option(help="images in the data set [default: ImageNet-1k's]", min=1)] = 1_281_167,
+) -> None:
+    """Plan a run: memory, communication and time by engine, and which to take."""
+    resolved = config.load(recipe, overrides or ()).recipe
+    fleet = Fleet(find_gpu(gpu), gpus, nodes_of, share)
+    parts = gpus * resolved.schedule.accumulate
+    if resolved.schedule.batch_size % parts:
+        near = max(round(resolved.schedule.batch_size / parts), 1) * parts
+        raise UserError(
+            f"schedule.batch_size={resolved.schedule.batch_size} must be divisible by {parts} = GPUs ({gpus}) x "
+            f"schedule.accumulate={resolved.schedule.accumulate}, as {near} is"
+        )
+    print(report(resolved, fleet, images))

@@ -1,0 +1,244 @@
+"""Bytes of a GPU that a training step needs, by engine (docs/scaling.md).
+
+Activations are what autograd keeps of each op of a forward that runs op by op; a compiled block recomputes its
+element-wise ops and keeps less. Letters: S sequences (images x views), T tokens, M tokens that are answered for, D
+width, e bytes of a number in the precision of the products, 4 bytes of one in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from mimae.model import outline
+from mimae.plan.flops import patch_values, patches, targets, visible
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+FP32 = 4
+DEEPSPEED_BUCKET = 500_000_000
+"""Numbers in the buffer through which DeepSpeed reduces gradients, whatever the model's size (its default)."""
+DEEPSPEED_LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered, at most (its default)."""
+
+
+class Layout(NamedTuple):
+    """An engine on so many ranks; fields as in EngineSettings."""
+
+    kind: str
+    ranks: int
+    replicas: int = 1
+    offload: str = "none"
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of what is spread."""
+        return self.ranks // self.replicas
+
+    @property
+    def settings(self) -> str:
+        """As overrides of a recipe."""
+        said = [f"engine.kind={self.kind}"]
+        said += [f"engine.replicas={self.replicas}"] if self.replicas > 1 else []
+        said += [f"engine.offload={self.offload}"] if self.offload != "none" else []
+        return " ".join(said)
+
+
+class Parameters(NamedTuple):
+    """Exact counts, from the model on the meta device."""
+
+    total: int
+    encoder: int
+    root: int
+    """Outside of all blocks: what `fsdp` gathers as one unit."""
+    block: int
+    """Of the largest block."""
+
+
+class Stage(NamedTuple):
+    """A part of forward, in bytes on a rank."""
+
+    kept: float
+    """By autograd, until its backward."""
+    work: float
+    """Beside what is kept, at the peak of its backward, or of its forward where that is more."""
+
+
+class Memory(NamedTuple):
+    """Bytes on a GPU at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    losses: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def parameters(recipe: Recipe) -> Parameters:
+    """The parameters of a recipe's model."""
+    model = outline(recipe)
+    blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.encoder.blocks, *model.decoder.blocks)]
+    total = sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    return Parameters(total, encoder, total - sum(blocks), max(blocks))
+
+
+def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, fused: bool = True) -> Memory:
+    """At the peak of a step with micro-batches of `images` on each rank. `fused`: the ops run as on a GPU; else as
+    their plain references, which keep more."""
+    weights, gradients, optimizer, buffers = _states(recipe, layout, count)
+    *stages, losses = _stages(recipe, images, layout.ranks, fused)
+    kept = peak = work = of_losses = 0.0
+    for stage in [*stages, losses]:
+        kept += stage.kept
+        if kept + stage.work > peak:
+            peak, work, of_losses = kept + stage.work, stage.work, losses.kept if stage is losses else 0.0
+    height, width = recipe.data.size_hw
+    batch = 2 * images * height * width * 3 + 4 * images * recipe.masking.num_masks * patches(recipe)
+    # The moving average makes its differences when activations are gone.
+    average = _part(layout, count) * FP32 if recipe.ema.decay and layout.offload == "none" else 0.0
+    of_step = max(work + buffers, average - (peak - work))
+    return Memory(weights, gradients, optimizer, peak - work - of_losses, of_losses, of_step + batch)
+
+
+def largest(recipe: Recipe, layout: Layout, budget: float, count: Parameters) -> int:
+    """The largest micro-batch of a rank, in images, that fits into `budget` bytes; 0 where none does."""
+
+    def fits(images: int) -> bool:
+        return memory(recipe, layout, images, count=count).total <= budget
+
+    if not fits(1):
+        return 0
+    above = 2
+    while fits(above):
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if fits(middle) else (below, middle)
+    return below
+
+
+def _part(layout: Layout, count: Parameters) -> float:
+    """Parameters that a rank steps."""
+    return count.total if layout.kind == "ddp" else count.total / layout.shards
+
+
+def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, float, float, float]:
+    """Bytes of weights, gradients and optimizer on a rank's GPU, and of the engine's own buffers."""
+    whole, part = count.total * FP32, _part(layout, count) * FP32
+    on_gpu = layout.offload == "none"
+    optimizer = part * (3 if recipe.ema.decay else 2) * on_gpu
+    bucket = DEEPSPEED_BUCKET * FP32
+    if layout.kind == "ddp":
+        return whole, whole, optimizer, 0.0
+    if layout.kind == "fsdp":
+        # The root and two blocks, one of them on its way, are whole; and so are the gradients of two blocks.
+        gathered = min(count.total, count.root + 2 * count.block) * FP32
+        scattered = min(count.total, 2 * count.block) * FP32
+        return part * on_gpu, part * on_gpu, optimizer, gathered + scattered
+    if layout.kind == "zero3":
+        # Shares twice: those that are gathered, and the partitions that are stepped; gradients as collected, and flat.
+        live = min(count.total, DEEPSPEED_LIVE) * FP32
+        return part * 2 * on_gpu, part * 2 * on_gpu, optimizer, live + bucket
+    # The model and this rank's partition of it; its gradient as collected, and flat, and with stage 1 the whole one.
+    gradients = (whole if layout.kind == "zero1" else 0.0) + 2 * part * on_gpu
+    return whole + part * on_gpu, gradients, optimizer, bucket
+
+
+def _stages(recipe: Recipe, images: int, ranks: int, fused: bool) -> list[Stage]:
+    """The stages of forward in their order, the losses last."""
+    model, decoder = recipe.model, recipe.decoder
+    S, e = images * recipe.masking.num_masks, number_bytes(recipe)
+    T, M, values = 1 + visible(recipe), targets(recipe), patch_values(recipe)
+    casts = _casts(recipe)
+    block = _block(S, e, T, T, model.width, model.heads, model.mlp, casts)
+    embed = Stage(0.0 if fused else S * (T - 1) * values * e, 0.0)
+    between = Stage(S * T * ((FP32 + e) * model.width + 8) + casts * model.width * decoder.width, 0.0)
+    stages = [embed, *[_held(recipe, block, S * T * model.width)] * model.depth, between]
+    stages += _decoder(recipe, S, e, T, M, casts)
+    return [*stages, _losses(recipe, images, ranks, fused)]
+
+
+def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list[Stage]:
+    """The decoder's blocks, its last norm and head."""
+    D, heads, depth = recipe.decoder.width, recipe.decoder.heads, recipe.decoder.depth
+    if recipe.decoder.attention == "cross":
+        block = _block(S, e, T, M, D, heads, 4 * D, casts, apart=True)
+        blocks = [_held(recipe, block, S * M * D)] * depth
+        # The encoder's tokens, once for all blocks; the first one's queries lie in one tensor with them.
+        blocks[0] = blocks[0]._replace(kept=blocks[0].kept + 2 * S * T * D * FP32)
+    else:
+        block = _block(S, e, T + M, T + M, D, heads, 4 * D, casts)
+        last = _block(S, e, T + M, M, D, heads, 4 * D, casts, apart=True)
+        inputs = S * (T + M) * D
+        blocks = [_held(recipe, block, inputs)] * (depth - 1) + [_held(recipe, last, inputs)]
+    values = patch_values(recipe)
+    head = S * M * ((FP32 + e) * D + 8) + casts * D * values
+    return [*blocks, Stage(head, 0.0)]
+
+
+def _block(
+    S: int, e: int, seen: int, answered: int, D: int, heads: int, mlp: int, casts: int, apart: bool = False
+) -> Stage:
+    """A transformer block without its input: keys and values of `seen` tokens; of those `answered` for queries,
+    attention's output and log-sum-exp, the second norm's input and output, the MLP before and after GELU. `apart`: both
+    kinds pass through the first norm on their own."""
+    of_seen = 3 * e * D + 8
+    of_answered = 2 * e * D + 4 * heads + FP32 * D + e * D + 8 + 2 * e * mlp
+    if apart:
+        of_answered += e * D
+    weights = casts * (4 * D * D + 2 * D * mlp)
+    # Where the MLP's backward begins: the gradient of the block's output, cast, that of GELU's, and a weight's.
+    work = S * answered * (FP32 * D + (e * D if casts else 0) + e * mlp) + (FP32 + casts) * D * mlp
+    return Stage(S * (seen * of_seen + answered * of_answered) + weights, work)
+
+
+def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
+    """A block with its input of so many numbers; with checkpointing the input alone is kept, and the rest comes back in
+    backward."""
+    if recipe.model.checkpointing:
+        return Stage(inputs * FP32, block.kept + block.work)
+    return Stage(inputs * FP32 + block.kept, block.work)
+
+
+def _losses(recipe: Recipe, images: int, ranks: int, fused: bool) -> Stage:
+    """L_rec keeps the gradient of the predictions, or without fusion its error in fp32; the MI terms keep latents, also
+    those of all ranks, their log-sum-exps, and V's layers."""
+    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
+    S, e, M, T = images * N, number_bytes(recipe), targets(recipe), 1 + visible(recipe)
+    predictions = S * M * patch_values(recipe)
+    patches_of_images = images * patches(recipe) * patch_values(recipe)
+    kept = predictions * (e if fused else FP32)
+    # At the end of forward the predictions are still there, and in bf16 the encoder's tokens in fp32; the plain
+    # reference has the squares of its error and the patches in fp32, then the two factors of its gradient.
+    work = predictions * e + S * T * D * FP32 * (e < FP32)
+    if not fused:
+        work = max(work + predictions * FP32 + patches_of_images * FP32, 2 * predictions * FP32)
+    if objective.max_mi > 0 or objective.min_mi > 0:
+        kept += 3 * S * D * FP32
+    if objective.max_mi > 0:
+        kept += ranks * images * N * (D + N) * FP32
+        kept += S * 7 * D * FP32 if objective.projector == "mlp" else 0
+        # The panel of weights takes no more than the gradient of all latents.
+        work += ranks * S * D * FP32 if fused else 2 * (ranks * images) * images * FP32
+    if objective.min_mi > 0:
+        kept += images * (3 * patches(recipe) + 2 * objective.posterior_width + 4 * D) * FP32
+        height, width = recipe.data.size_hw
+        work += images * height * width * 3 * FP32
+    return Stage(kept, work)
+
+
+def number_bytes(recipe: Recipe) -> int:
+    """e, the bytes of a number in the precision of the products."""
+    return 2 if recipe.precision == "bf16" else FP32
+
+
+def _casts(recipe: Recipe) -> int:
+    """Bytes of the copy that autograd keeps of a weight: autocast makes one for every product, fp32 needs none."""
+    return 2 if recipe.precision == "bf16" else 0
