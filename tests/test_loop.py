@@ -207,7 +207,7 @@ def test_a_cache_may_be_switched_on_in_a_run(
     assert loop.pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
     assert_bit_equal(tensors(run), tensors(whole))
     (folder,) = kept.glob("mimae-cache-*/*")
-    assert f"data.cache={kind}: 0.0 GB are kept" in (output := capsys.readouterr().out)
+    assert f"data.cache={kind}: 0 MB are kept" in (output := capsys.readouterr().out)
     assert f"rm -r {folder}" in output
     assert (folder / "data").stat().st_size > 0
 

@@ -176,7 +176,7 @@ def cache_note(settings: DataSettings, source: Source) -> str:
     folder = cache_folder_of(settings, source)
     size, room = (folder / "data").stat().st_size, max(_room(folder), 0)
     return (
-        f"data.cache={settings.cache}: {size / 1e9:.1f} GB are kept, with room for {room / 1e9:.1f} GB more; "
+        f"data.cache={settings.cache}: {size / 1e6:,.0f} MB are kept, with room for {room / 1e6:,.0f} MB more; "
         f"they stay after the run, until: rm -r {folder}"
     )
 

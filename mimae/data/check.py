@@ -132,9 +132,7 @@ def _print(found: dict[str, Any]) -> None:
     )
     for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
         spare = sum(len(group) - 1 for group in found[key])
-        table.add_row(
-            row, f"{spare:,} beside the first of each group; groups: {len(found[key]):,}" if spare else "none"
-        )
+        table.add_row(row, f"{spare:,} copies of {len(found[key]):,} others" if spare else "none")
     console = Console(soft_wrap=True)
     console.print(table)
     _list(console, "broken", [f"{bad['path']}: {bad['reason']}" for bad in found["broken"]])

@@ -123,8 +123,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             _check_channels(_tiff_channels(data), "TIFF")
         jpeg = "; as a JPEG it is damaged, or of 12 bits a channel" if data.startswith(b"\xff\xd8") else ""
         raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
-    except Image.DecompressionBombError as error:
-        raise BadImage(str(error).partition(",")[0]) from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which no max_pixels is above
+        raise BadImage(f"{str(error).partition(' exceeds')[0]}, more than data.max_pixels = {max_pixels}") from None
     if image.width * image.height > max_pixels:
         raise BadImage(
             f"{image.width} x {image.height} is {image.width * image.height} pixels, "

@@ -14,8 +14,9 @@ from mimae.data.torch_loader import default_workers
 LIMIT = 0.02
 """Share of the time past which waiting for data is worth a word."""
 
-WARM_UP = 2
-"""Readings at the start of a process whose waits tell nothing: workers start, storage and compilers warm up."""
+WARM_UP = 1
+"""Readings at the start of a process whose waits tell nothing: until the one after the first step workers start and
+blocks are compiled."""
 
 _BUSY = 0.6
 """Share of their time that workers spend on batches, past which it is they that are too slow."""
@@ -46,7 +47,8 @@ def diagnose(feed: Feed) -> str:
 
 def _cause(feed: Feed) -> tuple[str, str]:
     made, workers, cores = sum(feed.spent), feed.workers, feed.cores
-    busy = made / (max(workers, 1) * feed.seconds)
+    # Batches that were made ahead, before this stretch, are counted where they are used.
+    busy = min(1.0, made / (max(workers, 1) * feed.seconds))
     if feed.waited < feed.stalled / 2:
         return (
             f"the copies to the device are slow (of {feed.stalled:.1f} s the loader was late for {feed.waited:.1f} s)",

@@ -352,4 +352,4 @@ def test_folders_that_cannot_be_used_are_told(folder: Path, tmp_path: Path) -> N
 def test_the_note_has_the_size_and_how_to_remove_it(kept: Kept, tmp_path: Path) -> None:
     os.truncate(kept.data, 2_340_000_000)
     note = cache_note(settings(tmp_path), kept.source)
-    assert "2.3 GB are kept" in note and note.endswith(f"rm -r {kept.data.parent}")
+    assert "2,340 MB are kept" in note and note.endswith(f"rm -r {kept.data.parent}")

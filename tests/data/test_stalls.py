@@ -55,11 +55,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
-    """The first two readings, and what does not count, tell nothing; then each epoch is judged by itself, once."""
+    """The first reading, and what does not count, tell nothing; then each epoch is judged by itself, once."""
     stalls = Stalls(DataSettings())
-    stalls.read(50.0, 50.0)
-    clock[0] += 100
-    stalls.read(150.0, 150.0)  # waited all of the 100 s: workers started
+    clock[0] += 150
+    stalls.read(150.0, 150.0)  # waited all of the time: workers started
     assert stalls.verdict() is None
     clock[0] += 100
     stalls.made(Spent(1.0, 150.0, 40.0))
@@ -70,8 +69,20 @@ def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
     for _ in range(2):
         clock[0] += 50
         stalls.made(Spent(1.0, 80.0, 15.0))
-        stalls.read(162.0 + (clock[0] - 1210) * 0.03, 170.0)
+        stalls.read(162.0 + (clock[0] - 1260) * 0.03, 170.0)
     line = stalls.verdict()
     assert line is not None and "3.0% of the time" in line
     assert "the 2 cores are all in use (decoding is 83% of the work, resizing 16%)" in line
     assert stalls.verdict() is None
+
+
+def test_an_epoch_shorter_than_the_time_between_two_logs_is_judged(clock: list[float]) -> None:
+    """Readings after the first step and at the end of the epoch; batches made ahead are more than the stretch holds."""
+    stalls = Stalls(DataSettings(workers=1))
+    stalls.read(5.0, 5.0)
+    clock[0] += 10
+    stalls.made(Spent(1.0, 14.0, 3.0))
+    stalls.read(7.0, 7.0)
+    line = stalls.verdict()
+    assert line is not None and "20.0% of the time" in line
+    assert "too few workers (1, busy 100% of the time, on 2 cores)" in line
