@@ -101,8 +101,8 @@ def _links(source: Source, stack: ExitStack) -> str:
     folder = Path(root) / "all"
     folder.mkdir()
     for i in range(len(source)):
-        file = Path(source.path(i))
-        (folder / f"{i:08d}{file.suffix}").symlink_to(file)
+        # It goes by endings, of which it knows others than a source; Pillow goes by what the file holds.
+        (folder / f"{i:08d}.jpg").symlink_to(source.path(i))
     return root
 
 
@@ -126,7 +126,8 @@ def webdataset_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
 
 def _shards(source: Source) -> list[str]:
     """The tar files that hold the source's samples."""
-    return sorted({path[: path.index(".tar") + 4] for path in map(source.path, range(len(source))) if ".tar" in path})
+    found = {path[: path.index(".tar") + 4] for path in map(source.path, range(len(source))) if ".tar" in path}
+    return sorted(shard for shard in found if Path(shard).is_file())
 
 
 def spdl_feed(job: Job, stack: ExitStack) -> Iterator[Made]:

@@ -389,7 +389,8 @@ def _choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
-            said = [(choice.loader, f"the fastest here (images/s: {rates})" if rates else "the only one here")]
+            failed = "".join(f"; {name} left out: {why}" for name, why in choice.failed.items())
+            said = [(choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here")]
     dist.broadcast_object_list(said)
     ((loader, reason),) = said
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason

@@ -19,9 +19,11 @@ from mimae.data.sources import Source
 from mimae.data.torch_loader import TorchLoader, default_workers
 
 SECONDS = 2.0
-"""How long a loader is measured, once its processes have started; less where IMAGES come sooner."""
+"""How long a loader is measured, once its processes have started and all images have been read."""
 
 IMAGES = 512
+"""Images that loaders are measured on, over and over."""
+
 _AT_ONCE = 64
 
 
@@ -78,32 +80,46 @@ class Choice(NamedTuple):
     loader: str
     rates: dict[str, float]
     """Images per second of each loader that can run here; empty where there is but one."""
+    failed: dict[str, str] = {}  # noqa: RUF012 -- a default of a named tuple, which nobody changes
+    """Of each loader that should run here and does not: why."""
 
 
 def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> Choice:
     """The loader that makes most images per second here: each is run as it would be, on images from all over `source`.
 
-    Raises DataError where the images cannot be read.
+    Raises DataError where none of them runs, as with images that cannot be read.
     """
     names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
     if len(names) == 1:
         return Choice(names[0], {})
-    rates = {name: _rate(settings.model_copy(update={"loader": name}), source, seed, samples) for name in names}
-    return Choice(max(rates, key=lambda name: rates[name]), rates)
+    rates: dict[str, float] = {}
+    errors: dict[str, DataError] = {}
+    for name in names:
+        try:
+            rates[name] = _rate(settings.model_copy(update={"loader": name}), source, seed, samples)
+        except DataError as error:
+            errors[name] = error
+    if not rates:
+        raise errors[names[0]]
+    return Choice(max(rates, key=lambda name: rates[name]), rates, {name: str(errors[name]) for name in errors})
 
 
 def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> float:
-    """Images per second of `settings.loader`, counted from when each of its processes has made a batch."""
+    """Images per second of `settings.loader`, counted from when each of its processes has made a batch.
+
+    By then all images have been read: on slow storage the first loader would else be measured with a cold cache.
+    """
     ids = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().long()
     parts = ids.split(min(_AT_ONCE, samples))
     workers = default_workers() if settings.workers is None else settings.workers
     backend = make_backend(settings, source, seed)
     try:
         batches = backend.batches(Job(0, step, part.numpy()) for step, part in enumerate(itertools.cycle(parts)))
-        for _ in range(workers + 1):
+        for _ in range(max(workers + 1, len(parts))):
             next(batches)
         start, images = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < SECONDS and images < IMAGES:
+        # No fewer images where they are small: those made ahead would be most of what is counted.
+        while (elapsed := time.perf_counter() - start) < SECONDS:
             images += len(next(batches).sample_ids)
         return images / elapsed
     finally:

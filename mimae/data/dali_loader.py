@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mimae.data.batch import Batch
+from mimae.data.batch import Batch, DataError
 from mimae.data.cut import Cut, finish
 from mimae.data.decode import BadImage
 from mimae.data.order import Job
@@ -33,20 +33,24 @@ Feed = tuple[list[np.ndarray], ...]
 
 
 def build(
-    feed: Callable[[], Feed], samples: int, threads: int, device: torch.device, size: tuple[int, int] | None
+    feed: Callable[[], Feed],
+    samples: int,
+    threads: int,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+    *,
+    ahead: bool = False,
 ) -> Any:
     """A pipeline that decodes regions of JPEGs, and with a `size` resizes (bicubic, antialiased) and mirrors them.
 
     Each batch of what `feed` returns, at most `samples` of them, comes out as uint8 (h, w, 3) per sample, in the order
-    in which it went in. On a GPU they stay there. With a `size` the next batch is made while one is used.
+    in which it went in. On a GPU they stay there. With `ahead` the next batch is made while one is used.
     """
     from nvidia.dali import Pipeline, fn, types
 
+    _keep_in_forks()
     gpu = device.type == "cuda"
-    # A pipeline of one thread on a CPU has nothing to gain from working ahead.
-    pipeline = Pipeline(
-        samples, threads, device.index if gpu else None, prefetch_queue_depth=1 if size is None else 2, seed=0
-    )
+    pipeline = Pipeline(samples, threads, device.index if gpu else None, prefetch_queue_depth=1 + ahead, seed=0)
     with pipeline:
         # What is not resized here is not mirrored either.
         kinds = [types.UINT8, types.INT32, types.INT32, *([] if size is None else [types.INT32])]
@@ -67,6 +71,13 @@ def build(
         pipeline.set_outputs(pixels)
     pipeline.build()
     return pipeline
+
+
+@lru_cache(1)
+def _keep_in_forks() -> None:
+    """Sees to it that no process forked from this one frees its pipelines: that would wait for threads, or join
+    them, which a fork does not copy. From here on, what is garbage at a fork stays so there."""
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def feed_of(data: Iterable[np.ndarray], cuts: np.ndarray) -> Feed:
@@ -109,7 +120,7 @@ class RegionDecoder:
         if self._pipeline is None:
             # Here and not sooner: a pipeline must not cross a fork.
             feeds = self._feeds
-            self._pipeline = build(lambda: feeds.pop()[:3], self.at_once, 1, torch.device("cpu"), None)
+            self._pipeline = build(lambda: feeds.pop()[:3], self.at_once, 1, torch.device("cpu"))
         data = (np.frombuffer(sample.encoded.data, np.uint8) for sample, _ in found)
         self._feeds.append(feed_of(data, np.array([row(cut) for _, cut in found], np.int32)))
         try:
@@ -164,11 +175,13 @@ class Held:
         return feed_of([part.numpy() for part in self.data.split(self.sizes.tolist())], self.cuts.numpy())
 
 
-class _Hold:
-    """Keeps plain JPEGs as they are, for the pipeline; makes the pixels of all others.
+def _for_pipeline(samples: Sequence[Sample]) -> list[tuple[Sample, Cut]]:
+    """Plain JPEGs, but for those that lie on their side: a pipeline's samples have one shape."""
+    return [(sample, cut) for sample in samples if (cut := sample.cut) and not cut.turn.swap]
 
-    Of those that lie on their side too: a pipeline's samples have one shape.
-    """
+
+class _Hold:
+    """Keeps images as they are that the pipeline can make samples of; makes the pixels of all others."""
 
     def __init__(self, samples: int) -> None:
         self.at_once = samples
@@ -176,7 +189,7 @@ class _Hold:
         self._others = EachDecoder()
 
     def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
-        held = [(sample, cut) for sample in samples if (cut := sample.cut) and not cut.turn.swap]
+        held = _for_pipeline(samples)
         self.held += held
         places = {sample.place for sample, _ in held}
         return self._others([sample for sample in samples if sample.place not in places], images, clock)
@@ -197,6 +210,55 @@ def hold(settings: DataSettings, source: Source, seed: int, job: Job) -> Held:
         torch.tensor([len(part) for part in parts], dtype=torch.int64),
         torch.tensor([row(cut) for _, cut in decoder.held], dtype=torch.int32).reshape(-1, 6),
     )
+
+
+class _InHalves:
+    """Makes the micro-batch of which the pipeline failed: by a pipeline again, half by half, so that an image which it
+    cannot decode costs no other one its pixels. That image is for EachDecoder."""
+
+    def __init__(self, samples: int, device: torch.device, size: tuple[int, int]) -> None:
+        self.at_once = samples
+        self._feeds = feeds = list[Feed]()
+        self._pipeline = _build_or_refuse(lambda: feeds.pop(), samples, device, size, ahead=False)
+        self._others = EachDecoder()
+
+    def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
+        held = _for_pipeline(samples)
+        with clock("decode"):
+            made = self._made(held, images) if held else set()
+        refused = self._others([sample for sample in samples if sample.place not in made], images, clock)
+        if len(held) > 1 and not made and not refused:
+            raise DataError(
+                f"data.loader=dali_gpu made none of {len(held)} images that the CPU decodes: give the GPU more free "
+                f"memory, or set data.loader to dali_cpu or torch"
+            )
+        return refused
+
+    def _made(self, held: list[tuple[Sample, Cut]], images: Tensor) -> set[int]:
+        """Writes samples to `images`; returns the places of those that the pipeline can decode."""
+        data = (np.frombuffer(sample.encoded.data, np.uint8) for sample, _ in held)
+        self._feeds.append(feed_of(data, np.array([row(cut) for _, cut in held], np.int32)))
+        try:
+            (pixels,) = self._pipeline.run()
+        except RuntimeError:
+            half = len(held) // 2
+            return self._made(held[:half], images) | self._made(held[half:], images) if half else set()
+        places = [sample.place for sample, _ in held]
+        images[places] = torch.from_dlpack(pixels.as_tensor()).cpu()
+        return set(places)
+
+
+def _build_or_refuse(
+    feed: Callable[[], Feed], samples: int, device: torch.device, size: tuple[int, int], *, ahead: bool
+) -> Any:
+    """The pipeline of a rank. Raises DataError."""
+    try:
+        return build(feed, samples, default_workers(), device, size, ahead=ahead)
+    except RuntimeError as error:
+        raise DataError(
+            f"data.loader=dali_gpu cannot run here: DALI makes no pipeline on {device} "
+            f"({' '.join(str(error).split())[:300]}); set data.loader to dali_cpu or torch"
+        ) from None
 
 
 class DaliGpuLoader:
@@ -247,24 +309,34 @@ class DaliGpuLoader:
         if first is None:
             return
         ahead = chain([first], made)
-        pipeline = build(feed, len(first.batch.sample_ids), default_workers(), self._device, self._settings.size_hw)
-        in_use = _InUse(self._device)
-        while True:
-            try:
-                (pixels,) = pipeline.run()
-            except StopIteration:
-                break
-            except RuntimeError:
-                # It names no sample, and the pipeline goes on with the next batch: this one is made here.
-                held = waiting.popleft().batch
-                job = Job(held.epoch, held.step, held.sample_ids.numpy())
-                yield make_batch(self._settings, self._source, self._seed, job, EachDecoder()).to(self._device)
-                continue
-            batch = self._finished(waiting.popleft(), torch.from_dlpack(pixels.as_tensor()))
-            in_use.add(batch)
-            yield batch
+        samples = len(first.batch.sample_ids)
+        pipeline = _build_or_refuse(feed, samples, self._device, self._settings.size_hw, ahead=True)
+        in_use, again = _InUse(self._device), None
+        try:
+            while True:
+                try:
+                    (tensors,) = pipeline.run()
+                except StopIteration:
+                    break
+                except RuntimeError:
+                    # It names no sample, and the pipeline goes on with the next batch.
+                    tensors = None
+                held = waiting.popleft()
+                if tensors is None:
+                    again = again or _InHalves(samples, self._device, self._settings.size_hw)
+                    yield self._remade(held.batch, again)
+                    continue
+                pixels = torch.from_dlpack(tensors.as_tensor())
+                in_use.add(pixels)
+                yield self._finished(held, pixels)
+        finally:
+            in_use.wait()
         if failures:
             raise failures[0]
+
+    def _remade(self, batch: Batch, decoder: _InHalves) -> Batch:
+        job = Job(batch.epoch, batch.step, batch.sample_ids.numpy())
+        return make_batch(self._settings, self._source, self._seed, job, decoder).to(self._device)
 
     def _finished(self, held: Held, pixels: Tensor) -> Batch:
         """The micro-batch with the pipeline's pixels; without a copy if they are all of it."""
@@ -281,23 +353,28 @@ class DaliGpuLoader:
 
 
 class _InUse:
-    """Keeps batches on a GPU until the work on them that was queued has run: DALI owns their memory, and knows nothing
+    """Keeps pixels on a GPU until the work on them that was queued has run: DALI owns their memory, and knows nothing
     of torch's streams."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._kept: deque[tuple[Batch, torch.cuda.Event]] = deque()
-        self._last: Batch | None = None
+        self._device = device
+        self._kept: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._last: Tensor | None = None
 
-    def add(self, batch: Batch) -> None:
-        """Notes a batch that is about to be handed out; all work on the one before has been queued."""
-        if not self._gpu:
+    def add(self, pixels: Tensor) -> None:
+        """Notes pixels that nothing works on yet; all work on those before them has been queued."""
+        if self._device.type != "cuda":
             return
         if self._last is not None:
             done = torch.cuda.Event()
             done.record()
             self._kept.append((self._last, done))
-        self._last = batch
+        self._last = pixels
         while len(self._kept) > 1 or (self._kept and self._kept[0][1].query()):
             _, done = self._kept.popleft()
             done.synchronize()
+
+    def wait(self) -> None:
+        """Until all work on them has run: they are about to go back to DALI."""
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).synchronize()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -29,18 +29,21 @@ class TorchLoader(Generic[Made]):
         workers = default_workers() if workers is None else workers
         self._jobs = _Jobs()
         self._running: Generator[Made, None, None] | None = None
-        self._loader: DataLoader | None = DataLoader(
-            _MicroBatches(make),
-            batch_size=None,
-            sampler=self._jobs,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            worker_init_fn=_Guard(os.getpid()),
-            # Its own generator, so that a loader leaves torch's global one alone.
-            generator=torch.Generator(),
-        )
+        with warnings.catch_warnings():
+            # On more workers than cores; where training waits for them, `stalls` says so.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            self._loader: DataLoader | None = DataLoader(
+                _MicroBatches(make),
+                batch_size=None,
+                sampler=self._jobs,
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=workers > 0,
+                worker_init_fn=_Guard(os.getpid()),
+                # Its own generator, so that a loader leaves torch's global one alone.
+                generator=torch.Generator(),
+            )
 
     def batches(self, jobs: Iterable[Job]) -> Iterator[Made]:
         """What is made of `jobs`, in their order; an earlier run that is not done ends. Raises DataError."""
@@ -67,7 +70,8 @@ class TorchLoader(Generic[Made]):
                 yield made
         except (RuntimeError, ConnectionError, EOFError) as error:
             # The latter two where it died while it handed a batch over.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            # An error that a living worker hands over names its process too, but not by "(pid".
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             reason = str(error) or "its pipe closed"
             raise DataError(
@@ -137,9 +141,6 @@ class _Guard:
         self.parent = parent
 
     def __call__(self, worker: int) -> None:
-        # What the parent left as garbage is not to end here: a pipeline of DALI's would wait for threads that a fork
-        # does not copy.
-        gc.freeze()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=self._watch, daemon=True).start()

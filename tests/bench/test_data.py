@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 
 from mimae.bench import data, feeds, soak
 from mimae.data import Batch, DataSettings, open_source
 from mimae.data.batch import BadSample
+from mimae.data.decode import BadImage, whole, why
 from mimae.data.pack import main as pack
 from mimae.errors import UserError
 
@@ -69,6 +72,37 @@ def test_webdataset_and_spdl_say_why_they_are_left_out_or_run(folder: Path, tmp_
             assert feeds.obstacle(name, source, cpu)
 
 
+def test_torchvision_reads_what_a_list_names(folder: Path, tmp_path: Path) -> None:
+    """Equal names in two folders, an ending that ImageFolder does not know and a capital one, from a relative list."""
+    images = [tmp_path / "a" / "x.gif", tmp_path / "b" / "x.gif", tmp_path / "b" / "y.JPG"]
+    for image, original in zip(images, sorted(folder.iterdir())):
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(original.read_bytes())
+    (tmp_path / "list.txt").write_text("a/x.gif\nb/x.gif\nb/y.JPG\n")
+    source = open_source("list.txt", tmp_path)
+    with ExitStack() as stack:
+        found = ImageFolder(feeds._links(source, stack))
+        assert [Path(path).resolve() for path, _ in found.samples] == [image.resolve() for image in images]
+        assert found[2][0].size == (120, 90)
+
+
+def test_a_folder_that_is_called_like_a_shard_holds_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.tar.d").symlink_to(folder)
+    assert feeds._shards(open_source(str(tmp_path / "x.tar.d"))) == []
+
+
+def test_damage_of_each_kind_is_seen(folder: Path) -> None:
+    """Down to a sound header with no table behind it, which the decoder alone sees."""
+    source = soak.Damaged(open_source(str(folder)), 1.0)
+    reasons = set()
+    for _ in range(60):
+        try:
+            whole(source.read(0), 1_000_000)
+        except (BadImage, OSError) as error:
+            reasons.add(" ".join(why(error).split()[:3]))
+    assert {"the file is", "OSError: broken data", "the file cannot"} <= reasons
+
+
 def test_too_few_images_and_unknown_loaders_are_told(folder: Path) -> None:
     rest: Any = ("vit_base_400ep", "NVIDIA H100", 0.45, None)
     with pytest.raises(UserError, match="24 images, fewer than a batch of 64"):
@@ -97,10 +131,12 @@ def batch(slots: list[int], sources: list[int], bad: list[int]) -> Batch:
         ([batch([0, 1], [0, 1], []), batch([2, 3], [2, 3], [])], 0, 0, 0),
         ([batch([0, 1], [0, 1], []), batch([1, 3], [1, 3], [])], 1, 1, 0),
         ([batch([0, 1], [0, 2], [1]), batch([2, 3], [2, 0], [])], 0, 0, 1),
+        # Of a mixture: a second pass has other slots of the same samples.
+        ([batch([4, 1], [0, 1], []), batch([6, 7], [2, 0], [3])], 0, 0, 0),
     ],
 )
 def test_the_account_can_fail(batches: list[Batch], lost: int, repeated: int, unnamed: int) -> None:
-    account = soak.Account(2, 2)
+    account = soak.Account(2, 2, 4)
     for each in batches:
         account.add(each)
     account.end_epoch()

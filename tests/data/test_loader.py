@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -17,7 +18,8 @@ from PIL import Image, ImageOps
 
 from mimae.data import Batch, DataError, DataSettings, Source, evaluation_batches, make_loader, open_source
 from mimae.data.augment import centre_window, crop_words, flips, random_window
-from mimae.data.torch_loader import default_workers
+from mimae.data.order import Job
+from mimae.data.torch_loader import TorchLoader, default_workers
 from mimae.randomness import Purpose, words
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 
@@ -257,6 +259,19 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
     with pytest.raises(DataError, match=r"a decoding process died.*lower data.workers"):
         list(batches)
     loader.close()
+    assert not multiprocessing.active_children()
+
+
+def _fail(job: Job) -> None:
+    raise RuntimeError("of its own")
+
+
+def test_an_error_in_a_worker_is_not_its_death() -> None:
+    loader = TorchLoader(_fail, 1)
+    with pytest.raises(RuntimeError, match="of its own"):
+        next(loader.batches([Job(0, 0, np.zeros(1, np.int64))]))
+    loader.close()
+    gc.collect()  # The error's traceback holds torch's iterator, and that the worker.
     assert not multiprocessing.active_children()
 
 
