@@ -148,8 +148,6 @@ class Launched:
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     weights = []
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
@@ -160,8 +158,8 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(tmp_p
         code, output = launched.end()
         assert code == 0, output
         assert ("start 2, after a rank was lost" in output) == (name == "disturbed")
-        weights.append(load_file(launched.run / "checkpoints/step-00000012/model.safetensors"))
-    assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+        weights.append((launched.run / "checkpoints/step-00000012/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
