@@ -13,17 +13,20 @@ from mimae import config, masking, plan
 from mimae.config import Recipe
 from mimae.model import build
 
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"image_size": [32, 48]},
+    "masking": {"num_masks": 3, "ratio": 0.75},
+    "model": {"patch_size": 8, "width": 48, "depth": 3, "heads": 4},
+    "decoder": {"width": 32, "depth": 2, "heads": 2},
+    "schedule": {"batch_size": 5},
+    "objective": {"posterior_width": 20},
+}
+"""No two sizes alike: 4 x 6 patches, 3 views of 6 visible ones, 5 images."""
+
 
 def recipe(**sections: Any) -> Recipe:
-    """Small and with no two sizes alike: 4 x 6 patches, 3 views of 6 visible ones, 5 images."""
-    small: dict[str, dict[str, Any]] = {
-        "data": {"image_size": [32, 48]},
-        "masking": {"num_masks": 3, "ratio": 0.75},
-        "model": {"patch_size": 8, "width": 48, "depth": 3, "heads": 4},
-        "decoder": {"width": 32, "depth": 2, "heads": 2},
-        "schedule": {"batch_size": 5},
-        "objective": {"posterior_width": 20},
-    }
+    """SMALL, with what a test changes in it."""
+    small = dict(SMALL)
     for name, section in sections.items():
         small[name] = small.get(name, {}) | section
     return config.load(small).recipe

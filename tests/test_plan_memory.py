@@ -18,16 +18,7 @@ from mimae.model import build
 from mimae.plan import advice, communication, memory
 from mimae.plan.memory import Layout
 from tests.ranks import run_ranks
-
-GIVEN: dict[str, dict[str, Any]] = {
-    "data": {"image_size": [32, 48]},
-    "masking": {"num_masks": 3, "ratio": 0.75},
-    "model": {"patch_size": 8, "width": 48, "depth": 3, "heads": 4},
-    "decoder": {"width": 32, "depth": 2, "heads": 2},
-    "schedule": {"batch_size": 5},
-    "objective": {"posterior_width": 20},
-}
-"""No two sizes alike: 4 x 6 patches, 3 views of 6 visible ones, 5 images."""
+from tests.test_plan import SMALL
 
 
 def saved_bytes(recipe: Recipe) -> int:
@@ -63,13 +54,13 @@ def saved_bytes(recipe: Recipe) -> int:
     ],
 )
 def test_activations_are_what_autograd_keeps(precision: str, changed: list[str]) -> None:
-    recipe = config.load(GIVEN, [f"precision={precision}", *changed]).recipe
+    recipe = config.load(SMALL, [f"precision={precision}", *changed]).recipe
     stages = memory._stages(recipe, recipe.schedule.batch_size, 1, fused=False)
     assert sum(stage.kept for stage in stages) == pytest.approx(saved_bytes(recipe), rel=0.03)
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    recipe = config.load(GIVEN).recipe
+    recipe = config.load(SMALL).recipe
     count, model = memory.parameters(recipe), build(recipe)
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.block == sum(p.numel() for p in model.encoder.blocks[0].parameters())
@@ -90,7 +81,7 @@ def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, mill
 
 
 def test_what_each_engine_spreads() -> None:
-    recipe = config.load(GIVEN, ["ema.decay=0.9"]).recipe
+    recipe = config.load(SMALL, ["ema.decay=0.9"]).recipe
     count = memory.parameters(recipe)
     whole = 4 * count.total
 
@@ -108,7 +99,7 @@ def test_what_each_engine_spreads() -> None:
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
-    recipe = config.load(GIVEN).recipe
+    recipe = config.load(SMALL).recipe
     count, layout = memory.parameters(recipe), Layout("ddp", 2)
     budget = memory.memory(recipe, layout, 37, count=count).total
     assert memory.largest(recipe, layout, budget, count) == 37
@@ -117,7 +108,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
 
 
 def test_bytes_that_engines_send() -> None:
-    recipe = config.load(GIVEN, ["schedule.batch_size=128", "schedule.accumulate=2"]).recipe
+    recipe = config.load(SMALL, ["schedule.batch_size=128", "schedule.accumulate=2"]).recipe
     count, gpu = memory.parameters(recipe), plan.find_gpu("h100")
     n = 4 * count.total
 

@@ -6,7 +6,6 @@ import gc
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from mimae.data.samples import make_batch
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 from tests.data.test_decode import LOSSLESS, REFUSED, TURNED, turned_by
 from tests.data.test_loader import without_tables
+from tests.kills import ids_through_kills, tell
 
 CPU = torch.device("cpu")
 
@@ -283,9 +283,7 @@ def _train(name: str, place: str, first: int, told: Connection) -> None:
     """A run that tells of each step and waits for the word to go on."""
     settings = DataSettings(image_size=8, workers=1)
     loader = loader_on_cpu(name, settings, open_source(place), seed=9, batch_size=2)
-    for batch in loader.epoch(3, first):
-        told.send((batch.step, batch.sample_ids.tolist()))
-        told.recv()
+    tell(loader.epoch(3, first), told)
     loader.close()
     told.close()
 
@@ -294,25 +292,7 @@ def _train(name: str, place: str, first: int, told: Connection) -> None:
 @pytest.mark.parametrize("name", LOADERS[1:])  # torch: test_sources_agree.py
 def test_each_once_through_kills(jpegs: str, name: str) -> None:
     """Killed after 4 steps and again after 7, while worker and pipeline are ahead."""
-    # Not forks of this process: a thread of DALI's or torch's may hold a lock at the fork.
-    context = multiprocessing.get_context("spawn")
-    seen: list[int] = []
-    step = 0
-    for end in (4, 7, 11):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_train, args=(name, jpegs, step, theirs))
-        process.start()
-        theirs.close()
-        while step < end:
-            told, ids = ours.recv()
-            assert told == step
-            seen, step = seen + ids, step + 1
-            if step < end or end == 11:
-                ours.send(None)
-        if end < 11:
-            process.kill()
-        process.join()
-        assert process.exitcode == (-signal.SIGKILL if end < 11 else 0)
+    seen = ids_through_kills(_train, name, jpegs)
     assert len(seen) == len(set(seen)) == 22
 
 

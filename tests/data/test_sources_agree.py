@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from mimae.data.order import Job
 from mimae.data.samples import EachDecoder, make_batch
 from tests.data.conftest import encoded, photograph
 from tests.data.test_shards import write_tar
+from tests.kills import ids_through_kills, tell
 
 COUNT, CLASSES = 23, ("cat", "dog")
 SHUFFLES = ("full", "blocks")
@@ -124,9 +123,7 @@ def _train(place: str, shuffle: str, first: int, told: Connection) -> None:
     """A run that tells of each step and waits for the word to go on."""
     order.GROUP = 4
     loader = make_loader(settings(shuffle, workers=1), open_source(place), seed=9, batch_size=2)
-    for batch in loader.epoch(3, first):
-        told.send((batch.step, batch.sample_ids.tolist()))
-        told.recv()
+    tell(loader.epoch(3, first), told)
     loader.close()
     told.close()
 
@@ -135,25 +132,7 @@ def _train(place: str, shuffle: str, first: int, told: Connection) -> None:
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_each_once_through_kills(places: dict[str, str], shuffle: str) -> None:
     """Killed after 4 steps and again after 7, while the worker is ahead: what goes on from there sees all the rest."""
-    # Not forks of this process: a loader in a fork of one that used DALI waits for ever.
-    context = multiprocessing.get_context("spawn")
-    seen: list[int] = []
-    step = 0
-    for end in (4, 7, 11):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_train, args=(places["tar"], shuffle, step, theirs))
-        process.start()
-        theirs.close()
-        while step < end:
-            told, ids = ours.recv()
-            assert told == step
-            seen, step = seen + ids, step + 1
-            if step < end or end == 11:
-                ours.send(None)
-        if end < 11:
-            process.kill()
-        process.join()
-        assert process.exitcode == (-signal.SIGKILL if end < 11 else 0)
+    seen = ids_through_kills(_train, places["tar"], shuffle)
     assert len(seen) == len(set(seen)) == 22
 
 

@@ -1,0 +1,43 @@
+"""A process that trains and is killed on the way, and what it had seen until then."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mimae.data import Batch
+
+
+def tell(batches: Iterable[Batch], told: Connection) -> None:
+    """Sends the step and the ids of each batch, and waits for the word to go on."""
+    for batch in batches:
+        told.send((batch.step, batch.sample_ids.tolist()))
+        told.recv()
+
+
+def ids_through_kills(train: Callable[..., None], *args: Any) -> list[int]:
+    """The ids of 11 steps of `train(*args, first_step, told)`, killed after 4 of them and again after 7."""
+    # Not forks of this process: a thread of DALI's or torch's may hold a lock at the fork, and such a child waits for
+    # ever.
+    context = multiprocessing.get_context("spawn")
+    seen: list[int] = []
+    step = 0
+    for end in (4, 7, 11):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=train, args=(*args, step, theirs))
+        process.start()
+        theirs.close()
+        while step < end:
+            told, ids = ours.recv()
+            assert told == step
+            seen, step = seen + ids, step + 1
+            if step < end or end == 11:
+                ours.send(None)
+        if end < 11:
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if end < 11 else 0)
+    return seen
