@@ -143,7 +143,6 @@ setup(
         "typer",
         "rich",
         "tensorboard",
-        "safetensors",
         "matplotlib",
         "scikit-image",
     ],

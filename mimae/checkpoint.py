@@ -1,7 +1,7 @@
-"""What a run needs to go on: written atomically, verified before it is used, and never by running pickled code.
+"""What a run needs to go on: verified before it is used, and never by running pickled code.
 
-    RUN/checkpoints/step-00001234/   model.safetensors, optimizer.safetensors, [ema.safetensors], state.json,
-                                     manifest.json (size and SHA-256 of each)
+    RUN/checkpoints/step-00001234/   tensors by name in DCP's format (see `dcp`): model.*, optimizer.*, ema.*
+                                     state.json, manifest.json (size and SHA-256 of every file)
     RUN/latest                       the name of the last one
 
 No generator's state is kept: all randomness is a function of (seed, epoch, sample) and of the position in state.json.
@@ -13,112 +13,160 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mimae import dcp, distributed
 from mimae.errors import UserError
 from mimae.settings import Section
 
+Manifest = dict[str, dict[str, Any]]
+"""`bytes` and `sha256` by the file's name."""
+
 
 class CheckpointSettings(Section):
-    """When the run is saved; it is always saved at its end and on SIGTERM."""
+    """When the run is saved, and what is kept; it is always saved at its end and on SIGTERM."""
 
     every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    every_epochs: int | None = Field(
+        None, ge=1, description="epochs between checkpoints that are kept for good, beside the newest; null: none"
+    )
+    best: Literal["knn", "val_rec"] | None = Field(
+        None,
+        description="keep the best checkpoint by this measure too, saved with each check of "
+        "telemetry.probe_every_epochs; null: none",
+    )
+    background: bool = Field(
+        True,
+        description="write while training goes on, from a copy in host memory (of weights, moments and average, shared "
+        "by the ranks); false: training waits",
+    )
 
 
 class CheckpointError(UserError):
-    """No checkpoint of the run can be used."""
+    """No checkpoint of the run can be used, or one could not be written."""
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint in memory."""
+    """A verified checkpoint."""
 
     path: Path
-    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
+    def tensors(self, section: str) -> dict[str, Tensor]:
+        """The whole tensors of model, optimizer or ema, by name; none where the run has no such section."""
+        return dcp.load_whole(self.path, f"{section}.")
 
-def save(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
-) -> Path:
-    """Writes the checkpoint of `step` under a temporary name, syncs it to disk, renames it, points `latest` to it and
-    removes all but the newest `keep`. A kill at any moment leaves the previous one whole."""
-    folder = run / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    for interrupted in folder.glob(".step-*.tmp"):
-        shutil.rmtree(interrupted)
-    temporary.mkdir(parents=True)
-    for name, section in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in section.items()},
-            temporary / f"{name}.safetensors",
-        )
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    manifest = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(temporary.iterdir())
-    }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if final.exists():  # A damaged one of the same step, which the resumed run has passed again.
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(folder)
-    write_atomically(run / "latest", final.name + "\n")
-    # Names after this one are damaged ones that the resumed run went back behind.
-    others = sorted(path for path in folder.glob("step-*") if path != final)
-    before = [path for path in others if path < final]
-    for old in {*others} - {*before[len(before) - keep + 1 :]}:
-        shutil.rmtree(old)
-    return final
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written; `commit` gives it its name."""
+    return run / "checkpoints" / f".step-{step:08d}.tmp"
+
+
+def names(run: Path) -> list[str]:
+    """Of the checkpoints that are there, whole or not, the newest first."""
+    return sorted((path.name for path in (run / "checkpoints").glob("step-*")), reverse=True)
 
 
 def find(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole, or None where there is none. A torn or altered one is named
-    through `say` and passed over. Raises CheckpointError when there are some and none is whole."""
+    through `say` and passed over. Raises CheckpointError when there are some and none is whole.
+
+    In a process group a collective, in which the ranks share the work."""
+    found = names(run)
     pointer = run / "latest"
-    names = sorted((path.name for path in (run / "checkpoints").glob("step-*")), reverse=True)
-    if pointer.exists() and (latest := pointer.read_text().strip()) not in names:
+    if pointer.exists() and (latest := pointer.read_text().strip()) not in found:
         say(f"{pointer} names {latest!r}, which is not there; looking for another checkpoint")
-    for name in names:
-        path = run / "checkpoints" / name
+    for name in found:
         try:
-            return load(path)
+            return load(run / "checkpoints" / name)
         except CheckpointError as error:
             say(f"{error}; trying the one before")
-    if names:
+    if found:
         raise CheckpointError(
-            f"none of the {len(names)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir"
+            f"none of the {len(found)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir"
         )
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads and verifies one checkpoint directory. Raises CheckpointError naming what is wrong with which file."""
+    """Verifies one checkpoint directory. Raises CheckpointError on every rank, naming what is wrong with which file."""
+    state: dict[str, Any] = {}
+    wrong = ""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest.items():
-            file = path / name
-            if file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{file} is torn: {file.stat().st_size} bytes of {expected['bytes']}")
-            if _digest(file) != expected["sha256"]:
-                raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-        files = [path / name for name in manifest if name.endswith(".safetensors")]
-        tensors = {file.stem: load_file(file) for file in files}
-        return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+        manifest: Manifest = json.loads((path / "manifest.json").read_text())
+        if not {".metadata", "state.json"} <= manifest.keys():
+            raise CheckpointError(f"{path / 'manifest.json'} does not name the files of a checkpoint")
+        for name in sorted(manifest)[distributed.rank() :: distributed.world_size()]:
+            _verify(path / name, manifest[name])
+        state = json.loads((path / "state.json").read_text())
+    except CheckpointError as error:
+        wrong = str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = f"{path} is not a whole checkpoint: {error}"
+    if wrong := next(filter(None, distributed.gather_objects(wrong)), ""):
+        raise CheckpointError(wrong)
+    return Checkpoint(path, state)
+
+
+def _verify(file: Path, expected: Mapping[str, Any]) -> None:
+    if file.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{file} is torn: {file.stat().st_size} bytes of {expected['bytes']}")
+    if _digest(file) != expected["sha256"]:
+        raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
+
+
+def describe(files: Iterable[Path]) -> Manifest:
+    """The manifest's entries of some files."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
+
+
+def make_room(temporary: Path, num_bytes: int) -> None:
+    """Makes the empty directory `unfinished`. Raises CheckpointError where so many bytes do not fit, OSError."""
+    for interrupted in temporary.parent.glob(".step-*.tmp"):
+        shutil.rmtree(interrupted)
+    temporary.mkdir(parents=True)
+    if shutil.disk_usage(temporary).free < num_bytes:
+        raise CheckpointError("it does not fit")
+
+
+def commit(temporary: Path, state: Mapping[str, Any], manifest: Manifest, settings: CheckpointSettings) -> None:
+    """Makes a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
+    whole. Then points `latest` to it and removes those that are not kept."""
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    manifest = manifest | describe([temporary / "state.json", temporary / ".metadata"])
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    folder = temporary.parent
+    final = folder / temporary.name.removeprefix(".").removesuffix(".tmp")
+    if final.exists():  # A damaged one of the same step, which the resumed run has passed again.
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _sync(folder)
+    write_atomically(folder.parent / "latest", final.name + "\n")
+    _prune(final, settings)
+
+
+def _prune(newest: Path, settings: CheckpointSettings) -> None:
+    """Removes what is not kept. Names after the newest one are damaged ones that the resumed run went back behind."""
+    others = [path for path in newest.parent.glob("step-*") if path != newest]
+    before = sorted(path for path in others if path < newest)
+    states = {path: json.loads((path / "state.json").read_text()) for path in [*before, newest]}
+    kept = {path for path, state in states.items() if state.get("for_good")} | {newest}
+    kept |= {*before[len(before) - settings.keep + 1 :]}
+    measured = {path: state["measures"].get(settings.best) for path, state in states.items() if "measures" in state}
+    if judged := {path: value for path, value in measured.items() if value is not None}:
+        best = max if settings.best == "knn" else min
+        kept.add(best(judged, key=lambda path: judged[path]))
+    for path in {*others} - kept:
+        shutil.rmtree(path)
 
 
 def write_atomically(path: Path, text: str) -> None:

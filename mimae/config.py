@@ -382,6 +382,17 @@ def _other_images(resolved: Resolved) -> Iterator[str]:
             )
 
 
+@_check("checkpoint", "telemetry", "data")
+def _best_is_measured(resolved: Resolved) -> Iterator[str]:
+    recipe = resolved.recipe
+    if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
+        return
+    yield (
+        f"{_say(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs; "
+        "legal is null, or set both"
+    )
+
+
 def _say(resolved: Resolved, key: str) -> str:
     """`key = value (origin)`."""
     return f"{key} = {text(flat(resolved.recipe)[key])} ({resolved.origins[key]})"

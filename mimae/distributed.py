@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Group = dist.ProcessGroup  # type: ignore[name-defined]
+
+T = TypeVar("T")
 
 _seconds = 0.0
 
@@ -43,6 +46,22 @@ def setup() -> torch.device:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     return device
+
+
+def host_group() -> Group:
+    """A new group of all ranks over the host, for a thread whose collectives must not mix with training's."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, Group)
+    return group
+
+
+def gather_objects(mine: T, group: Group | None = None) -> list[T]:
+    """What each rank holds, in the order of ranks."""
+    if world_size(group) == 1:
+        return [mine]
+    every: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return every
 
 
 def shutdown() -> None:

@@ -23,6 +23,7 @@ from mimae.kernels import pixel_loss
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
+from mimae.saving import Saver
 from mimae.transfer.probe import knn_accuracy, shared_labels
 
 VALIDATION_IMAGES = 2048
@@ -92,39 +93,40 @@ class _Run:
         self.phases = telemetry.Phases(device)
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
+        self.saver = Saver(self.path, recipe.checkpoint, device, self.telemetry.message)
         self.step = self._resume()
 
     def _resume(self) -> int:
         """Makes the run directory, or goes back to its last whole checkpoint; returns the steps done."""
         _check_config(self.recipe, self.path)
+        self._agree()
         found = checkpoint.find(self.path, self.telemetry.message)
-        dist.barrier()
         if self.is_main:
-            checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
-            telemetry.environment(self.path / "environment.json")
+            try:
+                checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
+                telemetry.environment(self.path / "environment.json")
+            except OSError as error:
+                raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
         step = 0
-        self._agree(found)
         if found is not None:
             if found.state["data"] != self.source.fingerprint:
                 raise RunError(
                     f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
                 )
-            self.engine.load_state_dict(found.tensors)
+            self.engine.load(found.path)
             step = int(found.state["step"])
             self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
         self.telemetry.rewind(step)
         return step
 
-    def _agree(self, found: checkpoint.Checkpoint | None) -> None:
+    def _agree(self) -> None:
         """Ranks that go on from different weights or data would average the gradients of different models."""
         mine = {
-            "checkpoint (run.dir)": found.path.name if found else "none",
+            "checkpoints (run.dir)": ", ".join(checkpoint.names(self.path)),
             "data (data.path)": self.source.fingerprint,
             "settings": config.dump(self.recipe),
         }
-        every: list[dict[str, str]] = [{}] * distributed.world_size()
-        dist.all_gather_object(every, mine)
-        for rank, other in enumerate(every):
+        for rank, other in enumerate(distributed.gather_objects(mine)):
             for what, value in mine.items():
                 if other[what] != value:
                     raise RunError(
@@ -154,6 +156,7 @@ class _Run:
                 means = _Means()
                 communication = distributed.communication_seconds()
                 batches = self.transfer(self.loader.epoch(epoch, first))
+                measures = dict[str, float]()
                 for _ in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
                     step = self._optimize(batches)
                     self.step += 1
@@ -171,13 +174,13 @@ class _Run:
                         record = epoch_pace.epoch(images)
                         record["seconds_communication"] = distributed.communication_seconds() - communication
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited)
-                        self._end_of_epoch(epoch, record, means.read(), step.latents, last)
+                        measures = self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                         # The checks and pictures of an epoch's end are no training.
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
-                    if stop or self.step % recipe.checkpoint.every_steps == 0:
+                    if stop or self._is_due():
                         guard.drain()
-                        self._save()
+                        self._save(measures, stop)
                     if stop:
                         break
         finished = self.step >= self.steps
@@ -204,6 +207,8 @@ class _Run:
             for key, value in _reported(out).items():
                 share = value / recipe.schedule.accumulate
                 losses[key] = losses[key] + share if key in losses else share
+        with self.phases("checkpoint"):
+            self.saver.settle()
         with self.phases("optimizer"):
             factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch)
             result = self.engine.step(factor)
@@ -229,26 +234,47 @@ class _Run:
         epoch, place = divmod(step - 1, self.loader.steps_per_epoch)
         return self.loader.samples(epoch, place).tolist()
 
-    def _save(self) -> None:
+    def _epochs_done(self) -> int | None:
+        """The number of whole epochs, between two of them."""
+        epochs, inside = divmod(self.step, self.loader.steps_per_epoch)
+        return None if inside else epochs
+
+    def _is_due(self) -> bool:
+        """Whether it is time to save."""
+        settings, epochs = self.recipe.checkpoint, self._epochs_done()
+        if self.step % settings.every_steps == 0:
+            return True
+        if epochs is None:
+            return False
+        checks = self.recipe.telemetry.probe_every_epochs if settings.best else 0
+        return any(every and epochs % every == 0 for every in (settings.every_epochs, checks))
+
+    def _save(self, measures: dict[str, float], stop: bool) -> None:
+        """`measures`: of the epoch that has just ended."""
+        epochs, every = self._epochs_done(), self.recipe.checkpoint.every_epochs
+        state = {
+            "samples": self.step * self.recipe.schedule.batch_size,
+            "steps": self.steps,
+            "data": self.source.fingerprint,
+            "for_good": bool(epochs and every and epochs % every == 0),
+            "measures": measures,
+        }
         with self.phases("checkpoint"):
-            tensors = self.engine.state_dict()
-            if self.is_main:
-                state = {
-                    "samples": self.step * self.recipe.schedule.batch_size,
-                    "steps": self.steps,
-                    "data": self.source.fingerprint,
-                }
-                checkpoint.save(self.path, self.step, tensors, state, self.recipe.checkpoint.keep)
-            dist.barrier()
+            self.saver.start(self.step, self.engine.state(), state)
+            if stop and not self.saver.finish():
+                raise RunError(
+                    f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "
+                    "its last checkpoint"
+                )
 
     def _end_of_epoch(
         self, epoch: int, record: dict[str, Any], means: dict[str, float], latents: Tensor, last: bool
-    ) -> None:
-        """The epoch's line, its picture and its checks. Where a forward is a collective every rank takes part, on the
-        same images; else the others wait for the main rank at their next collective."""
-        recipe = self.recipe
+    ) -> dict[str, float]:
+        """The epoch's line, its picture and its checks, which are returned. Where a forward is a collective every rank
+        takes part, on the same images; else the others wait for the main rank at their next collective."""
+        recipe, measures = self.recipe, dict[str, float]()
         if not (self.is_main or self.engine.is_spread):
-            return
+            return measures
         record |= means
         record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
         flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
@@ -257,8 +283,8 @@ class _Run:
         record["mfu"] = flops / (peak * distributed.world_size()) if peak else None
         checks = recipe.telemetry
         if checks.probe_every_epochs and ((epoch + 1) % checks.probe_every_epochs == 0 or last):
-            record |= self._validate()
-        self.telemetry.epoch(record)
+            measures = self._validate()
+        self.telemetry.epoch(record | measures)
         if warning := self.stalls.verdict():
             self.telemetry.message(warning)
         if checks.images_every_epochs and ((epoch + 1) % checks.images_every_epochs == 0 or last):
@@ -270,6 +296,7 @@ class _Run:
                 f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="
                 f"{recipe.objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
             )
+        return measures
 
     @contextmanager
     def _evaluating(self) -> Iterator[MIMAE]:

@@ -14,6 +14,8 @@ from mimae.adamw import IMPLEMENTATIONS
 from mimae.randomness import Part
 from mimae.settings import Section
 
+_KINDS = ("step", "exp_avg", "exp_avg_sq")
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -140,12 +142,16 @@ class Optimizer:
             f"{kind}.{self.names[p]}": value for p, kinds in self.adamw.state().items() for kind, value in kinds.items()
         }
 
+    def empty_state(self) -> dict[str, Tensor]:
+        """What `load_state_dict` takes, to be filled: `state_dict` of an optimizer that has stepped, in new memory."""
+        return {
+            f"{kind}.{name}": torch.zeros((), device=p.device) if kind == "step" else torch.empty_like(p)
+            for p, name in self.names.items()
+            for kind in _KINDS
+        }
+
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`. Raises KeyError when a parameter's state is missing."""
-        kinds = ("step", "exp_avg", "exp_avg_sq")
+        """The inverse of `state_dict`; keeps the tensors. Raises KeyError when a parameter's state is missing."""
         self.adamw.load(
-            {
-                p: {kind: tensors[f"{kind}.{name}"].to(p.device, copy=True) for kind in kinds}
-                for p, name in self.names.items()
-            }
+            {p: {kind: tensors[f"{kind}.{name}"] for kind in _KINDS} for p, name in self.names.items()}
         )

@@ -82,6 +82,7 @@ class Telemetry:
         self._tensorboard: Any = None
         self._writer_class: Any = None
         self._files: dict[str, TextIO] = {}
+        self._lost: set[str] = set()
         self._progress: Progress | None = None
         if not is_main:
             return
@@ -167,21 +168,25 @@ class Telemetry:
         if not self._is_main:
             return
         target = self._run_dir / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, png)
-        if writer := self._writer():
-            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-            writer.add_image(Path(path).parent.name or "image", pixels, self._step, dataformats="HWC")
+        with self._surviving(str(path)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(target, png)
+        with self._surviving("tensorboard"):
+            if writer := self._writer():
+                pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+                writer.add_image(Path(path).parent.name or "image", pixels, self._step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         if self._progress is not None:
             self._progress.stop()
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            with self._surviving(name):
+                file.close()
         self._files.clear()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._surviving("tensorboard"):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
@@ -195,13 +200,31 @@ class Telemetry:
         unknown = sorted(set(record) - set(keys))
         assert not unknown, f"{name} has no keys {unknown}"
         plain = {key: _plain(record.get(key)) for key in keys}
-        if name not in self._files:
-            self._files[name] = (self._run_dir / name).open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
-        self._files[name].flush()  # in the system's hands: a kill of this process cannot lose it
+        with self._surviving(name):
+            if name not in self._files:
+                self._files[name] = (self._run_dir / name).open("a", encoding="utf-8")
+            self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
+            self._files[name].flush()  # in the system's hands: a kill of this process cannot lose it
         return plain
 
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """A disk that is full or gone costs the run its records, told once each, and not itself. What a file could not
+        take it keeps, and writes with its next line."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._lost:
+                self.message(f"{what} cannot be written: {error.strerror or error}; the run goes on")
+            self._lost.add(what)
+            if what == "tensorboard":  # its writer's thread has ended
+                self._tensorboard = self._writer_class = None
+
     def _scalars(self, group: str, plain: Mapping[str, Any]) -> None:
+        with self._surviving("tensorboard"):
+            self._add_scalars(group, plain)
+
+    def _add_scalars(self, group: str, plain: Mapping[str, Any]) -> None:
         if writer := self._writer():
             for key, value in plain.items():
                 if key != "step" and value is not None:

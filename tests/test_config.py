@@ -389,6 +389,11 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
             ["schedule.warmup_epochs = 6.5 (override)", "at most schedule.epochs = 6 (small.yaml:8)"],
         ),
         (
+            ["checkpoint.best=knn", "telemetry.probe_every_epochs=1"],
+            ["checkpoint.best=knn", "telemetry.probe_every_epochs=1", "data.val_path=x"],
+            ["checkpoint.best = knn (override)", "legal is null, or set both"],
+        ),
+        (
             ["masking.num_masks=1"],
             ["masking.num_masks=1", "objective.max_mi=0"],
             ["objective.max_mi = 0.03 (default)", "masking.num_masks = 1 (override)"],

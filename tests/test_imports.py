@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # from those listed before it. A new part takes its place here.
 LAYERS = (
     {"kernels"},
-    {"errors", "settings", "randomness", "distributed"},
+    {"errors", "settings", "randomness", "distributed", "dcp"},
     {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
-    {"recipes", "config", "checkpoint", "guards", "telemetry", "diagnostics", "pictures"},
+    {"recipes", "config", "checkpoint", "saving", "guards", "telemetry", "diagnostics", "pictures"},
     {"loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status"},
     {"launch"},
     {"submit"},

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
 
-from mimae import checkpoint, config, guards, loop, masking
+from mimae import checkpoint, config, dcp, guards, loop, masking
 from mimae.data import evaluation_batches, open_source
 from mimae.data.backend import Choice
 from mimae.errors import UserError
@@ -64,7 +64,7 @@ def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
 def tensors(run: Path) -> dict[str, Tensor]:
     found = checkpoint.find(run)
     assert found is not None
-    return {f"{section}.{name}": t for section, part in found.tensors.items() for name, t in part.items()}
+    return dcp.load_whole(found.path, "")
 
 
 def assert_bit_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -121,16 +121,16 @@ def _die_at_step(images: Path, run: Path, step: int) -> None:
 
 
 def _die_in_save(images: Path, run: Path, step: int) -> None:
-    """Dies with half of the optimizer's file of the checkpoint at `step` written."""
-    write = checkpoint.save_file
+    """Dies in the background save of `step` with half of its tensors' file written, some steps later."""
+    write = dcp.save
 
-    def torn(content: Any, path: Path) -> None:
-        write(content, path)
-        if path.name == "optimizer.safetensors" and f"step-{step:08d}" in str(path):
-            os.truncate(path, path.stat().st_size // 2)
+    def torn(path: Path, *args: Any) -> None:
+        write(path, *args)
+        if f"step-{step:08d}" in path.name:
+            os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    vars(checkpoint)["save_file"] = torn
+    vars(dcp)["save"] = torn
     loop.pretrain(recipe(images, run))
 
 
@@ -182,7 +182,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     """Altered in one bit; then torn; then none is left."""
     loop.pretrain(recipe(images, tmp_path))
     older, newest = sorted((tmp_path / "checkpoints").iterdir())
-    weights = newest / "model.safetensors"
+    weights = newest / "__0_0.distcp"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
@@ -191,7 +191,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     assert f"{weights} was altered" in output and f"at step {int(older.name[5:])}" in output
     assert_bit_equal(tensors(tmp_path), tensors(whole))
     for path in (tmp_path / "checkpoints").iterdir():
-        os.truncate(path / "optimizer.safetensors", 10)
+        os.truncate(path / "__0_0.distcp", 10)
     with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
         loop.pretrain(recipe(images, tmp_path))
     assert "is torn: 10 bytes" in capsys.readouterr().out
@@ -261,19 +261,6 @@ def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_save_keeps_whole_checkpoints_and_removes_what_the_run_went_back_behind(tmp_path: Path) -> None:
-    """A damaged newer one and a half-written one do not count among those that are kept."""
-    content = {"model": {"w": torch.ones(2)}}
-    for step in (1000, 2000):
-        checkpoint.save(tmp_path, step, content, {}, keep=2)
-    os.truncate(tmp_path / "checkpoints/step-00002000/model.safetensors", 3)
-    (tmp_path / "checkpoints/.step-00001200.tmp").mkdir()
-    checkpoint.save(tmp_path, 1500, content, {}, keep=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00001500"]
-    found = checkpoint.find(tmp_path)
-    assert found is not None and found.state["step"] == 1500
-
-
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +286,7 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     with pytest.raises(guards.RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
-    assert found is not None and all(t.isfinite().all() for n, t in found.tensors["model"].items() if "gate" not in n)
+    assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
 
 
 def test_the_next_views_patches_are_what_is_validated_and_pictured(
@@ -320,7 +307,7 @@ def test_the_next_views_patches_are_what_is_validated_and_pictured(
     model = build(given)
     found = checkpoint.find(tmp_path)
     assert found is not None
-    model.load_state_dict(found.tensors["model"])
+    model.load_state_dict(found.tensors("model"))
     source = open_source(str(images))
     errors = []
     for batch in evaluation_batches(given.data, source, 30, torch.arange(30)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,8 @@ class BadSamples:
         new = [sample for sample in bad if sample.id not in self._known]
         if not new:
             return
-        with self.path.open("a+b") as file:
+        # A full disk costs lines of the list, not the run.
+        with suppress(OSError), self.path.open("a+b") as file:
             # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
@@ -98,6 +100,7 @@ class BadSamples:
                     file.write(line.encode("utf-8", "backslashreplace"))
             file.flush()
             self._read_to = file.tell()
+        self._known.update(sample.id for sample in new)
         if len(self._known) > self.max_fraction * self.total:
             shown = "\n".join(f"  {sample.path}: {sample.reason}" for sample in new[:10])
             raise DataError(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mimae import distributed
+from mimae import dcp, distributed
 from mimae.adamw import IMPLEMENTATIONS
+from mimae.dcp import State
 from mimae.errors import UserError
 from mimae.model import MIMAE, attention
 from mimae.objective import Losses
@@ -60,7 +61,8 @@ class Engine(ABC):
     """One model on all ranks, its optimizer and its average. A group of one rank takes the same path.
 
     Of each parameter a rank keeps one part (`Part`), contiguous in the flattened whole and named by the parameter;
-    optimizer and average work on parts. States are whole tensors by name, so that one engine reads what another wrote.
+    optimizer and average work on parts. A state is made of parts of whole tensors, by name: one engine reads what
+    another wrote.
     """
 
     is_spread: bool
@@ -117,47 +119,26 @@ class Engine(ABC):
                 torch._foreach_add_(averages, moves)
         return result
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors by section (model, optimizer, ema) and name, on the main rank's host; nothing elsewhere. A
-        collective: on the devices one tensor at a time is whole."""
-        sections: dict[str, Iterator[tuple[str, Tensor]]] = {
-            "model": chain(self._buffers().items(), self._wholes({n: p.values for n, p in self.parts.items()})),
-            "optimizer": self._optimizer_state(),
-            "ema": self._wholes(self.ema),
-        }
-        state: dict[str, dict[str, Tensor]] = {}
-        for section, tensors in sections.items():
-            for name, tensor in tensors:
-                if distributed.rank() == 0:
-                    state.setdefault(section, {})[name] = tensor.detach().cpu()
-        return state
+    def state(self) -> State:
+        """What this rank holds of the state by name, in the memory of the run: model.*, optimizer.*, ema.*"""
+        return self._weights() | _named("optimizer", self._optimizer_state())
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of `state_dict`, on every rank with the whole state. Raises KeyError for what is missing."""
-        for name, buffer in self._buffers().items():
-            buffer.copy_(state["model"][name])
-        for name, part in self.parts.items():
-            part.values.copy_(part.of(state["model"][name]))
-        self._load_optimizer_state(state["optimizer"])
-        for name, average in self.ema.items():
-            average.copy_(self.parts[name].of(state["ema"][name]))
+    def load(self, path: Path) -> None:
+        """Goes on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
+        what it lacks."""
+        optimizer = self._empty_optimizer_state()
+        dcp.load(path, self._weights() | _named("optimizer", optimizer))
+        self._adopt(optimizer)
+
+    def _weights(self) -> dict[str, Tensor | Part]:
+        averages = {name: self.parts[name]._replace(values=values) for name, values in self.ema.items()}
+        return _named("model", self._buffers()) | _named("model", self.parts) | _named("ema", averages)
 
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers that are state, the same on every rank."""
         kept = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
-
-    def _wholes(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The whole tensors of what ranks hold in parts: weights, moments or averages by the parameter's name."""
-        for name, part_values in values.items():
-            yield name, self._gather(self.parts[name], part_values)
-
-    def _gather(self, part: Part, values: Tensor) -> Tensor:
-        """The whole of `values`, which are laid out as `part` is: the parts of all ranks side by side."""
-        whole = values.new_zeros(part.shape.numel())
-        whole[part.start : part.start + values.numel()] = values.flatten()
-        return distributed.all_sum(whole, self.group).view(part.shape)
 
     def _whole_norms(self, norms: Tensor) -> Tensor:
         """Norms of this rank's parts, stacked, -> those of the whole tensors."""
@@ -167,21 +148,24 @@ class Engine(ABC):
         """The optimizer's step, and gradients set to zero."""
         return self.optimizer.step(factor)
 
-    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, whole."""
-        for key, values in self.optimizer.state_dict().items():
-            yield key, self._gather(self.parts[_owner(key)], values) if values.ndim else values
+    def _optimizer_state(self) -> dict[str, Tensor | Part]:
+        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of what has been stepped."""
+        return {key: self._as_part(key, value) for key, value in self.optimizer.state_dict().items()}
 
-    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `_optimizer_state`."""
-        self.optimizer.load_state_dict(
-            {key: self.parts[_owner(key)].of(value) if value.ndim else value for key, value in tensors.items()}
-        )
+    def _empty_optimizer_state(self) -> dict[str, Tensor | Part]:
+        """The same, to be filled and adopted."""
+        return {key: self._as_part(key, value) for key, value in self.optimizer.empty_state().items()}
+
+    def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
+        """Takes over what was loaded."""
+        self.optimizer.load_state_dict({k: v.values if isinstance(v, Part) else v for k, v in optimizer.items()})
+
+    def _as_part(self, key: str, value: Tensor) -> Tensor | Part:
+        return self.parts[key.partition(".")[2]]._replace(values=value) if value.ndim else value
 
 
-def _owner(key: str) -> str:
-    """The parameter that an entry of the optimizer's state belongs to."""
-    return key.partition(".")[2]
+def _named(section: str, values: Mapping[str, Tensor] | Mapping[str, Part] | State) -> dict[str, Tensor | Part]:
+    return {f"{section}.{name}": value for name, value in values.items()}
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimae import distributed
 from mimae.engines.base import Engine
 from mimae.optimizer import Optimizer
-from mimae.randomness import Part, initialise, materialise, whole_parts
+from mimae.randomness import initialise, materialise, whole_parts
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
@@ -44,9 +44,6 @@ class DDPEngine(Engine):
         if device.type == "cpu":
             module.register_comm_hook(None, distributed.timed_all_reduce)
         return module, Optimizer(self.parts, recipe.optimizer, views)
-
-    def _gather(self, part: Part, values: Tensor) -> Tensor:
-        return values
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)

@@ -83,7 +83,7 @@ class ZeroEngine(Engine):
             if self.is_spread:
                 parameter.ds_tensor[: part.values.numel()].copy_(part.values)
             if parameter.shape == part.shape:
-                parameter.copy_(self._gather(part, part.values))
+                parameter.copy_(_whole(part))
 
     def _find(self, parameter: Any) -> tuple[_Place, int]:
         """The place of this rank's part of a parameter, and the part's start in the whole."""
@@ -138,30 +138,38 @@ class ZeroEngine(Engine):
                 norm = zero.get_grad_norm_direct(zero.averaged_gradients[group], parameters)
             yield group, float(norm)
 
-    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+    def _optimizer_state(self) -> dict[str, Tensor | Part]:
         states = self.optimizer.adamw.optimizer.state
         # Partitions step together; a rank without a share of one has no count of its own.
         steps = [states[flat]["step"] for flat in self.flats if flat in states]
+        found: dict[str, Tensor | Part] = {}
         for name, place in self.places.items():
             if steps:
-                yield f"step.{name}", steps[0].clone()
+                found[f"step.{name}"] = steps[0]
                 for kind in _MOMENTS:
-                    yield f"{kind}.{name}", self._gather(self.parts[name], place.within(states[place.flat][kind]))
+                    found[f"{kind}.{name}"] = self.parts[name]._replace(values=place.within(states[place.flat][kind]))
+        return found
 
-    def _load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def _empty_optimizer_state(self) -> dict[str, Tensor | Part]:
         states = self.optimizer.adamw.optimizer.state
         for flat in self.flats:
-            states[flat] = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
-        for name, place in self.places.items():
-            state = states[place.flat]
             # torch keeps the count of its fused kernels beside the weights.
-            state["step"] = tensors[f"step.{name}"].to(place.flat.device, copy=True)
-            for kind in _MOMENTS:
-                place.within(state[kind]).copy_(self.parts[name].of(tensors[f"{kind}.{name}"]))
+            states[flat] = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
+            states[flat]["step"] = torch.zeros((), device=flat.device)
+        return self._optimizer_state()
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        super().load_state_dict(state)
+    def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
+        first, *others = (self.optimizer.adamw.optimizer.state[flat]["step"] for flat in self.flats)
+        for step in others:
+            step.copy_(first)
         self._publish()
+
+
+def _whole(part: Part) -> Tensor:
+    """The parts of all ranks side by side."""
+    whole = part.values.new_zeros(part.shape.numel())
+    whole[part.start : part.start + part.values.numel()] = part.values.flatten()
+    return distributed.all_sum(whole).view(part.shape)
 
 
 def _clipped_with(group: Mapping[str, Any]) -> str:

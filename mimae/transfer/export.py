@@ -23,16 +23,14 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     found = checkpoint.find(run) if path == run else checkpoint.load(path)
     if found is None:
         raise checkpoint.CheckpointError(f"{run} has no checkpoint yet")
-    if average and "ema" not in found.tensors:
+    averages = _encoder_part(found.tensors("ema")) if average else {}
+    if average and not averages:
         raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")
     recipe = config.load(run / "config.yaml").recipe
     # Its weights go anywhere; the backend that trained them may be another machine's.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
-    weights = _encoder_part(found.tensors["model"])
-    if average:
-        weights |= _encoder_part(found.tensors["ema"])
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(_encoder_part(found.tensors("model")) | averages)
     return encoder.eval()
 
 

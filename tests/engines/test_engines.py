@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mimae import config, distributed, masking, objective
+from mimae import config, dcp, distributed, masking, objective
 from mimae.engines import Engine, ZeroEngine, base, check_machine, make_engine
 from mimae.errors import UserError
 from mimae.objective import InfoNCE, Losses
@@ -120,9 +121,13 @@ def without_the_factor() -> Iterator[None]:
 
 
 def saved(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """The state as it is now; 0 for the gate's average before the first step."""
-    state = engine.state_dict()
-    return {section: {n: t.nan_to_num().clone() for n, t in tensors.items()} for section, tensors in state.items()}
+    """The state as it is now, whole and on the main rank; 0 for the gate's average before the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(distributed.gather_objects(folder)[0])
+        dcp.save(path, engine.state(), distributed.host_group(), None)
+        sections = ("model", "optimizer", "ema") if distributed.rank() == 0 else ()
+        whole = {section: dcp.load_whole(path, f"{section}.") for section in sections}
+    return {section: {n: t.nan_to_num() for n, t in tensors.items()} for section, tensors in whole.items()}
 
 
 def first_gradients(settings: config.Recipe) -> dict[str, Tensor]:

@@ -1,0 +1,107 @@
+"""Saving beside training: copied while a forward and a backward read the weights, written while steps go on.
+
+A checkpoint that cannot be written costs the run nothing but itself: it is told, and the one before stays the last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mimae import checkpoint, dcp, distributed
+from mimae.checkpoint import CheckpointError, CheckpointSettings
+from mimae.dcp import State
+
+T = TypeVar("T")
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods at the same places."""
+
+    def __init__(
+        self, run: Path, settings: CheckpointSettings, device: torch.device, say: Callable[[str], None] = print
+    ) -> None:
+        """A collective: the ranks agree about a save in a process group of its own, beside training's."""
+        self.run, self.settings, self.say = run, settings, say
+        self.group = distributed.host_group()
+        self.staging = dcp.Staging(device) if settings.background else None
+        self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def start(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+        """Begins the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
+
+        The tensors may change after the next `settle`.
+        """
+        self.finish()
+        if self.staging is not None:
+            self.staging.begin()
+        # A daemon: a rank that dies does not wait for its peers, which may wait for it.
+        self._thread = threading.Thread(target=self._work, args=(step, tensors, {"step": step, **state}), daemon=True)
+        self._thread.start()
+        if self.staging is None:
+            self._thread.join()
+
+    def settle(self) -> None:
+        """Waits until the tensors of a save that is under way may change: they do in the optimizer's step alone."""
+        if self.staging is not None:
+            self.staging.settle()
+
+    def finish(self) -> bool:
+        """Waits for the save that is under way; whether the last one succeeded, on every rank the same."""
+        if self._thread is not None:
+            self._thread.join()
+        return not self._failed
+
+    def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+        temporary = checkpoint.unfinished(self.run, step)
+        try:
+            self._write(temporary, tensors, state)
+            self._failed = False
+        except (CheckpointError, dcp.CheckpointException, RuntimeError) as error:
+            # RuntimeError: a lost rank, which training's own collectives tell the main thread.
+            self._failed = True
+            if distributed.rank() == 0:
+                self._tell(step, dcp.num_bytes(tensors), dcp.reason(error))
+                shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            if self.staging is not None:
+                self.staging.end()
+
+    def _tell(self, step: int, num_bytes: int, why: str) -> None:
+        # What torch says when the disk is full is not that.
+        free = shutil.disk_usage(self.run).free
+        last = next(iter(checkpoint.names(self.run)), "none")
+        self.say(
+            f"the checkpoint of step {step} could not be written: {why} ({num_bytes / 1e6:,.1f} MB are needed, "
+            f"{free / 1e6:,.1f} are free on {self.run}); the last one is {last}"
+        )
+
+    def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:
+        """Raises on every rank what fails on one."""
+        self._on_main(lambda: checkpoint.make_room(temporary, dcp.num_bytes(tensors)))
+        dcp.save(temporary, tensors, self.group, self.staging)
+        mine = f"__{distributed.rank()}_*"
+        parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
+        manifest = {name: entry for part in parts for name, entry in part.items()}
+        self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        self._together(action if distributed.rank() == 0 else lambda: None)
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What it returns on every rank. Raises CheckpointError on all of them where it failed on one."""
+        results, wrong = list[T](), ""
+        try:
+            results.append(action())
+        except (OSError, CheckpointError) as error:
+            wrong = str(error)
+        every = distributed.gather_objects((results, wrong), self.group)
+        if wrong := next((wrong for _, wrong in every if wrong), ""):
+            raise CheckpointError(wrong)
+        return [result for results, _ in every for result in results]
