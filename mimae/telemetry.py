@@ -209,8 +209,7 @@ class Telemetry:
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone costs the run its records, told once each, and not itself. What a file could not
-        take it keeps, and writes with its next line."""
+        """A disk that is full or gone costs the run its records of that time, told once for each file, not itself."""
         try:
             yield
         except OSError as error:

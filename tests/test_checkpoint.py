@@ -224,7 +224,8 @@ filler.unlink()
 record(41)
 telemetry.close()
 lines = (run / "metrics.jsonl").read_text().splitlines()
-assert [json.loads(line)["step"] for line in lines] == list(range(1, 42)), lines
+steps = [json.loads(line)["step"] for line in lines]
+assert steps == sorted(set(steps)) and len(steps) < 41 and steps[-1] == 41, steps
 assert save(3)
 assert checkpoint.find(run).state["step"] == 3
 """
