@@ -1,49 +1,88 @@
-"""One run through several engines and numbers of ranks, by its checkpoints, against a run that nothing disturbed."""
+"""Runs that change the number of ranks, and the engine, at their checkpoints, against one that nothing disturbed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mimae import loop
+from mimae import distributed, loop
 from tests.ranks import run_ranks
 from tests.test_loop import lines, recipe
 
-WAY = (("ddp", 1), ("fsdp", 2), ("zero3", 2), ("zero1", 3), ("fsdp", 1), ("ddp", 1))
-"""Engine and ranks of each step; a step's micro-batch of 6 images is shared by 1, 2 and 3 ranks."""
+RANKS = (1, 2, 4, 1)
+"""Of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""
+
+WAYS = {kind: [kind] * 4 for kind in ("ddp", "fsdp", "zero1", "zero2", "zero3")} | {
+    "all": ["ddp", "fsdp", "zero3", "ddp"],
+}
+"""Engines of the steps of each run."""
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 images of two classes: 3 steps an epoch."""
+    """50 images of two classes: 3 steps an epoch, 2 images are left out."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
-    for i in range(36):
+    for i in range(50):
         (folder / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "ab"[i % 2] / f"{i}.png")
     return folder
 
 
 def _run(images: Path, run: Path, *overrides: str) -> int:
-    return loop.pretrain(recipe(images, run, "schedule.batch_size=12", "schedule.epochs=2", *overrides)).step
+    return loop.pretrain(recipe(images, run, "schedule.batch_size=16", "schedule.max_steps=4", *overrides)).step
+
+
+def _one_step_of_each(images: Path, runs: Path, step: int) -> list[tuple[int, list[int]]]:
+    """(steps done, ids of this rank's images) of one more step of every run."""
+    leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
+    optimize, seen = loop._Run._optimize, list[int]()
+
+    def noting(self: Any, batches: Any) -> Any:
+        def noted() -> Any:
+            for batch in batches:
+                seen.extend(batch.sample_ids.tolist())
+                yield batch
+
+        return optimize(self, noted())
+
+    vars(loop)["_Run"]._optimize = noting
+    found = []
+    try:
+        for way, kinds in WAYS.items():
+            done = _run(images, runs / way, f"engine.kind={kinds[step]}", "run.dry=true")
+            found.append((done, [*seen]))
+            seen.clear()
+    finally:
+        distributed.shutdown = leave
+        vars(loop)["_Run"]._optimize = optimize
+    return found
 
 
 @pytest.mark.slow
-def test_a_run_goes_through_engines_and_numbers_of_ranks(images: Path, tmp_path: Path) -> None:
+def test_runs_go_through_numbers_of_ranks_and_engines(images: Path, tmp_path: Path) -> None:
     _run(images, tmp_path / "whole")
-    for step, (kind, ranks) in enumerate(WAY, 1):
-        arguments = (images, tmp_path / "way", f"engine.kind={kind}", "run.dry=true")
+    whole = lines(tmp_path / "whole" / "metrics.jsonl")
+    ids: list[list[set[int]]] = []
+    for step, ranks in enumerate(RANKS):
         (tmp_path / str(step)).mkdir()
-        done = [_run(*arguments)] if ranks == 1 else run_ranks(ranks, tmp_path / str(step), _run, *arguments)
-        assert done == [step] * ranks
-    whole, way = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "way"))
-    assert len(way) == len(WAY)
-    for key in ("loss", "grad_norm", "lr"):
-        assert [record[key] for record in way] == pytest.approx([record[key] for record in whole], rel=1e-4)
-    # Evaluated on every rank where a forward is a collective: the last lines of both epochs, of zero3 and ddp.
-    by_step = {record["step"]: record for record in lines(tmp_path / "way" / "epochs.jsonl")}
-    for record in lines(tmp_path / "whole" / "epochs.jsonl"):
-        assert by_step[record["step"]]["val_rec"] == pytest.approx(record["val_rec"], rel=1e-4)
+        found = run_ranks(ranks, tmp_path / str(step), _one_step_of_each, images, tmp_path, step)
+        assert all(done == step + 1 for rank in found for done, _ in rank)
+        ids.append([{i for rank in found for i in rank[way][1]} for way in range(len(WAYS))])
+    # The same global batches: 16 images, each once, the same for every way.
+    assert all(len(batch) == 16 and batch == batches[0] for batches in ids for batch in batches)
+    assert not set.union(*(batches[0] for batches in ids[:2])) & ids[2][0]
+    for way in WAYS:
+        records = lines(tmp_path / way / "metrics.jsonl")
+        assert len(records) == len(whole) == 4
+        for key in ("loss", "rec", "max_mi", "min_mi", "grad_norm", "lr"):
+            got, want = ([record[key] for record in run] for run in (records, whole))
+            assert got == pytest.approx(want, rel=1e-5)
+        # Evaluated on every rank where a forward is a collective.
+        checked = {record["step"]: record["val_rec"] for record in lines(tmp_path / way / "epochs.jsonl")}
+        for record in lines(tmp_path / "whole" / "epochs.jsonl"):
+            assert checked[record["step"]] == pytest.approx(record["val_rec"], rel=1e-4)
