@@ -9,6 +9,7 @@ import torch
 from mimae.engines.base import Compile, Engine, EngineSettings, check_machine
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.fsdp import FSDPEngine
+from mimae.engines.replicas import DivergenceError
 from mimae.engines.zero import ZeroEngine
 from mimae.model import outline
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Compile",
     "DDPEngine",
+    "DivergenceError",
     "Engine",
     "EngineSettings",
     "FSDPEngine",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mimae import dcp, distributed
 from mimae.adamw import IMPLEMENTATIONS
 from mimae.dcp import State
+from mimae.engines import replicas
 from mimae.errors import UserError
 from mimae.model import MIMAE, attention
 from mimae.objective import Losses
@@ -73,6 +74,9 @@ class Engine(ABC):
 
     group: distributed.Group | None = None
     """The ranks that together hold each parameter; None: all of them."""
+
+    shard = 0
+    """Ranks with the same number hold the same `_copies`."""
 
     def __init__(self, model: MIMAE, recipe: Recipe, device: torch.device, views: int) -> None:
         """Takes over a `model` on the meta device, which gets the initial weights of the recipe's seed.
@@ -134,6 +138,14 @@ class Engine(ABC):
     def _weights(self) -> dict[str, Tensor | Part]:
         averages = {name: self.parts[name]._replace(values=values) for name, values in self.ema.items()}
         return _named("model", self._buffers()) | _named("model", self.parts) | _named("ema", averages)
+
+    def check_copies(self) -> None:
+        """Raises DivergenceError on every rank where copies of weights, or of averages, differ. A collective."""
+        replicas.compare(self._copies() | self._buffers(), self.shard)
+
+    def _copies(self) -> dict[str, Tensor]:
+        """What ranks of the same `shard` hold alike, beside buffers."""
+        return {name: part.values for name, part in self.parts.items()} | {f"ema.{n}": t for n, t in self.ema.items()}
 
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers that are state, the same on every rank."""

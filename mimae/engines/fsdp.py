@@ -45,7 +45,7 @@ class FSDPEngine(Engine):
         replicas = recipe.engine.replicas
         shape = (replicas, distributed.world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        self.group = mesh.get_group("shard")
+        self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
         is_offloaded = recipe.engine.offload == "cpu"
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()
         for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):

@@ -158,6 +158,9 @@ class ZeroEngine(Engine):
             states[flat]["step"] = torch.zeros((), device=flat.device)
         return self._optimizer_state()
 
+    def _copies(self) -> dict[str, Tensor]:
+        return {} if self.is_spread else dict(self.model.named_parameters())
+
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
         first, *others = (self.optimizer.adamw.optimizer.state[flat]["step"] for flat in self.flats)
         for step in others:
