@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,9 @@ def world_size(group: Group | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def setup() -> torch.device:
-    """Joins the job of torchrun's environment, or starts a group of one, and returns this rank's device."""
+def setup(patience: float | None = None) -> torch.device:
+    """Joins the job of torchrun's environment, or starts a group of one, and returns this rank's device. A collective
+    waits `patience` seconds for a rank; None: as long as torch has it."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -41,7 +43,8 @@ def setup() -> torch.device:
         # gloo beside nccl: signals are agreed on over the host, without a wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            timeout = None if patience is None else timedelta(seconds=patience)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1)

@@ -20,13 +20,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from mimae.checkpoint import write_atomically
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED, UserError
+from mimae.watchdog import Hangs
 
 PORT = 29_400
 """Where nodes meet when --rendezvous or SLURM names a host alone."""
@@ -70,8 +71,9 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
         return EXIT_SAVED if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ else 0
     from mimae import config
 
-    config.load(recipe, overrides)  # A mistake in the recipe is told before any process starts.
-    return _launch(recipe, overrides, job)
+    # A mistake in the recipe is told before any process starts.
+    run = Path(config.load(recipe, overrides).recipe.run.dir)
+    return _launch(recipe, overrides, job, run)
 
 
 def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int) -> Job:
@@ -147,7 +149,7 @@ def _tasks_per_node(short: str) -> list[int]:
 # The launcher
 
 
-def _launch(recipe: str, overrides: Sequence[str], job: Job) -> int:
+def _launch(recipe: str, overrides: Sequence[str], job: Job, run: Path) -> int:
     """Starts the ranks, passes signals on to them, and returns the exit code of what became of them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -173,7 +175,7 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job) -> int:
             signals_to_handle="SIGHUP",  # The others are for the ranks: the agent would kill them while they save.
         )
         failed = None
-        with _passing_signals(notes):
+        with _passing_signals(notes), Hangs(run, lambda: _processes(notes)) as hangs:
             try:
                 elastic_launch(config, _rank)(recipe, list(overrides), str(notes), os.getpid())
             except ChildFailedError as error:
@@ -183,6 +185,11 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job) -> int:
             return EXIT_SAVED if not all(note.kind == "done" for note in found) or not found else 0
         if failed is None:
             return 0
+        if failed[1].pid in hangs.ended:
+            print(
+                "mimae: the run hung, as told above; the same command goes on from the last checkpoint", file=sys.stderr
+            )
+            return 1
         return _tell(found, failed[0], failed[1].exitcode)
 
 
@@ -214,11 +221,9 @@ def _passing_signals(notes: Path) -> Iterator[None]:
         if number == signal.SIGINT and stop.exists():
             raise KeyboardInterrupt
         stop.touch()
-        for file in notes.glob("pid-*"):
-            try:
-                os.kill(int(file.read_text()), signal.SIGTERM)
-            except (ProcessLookupError, ValueError):
-                continue
+        for pid in _processes(notes).values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
@@ -226,6 +231,11 @@ def _passing_signals(notes: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _processes(notes: Path) -> dict[int, int]:
+    """Process ids by rank, of this node's last attempt."""
+    return {int(file.name[4:]): int(file.read_text()) for file in notes.glob("pid-*")}
 
 
 def _tell(found: list[Note], rank: int, code: int) -> int:

@@ -25,6 +25,7 @@ from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
 from mimae.saving import Saver
 from mimae.transfer.probe import knn_accuracy, shared_labels
+from mimae.watchdog import Watchdog, patience
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -59,11 +60,13 @@ def pretrain(recipe: Recipe) -> Outcome:
     validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
     if validation is not None and source.labels is not None and validation.labels is not None:
         shared_labels(source, validation)  # classes that do not fit are told now, not at the first check
-    device = distributed.setup()
+    limits = recipe.run.first_step_timeout, recipe.run.step_timeout
+    device = distributed.setup(patience(*limits))
     try:
         check_machine(recipe, device)
-        with lock(Path(recipe.run.dir)), Signals() as signals:
-            return _Run(recipe, source, validation, device).train(signals)
+        run = Path(recipe.run.dir)
+        with lock(run), Signals() as signals, Watchdog(run, *limits) as watchdog:
+            return _Run(recipe, source, validation, device).train(signals, watchdog)
     finally:
         distributed.shutdown()
 
@@ -135,7 +138,7 @@ class _Run:
                         "run.dir and data.path have to be the same storage on every node"
                     )
 
-    def train(self, signals: Signals) -> Outcome:
+    def train(self, signals: Signals, watchdog: Watchdog) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
         if self.step >= self.steps:
@@ -153,6 +156,7 @@ class _Run:
         with self.telemetry, closing(self.loader):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
+                watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)
                 means = _Means()
                 communication = distributed.communication_seconds()
                 batches = self.transfer(self.loader.epoch(epoch, first))
@@ -170,6 +174,7 @@ class _Run:
                     last = recipe.run.dry or self.step == self.steps
                     # Before the checkpoint: a kill between the two repeats the line, and loses none.
                     if last or self.step % per_epoch == 0:
+                        watchdog.wait_for(f"the end of epoch {epoch}", long=True)
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record = epoch_pace.epoch(images)
                         record["seconds_communication"] = distributed.communication_seconds() - communication
@@ -179,10 +184,13 @@ class _Run:
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
                     if stop or self._is_due():
+                        watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
+                        self.engine.check_copies()
                         self._save(measures, stop)
                     if stop:
                         break
+                    watchdog.wait_for(f"step {self.step + 1}")
         finished = self.step >= self.steps
         if signals.received and not finished:
             say(f"saved at step {self.step} on a signal; the same command goes on from there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,28 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(tmp_p
         weights.append(dcp.load_whole(launched.run / "checkpoints/step-00000012", ""))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name].nan_to_num(), weights[1][name].nan_to_num()) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path) -> None:
+    """And is not taken for lost memory: of the rank that waited for it the place is told."""
+    weights = []
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+        launched = Launched(tmp_path / name, 12, "run.step_timeout=5")
+        if name == "stopped":
+            launched.wait_for(lambda launched=launched: launched.step() >= 7)  # type: ignore[misc]
+            ranks = launched.ranks()
+            os.kill(ranks[1], signal.SIGSTOP)
+            # Less than the 30 s that torch's agent gives a rank to end.
+            launched.wait_for(lambda ranks=ranks: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 20)  # type: ignore[misc]
+        code, output = launched.end()
+        assert code == 0, output
+        weights.append((launched.run / "checkpoints/step-00000012/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert "mimae: nothing moved for 0:00:05" in output and "start 2, after a rank was lost" in output, output
+    assert re.search(r"rank 0, in step \d+, the latest call first:\n    File .*distributed", output), output
+    assert "rank 1 left no stack: stopped (T)" in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow
