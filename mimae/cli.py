@@ -98,6 +98,7 @@ _mount(
 _mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
 _mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends.")
 _mount(app, "status", "mimae.status", "Where a run stands.")
+_mount(app, "replay", "mimae.replay", "Run one step of a run again, and tell what in it is not finite.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
 _mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")
 _mount(data, "pack", "mimae.data.pack", "Write tar shards of a data set, resized if asked.")

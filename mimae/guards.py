@@ -30,23 +30,40 @@ class RunError(UserError):
 class NonFinite:
     """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
 
-    def __init__(self, run: Path, samples: Callable[[int], list[int]]) -> None:
-        """`samples`: the ids of the global batch of a step."""
-        self.run, self.samples = run, samples
+    def __init__(self, run: Path, samples: Callable[[int], list[int]], keep: Callable[[int, int], None]) -> None:
+        """`samples`: the ids of the global batch of a step; `keep`: saves the weights for `mimae replay`, which are
+        those before the first and after the last of two steps."""
+        self.run, self.samples, self.keep = run, samples, keep
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.streak: list[int] = []
 
     def check(self, step: int, skipped: Tensor) -> None:
-        """Reads the decision of the step before. Raises RunError at the tenth skipped step in a row."""
-        self.drain()
+        """Reads the decision of the step before. Raises RunError after ten skipped steps in a row, the last taken among
+        them: a run that recovers goes on."""
+        self._read()
         event = torch.cuda.Event() if skipped.is_cuda else None
         copied = skipped.to("cpu", non_blocking=True)
         if event is not None:
             event.record()
         self.pending.append((step, copied, event))
+        if len(self.streak) >= MAX_SKIPPED:
+            self.drain()
 
     def drain(self) -> None:
         """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
+        self._read()
+        if len(self.streak) < MAX_SKIPPED:
+            return
+        first, last = self.streak[0], self.streak[-1]
+        self.keep(first, last)
+        steps = "\n".join(f"  step {step}: samples {self.samples(step)}" for step in self.streak)
+        raise RunError(
+            f"{len(self.streak)} steps in a row had a gradient that is not finite; the checkpoints of {self.run} are "
+            f"untouched. `mimae replay {self.run} --step {first}` tells what is not finite and where it begins. Lower "
+            f"optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
+        )
+
+    def _read(self) -> None:
         while self.pending:
             step, skipped, event = self.pending.popleft()
             if event is not None:
@@ -55,13 +72,6 @@ class NonFinite:
                 self.streak.clear()
                 continue
             self.streak.append(step)
-            if len(self.streak) == MAX_SKIPPED:
-                steps = "\n".join(f"  step {step}: samples {self.samples(step)}" for step in self.streak)
-                raise RunError(
-                    f"{MAX_SKIPPED} steps in a row had a gradient that is not finite; the checkpoints of {self.run} "
-                    f"are untouched. Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n"
-                    f"{steps}"
-                )
 
 
 class Signals:

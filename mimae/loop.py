@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, telemetry
+from mimae.checkpoint import CheckpointSettings
 from mimae.config import Recipe
 from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, fastest, make_loader, open_source
 from mimae.data.cache import cache_note
@@ -147,7 +148,7 @@ class _Run:
         say(self._headline())
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
-        guard = NonFinite(self.path, self._samples)
+        guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -220,7 +221,7 @@ class _Run:
         with self.phases("optimizer"):
             factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch)
             result = self.engine.step(factor)
-            self.engine.model.objective.gate.update(losses["rec"])
+            self.engine.model.objective.gate.update(losses["rec"], result.skipped)
         return _Step(losses, out.latents, result)
 
     def _record(self, step: _Step) -> dict[str, Any]:
@@ -274,6 +275,13 @@ class _Run:
                     f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "
                     "its last checkpoint"
                 )
+
+    def _keep(self, first: int, last: int) -> None:
+        """Saves what steps `first` to `last` were taken from, which left it as it was, apart from the checkpoints."""
+        self.saver.finish()
+        settings = CheckpointSettings(keep=1, background=False)
+        keeper = Saver(self.path / "nonfinite", settings, self.device, self.telemetry.message)
+        keeper.start(first - 1, self.engine.state(), {"skipped_to": last, "data": self.source.fingerprint})
 
     def _end_of_epoch(
         self, epoch: int, record: dict[str, Any], means: dict[str, float], latents: Tensor, last: bool

@@ -130,12 +130,14 @@ class Gate(nn.Module):
         self.register_buffer("average", torch.tensor(float("nan"), device="cpu"))
 
     @torch.no_grad()
-    def update(self, rec: Tensor) -> None:
-        """After an optimizer step, with the global L_rec of that step; a non-finite one changes nothing."""
+    def update(self, rec: Tensor, skipped: Tensor) -> None:
+        """After an optimizer step, with the global L_rec of that step; one that is not finite, or of a step that was
+        `skipped`, changes nothing."""
         if self.threshold is None:
             return
         moved = torch.where(self.average.isnan(), rec, self.average.lerp(rec, 0.01))
-        self.average.copy_(torch.where(rec.isfinite(), moved, self.average))
+        counts = rec.isfinite() & (skipped.to(rec.device) == 0)
+        self.average.copy_(torch.where(counts, moved, self.average))
         self.weight.copy_(torch.maximum(self.weight, (self.average < self.threshold).to(self.weight)))
 
 

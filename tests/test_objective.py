@@ -97,15 +97,18 @@ def test_moments_merge_as_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_gate_opens_a_step_after_the_average_falls_below_and_stays_open() -> None:
-    gate = Gate(0.5)
+    gate, taken = Gate(0.5), torch.tensor(0.0)
     for rec in (1.0, float("nan"), 0.4):
-        gate.update(torch.tensor(rec))
+        gate.update(torch.tensor(rec), taken)
         assert gate.weight == 0
-    assert abs(gate.average - (0.99 * 1.0 + 0.01 * 0.4)) < 1e-6, "starts at the first loss and skips the NaN"
+    gate.update(torch.tensor(9.0), skipped=torch.tensor(1.0))
+    assert abs(gate.average - (0.99 * 1.0 + 0.01 * 0.4)) < 1e-6, (
+        "starts at the first loss, skips the NaN and what is skipped"
+    )
     for _ in range(300):
-        gate.update(torch.tensor(0.4))
+        gate.update(torch.tensor(0.4), taken)
     assert gate.weight == 1
-    gate.update(torch.tensor(1e6))
+    gate.update(torch.tensor(1e6), taken)
     assert gate.weight == 1
     assert Gate(None).weight == 1
 

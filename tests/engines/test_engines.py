@@ -88,8 +88,9 @@ def train(engine: Engine, settings: config.Recipe, steps: range) -> tuple[list[f
     losses, norms = [], []
     for step in steps:
         out = backward(engine, settings, step)
-        norms.append(engine.step(1 - step / STEPS).grad_norm.item())
-        engine.model.objective.gate.update(out.rec)
+        result = engine.step(1 - step / STEPS)
+        norms.append(result.grad_norm.item())
+        engine.model.objective.gate.update(out.rec, result.skipped)
         losses.append(out.total.item())
     return losses, norms
 
