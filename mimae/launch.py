@@ -19,15 +19,19 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mimae.checkpoint import write_atomically
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED, UserError
 from mimae.watchdog import Hangs
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
 
 PORT = 29_400
 """Where nodes meet when --rendezvous or SLURM names a host alone."""
@@ -72,8 +76,7 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
     from mimae import config
 
     # A mistake in the recipe is told before any process starts.
-    run = Path(config.load(recipe, overrides).recipe.run.dir)
-    return _launch(recipe, overrides, job, run)
+    return _launch(recipe, overrides, job, config.load(recipe, overrides).recipe)
 
 
 def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int) -> Job:
@@ -149,7 +152,7 @@ def _tasks_per_node(short: str) -> list[int]:
 # The launcher
 
 
-def _launch(recipe: str, overrides: Sequence[str], job: Job, run: Path) -> int:
+def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -> int:
     """Starts the ranks, passes signals on to them, and returns the exit code of what became of them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -175,7 +178,7 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, run: Path) -> int:
             signals_to_handle="SIGHUP",  # The others are for the ranks: the agent would kill them while they save.
         )
         failed = None
-        with _passing_signals(notes), Hangs(run, lambda: _processes(notes)) as hangs:
+        with _passing_signals(notes), Hangs(Path(resolved.run.dir), lambda: _processes(notes)) as hangs:
             try:
                 elastic_launch(config, _rank)(recipe, list(overrides), str(notes), os.getpid())
             except ChildFailedError as error:
@@ -190,7 +193,7 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, run: Path) -> int:
                 "mimae: the run hung, as told above; the same command goes on from the last checkpoint", file=sys.stderr
             )
             return 1
-        return _tell(found, failed[0], failed[1].exitcode)
+        return _tell(found, failed[0], failed[1].exitcode, partial(_advice, resolved, job))
 
 
 def _meeting(job: Job) -> str:
@@ -238,19 +241,28 @@ def _processes(notes: Path) -> dict[int, int]:
     return {int(file.name[4:]): int(file.read_text()) for file in notes.glob("pid-*")}
 
 
-def _tell(found: list[Note], rank: int, code: int) -> int:
-    """Prints what ended the run, once, and returns the exit code. The rank that failed first may have been killed, and
-    left no note; what its peers say then is that they lost it."""
+def _advice(recipe: Recipe, job: Job) -> str:
+    from mimae.shortage import advice
+
+    return advice(recipe, job.ranks * job.nodes, job.ranks)
+
+
+def _tell(found: list[Note], rank: int, code: int, advice: Callable[[], str]) -> int:
+    """Prints what ended the run, once, and returns the exit code; with `advice` where memory may have run out. The rank
+    that failed first may have been killed, and left no note; what its peers say then is that they lost it."""
     if mistakes := [note for note in found if note.kind == "mistake"]:
         print(f"mimae: {mistakes[0].text}", file=sys.stderr)
         return EXIT_MISTAKE
     if code < 0:
         name = signal.Signals(-code).name
-        hint = ": most often because memory ran out" if -code == signal.SIGKILL else ""
+        was_killed = -code == signal.SIGKILL
+        hint = ": most often because the machine's memory ran out" if was_killed else ""
         print(
             f"mimae: rank {rank} was ended by {name}{hint}; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
+        if was_killed:
+            print(advice(), file=sys.stderr)
     elif errors := [note for note in found if note.kind == "error"]:
         print(f"mimae: rank {errors[0].rank} failed first:\n{errors[0].text}", file=sys.stderr)
     else:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, telemetry
+from mimae import checkpoint, config, diagnostics, distributed, masking, pictures, plan, shortage, telemetry
 from mimae.checkpoint import CheckpointSettings
 from mimae.config import Recipe
 from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, fastest, make_loader, open_source
@@ -54,8 +54,8 @@ class Outcome(NamedTuple):
 def pretrain(recipe: Recipe) -> Outcome:
     """Runs a recipe to its end, or from its last checkpoint on; every rank of a job calls it.
 
-    Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, ten
-    non-finite steps in a row.
+    Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
+    that runs out, ten non-finite steps in a row.
     """
     source = open_source(recipe.data.path)
     validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
@@ -66,7 +66,12 @@ def pretrain(recipe: Recipe) -> Outcome:
     try:
         check_machine(recipe, device)
         run = Path(recipe.run.dir)
-        with lock(run), Signals() as signals, Watchdog(run, *limits) as watchdog:
+        with (
+            lock(run),
+            Signals() as signals,
+            Watchdog(run, *limits) as watchdog,
+            shortage.explained(recipe, device, watchdog),
+        ):
             return _Run(recipe, source, validation, device).train(signals, watchdog)
     finally:
         distributed.shutdown()

@@ -36,6 +36,9 @@ from mimae.settings import Section
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
 
+IN_PHASE = "in the phase "
+"""How the note begins that an error gets in a phase."""
+
 LOSSES = ("loss", "rec", "max_mi", "min_mi", "fit")
 
 STEP_KEYS = (
@@ -253,10 +256,10 @@ class Telemetry:
 class Phases:
     """Seconds spent in each of PHASES since it was made: `with phases("forward"): ...`.
 
-    A phase inside another is taken out of it, so the sum counts no time twice. On CUDA a phase is timed by the
-    device, by a pair of events that nothing waits for until `seconds()` is read: waiting for data counts from when the
-    device has done all it was given until it is given more, and is nothing where it was busy all the while. Saving
-    checkpoints is timed by the host's clock, as everything is on the CPU.
+    A phase inside another is taken out of it, so the sum counts no time twice. An error says in which it was. On CUDA a
+    phase is timed by the device, by a pair of events that nothing waits for until `seconds()` is read: waiting for data
+    counts from when the device has done all it was given until it is given more, and is nothing where it was busy all
+    the while. Saving checkpoints is timed by the host's clock, as everything is on the CPU.
     """
 
     _HOST = ("checkpoint",)
@@ -290,6 +293,9 @@ class Phases:
                     yield
                 finally:
                     self._add(name, outer, time.perf_counter() - began)
+        except Exception as error:
+            error.add_note(IN_PHASE + name)
+            raise
         finally:
             self._open.pop()
 

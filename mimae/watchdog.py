@@ -49,6 +49,8 @@ class Watchdog:
     def __init__(self, run: Path, first_step_timeout: float, step_timeout: float) -> None:
         """Limits in seconds, 0: none."""
         self._long, self._short = first_step_timeout, step_timeout
+        self.due = ""
+        """What is waited for."""
         self._file: TextIO | None = None
         if distributed.world_size() > 1:
             # Where it cannot be written the run goes on: whether that matters, its checkpoints say.
@@ -72,6 +74,7 @@ class Watchdog:
 
     def wait_for(self, what: str, long: bool = False) -> None:
         """From now on `what` is due, within run.step_timeout or, `long`, within run.first_step_timeout."""
+        self.due = what
         if self._file is not None:
             with suppress(OSError):  # a full disk
                 os.pwrite(self._file.fileno(), what[:_WIDTH].ljust(_WIDTH).encode(), 0)

@@ -78,15 +78,20 @@ def test_options_that_do_not_fit_are_told(nodes: int, rendezvous: str | None, to
 
 
 def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def advice() -> str:
+        return "less memory would do"
+
     late = Note("error", 0, 1, 20.0, "Traceback of the peer")
     first = Note("error", 3, 1, 10.0, "Traceback of the cause")
-    assert launch._tell([first, late], 3, 1) == 1
+    assert launch._tell([first, late], 3, 1, advice) == 1
     told = capsys.readouterr().err
     assert "rank 3 failed first:\nTraceback of the cause" in told and "peer" not in told
-    assert launch._tell([late], 2, -signal.SIGKILL) == 1
+    assert launch._tell([late], 2, -signal.SIGKILL, advice) == 1
     told = capsys.readouterr().err
-    assert "rank 2 was ended by SIGKILL" in told and "Traceback" not in told
-    assert launch._tell([Note("mistake", 1, 0, 5.0, "data.path: nothing there"), late], 1, 2) == 2
+    assert (
+        "rank 2 was ended by SIGKILL" in told and "Traceback" not in told and told.endswith("\nless memory would do\n")
+    )
+    assert launch._tell([Note("mistake", 1, 0, 5.0, "data.path: nothing there"), late], 1, 2, advice) == 2
     assert capsys.readouterr().err == "mimae: data.path: nothing there\n"
 
 
