@@ -27,9 +27,9 @@ from mimae.errors import UserError
 from tests.test_loop import recipe
 
 images, run = Path(sys.argv[1]), Path(sys.argv[2])
-wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.image_size=256", "masking.num_masks=4")
+wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.image_size=128", "masking.num_masks=4")
 (kib,) = re.findall(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())
-limit = int(kib) * 1024 + 500 * 2**20
+limit = int(kib) * 1024 + 150 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     loop.pretrain(wide)
