@@ -1,13 +1,10 @@
-"""What keeps a run from harm: one job per directory, signals that save, and steps whose gradient is not finite."""
+"""What keeps a run from harm: signals that save, and steps whose gradient is not finite."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import distributed
 from mimae.errors import UserError
 
 MAX_SKIPPED = 10
@@ -105,31 +101,3 @@ class Signals:
         self._wish = torch.full((1,), float(self.received))
         self._work = dist.all_reduce(self._wish, async_op=True)
         return False
-
-
-@contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Holds the run directory for this job; the main rank's lock goes with its process, however that ends."""
-    if distributed.rank() != 0:
-        yield
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / "lock").open("a+")
-    except OSError as error:
-        raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
-    # A forked worker of the data shares the open file, and would hold the lock past this process's end.
-    os.register_at_fork(after_in_child=file.close)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise RunError(
-                f"run.dir={run} is in use by process {file.read().strip() or '?'}; "
-                "wait for it or choose another run.dir"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

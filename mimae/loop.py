@@ -19,8 +19,9 @@ from mimae.data.cache import cache_note
 from mimae.data.stalls import Stalls
 from mimae.data.transfer import Transfer
 from mimae.engines import Engine, check_machine, make_engine
-from mimae.guards import NonFinite, RunError, Signals, lock
+from mimae.guards import NonFinite, RunError, Signals
 from mimae.kernels import pixel_loss
+from mimae.lock import Lock, lock
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
@@ -67,12 +68,12 @@ def pretrain(recipe: Recipe) -> Outcome:
         check_machine(recipe, device)
         run = Path(recipe.run.dir)
         with (
-            lock(run),
+            lock(run) as held,
             Signals() as signals,
             Watchdog(run, *limits) as watchdog,
             shortage.explained(recipe, device, watchdog),
         ):
-            return _Run(recipe, source, validation, device).train(signals, watchdog)
+            return _Run(recipe, source, validation, device).train(signals, watchdog, held)
     finally:
         distributed.shutdown()
 
@@ -144,7 +145,7 @@ class _Run:
                         "run.dir and data.path have to be the same storage on every node"
                     )
 
-    def train(self, signals: Signals, watchdog: Watchdog) -> Outcome:
+    def train(self, signals: Signals, watchdog: Watchdog, held: Lock | None) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
         if self.step >= self.steps:
@@ -193,6 +194,8 @@ class _Run:
                         watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
                         self.engine.check_copies()
+                        if held is not None:
+                            held.check()
                         self._save(measures, stop)
                     if stop:
                         break

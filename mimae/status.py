@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mimae import lock
 from mimae.errors import UserError
 
 
@@ -43,7 +44,7 @@ def look(run: Path) -> dict[str, str]:
 def _state(run: Path, last: dict[str, Any] | None, saved: str | None) -> str:
     holder = _holder(run / "lock")
     if holder is not None:
-        return f"running, process {holder}"
+        return f"running, {holder}"
     if saved is None:
         return "not running, nothing saved; the same command begins anew"
     state = json.loads((run / "checkpoints" / saved / "state.json").read_text())
@@ -54,16 +55,18 @@ def _state(run: Path, last: dict[str, Any] | None, saved: str | None) -> str:
     return f"not running; the same command goes on from step {state['step']:,} of {state['steps']:,}{again}"
 
 
-def _holder(lock: Path) -> str | None:
-    """The process that holds the run, as it wrote itself down; None where nobody does."""
-    if not lock.is_file():
+def _holder(file: Path) -> str | None:
+    """The process that holds the run, as it wrote itself down; None where nobody does. For another host's this waits
+    some seconds, for a sign of life."""
+    if not file.is_file():
         return None
-    with lock.open("r") as file:
+    owner = lock.read(file)
+    with file.open("r") as opened:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return file.read().strip() or "?"
-    return None
+            return str(owner or "?")
+    return str(owner) if owner is not None and owner.is_elsewhere and lock.moves(file) else None
 
 
 def _last(file: Path) -> dict[str, Any] | None:

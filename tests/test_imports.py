@@ -18,7 +18,7 @@ LAYERS = (
     {"kernels"},
     {"errors", "settings", "randomness", "distributed", "dcp"},
     {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
-    {"recipes", "config", "checkpoint", "saving", "guards", "telemetry", "diagnostics", "pictures", "watchdog"},
+    {"recipes", "config", "checkpoint", "saving", "guards", "lock", "telemetry", "diagnostics", "pictures", "watchdog"},
     {"loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status", "replay", "shortage"},
     {"launch"},
     {"submit"},

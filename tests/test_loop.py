@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -232,33 +231,6 @@ def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Pat
                 loop.pretrain(recipe(images, run))
         finally:
             path.write_bytes(kept)
-
-
-def test_two_runs_in_one_directory_are_refused(images: Path, tmp_path: Path) -> None:
-    with (
-        guards.lock(tmp_path),
-        pytest.raises(guards.RunError, match=f"in use by process {os.getpid()}"),
-        guards.lock(tmp_path),
-    ):
-        pass
-
-
-def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
-    """Workers may outlive a killed run by seconds; its restart must not wait for them."""
-    ready, tell = os.pipe()
-    with guards.lock(tmp_path):
-        child = os.fork()
-        if child == 0:
-            os.write(tell, b"forked")
-            time.sleep(60)
-            os._exit(0)
-        os.read(ready, 6)
-    try:
-        with guards.lock(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 import mimae
-from mimae import status
+from mimae import lock, status
 from mimae.errors import UserError
 
 
@@ -41,11 +42,16 @@ def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
 
 
 def test_a_run_at_work_names_its_process(run: Path) -> None:
-    (run / "lock").write_text("4242")
-    with (run / "lock").open("r") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert status.look(run)["state"] == "running, process 4242"
+    with lock.lock(run):
+        assert status.look(run)["state"] == f"running, process {os.getpid()} on {socket.gethostname()}"
     assert "not running" in status.look(run)["state"]
+
+
+def test_a_run_at_work_on_another_host_is_seen_by_its_counter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "lock").write_text(json.dumps(lock.Owner("node7", "another boot", 4242, "token")._asdict()))
+    for is_moving, told in ((True, "running, process 4242 on node7"), (False, "not running")):
+        monkeypatch.setattr(lock, "moves", lambda file, answer=is_moving: answer)
+        assert status.look(run)["state"].startswith(told)
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
