@@ -13,10 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import IO, NamedTuple
 
 from mimae import distributed
 
@@ -49,17 +49,17 @@ class Watchdog:
     def __init__(self, run: Path, first_step_timeout: float, step_timeout: float) -> None:
         """Limits in seconds, 0: none."""
         self._long, self._short = first_step_timeout, step_timeout
+        self._limit, self._set = 0.0, 0.0
         self.due = ""
         """What is waited for."""
-        self._file: TextIO | None = None
+        self._file: IO[bytes] | None = None
         if distributed.world_size() > 1:
             # Where it cannot be written the run goes on: whether that matters, its checkpoints say.
             with suppress(OSError):
                 path = stacks(run) / f"rank-{distributed.rank()}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w")
-                self._file.write(" " * _WIDTH + "\n")
-                self._file.flush()
+                self._file = path.open("wb", buffering=0)
+                self._file.write(b" " * _WIDTH + b"\n")
 
     def __enter__(self) -> Watchdog:
         faulthandler.register(signal.SIGUSR2, file=self._file or _STDERR)
@@ -78,8 +78,13 @@ class Watchdog:
         if self._file is not None:
             with suppress(OSError):  # a full disk
                 os.pwrite(self._file.fileno(), what[:_WIDTH].ljust(_WIDTH).encode(), 0)
-        if seconds := self._long if long else self._short:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._file or _STDERR)
+        limit, now = self._long if long else self._short, time.monotonic()
+        # Setting it starts a thread, which is much for every step of a small model: the limit may be so much shorter.
+        if limit == self._limit and now - self._set < min(1.0, limit / 10):
+            return
+        self._limit, self._set = limit, now
+        if limit:
+            faulthandler.dump_traceback_later(limit, exit=True, file=self._file or _STDERR)
         else:
             faulthandler.cancel_dump_traceback_later()
 
@@ -113,7 +118,7 @@ class Hangs:
         self.ended: set[int] = set()
         """Process ids of ranks that a hang ended, or its end."""
         self._folder, self._ranks = stacks(run), ranks
-        self._known = self._texts()
+        self._known = self._texts(self._all())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -126,20 +131,26 @@ class Hangs:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.2):
-            if any(read(text).limit for text in self._new().values()):
-                self._tell(self._ranks())
+        while not self._over.wait(1):
+            ranks = self._ranks()
+            mine = [self._folder / f"rank-{rank}.txt" for rank in ranks]
+            if any(read(text).limit for text in self._new(mine).values()):
+                self._tell(ranks)
 
-    def _texts(self) -> dict[int, str]:
+    def _all(self) -> Iterable[Path]:
+        """Of the ranks of other machines too, where they share the run's directory."""
+        return self._folder.glob("rank-*.txt")
+
+    def _texts(self, files: Iterable[Path]) -> dict[int, str]:
         texts = {}
-        for file in self._folder.glob("rank-*.txt"):
+        for file in files:
             with suppress(OSError, ValueError):
                 texts[int(file.stem[5:])] = file.read_text()
         return texts
 
-    def _new(self) -> dict[int, str]:
+    def _new(self, files: Iterable[Path]) -> dict[int, str]:
         """Stacks that are none of an earlier hang."""
-        return {rank: text for rank, text in self._texts().items() if text != self._known.get(rank)}
+        return {rank: text for rank, text in self._texts(files).items() if text != self._known.get(rank)}
 
     def _tell(self, ranks: dict[int, int]) -> None:
         self.ended |= set(ranks.values())
@@ -149,21 +160,25 @@ class Hangs:
                 _send(ranks[rank], signal.SIGUSR2)
         if any(states.values()):
             time.sleep(0.5)
-        found = {rank: read(text) for rank, text in sorted(self._new().items())}
-        limit = max(stack.limit for stack in found.values())
-        lines = [f"mimae: nothing moved for {limit}; all stacks are in {self._folder}"]
+        found = {rank: read(text) for rank, text in sorted(self._new(self._all()).items())}
+        alike: dict[str, list[str]] = {}
         for rank in sorted(found.keys() | ranks.keys()):
             stack = found.get(rank)
             if stack is not None and stack.frames:
-                lines += [f"  rank {rank}, in {stack.waited_for}, the latest call first:"]
-                lines += [f"    {frame}" for frame in stack.frames]
+                told = "\n    ".join([f"in {stack.waited_for}, the latest call first:", *stack.frames])
             elif rank in ranks:
-                lines += [f"  rank {rank} left no stack: {states[rank] or 'it ended when it lost its peers'}"]
+                told = f"left no stack: {states[rank] or 'ended when it lost its peers'}"
+            else:
+                continue
+            alike.setdefault(told, []).append(str(rank))
+        limit = max(stack.limit for stack in found.values())
+        lines = [f"mimae: nothing moved for {limit}; whole stacks are in {self._folder}"]
+        lines += [f"  rank {', '.join(same)} {told}" for told, same in alike.items()]
         print("\n".join(lines), file=sys.stderr, flush=True)
         for pid in ranks.values():
             if _state(pid):
                 _send(pid, signal.SIGKILL)
-        self._known = self._texts()
+        self._known = self._texts(self._all())
 
 
 def _settled(ranks: dict[int, int]) -> dict[int, str]:

@@ -111,16 +111,20 @@ telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, l
 """
 
 
+OURS = ["-m", "mimae"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-endpoint=localhost:0", "-m", "mimae"]
+
+
 class Launched:
     """`mimae pretrain` on two ranks, in a session of its own."""
 
-    def __init__(self, folder: Path, steps: int, *overrides: str) -> None:
+    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS) -> None:
         self.run = folder / "run"
         (folder / "recipe.yaml").write_text(RECIPE % steps)
-        command = [sys.executable, "-m", "mimae", "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
+        command = [sys.executable, *by, "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
         self.output = folder / "output.txt"
         self.process = subprocess.Popen(
-            [*command, *overrides, "--ranks", "2"],
+            [*command, *overrides, *(["--ranks", "2"] if by is OURS else [])],
             stdout=self.output.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -128,10 +132,9 @@ class Launched:
         )
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, which multiprocessing spawned."""
-        found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"], capture_output=True, text=True
-        )
+        """Process ids of the ranks, which multiprocessing or torchrun started, in their order."""
+        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main|-m mimae"]
+        found = subprocess.run(of_ranks, capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> None:
@@ -199,7 +202,7 @@ def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(
     launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 20)
     output = assert_as_if_undisturbed(launched, undisturbed)
     assert output.count("mimae: nothing moved for 0:00:05") == 1, output
-    assert re.search(r"rank 0, in step \d+, the latest call first:\n    File .*distributed", output), output
+    assert re.search(r"rank 0 in step \d+, the latest call first:\n    File ", output), output
     assert "rank 1 left no stack: stopped (T)" in output and "Traceback" not in output, output
 
 
@@ -218,6 +221,18 @@ def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tm
     launched.process.kill()
     launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), seconds=30)
     assert "saved at step" in launched.end()[1].partition("resuming")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "expected"), [(OURS, 75), (TORCHRUN, 0)], ids=["launcher", "torchrun"])
+def test_sigusr1_on_any_rank_saves_on_all(tmp_path: Path, by: list[str], expected: int) -> None:
+    """Of torchrun any other code would be a failure of the worker."""
+    launched = Launched(tmp_path, 100_000, "checkpoint.every_steps=100000", by=by)
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.kill(launched.ranks()[1], signal.SIGUSR1)
+    code, output = launched.end()
+    assert code == expected and "saved at step" in output and "Traceback" not in output, output
+    assert (launched.run / "latest").is_file()
 
 
 @pytest.mark.slow
