@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -113,11 +113,14 @@ class Lock:
 
 
 @contextmanager
-def lock(run: Path) -> Iterator[Lock | None]:
-    """Holds the run directory for this job, on the main rank; None on the others. Raises RunError where another job
-    has it, or where it cannot be written."""
+def lock(run: Path) -> Iterator[Callable[[], None]]:
+    """Holds the run directory for this job, through the main rank. Raises RunError where another job has it, or where
+    it cannot be written.
+
+    Gives what is to be called before each save: `Lock.check`, on the other ranks nothing.
+    """
     if distributed.rank() != 0:
-        yield None
+        yield lambda: None
         return
     path = run / "lock"
     try:
@@ -137,7 +140,7 @@ def lock(run: Path) -> Iterator[Lock | None]:
         if not is_free:
             raise RunError(f"run.dir={run} is in use by {owner or '?'}; wait for it or choose another run.dir")
         with Lock(path, file) as held:
-            yield held
+            yield held.check
 
 
 def _boot() -> str:

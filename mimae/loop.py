@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from mimae.data.transfer import Transfer
 from mimae.engines import Engine, check_machine, make_engine
 from mimae.guards import NonFinite, RunError, Signals
 from mimae.kernels import pixel_loss
-from mimae.lock import Lock, lock
+from mimae.lock import lock
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
@@ -68,12 +68,12 @@ def pretrain(recipe: Recipe) -> Outcome:
         check_machine(recipe, device)
         run = Path(recipe.run.dir)
         with (
-            lock(run) as held,
+            lock(run) as check_owner,
             Signals() as signals,
             Watchdog(run, *limits) as watchdog,
             shortage.explained(recipe, device, watchdog),
         ):
-            return _Run(recipe, source, validation, device).train(signals, watchdog, held)
+            return _Run(recipe, source, validation, device).train(signals, watchdog, check_owner)
     finally:
         distributed.shutdown()
 
@@ -145,7 +145,7 @@ class _Run:
                         "run.dir and data.path have to be the same storage on every node"
                     )
 
-    def train(self, signals: Signals, watchdog: Watchdog, held: Lock | None) -> Outcome:
+    def train(self, signals: Signals, watchdog: Watchdog, check_owner: Callable[[], None]) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
         if self.step >= self.steps:
@@ -194,8 +194,7 @@ class _Run:
                         watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
                         self.engine.check_copies()
-                        if held is not None:
-                            held.check()
+                        check_owner()
                         self._save(measures, stop)
                     if stop:
                         break

@@ -67,9 +67,8 @@ def test_two_runs_on_one_host_are_refused_at_once(tmp_path: Path, monkeypatch: p
 def test_an_owner_that_died_on_this_host_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "moves", None)
     write(tmp_path, ELSEWHERE._replace(boot=lock._boot()))
-    with lock.lock(tmp_path) as held:
-        assert held is not None
-        held.check()
+    with lock.lock(tmp_path) as check:
+        check()
 
 
 def test_an_owner_that_lives_on_another_host_is_left_alone(tmp_path: Path) -> None:
@@ -82,18 +81,18 @@ def test_an_owner_that_lives_on_another_host_is_left_alone(tmp_path: Path) -> No
 def test_an_owner_that_died_on_another_host_is_followed(tmp_path: Path) -> None:
     write(tmp_path, ELSEWHERE._replace(beats=9))
     began = time.monotonic()
-    with lock.lock(tmp_path) as held:
+    with lock.lock(tmp_path) as check:
         assert time.monotonic() - began >= lock.PATIENCE
-        held.check()
+        check()
         assert read(tmp_path / "lock").pid == os.getpid()
         assert moves(tmp_path / "lock"), "and this one's counter moves, for the next to see"
 
 
 def test_who_was_taken_over_neither_saves_nor_takes_back(tmp_path: Path) -> None:
-    with lock.lock(tmp_path) as held:
+    with lock.lock(tmp_path) as check:
         write(tmp_path, ELSEWHERE)
         with pytest.raises(RunError, match="was taken over by process 4242 on node7"):
-            held.check()
+            check()
         time.sleep(5 * lock.BEAT)
     assert read(tmp_path / "lock") == ELSEWHERE
 
