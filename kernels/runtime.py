@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mimae.kernels import native
 from mimae.kernels.native import OLDEST_CAPABILITY
@@ -53,7 +54,8 @@ def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["native", "t
     obstacle = {"native": native.obstacle(op, tensor.device), "triton": _obstacle(tensor.device)}.get(wanted)
     if wanted == "triton" and tensor.dtype == torch.float64:
         obstacle = "its kernels compute in float32"
-    if obstacle is not None:
+    # A fake tensor has shapes alone: nothing runs.
+    if obstacle is not None and not isinstance(tensor, FakeTensor):
         raise ValueError(f"{op} cannot run in {wanted} on {tensor.device}: {obstacle}")
     return wanted
 

@@ -1,15 +1,17 @@
-"""Bytes that a rank sends in an optimizer step, by engine, and the seconds that nothing hides (docs/scaling.md).
+"""What a rank sends in an optimizer step, by engine, and the seconds that nothing hides (docs/scaling.md).
 
-Rings: of n bytes an all-reduce sends 2 n (W-1)/W, an all-gather and a reduce-scatter n (W-1)/W. Latency is not counted.
+Rings: of n bytes an all-reduce sends 2 n (W-1)/W, an all-gather and a reduce-scatter n (W-1)/W. A call waits for its
+hops too: all W-1 of the ring, with an all-reduce those of a tree, up and down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mimae.plan.gpus import GPU
-from mimae.plan.memory import FP32, Layout, Parameters
+from mimae.plan.memory import DEEPSPEED_BUCKET, FP32, Layout, Parameters
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
@@ -20,60 +22,100 @@ OVERLAP = 0.8
 """Assumed share of computing behind which communication can hide: the first and the last of it stand alone."""
 HOST = 20e9
 """Assumed bytes a second of one GPU's share of the host: over PCIe, and through memory as its AdamW steps."""
+HOP_INSIDE, HOP_ACROSS = 3e-6, 15e-6
+"""Assumed seconds from one GPU to the next, in a node and over its network cards."""
+DDP_BUCKET = 25 * 2**20
+"""Bytes of gradients that DDP reduces at a time (its default), the first time 1 MiB."""
 
-Window = Literal["forward", "backward", "none"]
+Phase = Literal["forward", "backward", "optimizer"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "host"]
 
 
 class Traffic(NamedTuple):
-    """What a rank sends in an optimizer step."""
+    """What a rank sends in an optimizer step for one purpose."""
 
     what: str
+    kind: Kind
+    ranks: int
+    """Of a group."""
+    calls: int
     bytes: float
     seconds: float
-    window: Window
-    """The computing that it runs beside."""
+    phase: Phase
+    beside: bool
+    """The computing of this phase, which otherwise waits."""
     across: bool = False
     """Over network cards alone, while the links inside of nodes are free for the rest."""
 
+    @property
+    def label(self) -> str:
+        return self.what if self.kind == "host" else f"{self.what}, {self.kind}"
+
+
+class _Group(NamedTuple):
+    """Ranks that communicate, as they lie on nodes."""
+
+    ranks: int
+    nodes: int
+    rate: float
+    """Bytes a second that each of them sends."""
+
+    def latency(self, kind: Kind) -> float:
+        """Seconds of a call that sends next to nothing."""
+        if kind == "all-reduce":
+            inside, across = 2.0 * (-(-self.ranks // self.nodes) - 1), 2 * math.log2(self.nodes)
+        else:
+            inside, across = self.ranks - self.nodes, self.nodes - 1
+        return inside * HOP_INSIDE + across * HOP_ACROSS
+
 
 def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Parameters) -> list[Traffic]:
-    """All of an optimizer step, on nodes of `per_node` GPUs."""
+    """All of an optimizer step, on nodes of `per_node` GPUs. ZeRO-3 is taken to gather by blocks, as fsdp does."""
     n, W, A = count.total * FP32, layout.ranks, recipe.schedule.accumulate
-    every = _bus(gpu, W, per_node, together=1)
-    found = [_latents(recipe, W, every)]
+    every = _neighbours(gpu, W, per_node)
+    found = _of_objective(recipe, every)
+    buckets = -(-count.total // DEEPSPEED_BUCKET)
     if layout.kind == "ddp":
-        found.append(_sent("gradients, all-reduce", 2 * n, W, every, "backward"))
+        calls = 1 + math.ceil(max(n - 2**20, 0) / DDP_BUCKET)
+        found.append(_sent("gradients", "all-reduce", n, calls, every, "backward", True))
     elif layout.kind in ("zero1", "zero2"):
         # DeepSpeed all-reduces buckets of these stages too, and waits for each.
         times = 1 if layout.kind == "zero1" else A
-        found.append(_sent("gradients, all-reduce", 2 * n * times, W, every, "none"))
-        found.append(_sent("weights, all-gather", n, W, every, "none"))
+        found.append(_sent("gradients", "all-reduce", n * times, buckets * times, every, "backward", False))
+        found.append(_sent("weights", "all-gather", n, buckets, every, "optimizer", False))
     else:
-        inner = _bus(gpu, layout.shards, per_node, together=1)
-        found.append(_sent("weights, all-gather", n * A, layout.shards, inner, "forward"))
-        found.append(_sent("weights again, all-gather", n * A, layout.shards, inner, "backward"))
-        found.append(_sent("gradients, reduce-scatter", n * A, layout.shards, inner, "backward"))
-    if layout.replicas > 1:
-        across = _bus(gpu, W, per_node, together=min(layout.shards, per_node))
-        shares = _sent("shares, all-reduce", 2 * n / layout.shards, layout.replicas, across, "backward")
-        found.append(shares._replace(across=layout.shards <= per_node))
+        inner, blocks = _neighbours(gpu, layout.shards, per_node), recipe.model.depth + recipe.decoder.depth
+        # What lies outside of the blocks stays gathered for backward.
+        again = (count.total - count.root) * FP32
+        found.append(_sent("weights", "all-gather", n * A, (blocks + 1) * A, inner, "forward", True))
+        found.append(_sent("weights again", "all-gather", again * A, blocks * A, inner, "backward", True))
+        found.append(_sent("gradients", "reduce-scatter", n * A, (blocks + 1) * A, inner, "backward", True))
+        norms = 1 + (recipe.objective.min_mi > 0)
+        found.append(_sent("norms", "all-reduce", norms * FP32, 1, inner, "optimizer", False))
+        if layout.replicas > 1:
+            group = _replicas(gpu, layout, per_node)
+            shares = _sent("shares", "all-reduce", n / layout.shards, blocks + 1, group, "backward", True)
+            found.append(shares._replace(across=layout.shards <= per_node))
     if layout.offload == "cpu":
         # Gradients down and weights up; AdamW reads four numbers of a parameter and writes three.
         moved = n / layout.shards * (1 + 2 * A)
         stepped = n / layout.shards * 7
-        found.append(Traffic("to the host and back, and its AdamW", moved, (moved + stepped) / HOST, "none"))
+        host = "to the host and back, and its AdamW"
+        found.append(Traffic(host, "host", 1, 1, moved, (moved + stepped) / HOST, "optimizer", False))
     return [each for each in found if each.bytes]
 
 
-def exposed(found: Iterable[Traffic], forward: float, backward: float, accumulate: int, kind: str) -> float:
+def exposed(found: Sequence[Traffic], forward: float, backward: float, accumulate: int, kind: str) -> float:
     """Seconds of a step's communication that computing does not hide, of so many seconds of forward and backward."""
     # DDP reduces beside the last micro-batch's backward alone.
-    room = {"forward": forward, "backward": backward / (accumulate if kind == "ddp" else 1), "none": 0.0}
-    asked = {(window, across): 0.0 for window in room for across in (False, True)}
-    for each in found:
-        asked[each.window, each.across] += each.seconds
-    longest = {window: max(asked[window, False], asked[window, True]) for window in room}
-    return sum(max(0.0, longest[window] - OVERLAP * room[window]) for window in room)
+    room: dict[Phase, float] = {"forward": forward, "backward": backward / (accumulate if kind == "ddp" else 1)}
+    waits = sum(each.seconds for each in found if not each.beside)
+    for phase, seconds in room.items():
+        asked = {False: 0.0, True: 0.0}
+        for each in found:
+            asked[each.across] += each.seconds if each.beside and each.phase == phase else 0.0
+        waits += max(0.0, max(asked.values()) - OVERLAP * seconds)
+    return waits
 
 
 def _bus(gpu: GPU, ranks: int, per_node: int, together: int) -> float:
@@ -84,16 +126,35 @@ def _bus(gpu: GPU, ranks: int, per_node: int, together: int) -> float:
     return LINKS * min(gpu.link, gpu.network * per_node / together) * 1e9
 
 
-def _sent(what: str, bytes: float, ranks: int, rate: float, window: Window) -> Traffic:
-    sent = bytes * (ranks - 1) / ranks
-    return Traffic(what, sent, sent / rate, window)
+def _neighbours(gpu: GPU, ranks: int, per_node: int) -> _Group:
+    """A group of ranks in their order."""
+    return _Group(ranks, -(-ranks // per_node), _bus(gpu, ranks, per_node, together=1))
 
 
-def _latents(recipe: Recipe, ranks: int, rate: float) -> Traffic:
-    """Latents and log-sum-exps of all ranks for InfoNCE; moments, and V's sums, for CLUB. Forward waits for them."""
+def _replicas(gpu: GPU, layout: Layout, per_node: int) -> _Group:
+    """The ranks that hold the same shares, one of each replica."""
+    rate = _bus(gpu, layout.ranks, per_node, together=min(layout.shards, per_node))
+    return _Group(layout.replicas, min(layout.replicas, -(-layout.ranks // per_node)), rate)
+
+
+def _sent(what: str, kind: Kind, bytes: float, calls: int, group: _Group, phase: Phase, beside: bool) -> Traffic:
+    """`bytes`: of the whole tensors of all calls."""
+    sent = (2 if kind == "all-reduce" else 1) * bytes * (group.ranks - 1) / group.ranks
+    return Traffic(what, kind, group.ranks, calls, sent, sent / group.rate + calls * group.latency(kind), phase, beside)
+
+
+def _of_objective(recipe: Recipe, every: _Group) -> list[Traffic]:
+    """Latents and log-sum-exps of all ranks for InfoNCE; moments, and V's sums, for CLUB; the losses. Forward waits for
+    all of them."""
     objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
-    micro_batch = recipe.schedule.batch_size // recipe.schedule.accumulate
-    gathered = micro_batch * N * (D + N) if objective.max_mi > 0 else 0
-    gathered += ranks * 2 * D + 2 * (2 * D + 1) if objective.min_mi > 0 else 0
-    bytes = gathered * FP32 * recipe.schedule.accumulate
-    return _sent("latents, log-sum-exps, moments", bytes, ranks, rate, "none")
+    micro_batch, A = recipe.schedule.batch_size // recipe.schedule.accumulate, recipe.schedule.accumulate
+    contrasts, has_v = objective.max_mi > 0, objective.min_mi > 0
+    gathered = contrasts * micro_batch * N * (D + N) + has_v * every.ranks * 2 * D
+    summed = contrasts + has_v * (2 * D + 1) + (2 + 2 * has_v)
+    calls = (2 * contrasts + has_v, contrasts + has_v + 1)
+    return [
+        _sent(
+            "latents, log-sum-exps, moments", "all-gather", gathered * FP32 * A, calls[0] * A, every, "forward", False
+        ),
+        _sent("sums and losses", "all-reduce", summed * FP32 * A, calls[1] * A, every, "forward", False),
+    ]

@@ -7,7 +7,7 @@ width, e bytes of a number in the precision of the products, 4 bytes of one in f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mimae.model import outline
 from mimae.plan.flops import patch_values, patches, targets, visible
@@ -20,6 +20,10 @@ DEEPSPEED_BUCKET = 500_000_000
 """Numbers in the buffer through which DeepSpeed reduces gradients, whatever the model's size (its default)."""
 DEEPSPEED_LIVE = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered, at most (its default)."""
+
+Ops = Literal["fused", "fake", "plain"]
+"""How the ops run: fused, as on a GPU; so, but without the memory that one takes and gives back; as plain references,
+which keep more."""
 
 
 class Layout(NamedTuple):
@@ -51,8 +55,6 @@ class Parameters(NamedTuple):
     encoder: int
     root: int
     """Outside of all blocks: what `fsdp` gathers as one unit."""
-    block: int
-    """Of the largest block."""
 
 
 class Stage(NamedTuple):
@@ -62,6 +64,8 @@ class Stage(NamedTuple):
     """By autograd, until its backward."""
     work: float
     """Beside what is kept, at the peak of its backward, or of its forward where that is more."""
+    parameters: int = 0
+    """Of the block that it is, which `fsdp` gathers for it."""
 
 
 class Memory(NamedTuple):
@@ -82,28 +86,43 @@ class Memory(NamedTuple):
 def parameters(recipe: Recipe) -> Parameters:
     """The parameters of a recipe's model."""
     model = outline(recipe)
-    blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.encoder.blocks, *model.decoder.blocks)]
-    total = sum(p.numel() for p in model.parameters())
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    return Parameters(total, encoder, total - sum(blocks), max(blocks))
+    parts = (model, model.encoder, model.encoder.blocks, model.decoder.blocks)
+    total, encoder, *blocks = (sum(p.numel() for p in part.parameters()) for part in parts)
+    return Parameters(total, encoder, total - sum(blocks))
 
 
-def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, fused: bool = True) -> Memory:
-    """At the peak of a step with micro-batches of `images` on each rank. `fused`: the ops run as on a GPU; else as
-    their plain references, which keep more."""
+def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, ops: Ops = "fused") -> Memory:
+    """At the peak of a step with micro-batches of `images` on each rank."""
     weights, gradients, optimizer, buffers = _states(recipe, layout, count)
-    *stages, losses = _stages(recipe, images, layout.ranks, fused)
-    kept = peak = work = of_losses = 0.0
-    for stage in [*stages, losses]:
-        kept += stage.kept
-        if kept + stage.work > peak:
-            peak, work, of_losses = kept + stage.work, stage.work, losses.kept if stage is losses else 0.0
+    stages = _stages(recipe, images, layout.ranks, ops)
     height, width = recipe.data.size_hw
     batch = 2 * images * height * width * 3 + 4 * images * recipe.masking.num_masks * patches(recipe)
     # The moving average makes its differences when activations are gone.
     average = _part(layout, count) * FP32 if recipe.ema.decay and layout.offload == "none" else 0.0
-    of_step = max(work + buffers, average - (peak - work))
-    return Memory(weights, gradients, optimizer, peak - work - of_losses, of_losses, of_step + batch)
+    peak = Memory(weights, gradients, optimizer, 0.0, 0.0, average + batch)
+    held, made = sum(stage.kept for stage in stages), 0.0
+    for place in reversed(range(len(stages))):
+        stage, of_losses = stages[place], stages[-1].kept if place == len(stages) - 1 else 0.0
+        there, work = gradients, stage.work + buffers
+        if layout.kind == "fsdp":
+            made += stage.parameters * FP32 / layout.shards
+            there = min(gradients, made) if recipe.schedule.accumulate == 1 else gradients
+            work += _gathered(stages, place, count)
+        peak = max(peak, Memory(weights, there, optimizer, held - of_losses, of_losses, work + batch), key=sum)
+        held -= stage.kept
+    return peak
+
+
+def _gathered(stages: list[Stage], place: int, count: Parameters) -> float:
+    """Bytes that are whole under `fsdp` in a stage's backward: what lies outside of the blocks, with its gradients; the
+    block and the one that is on its way; the gradients of the block and of the one that is being reduced."""
+    before, after = (stages[i].parameters if 0 <= i < len(stages) else 0 for i in (place - 1, place + 1))
+    return min(2 * count.total, 2 * count.root + 2 * stages[place].parameters + before + after) * FP32
+
+
+def kept(recipe: Recipe, images: int, ranks: int, ops: Ops = "fused") -> float:
+    """Bytes that autograd keeps of a whole forward of `images` on each rank."""
+    return sum(stage.kept for stage in _stages(recipe, images, ranks, ops))
 
 
 def largest(recipe: Recipe, layout: Layout, budget: float, count: Parameters) -> int:
@@ -130,7 +149,7 @@ def _part(layout: Layout, count: Parameters) -> float:
 
 
 def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients and optimizer on a rank's GPU, and of the engine's own buffers."""
+    """Bytes of weights, gradients and optimizer on a rank's GPU, and of buffers that an engine has all the time."""
     whole, part = count.total * FP32, _part(layout, count) * FP32
     on_gpu = layout.offload == "none"
     optimizer = part * (3 if recipe.ema.decay else 2) * on_gpu
@@ -138,10 +157,7 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
     if layout.kind == "ddp":
         return whole, whole, optimizer, 0.0
     if layout.kind == "fsdp":
-        # The root and two blocks, one of them on its way, are whole; and so are the gradients of two blocks.
-        gathered = min(count.total, count.root + 2 * count.block) * FP32
-        scattered = min(count.total, 2 * count.block) * FP32
-        return part * on_gpu, part * on_gpu, optimizer, gathered + scattered
+        return part * on_gpu, part * on_gpu, optimizer, 0.0
     if layout.kind == "zero3":
         # Shares twice: those that are gathered, and the partitions that are stepped; gradients as collected, and flat.
         live = min(count.total, DEEPSPEED_LIVE) * FP32
@@ -151,18 +167,18 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
     return whole + part * on_gpu, gradients, optimizer, bucket
 
 
-def _stages(recipe: Recipe, images: int, ranks: int, fused: bool) -> list[Stage]:
+def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
     """The stages of forward in their order, the losses last."""
     model, decoder = recipe.model, recipe.decoder
     S, e = images * recipe.masking.num_masks, number_bytes(recipe)
     T, M, values = 1 + visible(recipe), targets(recipe), patch_values(recipe)
     casts = _casts(recipe)
     block = _block(S, e, T, T, model.width, model.heads, model.mlp, casts)
-    embed = Stage(0.0 if fused else S * (T - 1) * values * e, 0.0)
+    embed = Stage(S * (T - 1) * values * e if ops == "plain" else 0.0, 0.0)
     between = Stage(S * T * ((FP32 + e) * model.width + 8) + casts * model.width * decoder.width, 0.0)
     stages = [embed, *[_held(recipe, block, S * T * model.width)] * model.depth, between]
     stages += _decoder(recipe, S, e, T, M, casts)
-    return [*stages, _losses(recipe, images, ranks, fused)]
+    return [*stages, _losses(recipe, images, ranks, ops)]
 
 
 def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list[Stage]:
@@ -193,32 +209,33 @@ def _block(
     of_answered = 2 * e * D + 4 * heads + FP32 * D + e * D + 8 + 2 * e * mlp
     if apart:
         of_answered += e * D
-    weights = casts * (4 * D * D + 2 * D * mlp)
+    matrices = 4 * D * D + 2 * D * mlp
     # Where the MLP's backward begins: the gradient of the block's output, cast, that of GELU's, and a weight's.
     work = S * answered * (FP32 * D + (e * D if casts else 0) + e * mlp) + (FP32 + casts) * D * mlp
-    return Stage(S * (seen * of_seen + answered * of_answered) + weights, work)
+    kept = S * (seen * of_seen + answered * of_answered) + casts * matrices
+    return Stage(kept, work, matrices + 9 * D + mlp)
 
 
 def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
     """A block with its input of so many numbers; with checkpointing the input alone is kept, and the rest comes back in
     backward."""
     if recipe.model.checkpointing:
-        return Stage(inputs * FP32, block.kept + block.work)
-    return Stage(inputs * FP32 + block.kept, block.work)
+        return block._replace(kept=inputs * FP32, work=block.kept + block.work)
+    return block._replace(kept=inputs * FP32 + block.kept)
 
 
-def _losses(recipe: Recipe, images: int, ranks: int, fused: bool) -> Stage:
+def _losses(recipe: Recipe, images: int, ranks: int, ops: Ops) -> Stage:
     """L_rec keeps the gradient of the predictions, or without fusion its error in fp32; the MI terms keep latents, also
     those of all ranks, their log-sum-exps, and V's layers."""
     objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
     S, e, M, T = images * N, number_bytes(recipe), targets(recipe), 1 + visible(recipe)
     predictions = S * M * patch_values(recipe)
     patches_of_images = images * patches(recipe) * patch_values(recipe)
-    kept = predictions * (e if fused else FP32)
+    kept = predictions * (FP32 if ops == "plain" else e)
     # At the end of forward the predictions are still there, and in bf16 the encoder's tokens in fp32; the plain
     # reference has the squares of its error and the patches in fp32, then the two factors of its gradient.
     work = predictions * e + S * T * D * FP32 * (e < FP32)
-    if not fused:
+    if ops == "plain":
         work = max(work + predictions * FP32 + patches_of_images * FP32, 2 * predictions * FP32)
     if objective.max_mi > 0 or objective.min_mi > 0:
         kept += 3 * S * D * FP32
@@ -226,7 +243,7 @@ def _losses(recipe: Recipe, images: int, ranks: int, fused: bool) -> Stage:
         kept += ranks * images * N * (D + N) * FP32
         kept += S * 7 * D * FP32 if objective.projector == "mlp" else 0
         # The panel of weights takes no more than the gradient of all latents.
-        work += ranks * S * D * FP32 if fused else 2 * (ranks * images) * images * FP32
+        work += {"fused": ranks * S * D, "fake": 0, "plain": 2 * ranks * images * images}[ops] * FP32
     if objective.min_mi > 0:
         kept += images * (3 * patches(recipe) + 2 * objective.posterior_width + 4 * D) * FP32
         height, width = recipe.data.size_hw

@@ -1,0 +1,334 @@
+"""`mimae plan --dry-run`: two steps of one rank of a large run on this CPU, and what they took beside what is planned.
+
+Engine, model, ops and optimizer are those of a run on GPUs. Tensors are fake ones, with a shape and no memory, and the
+process group answers at once. So all that does not depend on values can be counted: what a rank holds of weights, the
+bytes that are alive at any time, and every collective. What an op takes and gives back inside is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mimae import kernels, masking
+from mimae.engines import Engine, check_machine, fsdp, make_engine
+from mimae.errors import UserError
+from mimae.objective import Losses
+from mimae.plan.communication import Traffic, traffic
+from mimae.plan.gpus import GPU
+from mimae.plan.memory import FP32, Layout, Memory, kept, memory, parameters
+from mimae.randomness import Part
+
+if TYPE_CHECKING:
+    from mimae.config import Recipe
+
+TOLERANCE = 0.1
+"""Largest relative difference between planned and counted."""
+
+_COLLECTIVES = {
+    "c10d::_allgather_base_": ("all-gather", 0),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::allreduce_": ("all-reduce", 0),
+}
+"""Kinds by operator, and which argument is the whole tensor."""
+
+
+class Collective(NamedTuple):
+    """One call on one rank."""
+
+    phase: str
+    """forward, backward or optimizer."""
+    kind: str
+    ranks: int
+    bytes: int
+    """Of the whole tensor."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends in a ring."""
+        return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.ranks - 1) / self.ranks
+
+
+class Counted(NamedTuple):
+    """The second step of a rank; bytes."""
+
+    parts: dict[str, Part]
+    """What it holds of each parameter, by name."""
+    shares: int
+    """Ranks that hold a whole one together; place of this one among them is `place`."""
+    place: int
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    """By the last micro-batch's forward, with the weights that it leaves gathered."""
+    peak: int
+    collectives: list[Collective]
+    losses: Losses
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make inside, as long as they live, and collectives."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        """`held`: tensors that are there before."""
+        super().__init__()
+        self.live = self.peak = 0
+        self.phase = ""
+        self.collectives: list[Collective] = []
+        self._sizes: dict[int, int] = {}
+        for tensor in held:
+            self._see(tensor.untyped_storage())
+
+    def __enter__(self) -> Self:
+        # Storages are resized past the dispatcher: so FSDP frees what it has gathered.
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self._see(storage)
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            kind, place = _COLLECTIVES.get(name, (name, 0))
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            bytes = sum(tensor.nbytes for tensor in tree_leaves(args[place]))
+            self.collectives.append(Collective(self.phase, kind, group.size(), bytes))
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor):
+                self._see(each.untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, self._forget, key).atexit = False
+        self.live += storage.nbytes() - self._sizes.get(key, 0)
+        self._sizes[key] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def count_step(recipe: Recipe, ranks: int, rank: int) -> Counted:
+    """A step of `rank` among `ranks`. Raises UserError for what the recipe asks and a CPU cannot do."""
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        check_machine(recipe, torch.device("cpu"))
+        with FakeTensorMode(), _real_meshes(), kernels.prefer("triton"):
+            return _count(recipe, ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def _count(recipe: Recipe, ranks: int) -> Counted:
+    engine = make_engine(recipe, torch.device("cpu"), recipe.schedule.batch_size * recipe.masking.num_masks)
+    held = [*engine.model.buffers(), *(part.values for part in engine.parts.values()), *engine.ema.values()]
+    with Watch(held) as watch:
+        _step(recipe, ranks, engine, watch)  # makes the optimizer's moments
+        watch.collectives.clear()
+        watch.peak = watch.live
+        gradients, kept, losses = _step(recipe, ranks, engine, watch)
+    moments = [value for kinds in engine.optimizer.adamw.state().values() for value in kinds.values()]
+    return Counted(
+        engine.parts,
+        dist.get_world_size(engine.group),
+        dist.get_rank(engine.group),
+        _bytes(part.values for part in engine.parts.values()),
+        gradients,
+        _bytes([*moments, *engine.ema.values()]),
+        kept,
+        watch.peak,
+        watch.collectives,
+        losses,
+    )
+
+
+def _step(recipe: Recipe, ranks: int, engine: Engine, watch: Watch) -> tuple[int, int, Losses]:
+    """As the loop takes it -> bytes of gradients, bytes kept by the last forward, losses."""
+    accumulate = recipe.schedule.accumulate
+    images = recipe.schedule.batch_size // (ranks * accumulate)
+    # The loop has the next batch on the device too.
+    batch, _next = (torch.empty(images, *recipe.data.size_hw, 3, dtype=torch.uint8) for _ in range(2))
+    for micro in range(accumulate):
+        watch.phase = "forward"
+        before = watch.live
+        patches = engine.model.encoder.num_patches
+        visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(images), patches)
+        targets = masking.targets(recipe.decoder.predict, visible, hidden)
+        with engine.accumulate(is_last=micro == accumulate - 1):
+            losses = engine.forward(batch, visible, targets)
+            kept = watch.live - before
+            watch.phase = "backward"
+            engine.backward(losses.loss / accumulate)
+    gradients = _bytes(p.grad for p in engine.model.parameters() if p.grad is not None)
+    watch.phase = "optimizer"
+    engine.step(1.0)
+    return gradients, kept, losses
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({s._cdata: s.nbytes() for s in (each.untyped_storage() for each in local)}.values())
+
+
+@contextmanager
+def _real_meshes() -> Iterator[None]:
+    """Inside, FSDP's mesh has real numbers of ranks: the host reads them."""
+    make = fsdp.init_device_mesh
+
+    def make_real(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return make(*args, **kwargs)
+
+    fsdp.init_device_mesh = make_real  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fsdp.init_device_mesh = make
+
+
+class Row(NamedTuple):
+    """A figure of the planner beside what was counted."""
+
+    what: str
+    planned: float
+    counted: float
+    unit: str = "bytes"
+
+    @property
+    def is_right(self) -> bool:
+        return abs(self.planned - self.counted) <= TOLERANCE * self.counted
+
+    @property
+    def line(self) -> str:
+        shown = [
+            f"{each / 2**20:,.3f} MiB" if self.unit == "bytes" else f"{each:,.0f} {self.unit}"
+            for each in (self.planned, self.counted)
+        ]
+        ratio = f"{self.planned / self.counted:.3f}" if self.counted else "-"
+        return f"  {self.what:<62}{shown[0]:>16}{shown[1]:>16}{ratio:>9}{'' if self.is_right else '  OUT'}"
+
+
+def compare(counted: Counted, planned: Memory, held: float, sent: Sequence[Traffic]) -> list[Row]:
+    """The planner's figures of a rank beside the counted ones. `held`: planned, after a forward."""
+    rows = [
+        Row("weights", planned.weights, counted.weights),
+        Row("gradients, after backward", planned.weights, counted.gradients),
+        Row("optimizer", planned.optimizer, counted.optimizer),
+        Row("kept by a forward, and gathered", held, counted.kept),
+        Row("peak", planned.total, counted.peak),
+    ]
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for each in counted.collectives:
+        calls_and_bytes = found.setdefault((each.phase, each.kind, each.ranks), [0, 0.0])
+        calls_and_bytes[0] += 1
+        calls_and_bytes[1] += each.sent
+    for key in dict.fromkeys([*found, *map(_key, sent)]):
+        named = [each for each in sent if _key(each) == key]
+        what = " + ".join(each.what for each in named) or "not planned"
+        calls, bytes = found.get(key, (0, 0.0))
+        label = f"{key[0]}, {key[1]} among {key[2]}: {what}"
+        rows.append(Row(label, sum(each.bytes for each in named), bytes))
+        rows.append(Row("", sum(each.calls for each in named), calls, "calls"))
+    return rows
+
+
+def _key(traffic: Traffic) -> tuple[str, str, int]:
+    """As collectives are counted."""
+    return traffic.phase, traffic.kind, traffic.ranks
+
+
+def wrong_parts(counted: Counted) -> list[str]:
+    """Parameters of which the rank does not hold its piece of the rows, where all pieces make the whole."""
+    wrong = []
+    for name, part in counted.parts.items():
+        rows, row = part.shape[0], part.shape[1:].numel()
+        pieces = [piece.numel() for piece in torch.empty(rows, device="meta").chunk(counted.shares)]
+        pieces += [0] * (counted.shares - len(pieces))
+        first = sum(pieces[: counted.place])
+        if (part.start, part.values.numel()) != (first * row, pieces[counted.place] * row) and part.values.numel():
+            wrong.append(name)
+    return wrong
+
+
+def schedule(collectives: Sequence[Collective]) -> list[str]:
+    """All calls in their order, a line for each, or for what repeats."""
+    lines: list[str] = []
+    calls = [(each.phase, f"{each.kind} among {each.ranks} of {each.bytes / 2**20:,.3f} MiB") for each in collectives]
+    place = 0
+    while place < len(calls):
+        period, times = max(
+            ((period, _times(calls[place:], period)) for period in (1, 2, 3, 4)),
+            key=lambda found: found[0] * found[1] if found[1] > 1 else 0,
+        )
+        period = period if times > 1 else 1
+        said = ", ".join(call for _, call in calls[place : place + period])
+        lines.append(f"  {calls[place][0]:<10} {times:>3} x  {said}")
+        place += period * times
+    return lines
+
+
+def _times(calls: Sequence[Any], period: int) -> int:
+    """How often the first `period` calls come one after the other."""
+    times = 1
+    while calls[times * period : (times + 1) * period] == calls[:period]:
+        times += 1
+    return times
+
+
+def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
+    """Counts a step on the first rank and on the last, whose shares may be smaller, prints both beside the plan, and
+    says whether all agrees within TOLERANCE. Raises UserError for engines that cannot run so."""
+    ranks, engine = layout.ranks, recipe.engine
+    if engine.kind != "fsdp" or engine.offload != "none":
+        raise UserError(
+            f"a dry run needs engine.kind=fsdp and engine.offload=none, not {engine.kind} and {engine.offload}: DDP "
+            "and DeepSpeed read the values of tensors"
+        )
+    count, images = parameters(recipe), recipe.schedule.batch_size // (ranks * recipe.schedule.accumulate)
+    planned = memory(recipe, layout, images, count=count, ops="fake")
+    held = kept(recipe, images, ranks, "fake") + count.root * FP32
+    sent = traffic(recipe, layout, gpu, per_node, count)
+    agrees = True
+    for rank in dict.fromkeys((0, ranks - 1)):
+        counted = count_step(recipe, ranks, rank)
+        rows, wrong = compare(counted, planned, held, sent), wrong_parts(counted)
+        mine = sum(part.values.numel() for part in counted.parts.values())
+        print(
+            f"rank {rank} of {ranks}, micro-batches of {images} images: {mine:,} of {count.total:,} parameters, as "
+            f"number {counted.place} of {counted.shares} that hold all of them"
+        )
+        shapes = {str(tuple(each.shape)) for each in counted.losses[:-1] if each is not None}
+        print(f"losses of shape {', '.join(shapes)}, latents {tuple(counted.losses.latents.shape)}")
+        print(f"  {'a step':<62}{'planned':>16}{'counted':>16}{'ratio':>9}")
+        print(*(row.line for row in rows), sep="\n")
+        if rank == 0:
+            print("collectives in their order", *schedule(counted.collectives), sep="\n")
+        for name in wrong:
+            print(f"  OUT: of {name} the rank holds other rows than those of its place")
+        agrees = agrees and not wrong and all(row.is_right for row in rows)
+    print(f"all within {TOLERANCE:.0%}" if agrees else f"OUT: what differs by more than {TOLERANCE:.0%} is marked")
+    return agrees
