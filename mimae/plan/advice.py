@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -41,11 +42,15 @@ class Row(NamedTuple):
     largest: int
     """Micro-batch of a rank, in images."""
     traffic: list[Traffic]
+    computing: float
+    """Seconds of a step, as the next."""
     exposed: float
-    """Seconds of a step."""
-    seconds: float
-    """Of a step."""
     fits: bool
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.computing + self.exposed
 
     @property
     def images_per_s(self) -> float:
@@ -62,6 +67,11 @@ def layouts(ranks: int, per_node: int) -> list[Layout]:
 
 def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
     """Every engine with the recipe's micro-batch."""
+    return [row(recipe, layout, fleet, count) for layout in layouts(fleet.gpus, fleet.per_node)]
+
+
+def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
+    """One engine with the recipe's micro-batch. Raises UserError where the GPU cannot compute in its precision."""
     peak = peak_flops(fleet.gpu.name, recipe.precision)
     if peak is None:
         raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
@@ -69,15 +79,11 @@ def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
     # Recomputation is one more forward.
     backward = (3 if recipe.model.checkpointing else 2) * forward
     images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
-    found = []
-    for layout in layouts(fleet.gpus, fleet.per_node):
-        needed = memory(recipe, layout, images, count=count)
-        sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)
-        waits = exposed(sent, forward, backward, recipe.schedule.accumulate, layout.kind)
-        most = largest(recipe, layout, fleet.budget, count)
-        seconds = forward + backward + waits
-        found.append(Row(layout, recipe, needed, most, sent, waits, seconds, needed.total <= fleet.budget))
-    return found
+    needed = memory(recipe, layout, images, count=count)
+    sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)
+    waits = exposed(sent, forward, backward, recipe.schedule.accumulate, layout.kind)
+    most = largest(recipe, layout, fleet.budget, count)
+    return Row(layout, recipe, needed, most, sent, forward + backward, waits, needed.total <= fleet.budget)
 
 
 def advise(recipe: Recipe, fleet: Fleet, count: Parameters) -> tuple[Row | None, str]:
@@ -212,6 +218,9 @@ def main(
             "--dry-run", help="a step of the recipe's engine on so many ranks, without their memory: is the plan right?"
         ),
     ] = False,
+    scaling: Annotated[
+        Path | None, typer.Option(help="a picture here of the recipe on one node and on more, to 1,024 GPUs")
+    ] = None,
 ) -> None:
     """Plan a run: memory, communication and time by engine, and which to take."""
     resolved = config.load(recipe, overrides or ()).recipe
@@ -228,4 +237,9 @@ def main(
 
         layout = Layout(resolved.engine.kind, gpus, resolved.engine.replicas)
         raise typer.Exit(not dry.report(resolved, layout, fleet.gpu, nodes_of))
+    if scaling is not None:
+        from mimae.plan.scaling import report as draw
+
+        print(draw(resolved, fleet, Path(recipe).stem, scaling))
+        return
     print(report(resolved, fleet, images))
