@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -26,6 +27,9 @@ from mimae.settings import Section
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Of glibc's malloc.h."""
 
 Compile = Literal["auto", "on", "graphs", "off"]
 """torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA, but for engine.kind=zero3."""
@@ -92,6 +96,8 @@ class Engine(ABC):
         # Not with zero3: see `check_machine`.
         shape_model(model, "off" if recipe.engine.kind == "zero3" else recipe.compile, device)
         self.model = model
+        if recipe.engine.kind != "ddp" and (device.type == "cpu" or recipe.engine.offload == "cpu"):
+            return_memory()
         self.module, self.optimizer = self._shard(recipe, device, views)
         self.ema_decay = recipe.ema.decay
         self.ema = {n: p.values.detach().clone() for n, p in self.parts.items()} if recipe.ema.decay else {}
@@ -178,6 +184,15 @@ class Engine(ABC):
 
 def _named(section: str, values: Mapping[str, Tensor] | Mapping[str, Part] | State) -> dict[str, Tensor | Part]:
     return {f"{section}.{name}": value for name, value in values.items()}
+
+
+def return_memory() -> None:
+    """Has large tensors on the host given back to the system at once. Whole weights come and go with every block; glibc,
+    which takes what is freed for a measure of what to keep, would let the holes between them grow to gigabytes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        for threshold in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            mallopt(threshold, 4 * 2**20)
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def bucket(block: int) -> int:
+    """Numbers in a buffer of DeepSpeed, of a model whose largest block has so many parameters. Its own default, half a
+    billion, is 2 GB in fp32, whatever the model; beyond 40 MB a link is not used better."""
+    return max(10_000_000, block)
+
+
+LIVE = 3
+"""Buckets of weights that ZeRO-3 keeps gathered, at most."""
+
+
 class _Place(NamedTuple):
     """Where this rank's part of a parameter lies: elements of one of its flat partitions."""
 
@@ -55,9 +65,10 @@ class ZeroEngine(Engine):
         deepspeed = _import(device)
         self.is_spread = recipe.engine.kind == "zero3"
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        config = _config(recipe, device)
+        blocks = (*self.model.encoder.blocks, *self.model.decoder.blocks)
+        config = _config(recipe, device, max(sum(p.numel() for p in block.parameters()) for block in blocks))
         # Of the whole model no rank holds more than a block at a time, where weights are spread.
-        for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):
+        for module in (*blocks, self.model):
             materialise(module, device)
             if self.is_spread:
                 deepspeed.zero.Init(module=module, config_dict_or_path=config)
@@ -188,10 +199,13 @@ def _scale(adamw: torch.optim.Optimizer, *_: object) -> None:
                 parameter.grad.mul_(group["scale"])
 
 
-def _config(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _config(recipe: Recipe, device: torch.device, block: int) -> dict[str, Any]:
     """DeepSpeed's own settings."""
-    stage = int(recipe.engine.kind.removeprefix("zero"))
-    spread: dict[str, Any] = {"stage": stage}
+    stage, buffer = int(recipe.engine.kind.removeprefix("zero")), bucket(block)
+    spread: dict[str, Any] = {"stage": stage, "reduce_bucket_size": buffer, "allgather_bucket_size": buffer}
+    if stage == 3:
+        spread |= {"stage3_prefetch_bucket_size": buffer}
+        spread |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), LIVE * buffer)
     if recipe.engine.offload == "cpu":
         place = {"device": "cpu", "pin_memory": device.type == "cuda"}
         spread |= {"offload_optimizer": place} | ({"offload_param": place} if stage == 3 else {})
