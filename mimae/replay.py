@@ -33,11 +33,11 @@ PICTURED = 32
 LISTED = 10
 """Names that are printed of a longer list."""
 
-_HERE = (
+HERE = (
     *("engine.kind=ddp", "engine.replicas=1", "engine.offload=none"),
     *("optimizer.impl=auto", "compile=off", "data.workers=0", "data.cache=null"),
 )
-"""No weight depends on these, but for rounding."""
+"""Overrides for one process on any machine: no weight depends on them, but for rounding."""
 
 
 class Findings(NamedTuple):
@@ -266,7 +266,7 @@ def main(
     """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = config.load(run / "config.yaml", [*_HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = config.load(recipe, [f"schedule.accumulate={accumulate}"]).recipe

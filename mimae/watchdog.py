@@ -129,13 +129,17 @@ class Hangs:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._look()  # at what ended all of them at once
 
     def _watch(self) -> None:
         while not self._over.wait(1):
-            ranks = self._ranks()
-            mine = [self._folder / f"rank-{rank}.txt" for rank in ranks]
-            if any(read(text).limit for text in self._new(mine).values()):
-                self._tell(ranks)
+            self._look()
+
+    def _look(self) -> None:
+        ranks = self._ranks()
+        mine = [self._folder / f"rank-{rank}.txt" for rank in ranks]
+        if any(read(text).limit for text in self._new(mine).values()):
+            self._tell(ranks)
 
     def _all(self) -> Iterable[Path]:
         """Of the ranks of other machines too, where they share the run's directory."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimae import dcp, launch
+from mimae import config, dcp, launch, replay
 from mimae.errors import UserError
 from mimae.launch import Job, Note
 
@@ -162,26 +162,26 @@ def weights(launched: Launched) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     launched = Launched(tmp_path_factory.mktemp("undisturbed"), 12)
     code, output = launched.end()
     assert code == 0 and "start 2" not in output, output
-    return weights(launched)
+    return launched
 
 
-def assert_as_if_undisturbed(launched: Launched, undisturbed: dict[str, torch.Tensor]) -> str:
+def assert_as_if_undisturbed(launched: Launched, undisturbed: Launched) -> str:
     """It was started again, and ended with the same weights; returns what it told."""
     code, output = launched.end()
     assert code == 0 and "start 2, after a rank was lost" in output, output
-    got = weights(launched)
-    assert got.keys() == undisturbed.keys()
-    assert all(torch.equal(got[name], undisturbed[name]) for name in got)
+    got, want = weights(launched), weights(undisturbed)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in got)
     return output
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(
-    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    tmp_path: Path, undisturbed: Launched
 ) -> None:
     launched = Launched(tmp_path, 12)
     launched.wait_for(lambda: launched.step() >= 7)
@@ -190,9 +190,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(
-    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
-) -> None:
+def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path, undisturbed: Launched) -> None:
     """Of the rank that waited for it the place is told. Both are gone in less than the 30 s that torch's agent gives a
     rank to end."""
     launched = Launched(tmp_path, 12, "run.step_timeout=5")
@@ -204,6 +202,16 @@ def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(
     assert output.count("mimae: nothing moved for 0:00:05") == 1, output
     assert re.search(r"rank 0 in step \d+, the latest call first:\n    File ", output), output
     assert "rank 1 left no stack: stopped (T)" in output and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -> None:
+    """The MI terms of one process see what those of two did."""
+    given = config.load(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe
+    found = replay.replay(given, 12)
+    logged = json.loads((undisturbed.run / "metrics.jsonl").read_text().splitlines()[11])
+    assert found.losses == {key: pytest.approx(logged[key], rel=1e-4) for key in found.losses}
+    assert found.grad_norm == pytest.approx(logged["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.slow

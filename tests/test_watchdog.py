@@ -91,3 +91,14 @@ def test_a_hang_is_told_once_and_stopped_ranks_are_ended(
     assert 'rank 0, 3 in step 8, the latest call first:\n    File "loop.py", line 1 in train\n' in told
     assert "rank 1 left no stack: stopped (T)" in told
     assert stopped.pid in hangs.ended
+
+
+def test_a_hang_that_ended_all_ranks_is_told_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "stacks").mkdir()
+    with Hangs(tmp_path, lambda: {0: 2**22 + 1, 1: 2**22 + 2}) as hangs:
+        (tmp_path / "stacks/rank-0.txt").write_text(
+            'step 8\nTimeout (0:05:00)!\nThread 0x01 (most recent call first):\n  File "loop.py", line 1 in train\n'
+        )
+    told = capfd.readouterr().err
+    assert "nothing moved for 0:05:00" in told and "rank 1 left no stack: ended when it lost its peers" in told
+    assert hangs.ended == {2**22 + 1, 2**22 + 2}
