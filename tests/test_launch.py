@@ -112,7 +112,7 @@ telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, l
 
 
 OURS = ["-m", "mimae"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-endpoint=localhost:0", "-m", "mimae"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "mimae"]
 
 
 class Launched:
