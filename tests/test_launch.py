@@ -205,6 +205,16 @@ def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path, un
 
 
 @pytest.mark.slow
+def test_a_hang_without_restarts_left_is_told_once(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, 100_000, "run.step_timeout=5", "--restarts=0")
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.kill(launched.ranks()[0], signal.SIGSTOP)
+    code, output = launched.end()
+    assert code == 1 and output.endswith("as told above; the same command goes on from the last checkpoint\n"), output
+    assert output.count("mimae: ") == 2 and "rank 0 left no stack: stopped (T)" in output, output
+
+
+@pytest.mark.slow
 def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -> None:
     """The MI terms of one process see what those of two did."""
     given = config.load(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mimae import checkpoint, config, dcp, guards, loop, masking
 from mimae.data import evaluation_batches, open_source
 from mimae.data.backend import Choice
+from mimae.engines import DDPEngine, DivergenceError
 from mimae.errors import UserError
 from mimae.kernels import patchify
 from mimae.model import build
@@ -259,6 +260,20 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
+
+
+def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+
+    def check(self: DDPEngine) -> None:
+        checks.append(len(checks))
+        if len(checks) == 2:
+            raise DivergenceError("ranks 0 and 1 differ")
+
+    monkeypatch.setattr(DDPEngine, "check_copies", check)
+    with pytest.raises(DivergenceError):
+        loop.pretrain(recipe(images, tmp_path, "checkpoint.background=false"))
+    assert checkpoint.names(tmp_path) == ["step-00000002"]
 
 
 def test_the_next_views_patches_are_what_is_validated_and_pictured(

@@ -77,7 +77,8 @@ def test_a_hang_is_told_once_and_stopped_ranks_are_ended(
     file.parent.mkdir()
     stack = "step 8".ljust(80) + '\n{}Thread 0x01 (most recent call first):\n  File "loop.py", line 1 in train\n'
     file.write_text(stack.format("Timeout (0:01:00)!\n"))
-    with subprocess.Popen(["sleep", "60"]) as stopped:
+    stopped = subprocess.Popen(["sleep", "60"])
+    try:
         os.kill(stopped.pid, signal.SIGSTOP)
         with Hangs(tmp_path, lambda: {0: 2**22 + 1, 1: stopped.pid, 2: os.getpid()}) as hangs:
             file.write_text(stack.format(""))
@@ -86,6 +87,8 @@ def test_a_hang_is_told_once_and_stopped_ranks_are_ended(
             for hung in (tmp_path / "stacks/rank-3.txt", file):  # the first on another machine
                 hung.write_text(stack.format("Timeout (0:05:00)!\n"))
             assert stopped.wait(10) == -signal.SIGKILL
+    finally:
+        stopped.kill()
     told = capfd.readouterr().err
     assert told.count("nothing moved for 0:05:00") == 1 and str(tmp_path / "stacks") in told
     assert 'rank 0, 3 in step 8, the latest call first:\n    File "loop.py", line 1 in train\n' in told
