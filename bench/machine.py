@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy")
+from mimae import telemetry
+
+PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy", "deepspeed")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -44,6 +47,15 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (at most so far) of this process; getrusage's peak would hold the parent's too."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return telemetry.memory(torch.device("cpu"))["mem_peak_bytes"] or 0
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
 def synchronize(device: torch.device) -> None:

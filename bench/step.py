@@ -30,10 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mimae import config, masking, plan, telemetry
+from mimae import config, masking, plan
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
-from mimae.bench.machine import Product, describe, matmul_rate, synchronize
+from mimae.bench.machine import Product, describe, matmul_rate, resident_bytes, synchronize
 from mimae.config import Recipe
 from mimae.engines.base import check_machine, compiles, shape_model
 from mimae.errors import UserError
@@ -316,11 +316,11 @@ def peak_memory(name: str, recipe: Recipe, device: torch.device) -> int:
     Meant for a fresh process: on the CPU it is the peak of resident memory.
     """
     _take_steps(name, _miniature(recipe), device)  # imports, and what the libraries keep for themselves
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     _take_steps(name, recipe, device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
 def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
@@ -350,15 +350,6 @@ def _miniature(recipe: Recipe) -> Recipe:
             "schedule": recipe.schedule.model_copy(update={"batch_size": 2}),
         }
     )
-
-
-def _resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (at most so far) of this process; getrusage's peak would hold the parent's too."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return telemetry.memory(torch.device("cpu"))["mem_peak_bytes"] or 0
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
 def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch.device) -> None:

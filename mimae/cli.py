@@ -108,6 +108,7 @@ _mount(bench, "gpu", "mimae.bench.gpu", "All that needs a GPU, into one file.")
 _mount(bench, "step", "mimae.bench.step", "Speed and memory of a training step, with baselines.")
 _mount(bench, "traffic", "mimae.bench.traffic", "Bytes that the fused ops move, and their machine code; no GPU needed.")
 _mount(bench, "data", "mimae.bench.data", "Images per second of each loader, beside torchvision's and others'.")
+_mount(bench, "engines", "mimae.bench.engines", "Speed and memory of each engine on this CPU, two ranks each.")
 _mount(bench, "soak", "mimae.bench.soak", "A loader for minutes while images go bad at random.")
 _mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the controls of the method.")
 
