@@ -95,7 +95,7 @@ def advice(recipe: Recipe, ranks: int, per_node: int) -> str:
     on_gpu = torch.cuda.is_available()
 
     def planned(layout: Layout, recipe: Recipe = recipe, images: int = images) -> str:
-        return _gib(memory(recipe, layout, images, count=count, fused=on_gpu).total)
+        return _gib(memory(recipe, layout, images, count=count, ops="fused" if on_gpu else "plain").total)
 
     lines = [f"the planner counts, beside the libraries, on each of {ranks} ranks:", f"  as it is: {planned(layout)}"]
     # On a CPU what is offloaded stays where it was.
@@ -103,8 +103,9 @@ def advice(recipe: Recipe, ranks: int, per_node: int) -> str:
     spread += [Layout(other.kind, ranks, offload="cpu") for other in spread] if on_gpu else []
     lines += [f"  {other.settings}: {planned(other)}" for other in spread if ranks > 1 and other != layout]
     if images > 1:
-        halved = f"schedule.accumulate={2 * schedule.accumulate}"
-        lines.append(f"  {halved}: {planned(layout, images=images // 2)}")
+        twice = schedule.model_copy(update={"accumulate": 2 * schedule.accumulate})
+        split = recipe.model_copy(update={"schedule": twice})
+        lines.append(f"  schedule.accumulate={twice.accumulate}: {planned(layout, split, images // 2)}")
     if not recipe.model.checkpointing:
         smaller = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": True})})
         lines.append(f"  model.checkpointing=true: {planned(layout, smaller)}")
