@@ -99,7 +99,7 @@ PUBLIC: dict[str, Callable[[Inputs], Results]] = {
     "fill_masked": _fill,
     "pixel_loss": _compare,
     "view_latents": lambda x: kernels.view_latents(x["tokens"], first=1)[:2],
-    "infonce": lambda x: [InfoNCE.apply(x["u"], x["tau"])],
+    "infonce": lambda x: [InfoNCE.apply(x["u"], x["u"].detach(), x["tau"])],
     "club": _club,
 }
 

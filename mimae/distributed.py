@@ -1,10 +1,9 @@
 """The process group as the rest of the system sees it: who am I, and the collectives of the objective."""
 
-# DDP reads a hook's annotations as classes, so they are not postponed here.
+from __future__ import annotations
+
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,8 +17,6 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 Group = dist.ProcessGroup  # type: ignore[name-defined]
 
 T = TypeVar("T")
-
-_seconds = 0.0
 
 
 def rank() -> int:
@@ -73,55 +70,30 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _timed() -> Iterator[None]:
-    global _seconds
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        _seconds += time.perf_counter() - start
+def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to gather (b, ...) of each rank and returns at once. The result, when called: (W b, ...) in the order of
+    ranks, without gradient; what computes before the call runs beside the gathering."""
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return lambda: tensor
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    work = _gather(gathered, tensor, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return gathered
+
+    return wait
 
 
-def communication_seconds() -> float:
-    """Host seconds in collectives since the process started: of gradients (gloo) from the start of a bucket's
-    reduction to its end, overlapped with backward; of latents and moments the wait. nccl returns before it is done,
-    so there a profile tells."""
-    return _seconds
-
-
-def all_gather(tensor: Tensor, group: Group | None = None) -> Tensor:
-    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient; of all ranks, or of a group."""
-    ranks = world_size(group)
-    if ranks == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    gathered = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
-    with _timed():
-        _gather(gathered, tensor, group=group)
-    return gathered
+def all_gather(tensor: Tensor) -> Tensor:
+    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient."""
+    return start_all_gather(tensor)()
 
 
 def all_sum(tensor: Tensor, group: Group | None = None) -> Tensor:
     """The sum over ranks, all or a group's, without gradient, as a new tensor."""
     total = tensor.detach().clone()
     if world_size(group) > 1:
-        with _timed():
-            dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=group)
     return total
-
-
-def timed_all_reduce(
-    _: object,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    """DDP's own averaging, with its seconds counted."""
-    start = time.perf_counter()
-    work = dist.all_reduce(bucket.buffer().div_(world_size()), async_op=True)
-
-    def finish(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        global _seconds
-        _seconds += time.perf_counter() - start
-        return future.value()[0]
-
-    return work.get_future().then(finish)

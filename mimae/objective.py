@@ -2,9 +2,10 @@
 
     L = L_rec + g (w_max L_max + w_min L_min) + L_fit
 
-Statistics are global: the MI terms see the batch of all ranks. Latents and log-sum-exps are gathered, moments and
-V's sums reduced, all in forward; with them each rank computes the whole gradient of its own latents, so backward
-needs no collective. Engines average gradients over the W ranks, so an MI term's backward yields W dL/du.
+Statistics are global: the MI terms see the batch of all ranks. Latents, moments and log-sum-exps are gathered and V's
+sums reduced, all in forward; with them each rank computes the whole gradient of its own latents, so backward needs no
+collective. Latents and moments depend on the encoder alone: they are on their way while the decoder computes. Engines
+average gradients over the W ranks, so an MI term's backward yields W dL/du.
 
 Letters in shapes: B images of this rank, N views, T tokens, D width, M targets, P patch size.
 """
@@ -12,6 +13,7 @@ Letters in shapes: B images of this rank, N views, T tokens, D width, M targets,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimae import kernels
-from mimae.distributed import all_gather, all_sum, rank, world_size
+from mimae.distributed import all_gather, all_sum, rank, start_all_gather, world_size
 from mimae.posterior import Posterior, saturation
 from mimae.settings import Section
 
@@ -62,30 +64,43 @@ class Losses(NamedTuple):
     """z (B, N, D) of this rank, detached, for the diagnostics of collapse."""
 
 
+class Latents(NamedTuple):
+    """Of each view of this rank, and on their way from all ranks: what the MI terms need of the encoder."""
+
+    z: Tensor
+    """(B, N, D)."""
+    u: Tensor
+    """(B, N, D), unit vectors: the direction of z, or of its projection."""
+    columns: Callable[[], Tensor] | None
+    """Waits for u of all ranks, (W B, N, D); None without L_max."""
+    moments: Callable[[], Tensor] | None
+    """Waits for mean and sum of squared deviations of z on each rank, (2 W, D); None without L_min."""
+
+
 class InfoNCE(torch.autograd.Function):
-    """L_max of the global batch: (u (B, N, D) of this rank, tau (1,)) -> scalar, the same on every rank."""
+    """L_max of the global batch: (u (B, N, D) of this rank, u (W B, N, D) of all, tau (1,)) -> scalar, the same on
+    every rank. The gradient of u is the whole one, as row and as column; `columns` gets none."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, tau: Tensor) -> Tensor:
-        columns = all_gather(u)
+    def forward(ctx: Any, u: Tensor, columns: Tensor, tau: Tensor) -> Tensor:
         ctx.offset = rank() * u.shape[0]
         lse, positives = kernels.infonce_lse(u, columns, ctx.offset, tau)
-        lse, loss = all_gather(lse), all_sum((lse - positives).sum())
+        lse, positives = all_gather(torch.stack([lse, positives], 1)).unbind(1)
         ctx.terms = columns.shape[0] * u.shape[1] * (u.shape[1] - 1)
-        ctx.save_for_backward(u, columns, tau, lse)
-        return loss / ctx.terms
+        ctx.save_for_backward(u, columns, tau, lse.contiguous())
+        return (lse - positives).sum() / ctx.terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         u, columns, tau, lse = ctx.saved_tensors
         d_u, d_tau = kernels.infonce_grad(u, columns, ctx.offset, tau, lse)
         scale = grad * world_size() / ctx.terms
-        return d_u * scale, d_tau * scale
+        return d_u * scale, None, d_tau * scale
 
 
 class CLUB(torch.autograd.Function):
-    """(z (B, N, D), mu and log s2 (B, D), moments (2, D)) of this rank -> CLUB in nats of the global batch, and V's
-    mean negative log-likelihood per dimension over this rank's latents. CLUB trains z alone, the likelihood V alone.
+    """(z (B, N, D), mu and log s2 (B, D) of this rank, moments (2 W, D) of all) -> CLUB in nats of the global batch, and
+    V's mean negative log-likelihood per dimension over this rank's latents. CLUB trains z alone, the likelihood V alone.
     """
 
     @staticmethod
@@ -108,9 +123,9 @@ class CLUB(torch.autograd.Function):
 
 
 def global_moments(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Local (mean, sum of squared deviations) (2, D) over `count` latents on each rank, merged by Chan's formula
+    """(mean, sum of squared deviations) over `count` latents on each of W ranks, (2 W, D), merged by Chan's formula
     -> mean and biased variance (D,) over the global batch."""
-    means, squares = all_gather(moments[None]).unbind(1)
+    means, squares = moments.view(-1, 2, moments.shape[1]).unbind(1)
     mean = means.mean(0)
     variance = (squares + count * (means - mean).square()).sum(0) / (count * means.shape[0])
     return mean, variance
@@ -168,30 +183,37 @@ class Objective(nn.Module):
         """Constants of the initialisation (see `randomness.initialise`)."""
         return {"log_temperature": math.log(self.settings.temperature)}
 
-    def forward(
-        self, predictions: Tensor, tokens: Tensor, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor
-    ) -> Losses:
-        """predictions (B, N, M, 3P^2), tokens (B, N, 1+K, D), images (B, H, W, 3) uint8, targets (B, N, M), mean and
-        std (3,) of the data set."""
+    def latents(self, tokens: Tensor) -> Latents:
+        """tokens (B, N, 1+K, D) of the encoder -> latents, and their gathering started. To be called before the decoder,
+        behind which it hides."""
         settings = self.settings
-        share = 1 / targets.numel()
-        rec = kernels.pixel_loss(predictions, images, targets, mean, std, settings.normalize_pixels, scale=share)
         if settings.latent == "class_token":
             z, u, moments = kernels.view_latents(tokens[:, :, :1])
         else:
             z, u, moments = kernels.view_latents(tokens, first=1)
+        if self.projector is not None:
+            u = F.normalize(self.projector(z), dim=-1)
+        columns = start_all_gather(u) if settings.max_mi > 0 else None
+        return Latents(z, u, columns, start_all_gather(moments) if settings.min_mi > 0 else None)
+
+    def forward(
+        self, predictions: Tensor, latents: Latents, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor
+    ) -> Losses:
+        """predictions (B, N, M, 3P^2), `latents` of the same images, images (B, H, W, 3) uint8, targets (B, N, M),
+        mean and std (3,) of the data set."""
+        settings, (z, u, columns, moments) = self.settings, latents
+        share = 1 / targets.numel()
+        rec = kernels.pixel_loss(predictions, images, targets, mean, std, settings.normalize_pixels, scale=share)
         loss, local_means = rec, [rec.detach()]
         max_mi = min_mi = fit = lower = upper = saturated = None
-        if settings.max_mi > 0:
-            if self.projector is not None:
-                u = F.normalize(self.projector(z), dim=-1)
-            max_mi = InfoNCE.apply(u, self._temperature(u))
+        if columns is not None:
+            max_mi = InfoNCE.apply(u, columns(), self._temperature(u))
             loss = loss + self.gate.weight * settings.max_mi * max_mi
             max_mi = max_mi.detach()
             lower = math.log(u.shape[0] * world_size()) - max_mi
-        if self.posterior is not None:
+        if self.posterior is not None and moments is not None:
             mu, log_s2 = self.posterior(images, mean, std)
-            upper, nll = CLUB.apply(z, mu, log_s2, moments)
+            upper, nll = CLUB.apply(z, mu, log_s2, moments())
             loss = loss + self.gate.weight * settings.min_mi * upper / z.shape[-1] + nll
             upper = upper.detach()
             min_mi = upper / z.shape[-1]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +73,8 @@ def test_club_of_a_constant_posterior_is_zero() -> None:
 def test_infonce_is_cross_entropy_over_ordered_pairs(tau: float) -> None:
     temperature = torch.tensor([tau], dtype=torch.float64, requires_grad=True)
     z = (latents() - 3).detach().requires_grad_()
-    loss = InfoNCE.apply(F.normalize(z, dim=-1), temperature)
+    u = F.normalize(z, dim=-1)
+    loss = InfoNCE.apply(u, u, temperature)
     expected = infonce_oracle.l_max(z, temperature)
     assert abs(loss - expected) < 1e-12
     for got, want in zip(
@@ -82,15 +85,14 @@ def test_infonce_is_cross_entropy_over_ordered_pairs(tau: float) -> None:
 
 def test_infonce_of_equal_latents_is_log_batch() -> None:
     u = F.normalize(torch.ones(6, 2, 4, dtype=torch.float64), dim=-1)
-    assert abs(InfoNCE.apply(u, torch.tensor([0.07], dtype=torch.float64)) - math.log(6)) < 1e-12
+    assert abs(InfoNCE.apply(u, u, torch.tensor([0.07], dtype=torch.float64)) - math.log(6)) < 1e-12
 
 
-def test_moments_merge_as_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_merge_as_those_of_the_whole() -> None:
     """Chan's formula on parts whose means lie far apart."""
     parts = [torch.randn(4, 3, dtype=torch.float64) + 100 * i for i in range(3)]
-    stacked = torch.stack([torch.stack([p.mean(0), (p - p.mean(0)).square().sum(0)]) for p in parts])
-    monkeypatch.setattr(objective, "all_gather", lambda _: stacked)
-    mean, variance = objective.global_moments(stacked[0], 4)
+    gathered = torch.cat([torch.stack([p.mean(0), (p - p.mean(0)).square().sum(0)]) for p in parts])
+    mean, variance = objective.global_moments(gathered, 4)
     whole = torch.cat(parts)
     assert (mean - whole.mean(0)).abs().max() < 1e-12
     assert (variance - whole.var(0, correction=0)).abs().max() < 1e-10
@@ -130,25 +132,34 @@ def _model(dtype: torch.dtype) -> MIMAE:
     return model.to(dtype)
 
 
-def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor]:
-    """This rank's gradients after the engine's reduction, on its own part of one global batch of distinct images.
-
-    `drop_factor` makes the mistake that the tests must catch: the W of the MI terms left out.
-    """
-    world_size, rank = distributed.world_size(), distributed.rank()
-    if drop_factor:
-        whole = InfoNCE.backward
-        vars(objective)["InfoNCE"].backward = staticmethod(
-            lambda ctx, grad: tuple(g / world_size for g in whole(ctx, grad))
-        )
+def _engine(dtype: torch.dtype) -> DDPEngine:
     recipe = config.load({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
-    engine = DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
+    return DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's part of one global batch of distinct images: images, visible, hidden."""
+    world_size, rank = distributed.world_size(), distributed.rank()
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 8, 12, 3), generator=generator, dtype=torch.uint8)
     ids = torch.arange(GLOBAL_BATCH)
     share = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    visible, hidden = masking.draw(MaskingSettings(num_masks=3, ratio=2 / 3), 0, 0, ids[share], 6)
-    losses = engine.forward(images[share], visible, hidden)
+    return images[share], *masking.draw(MaskingSettings(num_masks=3, ratio=2 / 3), 0, 0, ids[share], 6)
+
+
+def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor]:
+    """This rank's gradients after the engine's reduction, on its own part of the global batch.
+
+    `drop_factor` makes the mistake that the tests must catch: the W of the MI terms left out.
+    """
+    world_size = distributed.world_size()
+    if drop_factor:
+        whole = InfoNCE.backward
+        vars(objective)["InfoNCE"].backward = staticmethod(
+            lambda ctx, grad: whole(ctx, grad / world_size)
+        )
+    engine = _engine(dtype)
+    losses = engine.forward(*_batch())
     engine.backward(losses.loss)
     if drop_factor:
         vars(objective)["InfoNCE"].backward = staticmethod(whole)
@@ -157,11 +168,31 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor
     return result | reported
 
 
-def _checks() -> dict[str, dict[str, Tensor]]:
+def _decoded_before_others_gather(folder: Path) -> bool:
+    """Whether rank 0 is through its decoder before any other rank has started to gather latents."""
+    model, decoded = _engine(torch.float32).model, folder / "decoded"
+    seen = []
+
+    def hold(*_: object) -> None:
+        give_up = time.monotonic() + 10
+        while not decoded.exists() and time.monotonic() < give_up:
+            time.sleep(0.01)
+        seen.append(decoded.exists())
+
+    if distributed.rank() == 0:
+        model.decoder.register_forward_hook(lambda *_: decoded.touch())
+    else:
+        model.encoder.register_forward_hook(hold)
+    model(*_batch())
+    return all(seen)
+
+
+def _checks(folder: Path) -> dict[str, Any]:
     return {
         "float64": _engine_gradients(torch.float64, False),
         "fp32": _engine_gradients(torch.float32, False),
         "without W": _engine_gradients(torch.float64, True),
+        "decoded first": _decoded_before_others_gather(folder),
     }
 
 
@@ -174,17 +205,30 @@ def _worst(got: dict[str, Tensor], want: dict[str, Tensor], relative: bool) -> f
     )
 
 
+def _results(factory: pytest.TempPathFactory, world_size: int) -> list[dict[str, Any]]:
+    folder = factory.mktemp("ranks")
+    return run_ranks(world_size, folder, _checks, folder)
+
+
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    return run_ranks(1, tmp_path_factory.mktemp("ranks"), _checks)[0]
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _results(tmp_path_factory, 1)[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _results(tmp_path_factory, request.param)
+
+
+def test_latents_are_gathered_beside_the_decoder(ranks: list[dict[str, Any]]) -> None:
+    assert all(result["decoded first"] for result in ranks)
+
+
 def test_ranks_have_the_gradients_and_losses_of_one_process(
-    world_size: int, tmp_path: Path, one_process: dict[str, dict[str, Tensor]]
+    ranks: list[dict[str, Any]], one_process: dict[str, Any]
 ) -> None:
     """After the engine's own reduction, every parameter: V, projector and temperature too."""
-    for result in run_ranks(world_size, tmp_path, _checks):
+    for result in ranks:
         assert _worst(result["float64"], one_process["float64"], relative=False) < 1e-10
         assert _worst(result["fp32"], one_process["fp32"], relative=True) < 1e-5
         assert _worst(result["without W"], one_process["float64"], relative=False) > 1e-6, (

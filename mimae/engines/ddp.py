@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimae import distributed
 from mimae.engines.base import Engine
 from mimae.optimizer import Optimizer
 from mimae.randomness import initialise, materialise, whole_parts
@@ -41,8 +40,6 @@ class DDPEngine(Engine):
             gradient_as_bucket_view=True,
             **_NO_BUFFER_SYNC,
         )
-        if device.type == "cpu":
-            module.register_comm_hook(None, distributed.timed_all_reduce)
         return module, Optimizer(self.parts, recipe.optimizer, views)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:

@@ -37,10 +37,13 @@ class MIMAE(nn.Module):
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
         """images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M) -> losses; `loss` carries the graph."""
         tokens = self.encoder(images, visible)
-        predictions = self.decoder(tokens, visible, targets)
         # Latents and losses are fp32 (or float64) whatever the precision of the networks.
-        with torch.autocast(images.device.type, enabled=False):
-            return self.objective(predictions, tokens, images, targets, self.encoder.mean, self.encoder.std)
+        exact = torch.autocast(images.device.type, enabled=False)
+        with exact:
+            latents = self.objective.latents(tokens)
+        predictions = self.decoder(tokens, visible, targets)
+        with exact:
+            return self.objective(predictions, latents, images, targets, self.encoder.mean, self.encoder.std)
 
     def predict(self, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""

@@ -177,6 +177,7 @@ def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
     embed = Stage(S * (T - 1) * values * e if ops == "plain" else 0.0, 0.0)
     between = Stage(S * T * ((FP32 + e) * model.width + 8) + casts * model.width * decoder.width, 0.0)
     stages = [embed, *[_held(recipe, block, S * T * model.width)] * model.depth, between]
+    stages.append(_latents(recipe, images, ranks))
     stages += _decoder(recipe, S, e, T, M, casts)
     return [*stages, _losses(recipe, images, ranks, ops)]
 
@@ -224,9 +225,22 @@ def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
     return block._replace(kept=inputs * FP32 + block.kept)
 
 
+def _latents(recipe: Recipe, images: int, ranks: int) -> Stage:
+    """Made and gathered before the decoder: what a view's latent and its direction keep, the projector's layers,
+    and the directions of all ranks."""
+    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
+    S, kept = images * N, 0
+    if objective.max_mi > 0 or objective.min_mi > 0:
+        kept += 3 * S * D * FP32
+    if objective.max_mi > 0:
+        kept += ranks * S * D * FP32
+        kept += S * 7 * D * FP32 if objective.projector == "mlp" else 0
+    return Stage(kept, 0.0)
+
+
 def _losses(recipe: Recipe, images: int, ranks: int, ops: Ops) -> Stage:
-    """L_rec keeps the gradient of the predictions, or without fusion its error in fp32; the MI terms keep latents, also
-    those of all ranks, their log-sum-exps, and V's layers."""
+    """L_rec keeps the gradient of the predictions, or without fusion its error in fp32; the MI terms keep the
+    log-sum-exps of all ranks, and V's layers."""
     objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
     S, e, M, T = images * N, number_bytes(recipe), targets(recipe), 1 + visible(recipe)
     predictions = S * M * patch_values(recipe)
@@ -237,11 +251,8 @@ def _losses(recipe: Recipe, images: int, ranks: int, ops: Ops) -> Stage:
     work = predictions * e + S * T * D * FP32 * (e < FP32)
     if ops == "plain":
         work = max(work + predictions * FP32 + patches_of_images * FP32, 2 * predictions * FP32)
-    if objective.max_mi > 0 or objective.min_mi > 0:
-        kept += 3 * S * D * FP32
     if objective.max_mi > 0:
-        kept += ranks * images * N * (D + N) * FP32
-        kept += S * 7 * D * FP32 if objective.projector == "mlp" else 0
+        kept += ranks * S * N * FP32
         # The panel of weights takes no more than the gradient of all latents.
         work += {"fused": ranks * S * D, "fake": 0, "plain": 2 * ranks * images * images}[ops] * FP32
     if objective.min_mi > 0:

@@ -113,7 +113,7 @@ def without_the_factor() -> Iterator[None]:
     """The mistake that the comparison has to see: InfoNCE's gradient without its factor W."""
     whole = InfoNCE.backward
     ranks = distributed.world_size()
-    wrong = staticmethod(lambda ctx, grad: tuple(g / ranks for g in whole(ctx, grad)))
+    wrong = staticmethod(lambda ctx, grad: whole(ctx, grad / ranks))
     try:
         vars(objective)["InfoNCE"].backward = wrong
         yield
