@@ -78,6 +78,7 @@ def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
     gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
     work = _gather(gathered, tensor, async_op=True)
+    assert work is not None
 
     def wait() -> Tensor:
         work.wait()

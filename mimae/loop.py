@@ -19,6 +19,7 @@ from mimae.data.cache import cache_note
 from mimae.data.stalls import Stalls
 from mimae.data.transfer import Transfer
 from mimae.engines import Engine, check_machine, make_engine
+from mimae.exposure import Exposure
 from mimae.guards import NonFinite, RunError, Signals
 from mimae.kernels import pixel_loss
 from mimae.lock import lock
@@ -101,6 +102,7 @@ class _Run:
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
         self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
         self.phases = telemetry.Phases(device)
+        self.exposure = Exposure(device)
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
         self.saver = Saver(self.path, recipe.checkpoint, device, self.telemetry.message)
@@ -154,6 +156,7 @@ class _Run:
         say(self._headline())
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
+        bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -165,11 +168,11 @@ class _Run:
                 epoch, first = divmod(self.step, per_epoch)
                 watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)
                 means = _Means()
-                communication = distributed.communication_seconds()
                 batches = self.transfer(self.loader.epoch(epoch, first))
                 measures = dict[str, float]()
-                for _ in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
-                    step = self._optimize(batches)
+                for place in range(first, min(per_epoch, self.steps - epoch * per_epoch)):
+                    with self.exposure.measured(place == first + 1):
+                        step = self._optimize(batches)
                     self.step += 1
                     means.add(step.losses)
                     guard.check(self.step, step.result.skipped)
@@ -183,8 +186,8 @@ class _Run:
                     if last or self.step % per_epoch == 0:
                         watchdog.wait_for(f"the end of epoch {epoch}", long=True)
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
-                        record = epoch_pace.epoch(images)
-                        record["seconds_communication"] = distributed.communication_seconds() - communication
+                        record: dict[str, Any] = epoch_pace.epoch(images)
+                        record |= {"bytes_sent": bytes_sent, "exposed_communication": self.exposure.read()}
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         measures = self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                         # The checks and pictures of an epoch's end are no training.

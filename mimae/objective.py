@@ -99,9 +99,9 @@ class InfoNCE(torch.autograd.Function):
 
 
 class CLUB(torch.autograd.Function):
-    """(z (B, N, D), mu and log s2 (B, D) of this rank, moments (2 W, D) of all) -> CLUB in nats of the global batch, and
-    V's mean negative log-likelihood per dimension over this rank's latents. CLUB trains z alone, the likelihood V alone.
-    """
+    """(z (B, N, D), mu and log s2 (B, D) of this rank, moments (2 W, D) of all) -> CLUB in nats of the global batch,
+    and V's mean negative log-likelihood per dimension over this rank's latents. CLUB trains z alone, the likelihood V
+    alone."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, mu: Tensor, log_s2: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,8 +184,8 @@ class Objective(nn.Module):
         return {"log_temperature": math.log(self.settings.temperature)}
 
     def latents(self, tokens: Tensor) -> Latents:
-        """tokens (B, N, 1+K, D) of the encoder -> latents, and their gathering started. To be called before the decoder,
-        behind which it hides."""
+        """tokens (B, N, 1+K, D) of the encoder -> latents, whose gathering runs beside what follows: to be called
+        before the decoder."""
         settings = self.settings
         if settings.latent == "class_token":
             z, u, moments = kernels.view_latents(tokens[:, :, :1])

@@ -33,7 +33,7 @@ from mimae import __version__
 from mimae.errors import UserError
 from mimae.settings import Section
 
-PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint")
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
 
 IN_PHASE = "in the phase "
@@ -50,8 +50,8 @@ DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", "satura
 
 EPOCH_KEYS = (
     "epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
-    "mem_reserved_bytes", "tflops", "mfu", "mi_lower_nats", "mi_upper_nats", *LOSSES,
-    *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
+    "mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu",
+    "mi_lower_nats", "mi_upper_nats", *LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
 )  # fmt: skip
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow")
@@ -145,7 +145,9 @@ class Telemetry:
         """Appends a line of EPOCH_KEYS to epochs.jsonl; keys that `record` lacks are null.
 
         `step` is the step at which the epoch ended. After a resume in the middle of an epoch, `images` and
-        `seconds` count the part since then. `seconds` is wall time and holds the phases' `seconds_*`.
+        `seconds` count the part since then. `seconds` is wall time and holds the phases' `seconds_*`. `bytes_sent` is
+        what a rank sends in a step, by the formulas of docs/scaling.md; `exposed_communication` the share of the
+        epoch's second step, 0 to 1, in which this rank was in a collective and computed nothing.
         """
         if not self._is_main:
             return

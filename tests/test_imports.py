@@ -19,7 +19,7 @@ LAYERS = (
     {"errors", "settings", "randomness", "distributed", "dcp"},
     {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
     {"recipes", "config", "checkpoint", "saving", "guards", "lock", "telemetry", "diagnostics", "pictures", "watchdog"},
-    {"loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status", "replay", "shortage"},
+    {"exposure", "loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status", "replay", "shortage"},
     {"launch"},
     {"submit"},
     {"cli"},

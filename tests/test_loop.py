@@ -94,6 +94,7 @@ def test_a_run_leaves_what_its_reader_expects(whole: Path, capfd: pytest.Capture
     assert all(set(record) == set(EPOCH_KEYS) for record in epochs)
     assert [record["images"] for record in epochs] == [24, 24, 24]
     assert all(record[key] is not None for record in epochs for key in ("knn", "val_rec", "effective_rank"))
+    assert all((record["bytes_sent"], record["exposed_communication"]) == (0, None) for record in epochs)
     assert steps[0]["gate"] == 1 and steps[-1]["lr"] < steps[2]["lr"]
     assert len(list((whole / "images").glob("*.png"))) == 3
     assert len(list((whole / "checkpoints").glob("step-*"))) == 2
@@ -360,6 +361,8 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
     one = _losses(images, tmp_path / "one")
     assert len(one) == STEPS
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+    epochs = lines(tmp_path / "two" / "epochs.jsonl")
+    assert all(record["bytes_sent"] > 0 and 0 < record["exposed_communication"] < 1 for record in epochs)
 
 
 def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,9 +155,7 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool) -> dict[str, Tensor
     world_size = distributed.world_size()
     if drop_factor:
         whole = InfoNCE.backward
-        vars(objective)["InfoNCE"].backward = staticmethod(
-            lambda ctx, grad: whole(ctx, grad / world_size)
-        )
+        vars(objective)["InfoNCE"].backward = staticmethod(lambda ctx, grad: whole(ctx, grad / world_size))
     engine = _engine(dtype)
     losses = engine.forward(*_batch())
     engine.backward(losses.loss)

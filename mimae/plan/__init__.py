@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mimae.plan.communication import bytes_sent
 from mimae.plan.flops import (
     decoder_flops,
     encoder_flops,
@@ -20,6 +21,7 @@ __all__ = [
     "GPUS",
     "PEAKS",
     "Peak",
+    "bytes_sent",
     "decoder_flops",
     "device_name",
     "encoder_flops",

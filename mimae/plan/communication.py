@@ -10,8 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from mimae.plan.gpus import GPU
-from mimae.plan.memory import DEEPSPEED_BUCKET, FP32, Layout, Parameters
+import torch
+
+from mimae.plan.gpus import GPU, GPUS
+from mimae.plan.memory import DEEPSPEED_BUCKET, FP32, Layout, Parameters, parameters
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
@@ -24,6 +26,8 @@ HOST = 20e9
 """Assumed bytes a second of one GPU's share of the host: over PCIe, and through memory as its AdamW steps."""
 HOP_INSIDE, HOP_ACROSS = 3e-6, 15e-6
 """Assumed seconds from one GPU to the next, in a node and over its network cards."""
+DEEPSPEED_REUSE = 1_000_000_000
+"""Parameters of the modules in between, up to which ZeRO-3 keeps weights gathered for their next use (its default)."""
 DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at a time (its default), the first time 1 MiB."""
 
@@ -85,8 +89,9 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
         found.append(_sent("weights", "all-gather", n, buckets, every, "optimizer", False))
     else:
         inner, blocks = _neighbours(gpu, layout.shards, per_node), recipe.model.depth + recipe.decoder.depth
-        # What lies outside of the blocks stays gathered for backward.
-        again = (count.total - count.root) * FP32
+        # fsdp keeps what lies outside of the blocks for backward, ZeRO-3 the later half of its reach.
+        kept = count.root if layout.kind == "fsdp" else DEEPSPEED_REUSE // 2
+        again = max(0, count.total - kept) * FP32
         found.append(_sent("weights", "all-gather", n * A, (blocks + 1) * A, inner, "forward", True))
         found.append(_sent("weights again", "all-gather", again * A, blocks * A, inner, "backward", True))
         found.append(_sent("gradients", "reduce-scatter", n * A, (blocks + 1) * A, inner, "backward", True))
@@ -103,6 +108,17 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
         host = "to the host and back, and its AdamW"
         found.append(Traffic(host, "host", 1, 1, moved, (moved + stepped) / HOST, "optimizer", False))
     return [each for each in found if each.bytes]
+
+
+def bytes_sent(recipe: Recipe, ranks: int, device: torch.device) -> int:
+    """Bytes that a rank of a run sends to others in an optimizer step; on the CPU by gloo."""
+    engine = recipe.engine
+    layout = Layout(engine.kind, ranks, engine.replicas, engine.offload)
+    # What they are sent over does not matter.
+    found = traffic(recipe, layout, GPUS["h100"], ranks, parameters(recipe))
+    # gloo reduces the whole everywhere, and each rank takes its part.
+    scatter = 2 if device.type == "cpu" else 1
+    return round(sum(e.bytes * (scatter if e.kind == "reduce-scatter" else 1) for e in found if e.kind != "host"))
 
 
 def exposed(found: Sequence[Traffic], forward: float, backward: float, accumulate: int, kind: str) -> float:
@@ -144,17 +160,20 @@ def _sent(what: str, kind: Kind, bytes: float, calls: int, group: _Group, phase:
 
 
 def _of_objective(recipe: Recipe, every: _Group) -> list[Traffic]:
-    """Latents and log-sum-exps of all ranks for InfoNCE; moments, and V's sums, for CLUB; the losses. Forward waits for
-    all of them."""
+    """Latents and log-sum-exps with their positives of all ranks for InfoNCE; moments, and V's sums, for CLUB; the
+    losses. What comes of the encoder is gathered beside the decoder, the rest is waited for."""
     objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
     micro_batch, A = recipe.schedule.batch_size // recipe.schedule.accumulate, recipe.schedule.accumulate
     contrasts, has_v = objective.max_mi > 0, objective.min_mi > 0
-    gathered = contrasts * micro_batch * N * (D + N) + has_v * every.ranks * 2 * D
-    summed = contrasts + has_v * (2 * D + 1) + (2 + 2 * has_v)
-    calls = (2 * contrasts + has_v, contrasts + has_v + 1)
+    latents = contrasts * micro_batch * N * D + has_v * every.ranks * 2 * D
+    scores = contrasts * micro_batch * N * N * 2
+    summed = has_v * (2 * D + 1) + (2 + 2 * has_v)
+
+    def sent(what: str, kind: Kind, numbers: int, calls: int, beside: bool) -> Traffic:
+        return _sent(what, kind, numbers * FP32 * A, calls * A, every, "forward", beside)
+
     return [
-        _sent(
-            "latents, log-sum-exps, moments", "all-gather", gathered * FP32 * A, calls[0] * A, every, "forward", False
-        ),
-        _sent("sums and losses", "all-reduce", summed * FP32 * A, calls[1] * A, every, "forward", False),
+        sent("latents, moments", "all-gather", latents, contrasts + has_v, True),
+        sent("log-sum-exps", "all-gather", scores, contrasts, False),
+        sent("sums and losses", "all-reduce", summed, has_v + 1, False),
     ]
