@@ -22,7 +22,7 @@ from mimae.distributed import world_size
 Span = tuple[int, int]
 """Start and end, in nanoseconds."""
 
-_OPS = ("aten::", "mimae::", "fsdp::", "Torch-Compiled Region", "CompiledFunction")
+_OPS = ("aten::", "mimae::", "fsdp::", "## Call CompiledFxGraph")
 """What computes on a CPU: none of these waits for a collective."""
 
 
