@@ -100,6 +100,7 @@ _mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is
 _mount(app, "status", "mimae.status", "Where a run stands.")
 _mount(app, "replay", "mimae.replay", "Run one step of a run again, and tell what in it is not finite.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
+_mount(app, "drill", "mimae.bench.drill", "Harm tiny runs in every way, have them go on, and compare their weights.")
 _mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")
 _mount(data, "pack", "mimae.data.pack", "Write tar shards of a data set, resized if asked.")
 _mount(data, "show", "mimae.show", "A picture of samples as they are trained on, and of their masks.")

@@ -162,7 +162,7 @@ class _Run:
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
-        stop = False
+        stop = due = False
         with self.telemetry, closing(self.loader):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
@@ -193,12 +193,16 @@ class _Run:
                         # The checks and pictures of an epoch's end are no training.
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
-                    if stop or self._is_due():
+                    due = due or self._is_due()
+                    if stop or due:
                         watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
+                    # Skipped steps are not made up for: a run that they end has to go on from before them.
+                    if stop or (due and not guard.streak):
                         self.engine.check_copies()
                         check_owner()
                         self._save(measures, stop)
+                        due = False
                     if stop:
                         break
                     watchdog.wait_for(f"step {self.step + 1}")

@@ -1,0 +1,186 @@
+"""The faults of the drill. Each starts a run, does its harm and proves that it was done; the drill then has the run
+finished and compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mimae.bench.trial import EVERY, STEPS, NotSeen, Start, Trial
+from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
+
+
+def kill_a_rank(trial: Trial) -> None:
+    """SIGKILL of one rank; the launcher starts all of them again by itself."""
+    start = _at_its_step(trial)
+    pid = trial.pid(trial.rank)
+    os.kill(pid, signal.SIGKILL)
+    trial.prove(start.end() == 0, "ended with 0")
+    trial.prove("start 2, after a rank was lost" in start.output, f"rank {trial.rank} lost, start 2 by itself")
+
+
+def kill_a_rank_for_good(trial: Trial) -> None:
+    """SIGKILL of one rank where the launcher may not start again: it tells who died, and of what."""
+    start = _at_its_step(trial, restarts=0)
+    os.kill(trial.pid(trial.rank), signal.SIGKILL)
+    trial.prove(start.end() == 1, "exit code 1")
+    told = f"rank {trial.rank} was ended by SIGKILL"
+    trial.prove(told in start.output, told)
+
+
+def kill_all(trial: Trial) -> None:
+    """SIGKILL of the launcher and of every rank, as when a machine goes down."""
+    start = _at_its_step(trial)
+    start.kill()
+    trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
+
+
+def kill_in_save(trial: Trial) -> None:
+    """SIGKILL of all while a checkpoint is half written."""
+    start = trial.start("slow_save")
+    trial.reach(start)
+    trial.keep_in_mind()
+    start.wait_for(lambda: bool(_half_written(trial)), "a save")
+    time.sleep(trial.draw.uniform(0, 1.0))
+    start.kill()
+    torn = _half_written(trial)
+    trial.prove(bool(torn), f"SIGKILL left {', '.join(path.name for path in torn)}")
+
+
+def signal_a_rank(trial: Trial, number: signal.Signals) -> None:
+    """A signal to one rank: all of them save and end."""
+    start = _at_its_step(trial)
+    os.kill(trial.pid(trial.rank), number)
+    _saved(trial, start)
+
+
+def signal_the_launcher(trial: Trial) -> None:
+    """SIGTERM to the launcher, which passes it on."""
+    start = _at_its_step(trial)
+    start.process.terminate()
+    _saved(trial, start)
+
+
+def tear(trial: Trial) -> None:
+    """A file of the newest checkpoint is cut off: the one before is taken."""
+    _damage(trial, lambda content: content[: trial.draw.randrange(len(content))])
+
+
+def alter(trial: Trial) -> None:
+    """One bit of the newest checkpoint is flipped: the one before is taken."""
+
+    def flip(content: bytes) -> bytes:
+        place = trial.draw.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << trial.draw.randrange(8)]) + content[place + 1 :]
+
+    _damage(trial, flip)
+
+
+def nan_storm(trial: Trial) -> None:
+    """Ten steps in a row without a finite gradient end the run; it goes on from before them."""
+    trial.step = min(trial.step, STEPS - 10)
+    start = trial.start("nan")
+    start.wait_for(lambda: "fault: gradients" in start.output, "NaN")
+    trial.keep_in_mind()
+    trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
+    told = "10 steps in a row had a gradient that is not finite"
+    trial.prove(told in start.output and f"step {trial.step}: samples [" in start.output, told)
+
+
+def bad_data(trial: Trial) -> None:
+    """Half of the images turn to text in mid-run, at once: it stops with a list of them. Then they are put back."""
+    sound, damaged = trial.images, trial.folder / "damaged"
+    shutil.copytree(sound, damaged)
+    for path in sorted(damaged.iterdir())[::2]:
+        path.write_bytes(b"<html>404 Not Found</html>")
+    trial.images = trial.folder / "images"
+    trial.images.symlink_to(sound)
+    start = _at_its_step(trial)
+    _point(trial.images, damaged)
+    trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
+    trial.prove("samples cannot be read, more than data.max_bad_fraction" in start.output, "unreadable samples listed")
+    _point(trial.images, sound)
+
+
+def second_run(trial: Trial) -> None:
+    """Another launcher in the directory of a run at work is refused; the first one does not notice."""
+    (trial.folder / "hold").touch()
+    first = trial.start("pace")
+    trial.reach(first)
+    second = trial.start()
+    trial.prove(second.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE} of the second")
+    trial.prove(f"is in use by process {trial.pid(0)}" in second.output, "told who is at work")
+    (trial.folder / "hold").unlink()
+    trial.prove(first.end() == 0, "the first ended with 0")
+
+
+def other_ranks(trial: Trial) -> None:
+    """All are killed, and the run goes on with another number of ranks."""
+    kill_all(trial)
+    ranks = trial.draw.choice([count for count in (1, 2, 3, 4) if count != trial.ranks])
+    trial.finish(ranks)
+    trial.seen.append(f"went on with {ranks} ranks")
+
+
+FAULTS: dict[str, Callable[[Trial], None]] = {
+    "SIGKILL of a rank": kill_a_rank,
+    "SIGKILL of a rank, no restart": kill_a_rank_for_good,
+    "SIGKILL of all": kill_all,
+    "SIGKILL in a save": kill_in_save,
+    "SIGTERM to a rank": lambda trial: signal_a_rank(trial, signal.SIGTERM),
+    "SIGUSR1 to a rank": lambda trial: signal_a_rank(trial, signal.SIGUSR1),
+    "SIGTERM to the launcher": signal_the_launcher,
+    "torn checkpoint": tear,
+    "altered checkpoint": alter,
+    "NaN storm": nan_storm,
+    "bad data": bad_data,
+    "second run": second_run,
+    "other number of ranks": other_ranks,
+}
+"""By the name in the table."""
+
+RESHAPED = "other number of ranks"
+"""The fault after which weights are equal within the tolerance, and not in every bit."""
+
+
+def _at_its_step(trial: Trial, restarts: int = 3) -> Start:
+    start = trial.start("pace", restarts=restarts)
+    trial.reach(start)
+    trial.keep_in_mind()
+    return start
+
+
+def _saved(trial: Trial, start: Start) -> None:
+    trial.prove(start.end() == EXIT_SAVED, f"exit code {EXIT_SAVED}")
+    trial.prove("on a signal; the same command goes on" in start.output, "saved on a signal")
+    trial.keep_in_mind()
+
+
+def _half_written(trial: Trial) -> list[Path]:
+    return list((trial.run / "checkpoints").glob(".step-*.tmp"))
+
+
+def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
+    """Kills a run with two checkpoints or more, and changes a file of the newest."""
+    trial.step = max(trial.step, 2 * EVERY + 1)
+    kill_all(trial)
+    *_, before, newest = trial.checkpoints()
+    file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
+    file.write_bytes(change(file.read_bytes()))
+    trial.whole = int(before.name.removeprefix("step-"))
+    trial.finish()
+    named = [line for line in trial.starts[-1].output.splitlines() if newest.name in line and "the one before" in line]
+    trial.prove(bool(named), f"{newest.name}/{file.name} damaged, told, {before.name} taken")
+    if f"at step {trial.whole} of" not in trial.starts[-1].output:
+        raise NotSeen(f"{before.name} was not taken\n{trial.starts[-1].output[-2000:]}")
+
+
+def _point(link: Path, target: Path) -> None:
+    """Has a link lead elsewhere, with no moment in which it leads nowhere."""
+    other = link.with_name("other")
+    other.symlink_to(target)
+    other.replace(link)
