@@ -110,7 +110,7 @@ def second_run(trial: Trial) -> None:
     """Another launcher in the directory of a run at work is refused; the first one does not notice."""
     (trial.folder / "hold").touch()
     first = trial.start("pace")
-    trial.reach(first)
+    first.wait_for((trial.folder / "rank-0").exists, "the hold")
     second = trial.start()
     trial.prove(second.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE} of the second")
     trial.prove(f"is in use by process {trial.pid(0)}" in second.output, "told who is at work")

@@ -1,7 +1,7 @@
 """`mimae` with a fault inside of its ranks: what the drill starts in its place.
 
 A rank imports the main module of its launcher anew, so what is replaced here is replaced in it. MIMAE_FAULT tells, as
-JSON: kind, step (the first that is touched), rank and folder. The launcher's second start of its ranks is without fault.
+JSON: kind, step (the first that is touched), rank and folder. Ranks that the launcher starts again are without fault.
 """
 
 from __future__ import annotations

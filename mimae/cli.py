@@ -55,11 +55,15 @@ def pretrain(
     nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
     restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+    wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
 ) -> None:
     """Pretrain by a recipe, or go on with an interrupted run. All GPUs of the machine take part."""
+    # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from mimae import launch
 
-    raise typer.Exit(launch.pretrain(recipe, overrides or (), launch.default_job(ranks, nodes, rendezvous, restarts)))
+    job = launch.default_job(ranks, nodes, rendezvous, restarts, wait)
+    raise typer.Exit(launch.pretrain(recipe, overrides or (), job))
 
 
 @app.command()

@@ -8,12 +8,14 @@ from its last checkpoint. Each leaves a note of how it ended, and this process t
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import json
 import logging
 import os
 import re
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -24,7 +26,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mimae.checkpoint import write_atomically
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED, UserError
@@ -40,6 +42,10 @@ _PATIENCE = 2.0
 """Seconds between two looks at whether the launcher still lives."""
 
 
+_SIOCGIFADDR = 0x8915
+"""Linux: ask for the address of an interface."""
+
+
 class Job(NamedTuple):
     """Which processes: `ranks` on this node, of `nodes` that meet at `rendezvous` (host:port)."""
 
@@ -47,6 +53,8 @@ class Job(NamedTuple):
     nodes: int = 1
     rendezvous: str | None = None
     restarts: int = 3
+    wait: int = 300
+    """Seconds after which a node that does not come, or of which nothing is heard, is lost."""
 
 
 class Note(NamedTuple):
@@ -79,7 +87,7 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
     return _launch(recipe, overrides, job, config.load(recipe, overrides).recipe)
 
 
-def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int) -> Job:
+def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int, wait: int = 300) -> Job:
     """What the command line leaves open: a rank for each GPU, one where there is none; under SLURM with a task a node,
     its nodes. Raises UserError for what does not go together."""
     import torch
@@ -93,7 +101,7 @@ def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts:
         )
     if rendezvous is not None and not re.fullmatch(r"[^:\s]+(:\d+)?", rendezvous):
         raise UserError(f"--rendezvous {rendezvous}: legal is HOST:PORT, or HOST (port {PORT})")
-    return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts)
+    return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts, wait)
 
 
 # SLURM
@@ -157,12 +165,16 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from mimae import nodes
+
+    nodes.register()
     for talker in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(talker).setLevel(logging.CRITICAL)  # What they would say is told below.
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.ranks)))
     # Otherwise ranks that are started again find, in the store that torch's agent keeps, the addresses of dead ones.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    address, rendezvous = _addresses(job)
     with tempfile.TemporaryDirectory(prefix="mimae-") as folder:
         notes = Path(folder)
         config = LaunchConfig(
@@ -170,9 +182,10 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -
             max_nodes=job.nodes,
             nproc_per_node=job.ranks,
             run_id="mimae",
-            rdzv_backend="c10d",
+            rdzv_backend=nodes.BACKEND,
             rdzv_endpoint=_meeting(job),
-            local_addr=_own_address(job),
+            rdzv_configs=rendezvous,
+            local_addr=address,
             max_restarts=job.restarts,
             monitor_interval=0.5,
             signals_to_handle="SIGHUP",  # The others are for the ranks: the agent would kill them while they save.
@@ -183,6 +196,9 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -
                 elastic_launch(config, _rank)(recipe, list(overrides), str(notes), os.getpid())
             except ChildFailedError as error:
                 failed = error.get_first_failure()
+            except nodes.NodeLost as error:
+                print(f"mimae: {error}", file=sys.stderr)
+                return 1
         found = _read(notes)
         if (notes / "stop").exists() or any(note.kind == "saved" for note in found):
             return EXIT_SAVED if not all(note.kind == "done" for note in found) or not found else 0
@@ -202,17 +218,40 @@ def _meeting(job: Job) -> str:
     return job.rendezvous if ":" in job.rendezvous else f"{job.rendezvous}:{PORT}"
 
 
-def _own_address(job: Job) -> str:
-    """The address by which the other nodes reach this one: that of the way to the meeting point."""
+def _addresses(job: Job) -> tuple[str, dict[str, Any]]:
+    """The address by which the other nodes reach this one, which is that of the way to the meeting point, and how the
+    meeting is set up. Raises UserError."""
+    waits = {"join_timeout": job.wait, "read_timeout": job.wait}
     if job.rendezvous is None:
-        return "localhost"
+        return "localhost", waits
     host, _, port = _meeting(job).partition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, int(port)))  # No packet is sent.
         except OSError as error:
             raise UserError(f"--rendezvous {host}:{port} cannot be reached from here: {error.strerror}") from error
-        return str(probe.getsockname()[0])
+        own, meeting = probe.getsockname()[0], probe.getpeername()[0]
+        if own.startswith("127."):
+            if host not in (meeting, "localhost"):
+                raise UserError(
+                    f"--rendezvous {host} is {meeting} here, where no other finds it: give its address"
+                )
+            return own, waits  # All on one machine: who comes first holds the store.
+        # gloo would take the interface of the address that this machine's name stands for, or the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(probe, own))
+    return own, waits | {"is_host": own == meeting}
+
+
+def _interface(probe: socket.socket, address: str) -> str:
+    """The network interface that has an address. Raises UserError."""
+    for _, name in socket.if_nameindex():
+        try:
+            found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+        except OSError:
+            continue  # It has none.
+        if socket.inet_ntoa(found[20:24]) == address:
+            return name
+    raise UserError(f"{address}, the way to --rendezvous, is not the first address of a network interface")
 
 
 @contextmanager

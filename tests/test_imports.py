@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # from those listed before it. A new part takes its place here.
 LAYERS = (
     {"kernels"},
-    {"errors", "settings", "randomness", "distributed", "dcp"},
+    {"errors", "settings", "randomness", "distributed", "dcp", "nodes"},
     {"masking", "model", "posterior", "objective", "adamw", "optimizer", "data", "engines"},
     {"recipes", "config", "checkpoint", "saving", "guards", "lock", "telemetry", "diagnostics", "pictures", "watchdog"},
     {"exposure", "loop", "transfer", "plan", "bench", "configs", "doctor", "show", "status", "replay", "shortage"},
