@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mimae.bench.mounts import read_only, small_disk
 from mimae.bench.trial import EVERY, STEPS, NotSeen, Start, Trial
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
+
+DISK = 2**21
+"""Bytes of a small disk: room for three checkpoints and more."""
 
 
 def kill_a_rank(trial: Trial) -> None:
@@ -65,6 +69,52 @@ def signal_the_launcher(trial: Trial) -> None:
     _saved(trial, start)
 
 
+def stop_a_rank(trial: Trial) -> None:
+    """SIGSTOP of one rank: the others wait for it until the watchdog ends them, and the launcher it."""
+    start = _at_its_step(trial, "run.first_step_timeout=90", "run.step_timeout=20")
+    os.kill(trial.pid(trial.rank), signal.SIGSTOP)
+    trial.prove(start.end() == 0, "ended with 0")
+    told = f"rank {trial.rank} left no stack: stopped (T)"
+    trial.prove(told in start.output and "mimae: nothing moved for" in start.output, told)
+    trial.prove("start 2, after a rank was lost" in start.output, "start 2 by itself")
+
+
+def drift(trial: Trial) -> None:
+    """A weight of one rank changes in silence: the next checkpoint is not written, and all start again."""
+    start = trial.start("drift")
+    start.wait_for(lambda: "fault: a weight" in start.output, "the drift")
+    trial.keep_in_mind()
+    trial.prove(start.end() == 0, "ended with 0")
+    trial.prove("start 2" in start.output and "DivergenceError" in start.output, "DivergenceError, start 2 by itself")
+
+
+def fill_the_disk(trial: Trial) -> None:
+    """The disk of the checkpoints is full, and later has room again: the run goes on throughout."""
+    trial.step = max(trial.step, EVERY + 1)
+    folder = trial.run / "checkpoints"
+    with small_disk(folder, DISK):
+        start = _at_its_step(trial)
+        newest = trial.checkpoints()[-1]
+        left = trial.draw.randrange(sum(path.stat().st_size for path in newest.iterdir()))
+        filler = folder / "filler"
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - left)))
+        start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
+        trial.keep_in_mind()
+        filler.unlink()
+        trial.prove(start.end() == 0, "ended with 0")
+    trial.seen.append(f"with {left:,} bytes free: could not be written, the last one is kept")
+
+
+def read_only_run(trial: Trial) -> None:
+    """The run's directory turns read-only, and later back: the run goes on throughout."""
+    start = _at_its_step(trial)
+    with read_only(trial.run):
+        start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
+        trial.keep_in_mind()
+    trial.prove("Read-only file system" in start.output, "could not be written: Read-only file system")
+    trial.prove(start.end() == 0, "ended with 0")
+
+
 def tear(trial: Trial) -> None:
     """A file of the newest checkpoint is cut off: the one before is taken."""
     _damage(trial, lambda content: content[: trial.draw.randrange(len(content))])
@@ -81,13 +131,14 @@ def alter(trial: Trial) -> None:
 
 
 def nan_storm(trial: Trial) -> None:
-    """Ten steps in a row without a finite gradient end the run; it goes on from before them."""
-    trial.step = min(trial.step, STEPS - 10)
+    """Ten steps in a row without a finite gradient end the run, when the one after is no better; it goes on from before
+    them."""
+    trial.step = min(trial.step, STEPS - 11)
     start = trial.start("nan")
     start.wait_for(lambda: "fault: gradients" in start.output, "NaN")
     trial.keep_in_mind()
     trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
-    told = "10 steps in a row had a gradient that is not finite"
+    told = "steps in a row had a gradient that is not finite"
     trial.prove(told in start.output and f"step {trial.step}: samples [" in start.output, told)
 
 
@@ -139,16 +190,24 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "NaN storm": nan_storm,
     "bad data": bad_data,
     "second run": second_run,
+    "SIGSTOP of a rank": stop_a_rank,
+    "drift of a replica": drift,
+    "full disk": fill_the_disk,
+    "read-only run": read_only_run,
     "other number of ranks": other_ranks,
 }
 """By the name in the table."""
+
+MOUNTED = ("full disk", "read-only run")
+"""Faults that need mounts."""
 
 RESHAPED = "other number of ranks"
 """The fault after which weights are equal within the tolerance, and not in every bit."""
 
 
-def _at_its_step(trial: Trial, restarts: int = 3) -> Start:
-    start = trial.start("pace", restarts=restarts)
+def _at_its_step(trial: Trial, *overrides: str, restarts: int = 3) -> Start:
+    """A run that has reached its step, and goes on slowly."""
+    start = trial.start("pace", *overrides, restarts=restarts)
     trial.reach(start)
     trial.keep_in_mind()
     return start

@@ -16,7 +16,7 @@ from typing import Any
 
 from mimae import distributed
 
-PACE = 0.2
+PACE = 0.3
 """Seconds that a step takes at least from the fault's on: time to be hit from outside."""
 
 SYNC = 0.4
@@ -47,7 +47,14 @@ def nan(run: Any, folder: Path, first: bool) -> None:
         print(f"fault: gradients of rank {distributed.rank()} are NaN from step {run.step + 1} on", flush=True)
 
 
-KINDS: dict[str, Callable[[Any, Path, bool], None]] = {"pace": pace, "slow_save": slow_save, "nan": nan}
+def drift(run: Any, folder: Path, first: bool) -> None:
+    """Changes a weight of one rank, once."""
+    if first and distributed.rank() == int(FAULT["rank"]):
+        next(run.engine.model.parameters()).data.view(-1)[0] += 1
+        print(f"fault: a weight of rank {distributed.rank()} changed before step {run.step + 1}", flush=True)
+
+
+KINDS: dict[str, Callable[[Any, Path, bool], None]] = {"pace": pace, "slow_save": slow_save, "nan": nan, "drift": drift}
 FAULT = json.loads(os.environ.get("MIMAE_FAULT", "null"))
 
 

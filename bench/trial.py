@@ -99,11 +99,14 @@ class Trial:
         self.step, self.rank = draw.randint(2, STEPS - 8), draw.randrange(ranks)
         self.starts: list[Start] = []
         self.seen: list[str] = []
+        self.is_closed = False
         self.whole = 0
         """Step of the newest checkpoint that has to be found again after the fault."""
 
-    def start(self, fault: str | None = None, ranks: int | None = None, restarts: int = 3) -> Start:
-        """Calls `mimae pretrain`: the same command each time, but for the number of ranks; at first with a fault."""
+    def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
+        """Calls `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
+        if self.is_closed:
+            raise NotSeen("the drill was ended")
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
         module, environment = "mimae", {}
@@ -111,6 +114,7 @@ class Trial:
             told = {"kind": fault, "step": self.step, "rank": self.rank, "folder": str(self.folder)}
             module, environment = "mimae.bench.faulty", {"MIMAE_FAULT": json.dumps(told)}
         command = [sys.executable, "-m", module, "pretrain", str(recipe), f"run.dir={self.run}", *self.overrides]
+        command += overrides
         command += ["--ranks", str(ranks or self.ranks), "--restarts", str(restarts)]
         self.starts.append(Start(command, self.folder / f"output-{len(self.starts) + 1}.txt", environment))
         return self.starts[-1]
@@ -148,6 +152,12 @@ class Trial:
         if code != 0:
             raise NotSeen(f"the run did not go on: exit code {code}\n{self.starts[-1].output[-2000:]}")
 
+    def close(self) -> None:
+        """Ends what still runs; nothing is started any more."""
+        self.is_closed = True
+        for start in self.starts:
+            start.kill()
+
     def is_finished(self) -> bool:
         return bool(found := self.checkpoints()) and found[-1].name == f"step-{STEPS:08d}"
 
@@ -156,9 +166,9 @@ class Trial:
         return len(self.starts) + self._said().count(", after a rank was lost")
 
     def lost(self) -> int:
-        """1 where the run did not go on from what was whole, or from something newer; else 0."""
+        """1 where a start went on from less than what had been whole; else 0."""
         resumed = [int(step) for step in re.findall(r"^resuming .* at step (\d+) of", self._said(), re.MULTILINE)]
-        return int(self.whole > 0 and min(resumed, default=0) < self.whole)
+        return int(self.count_starts() > 1 and min(resumed, default=0) < self.whole)
 
     def _said(self) -> str:
         return "".join(start.output for start in self.starts)

@@ -1,0 +1,51 @@
+"""Disks that fill up and directories that turn read-only, in a view of the file systems that is this process's own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CLONE_NEWNS = 0x20000
+
+
+def obstacle() -> str | None:
+    """Gives this process, and those that it starts, mounts of their own, which go with them; or says why not. Before
+    any thread is started."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS):
+        return f"mounts: {os.strerror(ctypes.get_errno())}"
+    found = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, text=True)
+    return f"mounts: {found.stderr.strip()}" if found.returncode else None
+
+
+@contextmanager
+def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
+    """A file system of so many bytes at `path`; what is on it in the end stays there."""
+    path.mkdir(parents=True)
+    _run("mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "mimae-drill", str(path))
+    try:
+        yield
+        _run("cp", "-a", f"{path}/.", f"{path}.kept")
+    finally:
+        _run("umount", "--lazy", str(path))
+    path.rmdir()
+    path.with_name(f"{path.name}.kept").rename(path)
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Whoever comes to `path` anew cannot write there; what is open for writing stays so."""
+    _run("mount", "--bind", str(path), str(path))
+    try:
+        _run("mount", "-o", "remount,bind,ro", str(path))
+        yield
+    finally:
+        _run("umount", "--lazy", str(path))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
