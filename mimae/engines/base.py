@@ -187,7 +187,7 @@ def _named(section: str, values: Mapping[str, Tensor] | Mapping[str, Part] | Sta
 
 
 def return_memory() -> None:
-    """Has large tensors on the host given back to the system at once. Whole weights come and go with every block; glibc,
+    """Has large tensors on the host given back to the system at once. Whole weights come and go with each block; glibc,
     which takes what is freed for a measure of what to keep, would let the holes between them grow to gigabytes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc's

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from mimae.engines.zero import LIVE, bucket
 from mimae.plan.gpus import GPU, GPUS
-from mimae.plan.memory import DEEPSPEED_BUCKET, FP32, Layout, Parameters, parameters
+from mimae.plan.memory import FP32, Layout, Parameters, parameters
 
 if TYPE_CHECKING:
     from mimae.config import Recipe
@@ -26,8 +27,6 @@ HOST = 20e9
 """Assumed bytes a second of one GPU's share of the host: over PCIe, and through memory as its AdamW steps."""
 HOP_INSIDE, HOP_ACROSS = 3e-6, 15e-6
 """Assumed seconds from one GPU to the next, in a node and over its network cards."""
-DEEPSPEED_REUSE = 1_000_000_000
-"""Parameters of the modules in between, up to which ZeRO-3 keeps weights gathered for their next use (its default)."""
 DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at a time (its default), the first time 1 MiB."""
 
@@ -78,7 +77,7 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
     n, W, A = count.total * FP32, layout.ranks, recipe.schedule.accumulate
     every = _neighbours(gpu, W, per_node)
     found = _of_objective(recipe, every)
-    buckets = -(-count.total // DEEPSPEED_BUCKET)
+    buckets = -(-count.total // bucket(count.block))
     if layout.kind == "ddp":
         calls = 1 + math.ceil(max(n - 2**20, 0) / DDP_BUCKET)
         found.append(_sent("gradients", "all-reduce", n, calls, every, "backward", True))
@@ -90,7 +89,7 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
     else:
         inner, blocks = _neighbours(gpu, layout.shards, per_node), recipe.model.depth + recipe.decoder.depth
         # fsdp keeps what lies outside of the blocks for backward, ZeRO-3 the later half of its reach.
-        kept = count.root if layout.kind == "fsdp" else DEEPSPEED_REUSE // 2
+        kept = count.root if layout.kind == "fsdp" else LIVE * bucket(count.block) // 2
         again = max(0, count.total - kept) * FP32
         found.append(_sent("weights", "all-gather", n * A, (blocks + 1) * A, inner, "forward", True))
         found.append(_sent("weights again", "all-gather", again * A, blocks * A, inner, "backward", True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from mimae.engines.zero import LIVE, bucket
 from mimae.model import outline
 from mimae.plan.flops import patch_values, patches, targets, visible
 
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from mimae.config import Recipe
 
 FP32 = 4
-DEEPSPEED_BUCKET = 500_000_000
-"""Numbers in the buffer through which DeepSpeed reduces gradients, whatever the model's size (its default)."""
-DEEPSPEED_LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered, at most (its default)."""
-
 Ops = Literal["fused", "fake", "plain"]
 """How the ops run: fused, as on a GPU; so, but without the memory that one takes and gives back; as plain references,
 which keep more."""
@@ -55,6 +51,8 @@ class Parameters(NamedTuple):
     encoder: int
     root: int
     """Outside of all blocks: what `fsdp` gathers as one unit."""
+    block: int
+    """Of the largest block."""
 
 
 class Stage(NamedTuple):
@@ -88,7 +86,8 @@ def parameters(recipe: Recipe) -> Parameters:
     model = outline(recipe)
     parts = (model, model.encoder, model.encoder.blocks, model.decoder.blocks)
     total, encoder, *blocks = (sum(p.numel() for p in part.parameters()) for part in parts)
-    return Parameters(total, encoder, total - sum(blocks))
+    largest = max(sum(p.numel() for p in block.parameters()) for part in parts[2:] for block in part)
+    return Parameters(total, encoder, total - sum(blocks), largest)
 
 
 def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, ops: Ops = "fused") -> Memory:
@@ -153,18 +152,18 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
     whole, part = count.total * FP32, _part(layout, count) * FP32
     on_gpu = layout.offload == "none"
     optimizer = part * (3 if recipe.ema.decay else 2) * on_gpu
-    bucket = DEEPSPEED_BUCKET * FP32
+    buffer = bucket(count.block) * FP32
     if layout.kind == "ddp":
         return whole, whole, optimizer, 0.0
     if layout.kind == "fsdp":
         return part * on_gpu, part * on_gpu, optimizer, 0.0
     if layout.kind == "zero3":
         # Shares twice: those that are gathered, and the partitions that are stepped; gradients as collected, and flat.
-        live = min(count.total, DEEPSPEED_LIVE) * FP32
-        return part * 2 * on_gpu, part * 2 * on_gpu, optimizer, live + bucket
+        live = min(count.total * FP32, LIVE * buffer)
+        return part * 2 * on_gpu, part * 2 * on_gpu, optimizer, live + buffer
     # The model and this rank's partition of it; its gradient as collected, and flat, and with stage 1 the whole one.
     gradients = (whole if layout.kind == "zero1" else 0.0) + 2 * part * on_gpu
-    return whole + part * on_gpu, gradients, optimizer, bucket
+    return whole + part * on_gpu, gradients, optimizer, buffer
 
 
 def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
