@@ -32,7 +32,9 @@ def agrees(recipe: Recipe, ranks: int = 8) -> bool:
     "overrides",
     [
         pytest.param(["engine.replicas=2", "precision=bf16"], id="replicas"),
-        pytest.param(["schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=true"], id="one group"),
+        pytest.param(
+            ["precision=fp32", "schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=true"], id="one group"
+        ),
         pytest.param(["objective.max_mi=0", "decoder.attention=cross"], id="no InfoNCE"),
     ],
 )
@@ -70,8 +72,8 @@ def test_a_plan_that_is_wrong_is_seen(counted: dry.Counted) -> None:
     (line,) = wrong(planned._replace(workspace=planned.workspace + 0.2 * planned.total), held, sent)
     assert "peak" in line and line.endswith("OUT")
     assert len(wrong(planned, held, sent[1:])) == 2  # bytes and calls
-    (line,) = wrong(planned, held, [sent[0]._replace(calls=4), *sent[1:]])
-    assert "4 calls" in line and "3 calls" in line
+    (line,) = wrong(planned, held, [sent[0]._replace(calls=sent[0].calls + 2), *sent[1:]])
+    assert "calls" in line and line.endswith("OUT")
     assert not dry.wrong_parts(counted)
     assert dry.wrong_parts(counted._replace(place=2))  # rows of a neighbour
 

@@ -128,9 +128,9 @@ def test_bytes_that_engines_send() -> None:
     hybrid = sent("fsdp", 64, 8)
     assert hybrid["gradients, reduce-scatter"] == pytest.approx(2 * n * 7 / 8)
     assert hybrid["shares, all-reduce"] == pytest.approx(2 * n / 8 * 7 / 8)
-    # ZeRO-3 gathers again what it uses again too late: the first 0.7 of 1.2 billion.
-    count = count._replace(total=1_200_000_000)
-    assert sent("zero3", 64)["weights again, all-gather"] == pytest.approx(2 * 4 * 0.7e9 * 63 / 64)
+    # ZeRO-3 gathers again what it uses again too late: all but 1.5 of its buckets, which are a block each.
+    count = count._replace(total=1_200_000_000, block=100_000_000)
+    assert sent("zero3", 64)["weights again, all-gather"] == pytest.approx(2 * 4 * 1.05e9 * 63 / 64)
     assert not sent("ddp", 1)
 
 
