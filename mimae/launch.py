@@ -233,9 +233,7 @@ def _addresses(job: Job) -> tuple[str, dict[str, Any]]:
         own, meeting = probe.getsockname()[0], probe.getpeername()[0]
         if own.startswith("127."):
             if host not in (meeting, "localhost"):
-                raise UserError(
-                    f"--rendezvous {host} is {meeting} here, where no other finds it: give its address"
-                )
+                raise UserError(f"--rendezvous {host} is {meeting} here, where no other finds it: give its address")
             return own, waits  # All on one machine: who comes first holds the store.
         # gloo would take the interface of the address that this machine's name stands for, or the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(probe, own))

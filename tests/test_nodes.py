@@ -23,7 +23,7 @@ from mimae import launch, nodes
 from mimae.errors import UserError
 from mimae.launch import Job
 
-WAIT = 20
+WAIT = 30
 """--wait of the runs, in seconds."""
 
 STOPPING = 30
@@ -59,7 +59,7 @@ def test_a_node_that_falls_silent_is_named_and_one_that_goes_on_is_not(monkeypat
         assert [node.num_nodes_waiting() for node in pair] == [0, 0]
     monkeypatch.setattr(nodes.time, "monotonic", lambda: now + 21)
     assert pair[0].num_nodes_waiting() == 0, "the other's last count is read now"
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: now + 30)
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now + 32)
     with pytest.raises(nodes.NodeLost, match=r"nothing was heard of .* \(10\.0\.0\.2\) for 10 s.*the same command"):
         pair[0].num_nodes_waiting()
 
@@ -204,7 +204,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
     (told,), (told_there,) = here.told(), there.told()
     assert f"({there.address}) for {WAIT} s" in told and "start the same command on each node" in told
     assert f"{meeting}, where the nodes meet, does not answer" in told_there
-    assert not here.processes() and not there.processes()
+    _assert_gone(here, there)
 
     _ip("-n", there.name, "link", "set", there.link, "up")
     start()
@@ -213,7 +213,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
     assert here.end(WAIT + STOPPING + 30) == 1
     (told,) = here.told()
     assert f"({there.address}) did not come to {meeting} within {WAIT} s" in told
-    assert not here.processes()
+    _assert_gone(here)
 
     start()
     run_on(25)
@@ -221,13 +221,22 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
     assert there.end(WAIT + STOPPING + 30) == 1
     (told,) = there.told()
     assert f"{meeting}, where the nodes meet, does not answer" in told
-    assert not there.processes()
+    _assert_gone(there)
 
     start()
     assert [host.end(300) for host in hosts] == [0, 0]
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "each step once"
     assert "resuming" in here.output.read_text() + there.output.read_text()
+
+
+def _assert_gone(*hosts: Host) -> None:
+    """Python's own tracker of a launcher's resources may outlive it by a moment."""
+    end = time.monotonic() + 10
+    while any(host.processes() for host in hosts) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = [Path(f"/proc/{pid}/cmdline").read_bytes() for host in hosts for pid in host.processes()]
+    assert not left
 
 
 def _step(run: Path) -> int:

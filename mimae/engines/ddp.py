@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimae import distributed
 from mimae.engines.base import Engine
 from mimae.optimizer import Optimizer
 from mimae.randomness import initialise, materialise, whole_parts
@@ -40,6 +41,8 @@ class DDPEngine(Engine):
             gradient_as_bucket_view=True,
             **_NO_BUFFER_SYNC,
         )
+        if device.type == "cpu":
+            module.register_comm_hook(None, distributed.reduce_one_by_one)
         return module, Optimizer(self.parts, recipe.optimizer, views)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
