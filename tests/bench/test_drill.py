@@ -1,4 +1,4 @@
-"""The fault drill: what it takes for equal, that it believes in no fault that did not fire, and some faults for real."""
+"""The fault drill: what it takes for equal, that no fault is believed that did not fire, and some for real."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_each_kind_is_drawn_as_often_as_any_other() -> None:
 
 @pytest.mark.slow
 def test_three_faults_on_three_ranks(tmp_path: Path) -> None:
-    """On three ranks a sum depends on its order, on two it does not. The seed: that of no slow kind."""
+    """On three ranks a sum depends on its order, on two it does not. The seed draws signals and a torn checkpoint."""
     found = tmp_path / "drill.json"
-    command = [sys.executable, "-m", "mimae", "drill", "--faults", "3", "--ranks", "3", "--json", str(found)]
+    command = [sys.executable, "-m", "mimae", "drill", "--faults", "3", "--seed", "3", "--json", str(found)]
     ended = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True
     )
