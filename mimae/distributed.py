@@ -1,7 +1,6 @@
 """The process group as the rest of the system sees it: who am I, and the collectives of the objective."""
 
-from __future__ import annotations
-
+# DDP reads a hook's annotations as classes, so they are not postponed here.
 import os
 from collections.abc import Callable
 from datetime import timedelta
