@@ -60,12 +60,12 @@ class Saver:
 
     def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
         temporary = checkpoint.unfinished(self.run, step)
+        self._failed = True
         try:
             self._write(temporary, tensors, state)
             self._failed = False
         except (CheckpointError, dcp.CheckpointException, RuntimeError) as error:
             # RuntimeError: a lost rank, which training's own collectives tell the main thread.
-            self._failed = True
             if distributed.rank() == 0:
                 self._tell(step, dcp.num_bytes(tensors), dcp.reason(error))
                 shutil.rmtree(temporary, ignore_errors=True)
