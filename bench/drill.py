@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
@@ -139,6 +140,13 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
     return chosen[:count]
 
 
+def _end(number: int, _: FrameType | None) -> None:
+    """Ends the drill with all that it started; nothing more may interrupt that."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: None)
+    raise KeyboardInterrupt
+
+
 def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the runs' recipe: engine.kind=fsdp")
@@ -151,7 +159,8 @@ def main(
 ) -> None:
     """Harm tiny runs, have them go on, and compare; exits with 1 where a fault did not fire, a checkpoint was lost or
     weights differ."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     obstacle = mounts.obstacle()
     if obstacle is not None:
         print(f"without {' and '.join(MOUNTED)}, which need {obstacle}")

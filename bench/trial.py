@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,14 +100,12 @@ class Trial:
         self.step, self.rank = draw.randint(2, STEPS - 8), draw.randrange(ranks)
         self.starts: list[Start] = []
         self.seen: list[str] = []
-        self.is_closed = False
+        self.is_closed, self.lock = False, threading.Lock()
         self.whole = 0
         """Step of the newest checkpoint that has to be found again after the fault."""
 
     def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
         """Calls `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
-        if self.is_closed:
-            raise NotSeen("the drill was ended")
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
         module, environment = "mimae", {}
@@ -116,8 +115,11 @@ class Trial:
         command = [sys.executable, "-m", module, "pretrain", str(recipe), f"run.dir={self.run}", *self.overrides]
         command += overrides
         command += ["--ranks", str(ranks or self.ranks), "--restarts", str(restarts)]
-        self.starts.append(Start(command, self.folder / f"output-{len(self.starts) + 1}.txt", environment))
-        return self.starts[-1]
+        with self.lock:
+            if self.is_closed:
+                raise NotSeen("the drill was ended")
+            self.starts.append(Start(command, self.folder / f"output-{len(self.starts) + 1}.txt", environment))
+            return self.starts[-1]
 
     def reach(self, start: Start) -> None:
         """Waits for the fault's step, and then for a moment that is drawn."""
@@ -154,7 +156,8 @@ class Trial:
 
     def close(self) -> None:
         """Ends what still runs; nothing is started any more."""
-        self.is_closed = True
+        with self.lock:
+            self.is_closed = True
         for start in self.starts:
             start.kill()
 
