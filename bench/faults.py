@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mimae.bench.mounts import read_only, small_disk
@@ -94,23 +95,29 @@ def fill_the_disk(trial: Trial) -> None:
     folder = trial.run / "checkpoints"
     with small_disk(folder, DISK):
         start = _at_its_step(trial)
-        newest = trial.checkpoints()[-1]
-        left = trial.draw.randrange(sum(path.stat().st_size for path in newest.iterdir()))
+        start.wait_for(lambda: bool(trial.checkpoints()), "a checkpoint")
+        before = trial.checkpoints()[-1]
+        left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()))
         filler = folder / "filler"
-        filler.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - left)))
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(filler, max(0, filler.stat().st_size - left))
         start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
         trial.keep_in_mind()
+        trial.prove(trial.checkpoints()[-1] >= before, f"with {left:,} bytes free: told, the last one still loads")
         filler.unlink()
         trial.prove(start.end() == 0, "ended with 0")
-    trial.seen.append(f"with {left:,} bytes free: could not be written, the last one is kept")
 
 
 def read_only_run(trial: Trial) -> None:
     """The run's directory turns read-only, and later back: the run goes on throughout."""
     start = _at_its_step(trial)
+    before = trial.checkpoints()
     with read_only(trial.run):
         start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
         trial.keep_in_mind()
+        trial.prove(trial.checkpoints()[-1:] >= before[-1:], "what was there is there")
     trial.prove("Read-only file system" in start.output, "could not be written: Read-only file system")
     trial.prove(start.end() == 0, "ended with 0")
 
@@ -225,7 +232,7 @@ def _half_written(trial: Trial) -> list[Path]:
 
 def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
     """Kills a run with two checkpoints or more, and changes a file of the newest."""
-    trial.step = max(trial.step, 2 * EVERY + 1)
+    trial.step = max(trial.step, 2 * EVERY + 2)  # by then the second one is written
     kill_all(trial)
     *_, before, newest = trial.checkpoints()
     file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))

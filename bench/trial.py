@@ -49,7 +49,7 @@ class Start:
     """One call of `mimae pretrain`, in a session of its own."""
 
     def __init__(self, command: list[str], output: Path, environment: dict[str, str]) -> None:
-        self.file = output
+        self.file, self.is_dead = output, False
         with output.open("w") as stream:
             self.process = subprocess.Popen(
                 command,
@@ -82,7 +82,10 @@ class Start:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes: the ranks are in its group."""
+        """SIGKILL to all of its processes, once: the ranks are in its group, whose number is another's later."""
+        if self.is_dead:
+            return
+        self.is_dead = True
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -109,7 +109,8 @@ def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts:
 
 def join_slurm(environment: dict[str, str] | os._Environ[str]) -> bool:
     """Whether srun started this process as one of several ranks; then gives it the variables that torchrun sets."""
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+    # A batch script has a task number too, but no step.
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in environment or tasks == 1 or _slurm_nodes(environment)[0] > 1:
         return False
     hosts = _hosts(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
@@ -128,7 +129,7 @@ def join_slurm(environment: dict[str, str] | os._Environ[str]) -> bool:
 def _slurm_nodes(environment: Mapping[str, str]) -> tuple[int, str | None]:
     """Nodes and meeting point, where srun started one task on each of several nodes."""
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in environment or nodes == 1 or nodes != tasks:
         return 1, None
     hosts = _hosts(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
@@ -200,10 +201,14 @@ def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -
                 print(f"mimae: {error}", file=sys.stderr)
                 return 1
         found = _read(notes)
-        if (notes / "stop").exists() or any(note.kind == "saved" for note in found):
-            return EXIT_SAVED if not all(note.kind == "done" for note in found) or not found else 0
-        if failed is None:
+        kinds = {note.kind for note in found}
+        # Where a signal came before any rank had begun, there is nothing to save.
+        if "saved" in kinds or ((notes / "stop").exists() and not kinds):
+            return EXIT_SAVED
+        if failed is None and not kinds & {"mistake", "error"}:
             return 0
+        if failed is None:  # Told to stop, ranks failed; those that the agent then started again had nothing to do.
+            return _tell(found, found[0].rank, 1, partial(_advice, resolved, job))
         if failed[1].pid in hangs.ended:
             print(
                 "mimae: the run hung, as told above; the same command goes on from the last checkpoint", file=sys.stderr
@@ -324,13 +329,13 @@ def _rank(recipe: str, overrides: list[str], folder: str, launcher: int) -> None
     notes, rank = Path(folder), int(os.environ["RANK"])
     if any(note.kind == "mistake" for note in _read(notes)):
         sys.exit(EXIT_MISTAKE)  # The agent starts ranks again whatever they died of; a mistake stays one.
-    if (notes / "stop").exists():
-        return
     # Until the run takes the signals itself: Ctrl-C reaches the whole group, and is the launcher's to pass on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
     threading.Thread(target=_save_when_alone, args=(launcher,), daemon=True).start()
     write_atomically(notes / f"pid-{rank}", str(os.getpid()))
+    if (notes / "stop").exists():  # Whoever stops looks for this number, or this rank finds the word.
+        return
     if rank == 0 and (attempt := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
         print(f"start {attempt + 1}, after a rank was lost{_last_words(notes)}", flush=True)
     try:

@@ -27,6 +27,7 @@ SLURM = {
     "SLURM_NODEID": "1",
     "SLURM_NNODES": "2",
     "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
     "SLURM_TASKS_PER_NODE": "4,3",
 }
 
@@ -54,16 +55,19 @@ def test_a_task_of_srun_becomes_a_rank() -> None:
 
 
 def test_one_task_a_node_is_a_launcher_of_that_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    environment = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     assert not launch.join_slurm(environment)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert launch.default_job(8, 1, None, 3) == Job(8, 2, "gpu01:24242", 3)
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}],
+)
 def test_without_srun_nothing_is_joined(environment: dict[str, str]) -> None:
-    """The second is the shell of an allocation: SLURM's variables are there, but no task is."""
+    """The second is the shell of an allocation, the third a batch script: SLURM's variables are there, no step is."""
     before = dict(environment)
     assert not launch.join_slurm(environment) and environment == before
 

@@ -138,12 +138,23 @@ def test_what_computing_hides() -> None:
     def wait(seconds: float, phase: communication.Phase, beside: bool = True) -> communication.Traffic:
         return communication.Traffic("", "all-gather", 2, 1, 1, seconds, phase, beside)
 
-    given = [wait(5, "forward", beside=False), wait(1, "forward"), wait(10, "backward")]
+    recipe = config.load(SMALL, ["schedule.batch_size=8", "schedule.accumulate=2"]).recipe
     share = communication.OVERLAP
-    assert communication.exposed(given, 2, 4, 2, "fsdp") == pytest.approx(5 + 0 + 10 - 4 * share)
-    assert communication.exposed(given, 2, 4, 2, "ddp") == pytest.approx(5 + 0 + 10 - 2 * share)
+
+    def exposed(found: list[communication.Traffic], kind: str) -> float:
+        return communication.exposed(found, recipe, Layout(kind, 2), 2, 4)
+
+    given = [wait(5, "forward", beside=False), wait(1, "forward"), wait(10, "backward")]
+    assert exposed(given, "fsdp") == pytest.approx(5 + 0 + 10 - 4 * share)
+    assert exposed(given, "ddp") == pytest.approx(5 + 0 + 10 - 2 * share)
     beside = [*given, wait(12, "backward")._replace(across=True)]
-    assert communication.exposed(beside, 2, 4, 2, "fsdp") == pytest.approx(5 + 0 + 12 - 4 * share)
+    assert exposed(beside, "fsdp") == pytest.approx(5 + 0 + 12 - 4 * share)
+    # Latents hide behind the decoder alone, and weights behind the whole of forward.
+    decoder = 2 * plan.decoder_flops(recipe) / (plan.decoder_flops(recipe) + plan.encoder_flops(recipe))
+    latents = wait(1.5, "forward")._replace(what=communication.LATENTS)
+    assert exposed([latents], "fsdp") == pytest.approx(1.5 - share * decoder)
+    weights = wait(share * (2 - decoder), "forward")
+    assert exposed([latents, weights], "fsdp") == pytest.approx(1.5 - share * decoder)
 
 
 def test_nodes_share_their_network() -> None:

@@ -81,7 +81,7 @@ def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
     images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
     needed = memory(recipe, layout, images, count=count)
     sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)
-    waits = exposed(sent, forward, backward, recipe.schedule.accumulate, layout.kind)
+    waits = exposed(sent, recipe, layout, forward, backward)
     most = largest(recipe, layout, fleet.budget, count)
     return Row(layout, recipe, needed, most, sent, forward + backward, waits, needed.total <= fleet.budget)
 

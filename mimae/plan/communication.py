@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from mimae.engines.zero import LIVE, bucket
+from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPU, GPUS
 from mimae.plan.memory import FP32, Layout, Parameters, parameters
 
@@ -29,6 +30,9 @@ HOP_INSIDE, HOP_ACROSS = 3e-6, 15e-6
 """Assumed seconds from one GPU to the next, in a node and over its network cards."""
 DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at a time (its default), the first time 1 MiB."""
+
+LATENTS, SCORES, SUMS = OF_OBJECTIVE = "latents, moments", "log-sum-exps", "sums and losses"
+"""What the losses need of all ranks."""
 
 Phase = Literal["forward", "backward", "optimizer"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "host"]
@@ -120,11 +124,18 @@ def bytes_sent(recipe: Recipe, ranks: int, device: torch.device) -> int:
     return round(sum(e.bytes * (scatter if e.kind == "reduce-scatter" else 1) for e in found if e.kind != "host"))
 
 
-def exposed(found: Sequence[Traffic], forward: float, backward: float, accumulate: int, kind: str) -> float:
+def exposed(found: Sequence[Traffic], recipe: Recipe, layout: Layout, forward: float, backward: float) -> float:
     """Seconds of a step's communication that computing does not hide, of so many seconds of forward and backward."""
     # DDP reduces beside the last micro-batch's backward alone.
-    room: dict[Phase, float] = {"forward": forward, "backward": backward / (accumulate if kind == "ddp" else 1)}
+    last = recipe.schedule.accumulate if layout.kind == "ddp" else 1
+    room: dict[Phase, float] = {"forward": forward, "backward": backward / last}
     waits = sum(each.seconds for each in found if not each.beside)
+    # Latents are there when the encoder is done.
+    latents = sum(each.seconds for each in found if each.what == LATENTS)
+    of_decoder = decoder_flops(recipe) / (encoder_flops(recipe) + decoder_flops(recipe))
+    late = max(0.0, latents - OVERLAP * forward * of_decoder)
+    waits += late
+    room["forward"] += late / OVERLAP
     for phase, seconds in room.items():
         asked = {False: 0.0, True: 0.0}
         for each in found:
@@ -172,7 +183,7 @@ def _of_objective(recipe: Recipe, every: _Group) -> list[Traffic]:
         return _sent(what, kind, numbers * FP32 * A, calls * A, every, "forward", beside)
 
     return [
-        sent("latents, moments", "all-gather", latents, contrasts + has_v, True),
-        sent("log-sum-exps", "all-gather", scores, contrasts, False),
-        sent("sums and losses", "all-reduce", summed, has_v + 1, False),
+        sent(LATENTS, "all-gather", latents, contrasts + has_v, True),
+        sent(SCORES, "all-gather", scores, contrasts, False),
+        sent(SUMS, "all-reduce", summed, has_v + 1, False),
     ]

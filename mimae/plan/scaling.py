@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mimae.errors import UserError
 from mimae.plan.advice import Fleet, Row, row
+from mimae.plan.communication import OF_OBJECTIVE
 from mimae.plan.memory import Layout, Parameters, parameters
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Point(NamedTuple):
         """Seconds of a step by the keys of TERMS, hidden ones too; data is made beside all others."""
         found = dict.fromkeys(TERMS, 0.0) | {"computing": self.row.computing, "data": self.data}
         for each in self.row.traffic:
-            if each.ranks == self.gpus and not each.beside:
+            if each.what in OF_OBJECTIVE:
                 found["latents and sums"] += each.seconds
             elif each.kind == "all-reduce":
                 found["gradients, all-reduced"] += each.seconds

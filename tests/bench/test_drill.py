@@ -23,6 +23,8 @@ def test_every_bit_counts_and_the_bias_of_keys_only_where_rounding_may() -> None
     moved = {**want, "model.attn.qkv.bias": torch.tensor([1.0, 1.1, 1.0])}
     assert drill._distance(moved, want, exactly=True) > 0
     assert drill._distance(moved, want, exactly=False) == 0
+    assert drill._distance({**want, "model.w": torch.full((4,), torch.nan)}, want, exactly=True) == float("inf")
+    assert drill._distance({**want, "model.attn.qkv.bias": torch.tensor([1.1, 1.0, 1.0])}, want, exactly=False) > 0
     nearly = {**want, "optimizer.w": torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-6])}
     assert 0 < drill._distance(nearly, want, exactly=False) < drill.TOLERANCE
     assert drill._distance({"model.w": torch.ones(4)}, want, exactly=False) == float("inf")
