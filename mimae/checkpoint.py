@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -150,23 +152,34 @@ def commit(temporary: Path, state: Mapping[str, Any], manifest: Manifest, settin
         shutil.rmtree(final)
     os.replace(temporary, final)
     _sync(folder)
-    write_atomically(folder.parent / "latest", final.name + "\n")
-    _prune(final, settings)
+    # From here on it is one, and is found without the pointer.
+    with suppress(OSError):
+        _prune(final, settings)
+        write_atomically(folder.parent / "latest", final.name + "\n")
 
 
 def _prune(newest: Path, settings: CheckpointSettings) -> None:
-    """Removes what is not kept. Names after the newest one are damaged ones that the resumed run went back behind."""
+    """Removes what is not kept, and what is damaged; the run has gone back behind names after the newest one."""
     others = [path for path in newest.parent.glob("step-*") if path != newest]
-    before = sorted(path for path in others if path < newest)
-    states = {path: json.loads((path / "state.json").read_text()) for path in [*before, newest]}
+    states = {path: state for path in [*others, newest] if path <= newest and (state := _state(path)) is not None}
+    before = sorted(path for path in states if path < newest)
     kept = {path for path, state in states.items() if state.get("for_good")} | {newest}
     kept |= {*before[len(before) - settings.keep + 1 :]}
-    measured = {path: state["measures"].get(settings.best) for path, state in states.items() if "measures" in state}
-    if judged := {path: value for path, value in measured.items() if value is not None}:
+    measured = {path: state.get("measures", {}).get(settings.best) for path, state in states.items()}
+    if judged := {path: value for path, value in measured.items() if value is not None and math.isfinite(value)}:
         best = max if settings.best == "knn" else min
         kept.add(best(judged, key=lambda path: judged[path]))
     for path in {*others} - kept:
         shutil.rmtree(path)
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    """None for one that is damaged."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return state
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -152,6 +152,11 @@ class Staging:
         """There is nothing to copy any more."""
         self._done.set()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would not wait."""
+        return self._done.is_set()
+
     def settle(self) -> None:
         """Waits until what is to be copied may change."""
         self._done.wait()

@@ -17,6 +17,9 @@ Group = dist.ProcessGroup  # type: ignore[name-defined]
 
 T = TypeVar("T")
 
+_timeout: timedelta | None = None
+"""Of the groups of this run; a new one does not take over the first one's by itself."""
+
 
 def rank() -> int:
     """This process's place among all ranks."""
@@ -31,6 +34,7 @@ def world_size(group: Group | None = None) -> int:
 def setup(patience: float | None = None) -> torch.device:
     """Joins the job of torchrun's environment, or starts a group of one, and returns this rank's device. A collective
     waits `patience` seconds for a rank; None: as long as torch has it."""
+    global _timeout
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -39,8 +43,8 @@ def setup(patience: float | None = None) -> torch.device:
         # gloo beside nccl: signals are agreed on over the host, without a wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            timeout = None if patience is None else timedelta(seconds=patience)
-            dist.init_process_group(backend, timeout=timeout)
+            _timeout = None if patience is None else timedelta(seconds=patience)
+            dist.init_process_group(backend, timeout=_timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1)
@@ -49,16 +53,17 @@ def setup(patience: float | None = None) -> torch.device:
 
 def host_group() -> Group:
     """A new group of all ranks over the host, for a thread whose collectives must not mix with training's."""
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=_timeout)
     assert isinstance(group, Group)
     return group
 
 
 def gather_objects(mine: T, group: Group | None = None) -> list[T]:
     """What each rank holds, in the order of ranks."""
-    if world_size(group) == 1:
+    ranks = world_size() if group is None else group.size()
+    if ranks == 1:
         return [mine]
-    every: list[Any] = [None] * world_size(group)
+    every: list[Any] = [None] * ranks
     dist.all_gather_object(every, mine, group=group)
     return every
 

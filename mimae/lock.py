@@ -86,7 +86,7 @@ class Lock:
         self._over.set()
         self._thread.join()
         if self._other() is None:
-            self._file.truncate(0)
+            os.pwrite(self._file.fileno(), b" " * _WIDTH, 0)  # keeps its room on a disk that fills up
 
     def check(self) -> None:
         """Before a save. Raises RunError where another job has taken the directory, having found this one silent."""
@@ -126,6 +126,8 @@ def lock(run: Path) -> Iterator[Callable[[], None]]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        if not os.fstat(file.fileno()).st_size:
+            os.pwrite(file.fileno(), b" " * _WIDTH, 0)  # room for the owner
     except OSError as error:
         raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
     # A forked worker of the data shares the open file, and would hold the lock past this process's end.

@@ -162,7 +162,7 @@ class _Run:
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
-        stop = due = False
+        stop = due = for_good = False
         with self.telemetry, closing(self.loader):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
@@ -193,7 +193,7 @@ class _Run:
                         # The checks and pictures of an epoch's end are no training.
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
-                    due = due or self._is_due()
+                    due, for_good = due or self._is_due(), for_good or self._is_for_good()
                     if stop or due:
                         watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
@@ -201,11 +201,11 @@ class _Run:
                     if stop or (due and not guard.streak):
                         self.engine.check_copies()
                         check_owner()
-                        self._save(measures, stop)
-                        due = False
+                        self._save(measures, for_good, stop, check_owner)
+                        due = for_good = False
                     if stop:
                         break
-                    watchdog.wait_for(f"step {self.step + 1}")
+                    watchdog.wait_for(f"step {self.step + 1}", long=not self.saver.is_settled)
         finished = self.step >= self.steps
         if signals.received and not finished:
             say(f"saved at step {self.step} on a signal; the same command goes on from there")
@@ -262,28 +262,29 @@ class _Run:
         epochs, inside = divmod(self.step, self.loader.steps_per_epoch)
         return None if inside else epochs
 
+    def _is_for_good(self) -> bool:
+        """Whether it is time for a checkpoint that stays."""
+        epochs, every = self._epochs_done(), self.recipe.checkpoint.every_epochs
+        return bool(epochs and every and epochs % every == 0)
+
     def _is_due(self) -> bool:
         """Whether it is time to save."""
         settings, epochs = self.recipe.checkpoint, self._epochs_done()
-        if self.step % settings.every_steps == 0:
-            return True
-        if epochs is None:
-            return False
         checks = self.recipe.telemetry.probe_every_epochs if settings.best else 0
-        return any(every and epochs % every == 0 for every in (settings.every_epochs, checks))
+        has_measures = bool(epochs and checks and epochs % checks == 0)
+        return self.step % settings.every_steps == 0 or self._is_for_good() or has_measures
 
-    def _save(self, measures: dict[str, float], stop: bool) -> None:
+    def _save(self, measures: dict[str, float], for_good: bool, stop: bool, check_owner: Callable[[], None]) -> None:
         """`measures`: of the epoch that has just ended."""
-        epochs, every = self._epochs_done(), self.recipe.checkpoint.every_epochs
         state = {
             "samples": self.step * self.recipe.schedule.batch_size,
             "steps": self.steps,
             "data": self.source.fingerprint,
-            "for_good": bool(epochs and every and epochs % every == 0),
+            "for_good": for_good,
             "measures": measures,
         }
         with self.phases("checkpoint"):
-            self.saver.start(self.step, self.engine.state(), state)
+            self.saver.start(self.step, self.engine.state(), state, check_owner)
             if stop and not self.saver.finish():
                 raise RunError(
                     f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "

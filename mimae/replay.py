@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -134,7 +135,12 @@ class _Replay:
         """The micro-batches of a step."""
         epoch, place = divmod(step - 1, self.loader.steps_per_epoch)
         batches = self.loader.epoch(epoch, place)
-        return [next(batches).to(self.device) for _ in range(self.recipe.schedule.accumulate)]
+        found = []
+        for _ in range(self.recipe.schedule.accumulate):
+            batch = next(batches).to(self.device)
+            # Its memory may be the loader's, for the batch after it.
+            found.append(replace(batch, images=batch.images.clone()))
+        return found
 
     def _backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Gradients of a step, and its losses: means over the micro-batches."""

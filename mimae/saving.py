@@ -27,22 +27,30 @@ class Saver:
         self, run: Path, settings: CheckpointSettings, device: torch.device, say: Callable[[str], None] = print
     ) -> None:
         """A collective: the ranks agree about a save in a process group of its own, beside training's."""
-        self.run, self.settings, self.say = run, settings, say
-        self.group = distributed.host_group()
+        self.run, self.settings, self.device, self.say = run, settings, device, say
+        # Kept, because the thread may outlive training's process group.
+        self.group, self.rank = distributed.host_group(), distributed.rank()
         self.staging = dcp.Staging(device) if settings.background else None
         self._thread: threading.Thread | None = None
         self._failed = False
 
-    def start(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+    def start(
+        self,
+        step: int,
+        tensors: State,
+        state: Mapping[str, Any],
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         """Begins the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
 
-        The tensors may change after the next `settle`.
+        The tensors may change after the next `settle`. `check_owner` raises where the run is another job's by now.
         """
         self.finish()
         if self.staging is not None:
             self.staging.begin()
         # A daemon: a rank that dies does not wait for its peers, which may wait for it.
-        self._thread = threading.Thread(target=self._work, args=(step, tensors, {"step": step, **state}), daemon=True)
+        arguments = (step, tensors, {"step": step, **state}, check_owner)
+        self._thread = threading.Thread(target=self._work, args=arguments, daemon=True)
         self._thread.start()
         if self.staging is None:
             self._thread.join()
@@ -58,15 +66,23 @@ class Saver:
             self._thread.join()
         return not self._failed
 
-    def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would not wait."""
+        return self.staging is None or self.staging.is_settled
+
+    def _work(self, step: int, tensors: State, state: Mapping[str, Any], check_owner: Callable[[], None]) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own
         temporary = checkpoint.unfinished(self.run, step)
         self._failed = True
         try:
-            self._write(temporary, tensors, state)
+            self._write(temporary, tensors, state, check_owner)
             self._failed = False
-        except (CheckpointError, dcp.CheckpointException, RuntimeError) as error:
-            # RuntimeError: a lost rank, which training's own collectives tell the main thread.
-            if distributed.rank() == 0:
+        except (Exception, dcp.CheckpointException) as error:
+            # Whatever it is, the run is better off without this checkpoint than without itself. Of a lost rank
+            # training's own collectives tell the main thread.
+            if self.rank == 0:
                 self._tell(step, dcp.num_bytes(tensors), dcp.reason(error))
                 shutil.rmtree(temporary, ignore_errors=True)
         finally:
@@ -82,25 +98,29 @@ class Saver:
             f"{free / 1e6:,.1f} are free on {self.run}); the last one is {last}"
         )
 
-    def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:
+    def _write(
+        self, temporary: Path, tensors: State, state: Mapping[str, Any], check_owner: Callable[[], None]
+    ) -> None:
         """Raises on every rank what fails on one."""
+        self._on_main(check_owner)
         self._on_main(lambda: checkpoint.make_room(temporary, dcp.num_bytes(tensors)))
         dcp.save(temporary, tensors, self.group, self.staging)
-        mine = f"__{distributed.rank()}_*"
+        mine = f"__{self.rank}_*"
         parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
         manifest = {name: entry for part in parts for name, entry in part.items()}
+        self._on_main(check_owner)  # Writing may have taken minutes, in which another job took over.
         self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings))
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        self._together(action if distributed.rank() == 0 else lambda: None)
+        self._together(action if self.rank == 0 else lambda: None)
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """What it returns on every rank. Raises CheckpointError on all of them where it failed on one."""
         results, wrong = list[T](), ""
         try:
             results.append(action())
-        except (OSError, CheckpointError) as error:
-            wrong = str(error)
+        except Exception as error:  # else the others would wait for this rank
+            wrong = str(error) or type(error).__name__
         every = distributed.gather_objects((results, wrong), self.group)
         if wrong := next((wrong for _, wrong in every if wrong), ""):
             raise CheckpointError(wrong)

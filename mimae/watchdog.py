@@ -175,7 +175,7 @@ class Hangs:
             else:
                 continue
             alike.setdefault(told, []).append(str(rank))
-        limit = max(stack.limit for stack in found.values())
+        limit = max((stack.limit for stack in found.values()), default="its limit")
         lines = [f"mimae: nothing moved for {limit}; whole stacks are in {self._folder}"]
         lines += [f"  rank {', '.join(same)} {told}" for told, same in alike.items()]
         print("\n".join(lines), file=sys.stderr, flush=True)
