@@ -97,7 +97,7 @@ def fill_the_disk(trial: Trial) -> None:
         start = _at_its_step(trial)
         start.wait_for(lambda: bool(trial.checkpoints()), "a checkpoint")
         before = trial.checkpoints()[-1]
-        left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()))
+        left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()) // 2)
         filler = folder / "filler"
         with suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
