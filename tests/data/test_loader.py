@@ -259,6 +259,8 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
     with pytest.raises(DataError, match=r"a decoding process died.*lower data.workers"):
         list(batches)
     loader.close()
+    for worker in workers:
+        worker.join(10)  # told to end, the other one may take a moment
     assert not multiprocessing.active_children()
 
 
