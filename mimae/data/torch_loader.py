@@ -59,7 +59,10 @@ class TorchLoader(Generic[Made]):
         """Ends the workers."""
         if self._running is not None:
             self._running.close()
-        # The workers end with the last reference to the DataLoader, so no frame of an error may hold one.
+        # The workers end with the last reference to the DataLoader, which a frame of an error may hold.
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
         self._running = self._loader = None
 
     def _run(self) -> Generator[Made, None, None]:
