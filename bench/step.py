@@ -142,7 +142,8 @@ class Ours(Contender):
         super().__init__(recipe, module.to(device), images.to(device))
         self.sample_ids = torch.arange(len(images), device=device)
         self.epoch = 0
-        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, len(images) * recipe.masking.num_masks)
+        views = len(images) * recipe.masking.num_masks
+        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, views, device)
 
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1

@@ -27,8 +27,8 @@ class AdamW(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
-        """Of parameters on one device."""
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
+        """Of parameters that lie on `device` when they are stepped."""
 
     @staticmethod
     @abstractmethod
@@ -55,7 +55,7 @@ class AdamW(ABC):
 class TorchAdamW(AdamW):
     """torch's fused kernels, on CPU and GPU."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
 
     @staticmethod
@@ -71,10 +71,10 @@ class TorchAdamW(AdamW):
 class ApexAdamW(AdamW):
     """FusedAdam of NVIDIA's apex in its capturable form, which keeps the count of steps on the device."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
         self.optimizer = import_module("apex.optimizers").FusedAdam(groups, betas=betas, capturable=True)
         for group in self.optimizer.param_groups:
-            group["step"] = torch.zeros(1, dtype=torch.int, device=group["params"][0].device)
+            group["step"] = torch.zeros(1, dtype=torch.int, device=device)
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:
@@ -128,24 +128,20 @@ class _Verdict:
 
 
 class DeepSpeedAdamW(AdamW):
-    """DeepSpeedCPUAdam. It counts steps on the host, where the decision about one is at hand: on a CPU alone."""
+    """DeepSpeedCPUAdam for weights on the host, DeepSpeed's FusedAdam for those on a GPU. Both count steps on the host,
+    for which `step` waits until the decision about one is there."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float]) -> None:
-        self.optimizer = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, betas=betas)
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
+        kind = "DeepSpeedCPUAdam" if device.type == "cpu" else "FusedAdam"
+        self.optimizer = getattr(import_module("deepspeed.ops.adam"), kind)(groups, betas=betas)
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:
         if find_spec("deepspeed") is None:
             return "deepspeed is not installed"
-        if device.type != "cpu":
-            return (
-                "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out "
-                "by waiting for the device in every step; optimizer.impl=torch has as few launches"
-            )
-        built = import_module("deepspeed.git_version_info")
-        here = import_module("deepspeed.accelerator").get_accelerator().device_name()
-        if not built.installed_ops.get("cpu_adam") or built.accelerator_name != here:
-            return "its CPU Adam is not built, which takes minutes: install deepspeed with DS_BUILD_CPU_ADAM=1"
+        op = "cpu_adam" if device.type == "cpu" else "fused_adam"
+        if not has_op(op):
+            return f"its {op} is not built, which takes minutes: install deepspeed with DS_BUILD_{op.upper()}=1"
         return None
 
     def step(self, skipped: Tensor) -> None:
@@ -157,6 +153,13 @@ class DeepSpeedAdamW(AdamW):
 
     def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
         super().load({p: {**kinds, "step": int(kinds["step"])} for p, kinds in state.items()})
+
+
+def has_op(name: str) -> bool:
+    """Whether DeepSpeed was built with an op; its first use would build it else, silently and for minutes."""
+    built = import_module("deepspeed.git_version_info")
+    here = import_module("deepspeed.accelerator").get_accelerator().device_name()
+    return bool(built.installed_ops.get(name)) and built.accelerator_name == here
 
 
 IMPLEMENTATIONS: dict[str, type[AdamW]] = {

@@ -23,7 +23,7 @@ class OptimizerSettings(Section):
     """AdamW (method 5). Learning rates are per 256 views, views = images x masks of the global batch."""
 
     impl: Literal["auto", "torch", "apex", "deepspeed"] = Field(
-        "auto", description="whose AdamW; auto: torch's fused one; deepspeed: on a CPU"
+        "auto", description="whose AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only"
     )
     learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 views")
     posterior_learning_rate: float | None = Field(
@@ -84,11 +84,12 @@ class Optimizer:
         parts: Mapping[str, Part],
         settings: OptimizerSettings,
         views: int,
+        device: torch.device,
         whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> None:
         """`parts`: what this rank steps of each parameter, by name, with gradients in `.grad`; `views`: images x masks
-        of the global batch, which scale the learning rate; `whole_norms`: norms of all parts of the stacked norms of
-        this rank's."""
+        of the global batch, which scale the learning rate; `device`: where they lie when they are stepped;
+        `whole_norms`: norms of all parts of the stacked norms of this rank's."""
         self.settings, self.whole_norms = settings, whole_norms
         self.names: dict[Tensor, str] = {part.values: name for name, part in parts.items()}
         groups: dict[str, list[Tensor]] = {"decay": [], "no_decay": [], "posterior": []}
@@ -109,6 +110,7 @@ class Optimizer:
                 if p
             ],
             settings.betas,
+            device,
         )
 
     def set_rates(self, factor: float) -> None:
@@ -152,6 +154,4 @@ class Optimizer:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`; keeps the tensors. Raises KeyError when a parameter's state is missing."""
-        self.adamw.load(
-            {p: {kind: tensors[f"{kind}.{name}"] for kind in _KINDS} for p, name in self.names.items()}
-        )
+        self.adamw.load({p: {kind: tensors[f"{kind}.{name}"] for kind in _KINDS} for p, name in self.names.items()})

@@ -35,7 +35,7 @@ LISTED = 10
 """Names that are printed of a longer list."""
 
 HERE = (
-    *("engine.kind=ddp", "engine.replicas=1", "engine.offload=none"),
+    *("engine.kind=ddp", "engine.replicas=1", "engine.offload=none", "engine.offload_path=null"),
     *("optimizer.impl=auto", "compile=off", "data.workers=0", "data.cache=null"),
 )
 """Overrides for one process on any machine: no weight depends on them, but for rounding."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,8 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mimae import dcp, distributed
-from mimae.adamw import IMPLEMENTATIONS
+from mimae import adamw, dcp, distributed
 from mimae.dcp import State
 from mimae.engines import replicas
 from mimae.errors import UserError
@@ -49,8 +50,13 @@ class EngineSettings(Section):
         description="fsdp: groups of ranks with the whole model in each, spread inside (HSDP); as many as nodes keep "
         "the gathering of weights inside a node",
     )
-    offload: Literal["none", "cpu"] = Field(
-        "none", description="cpu: the optimizer lives in host memory; fsdp, zero3: weights too"
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="cpu: the optimizer lives in host memory; fsdp, zero3: weights too; nvme: zero3's weights live in "
+        "host memory, its optimizer in files",
+    )
+    offload_path: Path | None = Field(
+        None, description="offload=nvme: a folder on a disk of each machine, for 16 bytes of every parameter"
     )
 
     @model_validator(mode="after")
@@ -59,6 +65,10 @@ class EngineSettings(Section):
             raise ValueError(f"replicas is a setting of kind=fsdp, not of kind={self.kind}")
         if self.offload != "none" and self.kind == "ddp":
             raise ValueError("offload needs a kind that spreads the optimizer: fsdp, zero1, zero2 or zero3")
+        if self.offload == "nvme" and self.kind != "zero3":
+            raise ValueError(f"offload=nvme is a setting of kind=zero3, not of kind={self.kind}")
+        if (self.offload == "nvme") != (self.offload_path is not None):
+            raise ValueError("offload=nvme and offload_path need each other")
         return self
 
 
@@ -96,7 +106,7 @@ class Engine(ABC):
         # Not with zero3: see `check_machine`.
         shape_model(model, "off" if recipe.engine.kind == "zero3" else recipe.compile, device)
         self.model = model
-        if recipe.engine.kind != "ddp" and (device.type == "cpu" or recipe.engine.offload == "cpu"):
+        if recipe.engine.kind != "ddp" and (device.type == "cpu" or recipe.engine.offload != "none"):
             return_memory()
         self.module, self.optimizer = self._shard(recipe, device, views)
         self.ema_decay = recipe.ema.decay
@@ -203,7 +213,8 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
     obstacles = {
         f"engine.kind={recipe.engine.kind}": _obstacle(recipe),
         f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
-        f"optimizer.impl={recipe.optimizer.impl}": IMPLEMENTATIONS[recipe.optimizer.impl].obstacle(device),
+        f"engine.offload={recipe.engine.offload}": _offload_obstacle(recipe),
+        f"optimizer.impl={recipe.optimizer.impl}": _optimizer_obstacle(recipe, device),
         f"compile={recipe.compile}": _compile_obstacle(recipe, device),
     }
     told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
@@ -226,15 +237,45 @@ def _obstacle(recipe: Recipe) -> str | None:
     engine, ranks = recipe.engine, distributed.world_size()
     if ranks % engine.replicas:
         return f"engine.replicas={engine.replicas} does not divide the {ranks} ranks of the run"
-    if engine.offload == "cpu" and recipe.optimizer.impl == "apex":
-        return "apex's AdamW steps on the GPU, and engine.offload=cpu keeps weights on the host"
-    if not engine.kind.startswith("zero"):
-        return None
-    if find_spec("deepspeed") is None:
+    if engine.kind.startswith("zero") and find_spec("deepspeed") is None:
         return "DeepSpeed is not installed: pip install 'mimae[deepspeed]'"
-    if recipe.optimizer.impl not in ("auto", "torch"):
-        return f"DeepSpeed steps torch's AdamW here, not optimizer.impl={recipe.optimizer.impl}"
     return None
+
+
+def _offload_obstacle(recipe: Recipe) -> str | None:
+    if recipe.engine.offload != "nvme" or find_spec("deepspeed") is None:
+        return None
+    missing = [op for op in ("async_io", "pin_memory") if not adamw.has_op(op)]
+    if missing:
+        return (
+            f"DeepSpeed was built without {' and '.join(missing)}: install libaio-dev, then deepspeed with "
+            "DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 LDFLAGS=-laio"
+        )
+    try:
+        import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load()
+    except ImportError as error:
+        return f"DeepSpeed's async_io does not load: {error}"
+    assert recipe.engine.offload_path is not None
+    if not os.access(recipe.engine.offload_path, os.W_OK):
+        return f"{recipe.engine.offload_path} is no folder that can be written to"
+    return None
+
+
+def _optimizer_obstacle(recipe: Recipe, device: torch.device) -> str | None:
+    impl, is_zero, home = recipe.optimizer.impl, recipe.engine.kind.startswith("zero"), optimizer_device(recipe, device)
+    if is_zero and impl == "apex":
+        return "DeepSpeed steps torch's AdamW here, or its own"
+    if impl == "deepspeed" and home.type != "cpu" and not is_zero:
+        return (
+            "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out by "
+            "waiting for the device in every step, as ZeRO does anyway; optimizer.impl=torch has as few launches"
+        )
+    return adamw.IMPLEMENTATIONS[impl].obstacle(home)
+
+
+def optimizer_device(recipe: Recipe, device: torch.device) -> torch.device:
+    """Where a run on `device` steps its parameters."""
+    return device if recipe.engine.offload == "none" else torch.device("cpu")
 
 
 def compiles(setting: Compile, device: torch.device) -> bool:

@@ -43,7 +43,7 @@ class DDPEngine(Engine):
         )
         if device.type == "cpu":
             module.register_comm_hook(None, distributed.reduce_one_by_one)
-        return module, Optimizer(self.parts, recipe.optimizer, views)
+        return module, Optimizer(self.parts, recipe.optimizer, views, device)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)

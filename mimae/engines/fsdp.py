@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from mimae import distributed
-from mimae.engines.base import Engine
+from mimae.engines.base import Engine, optimizer_device
 from mimae.optimizer import Optimizer, StepResult
 from mimae.randomness import Part, initialise, materialise
 
@@ -46,19 +46,19 @@ class FSDPEngine(Engine):
         shape = (replicas, distributed.world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
-        is_offloaded = recipe.engine.offload == "cpu"
+        is_offloaded, home = recipe.engine.offload == "cpu", optimizer_device(recipe, device)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()
         for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):
             fully_shard(module, mesh=mesh if replicas > 1 else mesh["shard"], offload_policy=offload)
         # The root's other forwards, of evaluation: its own weights are gathered for them too.
         for method in ("predict", "features"):
             register_fsdp_forward_method(self.model, method)
-        materialise(self.model, "cpu" if is_offloaded else device)
+        materialise(self.model, home)
         for buffer in self.model.buffers():
             buffer.data = buffer.to(device)
         self.parts = {name: _rows(p, mesh["shard"]) for name, p in self.model.named_parameters()}
         initialise(self.model, recipe.seed, self.parts)
-        return self.model, Optimizer(self.parts, recipe.optimizer, views, self._whole_norms)
+        return self.model, Optimizer(self.parts, recipe.optimizer, views, home, self._whole_norms)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)

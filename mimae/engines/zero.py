@@ -1,26 +1,31 @@
 """ZeRO of DeepSpeed: the optimizer (stage 1), gradients (2) and weights (3) spread over ranks.
 
-Its configuration follows from the recipe. DeepSpeed steps torch's AdamW on flat fp32 partitions, one or more for each
-group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step whose gradient is
-not finite is left out by DeepSpeed, for which the host reads the norm in every step.
+Its configuration follows from the recipe. DeepSpeed steps AdamW, torch's or its own, on flat fp32 partitions, one or
+more for each group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step whose
+gradient is not finite is left out by DeepSpeed, for which the host reads the norm in every step.
 """
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mimae import distributed
-from mimae.engines.base import Engine
+from mimae.engines.base import Engine, optimizer_device
+from mimae.errors import UserError
 from mimae.optimizer import Optimizer, StepResult
 from mimae.randomness import Part, initialise, materialise
 
@@ -41,9 +46,9 @@ LIVE = 3
 
 
 class _Place(NamedTuple):
-    """Where this rank's part of a parameter lies: elements of one of its flat partitions."""
+    """Where this rank's part of a parameter lies: elements of one of its flat partitions, by number."""
 
-    flat: Tensor
+    partition: int
     first: int
     length: int
 
@@ -66,21 +71,24 @@ class ZeroEngine(Engine):
         self.is_spread = recipe.engine.kind == "zero3"
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         blocks = (*self.model.encoder.blocks, *self.model.decoder.blocks)
-        config = _config(recipe, device, max(sum(p.numel() for p in block.parameters()) for block in blocks))
+        self.folder = _folder(recipe, self.num_parameters)
+        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+        config = _config(recipe, device, largest, self.folder)
         # Of the whole model no rank holds more than a block at a time, where weights are spread.
         for module in (*blocks, self.model):
             materialise(module, device)
             if self.is_spread:
                 deepspeed.zero.Init(module=module, config_dict_or_path=config)
         whole = {name: Part(p, 0, shapes[name]) for name, p in self.model.named_parameters()}
-        optimizer = Optimizer(whole, recipe.optimizer, views)
+        optimizer = Optimizer(whole, recipe.optimizer, views, optimizer_device(recipe, device))
         optimizer.adamw.optimizer.register_step_pre_hook(_scale)
         engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.adamw.optimizer, config=config)
         self.zero: Any = engine.optimizer
         self.places, self.parts = {}, {}
         for name, parameter in self.model.named_parameters():
             place, start = self._find(parameter)
-            self.places[name], self.parts[name] = place, Part(place.within(place.flat.detach()), start, shapes[name])
+            values = place.within(self._at_rest(place.partition, self.flats[place.partition]))
+            self.places[name], self.parts[name] = place, Part(values, start, shapes[name])
         initialise(self.model, recipe.seed, self.parts)
         self._publish()
         return engine, optimizer
@@ -101,17 +109,27 @@ class ZeroEngine(Engine):
         if self.is_spread:
             group, first, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(distributed.rank() * count, parameter.ds_numel)
-            return _Place(self.flats[group], first, min(count, parameter.ds_numel - start)), start
+            return _Place(group, first, min(count, parameter.ds_numel - start)), start
         mapping = parameter._hp_mapping
         if mapping is None:
-            return _Place(self.flats[0], 0, 0), 0
+            return _Place(0, 0, 0), 0
         inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return _Place(self.flats[mapping.param_group_index], inside.start, inside.numel), whole.start
+        return _Place(mapping.param_group_index, inside.start, inside.numel), whole.start
 
     @property
-    def flats(self) -> list[Tensor]:
-        """This rank's fp32 partitions."""
+    def flats(self) -> list[Any]:
+        """This rank's fp32 partitions; empty tensors with attributes of DeepSpeed's, where they are in files."""
         return self.zero.fp32_partitioned_groups_flat if self.is_spread else self.zero.single_partition_of_fp32_groups
+
+    def _at_rest(self, partition: int, tensor: Any) -> Tensor:
+        """The numbers of a partition, or of one of its moments, between steps."""
+        return tensor.detach() if tensor.numel() else self._file(partition, tensor.ds_id)
+
+    def _file(self, partition: int, name: str) -> Tensor:
+        """What DeepSpeed keeps of a partition in a file, as memory that the file stands for: what one writes the other
+        reads, and the host holds no more of it than it has room for."""
+        path = f"{self.zero.optimizer_swapper.swap_folder}/{name}.tensor.swp"
+        return torch.from_file(path, shared=True, size=self.zero.fp16_partitioned_groups_flat_numel[partition])
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         self.module.set_gradient_accumulation_boundary(is_last)
@@ -150,7 +168,7 @@ class ZeroEngine(Engine):
             yield group, float(norm)
 
     def _optimizer_state(self) -> dict[str, Tensor | Part]:
-        states = self.optimizer.adamw.optimizer.state
+        states = self.optimizer.adamw.state()
         # Partitions step together; a rank without a share of one has no count of its own.
         steps = [states[flat]["step"] for flat in self.flats if flat in states]
         found: dict[str, Tensor | Part] = {}
@@ -158,24 +176,33 @@ class ZeroEngine(Engine):
             if steps:
                 found[f"step.{name}"] = steps[0]
                 for kind in _MOMENTS:
-                    found[f"{kind}.{name}"] = self.parts[name]._replace(values=place.within(states[place.flat][kind]))
+                    moment = self._at_rest(place.partition, states[self.flats[place.partition]][kind])
+                    found[f"{kind}.{name}"] = self.parts[name]._replace(values=place.within(moment))
         return found
 
     def _empty_optimizer_state(self) -> dict[str, Tensor | Part]:
-        states = self.optimizer.adamw.optimizer.state
-        for flat in self.flats:
+        for partition, flat in enumerate(self.flats):
+            in_files = flat.numel() == 0
+            moments = {
+                kind: self._file(partition, f"{kind}-{flat.ds_id}").zero_() if in_files else torch.zeros_like(flat)
+                for kind in _MOMENTS
+            }
             # torch keeps the count of its fused kernels beside the weights.
-            states[flat] = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
-            states[flat]["step"] = torch.zeros((), device=flat.device)
+            self.optimizer.adamw.load({flat: {**moments, "step": torch.zeros((), device=flat.device)}})
+            if in_files:
+                self.zero.optimizer_swapper._get_param_swap_info(flat)  # takes note of the moments, by their size
+                for moment in moments.values():
+                    moment.data = torch.empty(0)
         return self._optimizer_state()
 
     def _copies(self) -> dict[str, Tensor]:
         return {} if self.is_spread else dict(self.model.named_parameters())
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
-        first, *others = (self.optimizer.adamw.optimizer.state[flat]["step"] for flat in self.flats)
-        for step in others:
-            step.copy_(first)
+        adamw, step = self.optimizer.adamw, optimizer[f"step.{next(iter(self.parts))}"]
+        assert isinstance(step, Tensor)
+        states = adamw.state()
+        adamw.load({flat: {**states[flat], "step": step.clone()} for flat in self.flats})
         self._publish()
 
 
@@ -199,16 +226,38 @@ def _scale(adamw: torch.optim.Optimizer, *_: object) -> None:
                 parameter.grad.mul_(group["scale"])
 
 
-def _config(recipe: Recipe, device: torch.device, block: int) -> dict[str, Any]:
+def _folder(recipe: Recipe, num_parameters: int) -> Path | None:
+    """This rank's folder for what DeepSpeed keeps in files, removed when the process ends; None where it keeps nothing
+    there. A run that goes on writes over what a killed process left. Raises UserError where the disk is too small."""
+    if recipe.engine.offload_path is None:
+        return None
+    ranks, here = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    needed, free = 16 * num_parameters * here // ranks, shutil.disk_usage(recipe.engine.offload_path).free
+    if free < needed:
+        raise UserError(
+            f"engine.offload_path={recipe.engine.offload_path} has {free / 1e9:.2g} GB free, and the optimizer of this "
+            f"machine's ranks takes {needed / 1e9:.2g} GB"
+        )
+    run = hashlib.sha256(str(Path(recipe.run.dir).absolute()).encode()).hexdigest()[:16]
+    folder = recipe.engine.offload_path / f"mimae-{run}-{distributed.rank()}"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _config(recipe: Recipe, device: torch.device, block: int, folder: Path | None) -> dict[str, Any]:
     """DeepSpeed's own settings."""
     stage, buffer = int(recipe.engine.kind.removeprefix("zero")), bucket(block)
     spread: dict[str, Any] = {"stage": stage, "reduce_bucket_size": buffer, "allgather_bucket_size": buffer}
     if stage == 3:
         spread |= {"stage3_prefetch_bucket_size": buffer}
         spread |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), LIVE * buffer)
-    if recipe.engine.offload == "cpu":
-        place = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        spread |= {"offload_optimizer": place} | ({"offload_param": place} if stage == 3 else {})
+    if recipe.engine.offload != "none":
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        spread |= {"offload_optimizer": host} | ({"offload_param": host} if stage == 3 else {})
+    if folder is not None:
+        # Partitions of this size are read into memory one after another, and written back.
+        spread |= {"sub_group_size": buffer}
+        spread["offload_optimizer"] = {**host, "device": "nvme", "nvme_path": str(folder)}
     accumulate = recipe.schedule.accumulate
     return {
         "train_micro_batch_size_per_gpu": recipe.schedule.batch_size // (accumulate * distributed.world_size()),

@@ -10,7 +10,7 @@ import typer
 from mimae import config
 from mimae.config import Recipe
 from mimae.errors import UserError
-from mimae.plan.communication import HOST, LINKS, OVERLAP, Traffic, exposed, traffic
+from mimae.plan.communication import DISK, HOST, LINKS, OVERLAP, Traffic, exposed, traffic
 from mimae.plan.flops import image_flops, step_flops
 from mimae.plan.gpus import GPU, GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout, Memory, Parameters, largest, memory, parameters
@@ -62,7 +62,8 @@ def layouts(ranks: int, per_node: int) -> list[Layout]:
     spread = [Layout(kind, ranks) for kind in ("fsdp", "zero1", "zero2", "zero3")]
     nodes = ranks // per_node
     hybrid = [Layout("fsdp", ranks, nodes)] if nodes > 1 and ranks % per_node == 0 else []
-    return [Layout("ddp", ranks), *hybrid, *spread, Layout("fsdp", ranks, offload="cpu")]
+    offloaded = [Layout("fsdp", ranks, offload="cpu"), Layout("zero3", ranks, offload="nvme")]
+    return [Layout("ddp", ranks), *hybrid, *spread, *offloaded]
 
 
 def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
@@ -176,7 +177,8 @@ def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
         "assumed: "
         f"{fleet.share:.0%} of the peak while computing; {LINKS:.0%} of {fleet.gpu.link:g} GB/s in a node and of "
         f"{fleet.gpu.network:g} GB/s a GPU between nodes; communication hides behind {OVERLAP:.0%} of computing; "
-        f"{USABLE:.0%} of {fleet.gpu.memory:g} GiB for a step; {HOST / 1e9:g} GB/s of the host for each GPU; "
+        f"{USABLE:.0%} of {fleet.gpu.memory:g} GiB for a step; {HOST / 1e9:g} GB/s of the host for each GPU, "
+        f"{DISK / 1e9:g} GB/s of a node's disk; "
         f"{dataset:,} images in the data set",
         "",
         advice,

@@ -26,6 +26,8 @@ OVERLAP = 0.8
 """Assumed share of computing behind which communication can hide: the first and the last of it stand alone."""
 HOST = 20e9
 """Assumed bytes a second of one GPU's share of the host: over PCIe, and through memory as its AdamW steps."""
+DISK = 6e9
+"""Assumed bytes a second of a node's NVMe drive, which its GPUs share."""
 HOP_INSIDE, HOP_ACROSS = 3e-6, 15e-6
 """Assumed seconds from one GPU to the next, in a node and over its network cards."""
 DDP_BUCKET = 25 * 2**20
@@ -104,12 +106,17 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
             group = _replicas(gpu, layout, per_node)
             shares = _sent("shares", "all-reduce", n / layout.shards, blocks + 1, group, "backward", True)
             found.append(shares._replace(across=layout.shards <= per_node))
-    if layout.offload == "cpu":
+    if layout.offload != "none":
         # Gradients down and weights up; AdamW reads four numbers of a parameter and writes three.
         moved = n / layout.shards * (1 + 2 * A)
         stepped = n / layout.shards * 7
         host = "to the host and back, and its AdamW"
         found.append(Traffic(host, "host", 1, 1, moved, (moved + stepped) / HOST, "optimizer", False))
+    if layout.offload == "nvme":
+        # Gradients out and in, weights and both moments in and out.
+        files = n / layout.shards * 8
+        seconds = files * min(W, per_node) / DISK
+        found.append(Traffic("to the node's disk and back", "host", 1, 1, files, seconds, "optimizer", False))
     return [each for each in found if each.bytes]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,14 @@ from functools import partialmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mimae import config, dcp, distributed, masking, objective
+from mimae import adamw, config, dcp, distributed, masking, objective
 from mimae.engines import Engine, ZeroEngine, base, check_machine, make_engine
 from mimae.errors import UserError
 from mimae.objective import InfoNCE, Losses
@@ -121,10 +123,11 @@ def without_the_factor() -> Iterator[None]:
         vars(objective)["InfoNCE"].backward = staticmethod(whole)
 
 
-def saved(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """The state as it is now, whole and on the main rank; 0 for the gate's average before the first step."""
+def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tensor]]:
+    """The state as it is now, whole and on the main rank; 0 for the gate's average before the first step. Written to
+    `kept`, if that is given."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(distributed.gather_objects(folder)[0])
+        path = kept or Path(distributed.gather_objects(folder)[0])
         dcp.save(path, engine.state(), distributed.host_group(), None)
         sections = ("model", "optimizer", "ema") if distributed.rank() == 0 else ()
         whole = {section: dcp.load_whole(path, f"{section}.") for section in sections}
@@ -311,6 +314,8 @@ def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch)
     [
         (["engine.replicas=2"], "replicas is a setting of kind=fsdp"),
         (["engine.offload=cpu"], "offload needs a kind that spreads"),
+        (["engine.kind=zero2", "engine.offload=nvme", "engine.offload_path=/tmp"], "is a setting of kind=zero3"),
+        (["engine.kind=zero3", "engine.offload=nvme"], "offload_path need each other"),
     ],
 )
 def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str) -> None:
@@ -318,16 +323,26 @@ def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str)
         recipe(*overrides)
 
 
-def test_what_an_engine_needs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     with pytest.raises(UserError, match=r"engine\.kind=fsdp cannot run .*replicas=2 does not divide the 1 ranks"):
         check_machine(recipe("engine.kind=fsdp", "engine.replicas=2"), device)
     for wishes, told in (
         (["engine.kind=zero3", "compile=on"], "gathers weights inside of the blocks"),
-        (["engine.kind=zero1", "optimizer.impl=deepspeed"], "steps torch's AdamW here"),
+        (["engine.kind=zero1", "optimizer.impl=apex"], "steps torch's AdamW here, or its own"),
     ):
         with pytest.raises(UserError, match=told):
             check_machine(recipe(*wishes), device)
+    monkeypatch.setattr(adamw, "has_op", lambda _: False)
+    in_files = recipe("engine.kind=zero3", "engine.offload=nvme", f"engine.offload_path={tmp_path / 'missing'}")
+    with pytest.raises(UserError, match="built without async_io and pin_memory: install libaio-dev"):
+        check_machine(in_files, device)
+    with pytest.raises(UserError, match="DS_BUILD_CPU_ADAM=1"):
+        check_machine(recipe("engine.kind=zero1", "optimizer.impl=deepspeed"), device)
+    monkeypatch.setattr(adamw, "has_op", lambda _: True)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", MagicMock())
+    with pytest.raises(UserError, match="missing is no folder that can be written to"):
+        check_machine(in_files, device)
     monkeypatch.setattr(base, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"engine\.kind=zero2 cannot run .*pip install 'mimae\[deepspeed\]'"):
         check_machine(recipe("engine.kind=zero2"), device)
