@@ -7,6 +7,7 @@ another of them.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
@@ -157,6 +158,7 @@ class DeepSpeedAdamW(AdamW):
 
 def has_op(name: str) -> bool:
     """Whether DeepSpeed was built with an op; its first use would build it else, silently and for minutes."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, aloud
     built = import_module("deepspeed.git_version_info")
     here = import_module("deepspeed.accelerator").get_accelerator().device_name()
     return bool(built.installed_ops.get(name)) and built.accelerator_name == here

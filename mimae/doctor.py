@@ -21,6 +21,7 @@ import typer
 
 from mimae import __version__, kernels
 from mimae.adamw import IMPLEMENTATIONS
+from mimae.engines.base import files_obstacle
 from mimae.kernels import native
 from mimae.model import attention
 
@@ -55,6 +56,7 @@ def examine() -> dict[str, Section]:
             for name, implementation in IMPLEMENTATIONS.items()
             if name != "auto"
         },
+        "engine.offload": {"nvme": _told(lambda: files_obstacle() or USABLE)},
         "packages": {
             "nvidia.dali": _told(_dali),
             **{package: _version(package) for package in ("deepspeed", "xformers", "apex")},

@@ -243,21 +243,28 @@ def _obstacle(recipe: Recipe) -> str | None:
 
 
 def _offload_obstacle(recipe: Recipe) -> str | None:
-    if recipe.engine.offload != "nvme" or find_spec("deepspeed") is None:
+    folder = recipe.engine.offload_path
+    if folder is None:
         return None
+    if not os.access(folder, os.W_OK):
+        return f"{folder} is no folder that can be written to"
+    return files_obstacle()
+
+
+def files_obstacle() -> str | None:
+    """Why DeepSpeed cannot keep an optimizer in files here, in words; None where it can."""
+    if find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed"
     missing = [op for op in ("async_io", "pin_memory") if not adamw.has_op(op)]
     if missing:
         return (
             f"DeepSpeed was built without {' and '.join(missing)}: install libaio-dev, then deepspeed with "
-            "DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 LDFLAGS=-laio"
+            "DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 (docs/scaling.md)"
         )
     try:
         import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load()
     except ImportError as error:
         return f"DeepSpeed's async_io does not load: {error}"
-    assert recipe.engine.offload_path is not None
-    if not os.access(recipe.engine.offload_path, os.W_OK):
-        return f"{recipe.engine.offload_path} is no folder that can be written to"
     return None
 
 
