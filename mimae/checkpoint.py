@@ -96,6 +96,18 @@ def find(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     return None
 
 
+def locate(path: Path) -> tuple[Path, Checkpoint]:
+    """The run directory, and the newest whole checkpoint of it or the one, that a path is. Raises CheckpointError where
+    it is neither."""
+    run = path if (path / "config.yaml").exists() else path.parent.parent
+    if not (run / "config.yaml").exists():
+        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
+    found = find(run) if path == run else load(path)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    return run, found
+
+
 def load(path: Path) -> Checkpoint:
     """Verifies one checkpoint directory. Raises CheckpointError on every rank, naming what is wrong with which file."""
     state: dict[str, Any] = {}

@@ -103,6 +103,7 @@ _mount(app, "doctor", "mimae.doctor", "What this machine has, what each part use
 _mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends.")
 _mount(app, "status", "mimae.status", "Where a run stands.")
 _mount(app, "replay", "mimae.replay", "Run one step of a run again, and tell what in it is not finite.")
+_mount(app, "convert", "mimae.transfer.universal", "A checkpoint as DeepSpeed's universal one, and back.")
 _mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
 _mount(app, "drill", "mimae.bench.drill", "Harm tiny runs in every way, have them go on, and compare their weights.")
 _mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")

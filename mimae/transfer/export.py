@@ -16,13 +16,7 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     `average`: the moving average of the weights instead of the weights. The state_dict of what is returned loads into
     the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
     """
-    path = Path(path)
-    run = path if (path / "config.yaml").exists() else path.parent.parent
-    if not (run / "config.yaml").exists():
-        raise checkpoint.CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
-    found = checkpoint.find(run) if path == run else checkpoint.load(path)
-    if found is None:
-        raise checkpoint.CheckpointError(f"{run} has no checkpoint yet")
+    run, found = checkpoint.locate(Path(path))
     averages = _encoder_part(found.tensors("ema")) if average else {}
     if average and not averages:
         raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")

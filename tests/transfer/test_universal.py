@@ -1,0 +1,198 @@
+"""Checkpoints to and from DeepSpeed's universal form: alone, and with DeepSpeed as the one that reads and writes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimae import checkpoint, config, distributed, loop
+from mimae.checkpoint import CheckpointError
+from mimae.model import outline
+from mimae.randomness import materialise
+from mimae.transfer import universal
+from tests.ranks import run_ranks
+from tests.test_loop import assert_bit_equal, images, recipe, tensors
+
+__all__ = ["images"]  # a fixture
+
+RATES = {"decay": 0.05, "no_decay": 0.0, "posterior": 0.01}
+"""Weight decay of the groups, all three different."""
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of four."""
+    path = tmp_path_factory.mktemp("runs") / "begun"
+    loop.pretrain(recipe(images, path, "schedule.max_steps=3"))
+    return path
+
+
+def _beside(run: Path, name: str) -> Path:
+    """A run of the same recipe without a checkpoint."""
+    other = run.with_name(name)
+    other.mkdir()
+    shutil.copy(run / "config.yaml", other)
+    return other
+
+
+def test_there_and_back(run: Path, tmp_path: Path) -> None:
+    written = universal.write(run, tmp_path / "universal")
+    assert (tmp_path / "universal/latest_universal").read_text().strip() == written.name == "global_step3"
+    other = _beside(run, "back")
+    assert universal.read(tmp_path / "universal", other) == other / "checkpoints/step-00000003"
+    assert_bit_equal(tensors(other), tensors(run))
+    mine, whose = checkpoint.find(other), checkpoint.find(run)
+    assert mine is not None and whose is not None
+    assert {key: mine.state[key] for key in ("step", "steps", "samples", "data")} == {
+        key: whose.state[key] for key in ("step", "steps", "samples", "data")
+    }
+
+
+def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_path: Path) -> None:
+    universal.write(run / "checkpoints/step-00000003", tmp_path / "universal")
+    ends = []
+    for name in ("converted", "copied"):
+        other = _beside(run, name)
+        if name == "copied":
+            shutil.copytree(run, other, dirs_exist_ok=True)
+        else:
+            universal.read(tmp_path / "universal/global_step3", other)
+        settings = recipe(images, other, "schedule.max_steps=3")
+        longer = settings.schedule.model_copy(update={"max_steps": 4})
+        (other / "config.yaml").write_text(config.dump(settings.model_copy(update={"schedule": longer})))
+        loop.pretrain(recipe(images, other, "schedule.max_steps=4"))
+        ends.append(tensors(other))
+    assert_bit_equal(*ends)
+
+
+def test_an_average_that_deepspeed_lost_begins_with_the_weights(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(universal.write(run, tmp_path) / "average")
+    other = _beside(run, "lost")
+    universal.read(tmp_path, other)
+    found = tensors(other)
+    averages = [name for name in found if name.startswith("ema.")]
+    assert averages and all(torch.equal(found[name], found[f"model.{name[4:]}"]) for name in averages)
+
+
+def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match=r"neither a run directory nor a checkpoint of one"):
+        universal.write(empty, tmp_path / "u")
+    with pytest.raises(CheckpointError, match="is no run directory"):
+        universal.read(tmp_path / "u", empty)
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        universal.write(_beside(run, "fresh"), tmp_path / "u")
+    with pytest.raises(CheckpointError, match="neither zero/ nor latest_universal"):
+        universal.read(empty, run)
+    written = universal.write(run, tmp_path / "u")
+    with pytest.raises(CheckpointError, match="global_step3 is there already"):
+        universal.write(run, tmp_path / "u")
+    with pytest.raises(CheckpointError, match="has step-00000003 already"):
+        universal.read(tmp_path / "u", run)
+    other = _beside(run, "other")
+    torn = written / "zero/encoder.norm.weight/exp_avg.pt"
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"encoder.norm.weight/exp_avg.pt cannot be read"):
+        universal.read(tmp_path / "u", other)
+    torch.save({"param": torch.zeros(3)}, torn)
+    with pytest.raises(CheckpointError, match=r"exp_avg.pt holds \(3,\), and the run's model has \(16,\)"):
+        universal.read(tmp_path / "u", other)
+    torch.save(print, torn)
+    with pytest.raises(CheckpointError, match="cannot be read: Weights only load failed"):
+        universal.read(tmp_path / "u", other)
+    (written / "mp_rank_00_model_states.pt").unlink()
+    torch.save({"global_steps": 3}, written / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"is not of the model in .*'skipped_steps'"):
+        universal.read(tmp_path / "u", other)
+    assert checkpoint.find(other) is None
+
+
+def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"global_step3 could not be written: .*No space left"):
+        universal.write(run, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+# With DeepSpeed itself
+
+
+def _in_deepspeed(folder: Path, run: Path, out: Path) -> dict[int, dict[str, Any]]:
+    """By stage, what DeepSpeed's own loading makes of FOLDER; saved again in OUT/STAGE."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed: Any = import_module("deepspeed")
+    utils = import_module("deepspeed.utils")
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes
+    found = {}
+    for stage in (1, 2, 3):
+        model = outline(config.load(run / "config.yaml").recipe)
+        materialise(model, "cpu")
+        groups: dict[str, list[Tensor]] = {name: [] for name in RATES}
+        for name, parameter in model.named_parameters():
+            torch.nn.init.zeros_(parameter)
+            kind = "posterior" if "posterior" in name else "decay" if parameter.ndim > 1 else "no_decay"
+            groups[kind].append(parameter)
+        adamw = torch.optim.AdamW([{"params": groups[name], "weight_decay": RATES[name]} for name in groups], lr=0.1)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+            "checkpoint": {"load_universal": True},
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
+        _, client = engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+        model.load_state_dict(client["buffers"], strict=False)
+        kinds = {
+            "model": utils.safe_get_full_fp32_param,
+            "optimizer.exp_avg": lambda p: utils.safe_get_full_optimizer_state(p, "exp_avg"),
+            "optimizer.exp_avg_sq": lambda p: utils.safe_get_full_optimizer_state(p, "exp_avg_sq"),
+        }
+        found[stage] = {
+            "tensors": {f"{k}.{n}": get(p).clone() for n, p in model.named_parameters() for k, get in kinds.items()},
+            "decay": [group["weight_decay"] for group in engine.optimizer.optimizer.param_groups],
+            "steps": {float(state["step"]) for state in engine.optimizer.optimizer.state.values()},
+            "count": (engine.global_steps, engine.skipped_steps),
+        }
+        engine.save_checkpoint(str(out / str(stage)))
+    return found
+
+
+@pytest.mark.slow
+def test_deepspeed_goes_on_from_it_and_gives_it_back(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "universal"
+    universal.write(run, folder)
+    whole = tensors(run)
+    for stage, found in run_ranks(2, tmp_path, _in_deepspeed, folder, run, tmp_path)[0].items():
+        for name, tensor in found["tensors"].items():
+            assert torch.equal(tensor.view_as(whole[name]), whole[name]), (stage, name)
+        assert found["decay"] == [*RATES.values()] and found["steps"] == {3.0} and found["count"] == (3, 0)
+        source, target = tmp_path / str(stage) / "global_step3", tmp_path / f"universal-{stage}" / "global_step3"
+        convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        folders = ["--input_folder", str(source), "--output_folder", str(target)]
+        subprocess.run([*convert, *folders], check=True, capture_output=True)
+        other = _beside(run, f"stage-{stage}")
+        universal.read(target.parent, other)
+        back = tensors(other)
+        kept = {name for name in whole if not name.startswith("ema.")}
+        assert_bit_equal({name: back[name] for name in kept}, {name: whole[name] for name in kept})
+
+
+def test_deepspeeds_adam_counts_in_an_int(run: Path, tmp_path: Path) -> None:
+    step = universal.write(run, tmp_path, "deepspeed") / "zero/encoder.norm.weight/step.pt"
+    assert torch.load(step) == 3 and isinstance(torch.load(step), int)
+    universal.read(tmp_path, other := _beside(run, "counted"))
+    assert tensors(other)["optimizer.step.encoder.norm.weight"] == 3
+    assert distributed.world_size() == 1
