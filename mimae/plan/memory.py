@@ -106,7 +106,9 @@ def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, op
         if layout.kind == "fsdp":
             made += stage.parameters * FP32 / layout.shards
             there = min(gradients, made) if recipe.schedule.accumulate == 1 else gradients
-            work += _gathered(stages, place, count)
+            gathered = _gathered(stages, place, count)
+            # Work is most where a block's backward begins; its gradients are all there when it ends.
+            work = max(work + gathered - stage.parameters * FP32, gathered)
         peak = max(peak, Memory(weights, there, optimizer, held - of_losses, of_losses, work + batch), key=sum)
         held -= stage.kept
     return peak
