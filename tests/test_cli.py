@@ -66,9 +66,7 @@ def test_overrides_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, trained: li
     assert (trained[0].masking.num_masks, trained[0].optimizer.learning_rate) == (2, 1e-3)
 
 
-def test_a_run_saved_on_a_signal_exits_with_75(
-    monkeypatch: pytest.MonkeyPatch, trained: list[Recipe]
-) -> None:
+def test_a_run_saved_on_a_signal_exits_with_75(monkeypatch: pytest.MonkeyPatch, trained: list[Recipe]) -> None:
     assert launch(monkeypatch, *QUICK, "seed=75") == 75
     # torchrun would report a failed worker and a traceback of its own.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -109,9 +107,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
         cli.main()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["pretrain"], ["nosuch"], ["config", "--nosuch", "x"], ["bench", "nosuch"], []]
-)
+@pytest.mark.parametrize("arguments", [["pretrain"], ["nosuch"], ["config", "--nosuch", "x"], ["bench", "nosuch"], []])
 def test_a_wrong_command_line_exits_with_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     assert launch(monkeypatch, *arguments) == 2
 

@@ -99,9 +99,7 @@ def test_wheel_of_the_sdist_is_the_same(work: Path, sdist: Path, wheel: Path) ->
 
 
 def test_installed_wheel_runs_without_the_checkout(python: Path, tmp_path: Path) -> None:
-    code = (
-        "import mimae.kernels, mimae.configs as c; print(mimae.__file__, mimae.kernels.__file__, c.__file__)"
-    )
+    code = "import mimae.kernels, mimae.configs as c; print(mimae.__file__, mimae.kernels.__file__, c.__file__)"
     for file in run(python, "-c", code, cwd=tmp_path).split():
         assert Path(file).is_relative_to(python.parents[1]), f"{file} is not the installed one"
     code = "import torch; from mimae import kernels; print(kernels.reason('orthogonal_masks', torch.device('cpu')))"
