@@ -194,10 +194,10 @@ def _state(path: Path) -> dict[str, Any] | None:
     return state
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader, or a kill, sees the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a small file so that a reader, or a kill, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(temporary)
     os.replace(temporary, path)
 

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mimae import __version__
+from mimae.checkpoint import write_atomically
 from mimae.errors import UserError
 from mimae.settings import Section
 
@@ -119,7 +120,7 @@ class Telemetry:
             path = self._run_dir / name
             if path.exists():
                 kept = [line for line in path.read_bytes().splitlines() if _is_record_until(line, step)]
-                _write_atomically(path, b"".join(line + b"\n" for line in kept))
+                write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Appends a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
@@ -175,7 +176,7 @@ class Telemetry:
         target = self._run_dir / path
         with self._surviving(str(path)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(target, png)
+            write_atomically(target, png)
         with self._surviving("tensorboard"):
             if writer := self._writer():
                 pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
@@ -392,7 +393,7 @@ def environment(path: str | Path) -> None:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "packages": {name: _version(name) for name in _PACKAGES},
     }
-    _write_atomically(Path(path), (json.dumps(facts, indent=2) + "\n").encode())
+    write_atomically(Path(path), json.dumps(facts, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
@@ -429,12 +430,6 @@ def _summary_writer_class() -> Any:
             "install it with `pip install tensorboard`, or set telemetry.tensorboard=false"
         ) from error
     return SummaryWriter
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _is_record_until(line: bytes, step: int) -> bool:

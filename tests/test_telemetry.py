@@ -105,7 +105,7 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
     metrics = records(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["rec"]) for r in metrics] == [(20, 0.1), (40, 0.1), (60, 0.2), (80, 0.3)]
     assert [r["epoch"] for r in records(tmp_path / "epochs.jsonl")] == [1, 2]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_kill_loses_no_record_that_was_written(tmp_path: Path) -> None:
