@@ -74,7 +74,7 @@ def pretrain(recipe: Recipe) -> Outcome:
             Watchdog(run, *limits) as watchdog,
             shortage.explained(recipe, device, watchdog),
         ):
-            return _Run(recipe, source, validation, device).train(signals, watchdog, check_owner)
+            return _Run(recipe, source, validation, device, check_owner).train(signals, watchdog)
     finally:
         distributed.shutdown()
 
@@ -82,9 +82,17 @@ def pretrain(recipe: Recipe) -> Outcome:
 class _Run:
     """The parts of a run, put together once: data, model, engine, checkpoint, telemetry."""
 
-    def __init__(self, recipe: Recipe, source: Source, validation: Source | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        validation: Source | None,
+        device: torch.device,
+        check_owner: Callable[[], None],
+    ) -> None:
         recipe, self.chosen = _choose_loader(recipe, source)
         self.recipe, self.source, self.validation, self.device = recipe, source, validation, device
+        self.check_owner = check_owner
         self.path = Path(recipe.run.dir)
         self.is_main = distributed.rank() == 0
         self.loader: Loader = make_loader(
@@ -105,7 +113,7 @@ class _Run:
         self.exposure = Exposure(device)
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
-        self.saver = Saver(self.path, recipe.checkpoint, device, self.telemetry.message)
+        self.saver = Saver(self.path, recipe.checkpoint, device, self.telemetry.message, check_owner)
         self.step = self._resume()
 
     def _resume(self) -> int:
@@ -147,7 +155,7 @@ class _Run:
                         "run.dir and data.path have to be the same storage on every node"
                     )
 
-    def train(self, signals: Signals, watchdog: Watchdog, check_owner: Callable[[], None]) -> Outcome:
+    def train(self, signals: Signals, watchdog: Watchdog) -> Outcome:
         """All that is left of the run."""
         recipe, say = self.recipe, self.telemetry.message
         if self.step >= self.steps:
@@ -200,8 +208,7 @@ class _Run:
                     # Skipped steps are not made up for: a run that they end has to go on from before them.
                     if stop or (due and not guard.streak):
                         self.engine.check_copies()
-                        check_owner()
-                        self._save(measures, for_good, stop, check_owner)
+                        self._save(measures, for_good, stop)
                         due = for_good = False
                     if stop:
                         break
@@ -274,7 +281,7 @@ class _Run:
         has_measures = bool(epochs and checks and epochs % checks == 0)
         return self.step % settings.every_steps == 0 or self._is_for_good() or has_measures
 
-    def _save(self, measures: dict[str, float], for_good: bool, stop: bool, check_owner: Callable[[], None]) -> None:
+    def _save(self, measures: dict[str, float], for_good: bool, stop: bool) -> None:
         """`measures`: of the epoch that has just ended."""
         state = {
             "samples": self.step * self.recipe.schedule.batch_size,
@@ -284,7 +291,7 @@ class _Run:
             "measures": measures,
         }
         with self.phases("checkpoint"):
-            self.saver.start(self.step, self.engine.state(), state, check_owner)
+            self.saver.start(self.step, self.engine.state(), state)
             if stop and not self.saver.finish():
                 raise RunError(
                     f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "
@@ -295,7 +302,7 @@ class _Run:
         """Saves what steps `first` to `last` were taken from, which left it as it was, apart from the checkpoints."""
         self.saver.finish()
         settings = CheckpointSettings(keep=1, background=False)
-        keeper = Saver(self.path / "nonfinite", settings, self.device, self.telemetry.message)
+        keeper = Saver(self.path / "nonfinite", settings, self.device, self.telemetry.message, self.check_owner)
         keeper.start(first - 1, self.engine.state(), {"skipped_to": last, "data": self.source.fingerprint})
 
     def _end_of_epoch(

@@ -24,32 +24,35 @@ class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods at the same places."""
 
     def __init__(
-        self, run: Path, settings: CheckpointSettings, device: torch.device, say: Callable[[str], None] = print
+        self,
+        run: Path,
+        settings: CheckpointSettings,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
-        """A collective: the ranks agree about a save in a process group of its own, beside training's."""
-        self.run, self.settings, self.device, self.say = run, settings, device, say
+        """A collective: the ranks agree about a save in a process group of its own, beside training's.
+
+        `check_owner` raises where the run is another job's by now.
+        """
+        self.run, self.settings, self.device, self.say, self.check_owner = run, settings, device, say, check_owner
         # Kept, because the thread may outlive training's process group.
         self.group, self.rank = distributed.host_group(), distributed.rank()
         self.staging = dcp.Staging(device) if settings.background else None
         self._thread: threading.Thread | None = None
         self._failed = False
 
-    def start(
-        self,
-        step: int,
-        tensors: State,
-        state: Mapping[str, Any],
-        check_owner: Callable[[], None] = lambda: None,
-    ) -> None:
+    def start(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
         """Begins the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
 
-        The tensors may change after the next `settle`. `check_owner` raises where the run is another job's by now.
+        The tensors may change after the next `settle`. Raises where the run is another job's.
         """
         self.finish()
+        self.check_owner()
         if self.staging is not None:
             self.staging.begin()
         # A daemon: a rank that dies does not wait for its peers, which may wait for it.
-        arguments = (step, tensors, {"step": step, **state}, check_owner)
+        arguments = (step, tensors, {"step": step, **state})
         self._thread = threading.Thread(target=self._work, args=arguments, daemon=True)
         self._thread.start()
         if self.staging is None:
@@ -71,13 +74,13 @@ class Saver:
         """Whether `settle` would not wait."""
         return self.staging is None or self.staging.is_settled
 
-    def _work(self, step: int, tensors: State, state: Mapping[str, Any], check_owner: Callable[[], None]) -> None:
+    def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has its own
         temporary = checkpoint.unfinished(self.run, step)
         self._failed = True
         try:
-            self._write(temporary, tensors, state, check_owner)
+            self._write(temporary, tensors, state)
             self._failed = False
         except (Exception, dcp.CheckpointException) as error:
             # Whatever it is, the run is better off without this checkpoint than without itself. Of a lost rank
@@ -98,17 +101,14 @@ class Saver:
             f"{free / 1e6:,.1f} are free on {self.run}); the last one is {last}"
         )
 
-    def _write(
-        self, temporary: Path, tensors: State, state: Mapping[str, Any], check_owner: Callable[[], None]
-    ) -> None:
+    def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:
         """Raises on every rank what fails on one."""
-        self._on_main(check_owner)
         self._on_main(lambda: checkpoint.make_room(temporary, dcp.num_bytes(tensors)))
         dcp.save(temporary, tensors, self.group, self.staging)
         mine = f"__{self.rank}_*"
         parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
         manifest = {name: entry for part in parts for name, entry in part.items()}
-        self._on_main(check_owner)  # Writing may have taken minutes, in which another job took over.
+        self._on_main(self.check_owner)  # Writing may have taken minutes, in which another job took over.
         self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings))
 
     def _on_main(self, action: Callable[[], None]) -> None:

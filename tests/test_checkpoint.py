@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mimae import checkpoint, dcp, distributed
 from mimae.checkpoint import CheckpointError, CheckpointSettings
+from mimae.guards import RunError
 from mimae.randomness import Part
 from mimae.saving import Saver
 from tests.ranks import run_ranks
@@ -180,6 +181,31 @@ def test_what_does_not_fit_is_not_begun(
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert save(each, 3) and steps(tmp_path) == [1, 3]
+
+
+def test_who_is_taken_over_in_a_save_commits_nothing_and_begins_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A save takes minutes: the owner is asked again at its end, and before the next one has touched the directory."""
+    write, taken = dcp.save, threading.Event()
+
+    def check() -> None:
+        if taken.is_set():
+            raise RunError("taken over")
+
+    def slow(*args: Any) -> None:
+        write(*args)
+        taken.set()
+
+    monkeypatch.setattr(dcp, "save", slow)
+    each = Saver(tmp_path, CheckpointSettings(), torch.device("cpu"), check_owner=check)
+    assert not save(each, 1)
+    assert "step 1 could not be written: taken over" in capsys.readouterr().out
+    theirs = tmp_path / "checkpoints/.step-00000002.tmp"
+    theirs.mkdir()
+    with pytest.raises(RunError):
+        save(each, 3)
+    assert list((tmp_path / "checkpoints").iterdir()) == [theirs]
 
 
 FULL_DISK = """
