@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The name from torch 2.14 on, and the one before.
+# The names from torch 2.14 on, and those before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 Group = dist.ProcessGroup  # type: ignore[name-defined]
 
@@ -56,6 +57,12 @@ def host_group() -> Group:
     group = dist.new_group(backend="gloo", timeout=_timeout)
     assert isinstance(group, Group)
     return group
+
+
+def be_patient(group: Group) -> None:
+    """Has a group that torch made wait for a rank as long as those of this run do."""
+    if _timeout is not None:
+        _set_timeout(_timeout, group)
 
 
 def gather_objects(mine: T, group: Group | None = None) -> list[T]:

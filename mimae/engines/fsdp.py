@@ -45,6 +45,8 @@ class FSDPEngine(Engine):
         replicas = recipe.engine.replicas
         shape = (replicas, distributed.world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            distributed.be_patient(group)  # torch's own limit may be shorter than the run's first step
         self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
         is_offloaded, home = recipe.engine.offload == "cpu", optimizer_device(recipe, device)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partialmethod
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mimae import adamw, config, dcp, distributed, masking, objective
-from mimae.engines import Engine, ZeroEngine, base, check_machine, make_engine
+from mimae.engines import Engine, ZeroEngine, base, check_machine, fsdp, make_engine
 from mimae.errors import UserError
 from mimae.objective import InfoNCE, Losses
 from tests.ranks import run_ranks
@@ -284,6 +286,27 @@ def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
+def patience(replicas: int) -> list[float]:
+    """Seconds that the groups of FSDP's mesh wait for a rank, in a run that has 77."""
+    vars(distributed)["_timeout"] = timedelta(seconds=77)
+    groups: list[Any] = []
+    make = fsdp.init_device_mesh
+
+    def init(*args: Any, **options: Any) -> DeviceMesh:
+        mesh = make(*args, **options)
+        groups.extend(mesh.get_all_groups())
+        return mesh
+
+    vars(fsdp)["init_device_mesh"] = init
+    make_engine(recipe("engine.kind=fsdp", f"engine.replicas={replicas}"), torch.device("cpu"), BATCH * 3)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])  # the whole group and a new one; two new ones
+def test_fsdp_waits_for_a_rank_as_long_as_the_run(tmp_path: Path, replicas: int) -> None:
+    assert run_ranks(2, tmp_path, patience, replicas) == [[77.0, 77.0]] * 2
+
+
 def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
