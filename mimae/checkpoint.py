@@ -149,9 +149,17 @@ def make_room(temporary: Path, num_bytes: int) -> None:
         raise CheckpointError("it does not fit")
 
 
-def commit(temporary: Path, state: Mapping[str, Any], manifest: Manifest, settings: CheckpointSettings) -> None:
+def commit(
+    temporary: Path,
+    state: Mapping[str, Any],
+    manifest: Manifest,
+    settings: CheckpointSettings,
+    passed_over: set[str],
+) -> None:
     """Makes a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
-    whole. Then points `latest` to it and removes those that are not kept."""
+    whole. Then points `latest` to it and removes those that are not kept.
+
+    `passed_over`: names of those that this run found damaged and went back behind; the new one's is taken out."""
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     manifest = manifest | describe([temporary / "state.json", temporary / ".metadata"])
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -165,15 +173,19 @@ def commit(temporary: Path, state: Mapping[str, Any], manifest: Manifest, settin
     os.replace(temporary, final)
     _sync(folder)
     # From here on it is one, and is found without the pointer.
+    passed_over.discard(final.name)
     with suppress(OSError):
-        _prune(final, settings)
+        _prune(final, settings, passed_over)
+    with suppress(OSError):
         write_atomically(folder.parent / "latest", final.name + "\n")
 
 
-def _prune(newest: Path, settings: CheckpointSettings) -> None:
-    """Removes what is not kept, and what is damaged; the run has gone back behind names after the newest one."""
+def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) -> None:
+    """Removes what is not kept, and what is damaged; the run has gone back behind names after the newest one, and
+    behind those passed over. Raises OSError, before anything is removed, where it cannot be read which are kept."""
     others = [path for path in newest.parent.glob("step-*") if path != newest]
-    states = {path: state for path in [*others, newest] if path <= newest and (state := _state(path)) is not None}
+    counted = [path for path in [*others, newest] if path <= newest and path.name not in passed_over]
+    states = {path: state for path in counted if (state := _state(path)) is not None}
     before = sorted(path for path in states if path < newest)
     kept = {path for path, state in states.items() if state.get("for_good")} | {newest}
     kept |= {*before[len(before) - settings.keep + 1 :]}
@@ -189,7 +201,7 @@ def _state(path: Path) -> dict[str, Any] | None:
     """None for one that is damaged."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     return state
 

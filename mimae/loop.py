@@ -133,6 +133,7 @@ class _Run:
                 raise RunError(
                     f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
                 )
+            self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > found.path.name}
             self.engine.load(found.path)
             step = int(found.state["step"])
             self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")

@@ -36,6 +36,8 @@ class Saver:
         `check_owner` raises where the run is another job's by now.
         """
         self.run, self.settings, self.device, self.say, self.check_owner = run, settings, device, say, check_owner
+        self.passed_over: set[str] = set()
+        """Names of the checkpoints that the run went back behind when it was started."""
         # Kept, because the thread may outlive training's process group.
         self.group, self.rank = distributed.host_group(), distributed.rank()
         self.staging = dcp.Staging(device) if settings.background else None
@@ -109,7 +111,7 @@ class Saver:
         parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
         manifest = {name: entry for part in parts for name, entry in part.items()}
         self._on_main(self.check_owner)  # Writing may have taken minutes, in which another job took over.
-        self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings))
+        self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings, self.passed_over))
 
     def _on_main(self, action: Callable[[], None]) -> None:
         self._together(action if self.rank == 0 else lambda: None)

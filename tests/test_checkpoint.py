@@ -151,6 +151,45 @@ def test_what_the_run_went_back_behind_is_removed(tmp_path: Path) -> None:
     assert found is not None and found.state["step"] == 1500
 
 
+def test_what_was_passed_over_takes_no_good_ones_place(tmp_path: Path) -> None:
+    """Step 9, saved on a signal, is torn. The run goes on from 8 and may keep two, or the best: never 9."""
+    assert save(saver(tmp_path), 8, measures={"knn": 0.5})
+    assert save(saver(tmp_path), 9, measures={"knn": 0.9})
+    each = saver(tmp_path, keep=2, best="knn")
+    each.passed_over = {"step-00000009"}
+    assert save(each, 10)
+    assert steps(tmp_path) == [8, 10]
+
+
+def test_a_step_that_is_passed_again_counts_again(tmp_path: Path) -> None:
+    """9 and 10 were damaged; what the run makes of the same names is as good as any."""
+    for step in (8, 9, 10):
+        assert save(saver(tmp_path, keep=3), step)
+    each = saver(tmp_path, keep=2)
+    each.passed_over = {"step-00000009", "step-00000010"}
+    for step, kept in ((9, [8, 9]), (10, [9, 10]), (11, [10, 11])):
+        assert save(each, step) and steps(tmp_path) == kept
+
+
+def test_a_state_that_cannot_be_read_for_once_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that fails for a moment does not make a checkpoint damaged."""
+    assert save(saver(tmp_path), 1, for_good=True)
+    read = Path.read_text
+
+    def failing(path: Path) -> str:
+        if "step-00000001" in str(path):
+            raise OSError(116, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    assert save(saver(tmp_path, keep=1), 2)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1, 2] and (tmp_path / "latest").read_text() == "step-00000002\n"
+    assert save(saver(tmp_path, keep=1), 3) and steps(tmp_path) == [1, 3]
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
 def test_every_file_is_verified(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2):

@@ -198,6 +198,15 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     assert "is torn: 10 bytes" in capsys.readouterr().out
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp_path: Path) -> None:
+    """Of step 2, at which the run that goes on from 1 does not save again."""
+    for _ in range(2):
+        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))
+    os.truncate(tmp_path / "checkpoints/step-00000002/__0_0.distcp", 10)
+    assert loop.pretrain(recipe(images, tmp_path, "checkpoint.every_steps=3", "checkpoint.keep=9")).finished
+    assert [int(name[5:]) for name in checkpoint.names(tmp_path)] == [9, 6, 3, 1]
+
+
 @pytest.mark.parametrize("kind", ["encoded", "decoded"])
 def test_a_cache_may_be_switched_on_in_a_run(
     images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
