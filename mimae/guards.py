@@ -26,9 +26,9 @@ class RunError(UserError):
 class NonFinite:
     """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
 
-    def __init__(self, run: Path, samples: Callable[[int], list[int]], keep: Callable[[int, int], None]) -> None:
+    def __init__(self, run: Path, samples: Callable[[int], list[int]], keep: Callable[[int, int], bool]) -> None:
         """`samples`: the ids of the global batch of a step; `keep`: saves the weights for `mimae replay`, which are
-        those before the first and after the last of two steps."""
+        those before the first and after the last of two steps, and returns whether it could."""
         self.run, self.samples, self.keep = run, samples, keep
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.streak: list[int] = []
@@ -51,12 +51,12 @@ class NonFinite:
         if len(self.streak) < MAX_SKIPPED:
             return
         first, last = self.streak[0], self.streak[-1]
-        self.keep(first, last)
+        start = "" if self.keep(first, last) else ", from the last checkpoint on, since their weights could not be kept"
         steps = "\n".join(f"  step {step}: samples {self.samples(step)}" for step in self.streak)
         raise RunError(
             f"{len(self.streak)} steps in a row had a gradient that is not finite; the checkpoints of {self.run} are "
-            f"untouched. `mimae replay {self.run} --step {first}` tells what is not finite and where it begins. Lower "
-            f"optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
+            f"untouched. `mimae replay {self.run} --step {first}` tells what is not finite and where it begins{start}. "
+            f"Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
         )
 
     def _read(self) -> None:

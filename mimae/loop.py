@@ -299,12 +299,14 @@ class _Run:
                     "its last checkpoint"
                 )
 
-    def _keep(self, first: int, last: int) -> None:
-        """Saves what steps `first` to `last` were taken from, which left it as it was, apart from the checkpoints."""
+    def _keep(self, first: int, last: int) -> bool:
+        """Saves what steps `first` to `last` were taken from, which left it as it was, apart from the checkpoints;
+        returns whether it could."""
         self.saver.finish()
         settings = CheckpointSettings(keep=1, background=False)
         keeper = Saver(self.path / "nonfinite", settings, self.device, self.telemetry.message, self.check_owner)
         keeper.start(first - 1, self.engine.state(), {"skipped_to": last, "data": self.source.fingerprint})
+        return keeper.finish()
 
     def _end_of_epoch(
         self, epoch: int, record: dict[str, Any], means: dict[str, float], latents: Tensor, last: bool

@@ -96,11 +96,11 @@ class Saver:
 
     def _tell(self, step: int, num_bytes: int, why: str) -> None:
         # What torch says when the disk is full is not that.
-        free = shutil.disk_usage(self.run).free
+        folder = self.run if self.run.is_dir() else self.run.parent
         last = next(iter(checkpoint.names(self.run)), "none")
         self.say(
             f"the checkpoint of step {step} could not be written: {why} ({num_bytes / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} are free on {self.run}); the last one is {last}"
+            f"{shutil.disk_usage(folder).free / 1e6:,.1f} are free on {folder}); the last one in {self.run} is {last}"
         )
 
     def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:

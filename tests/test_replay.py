@@ -92,8 +92,9 @@ def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) ->
     assert "the step is not finite" in done.output
 
 
-def test_a_storm_keeps_the_weights_of_its_steps(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that are not finite from step 5 on: the run ends, and every step of the streak can be looked at."""
+@pytest.fixture
+def storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are not finite from step 5 on."""
     optimize = loop._Run._optimize
 
     def poisoned(self: Any, batches: Any) -> Any:
@@ -107,9 +108,17 @@ def test_a_storm_keeps_the_weights_of_its_steps(run: Path, tmp_path: Path, monke
             hook.remove()
 
     monkeypatch.setattr(loop._Run, "_optimize", poisoned)
-    overrides = ["schedule.epochs=8", "checkpoint.every_steps=3", f"run.dir={tmp_path}"]
-    with pytest.raises(guards.RunError, match=rf"`mimae replay {tmp_path} --step 5`"):
-        loop.pretrain(config.load(run / "config.yaml", overrides).recipe)
+
+
+STORMY = ["schedule.epochs=8", "checkpoint.every_steps=3"]
+
+
+def test_a_storm_keeps_the_weights_of_its_steps(
+    run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends, and every step of the streak can be looked at."""
+    with pytest.raises(guards.RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
+        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
     for step in (5, 12):
@@ -122,10 +131,36 @@ def test_a_storm_keeps_the_weights_of_its_steps(run: Path, tmp_path: Path, monke
     assert newest is not None and newest.state["step"] == 3, "none is saved within a streak"
 
 
+def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoint(
+    run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up, or turns read-only, before the storm ends."""
+    make_room = checkpoint.make_room
+
+    def read_only(temporary: Path, num_bytes: int) -> None:
+        if "nonfinite" in str(temporary):
+            raise OSError(30, "Read-only file system")
+        make_room(temporary, num_bytes)
+
+    monkeypatch.setattr(checkpoint, "make_room", read_only)
+    with pytest.raises(guards.RunError, match="where it begins, from the last checkpoint on, since their weights"):
+        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+    monkeypatch.undo()
+    assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
+    said: list[str] = []
+    assert replay(recipe_of(tmp_path), 5, said.append).is_finite
+    assert said == [f"from {tmp_path / 'checkpoints/step-00000003'}", "running steps 4 to 4 first"]
+
+
 def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
     """The tenth decision is read a step late, and that step was taken."""
     kept: list[tuple[int, int]] = []
-    guard = guards.NonFinite(tmp_path, lambda step: [step], lambda first, last: kept.append((first, last)))
+
+    def keep(first: int, last: int) -> bool:
+        kept.append((first, last))
+        return True
+
+    guard = guards.NonFinite(tmp_path, lambda step: [step], keep)
     for step in range(1, 35):
         guard.check(step, torch.tensor(float(step % 12 < 10)))
     guard.drain()
