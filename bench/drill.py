@@ -26,14 +26,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+import yaml
 from PIL import Image
 from torch import Tensor
 
-from mimae import checkpoint
+from mimae import checkpoint, config
 from mimae.bench import mounts
-from mimae.bench.faults import FAULTS, MOUNTED, RESHAPED
+from mimae.bench.faults import COPIED, FAULTS, MOUNTED, RESHAPED
 from mimae.bench.machine import describe
-from mimae.bench.trial import STEPS, Trial
+from mimae.bench.trial import EVERY, RECIPE, STEPS, Trial
 from mimae.checkpoint import write_atomically
 
 TOLERANCE = 1e-4
@@ -149,6 +150,14 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
     return chosen[:count]
 
 
+def _no_copies(overrides: Sequence[str]) -> str | None:
+    """Why no two ranks have a copy of their own of a weight, if that is so. Raises ConfigError."""
+    engine = config.load(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
+    if engine.kind == "ddp" or engine.replicas > 1:
+        return None
+    return f"of {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by one rank alone"
+
+
 def _end(number: int, _: FrameType | None) -> None:
     """Ends the drill with all that it started; nothing more may interrupt that."""
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -170,10 +179,12 @@ def main(
     weights differ."""
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
-    obstacle = mounts.obstacle()
-    if obstacle is not None:
-        print(f"without {' and '.join(MOUNTED)}, which need {obstacle}")
-    kinds = [kind for kind in FAULTS if obstacle is None or kind not in MOUNTED]
+    obstacles = {MOUNTED: mounts.obstacle(), COPIED: _no_copies(overrides or ())}
+    kinds = list(FAULTS)
+    for left_out, obstacle in obstacles.items():
+        if obstacle is not None:
+            print(f"without {' and '.join(left_out)}: {obstacle}")
+            kinds = [kind for kind in kinds if kind not in left_out]
     folder = Path(tempfile.mkdtemp(prefix="mimae-drill-"))
     began = time.monotonic()
     print(f"{'fault':<30} {'step':>4} {'ranks':>5} {'starts':>6} {'lost':>4} {'equal':>6} {'s':>6}  seen")

@@ -180,7 +180,7 @@ def other_ranks(trial: Trial) -> None:
     """All are killed, and the run goes on with another number of ranks."""
     kill_all(trial)
     ranks = trial.draw.choice([count for count in (1, 2, 3, 4) if count != trial.ranks])
-    trial.finish(ranks)
+    trial.finish(ranks, "engine.replicas=1")  # which divides them all
     trial.seen.append(f"went on with {ranks} ranks")
 
 
@@ -207,6 +207,9 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
 
 MOUNTED = ("full disk", "read-only run")
 """Faults that need mounts."""
+
+COPIED = ("drift of a replica",)
+"""Faults that need a weight of which two ranks have the optimizer's own copy."""
 
 RESHAPED = "other number of ranks"
 """The fault after which weights are equal within the tolerance, and not in every bit."""
@@ -237,11 +240,12 @@ def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
     *_, before, newest = trial.checkpoints()
     file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
     file.write_bytes(change(file.read_bytes()))
-    trial.whole = int(before.name.removeprefix("step-"))
+    step = int(before.name.removeprefix("step-"))
+    trial.expect(step)
     trial.finish()
     named = [line for line in trial.starts[-1].output.splitlines() if newest.name in line and "the one before" in line]
     trial.prove(bool(named), f"{newest.name}/{file.name} damaged, told, {before.name} taken")
-    if f"at step {trial.whole} of" not in trial.starts[-1].output:
+    if f"at step {step} of" not in trial.starts[-1].output:
         raise NotSeen(f"{before.name} was not taken\n{trial.starts[-1].output[-2000:]}")
 
 

@@ -46,16 +46,18 @@ def slow_save(run: Any, folder: Path, first: bool) -> None:
 
 
 def nan(run: Any, folder: Path, first: bool) -> None:
-    """Makes a gradient of one rank NaN, step after step."""
+    """Makes the gradients of one rank NaN, step after step; through the loss, which every engine has."""
     if first and distributed.rank() == int(FAULT["rank"]):
-        next(run.engine.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        backward = run.engine.backward
+        run.engine.backward = lambda loss: backward(loss * float("nan"))
         print(f"fault: gradients of rank {distributed.rank()} are NaN from step {run.step + 1} on", flush=True)
 
 
 def drift(run: Any, folder: Path, first: bool) -> None:
-    """Changes a weight of one rank, once."""
+    """Changes a weight of one rank, once, in what its optimizer steps."""
     if first and distributed.rank() == int(FAULT["rank"]):
-        next(run.engine.model.parameters()).data.view(-1)[0] += 1
+        held = next(part.values for part in run.engine.parts.values() if part.values.numel())
+        held.detach().view(-1)[0] += 1
         print(f"fault: a weight of rank {distributed.rank()} changed before step {run.step + 1}", flush=True)
 
 

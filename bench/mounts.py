@@ -17,9 +17,9 @@ def obstacle() -> str | None:
     any thread is started."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):
-        return f"mounts: {os.strerror(ctypes.get_errno())}"
+        return f"no mounts: {os.strerror(ctypes.get_errno())}"
     found = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, text=True)
-    return f"mounts: {found.stderr.strip()}" if found.returncode else None
+    return f"no mounts: {found.stderr.strip()}" if found.returncode else None
 
 
 @contextmanager

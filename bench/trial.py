@@ -25,6 +25,9 @@ EVERY = 3
 PATIENCE = 240.0
 """Seconds for anything that is waited for."""
 
+IS_TRAINING = "; the run is "
+"""What every start says that has steps to do, after the step from which it goes on."""
+
 RECIPE = """
 precision: fp32
 data: {path: %s, image_size: 8, workers: 0, loader: torch}
@@ -104,8 +107,8 @@ class Trial:
         self.starts: list[Start] = []
         self.seen: list[str] = []
         self.is_closed, self.lock = False, threading.Lock()
-        self.whole = 0
-        """Step of the newest checkpoint that has to be found again after the fault."""
+        self.expected: list[tuple[int, int]] = []
+        """(characters that its starts had said by then, step of the newest checkpoint that was whole)."""
 
     def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
         """Calls `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
@@ -143,7 +146,11 @@ class Trial:
     def keep_in_mind(self) -> None:
         """What is complete now must not be lost. Raises CheckpointError where it is damaged."""
         if found := self.checkpoints():
-            self.whole = int(checkpoint.load(found[-1]).state["step"])
+            self.expect(int(checkpoint.load(found[-1]).state["step"]))
+
+    def expect(self, step: int) -> None:
+        """The starts from now on have to go on from this step at least."""
+        self.expected.append((sum(len(start.output) for start in self.starts), step))
 
     def prove(self, holds: bool, what: str) -> None:
         """Raises NotSeen where the fault's trace is not there."""
@@ -151,9 +158,9 @@ class Trial:
             raise NotSeen(f"{what}: not so\n{self.starts[-1].output[-2000:]}")
         self.seen.append(what)
 
-    def finish(self, ranks: int | None = None) -> None:
+    def finish(self, ranks: int | None = None, *overrides: str) -> None:
         """The same command until the run is finished."""
-        code = self.start(ranks=ranks).end()
+        code = self.start(None, *overrides, ranks=ranks).end()
         if code != 0:
             raise NotSeen(f"the run did not go on: exit code {code}\n{self.starts[-1].output[-2000:]}")
 
@@ -169,12 +176,21 @@ class Trial:
 
     def count_starts(self) -> int:
         """By hand and by the launcher."""
-        return len(self.starts) + self._said().count(", after a rank was lost")
+        return sum(len(_begun(start.output)) for start in self.starts)
 
     def lost(self) -> int:
-        """1 where a start went on from less than what had been whole; else 0."""
-        resumed = [int(step) for step in re.findall(r"^resuming .* at step (\d+) of", self._said(), re.MULTILINE)]
-        return int(self.count_starts() > 1 and min(resumed, default=0) < self.whole)
+        """1 where a start went on from less than what had been whole before it; else 0."""
+        said = 0
+        for start in self.starts:
+            for output in _begun(start.output):
+                wanted = next((step for place, step in reversed(self.expected) if place <= said), 0)
+                resumed = re.search(r"^resuming .* at step (\d+) of", output, re.MULTILINE)
+                if IS_TRAINING in output and (int(resumed[1]) if resumed else 0) < wanted:
+                    return 1
+                said += len(output)
+        return 0
 
-    def _said(self) -> str:
-        return "".join(start.output for start in self.starts)
+
+def _begun(output: str) -> list[str]:
+    """What each start said: the one by hand, and those of the launcher's own."""
+    return re.split(r"(?<=, after a rank was lost)", output)
