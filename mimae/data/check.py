@@ -161,9 +161,12 @@ def main(
     max_pixels: Annotated[int, typer.Option(help="as data.max_pixels", min=1)] = DataSettings().max_pixels,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
 ) -> None:
-    """Look at every sample: counts, sizes, formats, what is broken and why, duplicates."""
+    """Look at every sample: counts, sizes, formats, what is broken and why, duplicates; exits with 1 where a sample is
+    broken."""
     found = summary(check(path, max_pixels, workers or default_workers()))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _print(found)
+    if found["broken"]:
+        raise typer.Exit(1)

@@ -75,24 +75,32 @@ def test_summary(folder: Path, workers: int) -> None:
     assert found["near_duplicates"] == [[f"{folder}/a/1.png", f"{folder}/a/2.jpg"]]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code."""
     monkeypatch.setattr(sys, "argv", ["mimae", "data", "check", *arguments])
     with pytest.raises(SystemExit) as exit:
         cli.main()
-    assert not exit.value.code
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
 
 
 def test_the_verb_prints_a_table_or_json(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "b" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"[bold]no image")
-    run(monkeypatch, str(folder), "--workers", "1", "--max-pixels", "1000000")
+    assert run(monkeypatch, str(folder), "--workers", "1", "--max-pixels", "1000000") == 1
     text = capsys.readouterr().out
     expected = ("11 samples", "│ 4 (36.364%)", "PNG 5", "caf\\udce9.jpg: no header", "b'[bold]no image'", "1 again.png")
     assert all(part in text for part in expected), text
-    run(monkeypatch, str(folder), "--workers", "1", "--json", "--max-pixels", "1000000")
+    assert run(monkeypatch, str(folder), "--workers", "1", "--json", "--max-pixels", "1000000") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["samples"], found["readable"], len(found["broken"])) == (11, 7, 4)
+
+
+def test_duplicates_alone_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(encoded(photograph(1, 40, 50)))
+    assert run(monkeypatch, str(tmp_path), "--workers", "1") == 0
 
 
 def test_title_is_the_name_as_it_is(
