@@ -1,6 +1,7 @@
 """The process group as the rest of the system sees it: who am I, and the collectives of the objective."""
 
-# DDP reads a hook's annotations as classes, so they are not postponed here.
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -109,23 +110,3 @@ def all_sum(tensor: Tensor, group: Group | None = None) -> Tensor:
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)
     return total
-
-
-def reduce_one_by_one(
-    _: object,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    """DDP's averaging, gradient by gradient, so that a run that is resumed rounds as one that is not.
-
-    gloo's ring sums an element in an order that depends on its place in the buffer, and DDP makes other buckets after
-    the first step of a process.
-    """
-    ranks = world_size()
-    works = [dist.all_reduce(gradient.div_(ranks), async_op=True) for gradient in bucket.gradients()]
-
-    def finish(future: torch.futures.Future[list[torch.futures.Future[list[Tensor]]]]) -> Tensor:
-        for each in future.value():
-            each.value()  # Raises what the loss of a rank raised.
-        return bucket.buffer()
-
-    return torch.futures.collect_all([work.get_future() for work in works]).then(finish)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimae import distributed
 from mimae.engines.base import Engine
 from mimae.optimizer import Optimizer
 from mimae.randomness import initialise, materialise, whole_parts
@@ -42,9 +41,23 @@ class DDPEngine(Engine):
             **_NO_BUFFER_SYNC,
         )
         if device.type == "cpu":
-            module.register_comm_hook(None, distributed.reduce_one_by_one)
+            _settle_buckets(module)
         return module, Optimizer(self.parts, recipe.optimizer, views, device)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)
         return nullcontext() if is_last else self.module.no_sync()
+
+
+def _settle_buckets(module: DistributedDataParallel) -> None:
+    """Has DDP lay out its buckets before the first step, which it does after a process's first backward: gloo's ring
+    sums an element in an order that depends on its place, and a run that is resumed has to round as one that is not.
+
+    The layout is the order in which gradients come; those of these sums come, as a step's, from the last parameter on.
+    """
+    model = module.module
+    forward = model.forward
+    model.forward = lambda: torch.stack([p.sum() for p in model.parameters()]).sum()
+    module().backward()
+    model.forward = forward
+    model.zero_grad()
