@@ -405,7 +405,7 @@ class _Run:
         return (
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
-            f"{len(self.loader.dropped(0))} images are left out of each epoch\n"
+            f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
             f"data.loader={recipe.data.loader}, {self.chosen}"

@@ -37,7 +37,7 @@ def look(run: Path) -> dict[str, str]:
     told["saved"] = "nothing yet" if saved is None else f"{saved}, {_ago(run / 'latest')}"
     if (run / "bad_samples.jsonl").is_file():
         count = len((run / "bad_samples.jsonl").read_bytes().splitlines())
-        told["unreadable"] = f"{count:,} samples, listed in bad_samples.jsonl"
+        told["unreadable"] = f"{count:,}, listed in bad_samples.jsonl"
     return told
 
 

@@ -38,7 +38,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
     (run / "latest").write_text("step-00000002\n")
     assert "goes on from step 2 of 4, and repeats the 2 after it" in status.look(run)["state"]
     (run / "bad_samples.jsonl").write_text(json.dumps({"id": 1}) + "\n")
-    assert status.look(run)["unreadable"].startswith("1 samples")
+    assert status.look(run)["unreadable"].startswith("1, listed")
 
 
 def test_a_run_at_work_names_its_process(run: Path) -> None:

@@ -118,9 +118,10 @@ def _spread(values: np.ndarray) -> dict[str, int] | None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    title = Text(_printable(f"{found['source']}: {found['samples']:,} samples"), "table.title")
+    title = Text(_printable(found["source"]), "table.title")
     table = Table(title=title, title_justify="left", show_header=False)
     broken, readable = len(found["broken"]), found["readable"]
+    table.add_row("samples", f"{found['samples']:,}")
     table.add_row("readable", f"{readable:,}, {found['bytes'] / 1e6:,.1f} MB")
     table.add_row("broken", f"{broken:,}" + (f" ({broken / found['samples']:.3%})" if broken else ""))
     table.add_row("formats", ", ".join(f"{name} {count:,}" for name, count in found["formats"].items()))
@@ -132,7 +133,7 @@ def _print(found: dict[str, Any]) -> None:
     )
     for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
         spare = sum(len(group) - 1 for group in found[key])
-        table.add_row(row, f"{spare:,} copies of {len(found[key]):,} others" if spare else "none")
+        table.add_row(row, f"{spare:,}, beside the {len(found[key]):,} they repeat" if spare else "none")
     console = Console(soft_wrap=True)
     console.print(table)
     _list(console, "broken", [f"{bad['path']}: {bad['reason']}" for bad in found["broken"]])

@@ -222,6 +222,6 @@ def main(
     written, left_out = pack(packing, workers or default_workers())
     shards = packing.numbers()
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
-    print(f"{span}: {written} shards written, {len(shards) - written} already there")
+    print(f"{span}: {written} written, {len(shards) - written} already there")
     if left_out:
-        print(f"{left_out} samples cannot be used and are left out: {target.with_suffix('.bad_samples.jsonl')}")
+        print(f"left out, since they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")
