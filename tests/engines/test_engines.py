@@ -285,7 +285,6 @@ def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> Non
         assert apart(gradient, one["gradients"]) > 100 * GRADIENT
 
 
-@pytest.mark.slow
 def resumed(path: Path) -> list[str]:
     """What differs after four steps of one engine and of two, the second of which goes on from the first."""
     settings, device = recipe(), torch.device("cpu")
@@ -324,6 +323,7 @@ def test_fsdp_waits_for_a_rank_as_long_as_the_run(tmp_path: Path, replicas: int)
     assert run_ranks(2, tmp_path, patience, replicas) == [[77.0, 77.0]] * 2
 
 
+@pytest.mark.slow
 def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
