@@ -85,12 +85,17 @@ def save(path: Path, state: State, group: Group, staging: Staging | None) -> Non
 def load(path: Path, state: State) -> None:
     """Reads into the tensors of `state` what `path` holds of them. Raises KeyError for what it lacks."""
     reader = _Reader(path)
-    missing = sorted(state.keys() - reader.read_metadata().state_dict_metadata.keys())
+    missing = sorted(state.keys() - names(path))
     if missing:
         raise KeyError(f"{path} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
         dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+
+
+def names(path: Path) -> set[str]:
+    """Of the tensors that `path` holds."""
+    return set(_Reader(path).read_metadata().state_dict_metadata)
 
 
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:

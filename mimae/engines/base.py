@@ -147,7 +147,8 @@ class Engine(ABC):
     def load(self, path: Path) -> None:
         """Goes on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
         what it lacks."""
-        optimizer = self._empty_optimizer_state()
+        has_stepped = any(name.startswith("optimizer.") for name in dcp.names(path))
+        optimizer = self._empty_optimizer_state() if has_stepped else {}
         dcp.load(path, self._weights() | _named("optimizer", optimizer))
         self._adopt(optimizer)
 
@@ -185,8 +186,9 @@ class Engine(ABC):
         return {key: self._as_part(key, value) for key, value in self.optimizer.empty_state().items()}
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
-        """Takes over what was loaded."""
-        self.optimizer.load_state_dict({k: v.values if isinstance(v, Part) else v for k, v in optimizer.items()})
+        """Takes over what was loaded; nothing, where no step had been taken."""
+        if optimizer:
+            self.optimizer.load_state_dict({k: v.values if isinstance(v, Part) else v for k, v in optimizer.items()})
 
     def _as_part(self, key: str, value: Tensor) -> Tensor | Part:
         return self.parts[key.partition(".")[2]]._replace(values=value) if value.ndim else value
@@ -246,7 +248,7 @@ def _offload_obstacle(recipe: Recipe) -> str | None:
     folder = recipe.engine.offload_path
     if folder is None:
         return None
-    if not os.access(folder, os.W_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         return f"{folder} is no folder that can be written to"
     return files_obstacle()
 

@@ -84,6 +84,8 @@ class ZeroEngine(Engine):
         optimizer.adamw.optimizer.register_step_pre_hook(_scale)
         engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.adamw.optimizer, config=config)
         self.zero: Any = engine.optimizer
+        if self.folder is not None:
+            _keep_misaligned_gradients(self.zero.optimizer_swapper)
         self.places, self.parts = {}, {}
         for name, parameter in self.model.named_parameters():
             place, start = self._find(parameter)
@@ -128,8 +130,9 @@ class ZeroEngine(Engine):
     def _file(self, partition: int, name: str) -> Tensor:
         """What DeepSpeed keeps of a partition in a file, as memory that the file stands for: what one writes the other
         reads, and the host holds no more of it than it has room for."""
-        path = f"{self.zero.optimizer_swapper.swap_folder}/{name}.tensor.swp"
-        return torch.from_file(path, shared=True, size=self.zero.fp16_partitioned_groups_flat_numel[partition])
+        swapper, length = self.zero.optimizer_swapper, self.zero.fp16_partitioned_groups_flat_numel[partition]
+        path = f"{swapper.swap_folder}/{name}.tensor.swp"
+        return torch.from_file(path, shared=True, size=swapper._io_aligned_numel(length))[:length]
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         self.module.set_gradient_accumulation_boundary(is_last)
@@ -199,10 +202,11 @@ class ZeroEngine(Engine):
         return {} if self.is_spread else dict(self.model.named_parameters())
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
-        adamw, step = self.optimizer.adamw, optimizer[f"step.{next(iter(self.parts))}"]
-        assert isinstance(step, Tensor)
-        states = adamw.state()
-        adamw.load({flat: {**states[flat], "step": step.clone()} for flat in self.flats})
+        if optimizer:
+            adamw, step = self.optimizer.adamw, optimizer[f"step.{next(iter(self.parts))}"]
+            assert isinstance(step, Tensor)
+            states = adamw.state()
+            adamw.load({flat: {**states[flat], "step": step.clone()} for flat in self.flats})
         self._publish()
 
 
@@ -226,11 +230,30 @@ def _scale(adamw: torch.optim.Optimizer, *_: object) -> None:
                 parameter.grad.mul_(group["scale"])
 
 
+def _keep_misaligned_gradients(swapper: Any) -> None:
+    """Has gradients stay in memory that would be read from a file to a place between two blocks of the disk, which
+    DeepSpeed asks for without a look at whether it succeeded."""
+    split = swapper._adjust_for_misaligned_lengths
+
+    def aligned(tensors: list[Any], offsets: list[int]) -> Any:
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            tensor.swappable = offset % swapper.numel_alignment == 0
+        return split(tensors, offsets)
+
+    swapper._adjust_for_misaligned_lengths = aligned
+
+
 def _folder(recipe: Recipe, num_parameters: int) -> Path | None:
-    """This rank's folder for what DeepSpeed keeps in files, removed when the process ends; None where it keeps nothing
-    there. A run that goes on writes over what a killed process left. Raises UserError where the disk is too small."""
+    """This machine's folder for what DeepSpeed keeps in files, removed when its first process ends; None where it keeps
+    nothing there. A collective. Raises UserError where the disk is too small."""
     if recipe.engine.offload_path is None:
         return None
+    run = hashlib.sha256(str(Path(recipe.run.dir).absolute()).encode()).hexdigest()[:16]
+    folder = recipe.engine.offload_path / f"mimae-{run}"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    distributed.gather_objects(None)
     ranks, here = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     needed, free = 16 * num_parameters * here // ranks, shutil.disk_usage(recipe.engine.offload_path).free
     if free < needed:
@@ -238,9 +261,6 @@ def _folder(recipe: Recipe, num_parameters: int) -> Path | None:
             f"engine.offload_path={recipe.engine.offload_path} has {free / 1e9:.2g} GB free, and the optimizer of this "
             f"machine's ranks takes {needed / 1e9:.2g} GB"
         )
-    run = hashlib.sha256(str(Path(recipe.run.dir).absolute()).encode()).hexdigest()[:16]
-    folder = recipe.engine.offload_path / f"mimae-{run}-{distributed.rank()}"
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

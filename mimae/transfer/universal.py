@@ -23,7 +23,7 @@ from torch import Tensor
 from mimae import checkpoint, config, dcp, distributed
 from mimae.checkpoint import CheckpointError
 from mimae.config import Recipe
-from mimae.data import open_source
+from mimae.data import Source, open_source
 from mimae.lock import lock
 from mimae.model import MIMAE, outline
 from mimae.optimizer import total_steps
@@ -44,9 +44,12 @@ _VERSION = "0.19.8"
 def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     """Writes FOLDER/TAG of a run's newest whole checkpoint, or of one checkpoint directory; returns it.
 
-    Raises CheckpointError where there is none, FOLDER/TAG exists, or it does not fit: then FOLDER is as it was.
+    Raises CheckpointError where there is none, no step was taken in it, FOLDER is a run or has TAG, or it does not fit:
+    nothing is left that looks whole.
     """
     run, found = checkpoint.locate(source)
+    if (folder / "config.yaml").exists():
+        raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a folder of its own")
     recipe = config.load(run / "config.yaml").recipe
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
@@ -58,7 +61,9 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
         temporary.rename(target)
         checkpoint.write_atomically(folder / "latest_universal", target.name)
     except KeyError as error:
-        raise CheckpointError(f"{found.path} is not one of the model in {run / 'config.yaml'}: {error}") from error
+        raise CheckpointError(
+            f"{found.path} is not one of the model in {run / 'config.yaml'}, or no step was taken in it: {error}"
+        ) from error
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:
@@ -117,9 +122,15 @@ def read(folder: Path, run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
     recipe, root = config.load(run / "config.yaml").recipe, _root(folder)
-    if root is None:
-        raise CheckpointError(f"{folder} is no universal checkpoint: it has neither zero/ nor latest_universal")
-    model = outline(recipe)
+    if root is None or not (root / "zero").is_dir():
+        raise CheckpointError(
+            f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
+            "that has one"
+        )
+    source, model = open_source(recipe.data.path), outline(recipe)
+    # `ds_to_universal` makes folders of buffers, too.
+    if others := sorted({path.name for path in (root / "zero").iterdir() if path.is_dir()} - set(model.state_dict())):
+        raise CheckpointError(f"{root} is not of the model in {run / 'config.yaml'}, which has no {others[0]}")
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
     states = _read(file)
     try:
@@ -136,12 +147,11 @@ def read(folder: Path, run: Path) -> Path:
             average = root / "average" / f"{name}.pt"
             weights = tensors[f"model.{name}"]
             tensors[f"ema.{name}"] = _shaped(average, parameter.shape) if average.is_file() else weights
-    return _save(run, recipe, step, tensors)
+    return _save(run, recipe, source, step, tensors)
 
 
-def _save(run: Path, recipe: Recipe, step: int, tensors: dict[str, Tensor]) -> Path:
+def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[str, Tensor]) -> Path:
     """Makes a checkpoint of whole tensors."""
-    source = open_source(recipe.data.path)
     state = {
         "samples": step * recipe.schedule.batch_size,
         "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),
@@ -202,7 +212,12 @@ def main(
 ) -> None:
     """A checkpoint of a run as DeepSpeed's universal one, or back: what SOURCE is decides."""
     if _root(source) is not None:
-        print(f"{read(source, target)}: `mimae pretrain` goes on from there")
+        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} goes on from there")
+    elif (source / "latest").is_file() and not (source / "config.yaml").exists():
+        raise CheckpointError(
+            f"{source} is DeepSpeed's own checkpoint: make it universal first, with python -m "
+            "deepspeed.checkpoint.ds_to_universal"
+        )
     else:
         written = write(source, target, adam)
         print(

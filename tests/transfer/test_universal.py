@@ -92,14 +92,26 @@ def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
         universal.read(tmp_path / "u", empty)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         universal.write(_beside(run, "fresh"), tmp_path / "u")
-    with pytest.raises(CheckpointError, match="neither zero/ nor latest_universal"):
+    with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
         universal.read(empty, run)
     written = universal.write(run, tmp_path / "u")
     with pytest.raises(CheckpointError, match="global_step3 is there already"):
         universal.write(run, tmp_path / "u")
     with pytest.raises(CheckpointError, match="has step-00000003 already"):
         universal.read(tmp_path / "u", run)
+    with pytest.raises(CheckpointError, match="is a run directory; give"):
+        universal.write(run, run)
+    (empty / "latest").write_text("global_step3")
+    with pytest.raises(CheckpointError, match="make it universal first"):
+        universal.main(empty, run)
+    (empty / "latest_universal").write_text("global_step4")
+    with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
+        universal.main(empty, run)
     other = _beside(run, "other")
+    (written / "zero/encoder.blocks.1.norm1.weight").mkdir()
+    with pytest.raises(CheckpointError, match=r"which has no encoder\.blocks\.1\.norm1\.weight"):
+        universal.read(tmp_path / "u", other)
+    (written / "zero/encoder.blocks.1.norm1.weight").rmdir()
     torn = written / "zero/encoder.norm.weight/exp_avg.pt"
     torn.write_bytes(torn.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"encoder.norm.weight/exp_avg.pt cannot be read"):
