@@ -99,11 +99,16 @@ def fill_the_disk(trial: Trial) -> None:
         before = trial.checkpoints()[-1]
         left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()) // 2)
         filler = folder / "filler"
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        os.truncate(filler, max(0, filler.stat().st_size - left))
-        start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
+
+        def has_failed() -> bool:
+            """Fills the disk again: a save that was under way may have removed an old checkpoint."""
+            with suppress(OSError), filler.open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(filler, max(0, filler.stat().st_size - left))
+            return "could not be written" in start.output
+
+        start.wait_for(has_failed, "a save that fails")
         trial.keep_in_mind()
         trial.prove(trial.checkpoints()[-1] >= before, f"with {left:,} bytes free: told, the last one still loads")
         filler.unlink()
