@@ -12,6 +12,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,31 +83,26 @@ def save(path: Path, state: State, group: Group, staging: Staging | None) -> Non
     dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), planner=_SavePlanner(staging), process_group=group)
 
 
-def load(path: Path, state: State) -> None:
+def load(path: Path | Reader, state: State) -> None:
     """Reads into the tensors of `state` what `path` holds of them. Raises KeyError for what it lacks."""
-    reader = _Reader(path)
-    missing = sorted(state.keys() - names(path))
+    reader = path if isinstance(path, Reader) else Reader(path)
+    missing = sorted(state.keys() - reader.described.state_dict_metadata.keys())
     if missing:
-        raise KeyError(f"{path} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
+        raise KeyError(f"{reader.path} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
         dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
 
 
-def names(path: Path) -> set[str]:
-    """Of the tensors that `path` holds."""
-    return set(_Reader(path).read_metadata().state_dict_metadata)
-
-
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors whose names begin with `prefix`, by the rest of their names."""
-    described = _Reader(path).read_metadata().state_dict_metadata
+    reader = Reader(path)
     state = {
         name: torch.empty(of.size, dtype=of.properties.dtype)
-        for name, of in described.items()
+        for name, of in reader.described.state_dict_metadata.items()
         if name.startswith(prefix) and isinstance(of, TensorStorageMetadata)
     }
-    load(path, state)
+    load(reader, state)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
@@ -226,11 +222,17 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         return self.pieces[index]
 
 
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+class Reader(dcp.FileSystemReader):
+    """Of a directory that is read in many turns: what describes it, seconds of reading for many ranks, is read once."""
+
+    @cached_property
+    def described(self) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         return metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.described
 
 
 class _Unpickler(pickle.Unpickler):

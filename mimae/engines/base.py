@@ -147,9 +147,10 @@ class Engine(ABC):
     def load(self, path: Path) -> None:
         """Goes on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
         what it lacks."""
-        has_stepped = any(name.startswith("optimizer.") for name in dcp.names(path))
+        reader = dcp.Reader(path)
+        has_stepped = any(name.startswith("optimizer.") for name in reader.described.state_dict_metadata)
         optimizer = self._empty_optimizer_state() if has_stepped else {}
-        dcp.load(path, self._weights() | _named("optimizer", optimizer))
+        dcp.load(reader, self._weights() | _named("optimizer", optimizer))
         self._adopt(optimizer)
 
     def _weights(self) -> dict[str, Tensor | Part]:

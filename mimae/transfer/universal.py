@@ -72,9 +72,11 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
 
 
 def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam) -> None:
+    reader = dcp.Reader(found.path)
+
     def stored(name: str, shape: tuple[int, ...] = ()) -> Tensor:
         tensor = torch.empty(shape)
-        dcp.load(found.path, {name: tensor})
+        dcp.load(reader, {name: tensor})
         return tensor
 
     def count(steps: int) -> Tensor | int:
