@@ -164,14 +164,14 @@ def commit(
     manifest = manifest | describe([temporary / "state.json", temporary / ".metadata"])
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
+        sync(file)
+    sync(temporary)
     folder = temporary.parent
     final = folder / temporary.name.removeprefix(".").removesuffix(".tmp")
     if final.exists():  # A damaged one of the same step, which the resumed run has passed again.
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _sync(folder)
+    sync(folder)
     # From here on it is one, and is found without the pointer.
     passed_over.discard(final.name)
     with suppress(OSError):
@@ -210,7 +210,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a small file so that a reader, or a kill, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
 
 
@@ -219,7 +219,8 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

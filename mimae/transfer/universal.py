@@ -13,6 +13,7 @@ and no pickled code is run.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,13 +58,19 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
+        needed, free = sum(file.stat().st_size for file in found.path.iterdir()), shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
         _fill(temporary, found, recipe, adam)
+        for path in (*temporary.rglob("*"), temporary):
+            checkpoint.sync(path)
         temporary.rename(target)
+        checkpoint.sync(folder)
         checkpoint.write_atomically(folder / "latest_universal", target.name)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{found.path} is not one of the model in {run / 'config.yaml'}, or no step was taken in it: {error}"
-        ) from error
+    except (KeyError, dcp.CheckpointException) as error:
+        why = dcp.reason(error)
+        raise CheckpointError(f"{found.path} cannot be read as one of {run / 'config.yaml'}: {why}") from error
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:
@@ -115,9 +122,9 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
         torch.save(states, target / file)
 
 
-def read(folder: Path, run: Path) -> Path:
+def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     """Makes a checkpoint in RUN, which has a config.yaml, of FOLDER's last universal one, or of the one that FOLDER is;
-    returns it. Without an average there, that of the run begins with the weights.
+    returns it. Without an average there, that of the run begins with the weights, which `say` is told.
 
     Raises CheckpointError where it is not one of the run's model, is no newer than what RUN has, or does not fit.
     """
@@ -130,25 +137,29 @@ def read(folder: Path, run: Path) -> Path:
             "that has one"
         )
     source, model = open_source(recipe.data.path), outline(recipe)
-    # `ds_to_universal` makes folders of buffers, too.
-    if others := sorted({path.name for path in (root / "zero").iterdir() if path.is_dir()} - set(model.state_dict())):
-        raise CheckpointError(f"{root} is not of the model in {run / 'config.yaml'}, which has no {others[0]}")
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
     states = _read(file)
     try:
-        step, taken = int(states["global_steps"]), int(states["global_steps"]) - int(states["skipped_steps"])
+        step, skipped = int(states["global_steps"]), int(states["skipped_steps"])
         buffers = {name: states["module"][name].view(buffer.shape) for name, buffer in _buffers(model).items()}
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file} is not of the model in {run / 'config.yaml'}: {error}") from error
+    if not 0 <= skipped < step:
+        raise CheckpointError(f"{file} counts {step} steps, {skipped} of them skipped: there is none to go on from")
+    # DeepSpeed's converter makes folders of buffers, too.
+    if unknown := {path.name for path in (root / "zero").glob("*") if path.is_dir()} - model.state_dict().keys():
+        raise CheckpointError(f"{root} holds {min(unknown)}, which the model in {run / 'config.yaml'} has not")
+    has_average = (root / "average").is_dir()
+    if recipe.ema.decay and not has_average:
+        say(f"{root} has no average of the weights: the run's begins with the weights")
     tensors: dict[str, Tensor] = {f"model.{name}": buffer.float() for name, buffer in buffers.items()}
     for name, parameter in model.named_parameters():
         for kind, prefix in KINDS.items():
             tensors[f"{prefix}{name}"] = _shaped(root / "zero" / name / f"{kind}.pt", parameter.shape)
-        tensors[f"optimizer.step.{name}"] = torch.tensor(float(taken))
+        tensors[f"optimizer.step.{name}"] = torch.tensor(float(step - skipped))
         if recipe.ema.decay:
-            average = root / "average" / f"{name}.pt"
-            weights = tensors[f"model.{name}"]
-            tensors[f"ema.{name}"] = _shaped(average, parameter.shape) if average.is_file() else weights
+            average, weights = root / "average" / f"{name}.pt", tensors[f"model.{name}"]
+            tensors[f"ema.{name}"] = _shaped(average, parameter.shape) if has_average else weights
     return _save(run, recipe, source, step, tensors)
 
 
@@ -161,13 +172,13 @@ def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[st
     }
     target = run / "checkpoints" / checkpoint.unfinished(run, step).name.removeprefix(".").removesuffix(".tmp")
     said: list[str] = []
-    with lock(run):
+    with lock(run) as check_owner:
         if newer := [name for name in checkpoint.names(run) if name >= target.name]:
             raise CheckpointError(f"{run} has {newer[0]} already, and would go on from there; choose another run")
         distributed.setup()
         try:
             settings = recipe.checkpoint.model_copy(update={"background": False})
-            saver = Saver(run, settings, torch.device("cpu"), said.append)
+            saver = Saver(run, settings, torch.device("cpu"), said.append, check_owner)
             saver.start(step, tensors, state)
             if not saver.finish():
                 raise CheckpointError(said[-1])
@@ -201,8 +212,10 @@ def _read(file: Path) -> Any:
 def _shaped(file: Path, shape: torch.Size) -> Tensor:
     """A parameter's tensor, which stage 3 saves flat. Raises CheckpointError."""
     found = _read(file)
-    tensor = found["param"] if isinstance(found, dict) else found
-    if tensor.numel() != shape.numel():
+    tensor = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{file} holds no tensor of a parameter")
+    if tensor.shape not in (shape, (shape.numel(),)):
         raise CheckpointError(f"{file} holds {tuple(tensor.shape)}, and the run's model has {tuple(shape)}")
     return tensor.float().view(shape)
 

@@ -6,15 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from mimae import checkpoint, config, distributed, loop
+from mimae import checkpoint, config, dcp, distributed, loop
 from mimae.checkpoint import CheckpointError
 from mimae.model import outline
 from mimae.randomness import materialise
@@ -77,7 +79,9 @@ def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_pat
 def test_an_average_that_deepspeed_lost_begins_with_the_weights(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(universal.write(run, tmp_path) / "average")
     other = _beside(run, "lost")
-    universal.read(tmp_path, other)
+    said: list[str] = []
+    universal.read(tmp_path, other, said.append)
+    assert ["begins with the weights" in line for line in said] == [True]
     found = tensors(other)
     averages = [name for name in found if name.startswith("ema.")]
     assert averages and all(torch.equal(found[name], found[f"model.{name[4:]}"]) for name in averages)
@@ -94,7 +98,7 @@ def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
         universal.write(_beside(run, "fresh"), tmp_path / "u")
     with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
         universal.read(empty, run)
-    written = universal.write(run, tmp_path / "u")
+    universal.write(run, tmp_path / "u")
     with pytest.raises(CheckpointError, match="global_step3 is there already"):
         universal.write(run, tmp_path / "u")
     with pytest.raises(CheckpointError, match="has step-00000003 already"):
@@ -107,26 +111,62 @@ def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
     (empty / "latest_universal").write_text("global_step4")
     with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
         universal.main(empty, run)
-    other = _beside(run, "other")
-    (written / "zero/encoder.blocks.1.norm1.weight").mkdir()
-    with pytest.raises(CheckpointError, match=r"which has no encoder\.blocks\.1\.norm1\.weight"):
-        universal.read(tmp_path / "u", other)
-    (written / "zero/encoder.blocks.1.norm1.weight").rmdir()
-    torn = written / "zero/encoder.norm.weight/exp_avg.pt"
+
+
+def _narrower(states: dict[str, Any]) -> dict[str, Any]:
+    return states | {"module": {name: tensor.flatten()[:1] for name, tensor in states["module"].items()}}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("zero/NAME/exp_avg.pt", None, r"exp_avg.pt cannot be read: .*No such file"),
+        ("zero/NAME/fp32.pt", lambda _: print, "cannot be read: Weights only load failed"),
+        ("zero/NAME/fp32.pt", lambda _: {"parameter": 1}, r"fp32.pt holds no tensor of a parameter"),
+        # As many numbers as the model's (24, 8), in another order.
+        ("zero/NAME/fp32.pt", lambda found: {"param": found["param"].T}, r"holds \(8, 24\), and .* has \(24, 8\)"),
+        ("zero/NAME/fp32.pt", lambda found: {"param": found["param"][1:]}, r"holds \(23, 8\), and .* has \(24, 8\)"),
+        ("average/NAME.pt", None, r"NAME.pt cannot be read: .*No such file"),
+        ("zero/decoder.blocks.1.norm/fp32.pt", lambda _: {"param": torch.ones(1)}, "holds decoder.blocks.1.norm,"),
+        ("mp_rank_00_model_states.pt", lambda _: [3], "is not of the model in"),
+        ("mp_rank_00_model_states.pt", lambda found: {"global_steps": 3}, r"is not of the model in .*'skipped_steps'"),
+        ("mp_rank_00_model_states.pt", _narrower, "is not of the model in .*invalid for input of size 1"),
+        ("mp_rank_00_model_states.pt", lambda found: found | {"skipped_steps": 3}, "3 steps, 3 of them skipped"),
+    ],
+)
+def test_a_folder_of_something_else_makes_no_checkpoint(
+    run: Path, tmp_path: Path, file: str, change: Callable[[Any], Any] | None, told: str
+) -> None:
+    name = "decoder.blocks.0.attn.qkv.weight"
+    harmed = universal.write(run, tmp_path) / file.replace("NAME", name)
+    harmed.parent.mkdir(exist_ok=True)
+    found = torch.load(harmed) if harmed.exists() else None
+    if change is None:
+        harmed.unlink()
+    else:
+        torch.save(change(found), harmed)
+    other = _beside(run, f"other-{tmp_path.name}")
+    with pytest.raises(CheckpointError, match=told.replace("NAME", name)):
+        universal.read(tmp_path, other)
+    assert checkpoint.find(other) is None
+
+
+def test_a_torn_file_makes_no_checkpoint(run: Path, tmp_path: Path) -> None:
+    torn = universal.write(run, tmp_path) / "zero/encoder.norm.weight/exp_avg.pt"
     torn.write_bytes(torn.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"encoder.norm.weight/exp_avg.pt cannot be read"):
-        universal.read(tmp_path / "u", other)
-    torch.save({"param": torch.zeros(3)}, torn)
-    with pytest.raises(CheckpointError, match=r"exp_avg.pt holds \(3,\), and the run's model has \(16,\)"):
-        universal.read(tmp_path / "u", other)
-    torch.save(print, torn)
-    with pytest.raises(CheckpointError, match="cannot be read: Weights only load failed"):
-        universal.read(tmp_path / "u", other)
-    (written / "mp_rank_00_model_states.pt").unlink()
-    torch.save({"global_steps": 3}, written / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"is not of the model in .*'skipped_steps'"):
-        universal.read(tmp_path / "u", other)
+        universal.read(tmp_path, other := _beside(run, "torn"))
     assert checkpoint.find(other) is None
+
+
+@pytest.mark.parametrize(("was", "now"), [("width: 16", "width: 32"), ("depth: 1", "depth: 2")])
+def test_a_checkpoint_of_another_model_is_told(run: Path, tmp_path: Path, was: str, now: str) -> None:
+    shutil.copytree(run, other := tmp_path / "run")
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(settings.replace(was, now))
+    with pytest.raises(CheckpointError, match=r"00003 cannot be read as one of .*config.yaml: .*model\.encoder"):
+        universal.write(other, tmp_path / "universal")
+    assert not [*(tmp_path / "universal").iterdir()]
 
 
 def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +177,19 @@ def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatc
     with pytest.raises(CheckpointError, match=r"global_step3 could not be written: .*No space left"):
         universal.write(run, tmp_path)
     assert not [*tmp_path.iterdir()]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"global_step3 takes 0\.\d MB, and .* has 0.0 free"):
+        universal.write(run, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_checkpoint_is_described_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many ranks and tensors it takes seconds, for each of thousands of tensors hours."""
+    reader = Mock(side_effect=dcp._Unpickler)
+    monkeypatch.setattr(dcp, "_Unpickler", reader)
+    universal.write(run, tmp_path)
+    assert reader.call_count == 1
 
 
 # With DeepSpeed itself
