@@ -302,6 +302,24 @@ def test_ddp_rounds_in_its_first_step_as_in_any_other(tmp_path: Path) -> None:
     assert run_ranks(3, tmp_path, resumed, tmp_path / "state") == [[], [], []]
 
 
+def begun_again(folder: Path) -> dict[str, list[list[float]]]:
+    """Losses of a new engine, and of one that took over its state."""
+    found: dict[str, list[list[float]]] = {}
+    for kind, overrides in ({"ddp": ["engine.kind=ddp"]} | KINDS).items():
+        settings = recipe(*overrides)
+        new, other = (make_engine(settings, torch.device("cpu"), BATCH * 3) for _ in range(2))
+        dcp.save(folder / kind, new.state(), distributed.host_group(), None)
+        other.load(folder / kind)
+        found[kind] = [train(engine, settings, range(2))[0] for engine in (new, other)]
+    return found
+
+
+def test_a_state_from_before_the_first_step_is_taken_over(tmp_path: Path) -> None:
+    """As a run saves it that is stopped when its first step was left out."""
+    for new, other in run_ranks(2, tmp_path, begun_again, tmp_path)[0].values():
+        assert new == other
+
+
 def patience(replicas: int) -> list[float]:
     """Seconds that the groups of FSDP's mesh wait for a rank, in a run that has 77."""
     vars(distributed)["_timeout"] = timedelta(seconds=77)
