@@ -91,7 +91,7 @@ def test_what_each_engine_spreads() -> None:
         found = memory.memory(recipe, Layout(*layout), 5, count=count)
         return [part / whole for part in (found.weights, found.gradients, found.optimizer)]
 
-    assert states("ddp", 8) == [1, 1, 3]  # two moments and the average
+    assert states("ddp", 8) == [1, 2, 3]  # theirs, and DDP's buckets; two moments and the average
     assert states("fsdp", 8) == [1 / 8, 1 / 8, 3 / 8]
     assert states("fsdp", 8, 4) == [1 / 2, 1 / 2, 3 / 2]
     assert states("fsdp", 8, 1, "cpu") == [0, 0, 0]

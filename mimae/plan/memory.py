@@ -156,7 +156,8 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
     optimizer = part * (3 if recipe.ema.decay else 2) * on_gpu
     buffer = bucket(count.block) * FP32
     if layout.kind == "ddp":
-        return whole, whole, optimizer, 0.0
+        # Gradients of the micro-batches before the last lie beside DDP's buckets.
+        return whole, whole * (2 if recipe.schedule.accumulate > 1 else 1), optimizer, 0.0
     if layout.kind == "fsdp":
         return part * on_gpu, part * on_gpu, optimizer, 0.0
     if layout.kind == "zero3":
