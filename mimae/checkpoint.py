@@ -70,6 +70,11 @@ def unfinished(run: Path, step: int) -> Path:
     return run / "checkpoints" / f".step-{step:08d}.tmp"
 
 
+def finished(temporary: Path) -> Path:
+    """What `commit` makes of an `unfinished` one."""
+    return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+
+
 def names(run: Path) -> list[str]:
     """Of the checkpoints that are there, whole or not, the newest first."""
     return sorted((path.name for path in (run / "checkpoints").glob("step-*")), reverse=True)
@@ -166,8 +171,7 @@ def commit(
     for file in temporary.iterdir():
         sync(file)
     sync(temporary)
-    folder = temporary.parent
-    final = folder / temporary.name.removeprefix(".").removesuffix(".tmp")
+    folder, final = temporary.parent, finished(temporary)
     if final.exists():  # A damaged one of the same step, which the resumed run has passed again.
         shutil.rmtree(final)
     os.replace(temporary, final)

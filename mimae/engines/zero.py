@@ -71,9 +71,9 @@ class ZeroEngine(Engine):
         self.is_spread = recipe.engine.kind == "zero3"
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         blocks = (*self.model.encoder.blocks, *self.model.decoder.blocks)
-        self.folder = _folder(recipe, self.num_parameters)
+        folder = _folder(recipe, self.num_parameters)
         largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-        config = _config(recipe, device, largest, self.folder)
+        config = _config(recipe, device, largest, folder)
         # Of the whole model no rank holds more than a block at a time, where weights are spread.
         for module in (*blocks, self.model):
             materialise(module, device)
@@ -84,7 +84,7 @@ class ZeroEngine(Engine):
         optimizer.adamw.optimizer.register_step_pre_hook(_scale)
         engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.adamw.optimizer, config=config)
         self.zero: Any = engine.optimizer
-        if self.folder is not None:
+        if folder is not None:
             _keep_misaligned_gradients(self.zero.optimizer_swapper)
         self.places, self.parts = {}, {}
         for name, parameter in self.model.named_parameters():

@@ -170,7 +170,7 @@ def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[st
         "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),
         "data": source.fingerprint,
     }
-    target = run / "checkpoints" / checkpoint.unfinished(run, step).name.removeprefix(".").removesuffix(".tmp")
+    target = checkpoint.finished(checkpoint.unfinished(run, step))
     said: list[str] = []
     with lock(run) as check_owner:
         if newer := [name for name in checkpoint.names(run) if name >= target.name]:
