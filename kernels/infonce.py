@@ -319,6 +319,14 @@ def _halves(tile):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _in_two(number):  # type: ignore[no-untyped-def]
+    """A float64 as the sum of two fp32: 1/tau, whose rounding would move all scores the same way. Beside a large number
+    the second is rounded away, so it is added last."""
+    high = number.to(tl.float32)
+    return high, (number - high.to(tl.float64)).to(tl.float32)
+
+
+@jit
 def _partial_kernel(  # type: ignore[no-untyped-def]
     u,
     tau,
@@ -342,7 +350,7 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     part = tl.program_id(1)
     view, other = _views(tl.program_id(2), N, SHARED)
-    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
+    inverse, inverse_rest = _in_two(1.0 / tl.load(tau).to(tl.float64))
     slope = 1.4426950408889634 * inverse
     bounded = 2 * inverse <= 80
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -370,13 +378,14 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
                 total += tl.sum(shares, 1)
                 by_column = inverse + tl.log(tl.sum(shares, 0))
             else:
+                rests = products * inverse_rest
                 scores = tl.where((columns < B)[None, :], products * inverse, float("-inf"))
                 higher = tl.maximum(peak, tl.max(scores, 1))
-                total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
+                total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher[:, None] + rests), 1)
                 peak = higher
                 scores = tl.where((rows < b)[:, None], products * inverse, float("-inf"))
                 top = tl.max(scores, 0)
-                by_column = top + tl.log(tl.sum(tl.exp(scores - top[None, :]), 0))
+                by_column = top + tl.log(tl.sum(tl.exp(scores - top[None, :] + rests), 0))
             if SHARED:
                 slot = (_number(other, view, N, False) * slots + block).to(tl.int64) * b
                 tl.store(partial + slot + columns, by_column, mask=columns < B)
@@ -425,13 +434,6 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _in_two(number):  # type: ignore[no-untyped-def]
-    """A float64 as the sum of two fp32."""
-    high = number.to(tl.float32)
-    return high, (number - high.to(tl.float64)).to(tl.float32)
-
-
-@jit
 def _power(shift, lse):  # type: ignore[no-untyped-def]
     """2^shift / e^lse."""
     # log2 e in two parts, of which fp32 holds the first.
@@ -466,7 +468,6 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     column_block = tl.program_id(1)
     pair = tl.program_id(2)
     view, other = _views(pair, N, SHARED)
-    # 1/tau to more than fp32: its rounding would move all scores the same way, and d_tau adds them up.
     exact = 1.0 / tl.load(tau).to(tl.float64)
     inverse, inverse_rest = _in_two(exact)
     slope, slope_rest = _in_two(exact * 1.4426950408889634)
@@ -487,11 +488,13 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         if 2 * inverse <= 80:
             # About 1/tau in powers of two, and whole: what is taken off here comes back there without rounding.
             shift = tl.floor(slope)
-            shares = tl.exp2(products * slope + (products * slope_rest + (14 - shift)))
+            shares = tl.exp2(products * slope + (14 - shift) + products * slope_rest)
             weights = shares * (_power(shift, of_rows)[:, None] + _power(shift, of_columns)[None, :])
         else:
-            scores = products * inverse + products * inverse_rest
-            weights = 16384 * (tl.exp(scores - of_rows[:, None]) + tl.exp(scores - of_columns[None, :]))
+            scores = products * inverse
+            rests = products * inverse_rest
+            weights = tl.exp(scores - of_rows[:, None] + rests) + tl.exp(scores - of_columns[None, :] + rests)
+            weights *= 16384
         if (start < first + ROWS) & (start + HALF > first):
             # The positive, as a row and as a column: taken off before rounding, since weights near 2 lose the rest.
             weights = tl.where(rows[:, None] == columns[None, :], weights - 32768, weights)
