@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.utils.dlpack import from_dlpack
 
 from mimae.distributed import Group
 from mimae.randomness import Part
@@ -197,7 +198,9 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index]
+        # As a tensor that has its memory to itself: of what lies inside of another one DCP makes a copy, and keeps all
+        # of them until the file is written.
+        return from_dlpack(self.pieces[index])
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
