@@ -353,6 +353,8 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     inverse, inverse_rest = _in_two(1.0 / tl.load(tau).to(tl.float64))
     slope = 1.4426950408889634 * inverse
     bounded = 2 * inverse <= 80
+    # Of every score. What the highest lacks is added for all: the others that count are at most log B below it.
+    lacking = tl.where(bounded, 0.0, inverse_rest / inverse)
     rows = block * ROWS + tl.arange(0, ROWS)
     left = _latents(u, offset + block * ROWS, view, N, D)
     peak = tl.zeros((ROWS,), tl.float32) + tl.where(bounded, inverse, float("-inf"))
@@ -378,19 +380,18 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
                 total += tl.sum(shares, 1)
                 by_column = inverse + tl.log(tl.sum(shares, 0))
             else:
-                rests = products * inverse_rest
                 scores = tl.where((columns < B)[None, :], products * inverse, float("-inf"))
                 higher = tl.maximum(peak, tl.max(scores, 1))
-                total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher[:, None] + rests), 1)
+                total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher[:, None]), 1)
                 peak = higher
                 scores = tl.where((rows < b)[:, None], products * inverse, float("-inf"))
                 top = tl.max(scores, 0)
-                by_column = top + tl.log(tl.sum(tl.exp(scores - top[None, :] + rests), 0))
+                by_column = top + (tl.log(tl.sum(tl.exp(scores - top[None, :]), 0)) + top * lacking)
             if SHARED:
                 slot = (_number(other, view, N, False) * slots + block).to(tl.int64) * b
                 tl.store(partial + slot + columns, by_column, mask=columns < B)
     slot = (_number(view, other, N, False) * slots + part).to(tl.int64) * b
-    tl.store(partial + slot + rows, peak + tl.log(total), mask=rows < b)
+    tl.store(partial + slot + rows, peak + (tl.log(total) + peak * lacking), mask=rows < b)
 
 
 @jit
