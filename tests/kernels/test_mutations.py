@@ -7,7 +7,7 @@ of the checks of its test file runs. Each mutation stays within the memory of it
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import count
@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from mimae.kernels.runtime import INTERPRETED
 
@@ -46,6 +47,19 @@ def _infonce(size: str) -> Check:
         test.test_one_rank_against_float64(test.ONE_RANK[size])
 
     return check
+
+
+def _infonce_at(tau: float) -> Check:
+    def check(test: Any, patch: pytest.MonkeyPatch) -> None:
+        test.use_tiles(patch, 64, 32)
+        test.test_temperatures(tau, slice(None))
+
+    return check
+
+
+def _infonce_far_apart(test: Any, patch: pytest.MonkeyPatch) -> None:
+    test.use_tiles(patch, 64, 32)
+    test.test_opposite_views(0.0249, torch.float32)
 
 
 def _infonce_of_a_rank(test: Any, patch: pytest.MonkeyPatch) -> None:
@@ -262,6 +276,9 @@ SUBJECTS = [
             "prime": _infonce("prime, one over a step of D"),
             "panels": _infonce("one over a tile of rows and two of columns: two panels, the second of one row"),
             "a rank's": _infonce_of_a_rank,
+            "own maxima": _infonce_at(0.01),
+            "shared exponential": _infonce_at(0.0281),
+            "far apart": _infonce_far_apart,
         },
         [
             (
@@ -319,6 +336,9 @@ SUBJECTS = [
                 "        share *= 0.5\n",
                 "        share *= 1.0\n",
             ),
+            ("1/tau beyond fp32", "own maxima", "rests = products * inverse_rest", "rests = products * 0"),
+            ("1/tau beyond fp32 in powers of two", "shared exponential", " + products * slope_rest)", ")"),
+            ("1/tau beyond fp32 in forward", "far apart", "bounded, 0.0, inverse_rest / inverse", "bounded, 0.0, 0.0"),
         ],
     ),
     Subject(
@@ -416,15 +436,17 @@ def test_an_unchanged_copy_passes(
     run(subject, check, header, header + "\n", tmp_path, monkeypatch)
 
 
-def _mutants() -> Iterator[Any]:
-    """Four of each module in every run, the others among the slow tests."""
-    for subject in SUBJECTS:
-        for place, (lost, check, old, new) in enumerate(subject.mutations):
-            marks = [pytest.mark.slow] if place >= 4 else []
-            yield pytest.param(subject, check, old, new, id=f"{subject.module}-{lost}", marks=marks)
+MUTANTS = [
+    pytest.param(
+        subject, check, old, new, id=f"{subject.module}-{lost}", marks=[pytest.mark.slow] if place >= 4 else []
+    )
+    for subject in SUBJECTS
+    for place, (lost, check, old, new) in enumerate(subject.mutations)
+]
+"""Four of each module in every run, the others among the slow tests."""
 
 
-@pytest.mark.parametrize(("subject", "check", "old", "new"), _mutants())
+@pytest.mark.parametrize(("subject", "check", "old", "new"), MUTANTS)
 def test_a_mutant_fails(
     subject: Subject, check: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
