@@ -172,7 +172,7 @@ class _Run:
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
         stop = due = for_good = False
-        with self.telemetry, closing(self.loader):
+        with self.telemetry, closing(self.loader), closing(self.saver):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
                 watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)

@@ -19,6 +19,9 @@ from mimae.dcp import State
 
 T = TypeVar("T")
 
+GRACE = 60.0
+"""Seconds that a run which ends with an error waits for the save that is under way: peers may have left it alone."""
+
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods at the same places."""
@@ -70,6 +73,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
         return not self._failed
+
+    def close(self) -> None:
+        """Waits GRACE seconds for the save that is under way. A process that ends under a thread of torch's aborts."""
+        if self._thread is not None:
+            self._thread.join(GRACE)
 
     @property
     def is_settled(self) -> bool:

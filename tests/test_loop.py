@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -270,6 +272,31 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
+
+
+def test_an_error_costs_no_save_that_is_under_way(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the process end under its thread, which torch would make an abort."""
+    failed = threading.Event()
+    write, optimize = dcp.dcp.FileSystemWriter.write_data, loop._Run._optimize
+
+    def late(*given: Any) -> Any:
+        assert failed.wait(10)
+        time.sleep(0.5)
+        return write(*given)
+
+    def broken(self: Any, batches: Any) -> Any:
+        if self.step == 3:
+            failed.set()
+            raise DivergenceError("something else")
+        return optimize(self, batches)
+
+    monkeypatch.setattr(dcp.dcp.FileSystemWriter, "write_data", late)
+    monkeypatch.setattr(loop._Run, "_optimize", broken)
+    with pytest.raises(DivergenceError):
+        loop.pretrain(recipe(images, tmp_path))
+    assert checkpoint.names(tmp_path) == ["step-00000002"]
 
 
 def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
