@@ -93,7 +93,8 @@ class _Replay:
     def run(self, step: int, say: Callable[[str], None]) -> Findings:
         done = self._load(step, say)
         if done < step - 1:
-            say(f"running steps {done + 1} to {step - 1} first")
+            between = f"step {done + 1}" if done + 2 == step else f"steps {done + 1} to {step - 1}"
+            say(f"running {between} first")
         with closing(self.loader):
             for number in range(done + 1, step):
                 losses = self._backward(self._batches(number))

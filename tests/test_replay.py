@@ -149,7 +149,7 @@ def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoi
     assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
     said: list[str] = []
     assert replay(recipe_of(tmp_path), 5, said.append).is_finite
-    assert said == [f"from {tmp_path / 'checkpoints/step-00000003'}", "running steps 4 to 4 first"]
+    assert said == [f"from {tmp_path / 'checkpoints/step-00000003'}", "running step 4 first"]
 
 
 def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
