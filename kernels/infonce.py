@@ -319,14 +319,6 @@ def _halves(tile):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _in_two(number):  # type: ignore[no-untyped-def]
-    """A float64 as the sum of two fp32: 1/tau, whose rounding would move all scores the same way. Beside a large number
-    the second is rounded away, so it is added last."""
-    high = number.to(tl.float32)
-    return high, (number - high.to(tl.float64)).to(tl.float32)
-
-
-@jit
 def _partial_kernel(  # type: ignore[no-untyped-def]
     u,
     tau,
@@ -350,11 +342,9 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     part = tl.program_id(1)
     view, other = _views(tl.program_id(2), N, SHARED)
-    inverse, inverse_rest = _in_two(1.0 / tl.load(tau).to(tl.float64))
+    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
     slope = 1.4426950408889634 * inverse
     bounded = 2 * inverse <= 80
-    # Of every score. What the highest lacks is added for all: the others that count are at most log B below it.
-    lacking = tl.where(bounded, 0.0, inverse_rest / inverse)
     rows = block * ROWS + tl.arange(0, ROWS)
     left = _latents(u, offset + block * ROWS, view, N, D)
     peak = tl.zeros((ROWS,), tl.float32) + tl.where(bounded, inverse, float("-inf"))
@@ -386,12 +376,12 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
                 peak = higher
                 scores = tl.where((rows < b)[:, None], products * inverse, float("-inf"))
                 top = tl.max(scores, 0)
-                by_column = top + (tl.log(tl.sum(tl.exp(scores - top[None, :]), 0)) + top * lacking)
+                by_column = top + tl.log(tl.sum(tl.exp(scores - top[None, :]), 0))
             if SHARED:
                 slot = (_number(other, view, N, False) * slots + block).to(tl.int64) * b
                 tl.store(partial + slot + columns, by_column, mask=columns < B)
     slot = (_number(view, other, N, False) * slots + part).to(tl.int64) * b
-    tl.store(partial + slot + rows, peak + (tl.log(total) + peak * lacking), mask=rows < b)
+    tl.store(partial + slot + rows, peak + tl.log(total), mask=rows < b)
 
 
 @jit
@@ -435,13 +425,6 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _power(shift, lse):  # type: ignore[no-untyped-def]
-    """2^shift / e^lse."""
-    # log2 e in two parts, of which fp32 holds the first.
-    return tl.exp2(shift - lse * 1.4426950216293335 - lse * 1.9259629911266175e-08)
-
-
-@jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
     u,
     tau,
@@ -469,9 +452,9 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     column_block = tl.program_id(1)
     pair = tl.program_id(2)
     view, other = _views(pair, N, SHARED)
-    exact = 1.0 / tl.load(tau).to(tl.float64)
-    inverse, inverse_rest = _in_two(exact)
-    slope, slope_rest = _in_two(exact * 1.4426950408889634)
+    # Rounded as in forward: what all scores are off by then cancels against the log-sum-exps, also in d_tau.
+    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
+    slope = 1.4426950408889634 * inverse
     first += block * ROWS
     rows = first + tl.arange(0, ROWS)
     left = _latents(u, first, view, N, D)
@@ -487,15 +470,13 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         columns = start + tl.arange(0, HALF)
         of_columns = tl.load(lse + (columns.to(tl.int64) * N + other) * N + view, mask=columns < B, other=0.0)
         if 2 * inverse <= 80:
-            # About 1/tau in powers of two, and whole: what is taken off here comes back there without rounding.
-            shift = tl.floor(slope)
-            shares = tl.exp2(products * slope + (14 - shift) + products * slope_rest)
-            weights = shares * (_power(shift, of_rows)[:, None] + _power(shift, of_columns)[None, :])
+            shares = tl.exp2(products * slope - slope + 14)
+            from_rows = tl.exp2((inverse - of_rows) * 1.4426950408889634)
+            from_columns = tl.exp2((inverse - of_columns) * 1.4426950408889634)
+            weights = shares * (from_rows[:, None] + from_columns[None, :])
         else:
             scores = products * inverse
-            rests = products * inverse_rest
-            weights = tl.exp(scores - of_rows[:, None] + rests) + tl.exp(scores - of_columns[None, :] + rests)
-            weights *= 16384
+            weights = 16384 * (tl.exp(scores - of_rows[:, None]) + tl.exp(scores - of_columns[None, :]))
         if (start < first + ROWS) & (start + HALF > first):
             # The positive, as a row and as a column: taken off before rounding, since weights near 2 lose the rest.
             weights = tl.where(rows[:, None] == columns[None, :], weights - 32768, weights)

@@ -187,7 +187,7 @@ def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tupl
 def infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
 
-    rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) of all rows
+    rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) that it gave, of all rows
     -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): its part of dS/dtau, the sum
     over the ranks. fp32 (float64 from float64). u(i,a) is a row of the pair (a,b) and a column of (b,a), and both
     read the same score, so one product serves both.

@@ -193,14 +193,17 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         plan = super().finish_plan(new_plan)
+        pieces = {item.index: self.pieces[item.index] for item in plan.items}
         if self.staging is not None:
-            self.pieces = self.staging.copy({item.index: self.pieces[item.index] for item in plan.items})
+            self.pieces = self.staging.copy(pieces)
+        else:
+            # As tensors that have their memory to themselves: of what lies inside of another one DCP makes a copy, and
+            # keeps all of them until the file is written.
+            self.pieces = {index: from_dlpack(piece) for index, piece in pieces.items()}
         return plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        # As a tensor that has its memory to itself: of what lies inside of another one DCP makes a copy, and keeps all
-        # of them until the file is written.
-        return from_dlpack(self.pieces[index])
+        return self.pieces[index]
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):

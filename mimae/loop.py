@@ -172,7 +172,7 @@ class _Run:
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
         stop = due = for_good = False
-        with self.telemetry, closing(self.loader), closing(self.saver):
+        with self.telemetry, closing(self.loader), self._saved(watchdog):
             while self.step < self.steps and not stop:
                 epoch, first = divmod(self.step, per_epoch)
                 watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)
@@ -220,6 +220,15 @@ class _Run:
         elif finished:
             say(f"finished: {self.path}")
         return Outcome(self.path, self.step, finished, saved_on_signal=signals.received and not finished)
+
+    @contextmanager
+    def _saved(self, watchdog: Watchdog) -> Iterator[None]:
+        """However the steps inside end, the save that is under way ends before the run does."""
+        try:
+            yield
+        finally:
+            watchdog.wait_for(watchdog.due, long=True)
+            self.saver.close()
 
     def _optimize(self, batches: Iterator[Batch]) -> _Step:
         """One optimizer step over its micro-batches. Reads nothing back."""

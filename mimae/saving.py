@@ -20,7 +20,7 @@ from mimae.dcp import State
 T = TypeVar("T")
 
 GRACE = 60.0
-"""Seconds that a run which ends with an error waits for the save that is under way: peers may have left it alone."""
+"""Seconds, at most, that a run which ends with an error waits for the save that is under way."""
 
 
 class Saver:
@@ -75,7 +75,8 @@ class Saver:
         return not self._failed
 
     def close(self) -> None:
-        """Waits GRACE seconds for the save that is under way. A process that ends under a thread of torch's aborts."""
+        """Waits for the save that is under way, at most GRACE seconds: peers may be gone. A process that ends beside a
+        thread that is in torch is aborted."""
         if self._thread is not None:
             self._thread.join(GRACE)
 
