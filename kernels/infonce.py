@@ -319,6 +319,14 @@ def _halves(tile):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _slopes(tau):  # type: ignore[no-untyped-def]
+    """1/tau and log2 e / tau, in the gradient rounded as in forward: what all scores are off by then cancels against
+    the log-sum-exps, also in d_tau."""
+    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
+    return inverse, 1.4426950408889634 * inverse
+
+
+@jit
 def _partial_kernel(  # type: ignore[no-untyped-def]
     u,
     tau,
@@ -342,8 +350,7 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     part = tl.program_id(1)
     view, other = _views(tl.program_id(2), N, SHARED)
-    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
-    slope = 1.4426950408889634 * inverse
+    inverse, slope = _slopes(tau)
     bounded = 2 * inverse <= 80
     rows = block * ROWS + tl.arange(0, ROWS)
     left = _latents(u, offset + block * ROWS, view, N, D)
@@ -452,9 +459,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     column_block = tl.program_id(1)
     pair = tl.program_id(2)
     view, other = _views(pair, N, SHARED)
-    # Rounded as in forward: what all scores are off by then cancels against the log-sum-exps, also in d_tau.
-    inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
-    slope = 1.4426950408889634 * inverse
+    inverse, slope = _slopes(tau)
     first += block * ROWS
     rows = first + tl.arange(0, ROWS)
     left = _latents(u, first, view, N, D)
