@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mimae import kernels
 from mimae.bench.cases import CASES, Case, Inputs, Pass, Size, named, numbers
-from mimae.bench.machine import Product, describe, matmul_rate, synchronize
+from mimae.bench.machine import Product, describe, matmul_rate, resident_peak, synchronize
 from mimae.bench.traffic import eager as eager_traffic
 from mimae.checkpoint import write_atomically
 from mimae.errors import UserError
@@ -203,28 +203,11 @@ class Contender:
         """Most memory beside the inputs in a forward and backward: PyTorch's on a GPU, else the process's, as Linux
         counts it; None where nothing does."""
         if self.device.type != "cuda":
-            return _resident_peak(self.once)
+            return resident_peak(self.once)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self.once()
         return torch.cuda.max_memory_allocated(self.device) - before
-
-
-def _resident_peak(run: Callable[[], object]) -> int | None:
-    """By how much the process's memory grew at most while `run` ran."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        before = _status("VmRSS")
-        run()
-        return _status("VmHWM") - before
-    except OSError:
-        return None
-
-
-def _status(key: str) -> int:
-    """An entry of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
 
 
 def _physical() -> int:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +56,17 @@ def resident_bytes(field: str) -> int:
     except OSError:
         return telemetry.memory(torch.device("cpu"))["mem_peak_bytes"] or 0
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+
+
+def resident_peak(run: Callable[[], object]) -> int | None:
+    """By how many bytes this process's memory grew at most while `run` ran; None where that is not told."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    except OSError:
+        return None
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mimae import config, distributed, masking, plan
+from mimae.bench.machine import resident_peak
 from mimae.config import Recipe
 from mimae.engines import make_engine
 from mimae.errors import UserError
@@ -238,16 +239,11 @@ def peak_growth(overrides: list[str]) -> int:
                     engine.backward(engine.forward(images, visible, targets).loss)
             engine.step(1.0)
 
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
     train(sized([*overrides, "schedule.batch_size=2", "model.depth=1", "decoder.depth=1"]), 1)
     gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-    train(sized(overrides), 2)
-    return resident("VmHWM") - before
+    grown = resident_peak(lambda: train(sized(overrides), 2))
+    assert grown is not None
+    return grown
 
 
 @pytest.mark.slow
