@@ -127,7 +127,7 @@ setup(
     package_data={
         "mimae": ["py.typed"],
         "mimae.kernels": ["py.typed"],
-        "mimae.bench": ["*.yaml"],
+        "mimae.bench.controls": ["*.yaml"],
         "mimae.configs": ["*.yaml"],
     },
     entry_points={"console_scripts": ["mimae = mimae.cli:main"]},

@@ -19,7 +19,7 @@ import torch
 import typer
 
 from mimae.bench.machine import describe
-from mimae.checkpoint import write_atomically
+from mimae.checkpoints.checkpoint import write_atomically
 from mimae.errors import UserError
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"

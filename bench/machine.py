@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mimae import telemetry
+from mimae.telemetry import telemetry
 
 PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy", "deepspeed")
 

@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimae.config import RecipeLike
-    from mimae.loop import Outcome
-    from mimae.model import MIMAE
+    from mimae.config.recipe import RecipeLike
+    from mimae.model.mimae import MIMAE
+    from mimae.train.loop import Outcome
     from mimae.transfer.export import load_encoder
 
 __version__ = "0.1.0"
@@ -31,7 +31,8 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
     Raises:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
-    from mimae import config, loop
+    from mimae.config import recipe as config
+    from mimae.train import loop
 
     return loop.pretrain(config.load(recipe, overrides, settings).recipe)
 

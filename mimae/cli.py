@@ -60,7 +60,7 @@ def pretrain(
     """Pretrain by a recipe, or go on with an interrupted run. All GPUs of the machine take part."""
     # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from mimae import launch
+    from mimae.launch import processes as launch
 
     job = launch.default_job(ranks, nodes, rendezvous, restarts, wait)
     raise typer.Exit(launch.pretrain(recipe, overrides or (), job))
@@ -69,7 +69,7 @@ def pretrain(
 @app.command()
 def config(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print what a recipe resolves to, and whence each value."""
-    from mimae import config
+    from mimae.config import recipe as config
 
     print(config.explain(config.load(recipe, overrides or ())), end="")
 
@@ -77,7 +77,7 @@ def config(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def settings() -> None:
     """Print the reference of all settings (Markdown)."""
-    from mimae import config
+    from mimae.config import recipe as config
 
     print(config.reference(), end="")
 
@@ -99,24 +99,33 @@ _mount(
     "mimae.plan.advice",
     "What a recipe needs on so many GPUs, and the engine to take.",
 )
-_mount(app, "doctor", "mimae.doctor", "What this machine has, what each part uses of it, and why.")
-_mount(app, "submit", "mimae.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends.")
-_mount(app, "status", "mimae.status", "Where a run stands.")
-_mount(app, "replay", "mimae.replay", "Run one step of a run again, and tell what in it is not finite.")
-_mount(app, "convert", "mimae.transfer.universal", "A checkpoint as DeepSpeed's universal one, and back.")
-_mount(app, "probe", "mimae.transfer.probe", "Judge frozen features: linear, few labels, kNN.")
-_mount(app, "drill", "mimae.bench.drill", "Harm tiny runs in every way, have them go on, and compare their weights.")
-_mount(data, "check", "mimae.data.check", "Look at every sample: what is broken, what comes twice.")
-_mount(data, "pack", "mimae.data.pack", "Write tar shards of a data set, resized if asked.")
-_mount(data, "show", "mimae.show", "A picture of samples as they are trained on, and of their masks.")
-_mount(bench, "kernels", "mimae.bench.kernels", "Time and memory of every op, beside plain PyTorch.")
+_mount(app, "doctor", "mimae.tools.doctor", "What this machine has, what each part uses of it, and why.")
+_mount(
+    app, "submit", "mimae.launch.submit", "Pretrain as a SLURM job that saves and is queued again when its time ends."
+)
+_mount(app, "status", "mimae.tools.status", "Where a run stands.")
+_mount(app, "replay", "mimae.tools.replay", "Run one step of a run again, and tell what in it is not finite.")
+_mount(app, "convert", "mimae.tools.convert", "A checkpoint as DeepSpeed's universal one, and back.")
+_mount(app, "probe", "mimae.evaluate.probe", "Judge frozen features: linear, few labels, kNN.")
+_mount(
+    app,
+    "drill",
+    "mimae.bench.harness.drill",
+    "Harm tiny runs in every way, have them go on, and compare their weights.",
+)
+_mount(data, "check", "mimae.data.tools.check", "Look at every sample: what is broken, what comes twice.")
+_mount(data, "pack", "mimae.data.tools.pack", "Write tar shards of a data set, resized if asked.")
+_mount(data, "show", "mimae.tools.show", "A picture of samples as they are trained on, and of their masks.")
+_mount(bench, "kernels", "mimae.bench.ops.kernels", "Time and memory of every op, beside plain PyTorch.")
 _mount(bench, "gpu", "mimae.bench.gpu", "All that needs a GPU, into one file.")
-_mount(bench, "step", "mimae.bench.step", "Speed and memory of a training step, with baselines.")
-_mount(bench, "traffic", "mimae.bench.traffic", "Bytes that the fused ops move, and their machine code; no GPU needed.")
-_mount(bench, "data", "mimae.bench.data", "Images per second of each loader, beside torchvision's and others'.")
-_mount(bench, "engines", "mimae.bench.engines", "Speed and memory of each engine on this CPU, two ranks each.")
-_mount(bench, "soak", "mimae.bench.soak", "A loader for minutes while images go bad at random.")
-_mount(bench, "controls", "mimae.bench.controls", "Pretrain and probe the controls of the method.")
+_mount(bench, "step", "mimae.bench.step.step", "Speed and memory of a training step, with baselines.")
+_mount(
+    bench, "traffic", "mimae.bench.ops.traffic", "Bytes that the fused ops move, and their machine code; no GPU needed."
+)
+_mount(bench, "data", "mimae.bench.data.data", "Images per second of each loader, beside torchvision's and others'.")
+_mount(bench, "engines", "mimae.bench.step.engines", "Speed and memory of each engine on this CPU, two ranks each.")
+_mount(bench, "soak", "mimae.bench.harness.soak", "A loader for minutes while images go bad at random.")
+_mount(bench, "controls", "mimae.bench.controls.controls", "Pretrain and probe the controls of the method.")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mimae.data import Batch
+from mimae.data.loading.batch import Batch
 
 
 def tell(batches: Iterable[Batch], told: Connection) -> None:

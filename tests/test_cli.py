@@ -13,9 +13,10 @@ import pytest
 import typer
 
 import mimae
-from mimae import cli, loop
-from mimae.config import Recipe
-from mimae.data import DataError
+from mimae import cli
+from mimae.config.recipe import Recipe
+from mimae.data.loading.batch import DataError
+from mimae.train import loop
 
 QUICK = ["pretrain", "quickstart"]
 
@@ -138,9 +139,9 @@ def test_a_mounted_verb_has_the_arguments_of_its_module(
         """Measures."""
         calls.append((run, few))
 
-    module = ModuleType("mimae.transfer.probe")
+    module = ModuleType("mimae.evaluate.probe")
     module.main = main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mimae.transfer.probe", module)
+    monkeypatch.setitem(sys.modules, "mimae.evaluate.probe", module)
     assert launch(monkeypatch, "probe", "runs/x", "--few", "3") == 0
     assert calls == [(Path("runs/x"), 3)]
     assert launch(monkeypatch, "probe", "--help") == 0

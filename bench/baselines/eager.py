@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mimae.config import Recipe
+from mimae.config.recipe import Recipe
 
 _STATE = {
     "patch_embed.": "encoder.patch_embed.proj.",

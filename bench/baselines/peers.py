@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mimae.config import Recipe
+from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 
 State = dict[str, Tensor]

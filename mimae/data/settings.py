@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from mimae.settings import Section
+from mimae.config.section import Section
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 

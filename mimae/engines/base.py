@@ -16,18 +16,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mimae import adamw, dcp, distributed
-from mimae.dcp import State
+from mimae import distributed
+from mimae.checkpoints import dcp
+from mimae.checkpoints.dcp import State
+from mimae.config.section import Section
 from mimae.engines import replicas
 from mimae.errors import UserError
-from mimae.model import MIMAE, attention
-from mimae.objective import Losses
-from mimae.optimizer import Optimizer, StepResult
+from mimae.model import attention
+from mimae.model.mimae import MIMAE
+from mimae.objective.objective import Losses
+from mimae.optim import adamw
+from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.randomness import Part
-from mimae.settings import Section
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""

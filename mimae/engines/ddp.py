@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimae.engines.base import Engine
-from mimae.optimizer import Optimizer
+from mimae.optim.optimizer import Optimizer
 from mimae.randomness import initialise, materialise, whole_parts
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 # The gate is the only state in buffers, and each rank computes the same one. (The argument's name before torch 2.14.)
 _NO_BUFFER_SYNC: dict[str, Any] = (

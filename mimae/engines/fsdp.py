@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from mimae import distributed
 from mimae.engines.base import Engine, optimizer_device
-from mimae.optimizer import Optimizer, StepResult
+from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.randomness import Part, initialise, materialise
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 
 class FSDPEngine(Engine):

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from mimae import distributed
 from mimae.engines.base import Engine, optimizer_device
 from mimae.errors import UserError
-from mimae.optimizer import Optimizer, StepResult
+from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.randomness import Part, initialise, materialise
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimae import kernels
-from mimae.masking import Predict
+from mimae.config.section import Section
 from mimae.model.blocks import Block, run_blocks
 from mimae.model.encoder import ModelSettings, sincos_positions
-from mimae.settings import Section
+from mimae.model.masking import Predict
 
 
 class DecoderSettings(Section):

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mimae import kernels
+from mimae.config.section import Section
 from mimae.model.blocks import Block, run_blocks
-from mimae.settings import Section
 
 SIZES = {
     "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mimae.data import DataSettings
-from mimae.masking import MaskingSettings
+from mimae.data.settings import DataSettings
 from mimae.model.decoder import Decoder, DecoderSettings
 from mimae.model.encoder import Encoder, ModelSettings
-from mimae.objective import Losses, Objective, ObjectiveSettings
+from mimae.model.masking import MaskingSettings
+from mimae.objective.objective import Losses, Objective, ObjectiveSettings
 from mimae.randomness import initialise, materialise
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 
 class MIMAE(nn.Module):

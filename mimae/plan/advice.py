@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mimae import config
-from mimae.config import Recipe
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.plan.communication import DISK, HOST, LINKS, OVERLAP, Traffic, exposed, traffic
 from mimae.plan.flops import image_flops, step_flops

@@ -18,7 +18,7 @@ from mimae.plan.gpus import GPU, GPUS
 from mimae.plan.memory import FP32, Layout, Parameters, parameters
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 LINKS = 0.8
 """Assumed share of a link's nominal rate that collectives reach."""

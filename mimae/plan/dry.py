@@ -21,17 +21,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimae import kernels, masking
-from mimae.engines import Engine, check_machine, fsdp, make_engine
+from mimae import kernels
+from mimae.engines import fsdp
+from mimae.engines.base import Engine, check_machine
+from mimae.engines.make import make_engine
 from mimae.errors import UserError
-from mimae.objective import Losses
+from mimae.model import masking
+from mimae.objective.objective import Losses
 from mimae.plan.communication import Traffic, traffic
 from mimae.plan.gpus import GPU
 from mimae.plan.memory import FP32, Layout, Memory, kept, memory, parameters
 from mimae.randomness import Part
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 TOLERANCE = 0.1
 """Largest relative difference between planned and counted."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mimae.engines.zero import LIVE, bucket
-from mimae.model import outline
+from mimae.model.mimae import outline
 from mimae.plan.flops import patch_values, patches, targets, visible
 
 if TYPE_CHECKING:
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 FP32 = 4
 Ops = Literal["fused", "fake", "plain"]

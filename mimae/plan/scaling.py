@@ -19,7 +19,7 @@ from mimae.plan.memory import Layout, Parameters, parameters
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mimae.config import Recipe
+    from mimae.config.recipe import Recipe
 
 MOST = 1024
 """GPUs."""

@@ -1,1 +1,1 @@
-"""What a pretrained encoder is worth on other tasks."""
+"""Weights into a run and out of it."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mimae import checkpoint, config
-from mimae.model import Encoder
+from mimae.checkpoints import checkpoint
+from mimae.config import recipe as config
+from mimae.model.encoder import Encoder
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:

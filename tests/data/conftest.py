@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mimae.data import DataSettings, Loader, Source, make_loader
-from mimae.data.dali_loader import DaliGpuLoader
+from mimae.data.loading.dali_loader import DaliGpuLoader
+from mimae.data.loading.loader import Loader, make_loader
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source
 
 LOADERS = ("torch", "dali_cpu", "dali_gpu")
 

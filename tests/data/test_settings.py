@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mimae.data import DataSettings
+from mimae.data.settings import DataSettings
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimae import adamw, distributed
-from mimae.engines import make_engine, zero
+from mimae import distributed
+from mimae.engines import zero
+from mimae.engines.make import make_engine
+from mimae.optim import adamw
 from tests.engines.test_engines import BATCH, WEIGHTS, apart, everything, recipe, saved, train
 from tests.ranks import run_ranks
 

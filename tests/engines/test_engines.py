@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mimae import adamw, config, dcp, distributed, masking, objective
-from mimae.engines import Engine, ZeroEngine, base, check_machine, fsdp, make_engine
+from mimae import distributed
+from mimae.checkpoints import dcp
+from mimae.config import recipe as config
+from mimae.engines import base, fsdp
+from mimae.engines.base import Engine, check_machine
+from mimae.engines.make import make_engine
+from mimae.engines.zero import ZeroEngine
 from mimae.errors import UserError
-from mimae.objective import InfoNCE, Losses
+from mimae.model import masking
+from mimae.objective import objective
+from mimae.objective.objective import InfoNCE, Losses
+from mimae.optim import adamw
 from tests.ranks import run_ranks
 
 STEPS = 20

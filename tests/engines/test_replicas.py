@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mimae import distributed
-from mimae.engines import DivergenceError, ZeroEngine, make_engine
-from mimae.engines.replicas import checksum, differences
+from mimae.engines.make import make_engine
+from mimae.engines.replicas import DivergenceError, checksum, differences
+from mimae.engines.zero import ZeroEngine
 from tests.engines.test_engines import BATCH, recipe, train
 from tests.ranks import run_ranks
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimae import distributed, loop
+from mimae import distributed
+from mimae.train import loop
 from tests.ranks import run_ranks
-from tests.test_loop import lines, recipe
+from tests.train.test_loop import lines, recipe
 
 RANKS = (1, 2, 4, 1)
 """Of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""

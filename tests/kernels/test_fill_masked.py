@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimae.bench.counting import counting
+from mimae.bench.ops.counting import counting
 from mimae.kernels import fill_masked
 from mimae.kernels.fill_masked import _fill_masked, _fill_masked_backward, backward, forward
 from mimae.kernels.places import places

@@ -1,4 +1,4 @@
-"""The fused masks against plain PyTorch's: the same ids bit for bit, whose meaning tests/test_masking.py proves."""
+"""The fused masks give the ids of plain PyTorch, bit for bit; tests/model/test_masking.py proves what they mean."""
 
 from __future__ import annotations
 

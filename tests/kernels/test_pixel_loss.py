@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimae.bench.counting import counting
+from mimae.bench.ops.counting import counting
 from mimae.kernels import pixel_loss
 from mimae.kernels.pixel_loss import _pixel_loss, backward, forward
 from mimae.kernels.runtime import INTERPRETED, Launch, watching

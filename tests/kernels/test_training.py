@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimae import config, kernels, masking
+from mimae import kernels
+from mimae.config import recipe as config
 from mimae.kernels import infonce
 from mimae.kernels.runtime import INTERPRETED, Impl, Launch, watching
-from mimae.model import build
+from mimae.model import masking
+from mimae.model.mimae import build
 from tests.kernels.accuracy import SLACK
 
 pytestmark = [

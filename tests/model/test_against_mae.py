@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimae.data import DataSettings
-from mimae.masking import MaskingSettings, Predict, draw, targets
-from mimae.model import MIMAE, ModelSettings
+from mimae.data.settings import DataSettings
 from mimae.model.decoder import DecoderSettings
-from mimae.objective import ObjectiveSettings
+from mimae.model.encoder import ModelSettings
+from mimae.model.masking import MaskingSettings, Predict, draw, targets
+from mimae.model.mimae import MIMAE
+from mimae.objective.objective import ObjectiveSettings
 from tests.oracles.mae_oracle import mae_loss
 
 HEADS, DECODER_HEADS, PATCH = 3, 2, 4

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from mimae.bench.baselines.peers import TransformersMAE, noise_of
-from mimae.config import Recipe
-from mimae.data import DataSettings
-from mimae.masking import MaskingSettings, draw
-from mimae.model import ModelSettings, build
+from mimae.config.recipe import Recipe
+from mimae.data.settings import DataSettings
 from mimae.model.decoder import DecoderSettings
-from mimae.objective import ObjectiveSettings
+from mimae.model.encoder import ModelSettings
+from mimae.model.masking import MaskingSettings, draw
+from mimae.model.mimae import build
+from mimae.objective.objective import ObjectiveSettings
 
 pytest.importorskip("transformers")
 

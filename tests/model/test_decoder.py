@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mimae import config
+from mimae.config import recipe as config
 from mimae.engines.base import shape_model
-from mimae.masking import draw, targets
-from mimae.model import MIMAE, blocks, build, decoder
+from mimae.model import blocks, decoder
+from mimae.model.masking import draw, targets
+from mimae.model.mimae import MIMAE, build
 
 DECODERS = [
     pytest.param({}, id="hidden, self"),

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from mimae.model import Encoder, ModelSettings
+from mimae.model.encoder import Encoder, ModelSettings
 from mimae.randomness import initialise, materialise, parameter_uniform
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

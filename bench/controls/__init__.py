@@ -1,0 +1,1 @@
+"""The controls of the method: runs, probes and their tables."""

@@ -1,0 +1,309 @@
+"""Images per second of each loader on a data set, beside a plain torchvision DataLoader and the loaders of others.
+
+Turns are interleaved, so that ratios hold on a machine whose speed wanders; absolute rates are of that machine alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+
+from mimae import plan
+from mimae.bench.data.feeds import CONTENDERS, PEER, Job, obstacle
+from mimae.bench.machine import describe
+from mimae.checkpoints.checkpoint import write_atomically
+from mimae.config import recipe as config
+from mimae.data.loading.backend import OBSTACLES, make_backend
+from mimae.data.loading.batch import Batch, Spent
+from mimae.data.loading.order import Plan, epoch_order
+from mimae.data.loading.torch_loader import default_workers
+from mimae.data.pixels.augment import crop_words, flips, random_window
+from mimae.data.pixels.decode import whole
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source, open_source
+from mimae.errors import UserError
+
+PARITY = 128
+"""Images whose pixels are compared."""
+
+# One turn
+
+
+class Turn(NamedTuple):
+    """What a contender did in one turn."""
+
+    images: int
+    seconds: float
+    cpu_seconds: float
+    spent: Spent
+    bytes: int
+    """Memory at the end of the turn, of all processes."""
+
+
+def turn(name: str, job: Job, seconds: float) -> Turn:
+    """Opens a contender, lets it use up what it made while it opened, and counts for `seconds`."""
+    with ExitStack() as stack:
+        feed = CONTENDERS[name](job, stack)
+        stack.callback(feed.close)  # type: ignore[attr-defined]  # a generator, whose workers end with it
+        for _ in range(3 * max(1, job.workers) + 1):
+            next(feed)
+        images, spent = 0, Spent()
+        cpu, start = tree_cpu_seconds(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            made = next(feed)
+            images += made.images
+            spent = Spent(*(a + b for a, b in zip(spent, made.spent, strict=True)))
+        elapsed = time.perf_counter() - start
+        return Turn(images, elapsed, tree_cpu_seconds() - cpu, spent, tree_bytes())
+
+
+def first_epoch(name: str, job: Job) -> float:
+    """Images per second from opening the contender to the end of one pass, with the files out of the page cache."""
+    for i in range(len(job.source)):
+        descriptor = os.open(job.source.path(i), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    with ExitStack() as stack:
+        start, images = time.perf_counter(), 0
+        feed = CONTENDERS[name](job, stack)
+        stack.callback(feed.close)  # type: ignore[attr-defined]
+        while images + job.batch_size <= len(job.source):
+            images += next(feed).images
+        return images / (time.perf_counter() - start)
+
+
+def _tree() -> list[Path]:
+    """/proc folders of this process and all below it."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended meanwhile
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, left = [], [os.getpid()]
+    while left:
+        process = left.pop()
+        found.append(Path("/proc") / str(process))
+        left += parents.get(process, [])
+    return found
+
+
+def tree_cpu_seconds() -> float:
+    """CPU seconds, user and system, of this process and all that live below it."""
+    ticks = 0
+    for process in _tree():
+        try:
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tree_bytes() -> int:
+    """Memory of this process and all below it, shared pages counted once."""
+    total = 0
+    for process in _tree():
+        try:
+            lines = (process / "smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return total
+
+
+# Pixels
+
+
+def parity(name: str, job: Job) -> dict[str, float]:
+    """How far a loader's pixels are from torchvision's antialiased bicubic on the same windows, of 255."""
+    settings = job.settings.model_copy(update={"loader": name, "workers": 0})
+    parts = job.source.parts
+    count = min(PARITY, len(job.source))
+    dealt = Plan(sum(part.draws for part in parts), count, 1, 0, 1)
+    with closing(make_backend(settings, job.source, seed=0)) as backend:
+        batch = next(iter(backend.batches(dealt.jobs(epoch_order(0, 0, parts), 0))))
+    expected = _expected(batch, job)
+    error = (batch.images.cpu().numpy().astype(np.float64) - expected).__abs__()
+    mse = float((error**2).mean())
+    return {
+        "mean": float(error.mean()),
+        "max": float(error.max()),
+        "psnr_db": math.inf if mse == 0 else 10 * math.log10(255**2 / mse),
+    }
+
+
+def _expected(batch: Batch, job: Job) -> np.ndarray:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resized_crop
+
+    settings, size = job.settings, list(job.settings.size_hw)
+    assert settings.crop_scale is not None
+    words = crop_words(0, batch.epoch, batch.sample_ids).tolist()
+    mirrored = flips(0, batch.epoch, batch.sample_ids).tolist()
+    made = []
+    for source_id, row, flip in zip(batch.source_ids.tolist(), words, mirrored, strict=True):
+        image = whole(job.source.read(source_id), settings.max_pixels)
+        cut = random_window(row, image.height, image.width, settings.crop_scale)
+        pixels = np.asarray(resized_crop(image, *cut, size, InterpolationMode.BICUBIC, antialias=True))
+        made.append(pixels[:, ::-1] if flip and settings.flip else pixels)
+    return np.stack(made).astype(np.float64)
+
+
+# The whole
+
+
+def sweep(cores: int) -> list[int]:
+    """Numbers of workers to try."""
+    return sorted({max(1, cores // 2), cores, cores + cores // 2, 2 * cores})
+
+
+def measure(
+    names: list[str], job: Job, counts: list[int], rounds: int, seconds: float, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """The result of each contender: its best number of workers, then `rounds` interleaved turns with it."""
+    results: dict[str, dict[str, Any]] = {}
+    single = Path(job.source.path(0)).is_file()
+    for name in names:
+        rates = {}
+        for workers in counts if len(counts) > 1 else []:
+            made = turn(name, job._replace(workers=workers), seconds / 2)
+            rates[workers] = made.images / made.seconds
+            say(f"{name} with {workers} workers: {rates[workers]:,.0f} images/s")
+        best = max(rates, key=rates.__getitem__) if rates else counts[0]
+        results[name] = {"workers": best, "sweep": rates, "turns": []}
+        results[name]["cold_images_per_s"] = first_epoch(name, job._replace(workers=best)) if single else None
+    for number in range(rounds):
+        for name in names:
+            made = turn(name, job._replace(workers=results[name]["workers"]), seconds)
+            results[name]["turns"].append({**made._asdict(), "spent": made.spent._asdict()})
+            say(f"round {number + 1} of {rounds}: {name} {made.images / made.seconds:,.0f} images/s")
+    for name, result in results.items():
+        _summarise(result, results[PEER]["turns"] if PEER in results else None)
+        result["parity"] = parity(name, job) if name in OBSTACLES else None
+    return results
+
+
+def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> None:
+    """Adds medians over the turns, ratios to the peer of the same round, and the shares of the work."""
+    turns = result["turns"]
+    result["images_per_s"] = statistics.median(made["images"] / made["seconds"] for made in turns)
+    result["images_per_cpu_s"] = statistics.median(made["images"] / made["cpu_seconds"] for made in turns)
+    result["bytes"] = max(made["bytes"] for made in turns)
+    spent = {part: sum(made["spent"][part] for made in turns) for part in Spent._fields}
+    total = sum(spent.values())
+    result["shares"] = {part: seconds / total for part, seconds in spent.items()} if total else None
+    for key, clock in (("ratio", "seconds"), ("ratio_per_cpu_s", "cpu_seconds")):
+        pairs = [
+            (mine["images"] / mine[clock]) / (theirs["images"] / theirs[clock])
+            for mine, theirs in zip(turns, peer or [], strict=False)
+        ]
+        result[key] = {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs)} if pairs else None
+
+
+def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any]:
+    """How many GPUs that train `recipe` the rate is enough for, at an assumed share of their peak."""
+    resolved = config.load(recipe).recipe
+    peak = plan.peak_flops(gpu, resolved.precision)
+    if peak is None:
+        raise UserError(f"--gpu {gpu}: its peak is not known; name it as NVIDIA does, e.g. 'NVIDIA H100'")
+    need = peak * mfu / (plan.step_flops(resolved) / resolved.schedule.batch_size)
+    return {"recipe": recipe, "gpu": gpu, "mfu": mfu, "images_per_s_each": need, "gpus": images_per_s / need}
+
+
+def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The results for people, in Markdown; ratios are of the same round: median, least and most."""
+    each, per_cpu = f"images/s | x {PEER}", f"images/CPU-s | x {PEER}"
+    yield f"| loader | workers | {each} | {per_cpu} | cold | read, decode, resize | MiB | off | PSNR |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for name, result in results.items():
+        shares, pixels, cold = result["shares"], result["parity"], result["cold_images_per_s"]
+        cells = [
+            name,
+            str(result["workers"]),
+            f"{result['images_per_s']:,.0f}",
+            _ratio(result["ratio"]),
+            f"{result['images_per_cpu_s']:,.0f}",
+            _ratio(result["ratio_per_cpu_s"]),
+            f"{cold:,.0f}" if cold else "",
+            ", ".join(f"{100 * share:.0f}" for share in shares.values()) + " %" if shares else "",
+            f"{result['bytes'] / 2**20:,.0f}",
+            f"{pixels['mean']:.3f}" if pixels else "",
+            f"{pixels['psnr_db']:.1f} dB" if pixels else "",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
+
+
+def main(
+    path: Annotated[str, typer.Argument(help="the images, as data.path")],
+    size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
+    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
+    workers: Annotated[int, typer.Option(help="workers of every loader; 0: the best of a sweep", min=0)] = 0,
+    rounds: Annotated[int, typer.Option(help="interleaved turns of each loader", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="length of a turn", min=0.1)] = 6.0,
+    only: Annotated[list[str] | None, typer.Option(help="a loader to measure; repeatable [default: all]")] = None,
+    recipe: Annotated[str, typer.Option(help="whose appetite the best rate is compared with")] = "vit_base_400ep",
+    gpu: Annotated[str, typer.Option(help="on which GPU")] = "NVIDIA H100",
+    mfu: Annotated[float, typer.Option(help="at which share of its peak", min=0.01, max=1)] = 0.45,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+) -> None:
+    """Images per second of every loader on PATH, beside torchvision's and others', with the pixels' differences."""
+    source = open_source(path)
+    if len(source) < batch:
+        raise UserError(f"{path} has {len(source)} images, fewer than a batch of {batch}: lower --batch")
+    if unknown := sorted({*(only or ())} - {*CONTENDERS}):
+        raise UserError(f"--only {unknown[0]}: legal are {', '.join(CONTENDERS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    job = Job(source, DataSettings(path=path, image_size=size), batch, 1)
+    obstacles = {name: obstacle(name, source, device) for name in only or CONTENDERS}
+    names = [name for name, reason in obstacles.items() if reason is None]
+    for name, reason in obstacles.items():
+        if reason is not None:
+            print(f"{name} is left out: {reason}")
+    cores = default_workers()
+    counts = [workers] if workers else sweep(cores)
+    results = measure(names, job, counts, rounds, seconds, lambda text: print(text, flush=True))
+    print("\n".join(table(results)))
+    print(
+        "cold: images/s of the first pass, the files out of the page cache where the system allows it; off: mean "
+        "difference from torchvision's antialiased bicubic on the same windows, of 255"
+    )
+    rate = max((results[name]["images_per_s"] for name in names if name in OBSTACLES), default=0.0)
+    feeds = fed(rate, recipe, gpu, mfu)
+    print(
+        f"{rate:,.0f} images/s with {cores} cores feed {feeds['gpus']:.2f} x {gpu} that train {recipe} at an assumed "
+        f"{100 * mfu:.0f} % of peak, {feeds['images_per_s_each']:,.0f} images/s each"
+    )
+    if out is not None:
+        found = {
+            "bench": "data",
+            **describe(device),
+            "source": {"images": len(source), "bytes_mean": statistics.fmean(_sizes(source))},
+            "settings": {"image_size": size, "batch": batch, "rounds": rounds, "seconds": seconds},
+            "left_out": {name: reason for name, reason in obstacles.items() if reason},
+            "loaders": results,
+            "feeds": feeds,
+        }
+        write_atomically(out, json.dumps(found, indent=2) + "\n")
+
+
+def _sizes(source: Source) -> list[int]:
+    """Encoded bytes of up to a thousand samples."""
+    return [len(source.read(i)) for i in range(0, len(source), max(1, len(source) // 1000))]

@@ -1,0 +1,1 @@
+"""Harnesses that harm runs and loaders on purpose: drill and soak."""

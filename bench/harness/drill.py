@@ -1,0 +1,203 @@
+"""The fault drill: tiny runs that are harmed in every way that a cluster has, and have to end as if nothing had been.
+
+Each fault is a run of its own: started, harmed at a step drawn from the seed, proven to have been harmed, and then
+started again by the same command until it is finished. Its weights, averages and optimizer are compared with those of a
+run that nothing disturbed: equal in every bit on as many ranks, within TOLERANCE where their number changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from mimae.bench.harness import mounts
+from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED, RESHAPED
+from mimae.bench.harness.trial import EVERY, RECIPE, STEPS, Trial
+from mimae.bench.machine import describe
+from mimae.checkpoints import checkpoint
+from mimae.checkpoints.checkpoint import write_atomically
+from mimae.config import recipe as config
+
+TOLERANCE = 1e-4
+"""Of the norm of each section (weights, optimizer, averages), on another number of ranks: sums are rounded in another
+order. The bias of attention's keys is left out: it moves all logits of a query alike, so that its gradient is nothing
+but rounding, which Adam makes steps of."""
+
+IMAGES = 100
+
+
+def drill(
+    faults: Sequence[str], ranks: int, seed: int, jobs: int, overrides: Sequence[str], folder: Path
+) -> list[dict[str, Any]]:
+    """Runs one trial for each fault, named as in FAULTS, on 2 to `ranks` ranks, `jobs` at a time; a row for each."""
+    images = folder / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(IMAGES):
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(images / f"{i:03}.png")
+    trials = []
+    for i, fault in enumerate(faults):
+        draw = random.Random(f"{seed} {i}")
+        name = f"{i:03}-{fault.replace(' ', '-')}"
+        trials.append((fault, Trial(folder / name, images, list(overrides), draw.randint(2, ranks), draw)))
+    counts = sorted({trial.ranks for _, trial in trials})
+    undisturbed = [
+        Trial(folder / f"undisturbed-{count}", images, list(overrides), count, random.Random(0)) for count in counts
+    ]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        list(pool.map(Trial.finish, undisturbed))
+        wanted = {trial.ranks: _final(trial.run) for trial in undisturbed}
+        return list(pool.map(partial(_judge, wanted=wanted), trials))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for trial in (*undisturbed, *(trial for _, trial in trials)):
+            trial.close()
+
+
+def _judge(named: tuple[str, Trial], wanted: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
+    """Harms a run, has it finished, and compares."""
+    fault, trial = named
+    began, failed, distance = time.monotonic(), None, None
+    try:
+        FAULTS[fault](trial)
+        if not trial.is_finished():
+            trial.finish()
+        distance = _distance(_final(trial.run), wanted[trial.ranks], exactly=fault != RESHAPED)
+        if distance > (TOLERANCE if fault == RESHAPED else 0):
+            failed = f"differs from the undisturbed run by {distance:.1e}"
+    except Exception as error:  # What went wrong is a row of the table, and the others go on.
+        failed = str(error) or traceback.format_exc()
+    finally:
+        trial.close()
+    row = {
+        "fault": fault,
+        "step": trial.step,
+        "ranks": trial.ranks,
+        "seen": trial.seen,
+        "starts": trial.count_starts(),
+        "lost": trial.lost(),
+        "distance": distance,
+        "failed": failed,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    print(_line(row), flush=True)
+    return row
+
+
+def _final(run: Path) -> dict[str, Tensor]:
+    """All tensors of a finished run."""
+    found = checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}")
+    sections = {section: found.tensors(section) for section in ("model", "optimizer", "ema")}
+    return {f"{section}.{name}": tensor for section, part in sections.items() for name, tensor in part.items()}
+
+
+def _distance(got: dict[str, Tensor], want: dict[str, Tensor], exactly: bool) -> float:
+    """0 where all bits are equal; else, by the section that differs most, the norm of the difference over that of what
+    is wanted."""
+    if got.keys() != want.keys():
+        return float("inf")
+    if all(torch.equal(got[name], want[name]) for name in want):
+        return 0.0
+    found = 0.0
+    for section in {name.partition(".")[0] for name in want}:
+        names = [name for name in want if name.startswith(section)]
+        ours, theirs = (torch.cat([_seen(name, given[name], exactly) for name in names]) for given in (got, want))
+        apart = float((ours - theirs).norm() / theirs.norm())
+        found = max(found, apart if math.isfinite(apart) else math.inf)
+    return found or sys.float_info.min if exactly else found
+
+
+def _seen(name: str, tensor: Tensor, exactly: bool) -> Tensor:
+    """What is compared: of queries', keys' and values' bias not the keys' part, unless bits are."""
+    kept = tensor.double().flatten()
+    return kept if exactly or not name.endswith("qkv.bias") or not tensor.ndim else torch.cat(kept.chunk(3)[::2])
+
+
+def _line(row: dict[str, Any]) -> str:
+    equal = "bits" if row["distance"] == 0 else f"{row['distance']:.0e}" if row["distance"] is not None else "-"
+    outcome = f"FAILED: {row['failed']}" if row["failed"] else "; ".join(row["seen"])
+    return (
+        f"{row['fault']:<30} {row['step']:>4} {row['ranks']:>5} {row['starts']:>6} {row['lost']:>4} {equal:>6} "
+        f"{row['seconds']:>6.0f}  {outcome}"
+    )
+
+
+def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` faults in a drawn order, each kind as often as any other, give or take one."""
+    draw, chosen = random.Random(seed), list[str]()
+    while len(chosen) < count:
+        chosen += draw.sample(kinds, len(kinds))
+    return chosen[:count]
+
+
+def _no_copies(overrides: Sequence[str]) -> str | None:
+    """Why no two ranks have a copy of their own of a weight, if that is so. Raises ConfigError."""
+    engine = config.load(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
+    if engine.kind == "ddp" or engine.replicas > 1:
+        return None
+    return f"of {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by one rank alone"
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """Ends the drill with all that it started; nothing more may interrupt that."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: None)
+    raise KeyboardInterrupt
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the runs' recipe: engine.kind=fsdp")
+    ] = None,
+    faults: Annotated[int, typer.Option(help="how many", min=1)] = 40,
+    ranks: Annotated[int, typer.Option(help="most ranks of a run", min=2, max=4)] = 3,
+    seed: Annotated[int, typer.Option(help="of what is drawn: kinds, steps, ranks, moments")] = 0,
+    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+) -> None:
+    """Harm tiny runs, have them go on, and compare; exits with 1 where a fault did not fire, a checkpoint was lost or
+    weights differ."""
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
+    obstacles = {MOUNTED: mounts.obstacle(), COPIED: _no_copies(overrides or ())}
+    kinds = list(FAULTS)
+    for left_out, obstacle in obstacles.items():
+        if obstacle is not None:
+            print(f"without {' and '.join(left_out)}: {obstacle}")
+            kinds = [kind for kind in kinds if kind not in left_out]
+    folder = Path(tempfile.mkdtemp(prefix="mimae-drill-"))
+    began = time.monotonic()
+    print(f"{'fault':<30} {'step':>4} {'ranks':>5} {'starts':>6} {'lost':>4} {'equal':>6} {'s':>6}  seen")
+    rows = drill(choose(kinds, faults, seed), ranks, seed, jobs, overrides or (), folder)
+    failed, lost = sum(row["failed"] is not None for row in rows), sum(row["lost"] for row in rows)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(rows)} faults, {failed} failed, {lost} checkpoints lost, {minutes:.1f} minutes")
+    if out is not None:
+        found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
+        found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
+        write_atomically(out, json.dumps(found, indent=1) + "\n")
+    if failed or lost:
+        print(f"what the runs said is kept in {folder}")
+        raise typer.Exit(1)
+    shutil.rmtree(folder)

@@ -1,0 +1,261 @@
+"""The faults of the drill. Each starts a run, does its harm and proves that it was done; the drill then has the run
+finished and compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from mimae.bench.harness.mounts import read_only, small_disk
+from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Start, Trial
+from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
+
+DISK = 2**21
+"""Bytes of a small disk: room for three checkpoints and more."""
+
+
+def kill_a_rank(trial: Trial) -> None:
+    """SIGKILL of one rank; the launcher starts all of them again by itself."""
+    start = _at_its_step(trial)
+    pid = trial.pid(trial.rank)
+    os.kill(pid, signal.SIGKILL)
+    trial.prove(start.end() == 0, "ended with 0")
+    trial.prove("start 2, after a rank was lost" in start.output, f"rank {trial.rank} lost, start 2 by itself")
+
+
+def kill_a_rank_for_good(trial: Trial) -> None:
+    """SIGKILL of one rank where the launcher may not start again: it tells who died, and of what."""
+    start = _at_its_step(trial, restarts=0)
+    os.kill(trial.pid(trial.rank), signal.SIGKILL)
+    trial.prove(start.end() == 1, "exit code 1")
+    told = f"rank {trial.rank} was ended by SIGKILL"
+    trial.prove(told in start.output, told)
+
+
+def kill_all(trial: Trial) -> None:
+    """SIGKILL of the launcher and of every rank, as when a machine goes down."""
+    start = _at_its_step(trial)
+    start.kill()
+    trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
+
+
+def kill_in_save(trial: Trial) -> None:
+    """SIGKILL of all while a checkpoint is half written."""
+    start = trial.start("slow_save")
+    trial.reach(start)
+    trial.keep_in_mind()
+    start.wait_for(lambda: bool(_half_written(trial)), "a save")
+    time.sleep(trial.draw.uniform(0, 1.0))
+    start.kill()
+    torn = _half_written(trial)
+    trial.prove(bool(torn), f"SIGKILL left {', '.join(path.name for path in torn)}")
+
+
+def signal_a_rank(trial: Trial, number: signal.Signals) -> None:
+    """A signal to one rank: all of them save and end."""
+    start = _at_its_step(trial)
+    os.kill(trial.pid(trial.rank), number)
+    _saved(trial, start)
+
+
+def signal_the_launcher(trial: Trial) -> None:
+    """SIGTERM to the launcher, which passes it on."""
+    start = _at_its_step(trial)
+    start.process.terminate()
+    _saved(trial, start)
+
+
+def stop_a_rank(trial: Trial) -> None:
+    """SIGSTOP of one rank: the others wait for it until the watchdog ends them, and the launcher it."""
+    start = _at_its_step(trial, "run.first_step_timeout=90", "run.step_timeout=20")
+    os.kill(trial.pid(trial.rank), signal.SIGSTOP)
+    trial.prove(start.end() == 0, "ended with 0")
+    told = f"rank {trial.rank} left no stack: stopped (T)"
+    trial.prove(told in start.output and "mimae: nothing moved for" in start.output, told)
+    trial.prove("start 2, after a rank was lost" in start.output, "start 2 by itself")
+
+
+def drift(trial: Trial) -> None:
+    """A weight of one rank changes in silence: the next checkpoint is not written, and all start again."""
+    start = trial.start("drift")
+    start.wait_for(lambda: "fault: a weight" in start.output, "the drift")
+    trial.keep_in_mind()
+    trial.prove(start.end() == 0, "ended with 0")
+    trial.prove("start 2" in start.output and "DivergenceError" in start.output, "DivergenceError, start 2 by itself")
+
+
+def fill_the_disk(trial: Trial) -> None:
+    """The disk of the checkpoints is full, and later has room again: the run goes on throughout."""
+    trial.step = max(trial.step, EVERY + 1)
+    folder = trial.run / "checkpoints"
+    with small_disk(folder, DISK):
+        start = _at_its_step(trial)
+        start.wait_for(lambda: bool(trial.checkpoints()), "a checkpoint")
+        before = trial.checkpoints()[-1]
+        left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()) // 2)
+        filler = folder / "filler"
+
+        def has_failed() -> bool:
+            """Fills the disk again: a save that was under way may have removed an old checkpoint."""
+            with suppress(OSError), filler.open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(filler, max(0, filler.stat().st_size - left))
+            return "could not be written" in start.output
+
+        start.wait_for(has_failed, "a save that fails")
+        trial.keep_in_mind()
+        trial.prove(trial.checkpoints()[-1] >= before, f"with {left:,} bytes free: told, the last one still loads")
+        filler.unlink()
+        trial.prove(start.end() == 0, "ended with 0")
+
+
+def read_only_run(trial: Trial) -> None:
+    """The run's directory turns read-only, and later back: the run goes on throughout."""
+    start = _at_its_step(trial)
+    before = trial.checkpoints()
+    with read_only(trial.run):
+        start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
+        trial.keep_in_mind()
+        trial.prove(trial.checkpoints()[-1:] >= before[-1:], "what was there is there")
+    trial.prove("Read-only file system" in start.output, "could not be written: Read-only file system")
+    trial.prove(start.end() == 0, "ended with 0")
+
+
+def tear(trial: Trial) -> None:
+    """A file of the newest checkpoint is cut off: the one before is taken."""
+    _damage(trial, lambda content: content[: trial.draw.randrange(len(content))])
+
+
+def alter(trial: Trial) -> None:
+    """One bit of the newest checkpoint is flipped: the one before is taken."""
+
+    def flip(content: bytes) -> bytes:
+        place = trial.draw.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << trial.draw.randrange(8)]) + content[place + 1 :]
+
+    _damage(trial, flip)
+
+
+def nan_storm(trial: Trial) -> None:
+    """Ten steps in a row without a finite gradient end the run, when the one after is no better; it goes on from before
+    them."""
+    trial.step = min(trial.step, STEPS - 11)
+    start = trial.start("nan")
+    start.wait_for(lambda: "fault: gradients" in start.output, "NaN")
+    trial.keep_in_mind()
+    trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
+    told = "steps in a row had a gradient that is not finite"
+    trial.prove(told in start.output and f"step {trial.step}: samples [" in start.output, told)
+
+
+def bad_data(trial: Trial) -> None:
+    """Half of the images turn to text in mid-run, at once: it stops with a list of them. Then they are put back."""
+    sound, damaged = trial.images, trial.folder / "damaged"
+    shutil.copytree(sound, damaged)
+    for path in sorted(damaged.iterdir())[::2]:
+        path.write_bytes(b"<html>404 Not Found</html>")
+    trial.images = trial.folder / "images"
+    trial.images.symlink_to(sound)
+    start = _at_its_step(trial)
+    _point(trial.images, damaged)
+    trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
+    trial.prove("samples cannot be read, more than data.max_bad_fraction" in start.output, "unreadable samples listed")
+    _point(trial.images, sound)
+
+
+def second_run(trial: Trial) -> None:
+    """Another launcher in the directory of a run at work is refused; the first one does not notice."""
+    (trial.folder / "hold").touch()
+    first = trial.start("pace")
+    first.wait_for((trial.folder / "rank-0").exists, "the hold")
+    second = trial.start()
+    trial.prove(second.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE} of the second")
+    trial.prove(f"is in use by process {trial.pid(0)}" in second.output, "told who is at work")
+    (trial.folder / "hold").unlink()
+    trial.prove(first.end() == 0, "the first ended with 0")
+
+
+def other_ranks(trial: Trial) -> None:
+    """All are killed, and the run goes on with another number of ranks."""
+    kill_all(trial)
+    ranks = trial.draw.choice([count for count in (1, 2, 3, 4) if count != trial.ranks])
+    trial.finish(ranks, "engine.replicas=1")  # which divides them all
+    trial.seen.append(f"went on with {ranks} ranks")
+
+
+FAULTS: dict[str, Callable[[Trial], None]] = {
+    "SIGKILL of a rank": kill_a_rank,
+    "SIGKILL of a rank, no restart": kill_a_rank_for_good,
+    "SIGKILL of all": kill_all,
+    "SIGKILL in a save": kill_in_save,
+    "SIGTERM to a rank": lambda trial: signal_a_rank(trial, signal.SIGTERM),
+    "SIGUSR1 to a rank": lambda trial: signal_a_rank(trial, signal.SIGUSR1),
+    "SIGTERM to the launcher": signal_the_launcher,
+    "torn checkpoint": tear,
+    "altered checkpoint": alter,
+    "NaN storm": nan_storm,
+    "bad data": bad_data,
+    "second run": second_run,
+    "SIGSTOP of a rank": stop_a_rank,
+    "drift of a replica": drift,
+    "full disk": fill_the_disk,
+    "read-only run": read_only_run,
+    "other number of ranks": other_ranks,
+}
+"""By the name in the table."""
+
+MOUNTED = ("full disk", "read-only run")
+"""Faults that need mounts."""
+
+COPIED = ("drift of a replica",)
+"""Faults that need a weight of which two ranks have the optimizer's own copy."""
+
+RESHAPED = "other number of ranks"
+"""The fault after which weights are equal within the tolerance, and not in every bit."""
+
+
+def _at_its_step(trial: Trial, *overrides: str, restarts: int = 3) -> Start:
+    """A run that has reached its step, and goes on slowly."""
+    start = trial.start("pace", *overrides, restarts=restarts)
+    trial.reach(start)
+    trial.keep_in_mind()
+    return start
+
+
+def _saved(trial: Trial, start: Start) -> None:
+    trial.prove(start.end() == EXIT_SAVED, f"exit code {EXIT_SAVED}")
+    trial.prove("on a signal; the same command goes on" in start.output, "saved on a signal")
+    trial.keep_in_mind()
+
+
+def _half_written(trial: Trial) -> list[Path]:
+    return list((trial.run / "checkpoints").glob(".step-*.tmp"))
+
+
+def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
+    """Kills a run with two checkpoints or more, and changes a file of the newest."""
+    trial.step = max(trial.step, 2 * EVERY + 2)  # by then the second one is written
+    kill_all(trial)
+    *_, before, newest = trial.checkpoints()
+    file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
+    file.write_bytes(change(file.read_bytes()))
+    step = int(before.name.removeprefix("step-"))
+    trial.expect(step)
+    trial.finish()
+    named = [line for line in trial.starts[-1].output.splitlines() if newest.name in line and "the one before" in line]
+    trial.prove(bool(named), f"{newest.name}/{file.name} damaged, told, {before.name} taken")
+    if f"at step {step} of" not in trial.starts[-1].output:
+        raise NotSeen(f"{before.name} was not taken\n{trial.starts[-1].output[-2000:]}")
+
+
+def _point(link: Path, target: Path) -> None:
+    """Has a link lead elsewhere, with no moment in which it leads nowhere."""
+    other = link.with_name("other")
+    other.symlink_to(target)
+    other.replace(link)

@@ -1,0 +1,193 @@
+"""A loader for minutes on end while images go bad at random and it is ended and resumed.
+
+Every slot of every epoch comes exactly once, what was replaced is named, and memory stays flat.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from mimae.bench.data.data import tree_bytes
+from mimae.bench.machine import describe
+from mimae.checkpoints.checkpoint import write_atomically
+from mimae.data.loading.backend import OBSTACLES
+from mimae.data.loading.batch import Batch
+from mimae.data.loading.loader import make_loader
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source, open_source
+from mimae.errors import UserError
+
+SAMPLE_SECONDS = 2.0
+"""Between two looks at the memory."""
+
+
+class Damaged:
+    """A source whose samples, at each reading and by chance, come cut off, overwritten or not at all."""
+
+    def __init__(self, source: Source, share: float) -> None:
+        self._source, self._share = source, share
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickling asks for these before there is a source
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, i: int) -> bytes:
+        data = self._source.read(i)
+        draw = random.SystemRandom()  # the same in no two processes, which a fork's generator would be
+        if draw.random() >= self._share:
+            return data
+        kind = draw.choice(("cut", "empty", "noise", "tables", "text", "vanished"))
+        if kind == "vanished":
+            raise FileNotFoundError(2, "No such file or directory")
+        return {
+            "cut": data[: draw.randrange(2, max(3, len(data) - 64))],
+            "empty": b"",
+            "noise": draw.randbytes(len(data)),
+            # Quantization tables by another name: the header of a JPEG is sound, its decoder fails.
+            "tables": data.replace(b"\xff\xdb", b"\xff\xec"),
+            "text": b"<html>404 Not Found</html>",
+        }[kind]
+
+
+class Account:
+    """What came of each epoch, against what had to come."""
+
+    def __init__(self, steps_per_epoch: int, batch_size: int, samples: int) -> None:
+        self.expected, self.samples = steps_per_epoch * batch_size, samples
+        self.seen: Counter[int] = Counter()
+        self.images = self.replaced = self.lost = self.repeated = self.unnamed = self.epochs = 0
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch; a slot with another sample's pixels has to have its own sample on the list."""
+        named = {bad.id for bad in batch.bad}
+        own = batch.sample_ids % self.samples
+        moved = own[own != batch.source_ids].tolist()
+        self.seen.update(batch.sample_ids.tolist())
+        self.images += len(batch.sample_ids)
+        self.replaced += len(moved)
+        self.unnamed += len(set(moved) - named)
+        self.reasons.update(" ".join(bad.reason.split()[:4]) for bad in batch.bad)
+
+    def end_epoch(self) -> None:
+        """Closes an epoch: every slot once."""
+        self.epochs += 1
+        self.lost += self.expected - len(self.seen)
+        self.repeated += sum(self.seen.values()) - len(self.seen)
+        self.seen.clear()
+
+
+def soak(
+    settings: DataSettings, source: Source, batch_size: int, minutes: float, share: float, restart_seconds: float
+) -> dict[str, Any]:
+    """Runs for `minutes`, ending and resuming the loader about every `restart_seconds`; returns the account."""
+    damaged = Damaged(source, share)
+    start = time.perf_counter()
+    curve: list[tuple[float, float]] = []
+    epoch = step = restarts = 0
+    draw = random.Random(0)
+    account: Account | None = None
+    while (now := time.perf_counter()) - start < 60 * minutes:
+        until = min(now + draw.uniform(0.5, 1.5) * restart_seconds, start + 60 * minutes)
+        with closing(make_loader(settings, damaged, seed=0, batch_size=batch_size)) as loader:
+            account = account or Account(loader.steps_per_epoch, batch_size, len(source))
+            for batch in _until(loader, epoch, step, until):
+                account.add(batch)
+                epoch, step = batch.epoch, batch.step + 1
+                if step == loader.steps_per_epoch:
+                    account.end_epoch()
+                    epoch, step = epoch + 1, 0
+                if time.perf_counter() - start >= len(curve) * SAMPLE_SECONDS:
+                    curve.append((time.perf_counter() - start, tree_bytes() / 2**20))
+        restarts += 1
+    assert account is not None
+    return {
+        **{key: getattr(account, key) for key in ("images", "epochs", "lost", "repeated", "replaced", "unnamed")},
+        "restarts": restarts,
+        "reasons": dict(account.reasons.most_common()),
+        "memory_mib": curve,
+        "quarters_mib": _quarters(curve),
+    }
+
+
+def _until(loader: Any, epoch: int, step: int, until: float) -> Iterator[Batch]:
+    """The loader's batches from a place on, until it is time."""
+    while True:
+        for batch in loader.epoch(epoch, step):
+            yield batch
+            if time.perf_counter() >= until:
+                return
+        epoch, step = epoch + 1, 0
+
+
+def _quarters(curve: list[tuple[float, float]]) -> list[float]:
+    """MiB in each quarter of the time: medians, since single looks fall on processes that begin and end."""
+    return [float(np.median(part)) for part in np.array_split(np.array(curve)[:, 1], 4) if len(part)]
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Memory over time of each loader."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, result in found["loaders"].items():
+        seconds, mib = np.array(result["memory_mib"]).T
+        label = f"{name}: {result['images']:,} images, {result['replaced']:,} replaced, {result['restarts']} restarts"
+        axes.plot(seconds / 60, mib, label=label, linewidth=1)
+    axes.set(xlabel="minutes", ylabel="memory of all processes, MiB", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    path: Annotated[str, typer.Argument(help="the images, as data.path")],
+    loader: Annotated[list[str] | None, typer.Option(help="data.loader; repeatable [default: all that run]")] = None,
+    minutes: Annotated[float, typer.Option(help="length of the soak of each loader", min=0.01)] = 10.0,
+    bad: Annotated[float, typer.Option(help="share of readings that come damaged", min=0, max=1)] = 0.01,
+    size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
+    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
+    restart: Annotated[float, typer.Option(help="seconds between two restarts", min=0.1)] = 60.0,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="the plot to write (.png or .svg)")] = None,
+) -> None:
+    """Run loaders for minutes while images go bad at random; exits with 1 where a slot was lost or came twice."""
+    source = open_source(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = loader or [name for name, obstacle in OBSTACLES.items() if obstacle(device) is None]
+    if unknown := sorted({*names} - {*OBSTACLES}):
+        raise UserError(f"--loader {unknown[0]}: legal are {', '.join(OBSTACLES)}")
+    found: dict[str, Any] = {"bench": "soak", **describe(device), "minutes": minutes, "bad": bad, "loaders": {}}
+    for name in names:
+        settings = DataSettings(path=path, image_size=size, loader=name, max_bad_fraction=1.0)
+        result = found["loaders"][name] = soak(settings, source, batch, minutes, bad, restart)
+        print(
+            f"{name}: {result['images']:,} images in {result['epochs']:,} whole epochs, {result['restarts']} restarts; "
+            f"{result['lost']} slots lost, {result['repeated']} repeated, {result['replaced']:,} replaced, "
+            f"{result['unnamed']} of them not named; memory by quarters of the time "
+            f"{', '.join(f'{mib:.0f}' for mib in result['quarters_mib'])} MiB",
+            flush=True,
+        )
+    if out is not None:
+        write_atomically(out, json.dumps(found) + "\n")
+    if picture is not None:
+        plot(found, picture)
+    if any(result[key] for result in found["loaders"].values() for key in ("lost", "repeated", "unnamed")):
+        raise typer.Exit(1)

@@ -1,0 +1,419 @@
+"""Time and memory of every op beside plain PyTorch, forward and backward, on the machine at hand.
+
+The contenders of an op run in turn, round by round, on the same random inputs, of which there are enough sets to pass
+the last-level cache. Each result is checked against the reference first: what does not agree gets no time. Rates count
+what an op has to move and multiply (`cases`), not what an implementation does, and stand beside the copy and matrix
+rates that the same device reached in the same run. On a GPU times are CUDA events', elsewhere the clock's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mimae import kernels
+from mimae.bench.machine import Product, describe, matmul_rate, resident_peak, synchronize
+from mimae.bench.ops.cases import CASES, Case, Inputs, Pass, Size, named, numbers
+from mimae.bench.ops.traffic import eager as eager_traffic
+from mimae.checkpoints.checkpoint import write_atomically
+from mimae.errors import UserError
+from mimae.kernels.runtime import Impl, chosen, watching
+from mimae.objective.objective import CLUB, InfoNCE
+
+BATCHES = (256, 1024, 4096)
+CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
+"""Inputs are rotated until they pass this: more than the L2 of any GPU here, or the L3 of most CPUs."""
+MOST_SETS = 8
+_BUSY_CYCLES = 4_000_000
+"""About two milliseconds, longer than the host needs to launch an op, forward and backward."""
+SQUARE_SIDE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+"""Of a norm, by the precision of the products. Whether an op is right its tests say; this keeps a benchmark from timing
+the wrong thing."""
+
+_MOST_OF_A_HOST = 0.25
+"""Of its memory, that one tensor of a contender may take."""
+
+Results = Sequence[Tensor]
+
+
+class Form(NamedTuple):
+    """An implementation: its results from the inputs in its own layout, differentiable in the case's `trained`."""
+
+    call: Callable[[Inputs], Results]
+    prepared: bool
+    """Takes the inputs as `Case.prepare` lays them out for the eager form."""
+    impl: Impl = "auto"
+    """Of the ops that it calls, in backward too."""
+
+
+# The ops as the model calls them
+
+
+def _embed(x: Inputs) -> Results:
+    arguments = named(x, ("images", "visible", "weight", "bias", "pos", "cls", "mean", "std"))
+    with torch.autocast(x["images"].device.type, x["product"], enabled=x["product"] != torch.float32):
+        return [kernels.embed_visible(**arguments)]
+
+
+def _fill(x: Inputs) -> Results:
+    return [kernels.fill_masked(**named(x, ("tokens", "visible", "targets", "mask_token", "pos")))]
+
+
+def _compare(x: Inputs) -> Results:
+    arguments = named(x, ("predictions", "images", "targets", "mean", "std"))
+    return [kernels.pixel_loss(**arguments, normalize=True, scale=1 / x["targets"].numel())]
+
+
+def _draw(x: Inputs) -> Results:
+    return kernels.orthogonal_masks(0, 0, **x)
+
+
+def _club(x: Inputs) -> Results:
+    if "moments" not in x:  # in training `view_latents` has them at hand
+        flat = x["z"].detach().flatten(0, 1)
+        variance, mean = torch.var_mean(flat, 0, correction=0)
+        x["moments"] = torch.stack([mean, variance * len(flat)])
+    return CLUB.apply(x["z"], x["mu"], x["log_s2"], x["moments"])
+
+
+PUBLIC: dict[str, Callable[[Inputs], Results]] = {
+    "orthogonal_masks": _draw,
+    "embed_visible": _embed,
+    "fill_masked": _fill,
+    "pixel_loss": _compare,
+    "view_latents": lambda x: kernels.view_latents(x["tokens"], first=1)[:2],
+    "infonce": lambda x: [InfoNCE.apply(x["u"], x["u"].detach(), x["tau"])],
+    "club": _club,
+}
+
+
+def chunked_infonce(x: Inputs, rows: int = 512) -> Results:
+    """InfoNCE whose logits exist for some rows at a time, and again in backward; u (N, B, D)."""
+    u, tau = x["u"], x["tau"]
+
+    def part(a: Tensor, b: Tensor, first: int) -> Tensor:
+        labels = torch.arange(first, first + len(a), device=u.device)
+        return F.cross_entropy((a @ b.T).float() / tau, labels, reduction="sum")
+
+    views, images = u.shape[:2]
+    terms = [
+        checkpoint(part, u[a, first : first + rows], u[b], first, use_reentrant=False)
+        for a in range(views)
+        for b in range(views)
+        if a != b
+        for first in range(0, images, rows)
+    ]
+    return [torch.stack(terms).sum() / (images * views * (views - 1))]
+
+
+def _infcl(x: Inputs) -> Results:
+    """The `inf-cl` package's fused loss, for each ordered pair of views; u (N, B, D)."""
+    from inf_cl import cal_flash_loss
+
+    u, pairs = x["u"], [(a, b) for a in range(len(x["u"])) for b in range(len(x["u"])) if a != b]
+    labels = torch.arange(u.shape[1], device=u.device)
+    return [torch.stack([cal_flash_loss(u[a], u[b], labels, 1 / x["tau"]).mean() for a, b in pairs]).mean()]
+
+
+def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
+    """The contenders of an op on a device, by name; `fused` where the op has one there."""
+
+    public = PUBLIC[case.op]
+    found = {"reference": Form(public, prepared=False, impl="reference")}
+    automatic = chosen(case.op, torch.empty(0, device=device))
+    if automatic != "reference":
+        found["fused"] = Form(public, prepared=False, impl=automatic)
+    found["eager"] = Form(case.eager, prepared=True)
+    if compiled:
+        torch._dynamo.reset()  # past eight shapes of one function it would run as it is
+        found["compiled"] = Form(torch.compile(case.eager, dynamic=False), prepared=True)
+        found["compiled reference"] = found["reference"]._replace(call=torch.compile(public, dynamic=False))
+    if case.op == "infonce":
+        found["chunked"] = Form(chunked_infonce, prepared=True)
+        if device.type == "cuda" and find_spec("inf_cl") is not None:
+            found["inf-cl"] = Form(_infcl, prepared=True)
+    return found
+
+
+# One contender
+
+
+class Contender:
+    """A form with its sets of inputs, in its layout."""
+
+    def __init__(self, case: Case, form: Form, sets: Sequence[Inputs], device: torch.device) -> None:
+        self.case, self.form, self.device = case, form, device
+        self.sets = [
+            {
+                name: value.detach().clone().requires_grad_() if name in case.trained else value
+                for name, value in each.items()
+            }
+            for each in sets
+        ]
+        self.turn = 0
+
+    def forward(self, x: Inputs) -> Results:
+        with kernels.prefer(self.form.impl):
+            return self.form.call(x)
+
+    def backward(self, x: Inputs, results: Results) -> Results:
+        leaves = [x[name] for name in self.case.trained]
+        if not leaves:
+            return []
+        upstream = [x[name] for name in self.case.upstream] or [torch.ones_like(each) for each in results]
+        with kernels.prefer(self.form.impl):
+            return torch.autograd.grad(results[: len(upstream)], leaves, upstream)
+
+    def once(self) -> tuple[float, float]:
+        """Seconds of one forward and one backward, each on the next set of inputs."""
+        x = self.sets[self.turn % len(self.sets)]
+        self.turn += 1
+        _get_ahead(self.device)
+        marks = [_mark(self.device)]
+        results = self.forward(x)
+        marks.append(_mark(self.device))
+        self.backward(x, results)
+        marks.append(_mark(self.device))
+        synchronize(self.device)
+        return _between(*marks[:2]), _between(*marks[1:])
+
+    def norms(self) -> list[float]:
+        """Norms of the first result and of every gradient: the same in every layout."""
+        results = self.forward(self.sets[0])
+        return [each.double().norm().item() for each in (results[0], *self.backward(self.sets[0], results))]
+
+    def extra_bytes(self) -> int | None:
+        """Most memory beside the inputs in a forward and backward: PyTorch's on a GPU, else the process's, as Linux
+        counts it; None where nothing does."""
+        if self.device.type != "cuda":
+            return resident_peak(self.once)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.once()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _physical() -> int:
+    """Bytes of the host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _get_ahead(device: torch.device) -> None:
+    """Empties a GPU's cache, and keeps it busy while the host launches what is timed, so that events time the GPU."""
+    if device.type == "cuda":
+        torch.empty(CACHE_BYTES["cuda"], dtype=torch.uint8, device=device).zero_()
+        torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+# One op
+
+
+def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Checks and times the contenders of an op; one that fails, or runs out of memory, has the reason for a time."""
+    torch.manual_seed(0)
+    first = case.inputs(size, batch, device)
+    used = numbers([value for value in first.values() if isinstance(value, Tensor)])
+    count = min(MOST_SETS, max(2, math.ceil(CACHE_BYTES[device.type] / used)))
+    sets = [first, *(case.inputs(size, batch, device) for _ in range(count - 1))]
+    laid = {False: sets, True: [case.prepare(size, each) for each in sets]}
+    rows: dict[str, dict[str, Any]] = {}
+    racing: dict[str, Contender] = {}
+    expected: list[float] = []
+    largest = eager_traffic(case, size._replace(batch=batch))["largest_bytes"]
+    for name, form in forms(case, device, compiled).items():
+        rows[name] = {"skipped": None}
+        if name in ("eager", "compiled") and device.type == "cpu" and largest > _MOST_OF_A_HOST * _physical():
+            # A host lends memory that it has not, and then ends the process.
+            rows[name]["skipped"] = f"a tensor of {largest / 1e9:.0f} GB"
+            continue
+        try:
+            contender = Contender(case, form, laid[form.prepared], device)
+            found = contender.norms()
+            rows[name]["extra_bytes"] = contender.extra_bytes()
+        except (RuntimeError, ImportError) as error:  # memory, a compiler, a package: its time alone is lost
+            rows[name]["skipped"] = _reason(error)
+            continue
+        expected = expected or found
+        # Random masks have no norm to agree on.
+        if case.op == "orthogonal_masks" or _agree(expected, found, size.precision):
+            racing[name] = contender
+        else:
+            rows[name]["skipped"] = f"wrong: norms {found}, the reference has {expected}"
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
+    names = list(racing)
+    for number in range(rounds):
+        turn = number % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            times[name].append(racing[name].once())
+    passes = [sum(p) for p in zip(*(_work(case, each, size, batch) for each in case.passes))]
+    for name, pairs in times.items():
+        kinds = {"forward": [f for f, _ in pairs], "both": [f + b for f, b in pairs]}
+        if case.trained:
+            kinds["backward"] = [b for _, b in pairs]
+        rows[name] |= {kind: _quantiles(values) for kind, values in kinds.items()}
+    return {
+        "op": case.op, "size": size.name, "batch": batch, "width": size.width, "sets": count,
+        "precision": "bf16" if size.precision == torch.bfloat16 else "fp32",
+        "floor_bytes": passes[0], "flops": passes[1], "contenders": rows,
+    }  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _agree(expected: Sequence[float], found: Sequence[float], precision: torch.dtype) -> bool:
+    return all(abs(a - b) <= TOLERANCES[precision] * max(abs(a), 1e-6) for a, b in zip(expected, found, strict=True))
+
+
+def _work(case: Case, fused: Pass, size: Size, batch: int) -> tuple[int, float]:
+    """Bytes that a pass has to move, and FLOPs of its products: of shapes alone."""
+    inputs = case.inputs(size, batch, torch.device("meta"))
+    with watching(lambda _: None):
+        results = fused.run(inputs)
+    return numbers(fused.reads(inputs)) + numbers(results), fused.flops(size, batch)
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return {"median": statistics.median(ordered), "p20": at(0.2), "p80": at(0.8)}
+
+
+# The machine
+
+
+def roof(device: torch.device) -> dict[str, float]:
+    """What the device reached in this run: bytes/s of a large copy (read and write), FLOP/s of large products."""
+    source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    side = SQUARE_SIDE[device.type]
+    found = {"copy_bytes_per_s": 2 * source.numel() / min(times)}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        found[f"{name}_flops_per_s"] = matmul_rate([Product(side, side, side)], dtype, device, 0.1)
+    return found
+
+
+def crossovers(contests: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """By op, the smallest batch measured from which on the fused form is not slower than any plain one, forward and
+    backward together; ops that have no fused form on this machine are left out."""
+    found: dict[str, int] = {}
+    for op in dict.fromkeys(each["op"] for each in contests):
+        lost = []
+        batches = []
+        for each in (c for c in contests if c["op"] == op):
+            rows = {name: row["both"]["median"] for name, row in each["contenders"].items() if "both" in row}
+            if "fused" in rows:
+                batches.append(each["batch"])
+                if rows["fused"] > min(rows.values()):
+                    lost.append(each["batch"])
+        if batches:
+            won = [batch for batch in batches if batch > max(lost, default=0)]
+            found[op] = min(won) if won else max(batches) + 1
+    return found
+
+
+def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) -> list[tuple[Size, int]]:
+    """Every size of a case at every batch, in its own precision or another, each once."""
+    sizes = (
+        size._replace(batch=0, name=size.name.partition(" B=")[0], precision=precision or size.precision)
+        for size in case.sizes
+    )
+    return [(size, batch) for size in dict.fromkeys(sizes) for batch in batches]
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="ops to time; repeatable [default: all]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="images; repeatable", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="turns of every contender", min=1)] = 30,
+    compiled: Annotated[bool, typer.Option(help="time the eager forms under torch.compile too")] = True,
+    precision: Annotated[
+        str | None, typer.Option(help="of the products: bf16 or fp32 [default: bf16, but infonce in both]")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Time and memory of every op: fused and reference beside eager PyTorch and torch.compile."""
+    known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
+    unknown = [name for name in op or () if name not in known]
+    if unknown or precision not in (None, *dtypes):
+        wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
+        raise UserError(f"{wrong}; precision is bf16 or fp32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
+    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
+    contests = result["contests"] = []
+    for case in (known[name] for name in op or known):
+        for size, images in sizes_of(case, batch or BATCHES, dtypes.get(precision or "")):
+            contests.append(contest(case, size, images, device, rounds, compiled))
+            show(contests[-1], result["roof"], Console())
+            result["crossovers"] = crossovers(contests)
+            if json_file is not None:  # each time: what comes next may hang
+                write_atomically(json_file, json.dumps(result, indent=2) + "\n")
+    if json_file is not None:
+        print(f"wrote {json_file}")
+
+
+def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> None:
+    """Prints a contest as a table."""
+    matrix = contest["flops"] > 0
+    unit = "TFLOP/s" if matrix else "GB/s"
+    limit = roof[f"{contest['precision']}_flops_per_s" if matrix else "copy_bytes_per_s"]
+    table = Table(title=f"{contest['op']}, {contest['size']}, {contest['batch']} images, {contest['precision']}")
+    for column in ("", "forward ms", "backward ms", "both ms", "p20 .. p80", unit, "of the roof", "extra memory"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in contest["contenders"].items():
+        if row["skipped"] or "both" not in row:
+            table.add_row(name, row["skipped"] or "")
+            continue
+        both, extra = row["both"], row["extra_bytes"]
+        rate = (contest["flops"] if matrix else contest["floor_bytes"]) / both["median"]
+        table.add_row(
+            name,
+            f"{1e3 * row['forward']['median']:.3g}",
+            f"{1e3 * row['backward']['median']:.3g}" if "backward" in row else "",
+            f"{1e3 * both['median']:.3g}",
+            f"{1e3 * both['p20']:.3g} .. {1e3 * both['p80']:.3g}",
+            f"{rate / (1e12 if matrix else 1e9):.3g}",
+            f"{rate / limit:.0%}",
+            "" if extra is None else f"{extra / 2**20:,.0f} MiB",
+        )
+    console.print(table)

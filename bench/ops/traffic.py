@@ -1,0 +1,447 @@
+"""Bytes that the fused ops move, against the least they could and against eager PyTorch, without a GPU.
+
+The kernels are counted in triton's interpreter at small sizes, with the tiles of a production size. What they move is a
+linear function of a few quantities (images, programs of the grid): fitted to some of the counts, held against all, and
+taken to the production size, whose launches are recorded on meta tensors. The machine code comes from `offline`.
+Nothing depends on the machine, so a bound that holds here holds in CI; the verb fails where one does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mimae.bench.ops import offline
+from mimae.bench.ops.cases import Case, Inputs, Pass, Size, chosen, numbers, recorded
+from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
+from mimae.errors import UserError
+from mimae.kernels import runtime
+from mimae.kernels.runtime import H100, Launch, Target
+
+H100_BYTES_PER_S = 3.35e12
+"""Memory bandwidth of an H100 SXM by its data sheet."""
+
+WIDTH = 150
+"""Of the tables, in characters: narrower ones would cut the figures."""
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+Row = dict[str, Any]
+
+
+class Point(NamedTuple):
+    """Where a case is counted."""
+
+    batch: int
+    processors: int = 1
+    """Of the GPU that the launchers see: grids that fill it are small."""
+    width: int | None = None
+    """Latent width, where not that of the size."""
+
+
+def _images_and_programs(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
+    return [1, batch, sum(math.prod(launch.grid) for launch in launches)]
+
+
+def _tiles_and_panels(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
+    """Tiles are squares of the batch; the gradient of all latents is read and written again for each panel of weights,
+    of a pair of launches."""
+    squares, latents, panels = batch**2, batch * size.width, len(launches)
+    return [squares * size.width, squares, latents * panels, latents, batch * panels, batch, panels]
+
+
+class Count(NamedTuple):
+    """How a pass is counted."""
+
+    points: Sequence[Point]
+    terms: Callable[[Size, int, Sequence[Launch]], list[float]] = _images_and_programs
+    """The quantities of which the traffic is a linear function."""
+    adaptive: Sequence[str] = ()
+    """`kernel.PARAMETER`s that follow the size of the grid, and need not be those of production."""
+
+
+_two_by_two = [Point(batch, width=width) for batch in (256, 512) for width in (128, 256)]
+
+COUNTS = {
+    "orthogonal_masks": Count((Point(1), Point(2), Point(3))),
+    # More processors than large tiles would get small ones.
+    "embed_visible": Count((Point(1, 6), Point(2, 6), Point(5, 6), Point(6, 6))),
+    # A part of the rows for 18 processors, at ViT-L for 24.
+    "embed_visible backward": Count((Point(1, 24), Point(2, 24), Point(1, 48), Point(2, 48))),
+    # 32 views, of 8 images, share the positions.
+    "fill_masked": Count((Point(1), Point(2), Point(3), Point(9))),
+    "fill_masked backward": Count((Point(1), Point(2), Point(3), Point(13))),
+    "pixel_loss": Count((Point(1), Point(2), Point(3))),
+    "pixel_loss backward": Count((Point(1), Point(2), Point(3), Point(5))),
+    "view_latents": Count((Point(4, 1), Point(4, 2), Point(6, 1), Point(8, 2)), adaptive=("_merge.ROWS",)),
+    "view_latents backward": Count((Point(1), Point(2), Point(3))),
+    "club_terms": Count((Point(48, 1), Point(48, 2), Point(96, 2), Point(64, 4))),
+    "club_grad": Count((Point(48, 1), Point(48, 2), Point(96, 2), Point(64, 4))),
+    "infonce_lse": Count(
+        [*_two_by_two, Point(768, width=128), Point(256)], _tiles_and_panels, adaptive=("_partial_kernel.D",)
+    ),
+    # The first four have a panel for every tile of rows, the others for two and for all.
+    "infonce_grad": Count(
+        [*_two_by_two, Point(512, width=384), Point(512, width=512), Point(256), Point(512), Point(384, width=256)],
+        _tiles_and_panels,
+        adaptive=("_weights_kernel.D", "_accumulate_kernel.D"),
+    ),
+}
+
+
+NEGLIGIBLE = 1 << 16
+"""A pass that could do with fewer bytes is judged as if it could not: what its programs read of scalars counts."""
+
+
+class Bound(NamedTuple):
+    """What a case has to keep; None: it is stated only."""
+
+    issued: float | None = None
+    """Issued bytes of a pass, over its floor."""
+    unique: float | None = None
+    """Different bytes of a pass, over its floor."""
+    eager: float | None = None
+    """Bytes of eager PyTorch over issued ones, all passes."""
+    extra: float | None = None
+    """Memory beside inputs and results, over their sum."""
+    hopper: bool = False
+    """Its matrix products run on Hopper's warp-group instructions."""
+
+
+BOUNDS = {
+    "orthogonal_masks": Bound(issued=1.1),
+    "embed_visible": Bound(unique=1.1, hopper=True),
+    "fill_masked": Bound(issued=1.1, eager=2),
+    "pixel_loss": Bound(issued=1.1, eager=3),
+    "view_latents": Bound(issued=1.1),
+    "club": Bound(issued=1.1, eager=3),
+    "infonce": Bound(extra=1.0, hopper=True),
+}
+
+
+# Counting one case
+
+
+def measure(op: str, size: Size) -> Row:
+    """What a case moves at a production size. Runs where triton interprets."""
+    (case,) = chosen([op])
+    inputs = case.inputs(size, size.batch, META)
+    passes = [_measure_pass(case, each, size, inputs) for each in case.passes]
+    return {"op": case.op, "size": size.name, "batch": size.batch, "passes": passes, "eager": eager(case, size)}
+
+
+def _measure_pass(case: Case, fused: Pass, size: Size, inputs: Inputs) -> Row:
+    count = COUNTS[fused.name]
+    with TorchTraffic() as operators:
+        launches, results = recorded(fused, inputs, H100)
+    rows, counts = [], []
+    for point in count.points:
+        small = size if point.width is None else size._replace(width=point.width)
+        seen, moved = _count(fused, case.inputs(small, point.batch, CPU), Target(H100.capability, point.processors))
+        check_tiles(seen, launches, count.adaptive)
+        rows.append(count.terms(small, point.batch, seen))
+        counts.append(moved)
+    moved = extrapolated(rows, counts, count.terms(size, size.batch, launches))
+    kernels = total(list(moved.values()))
+    floor = numbers(fused.reads(inputs)) + numbers(results)
+    return {
+        "name": fused.name,
+        "launches": len(launches) + operators.operators,
+        "floor_bytes": floor,
+        "issued_bytes": kernels.issued + operators.moved,
+        "unique_bytes": kernels.unique + operators.moved,
+        "extra_bytes": _extra(launches, inputs, results),
+        "flops": fused.flops(size, size.batch),
+        "predicted_h100_us_at_floor": 1e6 * floor / H100_BYTES_PER_S,
+        "by_argument": {name: traffic._asdict() for name, traffic in moved.items()},
+    }
+
+
+def _count(fused: Pass, inputs: Inputs, target: Target) -> tuple[list[Launch], dict[str, Traffic]]:
+    """What a pass moves: `kernel.argument` -> bytes."""
+    with counting(target) as launches:
+        fused.run(inputs)
+    moved: dict[str, Traffic] = {}
+    for launch in launches:
+        for name, traffic in launch.traffic.items():
+            key = f"{launch.launch.kernel.__name__}.{name}"
+            moved[key] = total([traffic, moved.get(key, Traffic())])
+    return [launch.launch for launch in launches], moved
+
+
+def check_tiles(small: Sequence[Launch], production: Sequence[Launch], adaptive: Sequence[str]) -> None:
+    """Raises RuntimeError where a kernel that was counted is not the one that production launches."""
+
+    def variant(launch: Launch) -> tuple[str, dict[str, Any]]:
+        name, kinds = launch.kernel.__name__, inspect.get_annotations(launch.kernel.fn)
+        fixed = {key for key, kind in kinds.items() if "constexpr" in str(kind) and f"{name}.{key}" not in adaptive}
+        return name, {key: launch.arguments[key] for key in fixed}
+
+    wanted = [variant(launch) for launch in production]
+    for name, tile in map(variant, small):
+        if (name, tile) not in wanted:
+            raise RuntimeError(f"{name} was counted with {tile}, which is none of {wanted}")
+
+
+def extrapolated(
+    rows: Sequence[Sequence[float]], counts: Sequence[Mapping[str, Traffic]], wanted: Sequence[float]
+) -> dict[str, Traffic]:
+    """The counts at `wanted`, of which all are one linear function of `rows`.
+
+    Raises RuntimeError where they are not, where there are no more counts than the function has coefficients, so that
+    nothing is checked, and where `wanted` lies outside of what they determine.
+    """
+    matrix = numpy.asarray(rows, float)
+    scale = numpy.abs(matrix).max(0)
+    matrix, aim = matrix / scale, numpy.asarray(wanted, float) / scale
+    rank = numpy.linalg.matrix_rank(matrix)
+    if rank == len(matrix) or numpy.linalg.matrix_rank([*matrix, aim]) > rank:
+        raise RuntimeError(f"{len(matrix)} counts of rank {rank} do not determine and check the traffic: {rows}")
+    result = {}
+    for name in counts[0]:
+        seen = numpy.asarray([count[name] for count in counts], float)
+        coefficients, *_ = numpy.linalg.lstsq(matrix, seen, rcond=None)
+        off = numpy.abs(matrix @ coefficients - seen).max()
+        if off > 1e-6 * max(1.0, seen.max()):
+            raise RuntimeError(f"{name} is not linear: off by {off} bytes of {seen.tolist()} at {rows}")
+        result[name] = Traffic(*(round(float(value)) for value in aim @ coefficients))
+    return result
+
+
+def _extra(launches: Sequence[Launch], inputs: Inputs, results: Sequence[Tensor]) -> int:
+    """Bytes of memory that the launches use beside inputs and results."""
+
+    def storages(values: Any) -> dict[int, int]:
+        tensors = (value.untyped_storage() for value in values if isinstance(value, Tensor))
+        return {storage._cdata: storage.nbytes() for storage in tensors}
+
+    used = storages(value for launch in launches for value in launch.arguments.values())
+    return sum(size for key, size in (used.items() - storages([*inputs.values(), *results]).items()))
+
+
+def eager(case: Case, size: Size) -> Row:
+    """What the eager form moves, forward and backward."""
+    with FakeTensorMode():
+        inputs = case.prepare(size, case.inputs(size, size.batch, CPU))
+        leaves = [inputs[name].requires_grad_() for name in case.trained]
+        with TorchTraffic() as forward:
+            results = case.eager(inputs)
+        with TorchTraffic() as backward:
+            if leaves:
+                upstream = [inputs[name] for name in case.upstream] or [torch.ones_like(each) for each in results]
+                torch.autograd.grad(results[: len(upstream)], leaves, upstream)
+    return {
+        "forward_bytes": forward.moved,
+        "backward_bytes": backward.moved,
+        "operators": forward.operators + backward.operators,
+        "largest_bytes": max(forward.largest, backward.largest),
+    }
+
+
+def count(cases: Sequence[Case], processes: int) -> list[Row]:
+    """Every case at each of its sizes, counted in fresh processes."""
+    jobs = [(case.op, size) for case in cases for size in case.sizes]
+    with offline.fresh_processes(processes, interpret=True) as pool:
+        return list(pool.map(measure, *zip(*jobs)))
+
+
+# Judging and showing
+
+
+def eager_ratio(row: Row) -> float:
+    """Bytes of eager PyTorch over those that the fused passes issue."""
+    eager = row["eager"]["forward_bytes"] + row["eager"]["backward_bytes"]
+    return eager / sum(fused["issued_bytes"] for fused in row["passes"])
+
+
+def beyond_bounds(row: Row, bound: Bound) -> list[str]:
+    """What of a row lies beyond its bounds, in words."""
+    found = []
+
+    def judge(where: str, what: str, value: float, limit: float | None, sign: int = 1) -> None:
+        if limit is not None and sign * value > sign * limit:
+            found.append(f"{where}, {row['size']}: {what} {value:.3f}, bound {limit}")
+
+    for fused in row["passes"]:
+        name, floor = fused["name"], max(fused["floor_bytes"], NEGLIGIBLE)
+        judge(name, "issued bytes over floor", fused["issued_bytes"] / floor, bound.issued)
+        judge(name, "different bytes over floor", fused["unique_bytes"] / floor, bound.unique)
+        judge(name, "extra memory over that of inputs and results", fused["extra_bytes"] / floor, bound.extra)
+    judge(row["op"], "bytes of eager PyTorch over issued", eager_ratio(row), bound.eager, sign=-1)
+    return found
+
+
+def flaws(binary: Row) -> list[str]:
+    """What a kernel's machine code must not have, in words."""
+    found = []
+    if binary["local_bytes"]:
+        found.append(f"{binary['local_bytes']} bytes of a thread spilled")
+    if not binary["fits"]:
+        found.append(f"{binary['shared_bytes']} bytes of shared memory do not fit")
+    if BOUNDS[binary["op"]].hopper and binary["capability"] == 90 and "HMMA" in binary["matrix"]:
+        found.append("matrix products of one warp, where Hopper has those of four")
+    where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
+    return [f"{where}: {flaw}" for flaw in found]
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="only these; repeatable")] = None,
+    machine_code: Annotated[
+        bool, typer.Option(help="compile for sm_80, 90 and 100 too; minutes, then from triton's cache")
+    ] = True,
+    jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--render", help="write the result that --json names as this page, and run nothing")
+    ] = None,
+) -> None:
+    """Bytes that the fused ops move, against their floor and eager PyTorch, and their machine code; no GPU needed.
+
+    Fails where an op passes its bound.
+    """
+    if page is not None:
+        if json_file is None or not json_file.exists():
+            raise UserError("--render shows a result: name its file by --json")
+        page.write_text(render(json.loads(json_file.read_text())))
+        return
+    if runtime.triton is None:
+        raise UserError("the kernels are counted and compiled by triton, which is not installed")
+    cases = chosen(op)
+    result: dict[str, Any] = {
+        "bench": "traffic",
+        "versions": {package: metadata.version(package) for package in ("torch", "triton")},
+        "traffic": count(cases, jobs),
+        "machine_code": offline.machine_code(cases, jobs) if machine_code else [],
+    }
+    show(result, Console(width=WIDTH))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {json_file}")
+    beyond = [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])]
+    beyond += [line for binary in result["machine_code"] for line in flaws(binary)]
+    for line in beyond:
+        print(f"beyond its bound: {line}")
+    if beyond:
+        raise typer.Exit(1)
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Prints a result as tables."""
+    traffic = Table(
+        title="megabytes between memory and processors, counted in the interpreter at small sizes; for an H100's grid",
+        caption="least: each input and each result once; its time is a prediction, at 3.35 TB/s",
+    )
+    for column in ("pass", "size", "images", "launches", "least", "issued", "of least", "different", "eager", "extra"):
+        traffic.add_column(column, justify="left" if column in ("pass", "size") else "right")
+    traffic.add_column("µs at least", justify="right")
+    for row in result["traffic"]:
+        for fused, eager in zip(row["passes"], ("forward_bytes", "backward_bytes")):
+            least = fused["floor_bytes"]
+            traffic.add_row(
+                fused["name"],
+                row["size"],
+                f"{row['batch']:,}",
+                str(fused["launches"]),
+                *(f"{each / 1e6:,.4g}" for each in (least, fused["issued_bytes"])),
+                *(f"{fused[key] / least:.3f}" for key in ("issued_bytes", "unique_bytes")),
+                *(f"{each / 1e6:,.4g}" for each in (row["eager"][eager], fused["extra_bytes"])),
+                f"{fused['predicted_h100_us_at_floor']:,.1f}",
+            )
+        traffic.add_row(f"eager over issued: {eager_ratio(row):,.1f}", end_section=True)
+    console.print(traffic)
+    if result["machine_code"]:
+        console.print(_code_table(result["machine_code"]))
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """A result as a page in Markdown: traffic, and machine code with the architectures of a kernel in one row."""
+    versions = " and ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [
+        "# What the kernels move, counted without a GPU",
+        "",
+        f"From `bench/results/traffic.json`, with {versions}. `mimae bench traffic --json` writes that file, with",
+        "`--render` this page. In megabytes; *least*: each input and each result once, *issued*: what loads and stores",
+        "ask for, *different*: without what is asked for again. The time is a prediction: the least at an H100's",
+        f"{H100_BYTES_PER_S / 1e12:g} TB/s. `infonce` is in fp32, as training has it, where bf16 is not named.",
+        "",
+        "| pass | size | images | launches | least | issued | of least | different | eager | extra | µs at least |",
+        "| --- | --- |" + " ---: |" * 9,
+    ]
+    for row in result["traffic"]:
+        for fused, eager in zip(row["passes"], ("forward_bytes", "backward_bytes")):
+            least, issued, unique = (fused[key] for key in ("floor_bytes", "issued_bytes", "unique_bytes"))
+            ratios = " | ".join(f"{each / max(least, NEGLIGIBLE):.3f}" for each in (issued, unique))
+            moved = [least, issued, row["eager"][eager], fused["extra_bytes"]]
+            least_mb, issued_mb, eager_mb, extra_mb = (f"{each / 1e6:,.{1 if each else 0}f}" for each in moved)
+            lines.append(
+                f"| {fused['name']} | {row['size']} | {row['batch']:,} | {fused['launches']} | {least_mb} "
+                f"| {issued_mb} | {ratios} | {eager_mb} | {extra_mb} | {fused['predicted_h100_us_at_floor']:,.1f} |"
+            )
+    kernels: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for binary in result["machine_code"]:
+        of_kernel = kernels.setdefault((f"{binary['op']}{binary['kernel']}", binary["size"]), {})
+        of_kernel.setdefault(binary["capability"], []).append(binary)
+    found = sorted({binary["capability"] for binary in result["machine_code"]})
+    lines += [
+        "",
+        "## Machine code",
+        "",
+        "Of a thread registers and spilled bytes, of a block KiB of shared memory, and the matrix instructions; of",
+        "variants of a kernel the one with the most registers.",
+        "",
+        "| kernel | size |" + "".join(f" sm_{capability} |" for capability in found),
+        "| --- | --- |" + " --- |" * len(found),
+    ]
+    for (kernel, size), of_kernel in kernels.items():
+        cells = (_cell(max(of_kernel[capability], key=lambda each: each["registers"])) for capability in found)
+        lines.append(f"| {kernel} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(binary: Row) -> str:
+    matrix = "".join(f", {count} {kind}" for kind, count in binary["matrix"].items())
+    return f"{binary['registers']}, {binary['local_bytes']}, {binary['shared_bytes'] / 1024:.0f}{matrix}"
+
+
+def _code_table(binaries: Sequence[Row]) -> Table:
+    table = Table(
+        title="machine code, compiled without a GPU",
+        caption="spilled: bytes of a thread; shared: KiB of a block; blocks: at a time on a multiprocessor",
+    )
+    for column in (
+        "kernel",
+        "size",
+        "sm",
+        "registers",
+        "spilled",
+        "shared",
+        "blocks",
+        "occupancy",
+        "matrix",
+        "128 bit",
+    ):
+        table.add_column(column, justify="left" if column in ("kernel", "size", "matrix") else "right")
+    for binary in binaries:
+        table.add_row(
+            f"{binary['op']}{binary['kernel']}",
+            binary["size"],
+            *(str(binary[key]) for key in ("capability", "registers", "local_bytes")),
+            f"{binary['shared_bytes'] / 1024:.0f}",
+            str(binary["blocks"]),
+            f"{binary['occupancy']:.0%}",
+            ", ".join(f"{count} {kind}" for kind, count in binary["matrix"].items()),
+            f"{binary['wide_share']:.0%}",
+        )
+    return table

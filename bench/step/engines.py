@@ -1,0 +1,206 @@
+"""Speed and memory of the engines on this machine's CPU, a few ranks each.
+
+Every engine has processes of its own, which are all there at once and take turns, round by round: what slows the
+machine for a while slows all. Memory is what a rank's process grows by at its highest, from one that has taken a step
+of a smaller model with the same engine. Images are noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+
+from mimae import distributed, plan
+from mimae.bench.machine import describe, resident_bytes
+from mimae.bench.step.step import batch_of
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
+from mimae.engines.base import Engine
+from mimae.engines.make import make_engine
+from mimae.errors import UserError
+from mimae.model import masking
+from mimae.plan.communication import traffic
+from mimae.plan.memory import Layout, parameters
+
+ENGINES = {
+    "ddp": ["engine.kind=ddp"],
+    "fsdp": ["engine.kind=fsdp"],
+    "fsdp, offload": ["engine.kind=fsdp", "engine.offload=cpu"],
+    "zero1": ["engine.kind=zero1"],
+    "zero2": ["engine.kind=zero2"],
+    "zero3": ["engine.kind=zero3"],
+}
+"""By name, with the overrides of a recipe."""
+
+MODEL = ["model.size=small", "decoder.width=256", "decoder.depth=4", "decoder.heads=4", "data.image_size=112"]
+"""Whose weights, gradients and moments are more than its activations."""
+
+PATIENCE = 300.0
+"""Seconds in which a rank has to answer."""
+
+
+@contextmanager
+def _started(recipes: Mapping[str, Recipe], ranks: int) -> Iterator[dict[str, list[Any]]]:
+    """A process for each rank of each engine -> pipes to them."""
+    context = get_context("spawn")
+    pipes: dict[str, list[Any]] = {name: [] for name in recipes}
+    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, recipe) in enumerate(recipes.items()):
+            for rank in range(ranks):
+                here, there = context.Pipe()
+                arguments = (there, recipe, rank, ranks, f"{folder}/{number}")
+                processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+                processes[-1].start()
+                there.close()
+                pipes[name].append(here)
+        try:
+            yield pipes
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _answers(name: str, pipes: Sequence[Connection]) -> list[float]:
+    """What each rank of an engine sends next. Raises UserError where one of them has ended."""
+    try:
+        if all(pipe.poll(PATIENCE) for pipe in pipes):
+            return [pipe.recv() for pipe in pipes]
+        why = f"no answer in {PATIENCE:g} s"
+    except (EOFError, ConnectionError):
+        why = "it has ended, with the error above"
+    raise UserError(f"a rank of {name}: {why}")
+
+
+def measure(recipes: Mapping[str, Recipe], ranks: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """By engine: seconds of a step of the slowest rank in each round, bytes of the largest."""
+    found: dict[str, dict[str, Any]] = {}
+    with _started(recipes, ranks) as pipes:
+        for name, of_ranks in pipes.items():
+            found[name] = {"seconds_per_step": [], "peak_bytes": max(_answers(name, of_ranks))}
+        names = list(recipes)
+        for number in range(rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                for pipe in pipes[name]:
+                    pipe.send(None)
+                found[name]["seconds_per_step"].append(max(_answers(name, pipes[name])))
+    return found
+
+
+def _serve(pipe: Connection, recipe: Recipe, rank: int, ranks: int, meeting: str) -> None:
+    """A rank: sends what it grew by, then the seconds of a step whenever it is asked."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
+    small = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"depth": 1}),
+            "decoder": recipe.decoder.model_copy(update={"depth": 1}),
+            "schedule": recipe.schedule.model_copy(update={"batch_size": 2 * ranks}),
+        }
+    )
+    _steps(_engine(small), small, ranks, 1)
+    gc.collect()
+    before = resident_bytes("VmRSS")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    engine = _engine(recipe)
+    _steps(engine, recipe, ranks, 2)
+    pipe.send(resident_bytes("VmHWM") - before)
+    while True:
+        pipe.recv()
+        dist.barrier()
+        start = time.perf_counter()
+        _steps(engine, recipe, ranks, 1)
+        pipe.send(time.perf_counter() - start)
+
+
+def _engine(recipe: Recipe) -> Engine:
+    return make_engine(recipe, distributed.setup(), recipe.schedule.batch_size * recipe.masking.num_masks)
+
+
+def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
+    images = batch_of(recipe)[: recipe.schedule.batch_size // ranks]
+    ids = torch.arange(len(images))
+    for _ in range(steps):
+        visible, hidden = masking.draw(recipe.masking, recipe.seed, 0, ids, engine.model.encoder.num_patches)
+        with engine.accumulate(is_last=True):
+            losses = engine.forward(images, visible, masking.targets(recipe.decoder.predict, visible, hidden))
+            engine.backward(losses.loss)
+        engine.step(1.0)
+
+
+def sent_bytes(recipe: Recipe, ranks: int) -> float:
+    """What a rank sends in a step, by the planner."""
+    layout = Layout(recipe.engine.kind, ranks, 1, recipe.engine.offload)
+    sent = traffic(recipe, layout, plan.find_gpu("h100"), ranks, parameters(recipe))
+    return sum(each.bytes for each in sent if each.kind != "host")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A result as Markdown."""
+    ddp = result["engines"]["ddp"]["seconds_per_step"]
+    lines = [
+        "| engine | a step, in steps of ddp (min .. max) | peak memory of a rank | sent by a rank in a step |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["engines"].items():
+        ratios = [mine / theirs for mine, theirs in zip(row["seconds_per_step"], ddp, strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}) | "
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB | {row['sent_bytes'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: model.size=tiny")
+    ] = None,
+    engine: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(ENGINES)}; repeatable; else all")] = None,
+    ranks: Annotated[int, typer.Option(help="processes of an engine", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="images of a step, over all ranks", min=2)] = 8,
+    rounds: Annotated[int, typer.Option(help="rounds in which every engine takes a step", min=1)] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Speed and memory of each engine on this CPU, beside ddp."""
+    names = list(dict.fromkeys(["ddp", *(engine or ENGINES)]))
+    if unknown := set(names) - ENGINES.keys():
+        raise UserError(f"--engine {', '.join(sorted(unknown))}: legal is {', '.join(ENGINES)}")
+    given = [*MODEL, "compile=off", f"schedule.batch_size={batch}", *(overrides or ())]
+    recipes = {name: config.load({}, [*given, *ENGINES[name]]).recipe for name in names}
+    ours = recipes["ddp"]
+    result = {
+        "bench": "engines",
+        **describe(torch.device("cpu")),
+        "ranks": ranks,
+        "images": batch,
+        "precision": ours.precision,
+        "parameters": parameters(ours).total,
+        "model": ours.model.model_dump(),
+        "decoder": ours.decoder.model_dump(),
+    }
+    result["engines"] = {
+        name: {**row, "sent_bytes": sent_bytes(recipes[name], ranks)}
+        for name, row in measure(recipes, ranks, rounds).items()
+    }
+    print(table(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {json_file}")

@@ -1,0 +1,139 @@
+"""Saving beside training: copied while a forward and a backward read the weights, written while steps go on.
+
+A checkpoint that cannot be written costs the run nothing but itself: it is told, and the one before stays the last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint, dcp
+from mimae.checkpoints.checkpoint import CheckpointError, CheckpointSettings
+from mimae.checkpoints.dcp import State
+
+T = TypeVar("T")
+
+GRACE = 60.0
+"""Seconds, at most, that a run which ends with an error waits for the save that is under way."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods at the same places."""
+
+    def __init__(
+        self,
+        run: Path,
+        settings: CheckpointSettings,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A collective: the ranks agree about a save in a process group of its own, beside training's.
+
+        `check_owner` raises where the run is another job's by now.
+        """
+        self.run, self.settings, self.device, self.say, self.check_owner = run, settings, device, say, check_owner
+        self.passed_over: set[str] = set()
+        """Names of the checkpoints that the run went back behind when it was started."""
+        # Kept, because the thread may outlive training's process group.
+        self.group, self.rank = distributed.host_group(), distributed.rank()
+        self.staging = dcp.Staging(device) if settings.background else None
+        self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def start(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+        """Begins the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
+
+        The tensors may change after the next `settle`. Raises where the run is another job's.
+        """
+        self.finish()
+        self.check_owner()
+        if self.staging is not None:
+            self.staging.begin()
+        # A daemon: a rank that dies does not wait for its peers, which may wait for it.
+        arguments = (step, tensors, {"step": step, **state})
+        self._thread = threading.Thread(target=self._work, args=arguments, daemon=True)
+        self._thread.start()
+        if self.staging is None:
+            self._thread.join()
+
+    def settle(self) -> None:
+        """Waits until the tensors of a save that is under way may change: they do in the optimizer's step alone."""
+        if self.staging is not None:
+            self.staging.settle()
+
+    def finish(self) -> bool:
+        """Waits for the save that is under way; whether the last one succeeded, on every rank the same."""
+        if self._thread is not None:
+            self._thread.join()
+        return not self._failed
+
+    def close(self) -> None:
+        """Waits for the save that is under way, at most GRACE seconds: peers may be gone. A process that ends beside a
+        thread that is in torch is aborted."""
+        if self._thread is not None:
+            self._thread.join(GRACE)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would not wait."""
+        return self.staging is None or self.staging.is_settled
+
+    def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own
+        temporary = checkpoint.unfinished(self.run, step)
+        self._failed = True
+        try:
+            self._write(temporary, tensors, state)
+            self._failed = False
+        except (Exception, dcp.CheckpointException) as error:
+            # Whatever it is, the run is better off without this checkpoint than without itself. Of a lost rank
+            # training's own collectives tell the main thread.
+            if self.rank == 0:
+                self._tell(step, dcp.num_bytes(tensors), dcp.reason(error))
+                shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            if self.staging is not None:
+                self.staging.end()
+
+    def _tell(self, step: int, num_bytes: int, why: str) -> None:
+        # What torch says when the disk is full is not that.
+        folder = self.run if self.run.is_dir() else self.run.parent
+        last = next(iter(checkpoint.names(self.run)), "none")
+        self.say(
+            f"the checkpoint of step {step} could not be written: {why} ({num_bytes / 1e6:,.1f} MB are needed, "
+            f"{shutil.disk_usage(folder).free / 1e6:,.1f} are free on {folder}); the last one in {self.run} is {last}"
+        )
+
+    def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:
+        """Raises on every rank what fails on one."""
+        self._on_main(lambda: checkpoint.make_room(temporary, dcp.num_bytes(tensors)))
+        dcp.save(temporary, tensors, self.group, self.staging)
+        mine = f"__{self.rank}_*"
+        parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
+        manifest = {name: entry for part in parts for name, entry in part.items()}
+        self._on_main(self.check_owner)  # Writing may have taken minutes, in which another job took over.
+        self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings, self.passed_over))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        self._together(action if self.rank == 0 else lambda: None)
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What it returns on every rank. Raises CheckpointError on all of them where it failed on one."""
+        results, wrong = list[T](), ""
+        try:
+            results.append(action())
+        except Exception as error:  # else the others would wait for this rank
+            wrong = str(error) or type(error).__name__
+        every = distributed.gather_objects((results, wrong), self.group)
+        if wrong := next((wrong for _, wrong in every if wrong), ""):
+            raise CheckpointError(wrong)
+        return [result for results, _ in every for result in results]

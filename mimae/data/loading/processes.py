@@ -1,0 +1,66 @@
+"""Work on many items by several processes, with a bar where somebody is looking."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from mimae.data.loading.batch import DataError
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def over(items: Sequence[T], work: Callable[[S, T], R], shared: S, *, workers: int, title: str) -> Iterator[R]:
+    """`work(shared, item)` for each item, in their order. Raises DataError where a process dies."""
+    console = Console(stderr=True)
+    count = max(1, min(workers, len(items)))
+    with ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(), work, shared)) as pool:
+        try:
+            yield from track(
+                pool.map(_work, items),
+                title,
+                len(items),
+                console=console,
+                disable=not console.is_terminal,
+                transient=True,
+            )
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"{title}: a process died, most often for want of memory; start again with fewer --workers"
+            ) from error
+
+
+_job: tuple[Callable[[Any, Any], Any], Any] | None = None
+"""What this process does, and what it shares with the others: handed over once and not with each item."""
+
+
+def _begin(parent: int, work: Callable[[Any, Any], Any], shared: Any) -> None:
+    global _job
+    _job = (work, shared)
+    # Ctrl-C ends a worker without a word; the parent's are enough.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(item: Any) -> Any:
+    assert _job is not None
+    work, shared = _job
+    return work(shared, item)

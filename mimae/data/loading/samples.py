@@ -1,0 +1,180 @@
+"""From a job to a micro-batch: samples are read, unreadable ones replaced, and a decoder makes the pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import simplejpeg
+import torch
+from torch import Tensor
+
+from mimae.data.loading.batch import BadSample, Batch, DataError, Spent
+from mimae.data.loading.order import Job
+from mimae.data.pixels.augment import Window, below, centre_window, crop_words, flips, random_window
+from mimae.data.pixels.cut import Cut, Turn, cut_from, finish
+from mimae.data.pixels.decode import BadImage, Encoded, look, region, why
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source
+from mimae.randomness import Purpose, words
+
+_REPLACEMENTS = 64
+"""Other samples tried in the place of an unreadable one."""
+
+
+class Clock:
+    """Adds up the seconds that go into each part of the work."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(Spent._fields, 0.0)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Counts the time of the block to `part`, a field of Spent."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - start
+
+    def spent(self) -> Spent:
+        """The seconds so far."""
+        return Spent(**self._seconds)
+
+
+class Sample(NamedTuple):
+    """An image with a legal header, and how it becomes the micro-batch's sample `place`."""
+
+    place: int
+    encoded: Encoded
+    window: Callable[[int, int], Window]
+    """(height, width) of the upright image -> where the sample is cut from it."""
+    flip: bool
+
+    @property
+    def cut(self) -> Cut | None:
+        """The cut from the pixels as they are stored, of a plain JPEG; None for what Pillow has to decode."""
+        _, image, orientation = self.encoded
+        if orientation is None:
+            return None
+        return cut_from(image.height, image.width, orientation, self.window, flip=self.flip)
+
+
+class Decoder(Protocol):
+    """Makes the pixels of samples."""
+
+    at_once: int
+    """Samples that it is given at a time, at most."""
+
+    def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
+        """Writes samples to their places in `images` uint8 (B, H, W, 3); returns those that it cannot, and why."""
+
+
+class EachDecoder:
+    """Decodes samples one by one: plain JPEGs by libjpeg-turbo, others and those that fail there by Pillow."""
+
+    at_once = 1
+
+    def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
+        refused = []
+        for sample in samples:
+            try:
+                with clock("decode"):
+                    pixels, turn = _region(sample)
+            except BadImage as error:
+                refused.append((sample, error))
+                continue
+            with clock("resize"):
+                images[sample.place] = finish(pixels, (images.shape[1], images.shape[2]), turn)
+        return refused
+
+
+def _region(sample: Sample) -> tuple[Tensor, Turn]:
+    """What the sample sees of its image, uint8 (h, w, 3) and not resized, with the turn that is still due."""
+    if cut := sample.cut:
+        top, left, height, width = cut.window
+        try:
+            pixels = simplejpeg.decode_jpeg(sample.encoded.data, "RGB", strict=True)
+        except ValueError:
+            pass  # Pillow has the last word on what is an image.
+        else:
+            return torch.from_numpy(pixels[top : top + height, left : left + width]), cut.turn
+    return torch.from_numpy(region(sample.encoded, sample.window)), Turn(columns=sample.flip)
+
+
+def make_batch(settings: DataSettings, source: Source, seed: int, job: Job, decoder: Decoder) -> Batch:
+    """The micro-batch of a job. Raises DataError where a sample cannot even be replaced."""
+    images = torch.empty((len(job.ids), *settings.size_hw, 3), dtype=torch.uint8)
+    slots, clock = _slots(settings, source, seed, job), Clock()
+    for start in range(0, len(slots), decoder.at_once):
+        samples = [slot.sample(clock) for slot in slots[start : start + decoder.at_once]]
+        while refused := decoder(samples, images, clock):
+            for sample, error in refused:
+                slots[sample.place].refuse(error)
+            samples = [slots[sample.place].sample(clock) for sample, _ in refused]
+    source_ids = torch.tensor([slot.source_id for slot in slots], dtype=torch.int64)
+    bad = [sample for slot in slots for sample in slot.bad]
+    return Batch(images, torch.tensor(job.ids), source_ids, job.epoch, job.step, bad, clock.spent())
+
+
+def _slots(settings: DataSettings, source: Source, seed: int, job: Job) -> list[_Slot]:
+    size, scale = settings.size_hw, settings.crop_scale
+    sample_ids = torch.tensor(job.ids)
+    mirrored = flips(seed, job.epoch, sample_ids).tolist() if settings.flip else [False] * len(job.ids)
+    windows: list[Callable[[int, int], Window]] = [partial(centre_window, size=size)] * len(job.ids)
+    if scale is not None:
+        drawn = crop_words(seed, job.epoch, sample_ids).tolist()
+        windows = [partial(random_window, row, scale=scale) for row in drawn]
+    return [
+        _Slot(source, settings.max_pixels, place, _chain(seed, job.epoch, sample_id, len(source)), window, flip)
+        for place, (sample_id, window, flip) in enumerate(zip(job.ids.tolist(), windows, mirrored))
+    ]
+
+
+class _Slot:
+    """One place of a micro-batch: its window and flip are its own, whichever image fills it."""
+
+    def __init__(
+        self,
+        source: Source,
+        max_pixels: int,
+        place: int,
+        candidates: Iterator[int],
+        window: Callable[[int, int], Window],
+        flip: bool,
+    ) -> None:
+        self.source, self.max_pixels, self.place = source, max_pixels, place
+        self.candidates, self.window, self.flip = candidates, window, flip
+        self.bad: list[BadSample] = []
+        self.source_id = -1
+
+    def sample(self, clock: Clock) -> Sample:
+        """The next image of the slot with a legal header. Raises DataError where there is none."""
+        for candidate in self.candidates:
+            self.source_id = candidate
+            try:
+                with clock("read"):
+                    data = self.source.read(self.source_id)
+                with clock("decode"):
+                    return Sample(self.place, look(data, self.max_pixels), self.window, self.flip)
+            except (BadImage, OSError) as error:
+                self.refuse(error)
+        tried = "\n".join(f"  {path}: {reason}" for _, path, reason in self.bad[-5:])
+        raise DataError(
+            f"sample {self.bad[0].id} of {self.source.name} cannot be read, nor any of {_REPLACEMENTS} samples "
+            f"tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
+        )
+
+    def refuse(self, error: BadImage | OSError) -> None:
+        """Notes that the present image cannot be used."""
+        self.bad.append(BadSample(self.source_id, self.source.path(self.source_id), why(error)))
+
+
+def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
+    """The slot's own sample, then those that take its place, drawn from its stream."""
+    yield sample_id % n
+    for word in words(seed, Purpose.REPLACEMENT, epoch, torch.tensor([sample_id]), _REPLACEMENTS)[0].tolist():
+        yield below(word, n)

@@ -1,0 +1,155 @@
+"""Worker processes on torch's DataLoader: they make whole micro-batches, ahead and in order, for every loader."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mimae.data.loading.batch import DataError
+from mimae.data.loading.order import Job
+
+Made = TypeVar("Made")
+
+
+class TorchLoader(Generic[Made]):
+    """`make(job)` for each job, in their order, by `workers` processes (None: one per core of this rank; 0: here).
+
+    The processes live until `close`.
+    """
+
+    def __init__(self, make: Callable[[Job], Made], workers: int | None) -> None:
+        workers = default_workers() if workers is None else workers
+        self._jobs = _Jobs()
+        self._running: Generator[Made, None, None] | None = None
+        with warnings.catch_warnings():
+            # On more workers than cores; where training waits for them, `stalls` says so.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            self._loader: DataLoader | None = DataLoader(
+                _MicroBatches(make),
+                batch_size=None,
+                sampler=self._jobs,
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=workers > 0,
+                worker_init_fn=_Guard(os.getpid()),
+                # Its own generator, so that a loader leaves torch's global one alone.
+                generator=torch.Generator(),
+            )
+
+    def batches(self, jobs: Iterable[Job]) -> Iterator[Made]:
+        """What is made of `jobs`, in their order; an earlier run that is not done ends. Raises DataError."""
+        if self._loader is None:
+            raise ValueError("the loader is closed")
+        if self._running is not None:
+            self._running.close()
+        self._jobs.jobs = jobs
+        self._running = self._run()
+        return self._running
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._running is not None:
+            self._running.close()
+        # The workers end with the last reference to the DataLoader, which a frame of an error may hold.
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._running = self._loader = None
+
+    def _run(self) -> Generator[Made, None, None]:
+        try:
+            for made in self._iterator():
+                if isinstance(made, DataError):
+                    raise made
+                yield made
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # The latter two where it died while it handed a batch over.
+            # An error that a living worker hands over names its process too, but not by "(pid".
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+                raise
+            reason = str(error) or "its pipe closed"
+            raise DataError(
+                f"a decoding process died ({reason}). Most often memory ran out: lower data.workers or the "
+                f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
+            ) from error.with_traceback(None)
+
+    def _iterator(self) -> Iterator[Made | DataError]:
+        """The DataLoader's iterator, without torch's SIGCHLD handler: that one raises a worker's death wherever
+        the main thread is (in the middle of a save, say); the next batch notices it too, within seconds."""
+        assert self._loader is not None
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)
+        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        iterator = iter(self._loader)
+        signal.signal(signal.SIGCHLD, handler)
+        return iterator
+
+
+def default_workers() -> int:
+    """Cores that this rank may use: of its affinity and of what SLURM allots, over the ranks that share them."""
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or "1"
+    tasks = int(re.split("[(,]", per_node)[0])  # 8(x4),2 where nodes differ.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
+    cores = len(os.sched_getaffinity(0))
+    of_task = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    shares = [of_task // max(1, ranks // tasks)]
+    if "SLURM_CPUS_ON_NODE" in os.environ:
+        shares.append(int(os.environ["SLURM_CPUS_ON_NODE"]) // ranks)
+    return max(1, min(shares))
+
+
+class _Jobs(Sampler[Job]):
+    """What the DataLoader hands to its workers: the jobs of the present run."""
+
+    jobs: Iterable[Job] = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.jobs)
+
+
+class _MicroBatches(Dataset[Any]):
+    """What is made of a job; what stops the run comes back as a value: torch would bury it in a traceback."""
+
+    def __init__(self, make: Callable[[Job], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, job: Job) -> Any:
+        try:
+            return self.make(job)
+        except DataError as error:
+            return error
+
+
+def _as_is(made: Any) -> Any:
+    return made
+
+
+class _Guard:
+    """Prepares a worker. A SIGINT or SIGTERM to the whole job is the parent's to answer: workers go on until
+    it ends them, so that the batches that it still wants come. They end when it does, however it ends."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            signalled = signal.sigtimedwait({signal.SIGTERM}, 2.0)
+            if os.getppid() != self.parent or (signalled is not None and signalled.si_pid == self.parent):
+                os._exit(0)

@@ -1,0 +1,1 @@
+"""What happens to one image: decoding, cropping, flipping and resizing."""

@@ -1,0 +1,191 @@
+"""From the bytes of an image file to the pixels of a sample: whatever the bytes hold, pixels or BadImage."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from mimae.data.pixels.augment import Window
+from mimae.data.pixels.cut import Turn, finish
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
+"""Endings by which a source takes a file for an image; what it is its bytes tell."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
+_CHANNELS_TAG = 277
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BadImage(Exception):
+    """The bytes are no image that can be used; the text is one line saying why."""
+
+
+class Encoded(NamedTuple):
+    """An image whose header has been read and found legal, and none of its pixels."""
+
+    data: bytes
+    image: Image.Image
+    """As Pillow opens it."""
+    orientation: int | None
+    """EXIF's (1 to 8), of a plain JPEG: any decoder reads it alike. None: Pillow decodes it, in every loader."""
+
+
+def look(data: bytes, max_pixels: int) -> Encoded:
+    """Reads and checks the header: at most `max_pixels`, and 1, 3 or 4 channels (or grey with alpha).
+
+    A plain JPEG is of 8 bits, grey or YCbCr, and does not end too early. Raises BadImage.
+    """
+    with _bad_image():
+        image = _open(data, max_pixels)
+        return Encoded(data, image, _orientation(image) if _is_plain_jpeg(image, data) else None)
+
+
+def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray:
+    """`window(height, width)` of the upright image as Pillow decodes it: uint8 RGB, not resized.
+
+    Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. Raises BadImage.
+    """
+    with _bad_image():
+        encoded.image.load()
+        image = _upright(encoded.image)
+        top, left, height, width = window(image.height, image.width)
+        return np.array(_rgb(image.crop((left, top, left + width, top + height))))
+
+
+def decode(data: bytes, window: Callable[[int, int], Window], size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
+    """`window` of the upright image, resized to `size` (height, width): uint8 RGB. Raises BadImage.
+
+    The image is checked as by `look`, the resize sees the window alone.
+    """
+    return finish(torch.from_numpy(region(look(data, max_pixels), window)), size, Turn()).numpy()
+
+
+def whole(data: bytes, max_pixels: int) -> Image.Image:
+    """All of the image, upright and RGB, checked as by `look`. Raises BadImage."""
+    with _bad_image():
+        image = _open(data, max_pixels)
+        image.load()
+        return _rgb(_upright(image))
+
+
+def format_of(data: bytes, max_pixels: int) -> str:
+    """The name of the format, by the header alone, which is checked as by `look`. Raises BadImage."""
+    with _bad_image():
+        return str(_open(data, max_pixels).format)
+
+
+def why(error: BadImage | OSError) -> str:
+    """One line on why a sample cannot be had: its bytes are no image, or its source could not read them."""
+    return str(error) if isinstance(error, BadImage) else f"the file cannot be read: {error.strerror or error}"
+
+
+@contextmanager
+def _bad_image() -> Iterator[None]:
+    """Whatever is raised becomes BadImage: on damaged files decoders raise OSError, SyntaxError, struct.error,
+    MemoryError and nearly anything else."""
+    try:
+        # Pillow warns without naming the image; what cannot be used is reported with its name by the caller.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read and checked, its pixels not yet decoded."""
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            _check_channels(_tiff_channels(data), "TIFF")
+        jpeg = "; as a JPEG it is damaged, or of 12 bits a channel" if data.startswith(b"\xff\xd8") else ""
+        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which no max_pixels is above
+        raise BadImage(f"{str(error).partition(' exceeds')[0]}, more than data.max_pixels = {max_pixels}") from None
+    if image.width * image.height > max_pixels:
+        raise BadImage(
+            f"{image.width} x {image.height} is {image.width * image.height} pixels, "
+            f"more than data.max_pixels = {max_pixels}"
+        )
+    channels = len(image.getbands())
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow shows some TIFFs of five or six channels as RGB or CMYK.
+        channels = image.tag_v2.get(_CHANNELS_TAG, channels)
+    _check_channels(channels, image.mode)
+    return image
+
+
+@lru_cache(1)
+def _formats() -> tuple[str, ...]:
+    """Formats of image collections that this Pillow reads. It reads others by starting programs, EPS by Ghostscript."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _check_channels(channels: int, mode: str) -> None:
+    if channels not in (1, 3, 4) and not (channels == 2 and mode in ("LA", "La", "PA")):
+        raise BadImage(f"{channels} channels; images have 1, 3 or 4 (or grey with alpha)")
+
+
+def _tiff_channels(data: bytes) -> int:
+    """The channel count in the header of a TIFF that Pillow refuses to open."""
+    directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(directory.next)
+    directory.load(file)
+    return directory.get(_CHANNELS_TAG, 1)
+
+
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Pillow opens no other JPEGs than those of 8 bits; one that misses its end is truncated or has bytes after it."""
+    stored_as_rgb = image.info.get("adobe_transform") == 0
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and not stored_as_rgb and b"\xff\xd9" in data[-64:]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # A corrupt EXIF block says nothing about the pixels.
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image turned as its EXIF orientation asks."""
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _GREY_16:
+        # Pillow's own conversion clips at 255.
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage(f"32-bit pixels (mode {image.mode}) have no known range; convert to 8 or 16 bits")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Where samples come from: folders, lists, shards, Parquet, mixtures and built-in sets."""

@@ -1,0 +1,192 @@
+"""The index of a source: its samples' names in their order, cached until what it was made from changes.
+
+Names are kept as one block of bytes with int64 offsets: ten million files take no Python object each, and
+workers share the pages with the process that forked them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TypeVar
+from zipfile import BadZipFile
+
+import numpy as np
+
+from mimae.data.loading.batch import DataError
+from mimae.data.loading.order import Part
+
+T = TypeVar("T")
+
+_VERSION = 2
+_SETTLED_NS = 2_000_000_000
+_PLACE = "place."
+STAMPS = "stamps"
+"""The key of `places` for when files were changed last and how large they were."""
+SCAN_THREADS = 16
+"""File systems across a network answer many questions at once as fast as one."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of a source in their order, and the files and folders whose change makes it stale."""
+
+    names: np.ndarray
+    """uint8: the paths relative to the source's folder, or names inside its shards, one after the other."""
+    offsets: np.ndarray
+    """int64 (n + 1,): where each name begins, and the last one ends."""
+    labels: np.ndarray | None
+    classes: list[str] | None
+    watched: list[bytes]
+    """Paths of what was read to make the index: every folder, the list file, or every shard."""
+    places: dict[str, np.ndarray] = field(default_factory=dict)
+    """Where the bytes lie, in the terms of the kind of source; empty for files of their own."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def name(self, i: int) -> bytes:
+        """The name of sample i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+
+def cache_folder() -> Path:
+    """Where indices and the embedded photographs are kept: $XDG_CACHE_HOME/mimae, or ~/.cache/mimae."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
+
+
+def indexed(places: Sequence[Path], build: Callable[[], Index]) -> Index:
+    """The index of `places`, from the cache where nothing that it was made from has changed since."""
+    key = hashlib.sha256(b"\0".join(map(os.fsencode, places)) + b"\0%d" % _VERSION).hexdigest()[:32]
+    file = cache_folder() / "index" / f"{key}.npz"
+    index = _load(file)
+    if index is None:
+        started = time.time_ns()
+        index = build()
+        _save(file, index, started)
+    return index
+
+
+def read_all(kind: str, files: Sequence[Path], read: Callable[[Path], T | str]) -> list[T]:
+    """`read` of each file, of many at once; text is why a file cannot be used. Raises DataError with all such."""
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        found = list(pool.map(read, files))
+    if refused := [f"  {file}: {one}" for file, one in zip(files, found) if isinstance(one, str)]:
+        listed = "\n".join(refused[:10])
+        raise DataError(
+            f"{len(refused)} of {len(files)} {kind} cannot be used:\n{listed}\n"
+            f"Mend them, or leave them out of data.path."
+        )
+    return [one for one in found if not isinstance(one, str)]
+
+
+def end_to_end(lengths: np.ndarray) -> np.ndarray:
+    """int64 (n + 1,): where each of things of these lengths begins, one after the other, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+class IndexedSource:
+    """What the sources that have an index share. A kind of source adds `path` and `read`."""
+
+    RUN = 256
+    """Samples of a block, where storage has none of its own."""
+
+    def __init__(self, name: str, index: Index) -> None:
+        self.name, self.index = name, index
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.index.labels
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.index.classes
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """int64 (m + 1,): the first ids of the runs of samples that lie together in storage, and their end."""
+        return np.append(np.arange(0, len(self), self.RUN), len(self))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part(len(self), len(self), self.blocks),)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest, index = hashlib.sha256(), self.index
+        # A copy elsewhere has other times of change and is the same source.
+        places = [block for key, block in sorted(index.places.items()) if key != STAMPS]
+        for block in (index.names, index.offsets, index.labels, *places):
+            if block is not None:
+                digest.update(block.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def _stamps(watched: list[bytes]) -> np.ndarray:
+    """int64 (n, 2): time of change in ns, and for files the size, of each path. Raises OSError."""
+
+    def stamp(path: bytes) -> tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
+
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        return np.array(list(pool.map(stamp, watched)), np.int64)
+
+
+def _load(path: Path) -> Index | None:
+    """The cached index, if there is one and it is fresh."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            watched = bytes(file["watched"]).split(b"\0")
+            if not np.array_equal(_stamps(watched), file["stamps"]):
+                return None
+            return Index(
+                file["names"],
+                file["offsets"],
+                file.get("labels"),
+                os.fsdecode(bytes(file["classes"])).split("\0") if "classes" in file else None,
+                watched,
+                {key.removeprefix(_PLACE): file[key] for key in file if key.startswith(_PLACE)},
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
+        return None
+
+
+def _save(path: Path, index: Index, started_ns: int) -> None:
+    """Writes the index to the cache; a cache that cannot be written is done without."""
+    blocks = {"names": index.names, "offsets": index.offsets, "watched": _bytes(b"\0".join(index.watched))}
+    blocks |= {_PLACE + key: block for key, block in index.places.items()}
+    if index.labels is not None:
+        blocks["labels"] = index.labels
+    if index.classes is not None:
+        blocks["classes"] = _bytes(os.fsencode("\0".join(index.classes)))
+    with suppress(OSError):
+        stamps = _stamps(index.watched)
+        # A folder that changed this lately may change again without its time showing it.
+        if stamps[:, 0].max() > started_ns - _SETTLED_NS:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, allow_pickle=False, stamps=stamps, **blocks)
+                file.flush()
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+
+
+def _bytes(block: bytes) -> np.ndarray:
+    return np.frombuffer(block, np.uint8)

@@ -1,0 +1,1 @@
+"""Commands that look at a data set or write a new one."""

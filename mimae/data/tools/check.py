@@ -1,0 +1,173 @@
+"""`mimae data check`: looks at every sample of a source, with the eyes of the loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mimae.data.loading.batch import BadSample
+from mimae.data.loading.processes import over
+from mimae.data.loading.torch_loader import default_workers
+from mimae.data.pixels.augment import Window
+from mimae.data.pixels.decode import BadImage, decode, format_of, why
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source, open_source
+from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
+
+_CHUNK = 256
+"""Samples that a process takes at a time, at most."""
+
+_SHOWN = 10
+
+_SIZES = [("height", "i4"), ("width", "i4"), ("bytes", "i8")]
+SAMPLE = np.dtype([("ok", "?"), ("format", "S8"), *_SIZES, ("digest", "V16"), ("look", "u8")])
+"""What is kept of a sample; `look` is its perceptual hash."""
+
+
+class Report(NamedTuple):
+    """What `check` found."""
+
+    source: Source
+    samples: np.ndarray
+    """SAMPLE (n,)."""
+    broken: list[BadSample]
+    exact: list[list[int]]
+    """Ids of samples with equal bytes, group by group."""
+    near: list[list[int]]
+    """Ids of samples that look alike, group by group; not those that are alike in every byte."""
+
+
+def check(path: str, max_pixels: int, workers: int) -> Report:
+    """Reads and decodes every sample of the source at `path`. Raises DataError."""
+    source = open_source(path)
+    samples, broken = np.zeros(len(source), SAMPLE), list[BadSample]()
+    size = max(1, min(_CHUNK, len(source) // (8 * workers)))
+    chunks = [range(first, min(first + size, len(source))) for first in range(0, len(source), size)]
+    results = over(chunks, _look_at, (source, max_pixels), workers=workers, title="checking")
+    for ids, (looked_at, bad) in zip(chunks, results):
+        samples[ids.start : ids.stop] = looked_at
+        broken += bad
+    ok = np.flatnonzero(samples["ok"])
+    exact = same(samples["digest"][ok], ok)
+    # Of images alike in every byte one stands for all.
+    others = np.setdiff1d(ok, [i for group in exact for i in group[1:]])
+    return Report(source, samples, broken, exact, near_duplicates(samples["look"][others], others))
+
+
+def _look_at(shared: tuple[Source, int], ids: range) -> tuple[np.ndarray, list[BadSample]]:
+    """Looks at a chunk of samples."""
+    source, max_pixels = shared
+    samples, bad = np.zeros(len(ids), SAMPLE), []
+    for row, i in enumerate(ids):
+        try:
+            data = source.read(i)
+            samples[row] = _sample(data, max_pixels)
+        except (BadImage, OSError) as error:
+            bad.append(BadSample(i, source.path(i), why(error)))
+    return samples, bad
+
+
+def _sample(data: bytes, max_pixels: int) -> tuple[Any, ...]:
+    """A row of SAMPLE. Raises BadImage for what the loader would replace."""
+    sizes = []
+
+    def whole(height: int, width: int) -> Window:
+        sizes.append((height, width))
+        return Window(0, 0, height, width)
+
+    small = decode(data, whole, (8, 9), max_pixels=max_pixels)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return (True, format_of(data, max_pixels), *sizes[0], len(data), digest, perceptual_hash(small))
+
+
+# The report
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The report as JSON has it: counts, sizes, and the broken and doubled samples by path."""
+    source, good = report.source, report.samples[report.samples["ok"]]
+    labels = None if source.labels is None else Counter(source.labels.tolist())
+    return {
+        "source": source.name,
+        "samples": len(source),
+        "readable": len(good),
+        "bytes": int(good["bytes"].sum()),
+        "formats": dict(Counter(name.decode() for name in good["format"].tolist()).most_common()),
+        "sides": {name: _spread(good[name]) for name in ("height", "width")},
+        "classes": labels and {"count": len(labels), "smallest": min(labels.values()), "largest": max(labels.values())},
+        "broken": [bad._asdict() for bad in report.broken],
+        "exact_duplicates": [[source.path(i) for i in group] for group in report.exact],
+        "near_duplicates": [[source.path(i) for i in group] for group in report.near],
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, int] | None:
+    if not len(values):
+        return None
+    return {"min": int(values.min()), "median": int(statistics.median_low(values.tolist())), "max": int(values.max())}
+
+
+def _print(found: dict[str, Any]) -> None:
+    title = Text(_printable(found["source"]), "table.title")
+    table = Table(title=title, title_justify="left", show_header=False)
+    broken, readable = len(found["broken"]), found["readable"]
+    table.add_row("samples", f"{found['samples']:,}")
+    table.add_row("readable", f"{readable:,}, {found['bytes'] / 1e6:,.1f} MB")
+    table.add_row("broken", f"{broken:,}" + (f" ({broken / found['samples']:.3%})" if broken else ""))
+    table.add_row("formats", ", ".join(f"{name} {count:,}" for name, count in found["formats"].items()))
+    for side, spread in found["sides"].items():
+        table.add_row(side, "{min} to {max}, median {median}".format(**spread) if spread else "")
+    classes = found["classes"]
+    table.add_row(
+        "classes", "{count:,}, of {smallest:,} to {largest:,} samples".format(**classes) if classes else "not told"
+    )
+    for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
+        spare = sum(len(group) - 1 for group in found[key])
+        table.add_row(row, f"{spare:,}, beside the {len(found[key]):,} they repeat" if spare else "none")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    _list(console, "broken", [f"{bad['path']}: {bad['reason']}" for bad in found["broken"]])
+    _list(console, "alike in every byte", [" = ".join(group) for group in found["exact_duplicates"]])
+    _list(console, "alike to the eye", [" ~ ".join(group) for group in found["near_duplicates"]])
+
+
+def _printable(text: str) -> str:
+    """A file name need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _list(console: Console, title: str, lines: Sequence[str]) -> None:
+    if not lines:
+        return
+    console.print(f"\n{title}:", markup=False)
+    for line in lines[:_SHOWN]:
+        console.print("  " + _printable(line), markup=False, highlight=False)
+    if len(lines) > _SHOWN:
+        console.print(f"  and {len(lines) - _SHOWN:,} more; --json lists all")
+
+
+def main(
+    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with every sample by path")] = False,
+    max_pixels: Annotated[int, typer.Option(help="as data.max_pixels", min=1)] = DataSettings().max_pixels,
+    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+) -> None:
+    """Look at every sample: counts, sizes, formats, what is broken and why, duplicates; exits with 1 where a sample is
+    broken."""
+    found = summary(check(path, max_pixels, workers or default_workers()))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    if found["broken"]:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Measures of what was learned, which training and commands share."""

@@ -1,0 +1,161 @@
+"""When memory runs out: in what, what is held, what the planner says to do, and a snapshot to look at."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from traceback import clear_frames
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimae import distributed
+from mimae.config.recipe import Recipe
+from mimae.faults.guards import RunError
+from mimae.faults.watchdog import Watchdog
+from mimae.plan import GPU, device_name, find_gpu
+from mimae.plan.advice import Fleet, advise
+from mimae.plan.memory import Layout, memory, parameters
+from mimae.telemetry.telemetry import IN_PHASE
+
+LISTED = 100
+"""Tensors in the snapshot of a CPU's memory, the largest."""
+
+_WORDS = re.compile(r"can't allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|out of memory", re.IGNORECASE)
+
+
+class MemoryShortage(RunError):
+    """An allocation failed; another start of the same would fail again."""
+
+
+@contextmanager
+def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
+    """Raises MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_shortage(error):
+            raise
+        phase = "".join(f"{note.removeprefix(IN_PHASE)} of " for note in getattr(error, "__notes__", ())[:1])
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        lines = [
+            f"memory ran out on rank {distributed.rank()} in {phase}{watchdog.due}"
+            f"{f', which asked for {asked[1]}' if asked else ''}; {held(device)}",
+            _snapshot(Path(recipe.run.dir), device),
+        ]
+        # The planner needs some memory too: that of what was under way.
+        clear_frames(error.__traceback__)
+        ranks = distributed.world_size()
+        lines.append(advice(recipe, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
+        raise MemoryShortage("\n".join(lines)) from error
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is of memory that is not there."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _WORDS.search(str(error)) is not None
+
+
+def held(device: torch.device) -> str:
+    """What this process holds, and of how much."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        mine, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return (
+            f"tensors hold {_gib(mine)}, the allocator {_gib(reserved)}, all processes together {_gib(total - free)} "
+            f"of the GPU's {_gib(total)}"
+        )
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return f"the process holds {_gib(resident)} of {_gib(_limit())} that it may have"
+
+
+def _limit() -> int:
+    """Bytes of memory that this process may have: the machine's, or a lower limit of its own or of its cgroup."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+
+
+def advice(recipe: Recipe, ranks: int, per_node: int) -> str:
+    """What the planner counts for the recipe on so many ranks and for what would take less, and on GPUs that it knows
+    the engine that it would take."""
+    count = parameters(recipe)
+    engine, schedule = recipe.engine, recipe.schedule
+    images = max(1, schedule.batch_size // (ranks * schedule.accumulate))
+    layout = Layout(engine.kind, ranks, engine.replicas, engine.offload)
+    on_gpu = torch.cuda.is_available()
+
+    def planned(layout: Layout, recipe: Recipe = recipe, images: int = images) -> str:
+        return _gib(memory(recipe, layout, images, count=count, ops="fused" if on_gpu else "plain").total)
+
+    lines = [f"the planner counts, beside the libraries, on each of {ranks} ranks:", f"  as it is: {planned(layout)}"]
+    # On a CPU what is offloaded stays where it was.
+    spread = [Layout("fsdp", ranks), Layout("zero3", ranks)]
+    spread += [Layout(other.kind, ranks, offload="cpu") for other in spread] if on_gpu else []
+    lines += [f"  {other.settings}: {planned(other)}" for other in spread if ranks > 1 and other != layout]
+    if images > 1:
+        twice = schedule.model_copy(update={"accumulate": 2 * schedule.accumulate})
+        split = recipe.model_copy(update={"schedule": twice})
+        lines.append(f"  schedule.accumulate={twice.accumulate}: {planned(layout, split, images // 2)}")
+    if not recipe.model.checkpointing:
+        smaller = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": True})})
+        lines.append(f"  model.checkpointing=true: {planned(layout, smaller)}")
+    if (gpu := _gpu()) is not None:
+        fleet = Fleet(gpu, ranks, per_node, share=0.45)
+        lines.append(f"for {ranks} x {gpu.name}: {advise(recipe, fleet, count)[1]}")
+    return "\n".join(lines)
+
+
+def _gpu() -> GPU | None:
+    """The GPU of this machine, if the planner knows it."""
+    if not torch.cuda.is_available():
+        return None
+    with suppress(ValueError):
+        return find_gpu(device_name(torch.device("cuda")))
+    return None
+
+
+def _snapshot(run: Path, device: torch.device) -> str:
+    """Writes what holds the memory, and says where."""
+    folder = run / "memory"
+    try:
+        folder.mkdir(exist_ok=True)
+        if device.type == "cuda":
+            file = folder / f"rank-{distributed.rank()}.pickle"
+            torch.cuda.memory._dump_snapshot(str(file))
+            return f"a snapshot of the GPU's memory, for pytorch.org/memory_viz, is {file}"
+        file = folder / f"rank-{distributed.rank()}.json"
+        file.write_text(json.dumps(_tensors(), indent=1))
+        return f"the largest tensors are listed in {file}"
+    except (OSError, MemoryError) as error:
+        return f"no snapshot was written: {error}"
+
+
+def _tensors() -> dict[str, Any]:
+    """The tensors that Python sees, the largest first, each memory once; autograd's own are not among them."""
+    seen: dict[int, dict[str, Any]] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor) and not found.is_meta and found.layout is torch.strided:
+            with suppress(RuntimeError):  # one that only wraps others has no storage
+                storage = found.untyped_storage()
+                seen[storage.data_ptr()] = {
+                    "bytes": storage.nbytes(),
+                    "shape": list(found.shape),
+                    "dtype": str(found.dtype).removeprefix("torch."),
+                    "parameter": isinstance(found, torch.nn.Parameter),
+                }
+    largest = sorted(seen.values(), key=lambda each: -each["bytes"])
+    return {"bytes": sum(each["bytes"] for each in largest), "tensors": len(largest), "largest": largest[:LISTED]}
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

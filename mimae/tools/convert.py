@@ -1,0 +1,244 @@
+"""`mimae convert`: a checkpoint of a run as a universal one of DeepSpeed, and back.
+
+    FOLDER/latest_universal                    the name of TAG
+    FOLDER/TAG/zero/NAME/                      of a parameter: fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt
+    FOLDER/TAG/zero/optimizer_state.pt         what DeepSpeed asks of the optimizer as a whole
+    FOLDER/TAG/mp_rank_00_model_states.pt      buffers and counts; under the name that stage 3 looks for, too
+    FOLDER/TAG/average/NAME.pt                 the moving average of the weights, which DeepSpeed does not know
+
+DeepSpeed's `ds_to_universal` makes the same of what its own engine saved. Tensors pass through memory one at a time,
+and no pickled code is run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import Tensor
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint, dcp
+from mimae.checkpoints.checkpoint import CheckpointError
+from mimae.checkpoints.saving import Saver
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
+from mimae.data.sources.base import Source, open_source
+from mimae.faults.lock import lock
+from mimae.model.mimae import MIMAE, outline
+from mimae.optim.optimizer import total_steps
+
+KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
+"""DeepSpeed's names of a parameter's tensors -> those of a checkpoint, before the parameter's name."""
+
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+Adam = Literal["torch", "deepspeed"]
+"""Whose AdamW goes on: torch's counts steps in a tensor, DeepSpeed's in an int."""
+
+_VERSION = "0.19.8"
+"""The DeepSpeed whose format this is."""
+
+
+def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
+    """Writes FOLDER/TAG of a run's newest whole checkpoint, or of one checkpoint directory; returns it.
+
+    Raises CheckpointError where there is none, no step was taken in it, FOLDER is a run or has TAG, or it does not fit:
+    nothing is left that looks whole.
+    """
+    run, found = checkpoint.locate(source)
+    if (folder / "config.yaml").exists():
+        raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a folder of its own")
+    recipe = config.load(run / "config.yaml").recipe
+    target = folder / f"global_step{found.state['step']}"
+    if target.exists():
+        raise CheckpointError(f"{target} is there already")
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        needed, free = sum(file.stat().st_size for file in found.path.iterdir()), shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
+        _fill(temporary, found, recipe, adam)
+        for path in (*temporary.rglob("*"), temporary):
+            checkpoint.sync(path)
+        temporary.rename(target)
+        checkpoint.sync(folder)
+        checkpoint.write_atomically(folder / "latest_universal", target.name)
+    except (KeyError, dcp.CheckpointException) as error:
+        why = dcp.reason(error)
+        raise CheckpointError(f"{found.path} cannot be read as one of {run / 'config.yaml'}: {why}") from error
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam) -> None:
+    reader = dcp.Reader(found.path)
+
+    def stored(name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        tensor = torch.empty(shape)
+        dcp.load(reader, {name: tensor})
+        return tensor
+
+    def count(steps: int) -> Tensor | int:
+        return torch.tensor(float(steps)) if adam == "torch" else steps
+
+    model = outline(recipe)
+    taken = 0
+    for name, parameter in model.named_parameters():
+        folder = target / "zero" / name
+        folder.mkdir(parents=True)
+        for kind, prefix in KINDS.items():
+            torch.save({"param": stored(f"{prefix}{name}", parameter.shape), "cat_dim": 0}, folder / f"{kind}.pt")
+        taken = int(stored(f"optimizer.step.{name}"))
+        torch.save(count(taken), folder / "step.pt")
+        if recipe.ema.decay:
+            (target / "average").mkdir(exist_ok=True)
+            torch.save(stored(f"ema.{name}", parameter.shape), target / "average" / f"{name}.pt")
+    # Stages 1 and 2 load as many groups of parameters as there are here; stage 3 gives to all the settings of the
+    # first. Groups that say nothing, as many as there can be, leave to each the settings that it has.
+    groups: list[dict[str, Any]] = [{"params": []} for _ in model.named_parameters()]
+    whole = {"state": {0: {"step": count(taken)}}, "param_groups": groups}
+    optimizer = {"ds_version": _VERSION, "param_groups": groups, "optimizer_state_dict": whole}
+    torch.save(optimizer, target / "zero" / "optimizer_state.pt")
+    buffers = {name: stored(f"model.{name}", buffer.shape) for name, buffer in _buffers(model).items()}
+    states = {
+        "module": buffers,
+        "buffers": buffers,  # DeepSpeed gives to who loads what it does not know itself
+        "global_steps": found.state["step"],
+        "global_samples": found.state["samples"],
+        "skipped_steps": found.state["step"] - taken,
+        "ds_version": _VERSION,
+        **dict.fromkeys(("dp_world_size", "mp_world_size"), 1),
+        **dict.fromkeys(("lr_scheduler", "optimizer")),
+    }
+    for file in MODEL_STATES:
+        torch.save(states, target / file)
+
+
+def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
+    """Makes a checkpoint in RUN, which has a config.yaml, of FOLDER's last universal one, or of the one that FOLDER is;
+    returns it. Without an average there, that of the run begins with the weights, which `say` is told.
+
+    Raises CheckpointError where it is not one of the run's model, is no newer than what RUN has, or does not fit.
+    """
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
+    recipe, root = config.load(run / "config.yaml").recipe, _root(folder)
+    if root is None or not (root / "zero").is_dir():
+        raise CheckpointError(
+            f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
+            "that has one"
+        )
+    source, model = open_source(recipe.data.path), outline(recipe)
+    file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
+    states = _read(file)
+    try:
+        step, skipped = int(states["global_steps"]), int(states["skipped_steps"])
+        buffers = {name: states["module"][name].view(buffer.shape) for name, buffer in _buffers(model).items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is not of the model in {run / 'config.yaml'}: {error}") from error
+    if not 0 <= skipped < step:
+        raise CheckpointError(f"{file} counts {step} steps, {skipped} of them skipped: there is none to go on from")
+    # DeepSpeed's converter makes folders of buffers, too.
+    if unknown := {path.name for path in (root / "zero").glob("*") if path.is_dir()} - model.state_dict().keys():
+        raise CheckpointError(f"{root} holds {min(unknown)}, which the model in {run / 'config.yaml'} has not")
+    has_average = (root / "average").is_dir()
+    if recipe.ema.decay and not has_average:
+        say(f"{root} has no average of the weights: the run's begins with the weights")
+    tensors: dict[str, Tensor] = {f"model.{name}": buffer.float() for name, buffer in buffers.items()}
+    for name, parameter in model.named_parameters():
+        for kind, prefix in KINDS.items():
+            tensors[f"{prefix}{name}"] = _shaped(root / "zero" / name / f"{kind}.pt", parameter.shape)
+        tensors[f"optimizer.step.{name}"] = torch.tensor(float(step - skipped))
+        if recipe.ema.decay:
+            average, weights = root / "average" / f"{name}.pt", tensors[f"model.{name}"]
+            tensors[f"ema.{name}"] = _shaped(average, parameter.shape) if has_average else weights
+    return _save(run, recipe, source, step, tensors)
+
+
+def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[str, Tensor]) -> Path:
+    """Makes a checkpoint of whole tensors."""
+    state = {
+        "samples": step * recipe.schedule.batch_size,
+        "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),
+        "data": source.fingerprint,
+    }
+    target = checkpoint.finished(checkpoint.unfinished(run, step))
+    said: list[str] = []
+    with lock(run) as check_owner:
+        if newer := [name for name in checkpoint.names(run) if name >= target.name]:
+            raise CheckpointError(f"{run} has {newer[0]} already, and would go on from there; choose another run")
+        distributed.setup()
+        try:
+            settings = recipe.checkpoint.model_copy(update={"background": False})
+            saver = Saver(run, settings, torch.device("cpu"), said.append, check_owner)
+            saver.start(step, tensors, state)
+            if not saver.finish():
+                raise CheckpointError(said[-1])
+        finally:
+            distributed.shutdown()
+    return target
+
+
+def _root(folder: Path) -> Path | None:
+    """FOLDER/TAG of FOLDER, which may be it itself; None where it is neither."""
+    latest = folder / "latest_universal"
+    if (folder / "zero").is_dir():
+        return folder
+    return folder / latest.read_text().strip() if latest.is_file() else None
+
+
+def _buffers(model: MIMAE) -> dict[str, Tensor]:
+    """Those that are state."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _read(file: Path) -> Any:
+    """What torch saved, its tensors mapped from the file. Raises CheckpointError."""
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of a file that is torn or something else: any
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _shaped(file: Path, shape: torch.Size) -> Tensor:
+    """A parameter's tensor, which stage 3 saves flat. Raises CheckpointError."""
+    found = _read(file)
+    tensor = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{file} holds no tensor of a parameter")
+    if tensor.shape not in (shape, (shape.numel(),)):
+        raise CheckpointError(f"{file} holds {tuple(tensor.shape)}, and the run's model has {tuple(shape)}")
+    return tensor.float().view(shape)
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a universal checkpoint")],
+    target: Annotated[Path, typer.Argument(help="a folder for the universal checkpoint, or a run with a config.yaml")],
+    adam: Annotated[Adam, typer.Option(help="whose AdamW will go on with the universal checkpoint")] = "torch",
+) -> None:
+    """A checkpoint of a run as DeepSpeed's universal one, or back: what SOURCE is decides."""
+    if _root(source) is not None:
+        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} goes on from there")
+    elif (source / "latest").is_file() and not (source / "config.yaml").exists():
+        raise CheckpointError(
+            f"{source} is DeepSpeed's own checkpoint: make it universal first, with python -m "
+            "deepspeed.checkpoint.ds_to_universal"
+        )
+    else:
+        written = write(source, target, adam)
+        print(
+            f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
+            f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) goes on from there, and returns "
+            "the buffers in the client state"
+        )

@@ -1,0 +1,152 @@
+"""What this machine has, and what the parts of the system can use of it: `mimae doctor`.
+
+A package that is installed may still be broken: whatever goes wrong in asking it becomes a line of the report.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Annotated
+
+import torch
+import typer
+
+from mimae import __version__, kernels
+from mimae.engines.base import files_obstacle
+from mimae.kernels import native
+from mimae.model import attention
+from mimae.optim.adamw import IMPLEMENTATIONS
+
+Section = dict[str, str]
+"""What was asked about -> what was found, in words."""
+
+OPS = [
+    name
+    for name in kernels.__all__
+    if (impl := inspect.signature(getattr(kernels, name)).parameters.get("impl")) and impl.default == "auto"
+]
+USABLE = "usable"
+
+
+def examine() -> dict[str, Section]:
+    """The report by section. Uses the first GPU where there is one. Raises nothing that a package raises."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return {
+        "versions": {
+            "mimae": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda or "torch is built without it",
+            **{package: _version(package) for package in ("triton", "torchvision", "timm")},
+        },
+        "machine": _machine(),
+        "ops": {op: _told(kernels.reason, op, device) for op in OPS},
+        "extension": {"mimae._C": _told(_extension)},
+        "model.attention": {name: _told(_attention, name, device) for name in attention.BACKENDS if name != "auto"},
+        "optimizer.impl": {
+            name: _told(lambda one: one.obstacle(device) or USABLE, implementation)
+            for name, implementation in IMPLEMENTATIONS.items()
+            if name != "auto"
+        },
+        "engine.offload": {"nvme": _told(lambda: files_obstacle() or USABLE)},
+        "packages": {
+            "nvidia.dali": _told(_dali),
+            **{package: _version(package) for package in ("deepspeed", "xformers", "apex")},
+        },
+    }
+
+
+def _told(ask: Callable[..., str], *about: object) -> str:
+    try:
+        return ask(*about)
+    except Exception as error:  # of a package that is installed and broken: any
+        return f"broken: {_in_a_line(error)}"
+
+
+def _in_a_line(error: object) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _version(*distributions: str) -> str:
+    """That of the first of these distributions that is installed."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _machine() -> Section:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    units = torch.backends.cpu.get_cpu_capability()
+    machine = {"cpu": f"{cores} cores, {units}, {torch.get_num_threads()} threads in torch"}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        machine[f"gpu {i}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+    if not torch.cuda.is_available():
+        machine["gpu"] = f"none: {_told(_why_no_gpu)}"
+    return machine
+
+
+def _why_no_gpu() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # what torch raises without a driver, or built without CUDA
+        return str(error).split(". ")[0]
+    return "CUDA sees no device"
+
+
+def _extension() -> str:
+    if not native.LOADED:
+        obstacle = native.obstacle(native.OPS[0], torch.device("cpu"))
+        return f"{obstacle}; in a checkout, python setup.py build_ext --inplace builds it"
+    return f"{USABLE}, built for {' and '.join(native.DEVICES)}"
+
+
+def _attention(backend: str, device: torch.device) -> str:
+    if backend == "xformers" and find_spec("xformers") is None:
+        return "not installed"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    obstacle = attention.obstacle(backend, device, dtype, [64])
+    notes = [USABLE if obstacle is None else f"cannot train on {device.type}: {obstacle}"]
+    if backend == "sdpa" and device.type == "cuda":
+        has_flash = torch.backends.cuda.is_flash_attention_available()
+        notes.append(f"flash attention is {'' if has_flash else 'not '}in this torch")
+    if backend == "xformers":
+        failure = getattr(import_module("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+        if failure is not None:
+            notes.append(f"its own extension does not load ({_in_a_line(failure)})")
+    return "; ".join(notes)
+
+
+def _dali() -> str:
+    version = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    if version != "not installed":
+        import_module("nvidia.dali")
+    return version
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """What this machine has: versions, GPUs, the implementation of each op and why, back ends and what keeps them."""
+    with redirect_stdout(sys.stderr):  # packages greet as they are imported
+        report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for title, section in report.items():
+        print(title)
+        width = max(map(len, section))
+        for name, found in section.items():
+            print(f"  {name:{width}}  {found}")

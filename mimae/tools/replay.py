@@ -1,0 +1,294 @@
+"""`mimae replay RUN --step S`: one step of a run once more, alone and looked at closely, in one process.
+
+A process takes the global batch in the micro-batches of the run, so that all losses are those of the run but for
+rounding, whatever its ranks and its engine were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
+from mimae.data.loading.batch import Batch
+from mimae.data.loading.loader import make_loader
+from mimae.data.sources.base import open_source
+from mimae.engines.base import check_machine
+from mimae.engines.make import make_engine
+from mimae.errors import UserError
+from mimae.kernels import pixel_loss
+from mimae.model import masking
+from mimae.optim.optimizer import schedule_factor
+from mimae.telemetry import pictures
+from mimae.telemetry.telemetry import LOSSES
+from mimae.tools.show import masked
+
+PICTURED = 32
+"""Samples in the picture, those with the largest L_rec."""
+
+LISTED = 10
+"""Names that are printed of a longer list."""
+
+HERE = (
+    *("engine.kind=ddp", "engine.replicas=1", "engine.offload=none", "engine.offload_path=null"),
+    *("optimizer.impl=auto", "compile=off", "data.workers=0", "data.cache=null"),
+)
+"""Overrides for one process on any machine: no weight depends on them, but for rounding."""
+
+
+class Findings(NamedTuple):
+    """What a step did. Names are in the order of the model, samples in that of the batch."""
+
+    losses: dict[str, float]
+    grad_norm: float
+    weights: list[str]
+    """Parameters that are not finite before the step."""
+    gradients: list[str]
+    """Parameters whose gradient is not finite."""
+    module: str | None
+    """The first whose output is not finite."""
+    rec: dict[int, float]
+    """L_rec by sample id."""
+    picture: bytes
+    """PNG of the inputs: samples and their views."""
+
+    @property
+    def is_finite(self) -> bool:
+        return not self.gradients and all(map(math.isfinite, (*self.losses.values(), self.grad_norm)))
+
+
+def replay(recipe: Recipe, step: int, say: Callable[[str], None] = print) -> Findings:
+    """Runs optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it; writes
+    nothing. Raises UserError."""
+    device = distributed.setup()
+    try:
+        check_machine(recipe, device)
+        return _Replay(recipe, device).run(step, say)
+    finally:
+        distributed.shutdown()
+
+
+class _Replay:
+    """The parts of a run that a step needs."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.source = open_source(recipe.data.path)
+        schedule = recipe.schedule
+        self.loader = make_loader(
+            recipe.data,
+            self.source,
+            seed=recipe.seed,
+            batch_size=schedule.batch_size,
+            accumulate=schedule.accumulate,
+        )
+        self.engine = make_engine(recipe, device, schedule.batch_size * recipe.masking.num_masks)
+        self.model = self.engine.model
+
+    def run(self, step: int, say: Callable[[str], None]) -> Findings:
+        done = self._load(step, say)
+        if done < step - 1:
+            between = f"step {done + 1}" if done + 2 == step else f"steps {done + 1} to {step - 1}"
+            say(f"running {between} first")
+        with closing(self.loader):
+            for number in range(done + 1, step):
+                losses = self._backward(self._batches(number))
+                self._step(number, losses["rec"])
+            batches = self._batches(step)
+            weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+            with _first_not_finite(self.model) as module:
+                losses = self._backward(batches)
+            parameters = self.model.named_parameters()
+            gradients = [name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+            rec = {key: value for batch in batches for key, value in self._rec(batch).items()}
+            norm = self._step(step, losses["rec"])
+        for batch in batches:
+            for bad in batch.bad:
+                say(f"replaced: {bad.path}: {bad.reason}")
+        shown = {key: value.item() for key, value in losses.items()}
+        return Findings(shown, norm, weights, gradients, next(iter(module), None), rec, self._picture(batches, rec))
+
+    def _load(self, step: int, say: Callable[[str], None]) -> int:
+        """Takes the newest whole state before a step; returns the steps that it has behind it."""
+        for done, path in _states(Path(self.recipe.run.dir), step):
+            try:
+                found = checkpoint.load(path)
+            except checkpoint.CheckpointError as error:
+                say(f"{error}; trying the one before")
+                continue
+            if found.state["data"] != self.source.fingerprint:
+                raise UserError(
+                    f"data.path={self.recipe.data.path} does not hold the images of the run; on another machine say "
+                    "where they are: data.path=..."
+                )
+            self.engine.load(found.path)
+            say(f"from {path}")
+            return done
+        say("from the initial weights: no state before this step is left")
+        return 0
+
+    def _batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        epoch, place = divmod(step - 1, self.loader.steps_per_epoch)
+        batches = self.loader.epoch(epoch, place)
+        found = []
+        for _ in range(self.recipe.schedule.accumulate):
+            batch = next(batches).to(self.device)
+            # Its memory may be the loader's, for the batch after it.
+            found.append(replace(batch, images=batch.images.clone()))
+        return found
+
+    def _backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Gradients of a step, and its losses: means over the micro-batches."""
+        losses: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            with self.engine.accumulate(is_last=i == len(batches) - 1):
+                out = self.engine.forward(batch.images, *self._masks(batch))
+                self.engine.backward(out.loss / len(batches))
+            for key, value in ({"loss": out.total} | {key: getattr(out, key) for key in LOSSES[1:]}).items():
+                if value is not None:
+                    losses[key] = losses.get(key, torch.zeros_like(value)) + value / len(batches)
+        return losses
+
+    def _step(self, step: int, rec: Tensor) -> float:
+        """Takes the step; returns the norm of its gradient."""
+        result = self.engine.step(schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch))
+        self.model.objective.gate.update(rec, result.skipped)
+        return result.grad_norm.item()
+
+    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        recipe, patches = self.recipe, self.model.encoder.num_patches
+        visible, hidden = masking.draw(recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, patches)
+        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
+
+    @torch.no_grad()
+    def _rec(self, batch: Batch) -> dict[int, float]:
+        """L_rec of each sample, by its id."""
+        visible, targets = self._masks(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            predictions = self.model.predict(batch.images, visible, targets)
+        mean, std, normalize = self.model.encoder.mean, self.model.encoder.std, self.recipe.objective.normalize_pixels
+        found = {}
+        for i, sample in enumerate(batch.sample_ids.tolist()):
+            one = slice(i, i + 1)
+            total = pixel_loss(predictions[one], batch.images[one], targets[one], mean, std, normalize)
+            found[sample] = total.item() / targets[one].numel()
+        return found
+
+    def _picture(self, batches: list[Batch], rec: dict[int, float]) -> bytes:
+        worst = sorted(rec, key=lambda sample: rec[sample] if math.isfinite(rec[sample]) else math.inf)[-PICTURED:]
+        rows = []
+        for batch in batches:
+            chosen = [i for i, sample in enumerate(batch.sample_ids.tolist()) if sample in worst]
+            images = batch.images[chosen].cpu()
+            visible = self._masks(batch)[0][chosen].cpu()
+            rows.append(torch.cat([images[:, None], masked(images, visible, self.recipe.model.patch_size)], dim=1))
+        panels = torch.cat(rows)[:PICTURED].unbind(1)
+        return pictures.sheet(["sample", *(f"view {i}" for i in range(1, len(panels)))], panels, wide=(1,))
+
+
+def _states(run: Path, step: int) -> list[tuple[int, Path]]:
+    """(steps done, state) of all that a run has from before a step, the newest first. One that was kept when steps were
+    skipped holds for each of them."""
+    found = []
+    for folder in (run, run / "nonfinite"):
+        for path in (folder / "checkpoints").glob("step-*"):
+            first = int(path.name.removeprefix("step-"))
+            try:
+                last = json.loads((path / "state.json").read_text()).get("skipped_to", first)
+            except (OSError, ValueError):
+                continue
+            if first < step:
+                found.append((min(last, step - 1), path))
+    return sorted(found, reverse=True)
+
+
+@contextmanager
+def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """A list that gets the names of the modules whose outputs are not finite, in the order in which they return."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not all(t.isfinite().all() for t in tensors if isinstance(t, Tensor)):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def report(findings: Findings, logged: dict[str, Any] | None) -> str:
+    """What was found, in words; `logged`: the line of metrics.jsonl, where the run wrote one of this step."""
+    lines = []
+    for key, value in (findings.losses | {"grad_norm": findings.grad_norm}).items():
+        then = "" if logged is None else f"   in the run {_number(logged[key])}"
+        lines.append(f"{key:<10}{_number(value):>12}{then}")
+    lines += _names("weights that are not finite before the step", findings.weights)
+    lines += [f"first output that is not finite: {findings.module}"] if findings.module else []
+    lines += _names("gradients that are not finite", findings.gradients)
+    bad = [str(sample) for sample, rec in findings.rec.items() if not math.isfinite(rec)]
+    lines += _names(f"samples of {len(findings.rec)} whose L_rec is not finite", bad)
+    finite = {sample: rec for sample, rec in findings.rec.items() if math.isfinite(rec)}
+    worst = sorted(finite, key=finite.__getitem__, reverse=True)[:LISTED]
+    if worst:
+        lines.append("largest L_rec, by sample: " + ", ".join(f"{sample}: {finite[sample]:.4g}" for sample in worst))
+    lines.append("the step is finite" if findings.is_finite else "the step is not finite")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.7g}"
+
+
+def _names(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{what}: {len(names)}: {', '.join(names[:LISTED])}{more}"] if names else []
+
+
+def _logged(run: Path, step: int) -> dict[str, Any] | None:
+    """The run's own record of a step."""
+    file = run / "metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return next((record for record in records if record["step"] == step), None)
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="the run's directory")],
+    step: Annotated[int, typer.Option(help="the optimizer step, as in metrics.jsonl", min=1)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of this machine")] = None,
+    split: Annotated[int, typer.Option(help="parts of each micro-batch, where memory is short", min=1)] = 1,
+) -> None:
+    """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
+    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    if split > 1:
+        accumulate = recipe.schedule.accumulate * split
+        recipe = config.load(recipe, [f"schedule.accumulate={accumulate}"]).recipe
+        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
+    findings = replay(recipe, step)
+    file = run / "replay" / f"step-{step:08d}.png"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(findings.picture)
+    print(report(findings, _logged(run, step)))
+    print(file)
+    raise typer.Exit(0 if findings.is_finite else 1)

@@ -1,0 +1,370 @@
+"""The command that makes the table of the controls: what it runs, what it does not run again, what it writes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from mimae.bench.controls import controls
+from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
+from mimae.config import recipe as config
+from mimae.data.sources.base import open_source
+from mimae.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def trial(name: str, settings: dict[str, Any] | None = None, kind: str = "mi_mae", seed: int = 0) -> Trial:
+    return Trial(name, "photos", kind, seed, "quickstart", ["masking.ratio=0.5"], ["data.path=x"], 128, settings or {})
+
+
+def result(linear: float, few: float, knn: float, seconds: float = 60.0) -> Result:
+    scores = {"linear": linear, "few_labels": few, "knn": knn}
+    return {
+        "threads": 1,
+        "seconds": seconds,
+        "last_epoch": {"step": 1200, "rec": 0.5, "deviation": 0.25},
+        "probe": {
+            "train_images": 6400,
+            "test_images": 1600,
+            "classes": 16,
+            "few_labels": 200,
+            "features": {
+                "raw pixels": {"linear": 0.47, "few_labels": 0.4, "knn": 0.38},
+                "random encoder": {"linear": 0.7, "few_labels": 0.6, "knn": 0.65},
+                "this run": scores,
+            },
+        },
+    }
+
+
+# Which trials
+
+
+@pytest.mark.parametrize("data", ["photos", "cifar"])
+def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: str, tmp_path: Path) -> None:
+    """The recipes are files that anyone may edit; a table of unequal runs would say nothing."""
+    for split in ("train", "test"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one" / "image.png").touch()
+    name, paths = controls.parse_data(data)
+    samples = {"photos": 6400, "cifar": 9000}[data]
+    made = {
+        kind: controls.make_trial(kind, name, kind, controls.RECIPES[name] + control.suffix, [], paths, samples, 0)
+        for kind, control in CONTROLS.items()
+    }
+    assert len({trial.views for trial in made.values()}) == 1
+    terms = {kind: trial.settings for kind, trial in made.items()}
+    assert terms["mae"]["masking.num_masks"] == 1
+    assert terms["independent"]["masking.kind"] == "independent"
+    for kind in ("mae", "independent", "orthogonal"):
+        assert terms[kind]["objective.max_mi"] == terms[kind]["objective.min_mi"] == 0
+    assert terms["max_mi"]["objective.max_mi"] > 0 == terms["max_mi"]["objective.min_mi"]
+    assert terms["mi_mae"]["objective.min_mi"] > 0
+    schedule = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs"}
+    allowed = {
+        "mae": {"masking.num_masks", "objective.max_mi", "objective.min_mi", *schedule},
+        "independent": {"masking.kind", "objective.max_mi", "objective.min_mi"},
+        "orthogonal": {"objective.max_mi", "objective.min_mi"},
+        "max_mi": {"objective.min_mi"},
+    }
+    for kind, keys in allowed.items():
+        assert {key for key, value in terms[kind].items() if value != terms["mi_mae"][key]} <= keys
+
+
+def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_path: Path) -> None:
+    """Equal time means more steps, on one schedule that ends with them: 10 batches of 32 an epoch, 60 steps in all."""
+    folder = folder_of_images(tmp_path / "train", 160)
+    controls_only = {kind: row for kind, row in CONTROLS.items() if kind == "mi_mae"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "CONTROLS", controls_only)
+        made = {trial.name: trial for trial in controls.control_trials(f"photos={folder}:{folder}") if trial.seed == 2}
+    steps = {name: trial.views // (32 * 4) for name, trial in made.items()}
+    assert steps == {
+        "photos-mi_mae-2": 60,
+        "photos-next_view-2": 60,
+        "photos-next_view_long-2": 78,
+        "photos-cross-2": 60,
+        "photos-cross_long-2": 67,
+    }
+    default = made["photos-mi_mae-2"].settings
+    for kind, key in (("next_view", "decoder.predict"), ("cross", "decoder.attention")):
+        differing = {k for k, v in made[f"photos-{kind}-2"].settings.items() if v != default[k]}
+        longer = {k for k, v in made[f"photos-{kind}_long-2"].settings.items() if v != default[k]}
+        assert differing == {key} and longer == {key, "schedule.max_steps", "schedule.epochs"}
+
+
+def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
+    rows = written([("mi_mae", 0, result(0.5, 0.3, 0.4)), ("next_view", 0, result(0.6, 0.35, 0.45))])
+    page = controls.render(rows, [])
+    assert "| `decoder.predict=next_view` | 1,200 | 1 | 0.600 | 0.350 | 0.450 | 0.500 | 1.0 |" in page
+    assert page.count("| 6. control 5 + L_min: MI-MAE | 1 | 0.500 |") == 1
+    alone = controls.render(rows[:1], [])
+    assert "by choice" not in alone
+
+
+def test_the_seeds_of_the_claim_are_three() -> None:
+    assert {kind: len(control.seeds) for kind, control in CONTROLS.items()} == {
+        "mae": 3, "independent": 1, "orthogonal": 3, "max_mi": 1, "mi_mae": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["flowers", "cifar=only", "cifar=a:b:c", "cifar=:b"])
+def test_what_is_no_data_set_is_told(data: str) -> None:
+    with pytest.raises(UserError, match=r"legal is NAME or NAME=TRAIN:TEST"):
+        controls.parse_data(data)
+
+
+def folder_of_images(folder: Path, per_class: int) -> Path:
+    noise = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_unequal_views_are_refused(tmp_path: Path) -> None:
+    """300 images: 9 batches of 32 an epoch, 2 of 128: MAE's epochs no longer make up for its batch."""
+    folder = folder_of_images(tmp_path / "train", 150)
+    with pytest.raises(UserError, match=r"different numbers of views \(quickstart_mae: 6,144"):
+        controls.control_trials(f"photos={folder}:{folder}")
+
+
+def test_a_split_holds_out_a_fifth_of_each_class_and_loses_nothing(tmp_path: Path) -> None:
+    source = open_source(str(folder_of_images(tmp_path / "train", 10)))
+    overrides = controls.hold_out(source, tmp_path / "split")
+    train, held = (open_source(override.partition("=")[2]) for override in overrides)
+    assert train.labels is not None and held.labels is not None
+    assert np.bincount(train.labels).tolist() == [8, 8] and np.bincount(held.labels).tolist() == [2, 2]
+    paths = [part.path(i) for part in (train, held) for i in range(len(part))]
+    assert sorted(paths) == [source.path(i) for i in range(20)]
+    assert all(Path(path).parent.name == ("cat", "dog")[train.labels[i]] for i, path in enumerate(paths[:16]))
+    assert controls.hold_out(source, tmp_path / "again")[0].endswith("again/train.tsv")
+    assert (tmp_path / "again/held.tsv").read_text() == (tmp_path / "split/held.tsv").read_text()
+
+
+def test_trials_of_a_tuning_train_on_the_split_and_never_see_the_test_set(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "train", 200)
+    listed = tmp_path / "trials.yaml"
+    listed.write_text(
+        "recipe: cifar10\noverrides: [schedule.epochs=3]\n"
+        "trials:\n  a: {seeds: [0, 1], overrides: []}\n  b: {seeds: [0], overrides: [objective.min_mi=0.5]}\n"
+    )
+    trials = controls.tuning_trials(listed, f"cifar={folder}:{tmp_path / 'test'}", tmp_path / "runs")
+    assert [trial.name for trial in trials] == ["cifar-a-0", "cifar-a-1", "cifar-b-0"]
+    assert trials[2].settings["objective.min_mi"] == 0.5 and trials[1].settings["seed"] == 1
+    assert all("test" not in path.partition("=")[2].removeprefix(str(tmp_path)) for path in trials[0].paths)
+    assert trials[0].views == 3 * (320 // 64) * 64 * 4
+    listed.write_text("recipe: cifar10\n")
+    with pytest.raises(UserError, match=r"trials.yaml is not a list of trials"):
+        controls.tuning_trials(listed, f"cifar={folder}:{folder}", tmp_path / "runs")
+
+
+def test_the_shipped_list_of_trials_is_legal_and_not_longer_than_planned(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path / "train", 200)
+    trials = controls.tuning_trials(ROOT / "bench/controls/tuning.yaml", f"cifar={folder}:{folder}", tmp_path / "runs")
+    assert 2 <= len({trial.name for trial in trials}) == len(trials) <= 24
+
+
+# Running them
+
+
+def test_a_finished_trial_is_not_run_again(tmp_path: Path) -> None:
+    trials, ran = [trial("a"), trial("b"), trial("c")], []
+
+    def runner(trial: Trial, run: Path) -> Result:
+        ran.append((trial.name, run))
+        return result(0.8, 0.7, 0.75)
+
+    controls.run_trials(trials[:2], tmp_path / "out", tmp_path / "runs", 1, runner)
+    controls.run_trials(trials, tmp_path / "out", tmp_path / "runs", 2, runner)
+    assert ran == [(name, tmp_path / "runs" / name) for name in "abc"]
+    written = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert written["overrides"] == ["masking.ratio=0.5"] and written["probe"]["features"]["this run"]["knn"] == 0.75
+    assert {"date", "machine", "versions", "seed", "settings"} <= written.keys()
+    assert "data.path" not in json.dumps(written), "the places of one machine are no part of a result"
+
+
+def test_an_interrupted_trial_leaves_no_result_and_is_run_again(tmp_path: Path) -> None:
+    def stop_at_b(trial: Trial, run: Path) -> Result:
+        if trial.name == "b":
+            raise Stopped
+        return result(0.8, 0.7, 0.75)
+
+    trials = [trial("a"), trial("b")]
+    with pytest.raises(Stopped):
+        controls.run_trials(trials, tmp_path / "out", tmp_path, 2, stop_at_b)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.json"]
+    controls.run_trials(trials, tmp_path / "out", tmp_path, 2, lambda trial, run: result(0.8, 0.7, 0.75))
+    assert (tmp_path / "out" / "b.json").exists()
+
+
+def test_a_trial_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    def fail_at_a(trial: Trial, run: Path) -> Result:
+        if trial.name == "a":
+            raise UserError("no memory")
+        return result(0.8, 0.7, 0.75)
+
+    with pytest.raises(UserError, match=r"1 of 2 trials failed:\na: no memory"):
+        controls.run_trials([trial("a"), trial("b")], tmp_path / "out", tmp_path, 1, fail_at_a)
+    assert (tmp_path / "out" / "b.json").exists()
+
+
+def test_a_result_of_other_settings_is_not_taken_for_this_trials(tmp_path: Path) -> None:
+    def runner(trial: Trial, run: Path) -> Result:
+        return result(0.8, 0.7, 0.75)
+
+    controls.run_trials([trial("a", {"masking.ratio": 0.5})], tmp_path, tmp_path / "runs", 1, runner)
+    with pytest.raises(UserError, match=r"a\.json is the result of other settings: masking.ratio was 0\.5, is 0\.6"):
+        controls.run_trials([trial("a", {"masking.ratio": 0.6})], tmp_path, tmp_path / "runs", 1, runner)
+
+
+@pytest.fixture
+def verbs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replaces the verbs that a runner starts by Python code."""
+    real = subprocess.Popen
+
+    def replace(code: str) -> None:
+        def start(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            return real([sys.executable, "-c", code, *arguments[3:]], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+
+    return replace
+
+
+def test_a_failed_process_is_told_by_the_end_of_its_log(tmp_path: Path, verbs: Callable[[str], None]) -> None:
+    verbs("import sys; print(*range(9), sep='\\n'); sys.exit('verb ' + sys.argv[1])")
+    with pytest.raises(UserError) as failure:
+        Processes(threads=1)(trial("a"), tmp_path / "runs" / "a")
+    assert str(failure.value) == f"exit code 1, the end of {tmp_path}/runs/a.log:\n  7\n  8\n  verb pretrain"
+
+
+def test_a_signal_ends_what_runs_and_lets_nothing_new_start(tmp_path: Path, verbs: Callable[[str], None]) -> None:
+    started = tmp_path / "started"
+    verbs(f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)")
+    runner, errors = Processes(threads=1), []
+
+    def run() -> None:
+        try:
+            runner(trial("a"), tmp_path / "a")
+        except Stopped as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    runner.stop(signal.SIGTERM, None)
+    thread.join(30)
+    assert not thread.is_alive() and len(errors) == 1
+    started.unlink()
+    with pytest.raises(Stopped):
+        runner(trial("b"), tmp_path / "b")
+    assert not started.exists()
+
+
+# The table
+
+
+def written(rows: list[tuple[str, int, Result]]) -> list[Result]:
+    """As the runner leaves them: untrained features are probed with one control only."""
+    for kind, _, row in rows:
+        if kind != "mi_mae":
+            features = row["probe"]["features"]
+            row["probe"]["features"] = {"this run": features["this run"]}
+    return [controls.record(trial(f"photos-{kind}-{seed}", kind=kind, seed=seed), row) for kind, seed, row in rows]
+
+
+def test_the_table_has_means_and_spreads_over_seeds() -> None:
+    rows = written(
+        [
+            ("orthogonal", 0, result(0.80, 0.70, 0.75)),
+            ("orthogonal", 1, result(0.82, 0.71, 0.77, seconds=120.0)),
+            ("mi_mae", 0, result(0.83, 0.70, 0.70)),
+            ("mi_mae", 1, result(0.85, 0.73, 0.72)),
+            ("max_mi", 0, result(0.79, 0.72, 0.78)),
+        ]
+    )
+    lines = controls.render(rows, []).splitlines()
+    means = "| 4. N orthogonal masks, no MI | 2 | 0.810 ± 0.014 | 0.705 ± 0.007 | 0.760 ± 0.014 | 0.500 ± 0.000 | 1.5 |"
+    assert means in lines
+    assert any(line.startswith("| 5. control 4 + L_max | 1 | 0.790 | 0.720 | 0.780 |") for line in lines)
+    assert any(line.startswith("| 1. raw pixels | 1 | 0.470 | 0.400 | 0.380 |") for line in lines)
+    assert any(line.startswith("| 1. random encoder | 2 | 0.700 ± 0.000 |") for line in lines)
+    # 0.83 and 0.85 lie above 0.80 and 0.82; 0.70 and 0.73 do not lie above 0.70 and 0.71; 0.70, 0.72 lie below.
+    assert (
+        "| 4. N orthogonal masks, no MI | 2 | +0.030 ± 0.000, clear | +0.010 ± 0.014 | -0.050 ± 0.000, clear |" in lines
+    )
+    assert not any(line.startswith("| 2. MAE") for line in lines), "a control that did not run has no row"
+
+
+def test_every_trial_of_a_tuning_is_listed_with_its_overrides() -> None:
+    page = controls.render([], written([("a", 0, result(0.5, 0.3, 0.4)), ("b", 0, result(0.6, 0.35, 0.45))]))
+    assert "2 runs" in page
+    assert "| photos | a | quickstart `masking.ratio=0.5` | 1 | 0.500 | 0.300 | 0.400 | 0.250 |" in page
+    assert "| photos | b |" in page
+
+
+def test_a_latent_whose_deviation_was_not_finite_has_an_empty_cell() -> None:
+    broken = result(0.5, 0.3, 0.4)
+    broken["last_epoch"]["deviation"] = None
+    assert "| 0.400 |  |" in controls.render([], written([("a", 0, broken)]))
+
+
+def test_the_page_in_the_documentation_is_what_its_files_render_to() -> None:
+    results = ROOT / "bench/results"
+    page = controls.render(controls.load_results(results / "controls"), controls.load_results(results / "tuning"))
+    assert (ROOT / "docs/controls.md").read_text(encoding="utf-8") == page, "run `mimae bench controls --render`"
+
+
+# Whole
+
+
+@pytest.mark.slow
+def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real processes, on two steps of the real recipes; the second call finds everything done."""
+    folder = folder_of_images(tmp_path / "images", 40)
+    short = ["schedule.max_steps=2", "data.image_size=8", "model.patch_size=2", "schedule.batch_size=8"]
+    paths = [f"data.path={folder}", f"data.val_path={folder}"]
+    made = controls.make_trial("photos-mi_mae-1", "photos", "mi_mae", "quickstart", short, paths, 80, 1)
+    monkeypatch.setattr(controls, "control_trials", lambda data: [made])
+    results, runs, docs = tmp_path / "results", tmp_path / "runs", tmp_path / "docs/controls.md"
+
+    def command() -> None:
+        controls.main(data=["photos"], threads=1, jobs=1, results=results, runs=runs, docs=docs)
+
+    command()
+    file = results / "controls/photos-mi_mae-1.json"
+    row = json.loads(file.read_text())
+    assert row["last_epoch"]["step"] == 2 and row["views"] == 2 * 8 * 4
+    assert 0 <= row["probe"]["features"]["this run"]["linear"] <= 1
+    assert str(tmp_path) not in file.read_text()
+    assert config.load(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
+    assert "| 6. control 5 + L_min: MI-MAE | 1 |" in docs.read_text()
+    assert "| 1. raw pixels | 1 |" in docs.read_text()
+    monkeypatch.setattr(controls.Processes, "__call__", lambda *_: pytest.fail("the trial has its result"))
+    command()
+
+    def stop(self: Processes, trial: Trial, run: Path) -> Result:
+        raise Stopped
+
+    file.unlink()
+    monkeypatch.setattr(controls.Processes, "__call__", stop)
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 75

@@ -1,0 +1,82 @@
+"""The ops' bench times only what is right, and its numbers are those of the op."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mimae.bench.ops import kernels as bench
+from mimae.bench.ops.cases import CASES, Case, Size
+from mimae.cli import app
+from mimae.kernels import runtime
+
+CPU = torch.device("cpu")
+# 6 patches of 4 pixels, a width that is no power of two, 3 views of 2 patches.
+SMALL = Size("small", 20, 0, torch.float32, decoder_width=12, side=12, patch=4, views=3)
+KNOWN = {case.op: case for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_every_contender_of_every_op_agrees_and_has_its_times(case: Case) -> None:
+    found = bench.contest(case, SMALL, 3, CPU, rounds=2, compiled=False)
+    assert {"reference", "eager"} <= found["contenders"].keys()
+    assert found["floor_bytes"] > 0
+    for name, row in found["contenders"].items():
+        assert row["skipped"] is None, f"{name}: {row['skipped']}"
+        assert row["both"]["p20"] <= row["both"]["median"] <= row["both"]["p80"]
+        assert ("backward" in row) == bool(case.trained)
+
+
+def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = KNOWN["club"]
+    wrong = case._replace(eager=lambda inputs: [3 * each for each in case.eager(inputs)])
+    found = bench.contest(wrong, SMALL, 3, CPU, rounds=1, compiled=False)["contenders"]
+    assert "both" in found["reference"]
+    assert "both" not in found["eager"] and found["eager"]["skipped"].startswith("wrong")
+
+
+def test_backward_runs_in_the_form_that_is_timed() -> None:
+    """On a GPU `auto` would take the fused gradient for the reference's."""
+    case, seen = KNOWN["infonce"], []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+            return u.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(runtime._preferred)
+            return grad.expand(3, 3, 20)
+
+    form = bench.Form(lambda inputs: [Watched.apply(inputs["u"])], prepared=False, impl="reference")
+    bench.Contender(case, form, [case.inputs(SMALL, 3, CPU)], CPU).once()
+    assert seen == ["reference"] and runtime._preferred == "auto"
+
+
+def test_the_crossover_is_the_batch_from_which_fused_stays_ahead() -> None:
+    def contest(batch: int, fused: float, eager: float) -> dict[str, Any]:
+        rows = {"fused": {"both": {"median": fused}}, "eager": {"both": {"median": eager}}, "slow": {"skipped": "x"}}
+        return {"op": "club", "batch": batch, "contenders": rows}
+
+    assert bench.crossovers([contest(256, 2, 1), contest(1024, 1, 2), contest(4096, 1, 2)]) == {"club": 1024}
+    assert bench.crossovers([contest(256, 1, 2), contest(1024, 2, 1)]) == {"club": 1025}
+    assert bench.crossovers([{"op": "club", "batch": 4, "contenders": {"eager": {"both": {"median": 1}}}}]) == {}
+
+
+def test_the_verb_writes_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(bench, "SQUARE_SIDE", {"cpu": 32})
+    file = tmp_path / "kernels.json"
+    small = ["--batch", "2", "--rounds", "1", "--no-compiled", "--precision", "fp32", "--json", str(file)]
+    answer = CliRunner().invoke(app, ["bench", "kernels", "--op", "club", *small], catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(file.read_text())
+    assert {"date", "machine", "versions", "roof", "contests", "crossovers"} <= found.keys()
+    assert [contest["width"] for contest in found["contests"]] == [768, 1024]
+    assert "club, ViT-L/16, 2 images" in answer.output

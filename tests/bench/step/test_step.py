@@ -1,0 +1,243 @@
+"""The step benchmark compares like with like: its contenders compute what this system computes."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from mimae import plan
+from mimae.bench.baselines import peers
+from mimae.bench.baselines.eager import EagerMIMAE
+from mimae.bench.baselines.peers import LightlyMAE, noise_of
+from mimae.bench.step import step as bench
+from mimae.cli import app
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
+from mimae.errors import UserError
+from mimae.model.mimae import MIMAE, build
+
+# Every number differs from every other, so that a swapped one shows.
+SMALL = [
+    "data.image_size=[16,24]",
+    "model.patch_size=4",
+    "model.width=24",
+    "model.depth=2",
+    "model.heads=3",
+    "decoder.width=16",
+    "decoder.depth=1",
+    "decoder.heads=2",
+    "objective.posterior_width=10",
+    "schedule.batch_size=5",
+    "precision=fp32",
+]
+NO_MI = ["objective.max_mi=0", "objective.min_mi=0"]
+CPU = torch.device("cpu")
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return config.load({}, [*SMALL, *overrides]).recipe
+
+
+def models(recipe: Recipe) -> tuple[MIMAE, dict[str, Tensor]]:
+    """A model in float64, away from its initial zeros and ones, and its weights."""
+    torch.manual_seed(0)
+    model = build(recipe)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.double(), model.state_dict()
+
+
+def inputs(recipe: Recipe, model: MIMAE) -> tuple[Tensor, Tensor]:
+    """uint8 images as this system takes them and floats as the others do."""
+    images = bench.batch_of(recipe)
+    return images, ((images.double() / 255 - model.encoder.mean) / model.encoder.std).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="the method with its defaults"),
+        pytest.param(
+            ["objective.projector=mlp", "objective.learn_temperature=true", "objective.latent=class_token"],
+            id="every part of the objective",
+        ),
+        pytest.param(
+            ["masking.num_masks=1", "masking.ratio=0.6", *NO_MI, "objective.normalize_pixels=false"],
+            id="one view, raw pixels, no MI",
+        ),
+    ],
+)
+def test_eager_computes_the_same(overrides: list[str]) -> None:
+    recipe = recipe_of(*overrides)
+    ours, state = models(recipe)
+    eager = EagerMIMAE(recipe).double()
+    eager.load(state)
+    images, pixels = inputs(recipe, ours)
+    visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
+
+    loss = ours(images, visible, hidden).loss
+    expected = eager(pixels, noise_of(visible, ours.encoder.num_patches))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+    loss.backward()
+    expected.backward()
+    trained = {name: p for name, p in eager.named_parameters() if p.requires_grad}
+    assert len(trained) == len(list(ours.parameters()))
+    norms = sorted(p.grad.norm().item() for p in ours.parameters())
+    assert norms == pytest.approx(sorted(p.grad.norm().item() for p in trained.values()), rel=1e-9, abs=1e-13)
+
+
+def test_lightly_computes_the_same() -> None:
+    pytest.importorskip("lightly")
+    recipe = recipe_of("masking.num_masks=1", *NO_MI, "data.image_size=16")
+    ours, state = models(recipe)
+    lightly = LightlyMAE(recipe)
+    lightly.load(state)
+    images, pixels = inputs(recipe, ours)
+    visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
+    expected = lightly.double()(pixels, noise_of(visible, ours.encoder.num_patches))
+    # Its sin-cos positions are computed in single precision.
+    assert ours(images, visible, hidden).loss.item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_noise_that_leads_to_given_masks() -> None:
+    visible = torch.tensor([[[4, 0], [3, 1]], [[2, 5], [0, 4]]], dtype=torch.int32)
+    order = noise_of(visible, 6).argsort(1)
+    assert order[:, :4].tolist() == [[4, 0, 3, 1], [2, 5, 0, 4]]
+
+
+def test_another_computation_is_not_timed() -> None:
+    recipe = recipe_of()
+    state, images = build(recipe).state_dict(), bench.batch_of(recipe)
+    visible, hidden = (ours := bench.Ours(recipe, state, images, CPU)).draw()
+    expected, noise = ours.gradient((visible, hidden), "fp32"), noise_of(visible, ours.num_patches)
+    same = bench.Baseline("eager", recipe, state, images, CPU).gradient((noise,), "fp32")
+    assert bench.check("eager", expected, same, "fp32")["loss"] < 1e-5
+    state["decoder.head.bias"] += 0.1
+    other = bench.Baseline("eager", recipe, state, images, CPU).gradient((noise,), "fp32")
+    with pytest.raises(RuntimeError, match="eager and mimae do not compute the same in fp32: loss"):
+        bench.check("eager", expected, other, "fp32")
+
+
+def test_a_step_trains_every_parameter() -> None:
+    recipe = recipe_of()
+    state, images = build(recipe).state_dict(), bench.batch_of(recipe)
+    for contender in (
+        bench.Ours(recipe, state, images, CPU),
+        bench.Baseline("eager", recipe, state, images, CPU),
+    ):
+        trained = [p for p in contender.module.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        contender.step()
+        assert all(not torch.equal(p, old) for p, old in zip(trained, before))
+        assert all(p.grad is None for p in trained)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "pairs"),
+    [
+        # 6 of 24 patches are visible. Pairs of tokens that look at each other, in the last block and in those before.
+        pytest.param([], 18 * 25 + 25 * 25, id="hidden, self"),
+        pytest.param(["decoder.predict=next_view"], 6 * 13 + 13 * 13, id="next view"),
+        pytest.param(["decoder.attention=cross"], 18 * 7 * 2, id="cross"),
+    ],
+)
+def test_the_layers_of_the_roof_are_those_of_the_cost_model(decoder: list[str], pairs: int) -> None:
+    recipe = recipe_of("decoder.depth=2", *decoder)
+    layers = sum(2 * p.rows * p.inner * p.columns * p.layers for p in bench.products(recipe))
+    attention = 2 * 4 * (1 + 6) ** 2 * 24 + 4 * pairs * 16
+    views = 5 * 4
+    assert layers == views * (plan.encoder_flops(recipe) + plan.decoder_flops(recipe) - attention)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SQUARE_SIDE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 1e-4)
+    monkeypatch.setattr(bench, "ROUND_SECONDS", 1e-4)
+    # In this process: a fresh one takes seconds to import torch, and test_peak_memory has it.
+    monkeypatch.setattr(
+        bench,
+        "measure_memory",
+        lambda held, _: [c.update(peak_bytes=None) for _, r in held for c in r["contenders"].values()],
+    )
+
+
+def result_of(file: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What `mimae bench step` prints and writes."""
+    whole = ["bench", "step", "--batch", "3", "--masks", "2", "--rounds", "3", "--json", str(file), *arguments, *SMALL]
+    answer = CliRunner().invoke(app, whole, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    return answer.output, json.loads(file.read_text())
+
+
+def test_the_verb_writes_what_it_shows(tmp_path: Path, quick: None) -> None:
+    output, result = result_of(tmp_path / "step.json")
+    assert "3 images x 2 views, fp32" in output
+    assert result["machine"]["cores"] >= 1 and result["versions"]["torch"] == torch.__version__.split("+")[0]
+    contest = result["contests"][0]
+    assert list(contest["contenders"]) == ["mimae", "eager"]
+    assert contest["agreement"]["eager"]["fp32"]["loss"] < 1e-5
+    ours, eager = contest["contenders"].values()
+    assert len(eager["seconds_per_step"]) == 3
+    ratios = [e / o for e, o in zip(eager["seconds_per_step"], ours["seconds_per_step"])]
+    assert eager["ours_over_this"] == {"median": sorted(ratios)[1], "min": min(ratios), "max": max(ratios)}
+    assert sum(ours["time_by_kind"].values()) == pytest.approx(1)
+    assert ours["time_by_kind"]["matmul"] > 0.01 and ours["time_by_kind"]["optimizer"] > 0
+
+
+def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> None:
+    both = "decoder.predict=next_view decoder.attention=cross"
+    _, result = result_of(tmp_path / "step.json", "--variant", "decoder.predict=next_view", "--variant", both)
+    contest = result["contests"][0]
+    assert list(contest["contenders"]) == ["mimae", "decoder.predict=next_view", both]
+    assert not contest["agreement"]
+    ours, *_, last = (row["seconds_per_step"] for row in contest["contenders"].values())
+    shown = io.StringIO()
+    bench.show(result, Console(file=shown, width=200))
+    assert f"{statistics.median(o / t for o, t in zip(ours, last)):.3f} (" in shown.getvalue()
+    work = [row["flops_per_step"] for row in contest["contenders"].values()]
+    recipes = [
+        recipe_of("schedule.batch_size=3", "masking.num_masks=2", *text.split()) for text in ("", *contest["variants"])
+    ]
+    assert work == [plan.step_flops(recipe) for recipe in recipes]
+    assert work[0] > work[1] > work[2]
+
+
+def test_what_has_no_baseline_is_told() -> None:
+    with pytest.raises(UserError, match="has orthogonal masks alone"):
+        bench.main([*SMALL, "masking.kind=independent"])
+    with pytest.raises(UserError, match="are next_view and self; --variant"):
+        bench.main([*SMALL, "decoder.predict=next_view"])
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}")
+
+    monkeypatch.setattr(peers, "import_module", absent)
+    with pytest.raises(UserError, match=r"pip install lightly.*--peers"):
+        LightlyMAE(recipe_of("data.image_size=16"))
+
+
+@pytest.mark.slow
+def test_peak_memory() -> None:
+    """Weights, gradients and two moments, then activations that grow with the batch, in a fresh process each."""
+    wide = ["model.width=192", "model.depth=4", "decoder.width=96", "model.patch_size=2"]
+    results = []
+    for batch in (2, 32):
+        recipe = recipe_of(*wide, f"schedule.batch_size={batch}")
+        result: dict = {"contenders": {"mimae": {}}}
+        bench.measure_memory([(bench.Contest(recipe, [], {}), result)], CPU)
+        results.append(result["contenders"]["mimae"]["peak_bytes"])
+    state_bytes = 4 * 4 * sum(p.numel() for p in build(recipe).parameters())
+    assert state_bytes < results[0] < results[1] < 2**30

@@ -1,0 +1,463 @@
+"""Recipes: what is read from where, and what is said about what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimae.config import recipe as config
+from mimae.config.layers import shipped
+from mimae.config.recipe import ConfigError, Recipe, flat, load
+from mimae.optim.optimizer import total_steps
+
+SMALL = """\
+data:
+  image_size: 32
+model:
+  patch_size: 4
+  width: 96
+  heads: 4
+schedule:
+  epochs: 6
+  warmup_epochs: 1
+  batch_size: 32
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe of a user's, with the working directory beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    Path("small.yaml").write_text(SMALL)
+    return "small.yaml"
+
+
+def problems(recipe: Any, *overrides: str, **settings: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load(recipe, overrides, settings)
+    assert all(problem in str(error.value) for problem in error.value.problems)
+    return error.value.problems
+
+
+def problem(recipe: Any, *overrides: str, **settings: Any) -> str:
+    found = problems(recipe, *overrides, **settings)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# The shipped recipes
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipe_opens_with_its_command_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    resolved = load(name)
+    first, second, *_ = shipped()[name].read_text().splitlines()
+    assert first.startswith("# ") and f"mimae pretrain {name}" in first
+    assert second.startswith("# Hardware: ") and "xpected time: " in second
+    for printed in (config.dump(resolved.recipe), config.explain(resolved)):
+        (tmp_path / "copy.yaml").write_text(printed)
+        assert load(tmp_path / "copy.yaml").recipe == resolved.recipe
+
+
+@pytest.mark.parametrize(("base", "samples"), [("quickstart", 6400), ("cifar10", 9000)])
+def test_controls_differ_from_their_base_in_what_they_control_only(base: str, samples: int) -> None:
+    def recipe(control: str) -> Recipe:
+        return load(f"{base}{control}", ["run.dir=x"]).recipe
+
+    def changed(control: str) -> dict[str, Any]:
+        ours = flat(recipe(""))
+        return {key: value for key, value in flat(recipe(control)).items() if value != ours[key]}
+
+    def steps(r: Recipe) -> int:
+        return total_steps(r.schedule, samples // r.schedule.batch_size)
+
+    def warmup_steps(r: Recipe) -> float:
+        return r.schedule.warmup_epochs * (samples // r.schedule.batch_size)
+
+    no_mi = {"objective.max_mi": 0, "objective.min_mi": 0}
+    assert changed("_max_mi") == {"objective.min_mi": 0}
+    assert changed("_orthogonal") == no_mi
+    assert changed("_independent") == no_mi | {"masking.kind": "independent"}
+    assert changed("_next_view") == {"decoder.predict": "next_view"}
+    assert changed("_cross") == {"decoder.attention": "cross"}
+    mae, ours = recipe("_mae"), recipe("")
+    length = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs"}
+    assert changed("_mae").keys() == no_mi.keys() | {"masking.num_masks"} | length
+    assert mae.masking.num_masks == 1 and mae.schedule.batch_size == 4 * ours.schedule.batch_size
+    assert steps(mae) == steps(ours) and warmup_steps(mae) == warmup_steps(ours)
+
+
+# Reading
+
+
+def test_origins(small: str) -> None:
+    Path("variant.yaml").write_text("# three lines\nbase: small.yaml\nmasking: {ratio: 0.8}\nmodel.depth: 3\n")
+    resolved = load("variant.yaml", ["schedule.epochs=7"], {"seed": 5})
+    recipe, origins = resolved.recipe, resolved.origins
+    assert list(origins) == config.keys() == list(flat(recipe))
+    expected = {
+        "data.image_size": (32, "small.yaml:2"),
+        "masking.ratio": (0.8, "variant.yaml:3"),
+        "model.depth": (3, "variant.yaml:4"),
+        "model.size": ("base", "default"),
+        "schedule.epochs": (7, "override"),
+        "seed": (5, "argument"),
+        "run.dir": ("runs/variant", "from the recipe's name"),
+    }
+    assert {key: (flat(recipe)[key], origins[key]) for key in expected} == expected
+    assert load(small, ["model.heads=null"]).origins["model.heads"] == "from model.size"
+    printed = config.explain(resolved).splitlines()
+    assert "  depth: 3                       # variant.yaml:4" in printed
+    assert len({line.index(" # ") for line in printed if " # " in line}) == 1
+
+
+def test_origin_outside_the_working_directory_is_absolute(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("../small.yaml").origins["data.image_size"] == f"{tmp_path.resolve()}/small.yaml:2"
+
+
+def test_base_is_a_shipped_name_or_a_path_relative_to_the_file(small: str, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.yaml").write_text("base: ../small.yaml\n")
+    (tmp_path / "deep/b.yaml").write_text("base: a.yaml\nseed: 1\n")
+    assert load("deep/b.yaml").recipe.data.image_size == 32
+    (tmp_path / "c.yaml").write_text("base: quickstart\n")
+    assert load("c.yaml").recipe.decoder == load("quickstart").recipe.decoder
+    # A file of the same name does not hide what is shipped.
+    (tmp_path / "quickstart.yaml").write_text("base: quickstart\nseed: 9\n")
+    assert load("quickstart").recipe.seed == 0 and load("quickstart.yaml").recipe.seed == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.learning_rate=1e-3", 1e-3),
+        ("optimizer.learning_rate=2", 2.0),
+        ("compile=off", "off"),
+        ("data.val_path=null", None),
+        ("data.val_path=", None),
+        ("data.val_path='1e-3'", "1e-3"),
+        ("data.image_size=[32, 64]", [32, 64]),
+        ("schedule.max_steps=010", 10),
+        ("run.dir=runs/2020-01-01", "runs/2020-01-01"),
+        ("data.max_pixels=1_000_000", 1_000_000),
+    ],
+)
+def test_override_values(small: str, override: str, value: Any) -> None:
+    key = override.partition("=")[0]
+    recipe = load(small, [override]).recipe
+    found = flat(recipe)[key]
+    assert found == value and type(found) is type(value)
+    Path("copy.yaml").write_text(config.dump(recipe))
+    assert load("copy.yaml").recipe == recipe
+
+
+def test_the_last_override_wins_and_a_mapping_sets_several_keys(small: str) -> None:
+    recipe = load(small, ["masking={num_masks: 2, ratio: 0.6}", "seed=1", "seed=2"]).recipe
+    assert (recipe.masking.num_masks, recipe.masking.ratio, recipe.seed) == (2, 0.6, 2)
+
+
+def test_a_recipe_from_python(small: str) -> None:
+    by_file = load(small, ["masking.num_masks=2"]).recipe
+    by_mapping = load(
+        {"base": "small.yaml", "run": {"dir": "runs/small"}, "masking": {"num_masks": 2}, "data": {}}
+    ).recipe
+    assert by_mapping == by_file
+    # A recipe goes in again, and gets overrides as a file does.
+    assert load(by_file, ["seed=3"]).recipe == by_file.model_copy(update={"seed": 3})
+    assert load(small, settings={"data": {"image_size": (32, 64)}}).recipe.data.size_hw == (32, 64)
+
+
+SIZED = ("model.patch_size", "model.width", "model.depth", "model.heads")
+
+
+def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: str) -> None:
+    def shape(recipe: Any, *overrides: str, **settings: Any) -> list[int]:
+        values = flat(load(recipe, overrides, settings).recipe)
+        return [values[key] for key in SIZED]
+
+    assert shape(small, "model.size=large") == [16, 1024, 24, 16]
+    assert {load(small, ["model.size=large"]).origins[key] for key in SIZED} == {"from model.size"}
+    assert shape(small, "model.depth=3") == [4, 96, 3, 4]  # no size is named: the recipe's numbers stay
+    Path("large.yaml").write_text("base: small.yaml\nmodel: {size: large, patch_size: 8}\n")
+    assert shape("large.yaml") == [8, 1024, 24, 16]
+    Path("flat.yaml").write_text("base: large.yaml\nmodel: {depth: 2}\n")
+    assert shape("flat.yaml") == [8, 1024, 2, 16]
+    assert shape({"base": "flat.yaml", "model": {"size": "tiny"}}) == [16, 192, 12, 3]
+    assert shape(load("flat.yaml").recipe, "model.size=tiny") == [16, 192, 12, 3]
+    # What one caller asks for belongs together, in whatever order.
+    assert shape("flat.yaml", "model.width=48", "model.size=tiny", "model.patch_size=8") == [8, 48, 12, 3]
+    assert shape("flat.yaml", "model.width=48", model={"size": "tiny"}) == [16, 48, 12, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"data:\n  path: [a\nseed: 1\n", "bad.yaml:3: not YAML: expected ',' or ']'"),
+        (b"data:\n\tpath: a\n", "bad.yaml:2: not YAML: found character '\\t'"),
+        (b"\x89PNG\r\n\x1a\n\x00", "bad.yaml: not YAML: invalid start byte"),
+        (b"import torch\n", "bad.yaml: text or a list, not a recipe"),
+        (b"- seed\n", "bad.yaml: text or a list, not a recipe"),
+        (b"# nothing\n", "bad.yaml: empty, not a recipe"),
+        (
+            b"seed: 1\ndata:\n  path: a\n  path: b\n",
+            "bad.yaml:4: data.path is given twice, first at bad.yaml:3",
+        ),
+        (b"seed: 1\nseed: 2\n", "bad.yaml:2: seed is given twice"),
+        (b"base: nosuch\n", "bad.yaml:1: base recipe 'nosuch' is neither a file nor a shipped recipe"),
+        (b"base: [a]\n", "bad.yaml:1: base is the name or the path of one recipe, not [a]"),
+        (b"seed: !!int one\n", "seed (bad.yaml:1): invalid literal"),
+        (
+            b"data:\n  path: !env HOME\n",
+            "data.path (bad.yaml:2): !env is not a kind of value; a value is null",
+        ),
+        (b"base: bad.yaml\n", "recipes are each other's base: bad.yaml -> bad.yaml"),
+    ],
+)
+def test_files_that_are_no_recipe(small: str, content: bytes, said: str) -> None:
+    Path("bad.yaml").write_bytes(content)
+    # The default warm-up is longer than one epoch: no mistake of theirs, as long as the recipe was not read.
+    assert problem("bad.yaml", "schedule.epochs=1").startswith(said)
+
+
+def test_a_circle_of_bases_is_named_in_full(small: str) -> None:
+    for here, there in ("ab", "bc", "cb"):
+        Path(f"{here}.yaml").write_text(f"base: {there}.yaml\n")
+    assert problem("a.yaml").endswith("b.yaml -> c.yaml -> b.yaml")
+
+
+def test_recipes_that_are_not_there(small: str) -> None:
+    assert "did you mean quickstart?" in problem("quikstart")
+    assert problem("nosuch.yaml").startswith("recipe 'nosuch.yaml' is neither a file nor a shipped recipe; ")
+    assert problem(".").startswith("recipe '.' is a folder")
+
+
+def test_overrides_that_are_none(small: str) -> None:
+    assert problems(small, "seed", "=3", "run.dir=[a") == [
+        "'seed': an override is written section.key=value",
+        "'=3': an override is written section.key=value",
+        "'run.dir=[a': not YAML: expected ',' or ']', but got '<stream end>'; "
+        "text with YAML's signs is quoted: key='\"text\"'",
+    ]
+
+
+# Keys and values
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lerning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("optimiser.learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("optimizer.num_masks=1", "did you mean masking.num_masks?"),
+        ("learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("masks=1", "did you mean masking.num_masks?"),
+        ("decoder.widht=1", "did you mean decoder.width?"),
+        ("sead=1", "did you mean seed?"),
+        ("masking.zzz=1", "masking has kind, num_masks, ratio"),
+        ("zzz=1", "a recipe has seed, precision, compile, run, "),
+        ("masking=4", "masking is a section; its keys are kind, num_masks, ratio"),
+        ("seed.low=4", "unknown key"),
+    ],
+)
+def test_unknown_keys(small: str, override: str, said: str) -> None:
+    text = problem(small, override)
+    assert said in text and "(override)" in text and text.startswith(override.partition("=")[0])
+
+
+def test_a_section_without_keys_is_no_mistake(small: str) -> None:
+    Path("empty.yaml").write_text("base: small.yaml\nmasking:\n  # num_masks: 5\n")
+    assert load("empty.yaml").recipe.masking == load(small).recipe.masking
+
+
+@pytest.mark.parametrize(
+    ("override", "legal"),
+    [
+        ("seed=-1", "an integer at least 0 and below 4294967296"),
+        ("seed=4294967296", "an integer at least 0 and below 4294967296"),
+        ("seed=true", "an integer at least 0 and below 4294967296"),
+        ("seed='4'", "an integer at least 0 and below 4294967296"),
+        ("masking.num_masks=0", "an integer from 1 to 64"),
+        ("masking.num_masks=2.0", "an integer from 1 to 64"),
+        ("masking.ratio=1.0", "a number above 0 and below 1"),
+        ("masking.kind=block", "orthogonal or independent"),
+        ("compile=false", "auto, on, graphs or off"),
+        ("run.dry=1", "true or false"),
+        ("ema.decay=.inf", "a number above 0 and below 1, or null"),
+        ("data.val_path=5", "text that is not empty, or null"),
+        (
+            "data.image_size=33.5",
+            "an integer from 1 to 16384, or a list of 2 values, each an integer from 1 to 16384",
+        ),
+        ("data.mean=[0.5]", "a list of 3 values, each a number"),
+        ("run.dir=null", "text that is not empty"),
+    ],
+)
+def test_illegal_values(small: str, override: str, legal: str) -> None:
+    key, _, value = override.partition("=")
+    assert problem(small, override) == f"{key} = {value} (override): legal is {legal}"
+
+
+def test_what_a_section_checks_itself_is_told_with_its_origin(small: str) -> None:
+    assert problem(small, "data.crop_scale=[1, 0.5]").startswith("data.crop_scale = [1, 0.5] (override): ")
+
+
+def test_values_from_python_are_no_less_checked(small: str) -> None:
+    said = problems(small, seed=1.5, data={"image_size": (0, 32)}, masking={"ratio": object})
+    assert [text.partition(" (argument): legal is ")[0] for text in said[:2]] == [
+        "seed = 1.5",
+        "data.image_size = [0, 32]",
+    ]
+    assert said[2].startswith("masking.ratio = ")
+
+
+# Keys that must agree. Each case beside its nearest legal neighbour, which must load.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "said"),
+    [
+        (  # 64 patches, 16 visible in each mask
+            ["masking.num_masks=5"],
+            ["masking.num_masks=4"],
+            [
+                "masking.num_masks = 5 (override)",
+                "at most 4 masks",
+                "masking.ratio = 0.75 (default)",
+                "image of 64",
+            ],
+        ),
+        (
+            ["masking.num_masks=5"],
+            ["masking.num_masks=5", "masking.kind=independent"],
+            ["masking.kind=independent"],
+        ),
+        (["masking.num_masks=5"], ["masking.num_masks=5", "masking.ratio=0.82"], ["a higher masking.ratio"]),
+        (  # 16 x 24 = 6 patches of 8, of which 2 are visible
+            ["data.image_size=[16, 24]", "model.patch_size=8", "masking.ratio=0.67"],
+            ["data.image_size=[16, 24]", "model.patch_size=8", "masking.ratio=0.67", "masking.num_masks=3"],
+            ["at most 3 masks that show 2"],
+        ),
+        (
+            ["data.image_size=[32, 50]"],
+            ["data.image_size=[32, 48]"],
+            [
+                "data.image_size = [32, 50] (override)",
+                "model.patch_size = 4 (small.yaml:4)",
+                "nearest is 32 x 48",
+            ],
+        ),
+        (
+            ["model.patch_size=32"],
+            ["model.patch_size=16", "masking.num_masks=2"],
+            ["data.image_size = 32 (small.yaml:2)", "at least 2, one visible and one hidden"],
+        ),
+        (
+            ["model.heads=5"],
+            ["model.heads=6"],
+            ["model.heads = 5 (override)", "model.width = 96 (small.yaml:5)", "12"],
+        ),
+        (
+            ["decoder.heads=5"],
+            ["decoder.heads=8"],
+            ["decoder.width = 512 (default)", "legal are 1, 2, 4, 8, 16"],
+        ),
+        (
+            ["model.width=98", "model.heads=2"],
+            ["model.width=100"],
+            ["model.width = 98 (override)", "a multiple of 4"],
+        ),
+        (
+            ["decoder.width=66", "decoder.heads=6"],
+            ["decoder.width=72", "decoder.heads=6"],
+            ["decoder.width = 66 (override)", "a multiple of 4"],
+        ),
+        (
+            ["schedule.accumulate=3"],
+            ["schedule.accumulate=4"],
+            ["schedule.batch_size = 32 (small.yaml:10)", "by 3", "ranks (1)", "as 30 or 33 is"],
+        ),
+        (
+            ["schedule.warmup_epochs=6.5"],
+            ["schedule.warmup_epochs=6"],
+            ["schedule.warmup_epochs = 6.5 (override)", "at most schedule.epochs = 6 (small.yaml:8)"],
+        ),
+        (
+            ["checkpoint.best=knn", "telemetry.probe_every_epochs=1"],
+            ["checkpoint.best=knn", "telemetry.probe_every_epochs=1", "data.val_path=x"],
+            ["checkpoint.best = knn (override)", "legal is null, or set both"],
+        ),
+        (
+            ["masking.num_masks=1"],
+            ["masking.num_masks=1", "objective.max_mi=0"],
+            ["objective.max_mi = 0.03 (default)", "masking.num_masks = 1 (override)"],
+        ),
+        (
+            ["decoder.predict=next_view", "masking.kind=independent"],
+            ["decoder.predict=next_view", "decoder.attention=cross"],
+            [
+                "decoder.predict = next_view (override)",
+                "masking.kind = independent (override)",
+                "decoder.predict=hidden",
+            ],
+        ),
+        (  # the next view of one view is itself
+            ["decoder.predict=next_view", "masking.num_masks=1", "objective.max_mi=0"],
+            ["decoder.predict=next_view", "masking.num_masks=2", "objective.max_mi=0"],
+            ["at least 2 orthogonal masks", "masking.num_masks = 1 (override)"],
+        ),
+        (
+            ["schedule.accumulate=32", "objective.min_mi=0"],
+            ["schedule.accumulate=16"],
+            ["objective.max_mi = 0.03 (default)", "schedule.accumulate = 32 (override)"],
+        ),
+        (
+            ["schedule.batch_size=1", "objective.max_mi=0"],
+            ["schedule.batch_size=1", "objective.max_mi=0", "objective.min_mi=0"],
+            ["objective.min_mi = 0.01 (default)", "schedule.batch_size = 1 (override)"],
+        ),
+    ],
+)
+def test_keys_that_must_agree(small: str, wrong: list[str], right: list[str], said: list[str]) -> None:
+    load(small, right)
+    text = problem(small, *wrong)
+    assert all(part in text for part in said), text
+
+
+def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override), as 30 or 36 is" in problem(
+        small, "schedule.accumulate=2"
+    )
+    load(small, ["schedule.accumulate=2", "schedule.batch_size=36"])
+
+
+def test_all_problems_at_once(small: str) -> None:
+    """Keys are compared although others are unknown or illegal, but none of an illegal section."""
+    Path("bad.yaml").write_text("base: small.yaml\nmasking:\n  num_masks: 5\n")
+    said = problems("bad.yaml", "optimizer.lerning_rate=1", "compile=maybe", "schedule.epochs=0", "model.heads=5")
+    assert sorted(text.split(" ")[0] for text in said) == [
+        "compile",
+        "masking.num_masks",
+        "model.heads",
+        "optimizer.lerning_rate",
+        "schedule.epochs",
+    ]
+
+
+def test_settings_reference_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == config.reference(), "run: mimae settings > docs/settings.md"
+
+
+def test_every_key_has_a_meaning_and_a_legal_range_in_words() -> None:
+    rows = [line for line in config.reference().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(config.keys())
+    assert all(cell.strip() for row in rows for cell in row.replace("\\|", "/").strip("|").split("|"))
+    assert "None" not in "".join(rows)

@@ -1,0 +1,88 @@
+"""Waiting for data: what is told of it, and the cause that the evidence speaks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mimae.data.loading.batch import Spent
+from mimae.data.loading.stalls import Feed, Stalls, diagnose
+from mimae.data.settings import DataSettings
+
+# 100 s on 8 cores with 8 workers that are busy throughout, decoding most of the time; for 10 s the device waited.
+FEED = Feed(100.0, 10.0, 10.0, Spent(50.0, 600.0, 150.0), workers=8, cores=8, loader="torch", cache=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["10.0% of the time", "the 8 cores are all in use (decoding is 75% of the work", "data.cache=decoded"]),
+        ({"cache": "decoded"}, ["the 8 cores are all in use", "data.loader=dali_gpu"]),
+        ({"spent": Spent(50.0, 150.0, 600.0)}, ["all in use", "resizing 75%", "data pack --shortest"]),
+        (
+            {"waited": 1.0},
+            ["the copies to the device are slow", "late for 1.0 s", "data.loader=dali_gpu"],
+        ),
+        ({"workers": 0, "spent": Spent(1, 8, 1)}, ["the training process makes the batches itself", "here 8"]),
+        ({"spent": Spent()}, ["does not tell", "8 workers on 8 cores", "data.workers"]),
+        ({"spent": Spent(600, 150, 50)}, ["storage is slow (75% of", "set data.cache=encoded", "data.shuffle=blocks"]),
+        ({"spent": Spent(600, 150, 50), "cache": "encoded"}, ["storage is slow", "read from the cache"]),
+        ({"workers": 4, "spent": Spent(20, 300, 70)}, ["too few workers (4, busy 98%", "8 cores", "data.workers=8"]),
+        ({"workers": 16, "spent": Spent(100, 1200, 200)}, ["too few cores (16 workers share 8)", "--cpus-per-task"]),
+        ({"spent": Spent(10, 160, 30)}, ["busy only 25%", "first batches of an epoch", "schedule.accumulate"]),
+        ({"spent": Spent(80, 0, 0), "loader": "dali_gpu"}, ["decoding on the device is slow", "data.loader=dali_cpu"]),
+        ({"spent": Spent(700, 0, 0), "loader": "dali_gpu"}, ["storage is slow (100% of"]),
+    ],
+)
+def test_the_cause_and_what_to_change(changes: dict[str, Any], expected: list[str]) -> None:
+    line = diagnose(FEED._replace(**changes))
+    assert "\n" not in line
+    assert all(text in line for text in expected), line
+
+
+def test_what_is_done_already_is_not_advised() -> None:
+    assert "decoded" not in diagnose(FEED._replace(cache="decoded"))
+    assert "data.cache" not in diagnose(FEED._replace(spent=Spent(600, 150, 50), cache="encoded"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("mimae.data.loading.stalls.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("mimae.data.loading.stalls.default_workers", lambda: 2)
+    return now
+
+
+def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
+    """The first reading, and what does not count, tell nothing; then each epoch is judged by itself, once."""
+    stalls = Stalls(DataSettings())
+    clock[0] += 150
+    stalls.read(150.0, 150.0)  # waited all of the time: workers started
+    assert stalls.verdict() is None
+    clock[0] += 100
+    stalls.made(Spent(1.0, 150.0, 40.0))
+    stalls.read(152.0, 152.0)
+    clock[0] += 10
+    stalls.read(162.0, 162.0, counts=False)
+    assert stalls.verdict() is None  # 2 of 100 s
+    for _ in range(2):
+        clock[0] += 50
+        stalls.made(Spent(1.0, 80.0, 15.0))
+        stalls.read(162.0 + (clock[0] - 1260) * 0.03, 170.0)
+    line = stalls.verdict()
+    assert line is not None and "3.0% of the time" in line
+    assert "the 2 cores are all in use (decoding is 83% of the work, resizing 16%)" in line
+    assert stalls.verdict() is None
+
+
+def test_an_epoch_shorter_than_the_time_between_two_logs_is_judged(clock: list[float]) -> None:
+    """Readings after the first step and at the end of the epoch; batches made ahead are more than the stretch holds."""
+    stalls = Stalls(DataSettings(workers=1))
+    stalls.read(5.0, 5.0)
+    clock[0] += 10
+    stalls.made(Spent(1.0, 14.0, 3.0))
+    stalls.read(7.0, 7.0)
+    line = stalls.verdict()
+    assert line is not None and "20.0% of the time" in line
+    assert "too few workers (1, busy 100% of the time, on 2 cores)" in line

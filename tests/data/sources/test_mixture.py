@@ -1,0 +1,109 @@
+"""Mixtures: several sources under one numbering, drawn from by weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimae.data.loading.batch import DataError
+from mimae.data.loading.loader import make_loader
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import open_source
+from mimae.data.sources.mixture import apportion
+from tests.data.conftest import write_images
+from tests.data.sources.test_shards import write_tar
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path, [f"photos/{name}.png" for name in ("a/1", "a/2", "b/3")])
+    write_tar(tmp_path / "t-0.tar", [("x.png", b"x"), ("x.cls", b"1"), ("y.png", b"y"), ("y.cls", b"0")])
+    return tmp_path
+
+
+def mixture(folder: Path, text: str) -> str:
+    path = folder / "mix.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_sources_follow_one_another(folder: Path) -> None:
+    source = open_source(mixture(folder, "draws: 10\nsources: {'t-{0..0}.tar': 3, ./photos: 1.0}"))
+    assert len(source) == 5
+    assert source.path(1) == f"{folder}/t-0.tar/y.png" and source.read(1) == b"y"
+    assert [(part.samples, part.draws) for part in source.parts] == [(2, 8), (3, 2)]
+    assert source.read(4) == (folder / "photos/b/3.png").read_bytes()
+    assert source.labels is None  # The shards have numbers and the folder has names.
+    for i in (-1, 5):
+        with pytest.raises(IndexError):
+            source.read(i)
+
+
+def test_labels_where_all_sources_have_the_same_classes(folder: Path) -> None:
+    source = open_source(mixture(folder, "draws: 4\nsources: {./photos: 1, photos/../photos: 1}"))
+    assert source.classes == ["a", "b"]
+    assert source.labels is not None and source.labels.tolist() == [0, 0, 1, 0, 0, 1]
+
+
+def test_fingerprint_is_of_sources_and_draws(folder: Path) -> None:
+    texts = ["draws: 8\nsources: {./photos: 1, t-0.tar: 1}", "draws: 8\nsources: {./photos: 3, t-0.tar: 1}"]
+    prints = [open_source(mixture(folder, text)).fingerprint for text in (texts[0], texts[1], texts[0])]
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_sets_of_torchvision_lie_beside_the_file_too(folder: Path) -> None:
+    with pytest.raises(DataError, match=f"cannot open CIFAR10 under {folder}/cifar"):
+        open_source(mixture(folder, "draws: 4\nsources: {'torchvision:CIFAR10:cifar': 1}"))
+
+
+def test_epochs_of_draws(folder: Path) -> None:
+    """Six draws an epoch of three images: each twice, cut differently each time; the next epoch goes on."""
+    path = mixture(folder, "draws: 9\nsources: {./photos: 2, photos/a: 1}")
+    source = open_source(path)
+    loader = make_loader(DataSettings(image_size=8, workers=0), source, seed=1, batch_size=3)
+    assert loader.steps_per_epoch == 3
+    counts = np.zeros(5, int)
+    for epoch in range(2):
+        batches = list(loader.epoch(epoch))
+        slots = np.concatenate([batch.sample_ids for batch in batches])
+        real = np.concatenate([batch.source_ids for batch in batches])
+        assert len(set(slots)) == 9 and (slots % 5 == real).all()
+        pixels = {image.numpy().tobytes() for batch in batches for image in batch.images}
+        assert len(pixels) == 9
+        counts += np.bincount(real, minlength=5)
+    assert counts.tolist() == [4, 4, 4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the mixture"),
+        ("[1]", r"is no mixture; one is, for example:\n  draws:"),
+        ("sources: {a: 1}", "is no mixture"),
+        ("draws: 4\nsources: {a: 1}\nweights: 3", "is no mixture"),
+        ("draws: 0.5\nsources: {a: 1}", r"draws: 0.5 is not a number of samples"),
+        ("draws: 4\nsources: [a, b]", "is not a list of `path: weight`"),
+        ("draws: 4\nsources: {a: 0}", "the weight of a is 0; legal are numbers above 0"),
+        ("draws: 4\nsources: {a: .inf}", "the weight of a is inf"),
+        ("draws: 4\nsources: {a: yes}", "the weight of a is True"),
+        ("draws: 4\nsources: {a: 1, b: 1000}", "of 4 draws none is for a"),
+        ("draws: 4\nsources: {nowhere: 1}", "nowhere does not exist"),
+        ("draws: 4\nsources: {mix.yaml: 1}", "a mixture holds no other mixtures"),
+        ("draws: 4\nsources: {inner.yaml: 1}", "a mixture holds no other mixtures"),
+    ],
+)
+def test_mixtures_that_cannot_be_used(folder: Path, text: str, message: str) -> None:
+    (folder / "inner.yaml").write_text("draws: 1\nsources: {./photos: 1}")
+    with pytest.raises(DataError, match=message):
+        open_source(mixture(folder, text))
+
+
+@given(st.integers(1, 10_000), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
+def test_shares_add_up(total: int, weights: list[float]) -> None:
+    shares = apportion(total, weights)
+    assert sum(shares) == total
+    assert all(abs(share - total * w / sum(weights)) < 1 for share, w in zip(shares, weights))

@@ -1,0 +1,190 @@
+"""Parquet files as Hugging Face and others write them: the rows' bytes, and what cannot be used is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+
+from mimae.data.loading.batch import DataError
+from mimae.data.sources import parquet
+from mimae.data.sources.base import open_source
+from tests.data.conftest import settle
+
+BYTES = [b"row %d" % i * 30 for i in range(10)]
+
+
+def images(rows: list[bytes | None], names: list[str | None] | None = None) -> pa.Array:
+    """Hugging Face's form of an image: a struct of bytes and a path."""
+    names = names or [f"é{i}.png" for i in range(len(rows))]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": data, "path": name} for data, name in zip(rows, names)], kind)
+
+
+def noted(**features: Any) -> dict[str, str]:
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None = None, **options: Any) -> Path:
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, **{"row_group_size": 4, **options})
+    return path
+
+
+CLASSES = noted(picture={"_type": "Image"}, kind={"_type": "ClassLabel", "names": ["cat", "dog"]})
+"""Notes that name columns which no other rule would find."""
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"compression": "none"}, {"row_group_size": 100}])
+def test_files_of_hugging_face(tmp_path: Path, options: dict[str, Any]) -> None:
+    columns = {"id": range(10), "label": range(10), "kind": [0, 1] * 5, "picture": images([*BYTES])}
+    for number, part in enumerate((slice(0, 7), slice(7, 10))):
+        write(tmp_path / f"{number}.parquet", {k: v[part] for k, v in columns.items()}, CLASSES, **options)
+    source = open_source(str(tmp_path))
+    assert [source.read(i) for i in range(10)] == BYTES
+    assert source.labels is not None and source.labels.tolist() == [0, 1] * 5
+    assert source.classes == ["cat", "dog"]
+    assert source.path(8) == f"{tmp_path}/1.parquet, row 1 (é8.png)"
+    groups = [0, 7, 10] if "row_group_size" in options else [0, 4, 7, 10]
+    assert source.parts[0].blocks.tolist() == groups
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels"),
+    [
+        ({"img": images([*BYTES])}, None),
+        ({"text": ["x"] * 10, "jpg": BYTES, "cls": list(range(10))}, list(range(10))),
+        ({"image": pa.array(BYTES, pa.large_binary()), "label": ["a"] * 10}, None),
+        ({"image": images([*BYTES]), "label": [None] * 10}, None),
+        ({"image": images([*BYTES]), "label": [-1] * 10}, None),  # Hugging Face's word for a class that is not told.
+    ],
+)
+def test_columns_are_found_by_type_and_name(tmp_path: Path, columns: dict[str, Any], labels: list[int] | None) -> None:
+    source = open_source(str(write(tmp_path / "a.parquet", columns)))
+    assert [source.read(i) for i in range(10)] == BYTES
+    assert (None if source.labels is None else source.labels.tolist()) == labels
+
+
+def test_rows_without_bytes(tmp_path: Path) -> None:
+    rows: list[bytes | None] = [b"0", None, b"2", b""]
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": images(rows, [None, "web/1.png", None, None])})))
+    assert [source.read(i) for i in (0, 2, 3)] == [b"0", b"2", b""]
+    with pytest.raises(OSError, match="holds no image bytes"):
+        source.read(1)
+    assert [source.path(i) for i in (0, 1)] == [
+        f"{tmp_path}/a.parquet, row 0",
+        f"{tmp_path}/a.parquet, row 1 (web/1.png)",
+    ]
+    for i in (-1, 4):
+        with pytest.raises(IndexError):
+            source.read(i)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": images([b"x"])})
+    write(tmp_path / "b.parquet", {"text": ["x"], "n": [1]})
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and nothing more")
+    (tmp_path / "d.parquet").touch()
+    with pytest.raises(DataError) as refusal:
+        open_source(str(tmp_path))
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == "3 of 4 Parquet files cannot be used:"
+    assert (
+        lines[1] == f"  {tmp_path}/b.parquet: it has no column of image bytes; its columns are text (string), n (int64)"
+    )
+    assert lines[2].startswith(f"  {tmp_path}/c.parquet: ") and lines[3].startswith(f"  {tmp_path}/d.parquet: ")
+
+
+def test_files_of_different_sets(tmp_path: Path) -> None:
+    for name, classes in (("a", ["cat"]), ("b", ["dog"])):
+        notes = noted(label={"_type": "ClassLabel", "names": classes})
+        write(tmp_path / f"{name}.parquet", {"image": images([b"x"]), "label": [0]}, notes)
+    with pytest.raises(DataError, match=r"class names .* differ"):
+        open_source(str(tmp_path))
+
+
+def test_files_without_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": images([])})
+    with pytest.raises(DataError, match="hold no rows"):
+        open_source(str(tmp_path))
+
+
+def test_file_that_changes_or_is_damaged_under_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_kept", parquet._Kept())
+    path = write(tmp_path / "a.parquet", {"image": images([*BYTES])}, compression="snappy", use_dictionary=False)
+    source = open_source(str(path))
+    assert source.read(0) == BYTES[0]
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[path.stat().st_size // 3 : path.stat().st_size // 2] = b"\xff" * 100
+    path.write_bytes(data[: status.st_size].ljust(status.st_size, b"\0"))
+    with pytest.raises(OSError, match="changed since"):
+        source.read(9)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(OSError):
+        [source.read(i) for i in range(10)]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        source.read(9)
+
+
+def test_process_keeps_a_bounded_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two row groups of 4,000 bytes and a little more: the third puts the first out, and order is by use."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 9000)
+    monkeypatch.setattr(parquet, "_kept", parquet._Kept())
+    reads: list[int] = []
+    row_group = parquet._row_group
+
+    def counted(path: Path, stamp: tuple[int, int], number: int) -> Any:
+        reads.append(number)
+        return row_group(path, stamp, number)
+
+    monkeypatch.setattr(parquet, "_row_group", counted)
+    rows: list[bytes | None] = [os.urandom(1000) for _ in range(16)]
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": images(rows)})))
+    for i in (0, 1, 3, 4, 0, 8, 7, 2, 15, 9):
+        assert source.read(i) == rows[i]
+    assert reads == [0, 1, 2, 1, 0, 3, 2]
+
+
+def test_index_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", {"image": images([*BYTES]), "label": [0, 1] * 5}, noted())
+    settle(tmp_path)
+    first = open_source(str(path))
+    monkeypatch.setattr(parquet, "_read_footer", None)
+    again = open_source(str(path))
+    assert again.fingerprint == first.fingerprint and again.path(9) == first.path(9)
+    assert again.labels is not None and np.array_equal(again.labels, [0, 1] * 5)
+    assert again.read(9) == BYTES[9]
+
+
+def test_notes_and_names_out_of_the_ordinary(tmp_path: Path) -> None:
+    names: list[str | None] = [f"{i}.png" for i in range(10)]
+    notes = [json.dumps(note) for note in (None, {"info": None}, {"info": {"features": {"my.label": "int64"}}})]
+    for number, note in enumerate(notes):
+        columns = {"my.image": images([*BYTES], names), "label": [0, 1] * 5}
+        write(tmp_path / f"{number}.parquet", columns, {"huggingface": note})
+    source = open_source(str(tmp_path))
+    assert [source.read(i) for i in range(30)] == BYTES * 3
+    assert source.path(3) == f"{tmp_path}/0.parquet, row 3 (3.png)" and source.labels is not None
+
+
+def test_cached_index_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.parquet", {"image": images([*BYTES])})
+    settle(tmp_path)
+    open_source(str(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'mimae\[parquet\]'"):
+        open_source(str(path))
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(DataError, match=r"pip install 'mimae\[parquet\]'"):
+        open_source(str(tmp_path))

@@ -1,0 +1,220 @@
+"""`mimae data pack`: the same samples as shards, whole or not at all, whatever stops it."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimae import cli
+from mimae.data.loading.batch import DataError
+from mimae.data.sources.base import open_source
+from mimae.data.tools import pack
+from mimae.data.tools.pack import Packing
+from tests.data.conftest import encoded, photograph, write_images
+
+LIMIT = 1_000_000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images", [f"{i % 3}/{i}.png" for i in range(7)], 40, 60)
+    return tmp_path / "images"
+
+
+def packing(folder: Path, samples: int = 3, shortest: int | None = None) -> Packing:
+    return Packing(open_source(str(folder)), folder.parent / "out" / "t.tar", samples, shortest, LIMIT)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_shards_hold_the_same_bytes_and_labels(folder: Path) -> None:
+    source = open_source(str(folder))
+    assert pack.pack(packing(folder), workers=2) == (3, 0)
+    packed = open_source(str(folder.parent / "out"))
+    assert [packed.read(i) for i in range(7)] == [source.read(i) for i in range(7)]
+    assert packed.labels is not None and source.labels is not None
+    assert packed.labels.tolist() == source.labels.tolist()
+    assert packed.parts[0].blocks.tolist() == [0, 3, 6, 7]
+    with tarfile.open(folder.parent / "out" / "t-00001.tar") as tar:
+        assert tar.getnames() == [f"00000000{i}.{ending}" for i in (3, 4, 5) for ending in ("png", "cls")]
+    assert names(folder.parent / "out") == [
+        *("t-00000.tar", "t-00001.tar", "t-00002.tar", "t.bad_samples.jsonl", "t.json")
+    ]
+
+
+def test_images_are_resized_to_a_shortest_side(folder: Path) -> None:
+    """Turned as EXIF asks; antialiased; and those that are small enough keep their bytes."""
+    large = photograph(50, 300, 200)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "0" / "0.png").write_bytes(encoded(np.ascontiguousarray(np.rot90(large)), "PNG", exif=exif))
+    pack.pack(packing(folder, shortest=40), workers=1)
+    packed = open_source(str(folder.parent / "out"))
+    image = Image.open(io.BytesIO(packed.read(0)))
+    assert (image.format, image.size) == ("JPEG", (40, 60))
+    expected = Image.fromarray(large).resize((40, 60), Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 3
+    assert packed.read(1) == open_source(str(folder)).read(1)
+
+
+@pytest.mark.parametrize("shortest", [None, 8])
+def test_samples_that_cannot_be_used_are_left_out_and_listed(folder: Path, shortest: int | None) -> None:
+    """Those after them keep their numbers. Without resizing only headers are looked at."""
+    (folder / "0" / "3.png").write_bytes(b"no image")
+    (folder / "1" / "4.png").write_bytes(encoded(photograph(0, 40, 60))[:2000])
+    (folder / "2" / "2.png").unlink()
+    (folder / "2" / "2.png").symlink_to("gone")
+    job = packing(folder, samples=2, shortest=shortest)
+    bad = {1: "begins with", 4: "truncated", 5: "No such file"}
+    if shortest is None:
+        del bad[4]
+    assert pack.pack(job, workers=1) == (4, len(bad))
+    out = folder.parent / "out"
+    listed = [json.loads(line) for line in (out / "t.bad_samples.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in listed] == list(bad)
+    for entry in listed:
+        assert entry["path"] == job.source.path(entry["id"]) and bad[entry["id"]] in entry["reason"]
+    kept = [i for i in range(7) if i not in bad]
+    packed = open_source(str(out))
+    assert [int(Path(packed.path(i)).stem) for i in range(len(packed))] == kept
+    # Done already: nothing is written, and the list stays.
+    assert pack.pack(job, workers=1) == (0, len(bad))
+
+
+def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "0" / "0.png").write_bytes(b"no image")
+    (folder / "2" / "5.png").write_bytes(b"no image")
+    job = packing(folder)
+    out = folder.parent / "out"
+    pack.pack(job, workers=1)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    # As after a kill while the second shard was written and the others were there, their lists not yet joined.
+    (out / "t-00001.tar").unlink()
+    with subprocess.Popen("true") as process:
+        pass
+    (out / f".t-00001.tar.{process.pid}.tmp").write_bytes(b"half")
+    untouched = (out / "t-00000.tar").stat().st_mtime_ns
+    assert pack.pack(job, workers=1) == (1, 2)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert (out / "t-00000.tar").stat().st_mtime_ns == untouched
+
+
+def test_list_forgets_what_a_shard_written_anew_holds(folder: Path) -> None:
+    """A network's moment of weakness, say: the images are there again when their shard is."""
+    job, out = packing(folder), folder.parent / "out"
+    image = (folder / "2" / "5.png").read_bytes()
+    for name in ("0/0.png", "2/5.png"):
+        (folder / name).write_bytes(b"no image")
+    assert pack.pack(job, workers=1) == (3, 2)
+    (out / "t-00002.tar").unlink()  # Of the last sample, 2/5.png.
+    (folder / "2" / "5.png").write_bytes(image)
+    assert pack.pack(job, workers=1) == (1, 1)
+    (line,) = (out / "t.bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"].endswith("0/0.png")
+
+
+def test_packings_of_one_target_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = packing(folder).shard(0)
+    ours = pack._temporary(shard)
+    monkeypatch.setattr(pack.os, "getpid", lambda: -1)
+    assert pack._temporary(shard) != ours and ours.parent == shard.parent
+
+
+def test_names_sort_as_the_shards_follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = packing(folder, samples=1)
+    monkeypatch.setattr(type(job.source), "__len__", lambda self: 100_001)
+    assert [job.shard(number).name for number in (99_999, 100_000)] == ["t-099999.tar", "t-100000.tar"]
+
+
+def test_jpeg_that_would_be_too_long_is_left_out(folder: Path) -> None:
+    Image.new("L", (131_100, 2)).save(folder / "0" / "0.png")
+    assert pack.pack(packing(folder, shortest=1), workers=1) == (3, 1)
+    assert "2 x" not in (said := (folder.parent / "out" / "t.bad_samples.jsonl").read_text()) and "1 x 65550" in said
+
+
+def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:
+    out = folder.parent / "out"
+    pack.pack(packing(folder), workers=1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (packing(folder, samples=4), packing(folder, shortest=8)):
+        with pytest.raises(DataError, match=r"t.json tells of other shards under this name \((samples_of|shortest)"):
+            pack.pack(other, workers=1)
+    (folder / "0" / "new.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"\(source, samples differ\)"):
+        pack.pack(packing(folder), workers=1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "t.json").write_text("[]")
+    with pytest.raises(DataError, match="no note of a packing"):
+        pack.pack(packing(folder), workers=1)
+    (out / "t.json").unlink()
+    with pytest.raises(DataError, match=r"t-00000.tar is there already and t.json"):
+        pack.pack(packing(folder), workers=1)
+
+
+def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "_add", full)
+    with pytest.raises(DataError, match=r"failed: No space left on device.*same command goes on"):
+        pack.pack(packing(folder), workers=1)
+    assert not list((folder.parent / "out").glob("t-*.tar"))
+
+
+STOPPING = """
+import sys, time
+from pathlib import Path
+from mimae.data import open_source, pack
+from mimae.data.pack import Packing
+add = pack._add
+def stopping(tar, name, data):
+    add(tar, name, data)
+    if name == "000000004.png":
+        print(name, flush=True)
+        time.sleep(100)
+pack._add = stopping
+source, out = sys.argv[1:]
+pack.pack(Packing(open_source(source), Path(out) / "t.tar", 3, None, 1000000), workers=1)
+"""
+
+
+def test_killed_while_it_writes(folder: Path) -> None:
+    """In the middle of the second shard: the first is whole, nothing else looks whole, no process stays."""
+    out = folder.parent / "out"
+    command = [sys.executable, "-c", STOPPING, str(folder), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "000000004.png\n"
+        process.send_signal(signal.SIGKILL)
+        # Ends with the last process that could write to it.
+        process.stdout.read()
+    assert [path.name for path in out.glob("t-*.tar")] == ["t-00000.tar"]
+    assert pack.pack(packing(folder), workers=1) == (2, 0)
+    packed, source = open_source(str(out)), open_source(str(folder))
+    assert [packed.read(i) for i in range(7)] == [source.read(i) for i in range(7)]
+
+
+def test_the_verb(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def launch(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["mimae", "data", "pack", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return int(exit.value.code or 0)
+
+    out = folder.parent / "a" / "b"
+    assert launch(str(folder), str(out / "t.tar"), "--samples", "4", "--shortest", "16", "--workers", "1") == 0
+    assert capsys.readouterr().out == f"{out}/t-00000.tar to t-00001.tar: 2 written, 0 already there\n"
+    assert Image.open(io.BytesIO(open_source(str(out)).read(0))).size == (24, 16)
+    assert launch(str(folder), str(out)) == 2
+    assert "is no name for shards: legal is DIR/NAME.tar" in capsys.readouterr().err

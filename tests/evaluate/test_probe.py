@@ -1,0 +1,362 @@
+"""The three measures against known answers, and `mimae probe` from a run's directory to its table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.optimize import minimize  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimae.config import recipe as config
+from mimae.data.loading.order import Part
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source, open_source
+from mimae.errors import UserError
+from mimae.evaluate import probe
+from mimae.evaluate.probe import (
+    Linear,
+    LogisticRegression,
+    balanced_subset,
+    few_label_probe,
+    knn_accuracy,
+    linear_probe,
+    nearest_neighbours,
+    ranks_in_class,
+    shared_labels,
+    standardise,
+)
+from mimae.train.loop import pretrain
+
+
+def blobs(n: int, classes: int, width: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Features around one corner per class, at `distance` deviations from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    corners = F.one_hot(labels, width).float() * distance
+    return corners + torch.randn(n, width, generator=generator), labels
+
+
+# Choosing samples
+
+
+def test_ranks_number_every_class_from_zero_in_an_order_of_the_seed() -> None:
+    labels = torch.tensor([2, 0, 0, 2, 2, 0, 1])  # class sizes 3, 1, 3
+    ranks = ranks_in_class(labels, seed=0)
+    for label, size in ((0, 3), (1, 1), (2, 3)):
+        assert sorted(ranks[labels == label].tolist()) == list(range(size))
+    assert len({tuple(ranks_in_class(labels, seed).tolist()) for seed in range(20)}) > 5
+
+
+def test_a_balanced_subset_differs_by_one_between_classes_and_takes_all_of_a_rare_one() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 2)
+    ids = balanced_subset(labels, 15, seed=3)
+    assert torch.equal(ids, ids.unique())
+    counts = torch.bincount(labels[ids]).tolist()
+    assert counts[2] == 2 and sorted(counts[:2]) == [6, 7]
+    assert torch.equal(balanced_subset(labels, 100, seed=3), torch.arange(82))
+
+
+# The measures
+
+
+def fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> Linear:
+    """One regression on all samples."""
+    whole = LogisticRegression(features[None], labels[None], torch.ones(1, len(labels)), classes)
+    return whole.fit(torch.tensor([penalty]))
+
+
+def test_the_fit_is_the_minimum_of_the_penalised_cross_entropy() -> None:
+    """Against scipy's solver in float64, on correlated columns, of which two are equal and one is large."""
+    features, labels = blobs(120, 3, 7, 1.5, seed=1)
+    features[:, 6] = features[:, 5]
+    features[:, 4] = features[:, 3] * 100
+    penalty = 1e-2
+
+    def loss(weight: Tensor, bias: Tensor) -> Tensor:
+        entropy = F.cross_entropy(features.double() @ weight + bias, labels)
+        return entropy + penalty / 2 * weight.square().sum()
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        variables = torch.from_numpy(flat.copy()).view(8, 3).requires_grad_()
+        value = loss(variables[:7], variables[7])
+        value.backward()
+        return value.item(), variables.grad.flatten().numpy()
+
+    optimum = minimize(loss_and_gradient, np.zeros(24), jac=True, method="BFGS", options={"gtol": 1e-9}).fun
+    fitted = fit(features, labels, 3, penalty)
+    assert optimum <= loss(fitted.weight[0].double(), fitted.bias[0].double()).item() < optimum + 1e-3
+    assert optimum < 0.8  # log 3 = 1.1 at zero
+
+
+def test_problems_that_are_fitted_together_do_not_touch_each_other() -> None:
+    """Other features, weights and penalties side by side; a sample of weight 0 is not there."""
+    (one, labels), (two, _) = blobs(60, 3, 5, 2.0, seed=0), blobs(60, 3, 5, 1.0, seed=1)
+    weights = torch.ones(2, 60)
+    weights[1, 40:] = 0
+    both = LogisticRegression(torch.stack([one, two]), torch.stack([labels, labels]), weights, 3)
+    fitted = both.fit(torch.tensor([1.0, 0.1]))
+    for i, alone in enumerate((fit(one, labels, 3, 1.0), fit(two[:40], labels[:40], 3, 0.1))):
+        # Each ends within the tolerance of its optimum, on a way of its own.
+        torch.testing.assert_close(fitted.weight[i], alone.weight[0], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("features", [torch.zeros(40, 5), torch.ones(40, 1).expand(40, 5)])
+def test_features_without_information_are_fitted_too(features: Tensor) -> None:
+    """What a collapsed encoder gives: no variance, a singular Gram matrix."""
+    labels = torch.arange(40) % 4
+    (plain,) = standardise(features)
+    assert plain.abs().max() < 1e-5
+    assert fit(plain, labels, 4, 1e-5).right(plain[None], labels[None]).sum() == 10
+
+
+def test_separable_classes_are_told_apart_by_every_measure() -> None:
+    train, train_labels = blobs(400, 4, 12, 12.0, seed=0)
+    test, test_labels = blobs(100, 4, 12, 12.0, seed=1)
+    scores = probe.measure(train, train_labels, test, test_labels, 4)
+    assert (scores["linear"], scores["few_labels"], scores["knn"]) == (1.0, 1.0, 1.0)
+
+
+def test_noise_scores_what_guessing_does() -> None:
+    """The measures must not leak: features that know nothing of the labels are right one time in four."""
+    train, train_labels = blobs(800, 4, 12, 0.0, seed=0)
+    test, test_labels = blobs(1000, 4, 12, 0.0, seed=1)
+    scores = probe.measure(train, train_labels, test, test_labels, 4)
+    for measure in probe.MEASURES:
+        assert abs(scores[measure] - 0.25) < 0.06, measure  # 4 deviations of 1,000 guesses
+
+
+def test_more_labels_help_and_200_are_all_that_the_few_label_probe_sees() -> None:
+    train, train_labels = blobs(2000, 5, 40, 1.5, seed=0)
+    test, test_labels = blobs(1000, 5, 40, 1.5, seed=1)
+    few = few_label_probe(train, train_labels, test, test_labels, 5)
+    linear, _ = linear_probe(train, train_labels, test, test_labels, 5)
+    assert len(set(few)) > 1 and max(few) < linear
+    seen = torch.cat([balanced_subset(train_labels, 200, seed=draw) for draw in range(5)])
+    spoiled = torch.full_like(train, 1e3)
+    spoiled[seen] = train[seen]
+    assert few_label_probe(spoiled, train_labels, test, test_labels, 5) == few
+
+
+def test_few_labels_with_more_features_than_samples_keeps_the_unreduced_optimum() -> None:
+    """300 features, 200 samples: the problem is solved in the span of the samples."""
+    train, labels = blobs(200, 4, 300, 3.0, seed=0)
+    test, test_labels = blobs(500, 4, 300, 3.0, seed=1)
+    accuracies = few_label_probe(train, labels, test, test_labels, 4)
+    whole = [
+        fit(train, labels, 4, penalty).right(test[None], test_labels[None]).float().mean().item()
+        for penalty in probe.PENALTIES
+    ]
+    assert all(min(abs(accuracy - other) for other in whole) <= 0.01 for accuracy in accuracies)
+
+
+def fine_difference(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The class is the small difference of two columns: a strong penalty hides it, a weak one finds it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    common = torch.randn(n, generator=generator)
+    other = common + 0.1 * labels + 0.03 * torch.randn(n, generator=generator)
+    return torch.stack([common, other], 1), labels
+
+
+def test_the_test_set_has_no_part_in_choosing_the_penalty() -> None:
+    train, train_labels = fine_difference(400, seed=0)
+    test, test_labels = fine_difference(200, seed=1)
+    accuracy, penalty = linear_probe(train, train_labels, test, test_labels, 2)
+    assert accuracy > 0.9 and penalty < 1e-2
+    mirrored, other = linear_probe(train, train_labels, test, 1 - test_labels, 2)
+    assert mirrored == pytest.approx(1 - accuracy) and other == penalty
+    assert linear_probe(train, train_labels, test * 0, test_labels, 2)[1] == penalty
+    # Training labels that the difference says nothing about move it.
+    assert linear_probe(train, (train[:, 0] > 0).long(), test, test_labels, 2)[1] != penalty
+
+
+def test_nearest_neighbours_by_hand() -> None:
+    """Two classes in the plane. The query (1, 0) has one neighbour of class 0 at cosine 1 and two of class 1
+    at cosine 0.8: votes 1 against 2 exp(-0.2 / 0.07) = 0.11, so the near one wins; lengths do not matter."""
+    train = torch.tensor([[0.1, 0.0], [8.0, 6.0], [8.0, -6.0], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    queries = torch.tensor([[5.0, 0.0], [-2.0, 0.1], [0.9, 0.7]])
+    answers = torch.tensor([0, 1, 1])
+    assert nearest_neighbours(train, labels, queries, answers, 2) == 1.0
+    assert nearest_neighbours(train, labels, queries, torch.tensor([1, 1, 1]), 2) == pytest.approx(2 / 3)
+
+
+def test_only_twenty_neighbours_vote() -> None:
+    """21 of class 1 outvote 20 of class 0 where all have a say; the 20 of class 0 are a little nearer."""
+    near, far = torch.tensor([[1.0, 0.0]]).repeat(20, 1), torch.tensor([[1.0, 0.01]]).repeat(21, 1)
+    labels = torch.tensor([0] * 20 + [1] * 21)
+    query, answer = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    assert nearest_neighbours(torch.cat([near, far]), labels, query, answer, 2) == 1.0
+
+
+def test_standardising_takes_mean_and_deviation_of_the_training_set_alone() -> None:
+    train, test = torch.tensor([[0.0, 5.0], [2.0, 5.0]]), torch.tensor([[4.0, 6.0]])
+    scaled_train, scaled_test = standardise(train, test)
+    assert torch.equal(scaled_train, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    assert torch.equal(scaled_test, torch.tensor([[3.0, 1.0]]))
+
+
+# Labels and images
+
+
+@dataclass
+class Labelled:
+    """A source of labels alone."""
+
+    name: str
+    labels: np.ndarray | None
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.labels is None else len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.name
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        raise AssertionError("labels are not drawn from")
+
+    def path(self, i: int) -> str:
+        raise AssertionError("labels need no file")
+
+    def read(self, i: int) -> bytes:
+        raise AssertionError("labels need no file")
+
+
+def test_classes_go_by_name_where_folders_have_them() -> None:
+    """A test folder that lacks a class numbers the others differently."""
+    train = Labelled("train", np.array([0, 1, 2, 2]), ["cat", "dog", "fox"])
+    test = Labelled("test", np.array([0, 1]), ["dog", "fox"])
+    train_labels, test_labels, classes = shared_labels(train, test)
+    assert (train_labels.tolist(), test_labels.tolist(), classes) == ([0, 1, 2, 2], [1, 2], 3)
+    by_number = shared_labels(train, Labelled("list", np.array([2, 0])))
+    assert (by_number[1].tolist(), by_number[2]) == ([2, 0], 3)
+
+
+def test_what_the_labels_do_not_allow_is_told() -> None:
+    train = Labelled("train", np.array([0, 1]), ["cat", "dog"])
+    with pytest.raises(UserError, match=r"plain has no labels.*folder of its own"):
+        shared_labels(train, Labelled("plain", None))
+    with pytest.raises(UserError, match=r"test holds 1 classes that the training set train lacks, emu"):
+        shared_labels(train, Labelled("test", np.array([0, 1]), ["cat", "emu"]))
+
+
+def draw(folder: Path, per_class: int, seed: int) -> Path:
+    """Three classes of 8 x 8 images: red, green or blue, with noise."""
+    noise = np.random.default_rng(seed)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            image = noise.integers(0, 100, (8, 8, 3))
+            image[..., channel] += 120
+            Image.fromarray(image.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def opened(folder: Path) -> Source:
+    return open_source(str(folder))
+
+
+def test_pixels_of_large_images_are_averaged_to_32() -> None:
+    images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
+    features = probe.pixels(images).view(2, 3, 32, 32)
+    assert features[1, 2, 0, 1].item() == pytest.approx(images[1, :2, 3:6, 2].float().mean().item())
+    assert torch.equal(probe.pixels(images[:, :8, :8]), images[:, :8, :8].permute(0, 3, 1, 2).flatten(1).float())
+
+
+def test_an_unreadable_image_has_no_features(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "train", 3, seed=0)
+    (folder / "green" / "1.png").write_bytes(b"no image")
+    source = opened(folder)
+    data = DataSettings(path=str(folder), image_size=8, workers=0)
+    features, ids = probe.extract({"pixels": probe.pixels}, data, source, torch.arange(9), torch.device("cpu"))
+    bad = next(i for i in range(9) if source.path(i).endswith("green/1.png"))
+    assert ids.tolist() == [i for i in range(9) if i != bad]
+    assert features["pixels"].shape == (8, 192)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on three classes, whose colours even untrained features see."""
+    folder = tmp_path_factory.mktemp("probe")
+    draw(folder / "train", 30, seed=0)
+    draw(folder / "test", 8, seed=1)
+    recipe = config.load(
+        {
+            "precision": "fp32",
+            "run": {"dir": str(folder / "run")},
+            "data": {
+                "path": str(folder / "train"), "val_path": str(folder / "test"),
+                "image_size": 8, "workers": 0, "loader": "torch",
+            },
+            "model": {"patch_size": 2, "width": 16, "depth": 1, "heads": 2},
+            "decoder": {"width": 8, "depth": 1, "heads": 1},
+            "schedule": {"batch_size": 8, "epochs": 1, "warmup_epochs": 0, "max_steps": 2},
+            "telemetry": {"tensorboard": False, "images_every_epochs": 0},
+        }
+    ).recipe  # fmt: skip
+    assert pretrain(recipe).finished
+    return Path(recipe.run.dir)
+
+
+def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probe.main(run)
+    printed = capsys.readouterr().out
+    written = json.loads((run / "probe.json").read_text())
+    assert list(written["features"]) == ["raw pixels", "random encoder", "this run"]
+    assert (written["train_images"], written["test_images"], written["classes"]) == (90, 24, 3)
+    for name, scores in written["features"].items():
+        assert name in printed
+        for measure in probe.MEASURES:
+            assert f"{scores[measure]:.3f}" in printed
+            assert 0.9 <= scores[measure] <= 1
+    again = probe.probe(run)
+    assert again["features"] == written["features"]
+
+
+def test_the_random_encoder_is_not_the_run(run: Path) -> None:
+    """Both rows could show one encoder and look right: their features must differ, the run's be the
+    checkpoint's."""
+    recipe = config.load(run / "config.yaml").recipe
+    begun, ended = probe.build(recipe).encoder.state_dict(), probe.load_encoder(run).state_dict()
+    assert any(not torch.equal(begun[name], ended[name]) for name in begun)
+
+
+def test_a_run_without_test_images_or_labels_is_told(run: Path, tmp_path: Path) -> None:
+    recipe = config.load(run / "config.yaml").recipe
+    copied = tmp_path / "run"
+    copied.mkdir()
+    (copied / "checkpoints").symlink_to(run / "checkpoints")
+    (copied / "latest").write_text((run / "latest").read_text())
+    without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"val_path": None})})
+    (copied / "config.yaml").write_text(config.dump(without))
+    with pytest.raises(UserError, match=r"data.val_path is null.*--test PATH"):
+        probe.probe(copied)
+    assert probe.probe(copied, test=str(recipe.data.val_path))["test_images"] == 24
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (8, 8)).save(flat / "one.png")
+    with pytest.raises(UserError, match=r"flat has no labels"):
+        probe.probe(copied, test=str(flat))
+    with pytest.raises(UserError, match=r"a probe needs 5 a class, 15"):
+        probe.probe(run, images=14)
+
+
+def test_the_online_probe_looks_at_no_more_images_than_asked(run: Path) -> None:
+    recipe = config.load(run / "config.yaml").recipe
+    encoder = probe.load_encoder(run)
+    seen = []
+    whole = encoder.features
+    encoder.features = lambda images: seen.append(len(images)) or whole(images)  # type: ignore[func-returns-value]
+    train, test = opened(Path(recipe.data.path)), opened(Path(str(recipe.data.val_path)))
+    assert knn_accuracy(encoder, recipe.data, train, test, limit=12) >= 0.9
+    assert sum(seen) == 24

@@ -1,0 +1,105 @@
+"""Memory that runs out is told with the phase, the planner's advice and what held it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimae.faults import shortage
+from mimae.faults.shortage import MemoryShortage, explained, is_shortage
+from mimae.faults.watchdog import Watchdog
+from mimae.telemetry.telemetry import Phases
+from tests.train.test_loop import recipe
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+from mimae import loop
+from mimae.errors import UserError
+from tests.train.test_loop import recipe
+
+images, run = Path(sys.argv[1]), Path(sys.argv[2])
+wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.image_size=128", "masking.num_masks=4")
+(kib,) = re.findall(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())
+limit = int(kib) * 1024 + 150 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    loop.pretrain(wide)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_an_allocation_that_fails_is_told_with_advice_and_a_snapshot(images: Path, tmp_path: Path) -> None:
+    """A real run, whose activations are more than the process may have."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, images, tmp_path / "run"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    first, snapshot, *advice = done.stdout.strip().splitlines()[-6:]
+    assert re.fullmatch(
+        r"memory ran out on rank 0 in forward of step 1, .*, which asked for \d+ bytes; "
+        r"the process holds [\d.]+ GiB of [\d.]+ GiB that it may have",
+        first,
+    )
+    listed = json.loads(Path(snapshot.removeprefix("the largest tensors are listed in ")).read_text())
+    assert listed["largest"][0]["bytes"] > 2**20 and listed["bytes"] > listed["largest"][0]["bytes"]
+    assert [line.partition(":")[0].strip() for line in advice] == [
+        "the planner counts, beside the libraries, on each of 1 ranks",
+        "as it is",
+        "schedule.accumulate=2",
+        "model.checkpointing=true",
+    ]
+    whole, *smaller = [float(line.rpartition(": ")[2].removesuffix(" GiB")) for line in advice[1:]]
+    assert whole > 0.5 and max(smaller) < whole
+
+
+def test_engines_that_spread_are_counted_where_there_are_ranks(images: Path, tmp_path: Path) -> None:
+    told = shortage.advice(recipe(images, tmp_path, "engine.kind=fsdp"), ranks=4, per_node=4)
+    assert "on each of 4 ranks" in told and "engine.kind=zero3: " in told and "engine.kind=fsdp: " not in told
+
+
+@pytest.mark.parametrize(
+    ("error", "phase"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "backward"),
+        (MemoryError(), "optimizer"),
+        (OSError(12, "Cannot allocate memory"), "data"),
+    ],
+)
+def test_every_kind_of_shortage_names_its_phase(images: Path, tmp_path: Path, error: Exception, phase: str) -> None:
+    device = torch.device("cpu")
+    watchdog = Watchdog(tmp_path, 0, 0)
+    watchdog.wait_for("step 7")
+    asked = ", which asked for 2.00 GiB" if "2.00" in str(error) else ""
+    with (
+        pytest.raises(MemoryShortage, match=rf"ran out on rank 0 in {phase} of step 7{asked}; "),
+        explained(recipe(images, tmp_path), device, watchdog),
+        Phases(device)(phase),
+    ):
+        raise error
+
+
+def test_other_errors_pass(images: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes do not fit"),
+        explained(recipe(images, tmp_path), torch.device("cpu"), Watchdog(tmp_path, 0, 0)),
+    ):
+        raise RuntimeError("shapes do not fit")
+    assert not is_shortage(OSError(28, "No space left on device"))

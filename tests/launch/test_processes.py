@@ -1,0 +1,266 @@
+"""The processes of a run: who starts them, who meets whom, and what their ends make of the launcher's exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimae.checkpoints import dcp
+from mimae.config import recipe as config
+from mimae.errors import UserError
+from mimae.launch import processes as launch
+from mimae.launch.processes import Job, Note
+from mimae.tools import replay
+
+SLURM = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NODELIST": "gpu[01-02]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_TASKS_PER_NODE": "4,3",
+}
+
+
+@pytest.mark.parametrize(
+    ("short", "hosts"),
+    [
+        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
+        ("a", ["a"]),
+        ("rack[1-2]-ib", ["rack1-ib", "rack2-ib"]),
+    ],
+)
+def test_slurms_short_form_of_hosts(short: str, hosts: list[str]) -> None:
+    assert launch._hosts(short) == hosts
+
+
+def test_a_task_of_srun_becomes_a_rank() -> None:
+    environment = dict(SLURM)
+    assert launch.join_slurm(environment)
+    ours = {key: environment[key] for key in environment.keys() - SLURM.keys()}
+    assert ours == {
+        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "gpu01", "MASTER_PORT": "24242",
+    }  # fmt: skip
+
+
+def test_one_task_a_node_is_a_launcher_of_that_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert not launch.join_slurm(environment)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert launch.default_job(8, 1, None, 3) == Job(8, 2, "gpu01:24242", 3)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}],
+)
+def test_without_srun_nothing_is_joined(environment: dict[str, str]) -> None:
+    """The second is the shell of an allocation, the third a batch script: SLURM's variables are there, no step is."""
+    before = dict(environment)
+    assert not launch.join_slurm(environment) and environment == before
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rendezvous", "told"),
+    [(2, None, "go together"), (1, "host:1", "go together"), (2, "host:port", "legal is HOST:PORT")],
+)
+def test_options_that_do_not_fit_are_told(nodes: int, rendezvous: str | None, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        launch.default_job(2, nodes, rendezvous, 3)
+
+
+def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def advice() -> str:
+        return "less memory would do"
+
+    late = Note("error", 0, 1, 20.0, "Traceback of the peer")
+    first = Note("error", 3, 1, 10.0, "Traceback of the cause")
+    assert launch._tell([first, late], 3, 1, advice) == 1
+    told = capsys.readouterr().err
+    assert "rank 3 failed first:\nTraceback of the cause" in told and "peer" not in told
+    assert launch._tell([late], 2, -signal.SIGKILL, advice) == 1
+    told = capsys.readouterr().err
+    assert (
+        "rank 2 was ended by SIGKILL" in told and "Traceback" not in told and told.endswith("\nless memory would do\n")
+    )
+    assert launch._tell([Note("mistake", 1, 0, 5.0, "data.path: nothing there"), late], 1, 2, advice) == 2
+    assert capsys.readouterr().err == "mimae: data.path: nothing there\n"
+
+
+def test_notes_of_an_earlier_attempt_are_history_but_for_a_mistake(tmp_path: Path) -> None:
+    notes = [Note("error", 0, 0, 1.0), Note("mistake", 1, 0, 2.0), Note("error", 1, 1, 4.0), Note("done", 0, 1, 3.0)]
+    for note in notes:
+        (tmp_path / f"note-{note.attempt}-{note.rank}.json").write_text(json.dumps(note._asdict()))
+    assert launch._read(tmp_path) == [notes[1], notes[3], notes[2]]
+
+
+RECIPE = """
+base: quickstart
+data: {val_path: null, workers: 0}
+schedule: {batch_size: 8, epochs: 900, max_steps: %d}
+checkpoint: {every_steps: 5}
+telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, log_every_steps: 1}
+"""
+
+
+OURS = ["-m", "mimae"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "mimae"]
+
+
+class Launched:
+    """`mimae pretrain` on two ranks, in a session of its own."""
+
+    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS) -> None:
+        self.run = folder / "run"
+        (folder / "recipe.yaml").write_text(RECIPE % steps)
+        command = [sys.executable, *by, "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
+        self.output = folder / "output.txt"
+        self.process = subprocess.Popen(
+            [*command, *overrides, *(["--ranks", "2"] if by is OURS else [])],
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, which multiprocessing or torchrun started, in their order."""
+        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main|-m mimae"]
+        found = subprocess.run(of_ranks, capture_output=True, text=True)
+        return [int(line) for line in found.stdout.split()]
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.output.read_text()
+            time.sleep(0.1)
+
+    def step(self) -> int:
+        file = self.run / "metrics.jsonl"
+        return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+    def end(self, seconds: float = 90) -> tuple[int, str]:
+        try:
+            code = self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return code, self.output.read_text()
+
+
+def weights(launched: Launched) -> dict[str, torch.Tensor]:
+    found = dcp.load_whole(launched.run / "checkpoints/step-00000012", "")
+    return {name: tensor.nan_to_num() for name, tensor in found.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    launched = Launched(tmp_path_factory.mktemp("undisturbed"), 12)
+    code, output = launched.end()
+    assert code == 0 and "start 2" not in output, output
+    return launched
+
+
+def assert_as_if_undisturbed(launched: Launched, undisturbed: Launched) -> str:
+    """It was started again, and ended with the same weights; returns what it told."""
+    code, output = launched.end()
+    assert code == 0 and "start 2, after a rank was lost" in output, output
+    got, want = weights(launched), weights(undisturbed)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in got)
+    return output
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(
+    tmp_path: Path, undisturbed: Launched
+) -> None:
+    launched = Launched(tmp_path, 12)
+    launched.wait_for(lambda: launched.step() >= 7)
+    os.kill(launched.ranks()[1], signal.SIGKILL)
+    assert_as_if_undisturbed(launched, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path, undisturbed: Launched) -> None:
+    """Of the rank that waited for it the place is told. Both are gone in less than the 30 s that torch's agent gives a
+    rank to end."""
+    launched = Launched(tmp_path, 12, "run.step_timeout=5")
+    launched.wait_for(lambda: launched.step() >= 7)
+    ranks = launched.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 20)
+    output = assert_as_if_undisturbed(launched, undisturbed)
+    assert output.count("mimae: nothing moved for 0:00:05") == 1, output
+    assert re.search(r"rank 0 in step \d+, the latest call first:\n    File ", output), output
+    assert "rank 1 left no stack: stopped (T)" in output and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+def test_a_hang_without_restarts_left_is_told_once(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, 100_000, "run.step_timeout=5", "--restarts=0")
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.kill(launched.ranks()[0], signal.SIGSTOP)
+    code, output = launched.end()
+    assert code == 1 and output.endswith("as told above; the same command goes on from the last checkpoint\n"), output
+    assert output.count("mimae: ") == 2 and "rank 0 left no stack: stopped (T)" in output, output
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -> None:
+    """The MI terms of one process see what those of two did."""
+    given = config.load(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe
+    found = replay.replay(given, 12)
+    logged = json.loads((undisturbed.run / "metrics.jsonl").read_text().splitlines()[11])
+    assert found.losses == {key: pytest.approx(logged[key], rel=1e-4) for key in found.losses}
+    assert found.grad_norm == pytest.approx(logged["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, 100_000)
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.killpg(launched.process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    code, output = launched.end()
+    assert code == 75 and "saved at step" in output and "Traceback" not in output, output
+
+    launched = Launched(tmp_path, 100_000)  # the same command goes on
+    before = launched.step()
+    launched.wait_for(lambda: launched.step() >= before + 2)
+    ranks = launched.ranks()
+    launched.process.kill()
+    launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), seconds=30)
+    assert "saved at step" in launched.end()[1].partition("resuming")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "expected"), [(OURS, 75), (TORCHRUN, 0)], ids=["launcher", "torchrun"])
+def test_sigusr1_on_any_rank_saves_on_all(tmp_path: Path, by: list[str], expected: int) -> None:
+    """Of torchrun any other code would be a failure of the worker."""
+    launched = Launched(tmp_path, 100_000, "checkpoint.every_steps=100000", by=by)
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.kill(launched.ranks()[1], signal.SIGUSR1)
+    code, output = launched.end()
+    assert code == expected and "saved at step" in output and "Traceback" not in output, output
+    assert (launched.run / "latest").is_file()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_every_rank_finds_is_told_once(tmp_path: Path) -> None:
+    code, output = Launched(tmp_path, 10, "data.path=/nonexistent").end()
+    assert code == 2 and output.count("/nonexistent") == 1 and "Traceback" not in output, output

@@ -1,0 +1,100 @@
+"""Masks: disjoint, of exact size, uniform, and a function of the sample alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mimae.kernels import orthogonal_masks, philox_words
+from mimae.model.masking import MaskingSettings, draw, targets
+
+# L with N and K such that N K <= L; grids need not be square, so any L goes.
+SHAPES = st.integers(2, 60).flatmap(
+    lambda L: st.integers(1, L - 1).flatmap(
+        lambda K: st.tuples(st.just(L), st.integers(1, L // K), st.just(K)),
+    )
+)
+
+
+@given(SHAPES, st.integers(0, 2**32 - 1), st.integers(0, 1000))
+def test_views_are_disjoint_complete_and_ascending(shape: tuple[int, int, int], seed: int, epoch: int) -> None:
+    L, N, K = shape
+    visible, hidden = orthogonal_masks(seed, epoch, torch.tensor([0, 3, 2**40]), L, N, K)
+    assert visible.dtype == hidden.dtype == torch.int32
+    assert visible.shape == (3, N, K) and hidden.shape == (3, N, L - K)
+    for shown, hid in zip(visible, hidden, strict=True):
+        assert shown.unique().numel() == N * K, "a patch is in two views"
+        for view in range(N):
+            assert sorted([*shown[view].tolist(), *hid[view].tolist()]) == list(range(L))
+            assert shown[view].tolist() == sorted(shown[view].tolist())
+            assert hid[view].tolist() == sorted(hid[view].tolist())
+
+
+@given(SHAPES, st.permutations(range(6)))
+def test_a_mask_is_its_samples_own(shape: tuple[int, int, int], order: list[int]) -> None:
+    """Whatever batch asks for it, and in whatever order."""
+    ids = torch.arange(100, 106)
+    whole, _ = orthogonal_masks(1, 2, ids, *shape)
+    shuffled, _ = orthogonal_masks(1, 2, ids[order], *shape)
+    alone, _ = orthogonal_masks(1, 2, ids[3:4], *shape)
+    assert torch.equal(shuffled, whole[order])
+    assert torch.equal(alone, whole[3:4])
+
+
+def test_views_take_their_ranks_by_definition() -> None:
+    """Sorting (word l, l) in plain Python, at a prime L that N K does not fill."""
+    words = philox_words(9, 1, 4, torch.tensor([77]), 13)[0].tolist()
+    ranked = [patch for _, patch in sorted((word, patch) for patch, word in enumerate(words))]
+    visible, _ = orthogonal_masks(9, 4, torch.tensor([77]), 13, 3, 4)
+    assert visible[0].tolist() == [sorted(ranked[4 * view : 4 * view + 4]) for view in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "independent"])
+def test_marginals_and_pairs_are_uniform(kind: str) -> None:
+    """Each patch is shown with probability K/L, each pair with K(K-1)/L(L-1), in every view; and of two views a pair
+    of patches, one in each, with K^2/L(L-1) when they are disjoint, with (K/L)^2 when they are not."""
+    L, K, images = 8, 2, 40_000
+    masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)
+    visible, _ = draw(masking, 5, 0, torch.arange(images), L)
+    shown = torch.zeros(images, 4, L).scatter_(2, visible.long(), 1.0)
+    together = torch.einsum("bnl,bnm->nlm", shown, shown) / images
+    across = torch.einsum("bl,bm->lm", shown[:, 0], shown[:, 1]) / images
+    same = torch.eye(L, dtype=torch.bool)
+    five_sigma = 5 * (0.25 * 0.75 / images) ** 0.5
+    assert (together[:, same] - K / L).abs().max() < five_sigma
+    assert (together[:, ~same] - K * (K - 1) / (L * (L - 1))).abs().max() < five_sigma
+    if kind == "orthogonal":
+        assert across[same].max() == 0
+        assert (across[~same] - K * K / (L * (L - 1))).abs().max() < five_sigma
+    else:
+        assert (across - (K / L) ** 2).abs().max() < five_sigma
+
+
+def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
+    ids = torch.arange(8)
+    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, 16)[0] for kind in ("orthogonal", "independent")]
+    assert torch.equal(single[0], single[1])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, 16)[0])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, 16)[0])
+
+
+def test_each_view_predicts_what_it_hides_or_what_the_next_one_shows() -> None:
+    """Three views of 13 patches, 4 visible in each: one patch is in no view and nobody predicts it from the next."""
+    visible, hidden = orthogonal_masks(2, 0, torch.arange(5), 13, 3, 4)
+    assert targets("hidden", visible, hidden) is hidden
+    predicted = targets("next_view", visible, hidden)
+    for image in range(5):
+        shown = visible[image].tolist()
+        assert predicted[image].tolist() == [shown[1], shown[2], shown[0]]
+        assert sorted(predicted[image].flatten().tolist()) == sorted(visible[image].flatten().tolist())
+        assert all(set(predicted[image, view].tolist()) <= set(hidden[image, view].tolist()) for view in range(3))
+
+
+def test_too_many_views_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 disjoint views of 4 patches need 20 patches, the image has 16"):
+        orthogonal_masks(0, 0, torch.arange(2), 16, 5, 4)
+    with pytest.raises(ValidationError):
+        MaskingSettings(ratio=1.0)

@@ -1,0 +1,166 @@
+"""The cost model against torch's own count on the model that runs, and against the method's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimae import plan
+from mimae.config import recipe as config
+from mimae.config.recipe import Recipe
+from mimae.model import masking
+from mimae.model.mimae import build
+
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"image_size": [32, 48]},
+    "masking": {"num_masks": 3, "ratio": 0.75},
+    "model": {"patch_size": 8, "width": 48, "depth": 3, "heads": 4},
+    "decoder": {"width": 32, "depth": 2, "heads": 2},
+    "schedule": {"batch_size": 5},
+    "objective": {"posterior_width": 20},
+}
+"""No two sizes alike: 4 x 6 patches, 3 views of 6 visible ones, 5 images."""
+
+
+def recipe(**sections: Any) -> Recipe:
+    """SMALL, with what a test changes in it."""
+    small = dict(SMALL)
+    for name, section in sections.items():
+        small[name] = small.get(name, {}) | section
+    return config.load(small).recipe
+
+
+def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
+    """FLOPs by module, as torch counts the products that a batch executes."""
+    model = build(recipe)
+    B, L = recipe.schedule.batch_size, model.encoder.num_patches
+    height, width = recipe.data.size_hw
+    images = torch.randint(0, 256, (B, height, width, 3), dtype=torch.uint8)
+    visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(B), L)
+    targets = masking.targets(recipe.decoder.predict, visible, hidden)
+    # torch knows no count for the CPU's fused attention: let it run as two products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(images, visible, targets).loss
+        if backward:
+            loss.backward()
+    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+DECODERS = [
+    pytest.param({}, id="hidden, self"),
+    pytest.param({"predict": "next_view"}, id="next view, self"),
+    pytest.param({"attention": "cross"}, id="hidden, cross"),
+    pytest.param({"predict": "next_view", "attention": "cross", "depth": 1}, id="next view, cross, one block"),
+]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_encoder_and_decoder_are_what_torch_counts(decoder: dict[str, Any]) -> None:
+    given = recipe(decoder=decoder)
+    views = given.schedule.batch_size * given.masking.num_masks
+    flops = counted(given)
+    assert flops["MIMAE.encoder"] == views * plan.encoder_flops(given)
+    assert flops["MIMAE.decoder"] == views * plan.decoder_flops(given)
+
+
+def test_v_and_projector_are_what_torch_counts() -> None:
+    without_contrast = recipe(objective={"max_mi": 0, "min_mi": 1})
+    images = without_contrast.schedule.batch_size
+    assert counted(without_contrast)["MIMAE.objective"] == images * plan.objective_flops(without_contrast)
+    # InfoNCE runs every product twice on the reference path, so the projector is told apart by a difference.
+    plain, projected = (recipe(objective={"projector": kind, "min_mi": 0}) for kind in ("none", "mlp"))
+    more = counted(projected)["MIMAE"] - counted(plain)["MIMAE"]
+    assert more == images * (plan.objective_flops(projected) - plan.objective_flops(plain)) > 0
+
+
+def test_infonce_is_over_the_micro_batch() -> None:
+    # 3 pairs of views, 2 FLOPs, 5 columns, width 48; V is off.
+    assert plan.objective_flops(recipe(objective={"min_mi": 0})) == 3 * 2 * 5 * 48
+    halves = recipe(objective={"min_mi": 0}, schedule={"batch_size": 10, "accumulate": 2})
+    assert plan.objective_flops(halves) == 3 * 2 * 5 * 48
+    assert plan.objective_flops(recipe(objective={"max_mi": 0, "min_mi": 0})) == 0
+
+
+@pytest.mark.parametrize("decoder", [{}, {"predict": "next_view", "attention": "cross"}], ids=["default", "cross"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: bool, decoder: dict[str, Any]) -> None:
+    no_mi = {"max_mi": 0, "min_mi": 0}
+    given = recipe(objective=no_mi, model={"checkpointing": checkpointing}, decoder=decoder)
+    executed = counted(given, backward=True)["Global"]
+    views, K = given.schedule.batch_size * given.masking.num_masks, 6
+    pixels = views * 2 * K * 3 * 8**2 * 48
+    if checkpointing:
+        assert executed > plan.step_flops(given)  # the recomputation that the cost model leaves out
+    else:
+        assert executed == plan.step_flops(given) - pixels
+
+
+def test_vit_base_has_the_numbers_of_the_method() -> None:
+    given = config.load({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
+    giga = 1e9
+    assert plan.encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
+    # The method counts 10.6 with a whole last block; ours leaves out what only the 50 unread tokens would need.
+    unread = 50 * (20 * 512**2 + 4 * 197 * 512)
+    assert (plan.decoder_flops(given) + unread) / giga == pytest.approx(10.6, abs=0.15)
+    assert plan.image_flops(given) / giga == pytest.approx(77, abs=1)
+    training = plan.step_flops(given) / 4096
+    assert training == pytest.approx(0.23e12, rel=0.02)
+    assert 0.45 * 989e12 / training == pytest.approx(1940, rel=0.01)  # 1,900 with a whole last block
+
+
+def test_what_the_decoder_leaves_out_at_vit_base() -> None:
+    """The last block's unread tokens, exactly; and by choice what next_view and cross never compute."""
+
+    def flops(**decoder: str) -> float:
+        return plan.image_flops(config.load({"decoder": decoder}).recipe)
+
+    unread = 4 * 50 * (20 * 512**2 + 4 * 197 * 512)
+    assert unread / (flops() + unread) == pytest.approx(0.0146, abs=5e-5)
+    assert flops(predict="next_view") / flops() == pytest.approx(0.713, abs=5e-4)
+    assert flops(attention="cross") / flops() == pytest.approx(0.813, abs=5e-4)
+    assert flops(predict="next_view", attention="cross") / flops() == pytest.approx(0.589, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA GH200 480GB", 989, 67),
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA GB200", 2500, 80),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("Tesla V100-SXM2-32GB", None, 15.7),  # no bf16 units: any share of their peak would be invented
+        ("Tesla V100-PCIE-16GB", None, 14),
+        ("NVIDIA A10G", None, None),  # not an A10
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("CPU", None, None),
+    ],
+)
+def test_peaks_are_found_by_the_name_that_torch_gives(name: str, bf16: float | None, fp32: float | None) -> None:
+    assert plan.peak_flops(name, "bf16") == (None if bf16 is None else bf16 * 1e12)
+    assert plan.peak_flops(name, "fp32") == (None if fp32 is None else fp32 * 1e12)
+
+
+def test_tf32_has_its_own_peak() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert plan.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
+        assert plan.peak_flops("Tesla V100-SXM2-32GB", "fp32") == 15.7e12  # has none
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_cpu_has_a_name() -> None:
+    assert plan.device_name(torch.device("cpu")) == "CPU"

@@ -1,0 +1,376 @@
+"""The files of a run hold each step once, in valid JSON, whatever killed it; and the clocks add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimae.errors import UserError
+from mimae.telemetry.telemetry import (
+    EPOCH_KEYS,
+    PHASES,
+    STEP_KEYS,
+    Pace,
+    Phases,
+    Telemetry,
+    TelemetrySettings,
+    environment,
+    memory,
+)
+
+QUIET = TelemetrySettings(tensorboard=False)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def losses(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 40, "samples": 32 * step, "loss": 0.8, "rec": 0.75, **more}
+
+
+def test_a_step_has_exactly_the_promised_keys(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
+        telemetry.step(losses(20, min_mi=-0.1))
+    (record,) = records(tmp_path / "metrics.jsonl")
+    promised = "step epoch samples loss rec max_mi min_mi fit gate lr grad_norm"
+    speed = "images_per_s views_per_s data_wait mem_peak_bytes"
+    assert list(record) == [*promised.split(), *speed.split()]
+    assert (record["step"], record["min_mi"], record["max_mi"]) == (20, -0.1, None)
+
+
+def test_a_key_that_nobody_promised_is_a_bug(tmp_path: Path) -> None:
+    with (
+        Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry,
+        pytest.raises(AssertionError, match="los"),
+    ):
+        telemetry.step(losses(20, los=1))
+
+
+def test_numbers_of_any_kind_are_json(tmp_path: Path) -> None:
+    given = {
+        "loss": math.nan,
+        "rec": torch.tensor(math.inf),
+        "max_mi": np.float32("-inf"),
+        "min_mi": torch.tensor([1.5]),
+        "gate": np.int64(1),
+        "lr": torch.tensor(0.25, dtype=torch.bfloat16),
+    }
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
+        telemetry.step({**losses(1), **given})
+    (record,) = records(tmp_path / "metrics.jsonl")
+    assert [record[key] for key in given] == [None, None, None, 1.5, 1, 0.25]
+
+
+def test_an_epoch_has_every_key_and_the_step_it_ended_at(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
+        telemetry.step(losses(40))
+        telemetry.epoch({"epoch": 1, "images": 1280, "loss": 0.7, "knn": 0.8})
+        telemetry.epoch({"epoch": 2, "step": 80})
+    first, second = records(tmp_path / "epochs.jsonl")
+    assert list(first) == list(EPOCH_KEYS)
+    assert (first["step"], first["knn"], first["val_rec"], first["seconds_backward"]) == (40, 0.8, None, None)
+    assert second["step"] == 80
+
+
+def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
+        for step in (20, 40, 60, 80):
+            telemetry.step(losses(step, rec=0.1))
+            telemetry.epoch({"epoch": step // 20})
+    for name in ("metrics.jsonl", "epochs.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 10')  # torn by a kill, and of a step that would be kept
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
+        telemetry.rewind(40)  # the checkpoint's own step is done and stays
+        telemetry.step(losses(60, rec=0.2))
+        telemetry.rewind(60)  # with the files open
+        telemetry.step(losses(80, rec=0.3))
+    metrics = records(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["rec"]) for r in metrics] == [(20, 0.1), (40, 0.1), (60, 0.2), (80, 0.3)]
+    assert [r["epoch"] for r in records(tmp_path / "epochs.jsonl")] == [1, 2]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_kill_loses_no_record_that_was_written(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, signal; from mimae.telemetry import Telemetry, TelemetrySettings as S\n"
+        "t = Telemetry(sys.argv[1], S(tensorboard=False), is_main=True, total_steps=9)\n"
+        "t.step({'step': 1, 'epoch': 0.1, 'loss': 1.0}); t.epoch({'epoch': 1})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    assert records(tmp_path / "metrics.jsonl")[0]["step"] == 1
+    assert records(tmp_path / "epochs.jsonl")[0]["epoch"] == 1
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Telemetry(tmp_path / "run", QUIET, is_main=False, total_steps=9) as telemetry:
+        telemetry.rewind(0)
+        telemetry.step(losses(1))
+        telemetry.epoch({"epoch": 1})
+        telemetry.message("hello")
+        telemetry.image("images/a.png", b"")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_lines_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr("mimae.telemetry.telemetry.time.monotonic", lambda: next(clock))
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=1200) as telemetry:
+        telemetry.rewind(80)
+        telemetry.step(losses(100, images_per_s=309.6, data_wait=0.0312, max_mi=0.1))
+        telemetry.step(losses(110, loss=math.nan))
+    first, second = capsys.readouterr().out.splitlines()
+    # 20 steps took 10 s, so 1100 take 550 s; the steps before the resume, and the start, do not count.
+    shown = "loss 0.800 (rec 0.750, max_mi 0.100)  310 images/s  wait 3.1%  eta 9:10"
+    assert first == f"step  100/1200  epoch 2.50  {shown}"
+    assert "loss not finite" in second and second.endswith("eta 18:10")
+
+
+def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with Telemetry(tmp_path, QUIET, is_main=True, total_steps=500_000) as telemetry:
+        telemetry.message("before [the first] step")
+        telemetry.step(losses(300, images_per_s=12_310.0, data_wait=0.1))
+        telemetry.message("above the bar")
+    shown = terminal.getvalue()
+    assert "before [the first] step" in shown and "above the bar" in shown
+    bar = next(line for line in shown.splitlines() if "300/500000" in line)
+    assert "loss 0.800  12310 images/s  wait 10.0%" in bar and "left" in bar  # all of it, in 80 columns
+
+
+def test_tensorboard_has_the_scalars_and_the_picture(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    png = io.BytesIO()
+    Image.new("RGB", (3, 2), (255, 0, 0)).save(png, "PNG")
+    with Telemetry(tmp_path, TelemetrySettings(), is_main=True, total_steps=9) as telemetry:
+        telemetry.step(losses(1, fit=math.nan))
+        telemetry.step(losses(2))
+        telemetry.image("images/epoch-0001.png", png.getvalue())
+        telemetry.step(losses(3))
+    with Telemetry(tmp_path, TelemetrySettings(), is_main=True, total_steps=9) as telemetry:
+        telemetry.rewind(2)
+        telemetry.step(losses(3, loss=0.5))
+    assert (tmp_path / "images/epoch-0001.png").read_bytes() == png.getvalue()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, pytest.approx(0.8)), (2, pytest.approx(0.8)), (3, 0.5)
+    ]  # fmt: skip
+    assert "train/fit" not in events.Tags()["scalars"]  # a NaN is a gap in the curve
+    (image,) = events.Images("images")
+    assert (image.step, image.width, image.height) == (2, 3, 2)
+
+
+def test_missing_tensorboard_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install tensorboard.*telemetry\.tensorboard=false"):
+        Telemetry(tmp_path, TelemetrySettings(), is_main=True, total_steps=9)
+    Telemetry(tmp_path, QUIET, is_main=True, total_steps=9).close()
+
+
+def test_phases_count_no_time_twice() -> None:
+    phases = Phases(torch.device("cpu"))
+    began = time.perf_counter()
+    with phases("forward"):
+        time.sleep(0.02)
+        with phases("checkpoint"):
+            time.sleep(0.05)
+    with pytest.raises(ZeroDivisionError), phases("backward"):
+        time.sleep(0.01)
+        raise ZeroDivisionError
+    with phases("data"):
+        time.sleep(0.03)
+    total = time.perf_counter() - began
+    seconds = phases.seconds()
+    assert set(seconds) == set(PHASES)
+    assert seconds["checkpoint"] >= 0.05 and seconds["backward"] >= 0.01 and seconds["optimizer"] == 0
+    assert 0.02 <= seconds["forward"] <= total - 0.09  # the 0.05 s inside are not its own
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.01)
+
+
+def test_pace_measures_since_its_last_reading() -> None:
+    phases = Phases(torch.device("cpu"))
+    with phases("data"):
+        time.sleep(0.05)  # before the pace exists: not its own
+    pace = Pace(phases, num_masks=4)
+    with phases("data"):
+        time.sleep(0.06)
+    time.sleep(0.02)
+    first = pace.epoch(8)
+    assert 0.08 <= first["seconds"] < 0.5
+    assert first["images"] == 8 and first["images_per_s"] == pytest.approx(8 / first["seconds"], rel=0.02)
+    assert first["views_per_s"] == 4 * first["images_per_s"]
+    assert first["data_wait"] == pytest.approx(first["seconds_data"] / first["seconds"], rel=0.02)
+    time.sleep(0.01)
+    second = pace.epoch(8)
+    assert second["seconds_data"] == 0 and second["data_wait"] == 0 and second["seconds"] < 0.06
+    assert set(first) <= set(EPOCH_KEYS) and set(pace.rates(8)) <= set(STEP_KEYS)
+
+
+class FakeDevice:
+    """A device that works on what it was given, in order, and its events; the host's time is `now`."""
+
+    def __init__(self) -> None:
+        self.now = self.free = 0.0
+
+    def give(self, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+
+    def Event(self, enable_timing: bool) -> FakeEvent:
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.at = device, math.inf
+
+    def record(self) -> None:
+        self.device.give(0.0)
+        self.at = self.device.free
+
+    def query(self) -> bool:
+        return self.at <= self.device.now
+
+    def synchronize(self) -> None:
+        self.device.now = max(self.device.now, self.at)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_waiting_for_data_on_cuda_is_the_time_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that waits while the device works costs nothing; what goes on after its work is done does."""
+    device = FakeDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.Event)
+    phases = Phases(torch.device("cuda"))
+    for host_waits in (4.0, 9.0, 13.0):  # beside steps of 10 s that are given in 1 s
+        with phases("forward"):
+            device.give(10.0)
+            device.now += 1.0
+        with phases("data"):
+            device.now += host_waits
+    # Steps end at 10, 20 and 30 s, the host is ready for the next at 5, 15 and 29 s: it never waits too long.
+    assert phases.data_seconds == 0.0
+    device.now = 50.0
+    for _ in range(2):
+        with phases("data"):
+            device.now += 2.0
+        with phases("forward"):
+            device.give(1.0)
+    # 2 s idle; then 1 s, for the device was at work for the first of the 2 s.
+    assert phases.data_seconds == 3.0 and phases.seconds()["data"] == 3.0
+    assert phases.seconds()["forward"] == 32.0
+
+
+def test_reading_the_waits_on_cuda_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.Event)
+    phases = Phases(torch.device("cuda"))
+    with phases("data"):
+        device.now += 2.0
+    with phases("forward"):
+        device.give(10.0)
+    assert (phases.data_seconds, device.now) == (2.0, 2.0)
+    with phases("checkpoint"):
+        assert phases.seconds()["forward"] == 10.0  # This does wait.
+    assert device.now == 12.0
+
+
+@pytest.mark.gpu
+def test_waiting_for_data_on_a_gpu() -> None:
+    """0.2 s beside work that takes longer, then 0.2 s with none left."""
+    phases = Phases(torch.device("cuda"))
+    a = torch.randn(8192, 8192, device="cuda")
+    (a @ a).sum().item()
+    for _ in range(100):
+        torch.mm(a, a)
+    busy = torch.cuda.Event()
+    busy.record()
+    with phases("data"):
+        time.sleep(0.2)
+    assert not busy.query(), "the work was too short for this test"
+    torch.mm(a, a)
+    assert phases.seconds()["data"] < 0.02
+    torch.cuda.synchronize()
+    with phases("data"):
+        time.sleep(0.2)
+    assert phases.seconds()["data"] == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.gpu
+def test_phases_on_cuda_time_the_device_without_waiting_for_it() -> None:
+    phases = Phases(torch.device("cuda"))
+    a = torch.randn(8192, 8192, device="cuda")
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    with phases("forward"):
+        for _ in range(40):
+            torch.mm(a, a)
+        with phases("backward"):
+            torch.mm(a, a)
+    launched = time.perf_counter() - began
+    seconds = phases.seconds()
+    worked = time.perf_counter() - began
+    assert launched < 0.5 * worked
+    assert seconds["forward"] + seconds["backward"] == pytest.approx(worked, rel=0.1)
+    assert seconds["forward"] == pytest.approx(40 * seconds["backward"], rel=0.3)
+    for _ in range(1000):
+        with phases("optimizer"):
+            pass
+    torch.cuda.synchronize()
+    with phases("optimizer"):
+        pass
+    assert len(phases._pending) <= 1  # an epoch's events do not pile up
+    assert phases.seconds()["optimizer"] < 0.1
+
+
+def test_memory_of_the_process_on_the_cpu() -> None:
+    before = memory(torch.device("cpu"))["mem_peak_bytes"]
+    held = b"x" * (256 << 20)
+    after = memory(torch.device("cpu"))
+    assert before is not None and after["mem_peak_bytes"] is not None
+    assert len(held) <= after["mem_peak_bytes"] < 64 << 30  # bytes, not KiB or pages
+    assert before > 50 << 20  # torch alone
+    assert after["mem_reserved_bytes"] is None
+
+
+def test_environment_tells_versions_and_no_names(tmp_path: Path) -> None:
+    environment(tmp_path / "environment.json")
+    text = (tmp_path / "environment.json").read_text()
+    facts = json.loads(text)
+    assert torch.__version__.startswith(facts["packages"]["torch"].split("+")[0])
+    assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    if (Path(__file__).parents[2] / ".git").exists():
+        assert len(facts["git"]["commit"]) == 40
+    assert str(Path.home()) not in text and os.uname().nodename not in text

@@ -1,0 +1,175 @@
+"""One step of a run once more: the same numbers, and what is not finite is found where it begins."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint
+from mimae.checkpoints.checkpoint import CheckpointSettings
+from mimae.checkpoints.saving import Saver
+from mimae.cli import app
+from mimae.config import recipe as config
+from mimae.engines.make import make_engine
+from mimae.faults import guards
+from mimae.tools.replay import replay
+from mimae.train import loop
+from tests.train.test_loop import lines, recipe
+
+POISONED = "encoder.blocks.0.mlp.fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 steps, with checkpoints at 8 and 9 left. The gate is open from the first on, so that all terms count."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i:02}.png")
+    given = recipe(folder / "images", folder / "run", "telemetry.probe_every_epochs=0", "objective.gate_loss=null")
+    assert loop.pretrain(given).finished
+    return folder / "run"
+
+
+def recipe_of(run: Path) -> config.Recipe:
+    return config.load(run / "config.yaml", [f"run.dir={run}"]).recipe
+
+
+@pytest.mark.parametrize("step", [9, 4])
+def test_a_healthy_step_has_the_runs_numbers(run: Path, step: int) -> None:
+    """From the checkpoint before it, and from the initial weights through the steps between."""
+    said: list[str] = []
+    before = sorted(run.rglob("*"))
+    found = replay(recipe_of(run), step, said.append)
+    assert sorted(run.rglob("*")) == before
+    assert ("running steps 1 to 3 first" in said) == (step == 4)
+    logged = lines(run / "metrics.jsonl")[step - 1]
+    assert found.losses == {key: pytest.approx(logged[key], rel=1e-6) for key in found.losses}
+    assert set(found.losses) == {"loss", "rec", "max_mi", "min_mi", "fit"}
+    assert found.grad_norm == pytest.approx(logged["grad_norm"], rel=1e-5)
+    assert len(found.rec) == 8 and sum(found.rec.values()) / 8 == pytest.approx(logged["rec"], rel=1e-5)
+    assert found.is_finite and found.module is None and not found.gradients
+
+
+def test_the_command_tells_and_draws(run: Path) -> None:
+    """Split, the images that the MI terms compare are fewer, and L_rec is the same."""
+    done = CliRunner().invoke(app, ["replay", str(run), "--step", "9", "--split", "2"])
+    assert done.exit_code == 0, done.output
+    logged = lines(run / "metrics.jsonl")[8]
+    assert f"in the run {logged['rec']:.7g}" in done.output and "the step is finite" in done.output
+    assert "--split 2: the MI terms compare fewer images" in done.output
+    with Image.open(run / "replay/step-00000009.png") as picture:
+        assert picture.width > picture.height / 2
+    (run / "replay/step-00000009.png").unlink()
+    (run / "replay").rmdir()
+
+
+def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) -> None:
+    """One weight of a hidden unit: what lies before it stays finite, and only its own gradient and those before it,
+    which pass through it, are told."""
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    healthy, device = checkpoint.load(run / "checkpoints/step-00000008"), torch.device("cpu")
+    distributed.setup()
+    try:
+        engine = make_engine(recipe_of(run), device, 32)
+        engine.load(healthy.path)
+        engine.parts[POISONED].values.detach()[0, 0] = math.nan
+        Saver(tmp_path, CheckpointSettings(background=False), device).start(8, engine.state(), healthy.state)
+    finally:
+        distributed.shutdown()
+    done = CliRunner().invoke(app, ["replay", str(tmp_path), "--step", "9"])
+    assert done.exit_code == 1, done.output
+    assert f"weights that are not finite before the step: 1: {POISONED}\n" in done.output
+    assert "first output that is not finite: encoder.blocks.0.mlp.fc1\n" in done.output
+    assert "samples of 8 whose L_rec is not finite: 8: " in done.output
+    assert "loss        not finite   in the run" not in done.output, "there is no record of this step"
+    assert "the step is not finite" in done.output
+
+
+@pytest.fixture
+def storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are not finite from step 5 on."""
+    optimize = loop._Run._optimize
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        if self.step < 4:
+            return optimize(self, batches)
+        parameter = dict(self.engine.model.named_parameters())["decoder.head.bias"]
+        hook = parameter.register_hook(lambda grad: grad * math.nan)
+        try:
+            return optimize(self, batches)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(loop._Run, "_optimize", poisoned)
+
+
+STORMY = ["schedule.epochs=8", "checkpoint.every_steps=3"]
+
+
+def test_a_storm_keeps_the_weights_of_its_steps(
+    run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends, and every step of the streak can be looked at."""
+    with pytest.raises(guards.RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
+        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+    monkeypatch.undo()
+    losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
+    for step in (5, 12):
+        said: list[str] = []
+        found = replay(recipe_of(tmp_path), step, said.append)
+        assert said == [f"from {tmp_path / 'nonfinite/checkpoints/step-00000004'}"]
+        assert found.is_finite, "the poison is not in the weights"
+        assert found.losses["loss"] == pytest.approx(losses[step - 1], rel=1e-6)
+    newest = checkpoint.find(tmp_path)
+    assert newest is not None and newest.state["step"] == 3, "none is saved within a streak"
+
+
+def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoint(
+    run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up, or turns read-only, before the storm ends."""
+    make_room = checkpoint.make_room
+
+    def read_only(temporary: Path, num_bytes: int) -> None:
+        if "nonfinite" in str(temporary):
+            raise OSError(30, "Read-only file system")
+        make_room(temporary, num_bytes)
+
+    monkeypatch.setattr(checkpoint, "make_room", read_only)
+    with pytest.raises(guards.RunError, match="where it begins, from the last checkpoint on, since their weights"):
+        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+    monkeypatch.undo()
+    assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
+    said: list[str] = []
+    assert replay(recipe_of(tmp_path), 5, said.append).is_finite
+    assert said == [f"from {tmp_path / 'checkpoints/step-00000003'}", "running step 4 first"]
+
+
+def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
+    """The tenth decision is read a step late, and that step was taken."""
+    kept: list[tuple[int, int]] = []
+
+    def keep(first: int, last: int) -> bool:
+        kept.append((first, last))
+        return True
+
+    guard = guards.NonFinite(tmp_path, lambda step: [step], keep)
+    for step in range(1, 35):
+        guard.check(step, torch.tensor(float(step % 12 < 10)))
+    guard.drain()
+    assert not kept
+    with pytest.raises(guards.RunError, match=r"11 steps in a row(.|\n)*step 45: samples \[45\]"):
+        for step in range(35, 99):
+            guard.check(step, torch.tensor(1.0))
+    assert kept == [(35, 45)]

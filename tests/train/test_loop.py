@@ -1,0 +1,419 @@
+"""Whole runs on small images: resuming, killing, stopping, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import Tensor, nn
+
+from mimae.checkpoints import checkpoint, dcp
+from mimae.config import recipe as config
+from mimae.data.loading.backend import Choice
+from mimae.data.loading.loader import evaluation_batches
+from mimae.data.sources.base import open_source
+from mimae.engines.ddp import DDPEngine
+from mimae.engines.replicas import DivergenceError
+from mimae.errors import UserError
+from mimae.faults import guards
+from mimae.kernels import patchify
+from mimae.model import masking
+from mimae.model.mimae import build
+from mimae.telemetry.telemetry import EPOCH_KEYS, STEP_KEYS
+from mimae.train import loop
+from tests.ranks import run_ranks
+
+STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images of two classes, 14 to 20 pixels wide."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (16, 14 + i % 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")
+    return folder
+
+
+def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
+    """Seconds on one core, with every part in use: gate, V, projector, accumulation, clipping, EMA, checks."""
+    tree = {
+        "precision": "fp32",
+        "run": {"dir": str(run)},
+        "data": {"path": str(images), "val_path": str(images), "image_size": 8, "workers": 0, "loader": "torch"},
+        "model": {"size": "tiny", "patch_size": 2, "width": 16, "depth": 1, "heads": 2},
+        "decoder": {"width": 8, "depth": 1, "heads": 2},
+        "objective": {"projector": "mlp", "gate_loss": 5.0, "posterior_width": 4},
+        "optimizer": {"learning_rate": 0.1, "clip": 1.0},
+        "schedule": {"batch_size": 8, "epochs": 3, "warmup_epochs": 1, "accumulate": 2},
+        "ema": {"decay": 0.5},
+        "checkpoint": {"every_steps": 2},
+        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "tensorboard": False},
+    }
+    return config.load(tree, overrides).recipe
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    found = checkpoint.find(run)
+    assert found is not None
+    return dcp.load_whole(found.path, "")
+
+
+def assert_bit_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    different = [name for name in want if not torch.equal(got[name].nan_to_num(), want[name].nan_to_num())]
+    assert not different
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    outcome = loop.pretrain(recipe(images, run))
+    assert outcome == (run, STEPS, True, False)
+    return run
+
+
+def test_a_run_leaves_what_its_reader_expects(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    steps, epochs = lines(whole / "metrics.jsonl"), lines(whole / "epochs.jsonl")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert all(set(record) == set(STEP_KEYS) for record in steps)
+    assert [record["epoch"] for record in epochs] == [0, 1, 2]
+    assert all(set(record) == set(EPOCH_KEYS) for record in epochs)
+    assert [record["images"] for record in epochs] == [24, 24, 24]
+    assert all(record[key] is not None for record in epochs for key in ("knn", "val_rec", "effective_rank"))
+    assert all((record["bytes_sent"], record["exposed_communication"]) == (0, None) for record in epochs)
+    assert steps[0]["gate"] == 1 and steps[-1]["lr"] < steps[2]["lr"]
+    assert len(list((whole / "images").glob("*.png"))) == 3
+    assert len(list((whole / "checkpoints").glob("step-*"))) == 2
+    assert json.loads((whole / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_a_finished_run_says_so(images: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tensors(whole)
+    assert loop.pretrain(recipe(images, whole)).finished
+    assert "finished" in capsys.readouterr().out
+    assert_bit_equal(tensors(whole), before)
+
+
+def _die_at_step(images: Path, run: Path, step: int) -> None:
+    """Runs until `step` has been computed, then dies before anything is written about it."""
+    optimize: Callable[..., Any] = loop._Run._optimize
+
+    def until(self: Any, batches: Any) -> Any:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return optimize(self, batches)
+
+    vars(loop)["_Run"]._optimize = until
+    loop.pretrain(recipe(images, run))
+
+
+def _die_in_save(images: Path, run: Path, step: int) -> None:
+    """Dies in the background save of `step` with half of its tensors' file written, some steps later."""
+    write = dcp.save
+
+    def torn(path: Path, *args: Any) -> None:
+        write(path, *args)
+        if f"step-{step:08d}" in path.name:
+            os.truncate(path / "__0_0.distcp", (path / "__0_0.distcp").stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    vars(dcp)["save"] = torn
+    loop.pretrain(recipe(images, run))
+
+
+def _killed(function: Callable[..., None], *args: Any) -> None:
+    """Runs `function` in a process of its own, which has to die by SIGKILL."""
+    process = mp.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_at_random_and_in_a_save_a_run_ends_with_the_same_bits(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    step = random.randrange(1, STEPS)
+    print("killed at step", step)
+    _killed(_die_at_step, images, tmp_path, step)
+    _killed(_die_in_save, images, tmp_path, random.choice(range(step // 2 * 2 + 2, STEPS, 2) or [STEPS]))
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    records = lines(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "each step once, none lost"
+    undisturbed = lines(whole / "metrics.jsonl")
+    assert [record["loss"] for record in records] == [record["loss"] for record in undisturbed]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimize = loop._Run._optimize
+
+    def signalled(self: Any, batches: Any) -> Any:
+        if self.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return optimize(self, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimize", signalled)
+    outcome = loop.pretrain(recipe(images, tmp_path))
+    assert outcome.saved_on_signal and not outcome.finished and outcome.step < STEPS
+    monkeypatch.undo()
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Altered in one bit; then torn; then none is left."""
+    loop.pretrain(recipe(images, tmp_path))
+    older, newest = sorted((tmp_path / "checkpoints").iterdir())
+    weights = newest / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert loop.pretrain(recipe(images, tmp_path)).finished
+    output = capsys.readouterr().out
+    assert f"{weights} was altered" in output and f"at step {int(older.name[5:])}" in output
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    for path in (tmp_path / "checkpoints").iterdir():
+        os.truncate(path / "__0_0.distcp", 10)
+    with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
+        loop.pretrain(recipe(images, tmp_path))
+    assert "is torn: 10 bytes" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp_path: Path) -> None:
+    """Of step 2, at which the run that goes on from 1 does not save again."""
+    for _ in range(2):
+        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))
+    os.truncate(tmp_path / "checkpoints/step-00000002/__0_0.distcp", 10)
+    assert loop.pretrain(recipe(images, tmp_path, "checkpoint.every_steps=3", "checkpoint.keep=9")).finished
+    assert [int(name[5:]) for name in checkpoint.names(tmp_path)] == [9, 6, 3, 1]
+
+
+@pytest.mark.parametrize("kind", ["encoded", "decoded"])
+def test_a_cache_may_be_switched_on_in_a_run(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Its samples are the source's: the weights are those of the run without one. PNGs: one decoder reads them all."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    loop.pretrain(recipe(images, run, "run.dry=true"))
+    assert loop.pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
+    assert_bit_equal(tensors(run), tensors(whole))
+    (folder,) = kept.glob("mimae-cache-*/*")
+    assert f"data.cache={kind}: 0 MB are kept" in (output := capsys.readouterr().out)
+    assert f"rm -r {folder}" in output
+    assert (folder / "data").stat().st_size > 0
+
+
+def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"masking\.ratio: 0\.75 in the run, 0\.5 now"):
+        loop.pretrain(recipe(images, whole, "masking.ratio=0.5", "masking.num_masks=2"))
+    run = tmp_path / "run"
+    loop.pretrain(recipe(images, run, "run.dry=true"))
+    found = checkpoint.find(run)
+    assert found is not None and found.state["step"] == 1
+    images_link = tmp_path / "link"
+    images_link.symlink_to(images)
+    moved = config.load(recipe(images_link, run)).recipe
+    with pytest.raises(UserError, match=r"data\.path"):
+        loop.pretrain(moved)
+    for path in list(images.rglob("*.png"))[:1]:
+        kept = path.read_bytes()
+        path.rename(tmp_path / "away.png")
+        try:
+            with pytest.raises(UserError, match="no longer holds the images"):
+                loop.pretrain(recipe(images, run))
+        finally:
+            path.write_bytes(kept)
+
+
+def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad step leaves the weights and the averages alone; ten in a row leave the checkpoints alone too."""
+    optimize, bad = loop._Run._optimize, {4}
+
+    def poisoned(self: Any, batches: Any) -> Any:
+        parameter = next(self.engine.model.parameters())
+        hook = parameter.register_hook(lambda g: g * float("nan")) if self.step in bad else None
+        before = {name: p.clone() for name, p in self.engine.model.named_parameters()}
+        averages = {name: p.clone() for name, p in self.engine.ema.items()}
+        result = optimize(self, batches)
+        changed = [n for n, p in self.engine.model.named_parameters() if not torch.equal(p, before[n])]
+        changed += [n for n, p in self.engine.ema.items() if not torch.equal(p, averages[n])]
+        assert bool(changed) == (hook is None)
+        if hook is not None:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(loop._Run, "_optimize", poisoned)
+    assert loop.pretrain(recipe(images, tmp_path / "one")).finished
+    bad |= set(range(5, 40))
+    with pytest.raises(guards.RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
+        loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
+    found = checkpoint.find(tmp_path / "ten")
+    assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
+
+
+def test_an_error_costs_no_save_that_is_under_way(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the process end under its thread, which torch would make an abort."""
+    failed = threading.Event()
+    write, optimize = dcp.dcp.FileSystemWriter.write_data, loop._Run._optimize
+
+    def late(*given: Any) -> Any:
+        assert failed.wait(10)
+        time.sleep(0.5)
+        return write(*given)
+
+    def broken(self: Any, batches: Any) -> Any:
+        if self.step == 3:
+            failed.set()
+            raise DivergenceError("something else")
+        return optimize(self, batches)
+
+    monkeypatch.setattr(dcp.dcp.FileSystemWriter, "write_data", late)
+    monkeypatch.setattr(loop._Run, "_optimize", broken)
+    with pytest.raises(DivergenceError):
+        loop.pretrain(recipe(images, tmp_path))
+    assert checkpoint.names(tmp_path) == ["step-00000002"]
+
+
+def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+
+    def check(self: DDPEngine) -> None:
+        checks.append(len(checks))
+        if len(checks) == 2:
+            raise DivergenceError("ranks 0 and 1 differ")
+
+    monkeypatch.setattr(DDPEngine, "check_copies", check)
+    with pytest.raises(DivergenceError):
+        loop.pretrain(recipe(images, tmp_path, "checkpoint.background=false"))
+    assert checkpoint.names(tmp_path) == ["step-00000002"]
+
+
+def test_the_next_views_patches_are_what_is_validated_and_pictured(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """val_rec against a loop over views and patches: the mean over what the next view shows, once per image."""
+    given = recipe(images, tmp_path, "decoder.predict=next_view", "decoder.attention=cross", "schedule.epochs=1")
+    drawn: list[Tensor] = []
+
+    def grid(_: Tensor, visible: Tensor, targets: Tensor, *rest: Any, **options: Any) -> bytes:
+        drawn.extend((visible, targets))
+        return b""
+
+    monkeypatch.setattr(loop.pictures, "reconstruction_grid", grid)
+    assert loop.pretrain(given).finished
+    assert torch.equal(drawn[1], drawn[0][:, [1, 2, 3, 0]])
+
+    model = build(given)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    model.load_state_dict(found.tensors("model"))
+    source = open_source(str(images))
+    errors = []
+    for batch in evaluation_batches(given.data, source, 30, torch.arange(30)):
+        visible, _ = masking.draw(given.masking, given.seed, 0, batch.sample_ids, 16)
+        targets = visible[:, [1, 2, 3, 0]]
+        with torch.no_grad():
+            predictions = model.predict(batch.images, visible, targets)
+        pixels = patchify(batch.images, 2, model.encoder.mean, model.encoder.std)
+        for place in np.ndindex(*targets.shape):
+            true = pixels[place[0], targets[place]]
+            goal = (true - true.mean()) / (true.var() + 1e-6).sqrt()
+            errors.append((predictions[place] - goal).square().mean().item())
+    assert len(errors) == 30 * 16, "every patch once"
+    assert lines(tmp_path / "epochs.jsonl")[0]["val_rec"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_blocks_are_compiled_for_the_sizes_of_training_alone(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder block and decoder's last, each once and with fixed sizes, in a run with checks and pictures."""
+    compiled: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled.append([size for value in inputs if isinstance(value, Tensor) for size in value.shape])
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    assert loop.pretrain(recipe(images, tmp_path, "compile=on", "schedule.epochs=1")).finished
+    assert len(compiled) == 2 and all(type(size) is int for sizes in compiled for size in sizes)
+    curves = [[record["loss"] for record in lines(run / "metrics.jsonl")] for run in (tmp_path, whole)]
+    assert curves[0] == pytest.approx(curves[1][:3], rel=1e-6)
+
+
+def test_what_this_machine_cannot_do_is_told_before_anything_starts(images: Path, tmp_path: Path) -> None:
+    wishes = ["model.attention=flex", "optimizer.impl=apex", "compile=graphs"]
+    if torch.cuda.is_available():
+        wishes = ["optimizer.impl=deepspeed"]
+    with pytest.raises(UserError) as error:
+        loop.pretrain(recipe(images, tmp_path / "run", *wishes))
+    assert all(f"{wish} cannot run on this " in str(error.value) for wish in wishes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_train_and_validate_as_without(images: Path, tmp_path: Path) -> None:
+    curves = {}
+    for setting in ("off", "graphs"):
+        loop.pretrain(recipe(images, tmp_path / setting, f"compile={setting}"))
+        curves[setting] = [record["loss"] for record in lines(tmp_path / setting / "metrics.jsonl")]
+        curves[setting] += [record["val_rec"] for record in lines(tmp_path / setting / "epochs.jsonl")]
+    assert curves["graphs"] == pytest.approx(curves["off"], rel=1e-3)
+
+
+def _losses(images: Path, run: Path) -> list[float]:
+    loop.pretrain(recipe(images, run, "schedule.accumulate=1"))
+    return [record["loss"] for record in lines(run / "metrics.jsonl")]
+
+
+def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> None:
+    """Global statistics, global batches: only rounding differs."""
+    (tmp_path / "ranks").mkdir()
+    two = run_ranks(2, tmp_path / "ranks", _losses, images, tmp_path / "two")[0]
+    one = _losses(images, tmp_path / "one")
+    assert len(one) == STEPS
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+    epochs = lines(tmp_path / "two" / "epochs.jsonl")
+    assert all(record["bytes_sent"] > 0 and 0 < record["exposed_communication"] < 1 for record in epochs)
+
+
+def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was the fastest when the run was started stays; by name another one is refused."""
+    dry = ("run.dry=true", "data.loader=auto")
+    monkeypatch.setattr(loop, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
+    loop.pretrain(recipe(images, tmp_path, *dry))
+    assert config.load(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
+    monkeypatch.setattr(loop, "fastest", None)
+    assert loop.pretrain(recipe(images, tmp_path, *dry)).step == 2
+    with pytest.raises(UserError, match=r"data.loader: 'dali_cpu' in the run, 'torch' now"):
+        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))
