@@ -17,36 +17,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from mimae.checkpoints.checkpoint import CheckpointSettings
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
 from mimae.config.section import Section
 from mimae.data.settings import DataSettings
-from mimae.engines.base import Compile, EngineSettings
+from mimae.engines.settings import Compile, EngineSettings
 from mimae.errors import UserError
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import SIZES, ModelSettings
-from mimae.model.masking import MaskingSettings
-from mimae.objective.objective import ObjectiveSettings
-from mimae.optim.optimizer import EMASettings, OptimizerSettings, ScheduleSettings
-from mimae.telemetry.telemetry import TelemetrySettings
-
-
-class RunSettings(Section):
-    """Where a run lives, and when it is taken for hung."""
-
-    dir: str = Field(
-        "runs/unnamed",
-        min_length=1,
-        description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
-    )
-    dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")
-    first_step_timeout: float = Field(
-        1800,
-        ge=0,
-        description="seconds until the first step of a start or of an epoch is done, and for checks and checkpoints; a "
-        "run that takes longer ends with its ranks' stacks, to be started again; 0: no limit",
-    )
-    step_timeout: float = Field(300, ge=0, description="the same for all other steps")
+from mimae.model.settings import SIZES, DecoderSettings, MaskingSettings, ModelSettings
+from mimae.objective.settings import ObjectiveSettings
+from mimae.optim.settings import EMASettings, OptimizerSettings, ScheduleSettings
+from mimae.telemetry.settings import TelemetrySettings
+from mimae.train.settings import RunSettings
 
 
 class Recipe(Section):

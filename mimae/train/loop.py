@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mimae import distributed, plan
 from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
 from mimae.data.loading.backend import fastest

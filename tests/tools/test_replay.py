@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.cli import app
 from mimae.config import recipe as config
 from mimae.engines.make import make_engine
