@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimae import distributed, kernels
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
 from mimae.model import masking
@@ -136,7 +136,7 @@ def _model(dtype: torch.dtype) -> MIMAE:
 
 
 def _engine(dtype: torch.dtype) -> DDPEngine:
-    recipe = config.load({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
+    recipe = load_recipe({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
     return DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
 
 
