@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimae.config.recipe import RecipeLike
+    from mimae.config.load import RecipeLike
     from mimae.model.mimae import MIMAE
     from mimae.train.loop import Outcome
     from mimae.transfer.export import load_encoder
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["MIMAE", "__version__", "load_encoder", "pretrain"]
 
-_LAZY = {"MIMAE": "mimae.model", "load_encoder": "mimae.transfer.export"}
+_LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.export"}
 
 
 def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
@@ -31,10 +31,10 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
     Raises:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
-    from mimae.config import recipe as config
+    from mimae.config.load import load_recipe
     from mimae.train import loop
 
-    return loop.pretrain(config.load(recipe, overrides, settings).recipe)
+    return loop.pretrain(load_recipe(recipe, overrides, settings).recipe)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mimae import __version__
-from mimae.errors import EXIT_MISTAKE, UserError
+from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 
 _OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -69,17 +69,18 @@ def pretrain(
 @app.command()
 def config(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print what a recipe resolves to, and whence each value."""
-    from mimae.config import recipe as config
+    from mimae.config.load import load_recipe
+    from mimae.config.printing import explain
 
-    print(config.explain(config.load(recipe, overrides or ())), end="")
+    print(explain(load_recipe(recipe, overrides or ())), end="")
 
 
 @app.command()
 def settings() -> None:
     """Print the reference of all settings (Markdown)."""
-    from mimae.config import recipe as config
+    from mimae.config.printing import reference
 
-    print(config.reference(), end="")
+    print(reference(), end="")
 
 
 def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
@@ -134,6 +135,6 @@ def main() -> None:
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         # A mistake in the settings is every rank's; one in the data may be one rank's alone.
-        if rank == "0" or type(mistake).__name__ != "ConfigError":
+        if rank == "0" or not isinstance(mistake, ConfigError):
             print(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

@@ -1,12 +1,29 @@
-"""The error of everything that a person can mend, and the exit codes of the launcher.
+"""The errors that a person can mend, and the exit codes of the launcher.
 
-0 done; 2 a mistake of the user's, told without a traceback; 75 saved on a signal (the same command goes on);
-1 anything else.
+0: done; 2: a mistake of the user's, reported without a traceback; 75: saved on a signal (the same command goes on);
+1: anything else.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 EXIT_MISTAKE = 2
 EXIT_SAVED = 75
 
 
 class UserError(ValueError):
-    """Says what was wrong, the value, what is legal and what to do."""
+    """A mistake that a person can mend. The message says what was wrong, the value, what is legal and what to do."""
+
+
+class ConfigError(UserError):
+    """A recipe that cannot be run, with every reason found."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{count} in the settings:", *problems]))
+
+
+class RunError(UserError):
+    """The run cannot start, or cannot go on."""

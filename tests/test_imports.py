@@ -14,11 +14,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mimae"
 
-# Lowest first: a room imports only from its own layer and from those before it. A new room takes its place here.
+# Lowest first: a module imports only from its own layer and from those before it. A name stands for a room, for a
+# module `room.module`, or (`settings`) for the module of that name in every room; the most precise one counts. A new
+# room takes its place here.
 LAYERS = (
-    {"kernels"},
-    {"errors", "randomness", "distributed"},
-    {"config", "model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
+    {"kernels", "errors", "config.section"},
+    {"settings"},
+    {"config"},
+    {"randomness", "distributed"},
+    {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
     {"faults", "plan", "transfer"},
     {"evaluate"},
     {"train"},
@@ -27,10 +31,10 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+EVERY_ROOM = {"settings"}
 
 KNOWN_CIRCLES = {
-    frozenset({"mimae.model.mimae", "mimae.engines.base", "mimae.config.recipe"}),
     frozenset({"mimae.plan.advice", "mimae.plan.scaling"}),
     frozenset({"mimae.data.sources.base", "mimae.data.sources.mixture"}),
 }
@@ -77,6 +81,13 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
+def layer(module: str) -> int:
+    """Return the depth of a module in LAYERS."""
+    parts = module.split(".")[1:]
+    names = (".".join(parts), parts[-1] if parts[-1] in EVERY_ROOM else "", parts[0])
+    return next(DEPTH[name] for name in names if name in DEPTH)
+
+
 # The package itself is the facade: it imports everything, when asked for it.
 IMPORTS = {
     name: set(imported(path.read_text(), name, path.name == "__init__.py"))
@@ -121,7 +132,9 @@ def circles(graph: Mapping[str, Set[str]]) -> set[frozenset[str]]:
 def test_every_room_has_a_layer() -> None:
     rooms = {room(name) for name in GRAPH}
     assert {"kernels", "data", "model", "cli"} <= rooms, "the package was not walked"
-    assert rooms == LAYER.keys(), f"LAYERS and mimae/ differ in {sorted(rooms ^ LAYER.keys())}"
+    listed = {name for name in DEPTH if "." not in name} - EVERY_ROOM
+    assert rooms == listed, f"LAYERS and mimae/ differ in {sorted(rooms ^ listed)}"
+    assert {f"mimae.{name}" for name in DEPTH if "." in name} <= GRAPH.keys(), "LAYERS names a module that is not there"
 
 
 def test_nothing_lower_imports_anything_higher() -> None:
@@ -129,7 +142,7 @@ def test_nothing_lower_imports_anything_higher() -> None:
         f"{name} imports {target}"
         for name, targets in sorted(GRAPH.items())
         for target in sorted(targets)
-        if LAYER[room(target)] > LAYER[room(name)]
+        if layer(target) > layer(name)
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -138,10 +151,38 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(GRAPH) == KNOWN_CIRCLES
 
 
+def test_the_most_precise_name_gives_the_layer() -> None:
+    order = ["config.section", "model.settings", "config.recipe", "model.encoder", "train.loop", "cli"]
+    depths = [layer(f"mimae.{name}") for name in order]
+    assert depths == sorted(set(depths))
+    assert layer("mimae.model.settings") == layer("mimae.train.settings")
+
+
 def test_circles_are_found() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
     assert circles(graph) == {frozenset("abc"), frozenset("de")}
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+
+
+def test_settings_stand_alone() -> None:
+    """Every room's settings need pydantic and the class that all of them share, so that they load without torch."""
+    found = {name for name in GRAPH if name.endswith(".settings")}
+    assert {f"mimae.{name}.settings" for name in ("data", "engines", "model", "optim", "train")} <= found
+    allowed = {"mimae.config.section", "pydantic", *sys.stdlib_module_names}
+    for name in found:
+        targets = {module_of(target) or target.split(".")[0] for target in IMPORTS[name]}
+        assert targets <= allowed, f"{name} imports {sorted(targets - allowed)}"
+
+
+def test_recipes_are_read_without_torch() -> None:
+    allowed = {"mimae", "pydantic", "yaml", *sys.stdlib_module_names}
+    reached = {name for name in GRAPH if room(name) == "config"}
+    while more := {target for name in reached for target in GRAPH[name]} - reached:
+        reached |= more
+    assert "mimae.engines.settings" in reached
+    for name in reached:
+        targets = {target.split(".")[0] for target in IMPORTS[name]}
+        assert targets <= allowed, f"{name} imports {sorted(targets - allowed)}"
 
 
 def test_kernels_depend_on_torch_and_triton_alone() -> None:

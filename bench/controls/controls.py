@@ -26,11 +26,13 @@ import yaml
 
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.recipe import flat
 from mimae.data.sources.base import Source, open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
-from mimae.optim.optimizer import ScheduleSettings, total_steps
+from mimae.optim.optimizer import total_steps
+from mimae.optim.settings import ScheduleSettings
 from mimae.train.loop import FREE_KEYS
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
@@ -109,10 +111,10 @@ def make_trial(
 ) -> Trial:
     """Resolves the recipe; `samples` is the size of the training set, which the number of steps follows
     from."""
-    resolved = config.load(recipe, [*overrides, *paths, f"seed={seed}"]).recipe
+    resolved = load_recipe(recipe, [*overrides, *paths, f"seed={seed}"]).recipe
     batch = resolved.schedule.batch_size
     steps = total_steps(resolved.schedule, samples // batch)
-    settings = {key: value for key, value in config.flat(resolved).items() if not key.startswith(_PLACES)}
+    settings = {key: value for key, value in flat(resolved).items() if not key.startswith(_PLACES)}
     views = steps * batch * resolved.masking.num_masks
     return Trial(name, data, kind, seed, recipe, overrides, paths, views, settings)
 
@@ -121,7 +123,7 @@ def control_trials(data: str) -> list[Trial]:
     """The trials of all controls and choices on one data set, seed by seed. Raises UserError where the views of
     controls differ."""
     name, paths = parse_data(data)
-    recipe = config.load(RECIPES[name], paths).recipe
+    recipe = load_recipe(RECIPES[name], paths).recipe
     path = recipe.data.path
     samples = sum(part.draws for part in open_source(path).parts)
     rows = {**CONTROLS, **CHOICES}
@@ -186,7 +188,7 @@ def tuning_trials(file: Path, data: str, folder: Path) -> list[Trial]:
             f"{file} is not a list of trials ({error!r}): it holds `recipe`, `overrides` and `trials`, each of them "
             f"`name: {{seeds: [0], overrides: [objective.max_mi=0.1]}}`"
         ) from error
-    source = open_source(config.load(recipe, paths).recipe.data.path)
+    source = open_source(load_recipe(recipe, paths).recipe.data.path)
     split = hold_out(source, folder.absolute() / f"{name}-split")
     samples = len(open_source(split[0].partition("=")[2]))
     return [

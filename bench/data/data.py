@@ -23,7 +23,7 @@ from mimae import plan
 from mimae.bench.data.feeds import CONTENDERS, PEER, Job, obstacle
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.loading.backend import OBSTACLES, make_backend
 from mimae.data.loading.batch import Batch, Spent
 from mimae.data.loading.order import Plan, epoch_order
@@ -216,7 +216,7 @@ def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> Non
 
 def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any]:
     """How many GPUs that train `recipe` the rate is enough for, at an assumed share of their peak."""
-    resolved = config.load(recipe).recipe
+    resolved = load_recipe(recipe).recipe
     peak = plan.peak_flops(gpu, resolved.precision)
     if peak is None:
         raise UserError(f"--gpu {gpu}: its peak is not known; name it as NVIDIA does, e.g. 'NVIDIA H100'")

@@ -36,7 +36,7 @@ from mimae.bench.harness.trial import EVERY, RECIPE, STEPS, Trial
 from mimae.bench.machine import describe
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 
 TOLERANCE = 1e-4
 """Of the norm of each section (weights, optimizer, averages), on another number of ranks: sums are rounded in another
@@ -153,7 +153,7 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
 
 def _no_copies(overrides: Sequence[str]) -> str | None:
     """Why no two ranks have a copy of their own of a weight, if that is so. Raises ConfigError."""
-    engine = config.load(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
+    engine = load_recipe(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
     if engine.kind == "ddp" or engine.replicas > 1:
         return None
     return f"of {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by one rank alone"

@@ -27,7 +27,7 @@ import typer
 from mimae import distributed, plan
 from mimae.bench.machine import describe, resident_bytes
 from mimae.bench.step.step import batch_of
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
@@ -184,7 +184,7 @@ def main(
     if unknown := set(names) - ENGINES.keys():
         raise UserError(f"--engine {', '.join(sorted(unknown))}: legal is {', '.join(ENGINES)}")
     given = [*MODEL, "compile=off", f"schedule.batch_size={batch}", *(overrides or ())]
-    recipes = {name: config.load({}, [*given, *ENGINES[name]]).recipe for name in names}
+    recipes = {name: load_recipe({}, [*given, *ENGINES[name]]).recipe for name in names}
     ours = recipes["ddp"]
     result = {
         "bench": "engines",

@@ -34,7 +34,7 @@ from mimae import plan
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
 from mimae.bench.machine import Product, describe, matmul_rate, resident_bytes, synchronize
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import check_machine, compiles, shape_model
 from mimae.errors import UserError
@@ -448,7 +448,7 @@ def main(
     given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
 
     def resolve(*more: str) -> Recipe:
-        return config.load(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+        return load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
 
     ours = resolve()
     views = ours.masking.num_masks

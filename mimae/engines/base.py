@@ -10,17 +10,16 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mimae import distributed
 from mimae.checkpoints import dcp
 from mimae.checkpoints.dcp import State
-from mimae.config.section import Section
 from mimae.engines import replicas
+from mimae.engines.settings import Compile
 from mimae.errors import UserError
 from mimae.model import attention
 from mimae.model.mimae import MIMAE
@@ -34,45 +33,6 @@ if TYPE_CHECKING:
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
-
-Compile = Literal["auto", "on", "graphs", "off"]
-"""torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA, but for engine.kind=zero3."""
-
-
-class EngineSettings(Section):
-    """How the model is spread over ranks. Weights do not depend on it, but for rounding: a run may change it."""
-
-    kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
-        "ddp",
-        description="ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer are spread (torch); "
-        "zero1, zero2, zero3: the optimizer, gradients too, weights too (DeepSpeed)",
-    )
-    replicas: int = Field(
-        1,
-        ge=1,
-        description="fsdp: groups of ranks with the whole model in each, spread inside (HSDP); as many as nodes keep "
-        "the gathering of weights inside a node",
-    )
-    offload: Literal["none", "cpu", "nvme"] = Field(
-        "none",
-        description="cpu: the optimizer lives in host memory; fsdp, zero3: weights too; nvme: zero3's weights live in "
-        "host memory, its optimizer in files",
-    )
-    offload_path: Path | None = Field(
-        None, description="offload=nvme: a folder on a disk of each machine, for 16 bytes of every parameter"
-    )
-
-    @model_validator(mode="after")
-    def _of_this_kind(self) -> EngineSettings:
-        if self.replicas > 1 and self.kind != "fsdp":
-            raise ValueError(f"replicas is a setting of kind=fsdp, not of kind={self.kind}")
-        if self.offload != "none" and self.kind == "ddp":
-            raise ValueError("offload needs a kind that spreads the optimizer: fsdp, zero1, zero2 or zero3")
-        if self.offload == "nvme" and self.kind != "zero3":
-            raise ValueError(f"offload=nvme is a setting of kind=zero3, not of kind={self.kind}")
-        if (self.offload == "nvme") != (self.offload_path is not None):
-            raise ValueError("offload=nvme and offload_path need each other")
-        return self
 
 
 class Engine(ABC):

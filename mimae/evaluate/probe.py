@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source, open_source
@@ -338,7 +338,7 @@ def probe(
     """
     run, started = Path(run), time.monotonic()
     encoder = load_encoder(run)
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_recipe(run / "config.yaml").recipe
     if test is None and recipe.data.val_path is None:
         raise UserError(
             f"{run} has no test set: data.val_path is null in its config.yaml; name one with --test PATH, "

@@ -13,14 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae.errors import UserError
+from mimae.errors import RunError
 
 MAX_SKIPPED = 10
 """Non-finite steps in a row that end a run."""
-
-
-class RunError(UserError):
-    """The run cannot start, or cannot go on."""
 
 
 class NonFinite:

@@ -81,10 +81,10 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
         outcome = mimae.pretrain(recipe, *overrides)
         # torchrun takes any code but 0 for a failure of the worker.
         return EXIT_SAVED if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ else 0
-    from mimae.config import recipe as config
+    from mimae.config.load import load_recipe
 
     # A mistake in the recipe is told before any process starts.
-    return _launch(recipe, overrides, job, config.load(recipe, overrides).recipe)
+    return _launch(recipe, overrides, job, load_recipe(recipe, overrides).recipe)
 
 
 def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int, wait: int = 300) -> Job:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.errors import EXIT_SAVED, UserError
 from mimae.launch import processes as launch
 
@@ -84,7 +84,7 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
 
 def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, ...]]:
     """The overrides of each run: one, or one for each seed in a directory of its own. Raises UserError."""
-    directory = config.load(recipe, overrides).recipe.run.dir
+    directory = load_recipe(recipe, overrides).recipe.run.dir
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
@@ -113,7 +113,7 @@ def main(
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    folder = Path(config.load(recipe, overrides or ()).recipe.run.dir) / "slurm"
+    folder = Path(load_recipe(recipe, overrides or ()).recipe.run.dir) / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",
@@ -133,4 +133,4 @@ def main(
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
     for job, each in zip(submitted, jobs, strict=True):
-        print(f"job {job.job_id}: {config.load(recipe, each.overrides).recipe.run.dir}; output in {job.paths.stdout}")
+        print(f"job {job.job_id}: {load_recipe(recipe, each.overrides).recipe.run.dir}; output in {job.paths.stdout}")

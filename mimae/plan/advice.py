@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.plan.communication import DISK, HOST, LINKS, OVERLAP, Traffic, exposed, traffic
@@ -225,7 +225,7 @@ def main(
     ] = None,
 ) -> None:
     """Plan a run: memory, communication and time by engine, and which to take."""
-    resolved = config.load(recipe, overrides or ()).recipe
+    resolved = load_recipe(recipe, overrides or ()).recipe
     fleet = Fleet(find_gpu(gpu), gpus, nodes_of, share)
     parts = gpus * resolved.schedule.accumulate
     if resolved.schedule.batch_size % parts:

@@ -25,14 +25,13 @@ from typing import Any, Self, TextIO
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mimae import __version__
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.config.section import Section
 from mimae.errors import UserError
+from mimae.telemetry.settings import TelemetrySettings
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
@@ -56,17 +55,6 @@ EPOCH_KEYS = (
 )  # fmt: skip
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow")
-
-
-class TelemetrySettings(Section):
-    """How often a run reports, and where."""
-
-    log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
-    images_every_epochs: int = Field(1, ge=0, description="epochs between two reconstruction pictures; 0: none")
-    probe_every_epochs: int = Field(
-        0, ge=0, description="epochs between two kNN and reconstruction checks on data.val_path; 0: none"
-    )
-    tensorboard: bool = Field(True, description="write TensorBoard event files to the run's tensorboard/")
 
 
 class Telemetry:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
@@ -280,10 +280,10 @@ def main(
     """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
-        recipe = config.load(recipe, [f"schedule.accumulate={accumulate}"]).recipe
+        recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
         print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
     findings = replay(recipe, step)
     file = run / "replay" / f"step-{step:08d}.png"

@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import Tensor
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
@@ -54,7 +54,7 @@ def main(
     epoch: Annotated[int, typer.Option(help="whose crops, flips and masks", min=0)] = 0,
 ) -> None:
     """Draw samples as a recipe cuts them, with their masks."""
-    resolved = config.load(recipe or {}, overrides or (), {"data": {"path": path}}).recipe
+    resolved = load_recipe(recipe or {}, overrides or (), {"data": {"path": path}}).recipe
     picture, batch = show(resolved, images, epoch)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

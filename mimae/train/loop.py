@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mimae import distributed, plan
 from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
-from mimae.config import recipe as config
-from mimae.config.recipe import Recipe
+from mimae.checkpoints.settings import CheckpointSettings
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml
+from mimae.config.recipe import Recipe, flat
 from mimae.data.loading.backend import fastest
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, evaluation_batches, make_loader
@@ -26,9 +27,10 @@ from mimae.data.sources.base import Source, open_source
 from mimae.data.sources.cache import cache_note
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
+from mimae.errors import RunError
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.faults import shortage
-from mimae.faults.guards import NonFinite, RunError, Signals
+from mimae.faults.guards import NonFinite, Signals
 from mimae.faults.lock import lock
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.kernels import pixel_loss
@@ -133,7 +135,7 @@ class _Run:
         found = checkpoint.find(self.path, self.telemetry.message)
         if self.is_main:
             try:
-                checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
+                checkpoint.write_atomically(self.path / "config.yaml", as_yaml(self.recipe))
                 telemetry.environment(self.path / "environment.json")
             except OSError as error:
                 raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
@@ -155,7 +157,7 @@ class _Run:
         mine = {
             "checkpoints (run.dir)": ", ".join(checkpoint.names(self.path)),
             "data (data.path)": self.source.fingerprint,
-            "settings": config.dump(self.recipe),
+            "settings": as_yaml(self.recipe),
         }
         for rank, other in enumerate(distributed.gather_objects(mine)):
             for what, value in mine.items():
@@ -471,7 +473,7 @@ def _choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
     if distributed.rank() == 0:
         known = Path(recipe.run.dir) / "config.yaml"
         if known.exists():
-            said = [(config.load(known).recipe.data.loader, "as the run was started")]
+            said = [(load_recipe(known).recipe.data.loader, "as the run was started")]
         else:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
@@ -487,8 +489,8 @@ def _check_config(recipe: Recipe, run: Path) -> None:
     """Refuses to resume a run with settings that would have made other weights."""
     if not (run / "config.yaml").exists():
         return
-    old = config.flat(config.load(run / "config.yaml").recipe)
-    new = config.flat(recipe)
+    old = flat(load_recipe(run / "config.yaml").recipe)
+    new = flat(recipe)
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
         for key in new

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mimae.checkpoints import checkpoint
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.model.encoder import Encoder
 
 
@@ -21,7 +21,7 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     averages = _encoder_part(found.tensors("ema")) if average else {}
     if average and not averages:
         raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_recipe(run / "config.yaml").recipe
     # Its weights go anywhere; the backend that trained them may be another machine's.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from mimae.config import recipe as config
 from mimae.config.layers import shipped
-from mimae.config.recipe import ConfigError, Recipe, flat, load
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml, explain, reference
+from mimae.config.recipe import Recipe, flat, keys
+from mimae.errors import ConfigError
 from mimae.optim.optimizer import total_steps
 
 SMALL = """\
@@ -37,7 +39,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def problems(recipe: Any, *overrides: str, **settings: Any) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        load(recipe, overrides, settings)
+        load_recipe(recipe, overrides, settings)
     assert all(problem in str(error.value) for problem in error.value.problems)
     return error.value.problems
 
@@ -53,19 +55,19 @@ def problem(recipe: Any, *overrides: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipe_opens_with_its_command_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
-    resolved = load(name)
+    resolved = load_recipe(name)
     first, second, *_ = shipped()[name].read_text().splitlines()
     assert first.startswith("# ") and f"mimae pretrain {name}" in first
     assert second.startswith("# Hardware: ") and "xpected time: " in second
-    for printed in (config.dump(resolved.recipe), config.explain(resolved)):
+    for printed in (as_yaml(resolved.recipe), explain(resolved)):
         (tmp_path / "copy.yaml").write_text(printed)
-        assert load(tmp_path / "copy.yaml").recipe == resolved.recipe
+        assert load_recipe(tmp_path / "copy.yaml").recipe == resolved.recipe
 
 
 @pytest.mark.parametrize(("base", "samples"), [("quickstart", 6400), ("cifar10", 9000)])
 def test_controls_differ_from_their_base_in_what_they_control_only(base: str, samples: int) -> None:
     def recipe(control: str) -> Recipe:
-        return load(f"{base}{control}", ["run.dir=x"]).recipe
+        return load_recipe(f"{base}{control}", ["run.dir=x"]).recipe
 
     def changed(control: str) -> dict[str, Any]:
         ours = flat(recipe(""))
@@ -95,9 +97,9 @@ def test_controls_differ_from_their_base_in_what_they_control_only(base: str, sa
 
 def test_origins(small: str) -> None:
     Path("variant.yaml").write_text("# three lines\nbase: small.yaml\nmasking: {ratio: 0.8}\nmodel.depth: 3\n")
-    resolved = load("variant.yaml", ["schedule.epochs=7"], {"seed": 5})
+    resolved = load_recipe("variant.yaml", ["schedule.epochs=7"], {"seed": 5})
     recipe, origins = resolved.recipe, resolved.origins
-    assert list(origins) == config.keys() == list(flat(recipe))
+    assert list(origins) == keys() == list(flat(recipe))
     expected = {
         "data.image_size": (32, "small.yaml:2"),
         "masking.ratio": (0.8, "variant.yaml:3"),
@@ -108,8 +110,8 @@ def test_origins(small: str) -> None:
         "run.dir": ("runs/variant", "from the recipe's name"),
     }
     assert {key: (flat(recipe)[key], origins[key]) for key in expected} == expected
-    assert load(small, ["model.heads=null"]).origins["model.heads"] == "from model.size"
-    printed = config.explain(resolved).splitlines()
+    assert load_recipe(small, ["model.heads=null"]).origins["model.heads"] == "from model.size"
+    printed = explain(resolved).splitlines()
     assert "  depth: 3                       # variant.yaml:4" in printed
     assert len({line.index(" # ") for line in printed if " # " in line}) == 1
 
@@ -119,19 +121,19 @@ def test_origin_outside_the_working_directory_is_absolute(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load("../small.yaml").origins["data.image_size"] == f"{tmp_path.resolve()}/small.yaml:2"
+    assert load_recipe("../small.yaml").origins["data.image_size"] == f"{tmp_path.resolve()}/small.yaml:2"
 
 
 def test_base_is_a_shipped_name_or_a_path_relative_to_the_file(small: str, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a.yaml").write_text("base: ../small.yaml\n")
     (tmp_path / "deep/b.yaml").write_text("base: a.yaml\nseed: 1\n")
-    assert load("deep/b.yaml").recipe.data.image_size == 32
+    assert load_recipe("deep/b.yaml").recipe.data.image_size == 32
     (tmp_path / "c.yaml").write_text("base: quickstart\n")
-    assert load("c.yaml").recipe.decoder == load("quickstart").recipe.decoder
+    assert load_recipe("c.yaml").recipe.decoder == load_recipe("quickstart").recipe.decoder
     # A file of the same name does not hide what is shipped.
     (tmp_path / "quickstart.yaml").write_text("base: quickstart\nseed: 9\n")
-    assert load("quickstart").recipe.seed == 0 and load("quickstart.yaml").recipe.seed == 9
+    assert load_recipe("quickstart").recipe.seed == 0 and load_recipe("quickstart.yaml").recipe.seed == 9
 
 
 @pytest.mark.parametrize(
@@ -151,27 +153,27 @@ def test_base_is_a_shipped_name_or_a_path_relative_to_the_file(small: str, tmp_p
 )
 def test_override_values(small: str, override: str, value: Any) -> None:
     key = override.partition("=")[0]
-    recipe = load(small, [override]).recipe
+    recipe = load_recipe(small, [override]).recipe
     found = flat(recipe)[key]
     assert found == value and type(found) is type(value)
-    Path("copy.yaml").write_text(config.dump(recipe))
-    assert load("copy.yaml").recipe == recipe
+    Path("copy.yaml").write_text(as_yaml(recipe))
+    assert load_recipe("copy.yaml").recipe == recipe
 
 
 def test_the_last_override_wins_and_a_mapping_sets_several_keys(small: str) -> None:
-    recipe = load(small, ["masking={num_masks: 2, ratio: 0.6}", "seed=1", "seed=2"]).recipe
+    recipe = load_recipe(small, ["masking={num_masks: 2, ratio: 0.6}", "seed=1", "seed=2"]).recipe
     assert (recipe.masking.num_masks, recipe.masking.ratio, recipe.seed) == (2, 0.6, 2)
 
 
 def test_a_recipe_from_python(small: str) -> None:
-    by_file = load(small, ["masking.num_masks=2"]).recipe
-    by_mapping = load(
+    by_file = load_recipe(small, ["masking.num_masks=2"]).recipe
+    by_mapping = load_recipe(
         {"base": "small.yaml", "run": {"dir": "runs/small"}, "masking": {"num_masks": 2}, "data": {}}
     ).recipe
     assert by_mapping == by_file
     # A recipe goes in again, and gets overrides as a file does.
-    assert load(by_file, ["seed=3"]).recipe == by_file.model_copy(update={"seed": 3})
-    assert load(small, settings={"data": {"image_size": (32, 64)}}).recipe.data.size_hw == (32, 64)
+    assert load_recipe(by_file, ["seed=3"]).recipe == by_file.model_copy(update={"seed": 3})
+    assert load_recipe(small, settings={"data": {"image_size": (32, 64)}}).recipe.data.size_hw == (32, 64)
 
 
 SIZED = ("model.patch_size", "model.width", "model.depth", "model.heads")
@@ -179,18 +181,18 @@ SIZED = ("model.patch_size", "model.width", "model.depth", "model.heads")
 
 def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: str) -> None:
     def shape(recipe: Any, *overrides: str, **settings: Any) -> list[int]:
-        values = flat(load(recipe, overrides, settings).recipe)
+        values = flat(load_recipe(recipe, overrides, settings).recipe)
         return [values[key] for key in SIZED]
 
     assert shape(small, "model.size=large") == [16, 1024, 24, 16]
-    assert {load(small, ["model.size=large"]).origins[key] for key in SIZED} == {"from model.size"}
+    assert {load_recipe(small, ["model.size=large"]).origins[key] for key in SIZED} == {"from model.size"}
     assert shape(small, "model.depth=3") == [4, 96, 3, 4]  # no size is named: the recipe's numbers stay
     Path("large.yaml").write_text("base: small.yaml\nmodel: {size: large, patch_size: 8}\n")
     assert shape("large.yaml") == [8, 1024, 24, 16]
     Path("flat.yaml").write_text("base: large.yaml\nmodel: {depth: 2}\n")
     assert shape("flat.yaml") == [8, 1024, 2, 16]
     assert shape({"base": "flat.yaml", "model": {"size": "tiny"}}) == [16, 192, 12, 3]
-    assert shape(load("flat.yaml").recipe, "model.size=tiny") == [16, 192, 12, 3]
+    assert shape(load_recipe("flat.yaml").recipe, "model.size=tiny") == [16, 192, 12, 3]
     # What one caller asks for belongs together, in whatever order.
     assert shape("flat.yaml", "model.width=48", "model.size=tiny", "model.patch_size=8") == [8, 48, 12, 3]
     assert shape("flat.yaml", "model.width=48", model={"size": "tiny"}) == [16, 48, 12, 3]
@@ -273,7 +275,7 @@ def test_unknown_keys(small: str, override: str, said: str) -> None:
 
 def test_a_section_without_keys_is_no_mistake(small: str) -> None:
     Path("empty.yaml").write_text("base: small.yaml\nmasking:\n  # num_masks: 5\n")
-    assert load("empty.yaml").recipe.masking == load(small).recipe.masking
+    assert load_recipe("empty.yaml").recipe.masking == load_recipe(small).recipe.masking
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
     ],
 )
 def test_keys_that_must_agree(small: str, wrong: list[str], right: list[str], said: list[str]) -> None:
-    load(small, right)
+    load_recipe(small, right)
     text = problem(small, *wrong)
     assert all(part in text for part in said), text
 
@@ -435,7 +437,7 @@ def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.Monke
     assert "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override), as 30 or 36 is" in problem(
         small, "schedule.accumulate=2"
     )
-    load(small, ["schedule.accumulate=2", "schedule.batch_size=36"])
+    load_recipe(small, ["schedule.accumulate=2", "schedule.batch_size=36"])
 
 
 def test_all_problems_at_once(small: str) -> None:
@@ -453,11 +455,11 @@ def test_all_problems_at_once(small: str) -> None:
 
 def test_settings_reference_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "settings.md"
-    assert page.read_text() == config.reference(), "run: mimae settings > docs/settings.md"
+    assert page.read_text() == reference(), "run: mimae settings > docs/settings.md"
 
 
 def test_every_key_has_a_meaning_and_a_legal_range_in_words() -> None:
-    rows = [line for line in config.reference().splitlines() if line.startswith("| `")]
-    assert len(rows) == len(config.keys())
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(keys())
     assert all(cell.strip() for row in rows for cell in row.replace("\\|", "/").strip("|").split("|"))
     assert "None" not in "".join(rows)

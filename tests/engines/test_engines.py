@@ -19,12 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from mimae import distributed
 from mimae.checkpoints import dcp
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.recipe import Recipe
 from mimae.engines import base, fsdp
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
 from mimae.engines.zero import ZeroEngine
-from mimae.errors import UserError
+from mimae.errors import ConfigError, UserError
 from mimae.model import masking
 from mimae.objective import objective
 from mimae.objective.objective import InfoNCE, Losses
@@ -37,7 +38,7 @@ GRADIENT = 1e-5  # of each tensor's norm, fp32: sums in another order
 WEIGHTS = 5e-5  # of each tensor's norm: AdamW makes steps of one size of the smallest gradients too, 20 times
 
 
-def recipe(*overrides: str) -> config.Recipe:
+def recipe(*overrides: str) -> Recipe:
     """Everything that an engine could break: V, a gate that opens at step 1, a learned temperature, the projector,
     accumulation, an average, and a clipping norm that both clipped groups exceed at first.
 
@@ -62,10 +63,10 @@ def recipe(*overrides: str) -> config.Recipe:
         "schedule": {"batch_size": BATCH, "accumulate": ACCUMULATE, "epochs": 1, "warmup_epochs": 0},
         "ema": {"decay": 0.8},
     }
-    return config.load(tree, overrides).recipe
+    return load_recipe(tree, overrides).recipe
 
 
-def micro_batches(settings: config.Recipe, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def micro_batches(settings: Recipe, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of the micro-batches of a step; the global ones are the same for any number of ranks."""
     images = torch.randint(0, 256, (BATCH, 8, 12, 3), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
     ids = torch.arange(BATCH) + BATCH * step
@@ -74,7 +75,7 @@ def micro_batches(settings: config.Recipe, step: int) -> Iterator[tuple[Tensor, 
         yield images[mine], *masking.draw(settings.masking, 0, 0, ids[mine], 6)
 
 
-def backward(engine: Engine, settings: config.Recipe, step: int, scale: float = 1.0) -> Losses:
+def backward(engine: Engine, settings: Recipe, step: int, scale: float = 1.0) -> Losses:
     for i, batch in enumerate(micro_batches(settings, step)):
         with engine.accumulate(is_last=i == ACCUMULATE - 1):
             losses = engine.forward(*batch)
@@ -93,7 +94,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-def train(engine: Engine, settings: config.Recipe, steps: range) -> tuple[list[float], list[float]]:
+def train(engine: Engine, settings: Recipe, steps: range) -> tuple[list[float], list[float]]:
     """Losses and norms of the gradient."""
     losses, norms = [], []
     for step in steps:
@@ -105,7 +106,7 @@ def train(engine: Engine, settings: config.Recipe, steps: range) -> tuple[list[f
     return losses, norms
 
 
-def evaluate(engine: Engine, settings: config.Recipe) -> list[Tensor]:
+def evaluate(engine: Engine, settings: Recipe) -> list[Tensor]:
     """Predictions and features of the same images on every rank, as the loop has them: alone where that is possible."""
     images = torch.randint(0, 256, (3, 8, 12, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
     visible, hidden = masking.draw(settings.masking, 0, 0, torch.arange(3), 6)
@@ -142,7 +143,7 @@ def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tenso
     return {section: {n: t.nan_to_num() for n, t in tensors.items()} for section, tensors in whole.items()}
 
 
-def first_gradients(settings: config.Recipe) -> dict[str, Tensor]:
+def first_gradients(settings: Recipe) -> dict[str, Tensor]:
     """Of the first step, with the gate open."""
     engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
     engine.model.objective.gate.weight.fill_(1.0)
@@ -383,7 +384,7 @@ def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str) -> None:
-    with pytest.raises(config.ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told):
         recipe(*overrides)
 
 

@@ -14,7 +14,8 @@ from scipy.optimize import minimize  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml
 from mimae.data.loading.order import Part
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source, open_source
@@ -290,7 +291,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probe")
     draw(folder / "train", 30, seed=0)
     draw(folder / "test", 8, seed=1)
-    recipe = config.load(
+    recipe = load_recipe(
         {
             "precision": "fp32",
             "run": {"dir": str(folder / "run")},
@@ -326,19 +327,19 @@ def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.C
 def test_the_random_encoder_is_not_the_run(run: Path) -> None:
     """Both rows could show one encoder and look right: their features must differ, the run's be the
     checkpoint's."""
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_recipe(run / "config.yaml").recipe
     begun, ended = probe.build(recipe).encoder.state_dict(), probe.load_encoder(run).state_dict()
     assert any(not torch.equal(begun[name], ended[name]) for name in begun)
 
 
 def test_a_run_without_test_images_or_labels_is_told(run: Path, tmp_path: Path) -> None:
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_recipe(run / "config.yaml").recipe
     copied = tmp_path / "run"
     copied.mkdir()
     (copied / "checkpoints").symlink_to(run / "checkpoints")
     (copied / "latest").write_text((run / "latest").read_text())
     without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"val_path": None})})
-    (copied / "config.yaml").write_text(config.dump(without))
+    (copied / "config.yaml").write_text(as_yaml(without))
     with pytest.raises(UserError, match=r"data.val_path is null.*--test PATH"):
         probe.probe(copied)
     assert probe.probe(copied, test=str(recipe.data.val_path))["test_images"] == 24
@@ -352,7 +353,7 @@ def test_a_run_without_test_images_or_labels_is_told(run: Path, tmp_path: Path) 
 
 
 def test_the_online_probe_looks_at_no_more_images_than_asked(run: Path) -> None:
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_recipe(run / "config.yaml").recipe
     encoder = probe.load_encoder(run)
     seen = []
     whole = encoder.features

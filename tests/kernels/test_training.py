@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimae import kernels
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.kernels import infonce
 from mimae.kernels.runtime import INTERPRETED, Impl, Launch, watching
 from mimae.model import masking
@@ -26,7 +26,7 @@ pytestmark = [
 
 STEPS = 8
 # 6 patches in a grid that is not square, 3 views; all terms, at weights that show.
-RECIPE = config.load(
+RECIPE = load_recipe(
     {
         "precision": "fp32",
         "data": {"image_size": [8, 12]},

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mimae.checkpoints import dcp
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.errors import UserError
 from mimae.launch import processes as launch
 from mimae.launch.processes import Job, Note
@@ -224,7 +224,7 @@ def test_a_hang_without_restarts_left_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -> None:
     """The MI terms of one process see what those of two did."""
-    given = config.load(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe
+    given = load_recipe(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe
     found = replay.replay(given, 12)
     logged = json.loads((undisturbed.run / "metrics.jsonl").read_text().splitlines()[11])
     assert found.losses == {key: pytest.approx(logged[key], rel=1e-4) for key in found.losses}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.engines.base import shape_model
 from mimae.model import blocks, decoder
 from mimae.model.masking import draw, targets
@@ -30,7 +30,7 @@ def make(settings: dict[str, Any], **model: Any) -> tuple[MIMAE, tuple[Tensor, T
         "decoder": {"width": 16, "depth": 3, "heads": 2, **settings},
         "objective": {"posterior_width": 5},
     }
-    recipe = config.load(sections).recipe
+    recipe = load_recipe(sections).recipe
     made = build(recipe).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():

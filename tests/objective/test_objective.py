@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimae import distributed, kernels
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
 from mimae.model import masking
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import ModelSettings
-from mimae.model.masking import MaskingSettings
 from mimae.model.mimae import MIMAE
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective import objective
-from mimae.objective.objective import CLUB, Gate, InfoNCE, ObjectiveSettings
+from mimae.objective.objective import CLUB, Gate, InfoNCE
+from mimae.objective.settings import ObjectiveSettings
 from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 
@@ -137,7 +136,7 @@ def _model(dtype: torch.dtype) -> MIMAE:
 
 
 def _engine(dtype: torch.dtype) -> DDPEngine:
-    recipe = config.load({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
+    recipe = load_recipe({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
     return DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mimae.optim.adamw import IMPLEMENTATIONS
-from mimae.optim.optimizer import Optimizer, OptimizerSettings
+from mimae.optim.optimizer import Optimizer
+from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import whole_parts
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import typer
 
 from mimae import plan
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.plan import advice, communication, dry, memory
@@ -21,7 +21,7 @@ from tests.plan.test_plan import SMALL
 def small(*overrides: str) -> Recipe:
     """Of which activations are more than what the plan leaves out, with rows that 8 ranks cannot share evenly."""
     sizes = ["model.width=72", "model.heads=6", "decoder.width=48", "schedule.batch_size=64", "engine.kind=fsdp"]
-    return config.load(SMALL, [*sizes, "objective.projector=mlp", *overrides]).recipe
+    return load_recipe(SMALL, [*sizes, "objective.projector=mlp", *overrides]).recipe
 
 
 def agrees(recipe: Recipe, ranks: int = 8) -> bool:
@@ -113,6 +113,6 @@ def test_storages_are_counted_as_long_as_they_live() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [["engine.replicas=8"], ["engine.replicas=1"]], ids=["HSDP", "one group"])
 def test_vit_giant_on_64_gpus_is_as_planned(engine: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = config.load("vit_giant14", engine).recipe
+    recipe = load_recipe("vit_giant14", engine).recipe
     layout = Layout("fsdp", 64, recipe.engine.replicas)
     assert dry.report(recipe, layout, plan.find_gpu("h100"), 8), capsys.readouterr().out

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mimae import distributed, plan
 from mimae.bench.machine import resident_peak
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
@@ -57,13 +57,13 @@ def saved_bytes(recipe: Recipe) -> int:
     ],
 )
 def test_activations_are_what_autograd_keeps(precision: str, changed: list[str]) -> None:
-    recipe = config.load(SMALL, [f"precision={precision}", *changed]).recipe
+    recipe = load_recipe(SMALL, [f"precision={precision}", *changed]).recipe
     planned = memory.kept(recipe, recipe.schedule.batch_size, 1, ops="plain")
     assert planned == pytest.approx(saved_bytes(recipe), rel=0.03)
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    recipe = config.load(SMALL).recipe
+    recipe = load_recipe(SMALL).recipe
     count, model = memory.parameters(recipe), build(recipe)
     assert count.total == sum(p.numel() for p in model.parameters())
     stages = memory._stages(recipe, 1, 1, "fused")
@@ -75,7 +75,7 @@ def test_parameters_are_those_of_the_model() -> None:
 @pytest.mark.parametrize(("name", "millions"), [("vit_giant14", 1011), ("vit_gigantic14", 1843), ("vit_6b14", 5903)])
 def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, millions: int) -> None:
     """Encoders in timm and in the papers; vit_6b14 without the two norms of InternViT's attention."""
-    recipe = config.load(name).recipe
+    recipe = load_recipe(name).recipe
     count = memory.parameters(recipe)
     assert count.encoder / 1e6 == pytest.approx(millions, abs=6)
     layout = Layout(recipe.engine.kind, 8 * recipe.engine.replicas, recipe.engine.replicas)
@@ -86,7 +86,7 @@ def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, mill
 
 def test_what_each_engine_spreads() -> None:
     # In the last of two micro-batches the gradients of the first are there.
-    recipe = config.load(SMALL, ["ema.decay=0.9", "schedule.batch_size=6", "schedule.accumulate=2"]).recipe
+    recipe = load_recipe(SMALL, ["ema.decay=0.9", "schedule.batch_size=6", "schedule.accumulate=2"]).recipe
     count = memory.parameters(recipe)
     whole = 4 * count.total
 
@@ -104,7 +104,7 @@ def test_what_each_engine_spreads() -> None:
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
-    recipe = config.load(SMALL).recipe
+    recipe = load_recipe(SMALL).recipe
     count, layout = memory.parameters(recipe), Layout("ddp", 2)
     budget = memory.memory(recipe, layout, 37, count=count).total
     assert memory.largest(recipe, layout, budget, count) == 37
@@ -113,7 +113,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
 
 
 def test_bytes_that_engines_send() -> None:
-    recipe = config.load(SMALL, ["schedule.batch_size=128", "schedule.accumulate=2"]).recipe
+    recipe = load_recipe(SMALL, ["schedule.batch_size=128", "schedule.accumulate=2"]).recipe
     count, gpu = memory.parameters(recipe), plan.find_gpu("h100")
     n = 4 * count.total
 
@@ -141,7 +141,7 @@ def test_what_computing_hides() -> None:
     def wait(seconds: float, phase: communication.Phase, beside: bool = True) -> communication.Traffic:
         return communication.Traffic("", "all-gather", 2, 1, 1, seconds, phase, beside)
 
-    recipe = config.load(SMALL, ["schedule.batch_size=8", "schedule.accumulate=2"]).recipe
+    recipe = load_recipe(SMALL, ["schedule.batch_size=8", "schedule.accumulate=2"]).recipe
     share = communication.OVERLAP
 
     def exposed(found: list[communication.Traffic], kind: str) -> float:
@@ -171,7 +171,7 @@ def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
     fleet = advice.Fleet(plan.find_gpu("h100"), 64, 8, 0.45)
 
     def take(name: str, fleet: advice.Fleet, *overrides: str) -> str:
-        recipe = config.load(name, overrides).recipe
+        recipe = load_recipe(name, overrides).recipe
         return advice.advise(recipe, fleet, memory.parameters(recipe))[1]
 
     assert take("vit_base_400ep", fleet).startswith("take engine.kind=ddp,")
@@ -222,7 +222,7 @@ MEASURED = {
 def sized(overrides: list[str]) -> Recipe:
     base = ["precision=fp32", "data.image_size=128", "model.size=tiny", "model.heads=4", "objective.projector=mlp"]
     decoder = ["decoder.width=128", "decoder.depth=4", "decoder.heads=4"]
-    return config.load({}, ["compile=off", *base, *decoder, *overrides]).recipe
+    return load_recipe({}, ["compile=off", *base, *decoder, *overrides]).recipe
 
 
 def peak_growth(overrides: list[str]) -> int:

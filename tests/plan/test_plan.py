@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimae import plan
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.model import masking
 from mimae.model.mimae import build
@@ -31,7 +31,7 @@ def recipe(**sections: Any) -> Recipe:
     small = dict(SMALL)
     for name, section in sections.items():
         small[name] = small.get(name, {}) | section
-    return config.load(small).recipe
+    return load_recipe(small).recipe
 
 
 def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
@@ -100,7 +100,7 @@ def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: 
 
 
 def test_vit_base_has_the_numbers_of_the_method() -> None:
-    given = config.load({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
+    given = load_recipe({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
     giga = 1e9
     assert plan.encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
     # The method counts 10.6 with a whole last block; ours leaves out what only the 50 unread tokens would need.
@@ -116,7 +116,7 @@ def test_what_the_decoder_leaves_out_at_vit_base() -> None:
     """The last block's unread tokens, exactly; and by choice what next_view and cross never compute."""
 
     def flops(**decoder: str) -> float:
-        return plan.image_flops(config.load({"decoder": decoder}).recipe)
+        return plan.image_flops(load_recipe({"decoder": decoder}).recipe)
 
     unread = 4 * 50 * (20 * 512**2 + 4 * 197 * 512)
     assert unread / (flops() + unread) == pytest.approx(0.0146, abs=5e-5)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mimae import plan
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.errors import UserError
 from mimae.plan import advice, communication, memory, scaling
 
@@ -32,7 +32,7 @@ def test_latency_counts_hops() -> None:
 
 
 def test_weak_scaling_keeps_computing_and_strong_scaling_divides_it() -> None:
-    recipe = config.load("vit_giant14").recipe
+    recipe = load_recipe("vit_giant14").recipe
     count = memory.parameters(recipe)
     weak, strong = (scaling.points(recipe, "fsdp, a replica a node", FLEET, count, n) for n in (16, None))
     assert [point.gpus for point in weak] == [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -51,14 +51,14 @@ def test_weak_scaling_keeps_computing_and_strong_scaling_divides_it() -> None:
 
 
 def test_a_step_waits_for_its_data() -> None:
-    recipe = config.load("vit_base_400ep", ["data.image_size=32"]).recipe
+    recipe = load_recipe("vit_base_400ep", ["data.image_size=32"]).recipe
     point = scaling.points(recipe, "ddp", FLEET, memory.parameters(recipe), 512)[0]
     assert point.data == pytest.approx(512 / (scaling.CORES * scaling.CORE_RATE)) and point.data > point.row.seconds
     assert point.images_per_s == pytest.approx(8 * scaling.CORES * scaling.CORE_RATE)
 
 
 def test_a_batch_that_does_not_fit_is_split() -> None:
-    recipe = config.load("vit_giant14", ["model.checkpointing=false"]).recipe
+    recipe = load_recipe("vit_giant14", ["model.checkpointing=false"]).recipe
     count = memory.parameters(recipe)
     points = scaling.points(recipe, "fsdp, a replica a node", FLEET, count, None)
     splits = [point.row.recipe.schedule.accumulate for point in points]

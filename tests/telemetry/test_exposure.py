@@ -15,7 +15,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mimae import distributed, plan
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
 from mimae.model import masking
@@ -35,7 +36,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 ACCUMULATE, IMAGES = 3, 2
 
 
-def recipe(name: str, ranks: int) -> config.Recipe:
+def recipe(name: str, ranks: int) -> Recipe:
     """Weights that outweigh the latents by far, most in matrices of more than 1e5: smaller ones ZeRO-3 keeps."""
     tree = {
         "precision": "fp32",
@@ -47,10 +48,10 @@ def recipe(name: str, ranks: int) -> config.Recipe:
         "schedule": {"batch_size": IMAGES * ranks * ACCUMULATE, "accumulate": ACCUMULATE},
         "engine": ENGINES[name],
     }
-    return config.load(tree).recipe
+    return load_recipe(tree).recipe
 
 
-def step(engine: Engine, settings: config.Recipe, seed: int) -> None:
+def step(engine: Engine, settings: Recipe, seed: int) -> None:
     ids = torch.arange(IMAGES) + IMAGES * distributed.rank()
     generator = torch.Generator().manual_seed(seed + 100 * distributed.rank())
     for micro in range(ACCUMULATE):

@@ -19,17 +19,8 @@ import torch
 from PIL import Image
 
 from mimae.errors import UserError
-from mimae.telemetry.telemetry import (
-    EPOCH_KEYS,
-    PHASES,
-    STEP_KEYS,
-    Pace,
-    Phases,
-    Telemetry,
-    TelemetrySettings,
-    environment,
-    memory,
-)
+from mimae.telemetry.settings import TelemetrySettings
+from mimae.telemetry.telemetry import EPOCH_KEYS, PHASES, STEP_KEYS, Pace, Phases, Telemetry, environment, memory
 
 QUIET = TelemetrySettings(tensorboard=False)
 

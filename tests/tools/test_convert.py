@@ -19,7 +19,8 @@ from torch import Tensor
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.checkpoint import CheckpointError
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml
 from mimae.model.mimae import outline
 from mimae.randomness import materialise
 from mimae.tools import convert as universal
@@ -73,7 +74,7 @@ def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_pat
             universal.read(tmp_path / "universal/global_step3", other)
         settings = recipe(images, other, "schedule.max_steps=3")
         longer = settings.schedule.model_copy(update={"max_steps": 4})
-        (other / "config.yaml").write_text(config.dump(settings.model_copy(update={"schedule": longer})))
+        (other / "config.yaml").write_text(as_yaml(settings.model_copy(update={"schedule": longer})))
         loop.pretrain(recipe(images, other, "schedule.max_steps=4"))
         ends.append(tensors(other))
     assert_bit_equal(*ends)
@@ -206,7 +207,7 @@ def _in_deepspeed(folder: Path, run: Path, out: Path) -> dict[int, dict[str, Any
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes
     found = {}
     for stage in (1, 2, 3):
-        model = outline(config.load(run / "config.yaml").recipe)
+        model = outline(load_recipe(run / "config.yaml").recipe)
         materialise(model, "cpu")
         groups: dict[str, list[Tensor]] = {name: [] for name in RATES}
         for name, parameter in model.named_parameters():

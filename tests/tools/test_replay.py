@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.cli import app
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.recipe import Recipe
 from mimae.engines.make import make_engine
+from mimae.errors import RunError
 from mimae.faults import guards
 from mimae.tools.replay import replay
 from mimae.train import loop
@@ -41,8 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def recipe_of(run: Path) -> config.Recipe:
-    return config.load(run / "config.yaml", [f"run.dir={run}"]).recipe
+def recipe_of(run: Path) -> Recipe:
+    return load_recipe(run / "config.yaml", [f"run.dir={run}"]).recipe
 
 
 @pytest.mark.parametrize("step", [9, 4])
@@ -121,8 +123,8 @@ def test_a_storm_keeps_the_weights_of_its_steps(
     run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends, and every step of the streak can be looked at."""
-    with pytest.raises(guards.RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
-        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+    with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
+        loop.pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
     for step in (5, 12):
@@ -147,8 +149,8 @@ def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoi
         make_room(temporary, num_bytes)
 
     monkeypatch.setattr(checkpoint, "make_room", read_only)
-    with pytest.raises(guards.RunError, match="where it begins, from the last checkpoint on, since their weights"):
-        loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+    with pytest.raises(RunError, match="where it begins, from the last checkpoint on, since their weights"):
+        loop.pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
     said: list[str] = []
@@ -169,7 +171,7 @@ def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
         guard.check(step, torch.tensor(float(step % 12 < 10)))
     guard.drain()
     assert not kept
-    with pytest.raises(guards.RunError, match=r"11 steps in a row(.|\n)*step 45: samples \[45\]"):
+    with pytest.raises(RunError, match=r"11 steps in a row(.|\n)*step 45: samples \[45\]"):
         for step in range(35, 99):
             guard.check(step, torch.tensor(1.0))
     assert kept == [(35, 45)]

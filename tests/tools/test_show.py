@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mimae import cli
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.loading.loader import make_loader
 from mimae.data.sources.base import open_source
 from mimae.model import masking
@@ -33,7 +33,7 @@ SETTINGS = ["data.image_size=128", "model.patch_size=32", "seed=4"]
 
 
 def test_the_batch_is_the_first_of_training(folder: Path) -> None:
-    recipe = config.load({}, SETTINGS, {"data": {"path": str(folder)}}).recipe
+    recipe = load_recipe({}, SETTINGS, {"data": {"path": str(folder)}}).recipe
     picture, batch = show(recipe, images=3, epoch=2)
     data = recipe.data.model_copy(update={"workers": 0})
     expected = next(make_loader(data, open_source(str(folder)), seed=4, batch_size=3).epoch(2))

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimae.checkpoints import checkpoint, dcp
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
+from mimae.config.recipe import Recipe
 from mimae.data.loading.backend import Choice
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.sources.base import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
-from mimae.errors import UserError
-from mimae.faults import guards
+from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
+def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
     """Seconds on one core, with every part in use: gate, V, projector, accumulation, clipping, EMA, checks."""
     tree = {
         "precision": "fp32",
@@ -66,7 +66,7 @@ def recipe(images: Path, run: Path, *overrides: str) -> config.Recipe:
         "checkpoint": {"every_steps": 2},
         "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "tensorboard": False},
     }
-    return config.load(tree, overrides).recipe
+    return load_recipe(tree, overrides).recipe
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Pat
     assert found is not None and found.state["step"] == 1
     images_link = tmp_path / "link"
     images_link.symlink_to(images)
-    moved = config.load(recipe(images_link, run)).recipe
+    moved = load_recipe(recipe(images_link, run)).recipe
     with pytest.raises(UserError, match=r"data\.path"):
         loop.pretrain(moved)
     for path in list(images.rglob("*.png"))[:1]:
@@ -274,7 +274,7 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     monkeypatch.setattr(loop._Run, "_optimize", poisoned)
     assert loop.pretrain(recipe(images, tmp_path / "one")).finished
     bad |= set(range(5, 40))
-    with pytest.raises(guards.RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
+    with pytest.raises(RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
@@ -412,7 +412,7 @@ def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.
     dry = ("run.dry=true", "data.loader=auto")
     monkeypatch.setattr(loop, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
     loop.pretrain(recipe(images, tmp_path, *dry))
-    assert config.load(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
+    assert load_recipe(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
     monkeypatch.setattr(loop, "fastest", None)
     assert loop.pretrain(recipe(images, tmp_path, *dry)).step == 2
     with pytest.raises(UserError, match=r"data.loader: 'dali_cpu' in the run, 'torch' now"):

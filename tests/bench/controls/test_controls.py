@@ -19,7 +19,7 @@ from PIL import Image
 
 from mimae.bench.controls import controls
 from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.sources.base import open_source
 from mimae.errors import UserError
 
@@ -354,7 +354,7 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     assert row["last_epoch"]["step"] == 2 and row["views"] == 2 * 8 * 4
     assert 0 <= row["probe"]["features"]["this run"]["linear"] <= 1
     assert str(tmp_path) not in file.read_text()
-    assert config.load(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
+    assert load_recipe(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
     assert "| 6. control 5 + L_min: MI-MAE | 1 |" in docs.read_text()
     assert "| 1. raw pixels | 1 |" in docs.read_text()
     monkeypatch.setattr(controls.Processes, "__call__", lambda *_: pytest.fail("the trial has its result"))

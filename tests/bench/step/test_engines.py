@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mimae.bench.step import engines
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +45,7 @@ def test_two_engines_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert all(len(row["seconds_per_step"]) == 2 and min(row["seconds_per_step"]) > 0 for row in found.values())
     assert all(row["peak_bytes"] > 4 * row["sent_bytes"] / 3 for row in found.values())  # weights, gradients, moments
     # Whoever measures what cannot run is told whose rank has ended.
-    broken = config.load({}, [*TINY, "optimizer.impl=apex", "schedule.batch_size=4"]).recipe
+    broken = load_recipe({}, [*TINY, "optimizer.impl=apex", "schedule.batch_size=4"]).recipe
     with pytest.raises(UserError, match="a rank of broken: it has ended, with the error above"):
         engines.measure({"broken": broken}, 2, 1)
     assert "apex" in capfd.readouterr().err

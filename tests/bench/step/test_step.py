@@ -20,7 +20,7 @@ from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
 from mimae.bench.step import step as bench
 from mimae.cli import app
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.model.mimae import MIMAE, build
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def recipe_of(*overrides: str) -> Recipe:
-    return config.load({}, [*SMALL, *overrides]).recipe
+    return load_recipe({}, [*SMALL, *overrides]).recipe
 
 
 def models(recipe: Recipe) -> tuple[MIMAE, dict[str, Tensor]]:

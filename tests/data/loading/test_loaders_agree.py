@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional  # type: ignore[import-untyped]
 
-from mimae.config import recipe as config
+from mimae.config.load import load_recipe
 from mimae.data.loading import backend as backends
 from mimae.data.loading import dali_loader
 from mimae.data.loading.batch import Batch, DataError
@@ -319,7 +319,7 @@ def test_losses_differ_less_than_with_another_seed(tmp_path: Path, monkeypatch: 
             "schedule": {"batch_size": 8, "epochs": 12, "warmup_epochs": 1},
             "telemetry": {"log_every_steps": 1, "tensorboard": False, "images_every_epochs": 0},
         }
-        assert loop.pretrain(config.load(tree, ()).recipe).finished
+        assert loop.pretrain(load_recipe(tree, ()).recipe).finished
         records = (run / "metrics.jsonl").read_text().splitlines()
         return np.array([json.loads(record)["loss"] for record in records])
 

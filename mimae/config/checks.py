@@ -1,0 +1,144 @@
+"""The checks of keys that have to agree with each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from mimae.config.layers import text
+from mimae.config.recipe import Resolved, flat
+
+Check = Callable[[Resolved], Iterator[str]]
+"""Yields a message for each problem that it finds."""
+
+CHECKS: list[tuple[tuple[str, ...], Check]] = []
+"""The sections that a check reads, which have to be valid, and the check."""
+
+
+def _check(*sections: str) -> Callable[[Check], Check]:
+    """Register a check that reads these sections."""
+
+    def register(check: Check) -> Check:
+        CHECKS.append((sections, check))
+        return check
+
+    return register
+
+
+@_check("data", "masking", "model")
+def _masks_fit(resolved: Resolved) -> Iterator[str]:
+    recipe, patch = resolved.recipe, resolved.recipe.model.patch_size
+    height, width = recipe.data.size_hw
+    image_size, patch_size = _told(resolved, "data.image_size"), _told(resolved, "model.patch_size")
+    if height % patch or width % patch:
+        near = " x ".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
+        yield f"{image_size}: each side must be divisible by {patch_size}; the nearest is {near}"
+        return
+    patches = (height // patch) * (width // patch)
+    if patches < 2:
+        yield f"{image_size}: one patch ({patch_size}); an image needs at least 2, one visible and one hidden"
+        return
+    visible = recipe.masking.num_visible(patches)
+    if recipe.masking.kind == "orthogonal" and recipe.masking.num_masks * visible > patches:
+        yield (
+            f"{_told(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
+            f"patches each ({_told(resolved, 'masking.ratio')}) are disjoint in an image of {patches}; "
+            "a higher masking.ratio or masking.kind=independent allows more"
+        )
+
+
+@_check("model")
+def _encoder_shape(resolved: Resolved) -> Iterator[str]:
+    return _transformer_shape(resolved, "model")
+
+
+@_check("decoder")
+def _decoder_shape(resolved: Resolved) -> Iterator[str]:
+    return _transformer_shape(resolved, "decoder")
+
+
+def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"]) -> Iterator[str]:
+    settings = getattr(resolved.recipe, section)
+    if settings.width % settings.heads:
+        divisors = [str(n) for n in range(1, min(settings.width, 64) + 1) if settings.width % n == 0]
+        yield (
+            f"{_told(resolved, f'{section}.heads')}: does not divide {_told(resolved, f'{section}.width')}; "
+            f"legal are {', '.join(divisors)}"
+        )
+    if settings.width % 4:
+        yield f"{_told(resolved, f'{section}.width')}: sin-cos positions need a multiple of 4"
+
+
+@_check("schedule")
+def _batch_splits(resolved: Resolved) -> Iterator[str]:
+    schedule = resolved.recipe.schedule
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    parts = ranks * schedule.accumulate
+    if schedule.batch_size % parts:
+        below = schedule.batch_size // parts * parts
+        near = f"{below} or {below + parts}" if below else f"{parts}"
+        yield (
+            f"{_told(resolved, 'schedule.batch_size')}: must be divisible by {parts} = ranks ({ranks}) x "
+            f"{_told(resolved, 'schedule.accumulate')}, as {near} is"
+        )
+
+
+@_check("schedule")
+def _warmup_ends(resolved: Resolved) -> Iterator[str]:
+    if resolved.recipe.schedule.warmup_epochs > resolved.recipe.schedule.epochs:
+        yield (
+            f"{_told(resolved, 'schedule.warmup_epochs')}: longer than the run; "
+            f"legal is at most {_told(resolved, 'schedule.epochs')}"
+        )
+
+
+@_check("masking", "objective")
+def _siblings(resolved: Resolved) -> Iterator[str]:
+    if resolved.recipe.objective.max_mi > 0 and resolved.recipe.masking.num_masks < 2:
+        yield (
+            f"{_told(resolved, 'objective.max_mi')}: compares the views of an image, and there is one: "
+            f"{_told(resolved, 'masking.num_masks')}; legal are at least 2 masks, or objective.max_mi=0"
+        )
+
+
+@_check("decoder", "masking")
+def _next_view(resolved: Resolved) -> Iterator[str]:
+    masking = resolved.recipe.masking
+    if resolved.recipe.decoder.predict != "next_view" or (masking.kind == "orthogonal" and masking.num_masks > 1):
+        return
+    yield (
+        f"{_told(resolved, 'decoder.predict')}: predicts what another view shows and this one does not; legal are at "
+        f"least 2 orthogonal masks (here {_told(resolved, 'masking.kind')}, {_told(resolved, 'masking.num_masks')}), "
+        "or decoder.predict=hidden"
+    )
+
+
+@_check("schedule", "objective")
+def _other_images(resolved: Resolved) -> Iterator[str]:
+    recipe = resolved.recipe
+    if recipe.schedule.batch_size // recipe.schedule.accumulate > 1:
+        return
+    for key in ("max_mi", "min_mi"):
+        if getattr(recipe.objective, key) > 0:
+            yield (
+                f"{_told(resolved, f'objective.{key}')}: compares the images of a micro-batch, which has one "
+                f"({_told(resolved, 'schedule.batch_size')}, {_told(resolved, 'schedule.accumulate')}); "
+                f"legal are at least 2 images, or objective.{key}=0"
+            )
+
+
+@_check("checkpoint", "telemetry", "data")
+def _best_is_measured(resolved: Resolved) -> Iterator[str]:
+    recipe = resolved.recipe
+    if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
+        return
+    yield (
+        f"{_told(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs; "
+        "legal is null, or set both"
+    )
+
+
+def _told(resolved: Resolved, key: str) -> str:
+    """`key = value (origin)`."""
+    return f"{key} = {text(flat(resolved.recipe)[key])} ({resolved.origins[key]})"

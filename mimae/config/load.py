@@ -1,0 +1,105 @@
+"""Reading a recipe: its files and overrides laid over each other, then validated.
+
+All problems of a recipe are reported at once, each with the key, the value, its origin and the legal values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mimae.config.checks import CHECKS
+from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, with_base
+from mimae.config.recipe import Recipe, Resolved, keys, sections
+from mimae.config.words import illegal, unknown
+from mimae.errors import ConfigError
+from mimae.model.settings import SIZES
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+_SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
+
+
+def load_recipe(
+    recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> Resolved:
+    """Read a recipe, apply overrides and then `settings`, and validate the result.
+
+    Args:
+        recipe: a path, the name of a shipped recipe, a mapping of sections, or a Recipe.
+        overrides: `section.key=value`, the value in YAML.
+        settings: the same as a mapping of sections, for callers in Python.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    problems: list[str] = []
+    name, layers = "unnamed", list[Settings]()
+    if isinstance(recipe, str | Path):
+        path = find(str(recipe), Path(), problems)
+        if path is not None:
+            name, layers = path.stem, read(path, problems)
+    else:
+        layers = with_base(from_mapping(recipe), Path(), problems)
+    whole = not problems
+    # One layer, whatever their order: a width that stands beside a size is meant.
+    asked = Settings()
+    for override in overrides:
+        asked |= read_override(override, problems)
+    given = _over([*layers, asked | from_mapping(settings or {})])
+    given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
+    return _validate(given, problems, whole)
+
+
+def _over(layers: Sequence[Settings]) -> Settings:
+    """Lay each layer over those before it. A named size stands for its numbers: a layer with a size drops the numbers
+    that earlier layers gave for another size."""
+    given = Settings()
+    for layer in layers:
+        if "model.size" in layer:
+            given = {key: setting for key, setting in given.items() if key not in _SIZED}
+        given |= layer
+    return given
+
+
+def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
+    """Return the recipe of the given settings. Raises ConfigError with `problems` and all that are found here.
+
+    `whole`: every file was read, so that a missing key is a default and keys can be compared.
+    """
+    by_name, known = sections(), keys()
+    tree: dict[str, Any] = {}
+    for key, setting in given.items():
+        if key in known:
+            section, _, name = key.rpartition(".")
+            (tree.setdefault(section, {}) if section else tree)[name] = setting.value
+        elif key not in by_name or setting.value is not None:  # a section without keys is no mistake
+            problems.append(unknown(key, setting))
+    try:
+        # JSON, strict: lists become tuples there, and nothing else is converted ("4" to 4, true to 1).
+        recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
+        failed: set[str] = set()
+    except ValidationError as error:
+        failed = {str(detail["loc"][0]) for detail in error.errors()}
+        problems += illegal(error, given)
+        recipe = Recipe.model_validate_json(
+            json.dumps({name: value for name, value in tree.items() if name not in failed}, default=str),
+            strict=True,
+        )
+    resolved = Resolved(recipe, {key: _origin(key, given) for key in known})
+    for needs, check in CHECKS:
+        if whole and not failed.intersection(needs):
+            problems += check(resolved)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _origin(key: str, given: Settings) -> str:
+    if key in _SIZED and (key not in given or given[key].value is None):
+        return "from model.size"
+    return given[key].origin if key in given else "default"

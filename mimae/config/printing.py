@@ -1,0 +1,61 @@
+"""Recipes as text: YAML, YAML with the origins, and the reference of all settings."""
+
+from __future__ import annotations
+
+from mimae.config.layers import text
+from mimae.config.recipe import Recipe, Resolved, sections
+from mimae.config.section import Section
+from mimae.config.words import legal
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML that loads again to an equal recipe."""
+    return "\n".join(line for _, line in _lines(recipe)) + "\n"
+
+
+def explain(resolved: Resolved) -> str:
+    """Return the recipe as YAML, with the origin of each value in a comment."""
+    lines = _lines(resolved.recipe)
+    column = min(max(len(line) for _, line in lines), 60)
+    return "".join(
+        f"{line:<{column}}  # {resolved.origins[key]}\n" if key in resolved.origins else f"{line}\n"
+        for key, line in lines
+    )
+
+
+def _lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return (dotted key, line) of every key and section, in order."""
+    lines = []
+    for name, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            lines.append((name, f"{name}:"))
+            lines += [(f"{name}.{key}", f"  {key}: {text(leaf)}") for key, leaf in value.items()]
+        else:
+            lines.append((name, f"{name}: {text(value)}"))
+    return lines
+
+
+def reference() -> str:
+    """Return Markdown tables of every key: default, legal values, meaning."""
+    by_name = sections()
+    scalars = [name for name in Recipe.model_fields if name not in by_name]
+    parts = [
+        "# Settings\n\nEvery key of a recipe, its default, its legal values and its meaning. "
+        "`mimae config RECIPE [key=value ...]` prints what a recipe resolves to. "
+        "This page is the output of `mimae settings`.\n",
+        _table("", scalars, Recipe),
+    ]
+    for name, section in by_name.items():
+        meaning = " ".join((section.__doc__ or "").split("\n\n")[0].split())
+        parts.append(f"## {name}\n\n{meaning}\n\n{_table(f'{name}.', list(section.model_fields), section)}")
+    return "\n".join(parts)
+
+
+def _table(prefix: str, names: list[str], model: type[Section]) -> str:
+    rows = ["| key | default | legal | meaning |", "|---|---|---|---|"]
+    defaults = model().model_dump(mode="json")
+    for name in names:
+        meaning = model.model_fields[name].description or ""
+        row = [f"`{prefix}{name}`", f"`{text(defaults[name])}`", legal(f"{prefix}{name}"), meaning]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,25 @@
+"""Settings of a run."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mimae.config.section import Section
+
+
+class RunSettings(Section):
+    """Where a run lives, and when it is taken for hung."""
+
+    dir: str = Field(
+        "runs/unnamed",
+        min_length=1,
+        description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
+    )
+    dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")
+    first_step_timeout: float = Field(
+        1800,
+        ge=0,
+        description="seconds until the first step of a start or of an epoch is done, and for checks and checkpoints; a "
+        "run that takes longer ends with its ranks' stacks, to be started again; 0: no limit",
+    )
+    step_timeout: float = Field(300, ge=0, description="the same for all other steps")
