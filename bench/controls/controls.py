@@ -27,7 +27,8 @@ import yaml
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config import recipe as config
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 from mimae.optim.optimizer import ScheduleSettings, total_steps

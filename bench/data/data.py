@@ -31,7 +31,8 @@ from mimae.data.loading.torch_loader import default_workers
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.pixels.decode import whole
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 
 PARITY = 128

@@ -13,7 +13,7 @@ from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.model import masking
 from mimae.telemetry import pictures
 

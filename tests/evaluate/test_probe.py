@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from mimae.config import recipe as config
 from mimae.data.loading.order import Part
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate import probe
 from mimae.evaluate.probe import (

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Part
 from mimae.data.pixels.decode import BadImage, whole
 from mimae.data.settings import DataSettings
-
-if TYPE_CHECKING:
-    from mimae.data.sources.base import Source
+from mimae.data.sources.base import Source
 
 SPARE = 0.1
 """Share of its file system that a cache leaves free: in RAM the loaders' batches lie there too."""

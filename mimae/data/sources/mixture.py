@@ -6,17 +6,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Part
+from mimae.data.sources.base import Source
 from mimae.data.sources.index import end_to_end
-
-if TYPE_CHECKING:
-    from mimae.data.sources.base import Source
 
 EXTENSIONS = (".yaml", ".yml")
 _FORM = """

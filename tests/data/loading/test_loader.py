@@ -22,7 +22,8 @@ from mimae.data.loading.order import Job
 from mimae.data.loading.torch_loader import TorchLoader, default_workers
 from mimae.data.pixels.augment import centre_window, crop_words, flips, random_window
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.randomness import Purpose, words
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 

@@ -28,7 +28,7 @@ from mimae.data.loading.order import Job
 from mimae.data.loading.samples import make_batch
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.train import loop
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 from tests.data.loading.test_loader import without_tables

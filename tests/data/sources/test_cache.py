@@ -22,8 +22,9 @@ from PIL import Image, ImageOps
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
 from mimae.data.sources.cache import Cached, cache_folder_of, cache_note, cached
+from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph, write_images
 
 IMAGES = 12

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import make_loader
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
 from mimae.data.sources.mixture import apportion
+from mimae.data.sources.open import open_source
 from tests.data.conftest import write_images
 from tests.data.sources.test_shards import write_tar
 

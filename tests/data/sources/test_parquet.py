@@ -15,7 +15,7 @@ import pytest
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources import parquet
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
 
 BYTES = [b"row %d" % i * 30 for i in range(10)]

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources import patterns, shards
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
 
 Members = Iterable[tuple[str, bytes]]

@@ -17,7 +17,8 @@ from mimae.data.loading.loader import make_loader
 from mimae.data.loading.order import Job
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph
 from tests.data.sources.test_shards import write_tar
 from tests.kills import ids_through_kills, tell

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mimae import cli
 from mimae.data.loading.batch import DataError
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.data.tools import pack
 from mimae.data.tools.pack import Packing
 from tests.data.conftest import encoded, photograph, write_images
