@@ -124,7 +124,7 @@ def control_trials(data: str) -> list[Trial]:
     name, paths = parse_data(data)
     recipe = config.load(RECIPES[name], paths).recipe
     path = recipe.data.path
-    samples = sum(part.draws for part in open_source(path).parts)
+    samples = sum(share.draws for share in open_source(path).shares)
     rows = {**CONTROLS, **CHOICES}
     trials = [
         make_trial(

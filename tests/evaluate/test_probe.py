@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimae.config import recipe as config
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -223,7 +223,7 @@ class Labelled:
         return self.name
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def shares(self) -> tuple[Share, ...]:
         raise AssertionError("labels are not drawn from")
 
     def path(self, i: int) -> str:

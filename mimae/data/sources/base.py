@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 
 
 class Source(Protocol):
@@ -25,7 +25,7 @@ class Source(Protocol):
         """The names of the classes, where they have any."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def shares(self) -> tuple[Share, ...]:
         """What an epoch is drawn from, its sizes adding up to the source's; but in mixtures the source alone."""
 
     @property

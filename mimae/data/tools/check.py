@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mimae.data.loading.batch import BadSample
 from mimae.data.loading.processes import over
-from mimae.data.loading.torch_loader import default_workers
+from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.decode import BadImage, decode, format_of, why
 from mimae.data.settings import DataSettings
