@@ -36,7 +36,6 @@ EVERY_ROOM = {"settings"}
 
 KNOWN_CIRCLES = {
     frozenset({"mimae.plan.advice", "mimae.plan.scaling"}),
-    frozenset({"mimae.data.sources.base", "mimae.data.sources.mixture"}),
 }
 
 

@@ -28,7 +28,8 @@ from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
 from mimae.config.recipe import flat
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 from mimae.optim.optimizer import total_steps
@@ -125,7 +126,7 @@ def control_trials(data: str) -> list[Trial]:
     name, paths = parse_data(data)
     recipe = load_recipe(RECIPES[name], paths).recipe
     path = recipe.data.path
-    samples = sum(part.draws for part in open_source(path).parts)
+    samples = sum(share.draws for share in open_source(path).shares)
     rows = {**CONTROLS, **CHOICES}
     trials = [
         make_trial(

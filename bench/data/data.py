@@ -27,11 +27,12 @@ from mimae.config.load import load_recipe
 from mimae.data.loading.backend import OBSTACLES, make_backend
 from mimae.data.loading.batch import Batch, Spent
 from mimae.data.loading.order import Plan, epoch_order
-from mimae.data.loading.torch_loader import default_workers
+from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.pixels.decode import whole
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 
 PARITY = 128
@@ -131,11 +132,11 @@ def tree_bytes() -> int:
 def parity(name: str, job: Job) -> dict[str, float]:
     """How far a loader's pixels are from torchvision's antialiased bicubic on the same windows, of 255."""
     settings = job.settings.model_copy(update={"loader": name, "workers": 0})
-    parts = job.source.parts
+    shares = job.source.shares
     count = min(PARITY, len(job.source))
-    dealt = Plan(sum(part.draws for part in parts), count, 1, 0, 1)
+    dealt = Plan(sum(share.draws for share in shares), count, 1, 0, 1)
     with closing(make_backend(settings, job.source, seed=0)) as backend:
-        batch = next(iter(backend.batches(dealt.jobs(epoch_order(0, 0, parts), 0))))
+        batch = next(iter(backend.batches(dealt.requests(epoch_order(0, 0, shares), 0))))
     expected = _expected(batch, job)
     error = (batch.images.cpu().numpy().astype(np.float64) - expected).__abs__()
     mse = float((error**2).mean())

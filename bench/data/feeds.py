@@ -58,18 +58,18 @@ def ours(name: str) -> Feed:
     def feed(job: Job, stack: ExitStack) -> Iterator[Made]:
         settings = job.settings.model_copy(update={"loader": name, "workers": job.workers})
         backend = stack.enter_context(closing(make_backend(settings, job.source, seed=0)))
-        for batch in backend.batches(_jobs(job)):
+        for batch in backend.batches(_requests(job)):
             yield Made(len(batch.images), batch.spent)
 
     return feed
 
 
-def _jobs(job: Job) -> Iterator[order.Job]:
-    """Jobs of epoch after epoch, without the pause between two."""
-    parts = job.source.parts
-    dealt = Plan(sum(part.draws for part in parts), job.batch_size, 1, 0, 1)
+def _requests(job: Job) -> Iterator[order.BatchRequest]:
+    """Requests of epoch after epoch, without the pause between two."""
+    shares = job.source.shares
+    dealt = Plan(sum(share.draws for share in shares), job.batch_size, 1, 0, 1)
     for epoch in itertools.count():
-        yield from dealt.jobs(epoch_order(0, epoch, parts), epoch)
+        yield from dealt.requests(epoch_order(0, epoch, shares), epoch)
 
 
 def torchvision_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
@@ -142,7 +142,7 @@ def spdl_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
     assert scale is not None
 
     def slots() -> Iterator[tuple[int, list[int], bool]]:
-        for each in _jobs(job):
+        for each in _requests(job):
             ids = torch.from_numpy(each.ids)
             words = crop_words(0, each.epoch, ids).tolist()
             yield from zip(each.ids.tolist(), words, flips(0, each.epoch, ids).tolist(), strict=True)

@@ -25,7 +25,8 @@ from mimae.data.loading.backend import OBSTACLES
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 
 SAMPLE_SECONDS = 2.0

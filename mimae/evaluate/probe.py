@@ -29,7 +29,8 @@ from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.model.encoder import Encoder
 from mimae.model.mimae import MIMAE, build

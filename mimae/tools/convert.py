@@ -27,7 +27,8 @@ from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.faults.lock import lock
 from mimae.model.mimae import MIMAE, outline
 from mimae.optim.optimizer import total_steps

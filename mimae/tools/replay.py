@@ -24,7 +24,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.engines.base import check_machine
 from mimae.engines.make import make_engine
 from mimae.errors import UserError

@@ -13,7 +13,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.model import masking
 from mimae.telemetry import pictures
 
@@ -23,7 +23,7 @@ def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
     the sample that is cut from it, each of its views. Raises DataError."""
     source = open_source(recipe.data.path)
     data = recipe.data.model_copy(update={"workers": 0})
-    count = min(images, sum(part.draws for part in source.parts))
+    count = min(images, sum(share.draws for share in source.shares))
     batch = next(make_loader(data, source, seed=recipe.seed, batch_size=count).epoch(epoch))
     (centres,) = evaluation_batches(data, source, count, batch.source_ids)
     patch, (height, width) = recipe.model.patch_size, data.size_hw

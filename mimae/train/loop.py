@@ -23,8 +23,9 @@ from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, evaluation_batches, make_loader
 from mimae.data.loading.stalls import Stalls
 from mimae.data.loading.to_device import Transfer
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cache_note
+from mimae.data.sources.open import open_source
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
 from mimae.errors import RunError

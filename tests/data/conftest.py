@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mimae.data.loading.dali_loader import DaliGpuLoader
+from mimae.data.loading.dali import DaliGpuBackend
 from mimae.data.loading.loader import Loader, make_loader
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
@@ -65,5 +65,5 @@ def loader_on_cpu(
         named = settings.model_copy(update={"loader": name})
         return make_loader(named, source, seed=seed, batch_size=batch_size, **plan)
     like = loader_on_cpu("torch", settings, source, seed=seed, batch_size=batch_size, **plan)
-    backend = DaliGpuLoader(settings, source, seed, torch.device("cpu"))
+    backend = DaliGpuBackend(settings, source, seed, torch.device("cpu"))
     return Loader(like.plan, backend, like._order)

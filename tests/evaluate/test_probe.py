@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate import probe
 from mimae.evaluate.probe import (
@@ -223,7 +224,7 @@ class Labelled:
         return self.name
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def shares(self) -> tuple[Share, ...]:
         raise AssertionError("labels are not drawn from")
 
     def path(self, i: int) -> str:

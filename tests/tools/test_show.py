@@ -14,7 +14,7 @@ from PIL import Image
 from mimae import cli
 from mimae.config.load import load_recipe
 from mimae.data.loading.loader import make_loader
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.model import masking
 from mimae.telemetry.pictures import HIDDEN
 from mimae.tools.show import masked, show

@@ -25,7 +25,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.backend import Choice
 from mimae.data.loading.loader import evaluation_batches
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
 from mimae.errors import RunError, UserError

@@ -1,4 +1,4 @@
-"""The loaders by their names: which of them can run here, and which is the fastest."""
+"""The decoder backends that `data.loader` names: which of them can run here, and which is the fastest."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from typing import NamedTuple, Protocol
 import torch
 
 from mimae.data.loading.batch import Batch, DataError
-from mimae.data.loading.dali_loader import DaliGpuLoader, RegionDecoder
-from mimae.data.loading.order import Job
+from mimae.data.loading.dali import DaliGpuBackend, RegionDecoder
+from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import EachDecoder, make_batch
-from mimae.data.loading.torch_loader import TorchLoader, default_workers
+from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 SECONDS = 2.0
-"""How long a loader is measured, once its processes have started and all images have been read."""
+"""How long a backend is measured, once its processes have started and all images have been read."""
 
 IMAGES = 512
-"""Images that loaders are measured on, over and over."""
+"""Images that backends are measured on, over and over."""
 
 _AT_ONCE = 64
 
 
-class Backend(Protocol):
-    """What makes batches of jobs."""
+class DecoderBackend(Protocol):
+    """Decodes and cuts the images of requested micro-batches."""
 
-    def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
-        """The batches of `jobs` in their order; an earlier run that is not done ends. Raises DataError."""
+    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+        """The batches of `requests` in their order; an earlier run that is not done ends. Raises DataError."""
 
     def close(self) -> None:
         """Ends what works for it."""
 
 
-def make_backend(settings: DataSettings, source: Source, seed: int) -> Backend:
-    """What `settings.loader` names ("auto": "torch"). Raises DataError where it cannot run."""
+def make_backend(settings: DataSettings, source: Source, seed: int) -> DecoderBackend:
+    """Make the backend that `settings.loader` names ("auto": "torch"). Raises DataError where it cannot run."""
     name = "torch" if settings.loader == "auto" else settings.loader
     if (reason := OBSTACLES[name](_device())) is not None:
         raise DataError(f"data.loader={name} cannot run here: {reason}")
     if name == "dali_gpu":
-        return DaliGpuLoader(settings, source, seed)
+        return DaliGpuBackend(settings, source, seed)
     decoder = RegionDecoder() if name == "dali_cpu" else EachDecoder()
-    return TorchLoader(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers)
+    return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers)
 
 
 def _device() -> torch.device:
@@ -71,23 +71,23 @@ OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
     "dali_cpu": _no_dali,
     "dali_gpu": _no_gpu,
 }
-"""Of each loader, by its name: why it cannot run for a device, and what to do about it; None if it can."""
+"""For each backend by its name: a function that says why it cannot run on a device and what to do; None if it can."""
 
 
 class Choice(NamedTuple):
-    """What "auto" comes to."""
+    """The backend that "auto" stands for."""
 
     loader: str
     rates: dict[str, float]
-    """Images per second of each loader that can run here; empty where there is but one."""
+    """Images per second of each backend that can run here; empty where there is only one."""
     failed: dict[str, str] = {}  # noqa: RUF012 -- a default of a named tuple, which nobody changes
-    """Of each loader that should run here and does not: why."""
+    """Why a backend that should run here does not, by its name."""
 
 
 def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> Choice:
-    """The loader that makes most images per second here: each is run as it would be, on images from all over `source`.
+    """Return the backend that makes most images per second here.
 
-    Raises DataError where none of them runs, as with images that cannot be read.
+    Each is run as it would be in training, on images from all over `source`. Raises DataError where none of them runs, as with images that cannot be read.
     """
     names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
     if len(names) == 1:
@@ -107,14 +107,16 @@ def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> 
 def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> float:
     """Images per second of `settings.loader`, counted from when each of its processes has made a batch.
 
-    By then all images have been read: on slow storage the first loader would else be measured with a cold cache.
+    By then all images have been read: on slow storage the first backend would else be measured with a cold cache.
     """
     ids = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().long()
     parts = ids.split(min(_AT_ONCE, samples))
     workers = default_workers() if settings.workers is None else settings.workers
     backend = make_backend(settings, source, seed)
     try:
-        batches = backend.batches(Job(0, step, part.numpy()) for step, part in enumerate(itertools.cycle(parts)))
+        batches = backend.batches(
+            BatchRequest(0, step, part.numpy()) for step, part in enumerate(itertools.cycle(parts))
+        )
         for _ in range(max(workers + 1, len(parts))):
             next(batches)
         start, images = time.perf_counter(), 0

@@ -8,11 +8,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mimae.data.loading.backend import OBSTACLES, Backend, make_backend
+from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend
 from mimae.data.loading.batch import Batch
-from mimae.data.loading.order import Job, Plan, epoch_order
+from mimae.data.loading.order import BatchRequest, Plan, epoch_order
 from mimae.data.loading.samples import EachDecoder, make_batch
-from mimae.data.loading.torch_loader import TorchLoader
+from mimae.data.loading.workers import Workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cached
@@ -23,7 +23,7 @@ __all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_lo
 class Loader:
     """The micro-batches of one rank, epoch by epoch. Needs (epoch, step) and nothing else to resume."""
 
-    def __init__(self, plan: Plan, backend: Backend, order: Callable[[int], Tensor]) -> None:
+    def __init__(self, plan: Plan, backend: DecoderBackend, order: Callable[[int], Tensor]) -> None:
         self.plan = plan
         self._backend = backend
         self._order = lru_cache(maxsize=1)(order)
@@ -44,7 +44,7 @@ class Loader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of the epoch from `first_step` on, `accumulate` of them per step."""
-        return self._backend.batches(self.plan.jobs(self._order(epoch), epoch, first_step))
+        return self._backend.batches(self.plan.requests(self._order(epoch), epoch, first_step))
 
     def close(self) -> None:
         """Ends what works for the loader."""
@@ -66,9 +66,9 @@ def make_loader(
     `settings.loader` names what makes them; "auto" is "torch" until somebody has measured (`fastest`). Raises DataError
     where the batch does not divide or the source has no full one, and where the loader cannot run.
     """
-    parts = source.parts
-    plan = Plan(sum(part.draws for part in parts), batch_size, accumulate, rank, world_size)
-    order = partial(epoch_order, seed, parts=parts, by_blocks=settings.shuffle == "blocks")
+    shares = source.shares
+    plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
+    order = partial(epoch_order, seed, shares=shares, by_blocks=settings.shuffle == "blocks")
     return Loader(plan, make_backend(settings, cached(settings, source), seed), order)
 
 
@@ -81,8 +81,10 @@ def evaluation_batches(
     """
     chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})
-    each = TorchLoader(partial(make_batch, plain, source, 0, decoder=EachDecoder()), plain.workers)
+    each = Workers(partial(make_batch, plain, source, 0, decoder=EachDecoder()), plain.workers)
     try:
-        yield from each.batches(Job(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size)))
+        yield from each.batches(
+            BatchRequest(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size))
+        )
     finally:
         each.close()

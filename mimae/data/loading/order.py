@@ -17,8 +17,8 @@ GROUP = 16_384
 """Samples that are shuffled together where storage wants its blocks read together."""
 
 
-class Part(NamedTuple):
-    """What the order of an epoch has to know of a source: of its `samples`, `draws` are due each epoch."""
+class Share(NamedTuple):
+    """The share of an epoch that a source has: its `samples`, of which `draws` are due each epoch."""
 
     samples: int
     draws: int
@@ -26,41 +26,41 @@ class Part(NamedTuple):
     """int64 (m + 1,): where the runs of samples begin that lie together in storage, and `samples`."""
 
 
-def epoch_order(seed: int, epoch: int, parts: Sequence[Part], *, by_blocks: bool = False) -> Tensor:
-    """The slots of an epoch in their order, int64 (sum of draws,); ids of the parts follow one another.
+def epoch_order(seed: int, epoch: int, shares: Sequence[Share], *, by_blocks: bool = False) -> Tensor:
+    """The slots of an epoch in their order, int64 (sum of draws,); ids of the shares follow one another.
 
-    Each part is gone through pass after pass, every pass in an order of its own, and an epoch takes up where the last
-    one left: within a pass each sample comes exactly once. The draws of a part lie evenly spread over the epoch. A slot
-    of the epoch's r-th pass over a part (from 0) is r M + id, M the number of all samples: crops and masks, which go
-    by the slot, differ when a sample comes again. One part with as many draws as samples is one pass an epoch.
+    Each share is gone through pass after pass, every pass in an order of its own, and an epoch takes up where the last
+    one left: within a pass each sample comes exactly once. The draws of a share lie evenly spread over the epoch. A
+    slot of the epoch's r-th pass over a share (from 0) is r M + id, M the number of all samples: crops and masks, which
+    go by the slot, differ when a sample comes again. One share with as many draws as samples is one pass an epoch.
     """
     first, slots, places = 0, [], []
-    total = sum(part.samples for part in parts)
-    for part in parts:
-        begin, end = epoch * part.draws, (epoch + 1) * part.draws
-        start = begin // part.samples
+    total = sum(share.samples for share in shares)
+    for share in shares:
+        begin, end = epoch * share.draws, (epoch + 1) * share.draws
+        start = begin // share.samples
         passes = [
-            _pass(seed, number, first, part, by_blocks) + (number - start) * total
-            for number in range(start, -(-end // part.samples))
+            _pass(seed, number, first, share, by_blocks) + (number - start) * total
+            for number in range(start, -(-end // share.samples))
         ]
-        skipped = begin - start * part.samples
-        slots.append(torch.cat(passes)[skipped : skipped + part.draws])
-        places.append((torch.arange(part.draws, dtype=torch.float64) + 0.5) / part.draws)
-        first += part.samples
+        skipped = begin - start * share.samples
+        slots.append(torch.cat(passes)[skipped : skipped + share.draws])
+        places.append((torch.arange(share.draws, dtype=torch.float64) + 0.5) / share.draws)
+        first += share.samples
     return torch.cat(slots)[torch.sort(torch.cat(places), stable=True).indices]
 
 
-def _pass(seed: int, number: int, first: int, part: Part, by_blocks: bool) -> Tensor:
+def _pass(seed: int, number: int, first: int, share: Share, by_blocks: bool) -> Tensor:
     """Ids first .. first + samples - 1 in the order of a pass, int64: sorted by (64-bit key of words 0 and 1, id);
     method 1.
 
     By blocks, these are sorted by the like key of words 2 and 3 of their first ids and fill groups of GROUP samples,
     the last block of a group running over; samples are sorted within their group.
     """
-    ids = torch.arange(first, first + part.samples)
+    ids = torch.arange(first, first + share.samples)
     order = torch.sort(_keys(seed, number, ids, 0), stable=True).indices
     if by_blocks:
-        starts, sizes = torch.from_numpy(part.blocks[:-1]), torch.from_numpy(np.diff(part.blocks))
+        starts, sizes = torch.from_numpy(share.blocks[:-1]), torch.from_numpy(np.diff(share.blocks))
         blocks = torch.sort(_keys(seed, number, first + starts, 2), stable=True).indices
         group = torch.empty_like(blocks)
         group[blocks] = (sizes[blocks].cumsum(0) - sizes[blocks]) // GROUP
@@ -75,10 +75,10 @@ def _keys(seed: int, number: int, ids: Tensor, word: int) -> Tensor:
     return ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]
 
 
-class Job(NamedTuple):
-    """One micro-batch to be made: the ids of its samples, int64 (B,), and its place in the run.
+class BatchRequest(NamedTuple):
+    """A request for one micro-batch: the ids of its samples, int64 (B,), and its place in the run.
 
-    The ids travel to a worker in every job, so they are NumPy's: a tensor would go through shared memory.
+    The ids travel to a worker in every request, so they are NumPy's: a tensor would go through shared memory.
     """
 
     epoch: int
@@ -122,13 +122,13 @@ class Plan:
         """Samples of a micro-batch of one rank."""
         return self.batch_size // (self.accumulate * self.world_size)
 
-    def jobs(self, order: Tensor, epoch: int, first_step: int = 0) -> Iterator[Job]:
+    def requests(self, order: Tensor, epoch: int, first_step: int = 0) -> Iterator[BatchRequest]:
         """This rank's micro-batches of the epoch from `first_step` on."""
-        share = self.micro_batch
+        size = self.micro_batch
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(self.accumulate):
-                start = step * self.batch_size + (micro * self.world_size + self.rank) * share
-                yield Job(epoch, step, order[start : start + share].numpy())
+                start = step * self.batch_size + (micro * self.world_size + self.rank) * size
+                yield BatchRequest(epoch, step, order[start : start + size].numpy())
 
     def dropped(self, order: Tensor) -> Tensor:
         """The ids that the epoch leaves out: the tail of its order."""

@@ -1,4 +1,4 @@
-"""From a job to a micro-batch: samples are read, unreadable ones replaced, and a decoder makes the pixels."""
+"""From a request to a micro-batch: samples are read, unreadable ones replaced, and a decoder makes the pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mimae.data.loading.batch import BadSample, Batch, DataError, Spent
-from mimae.data.loading.order import Job
+from mimae.data.loading.order import BatchRequest
 from mimae.data.pixels.augment import Window, below, centre_window, crop_words, flips, random_window
 from mimae.data.pixels.cut import Cut, Turn, cut_from, finish
 from mimae.data.pixels.decode import BadImage, Encoded, look, region, why
@@ -105,10 +105,10 @@ def _region(sample: Sample) -> tuple[Tensor, Turn]:
     return torch.from_numpy(region(sample.encoded, sample.window)), Turn(columns=sample.flip)
 
 
-def make_batch(settings: DataSettings, source: Source, seed: int, job: Job, decoder: Decoder) -> Batch:
-    """The micro-batch of a job. Raises DataError where a sample cannot even be replaced."""
-    images = torch.empty((len(job.ids), *settings.size_hw, 3), dtype=torch.uint8)
-    slots, clock = _slots(settings, source, seed, job), Clock()
+def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
+    """The micro-batch of a request. Raises DataError where a sample cannot even be replaced."""
+    images = torch.empty((len(request.ids), *settings.size_hw, 3), dtype=torch.uint8)
+    slots, clock = _slots(settings, source, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
         samples = [slot.sample(clock) for slot in slots[start : start + decoder.at_once]]
         while refused := decoder(samples, images, clock):
@@ -117,20 +117,20 @@ def make_batch(settings: DataSettings, source: Source, seed: int, job: Job, deco
             samples = [slots[sample.place].sample(clock) for sample, _ in refused]
     source_ids = torch.tensor([slot.source_id for slot in slots], dtype=torch.int64)
     bad = [sample for slot in slots for sample in slot.bad]
-    return Batch(images, torch.tensor(job.ids), source_ids, job.epoch, job.step, bad, clock.spent())
+    return Batch(images, torch.tensor(request.ids), source_ids, request.epoch, request.step, bad, clock.spent())
 
 
-def _slots(settings: DataSettings, source: Source, seed: int, job: Job) -> list[_Slot]:
+def _slots(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> list[_Slot]:
     size, scale = settings.size_hw, settings.crop_scale
-    sample_ids = torch.tensor(job.ids)
-    mirrored = flips(seed, job.epoch, sample_ids).tolist() if settings.flip else [False] * len(job.ids)
-    windows: list[Callable[[int, int], Window]] = [partial(centre_window, size=size)] * len(job.ids)
+    sample_ids = torch.tensor(request.ids)
+    mirrored = flips(seed, request.epoch, sample_ids).tolist() if settings.flip else [False] * len(request.ids)
+    windows: list[Callable[[int, int], Window]] = [partial(centre_window, size=size)] * len(request.ids)
     if scale is not None:
-        drawn = crop_words(seed, job.epoch, sample_ids).tolist()
+        drawn = crop_words(seed, request.epoch, sample_ids).tolist()
         windows = [partial(random_window, row, scale=scale) for row in drawn]
     return [
-        _Slot(source, settings.max_pixels, place, _chain(seed, job.epoch, sample_id, len(source)), window, flip)
-        for place, (sample_id, window, flip) in enumerate(zip(job.ids.tolist(), windows, mirrored))
+        _Slot(source, settings.max_pixels, place, _chain(seed, request.epoch, sample_id, len(source)), window, flip)
+        for place, (sample_id, window, flip) in enumerate(zip(request.ids.tolist(), windows, mirrored))
     ]
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mimae.data.loading.batch import Spent
-from mimae.data.loading.torch_loader import default_workers
+from mimae.data.loading.workers import default_workers
 from mimae.data.settings import DataSettings
 
 LIMIT = 0.02

@@ -19,17 +19,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 from mimae.data.pixels.decode import BadImage, whole
 from mimae.data.settings import DataSettings
-
-if TYPE_CHECKING:
-    from mimae.data.sources.base import Source
+from mimae.data.sources.base import Source
 
 SPARE = 0.1
 """Share of its file system that a cache leaves free: in RAM the loaders' batches lie there too."""
@@ -90,8 +88,8 @@ class Cached:
         return self._source.classes
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return self._source.parts
+    def shares(self) -> tuple[Share, ...]:
+        return self._source.shares
 
     @property
     def fingerprint(self) -> str:
@@ -189,7 +187,7 @@ def cache_folder_of(settings: DataSettings, source: Source) -> Path:
             f"give data.cache_dir a folder on a disk of this machine"
         )
     base = _RAM if settings.cache_dir is None else Path(settings.cache_dir).expanduser().absolute()
-    starts = np.cumsum([0, *(part.samples for part in source.parts[:-1])]).tolist()
+    starts = np.cumsum([0, *(share.samples for share in source.shares[:-1])]).tolist()
     what = "\0".join([source.fingerprint, *map(source.path, starts)])
     key = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return base / f"mimae-cache-{os.getuid()}" / f"{key}-{settings.cache}"

@@ -22,7 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 
 T = TypeVar("T")
 
@@ -118,8 +118,8 @@ class IndexedSource:
         return np.append(np.arange(0, len(self), self.RUN), len(self))
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return (Part(len(self), len(self), self.blocks),)
+    def shares(self) -> tuple[Share, ...]:
+        return (Share(len(self), len(self), self.blocks),)
 
     @cached_property
     def fingerprint(self) -> str:

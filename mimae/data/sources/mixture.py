@@ -6,17 +6,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
+from mimae.data.sources.base import Source
 from mimae.data.sources.index import end_to_end
-
-if TYPE_CHECKING:
-    from mimae.data.sources.base import Source
 
 EXTENSIONS = (".yaml", ".yml")
 _FORM = """
@@ -45,9 +42,9 @@ class Mixture:
         return self._sources[0].classes if self.labels is not None else None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def shares(self) -> tuple[Share, ...]:
         return tuple(
-            Part(len(source), draws, source.parts[0].blocks) for source, draws in zip(self._sources, self._draws)
+            Share(len(source), draws, source.shares[0].blocks) for source, draws in zip(self._sources, self._draws)
         )
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Part
+from mimae.data.loading.order import Share
 from mimae.data.sources.index import IndexedSource
 
 PREFIX = "torchvision:"
@@ -47,9 +47,9 @@ class TorchvisionSource:
         return list(classes) if self.labels is not None and classes and isinstance(classes[0], str) else None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def shares(self) -> tuple[Share, ...]:
         blocks = np.append(np.arange(0, len(self), IndexedSource.RUN), len(self))
-        return (Part(len(self), len(self), blocks),)
+        return (Share(len(self), len(self), blocks),)
 
     @cached_property
     def fingerprint(self) -> str:

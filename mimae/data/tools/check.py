@@ -17,11 +17,12 @@ from rich.text import Text
 
 from mimae.data.loading.batch import BadSample
 from mimae.data.loading.processes import over
-from mimae.data.loading.torch_loader import default_workers
+from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.decode import BadImage, decode, format_of, why
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
 
 _CHUNK = 256

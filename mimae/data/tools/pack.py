@@ -20,10 +20,11 @@ from PIL import Image
 
 from mimae.data.loading.batch import BadSample, DataError
 from mimae.data.loading.processes import over
-from mimae.data.loading.torch_loader import default_workers
+from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.decode import BadImage, format_of, whole, why
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 
 QUALITY = 95
 """Of the JPEGs that images are resized to."""

@@ -20,7 +20,7 @@ from PIL import Image
 from mimae.bench.controls import controls
 from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
 from mimae.config.load import load_recipe
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 
 ROOT = Path(__file__).parents[3]

@@ -19,7 +19,7 @@ from mimae.bench.harness import soak
 from mimae.data.loading.batch import BadSample, Batch
 from mimae.data.pixels.decode import BadImage, whole, why
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.data.tools.pack import main as pack
 from mimae.errors import UserError
 

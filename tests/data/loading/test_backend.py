@@ -14,7 +14,8 @@ from mimae.data.loading import backend as backends
 from mimae.data.loading.backend import OBSTACLES, fastest, make_backend
 from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph
 
 

@@ -18,11 +18,12 @@ from PIL import Image, ImageOps
 
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
-from mimae.data.loading.order import Job
-from mimae.data.loading.torch_loader import TorchLoader, default_workers
+from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.pixels.augment import centre_window, crop_words, flips, random_window
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from mimae.randomness import Purpose, words
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 
@@ -267,14 +268,14 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
     assert not multiprocessing.active_children()
 
 
-def _fail(job: Job) -> None:
+def _fail(request: BatchRequest) -> None:
     raise RuntimeError("of its own")
 
 
 def test_an_error_in_a_worker_is_not_its_death() -> None:
-    loader = TorchLoader(_fail, 1)
+    loader = Workers(_fail, 1)
     with pytest.raises(RuntimeError, match="of its own"):
-        next(loader.batches([Job(0, 0, np.zeros(1, np.int64))]))
+        next(loader.batches([BatchRequest(0, 0, np.zeros(1, np.int64))]))
     loader.close()
     gc.collect()  # The error's traceback holds torch's iterator, and that the worker.
     assert not multiprocessing.active_children()

@@ -21,14 +21,14 @@ from torchvision.transforms import InterpolationMode, functional  # type: ignore
 
 from mimae.config.load import load_recipe
 from mimae.data.loading import backend as backends
-from mimae.data.loading import dali_loader
+from mimae.data.loading import dali
 from mimae.data.loading.batch import Batch, DataError
-from mimae.data.loading.dali_loader import DaliGpuLoader, RegionDecoder
-from mimae.data.loading.order import Job
+from mimae.data.loading.dali import DaliGpuBackend, RegionDecoder
+from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import make_batch
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.train import loop
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 from tests.data.loading.test_loader import without_tables
@@ -197,7 +197,7 @@ def test_a_pipeline_that_cannot_be_made_or_makes_nothing(tmp_path: Path, monkeyp
         (refuse, r"no pipeline on cpu \(Critical error: no driver\); set"),
         (Failing, "the CPU decodes"),
     ):
-        monkeypatch.setattr(dali_loader, "build", made)
+        monkeypatch.setattr(dali, "build", made)
         with pytest.raises(DataError, match=f"data.loader=dali_gpu .*{text}"):
             epoch("dali_gpu", settings, path, 4)
 
@@ -205,7 +205,7 @@ def test_a_pipeline_that_cannot_be_made_or_makes_nothing(tmp_path: Path, monkeyp
 def test_what_the_pipeline_owns_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch of JPEGs and a PNG too, whose images are a copy that may not have been made yet."""
     kept: list[Tensor] = []
-    monkeypatch.setattr(dali_loader._InUse, "add", lambda self, pixels: kept.append(pixels))
+    monkeypatch.setattr(dali._InUse, "add", lambda self, pixels: kept.append(pixels))
     jpegs = [encoded(photograph(i, 50, 70), "JPEG") for i in range(3)]
     path = write(tmp_path / "images", [*jpegs, encoded(photograph(3, 50, 70))])
     (batch,) = epoch("dali_gpu", DataSettings(image_size=24, workers=0), path, 4)
@@ -222,7 +222,7 @@ def test_forks_do_not_free_pipelines(tmp_path: Path) -> None:
     cut = np.array([[0, 0, 9, 9, 0, 0]], np.int32)
     gc.disable()
     try:
-        cycle: list[object] = [dali_loader.build(lambda: dali_loader.feed_of([jpeg], cut), 1, 2, CPU, (8, 8))]
+        cycle: list[object] = [dali.build(lambda: dali.feed_of([jpeg], cut), 1, 2, CPU, (8, 8))]
         cycle[0].run()  # type: ignore[attr-defined]
         cycle.append(cycle)
         del cycle
@@ -245,8 +245,8 @@ def test_memory_over_bad_images(tmp_path: Path) -> None:
     used = []
     gc.freeze()  # As in a worker.
     for step in range(40):
-        job = Job(0, step, np.zeros(50, np.int64) + 2 * np.arange(50))
-        batch = make_batch(settings, source, 0, job, decoder)
+        request = BatchRequest(0, step, np.zeros(50, np.int64) + 2 * np.arange(50))
+        batch = make_batch(settings, source, 0, request, decoder)
         assert {sample.id for sample in batch.bad} == {0} and set(batch.source_ids.tolist()) == {1}
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         used.append((resident >> 20, len(os.listdir("/proc/self/fd"))))
@@ -305,7 +305,7 @@ def test_losses_differ_less_than_with_another_seed(tmp_path: Path, monkeypatch: 
     """48 steps on each loader: dali_cpu's losses are torch's, dali_gpu's nearer to them than another seed's by far."""
     path = write(tmp_path / "images", [encoded(photograph(i, 60, 80), "JPEG") for i in range(32)])
     monkeypatch.setitem(backends.OBSTACLES, "dali_gpu", lambda device: None)
-    monkeypatch.setattr(backends, "DaliGpuLoader", partial(DaliGpuLoader, device=CPU))
+    monkeypatch.setattr(backends, "DaliGpuBackend", partial(DaliGpuBackend, device=CPU))
 
     def losses(loader: str, seed: int) -> np.ndarray:
         run = tmp_path / f"{loader}-{seed}"

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from mimae.data.loading import order as order_module
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Part, Plan, epoch_order
+from mimae.data.loading.order import Plan, Share, epoch_order
 from mimae.kernels import philox4x32
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def one(n: int) -> list[Part]:
-    """A plain source: one part, all of it due each epoch."""
-    return [Part(n, n, np.array([0, n]))]
+def one(n: int) -> list[Share]:
+    """A plain source: one share, all of it due each epoch."""
+    return [Share(n, n, np.array([0, n]))]
 
 
 @given(SEEDS, st.integers(0, 10_000), st.integers(1, 400))
@@ -53,11 +53,11 @@ def test_known_orders(seed: int, epoch: int, order: list[int]) -> None:
 
 
 @st.composite
-def blocked(draw: st.DrawFn) -> Part:
+def blocked(draw: st.DrawFn) -> Share:
     """A source of uneven blocks, empty ones among them."""
     sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    return Part(int(ends[-1]), int(ends[-1]), ends)
+    return Share(int(ends[-1]), int(ends[-1]), ends)
 
 
 @pytest.fixture(params=[1, 7, 1000], ids=["a block a group", "several blocks a group", "one group"])
@@ -68,26 +68,26 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blocked(), SEEDS, st.integers(0, 5))
-def test_blocks_are_read_together(group: int, part: Part, seed: int, epoch: int) -> None:
+def test_blocks_are_read_together(group: int, share: Share, seed: int, epoch: int) -> None:
     """Each sample once; and between the first and the last sample of a block come no more than its group holds."""
-    order = epoch_order(seed, epoch, [part], by_blocks=True)
-    assert order.sort().values.tolist() == list(range(part.samples))
+    order = epoch_order(seed, epoch, [share], by_blocks=True)
+    assert order.sort().values.tolist() == list(range(share.samples))
     place = order.argsort().numpy()
-    for begin, end in itertools.pairwise(part.blocks):
+    for begin, end in itertools.pairwise(share.blocks):
         if begin < end:
-            assert np.ptp(place[begin:end]) < group + np.diff(part.blocks).max()
+            assert np.ptp(place[begin:end]) < group + np.diff(share.blocks).max()
 
 
 def test_one_group_is_the_full_order() -> None:
-    part = Part(60, 60, np.arange(0, 61, 12))
-    assert torch.equal(epoch_order(3, 1, [part], by_blocks=True), epoch_order(3, 1, [part]))
+    share = Share(60, 60, np.arange(0, 61, 12))
+    assert torch.equal(epoch_order(3, 1, [share], by_blocks=True), epoch_order(3, 1, [share]))
 
 
 def test_blocks_and_samples_are_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the epochs every block begins one, and samples leave their place within their block."""
     monkeypatch.setattr(order_module, "GROUP", 1)
-    part = Part(40, 40, np.arange(0, 41, 10))
-    orders = [epoch_order(0, epoch, [part], by_blocks=True).view(4, 10) for epoch in range(30)]
+    share = Share(40, 40, np.arange(0, 41, 10))
+    orders = [epoch_order(0, epoch, [share], by_blocks=True).view(4, 10) for epoch in range(30)]
     assert {int(order[0, 0]) // 10 for order in orders} == {0, 1, 2, 3}
     assert all((order // 10 == order[:, :1] // 10).all() for order in orders)
     assert len({tuple((order[0] % 10).tolist()) for order in orders}) == 30
@@ -96,46 +96,46 @@ def test_blocks_and_samples_are_shuffled(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_known_order_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen, as the known orders."""
     monkeypatch.setattr(order_module, "GROUP", 4)
-    part = Part(10, 10, np.array([0, 3, 5, 10]))
-    assert epoch_order(1, 2, [part], by_blocks=True).tolist() == [3, 4, 0, 1, 2, 8, 6, 9, 7, 5]
+    share = Share(10, 10, np.array([0, 3, 5, 10]))
+    assert epoch_order(1, 2, [share], by_blocks=True).tolist() == [3, 4, 0, 1, 2, 8, 6, 9, 7, 5]
 
 
 # Mixtures
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> list[Part]:
+def mixtures(draw: st.DrawFn) -> list[Share]:
     sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
-    return [Part(n, draw(st.integers(1, 30)), np.array([0, n])) for n in sizes]
+    return [Share(n, draw(st.integers(1, 30)), np.array([0, n])) for n in sizes]
 
 
 @settings(max_examples=40)
 @given(mixtures(), SEEDS, st.booleans())
-def test_every_pass_over_a_part_is_whole(parts: list[Part], seed: int, by_blocks: bool) -> None:
-    """The draws of a part, epoch after epoch, are its passes one after the other: each sample once in each of them."""
-    total, epochs = sum(part.samples for part in parts), 5
-    drawn = np.concatenate([epoch_order(seed, epoch, parts, by_blocks=by_blocks) for epoch in range(epochs)]) % total
+def test_every_pass_over_a_share_is_whole(shares: list[Share], seed: int, by_blocks: bool) -> None:
+    """The draws of a share, epoch after epoch, are its passes one after the other: each sample once in each of them."""
+    total, epochs = sum(share.samples for share in shares), 5
+    drawn = np.concatenate([epoch_order(seed, epoch, shares, by_blocks=by_blocks) for epoch in range(epochs)]) % total
     first = 0
-    for part in parts:
-        own = drawn[(drawn >= first) & (drawn < first + part.samples)]
-        assert len(own) == epochs * part.draws
-        passes = [own[at : at + part.samples] for at in range(0, len(own), part.samples)]
+    for share in shares:
+        own = drawn[(drawn >= first) & (drawn < first + share.samples)]
+        assert len(own) == epochs * share.draws
+        passes = [own[at : at + share.samples] for at in range(0, len(own), share.samples)]
         assert all(len(set(one)) == len(one) for one in passes)
-        assert all(sorted(one) == list(range(first, first + part.samples)) for one in passes[:-1])
-        first += part.samples
+        assert all(sorted(one) == list(range(first, first + share.samples)) for one in passes[:-1])
+        first += share.samples
 
 
 @given(mixtures(), SEEDS, st.integers(0, 4))
-def test_slots_of_an_epoch_differ(parts: list[Part], seed: int, epoch: int) -> None:
+def test_slots_of_an_epoch_differ(shares: list[Share], seed: int, epoch: int) -> None:
     """A sample that comes again in an epoch has another slot, so another crop and other masks."""
-    slots = epoch_order(seed, epoch, parts)
-    assert len(slots.unique()) == len(slots) == sum(part.draws for part in parts)
+    slots = epoch_order(seed, epoch, shares)
+    assert len(slots.unique()) == len(slots) == sum(share.draws for share in shares)
 
 
 def test_parts_are_spread_evenly() -> None:
     """Three to one by weight: in every stretch of 8 draws 6 and 2, so a batch holds what the weights say."""
-    parts = [Part(100, 60, np.array([0, 100])), Part(7, 20, np.array([0, 7]))]
-    of_second = epoch_order(0, 3, parts).view(10, 8) % 107 >= 100
+    shares = [Share(100, 60, np.array([0, 100])), Share(7, 20, np.array([0, 7]))]
+    of_second = epoch_order(0, 3, shares).view(10, 8) % 107 >= 100
     assert of_second.sum(1).tolist() == [2] * 10
 
 
@@ -153,11 +153,13 @@ def test_global_batch_is_the_same_for_every_deal(plan: tuple[int, int, int, int]
     samples, batch_size, accumulate, world_size = plan
     order = epoch_order(seed, 1, one(samples))
     ranks = [Plan(samples, batch_size, accumulate, rank, world_size) for rank in range(world_size)]
-    dealt = [list(rank.jobs(order, 1)) for rank in ranks]
-    assert {len(jobs) for jobs in dealt} == {samples // batch_size * accumulate}
-    seen = np.concatenate([job.ids for micro in zip(*dealt, strict=True) for job in micro])
+    dealt = [list(rank.requests(order, 1)) for rank in ranks]
+    assert {len(requests) for requests in dealt} == {samples // batch_size * accumulate}
+    seen = np.concatenate([request.ids for micro in zip(*dealt, strict=True) for request in micro])
     assert seen.tolist() == order[: len(seen)].tolist()
-    assert [job.step for job in dealt[0]] == [s for s in range(samples // batch_size) for _ in range(accumulate)]
+    assert [request.step for request in dealt[0]] == [
+        s for s in range(samples // batch_size) for _ in range(accumulate)
+    ]
     assert np.concatenate([seen, ranks[0].dropped(order)]).tolist() == order.tolist()
     assert len(ranks[0].dropped(order)) < batch_size
 
@@ -168,8 +170,8 @@ def test_resuming_gives_the_rest(plan: tuple[int, int, int, int], data: st.DataO
     order = epoch_order(5, 2, one(samples))
     whole = Plan(samples, batch_size, accumulate, world_size - 1, world_size)
     first = data.draw(st.integers(0, whole.steps_per_epoch))
-    rest = [job.ids.tolist() for job in whole.jobs(order, 2, first)]
-    assert rest == [job.ids.tolist() for job in whole.jobs(order, 2)][first * accumulate :]
+    rest = [request.ids.tolist() for request in whole.requests(order, 2, first)]
+    assert rest == [request.ids.tolist() for request in whole.requests(order, 2)][first * accumulate :]
 
 
 def test_batch_that_does_not_divide() -> None:

@@ -15,7 +15,7 @@ from mimae.data.loading.batch import BadSample, Batch, DataError
 from mimae.data.loading.loader import make_loader
 from mimae.data.loading.to_device import Transfer
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import write_images
 
 CPU = torch.device("cpu")

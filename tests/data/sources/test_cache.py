@@ -22,8 +22,9 @@ from PIL import Image, ImageOps
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
 from mimae.data.sources.cache import Cached, cache_folder_of, cache_note, cached
+from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph, write_images
 
 IMAGES = 12
@@ -87,7 +88,7 @@ def test_it_is_the_source_but_for_reading(folder: Path, tmp_path: Path) -> None:
     wrapped = Cached(settings(tmp_path), source)
     assert (wrapped.name, wrapped.fingerprint, len(wrapped)) == (source.name, source.fingerprint, len(source))
     assert (wrapped.labels, wrapped.classes, wrapped.path(3)) == (source.labels, source.classes, source.path(3))
-    assert wrapped.parts[0][:2] == source.parts[0][:2]
+    assert wrapped.shares[0][:2] == source.shares[0][:2]
     assert cached(settings(tmp_path, None), source) is source
     with pytest.raises(TypeError):
         pickle.dumps(wrapped)  # In another process its open files would be other files.

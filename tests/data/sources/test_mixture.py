@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import make_loader
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import open_source
 from mimae.data.sources.mixture import apportion
+from mimae.data.sources.open import open_source
 from tests.data.conftest import write_images
 from tests.data.sources.test_shards import write_tar
 
@@ -35,7 +35,7 @@ def test_sources_follow_one_another(folder: Path) -> None:
     source = open_source(mixture(folder, "draws: 10\nsources: {'t-{0..0}.tar': 3, ./photos: 1.0}"))
     assert len(source) == 5
     assert source.path(1) == f"{folder}/t-0.tar/y.png" and source.read(1) == b"y"
-    assert [(part.samples, part.draws) for part in source.parts] == [(2, 8), (3, 2)]
+    assert [(share.samples, share.draws) for share in source.shares] == [(2, 8), (3, 2)]
     assert source.read(4) == (folder / "photos/b/3.png").read_bytes()
     assert source.labels is None  # The shards have numbers and the folder has names.
     for i in (-1, 5):

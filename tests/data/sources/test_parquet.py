@@ -15,7 +15,7 @@ import pytest
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources import parquet
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
 
 BYTES = [b"row %d" % i * 30 for i in range(10)]
@@ -52,7 +52,7 @@ def test_files_of_hugging_face(tmp_path: Path, options: dict[str, Any]) -> None:
     assert source.classes == ["cat", "dog"]
     assert source.path(8) == f"{tmp_path}/1.parquet, row 1 (é8.png)"
     groups = [0, 7, 10] if "row_group_size" in options else [0, 4, 7, 10]
-    assert source.parts[0].blocks.tolist() == groups
+    assert source.shares[0].blocks.tolist() == groups
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources import photos
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 
 
 def original(file: str) -> np.ndarray:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources import patterns, shards
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
 
 Members = Iterable[tuple[str, bytes]]
@@ -326,7 +327,7 @@ def test_shards_without_members(tmp_path: Path) -> None:
     """As an archiver leaves them that found nothing: nothing is lost, unless there is nothing at all."""
     whole, path, _ = pair(tmp_path)
     write_tar(path, [])
-    assert open_source(str(tmp_path)).parts[0].blocks.tolist() == [0, 2, 2]
+    assert open_source(str(tmp_path)).shares[0].blocks.tolist() == [0, 2, 2]
     whole.unlink()
     with pytest.raises(DataError, match=f"{tmp_path}: the shards hold no images"):
         open_source(str(path))
@@ -392,7 +393,7 @@ def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
     (tmp_path / "README.md").touch()
     source = open_source(str(tmp_path / pattern))
     assert [source.read(i).decode() for i in range(len(source))] == expected
-    assert source.parts[0].blocks.tolist() == list(range(len(expected) + 1))
+    assert source.shares[0].blocks.tolist() == list(range(len(expected) + 1))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
-from mimae.data.sources import base as sources
-from mimae.data.sources import index
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources import files, index, open
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import settle, write_images
 
 
@@ -209,7 +209,7 @@ def test_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
-    monkeypatch.setattr(sources.os, "scandir", refusing)
+    monkeypatch.setattr(files.os, "scandir", refusing)
     with pytest.raises(DataError, match=r"cannot list the folder .*/b/: Permission denied"):
         open_source(str(tmp_path))
 
@@ -235,14 +235,14 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The places that were indexed afresh, in their order."""
     done: list[Path] = []
-    for name in ("_scan_folder", "_read_list"):
-        build = getattr(sources, name)
+    for name in ("scan_folder", "read_list"):
+        build = getattr(open, name)
 
         def counted(place: Path, build=build) -> index.Index:  # type: ignore[no-untyped-def]
             done.append(place)
             return build(place)
 
-        monkeypatch.setattr(sources, name, counted)
+        monkeypatch.setattr(open, name, counted)
     return done
 
 

@@ -14,10 +14,11 @@ import torch
 
 from mimae.data.loading import order
 from mimae.data.loading.loader import make_loader
-from mimae.data.loading.order import Job
+from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.settings import DataSettings
-from mimae.data.sources.base import Source, open_source
+from mimae.data.sources.base import Source
+from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph
 from tests.data.sources.test_shards import write_tar
 from tests.kills import ids_through_kills, tell
@@ -80,7 +81,7 @@ def test_batches_are_equal_bit_for_bit(places: dict[str, str]) -> None:
 
 def test_blocks_follow_the_storage(places: dict[str, str]) -> None:
     """Shards, row groups; for files runs of a fixed length. One list of blocks gives one order, whatever it is of."""
-    blocks = {kind: open_source(place).parts[0].blocks.tolist() for kind, place in places.items()}
+    blocks = {kind: open_source(place).shares[0].blocks.tolist() for kind, place in places.items()}
     assert blocks["tar"] == [0, 9, 10, COUNT]
     assert blocks["parquet"] == [0, 5, 10, 14, 19, COUNT]
     assert blocks["folder"] == blocks["list.tsv"] == [0, COUNT]
@@ -154,7 +155,7 @@ def test_memory_and_files_over_bad_images(tmp_path: Path) -> None:
     for step in range(60):
         if step == 12:
             before = used()
-        batch = make_batch(limited, source, 0, Job(0, step, np.arange(6)), EachDecoder())
+        batch = make_batch(limited, source, 0, BatchRequest(0, step, np.arange(6)), EachDecoder())
         assert {sample.id for sample in batch.bad} == set(range(5)) and set(batch.source_ids.tolist()) == {5}
     after = used()
     assert after[0] - before[0] < 8 and after[1] <= before[1]

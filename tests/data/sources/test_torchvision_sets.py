@@ -13,7 +13,7 @@ from torchvision import datasets  # type: ignore[import-untyped]
 from mimae.data.loading.batch import DataError
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.decode import decode
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 
 SETS = {"train": 7, "test": 4}
 

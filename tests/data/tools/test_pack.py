@@ -16,7 +16,7 @@ from PIL import Image
 
 from mimae import cli
 from mimae.data.loading.batch import DataError
-from mimae.data.sources.base import open_source
+from mimae.data.sources.open import open_source
 from mimae.data.tools import pack
 from mimae.data.tools.pack import Packing
 from tests.data.conftest import encoded, photograph, write_images
@@ -45,7 +45,7 @@ def test_shards_hold_the_same_bytes_and_labels(folder: Path) -> None:
     assert [packed.read(i) for i in range(7)] == [source.read(i) for i in range(7)]
     assert packed.labels is not None and source.labels is not None
     assert packed.labels.tolist() == source.labels.tolist()
-    assert packed.parts[0].blocks.tolist() == [0, 3, 6, 7]
+    assert packed.shares[0].blocks.tolist() == [0, 3, 6, 7]
     with tarfile.open(folder.parent / "out" / "t-00001.tar") as tar:
         assert tar.getnames() == [f"00000000{i}.{ending}" for i in (3, 4, 5) for ending in ("png", "cls")]
     assert names(folder.parent / "out") == [

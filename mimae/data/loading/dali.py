@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mimae.data.loading.batch import Batch, DataError
-from mimae.data.loading.order import Job
+from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import Clock, EachDecoder, Sample, make_batch
-from mimae.data.loading.torch_loader import TorchLoader, default_workers
+from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.pixels.cut import Cut, finish
 from mimae.data.pixels.decode import BadImage
 from mimae.data.settings import DataSettings
@@ -195,12 +195,12 @@ class _Hold:
         return self._others([sample for sample in samples if sample.place not in places], images, clock)
 
 
-def hold(settings: DataSettings, source: Source, seed: int, job: Job) -> Held:
+def hold(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> Held:
     """The worker's part of a micro-batch: all but the pixels of plain JPEGs. Raises DataError."""
-    decoder = _Hold(len(job.ids))
-    batch = make_batch(settings, source, seed, job, decoder)
+    decoder = _Hold(len(request.ids))
+    batch = make_batch(settings, source, seed, request, decoder)
     places = torch.tensor([sample.place for sample, _ in decoder.held], dtype=torch.int64)
-    made = torch.ones(len(job.ids), dtype=torch.bool)
+    made = torch.ones(len(request.ids), dtype=torch.bool)
     made[places] = False
     parts = [sample.encoded.data for sample, _ in decoder.held]
     return Held(
@@ -261,7 +261,7 @@ def _build_or_refuse(
         ) from None
 
 
-class DaliGpuLoader:
+class DaliGpuBackend:
     """Workers read, check and draw windows; a pipeline in this process makes the samples on the rank's GPU.
 
     With the device "cpu" the same pipeline runs there.
@@ -270,17 +270,17 @@ class DaliGpuLoader:
     def __init__(self, settings: DataSettings, source: Source, seed: int, device: torch.device | None = None) -> None:
         self._settings, self._source, self._seed = settings, source, seed
         self._device = device or torch.device("cuda", torch.cuda.current_device())
-        self._workers = TorchLoader(partial(hold, settings, source, seed), settings.workers)
+        self._workers = Workers(partial(hold, settings, source, seed), settings.workers)
         self._running: Generator[Batch, None, None] | None = None
 
-    def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
-        """The batches of `jobs` in their order, none larger than the first; an earlier run that is not done ends.
+    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+        """The batches of `requests` in their order, none larger than the first; an earlier run that is not done ends.
 
         Raises DataError.
         """
         if self._running is not None:
             self._running.close()
-        self._running = self._run(self._workers.batches(jobs))
+        self._running = self._run(self._workers.batches(requests))
         return self._running
 
     def close(self) -> None:
@@ -335,8 +335,8 @@ class DaliGpuLoader:
             raise failures[0]
 
     def _remade(self, batch: Batch, decoder: _InHalves) -> Batch:
-        job = Job(batch.epoch, batch.step, batch.sample_ids.numpy())
-        return make_batch(self._settings, self._source, self._seed, job, decoder).to(self._device)
+        request = BatchRequest(batch.epoch, batch.step, batch.sample_ids.numpy())
+        return make_batch(self._settings, self._source, self._seed, request, decoder).to(self._device)
 
     def _finished(self, held: Held, pixels: Tensor) -> Batch:
         """The micro-batch with the pipeline's pixels; without a copy if they are all of it."""

@@ -14,20 +14,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Job
+from mimae.data.loading.order import BatchRequest
 
 Made = TypeVar("Made")
 
 
-class TorchLoader(Generic[Made]):
-    """`make(job)` for each job, in their order, by `workers` processes (None: one per core of this rank; 0: here).
+class Workers(Generic[Made]):
+    """Worker processes that call `make(request)` for each request and give the results in the requests' order.
 
+    `workers` is their number; None: one per core of this rank; 0: the calling process does the work.
     The processes live until `close`.
     """
 
-    def __init__(self, make: Callable[[Job], Made], workers: int | None) -> None:
+    def __init__(self, make: Callable[[BatchRequest], Made], workers: int | None) -> None:
         workers = default_workers() if workers is None else workers
-        self._jobs = _Jobs()
+        self._requests = _Requests()
         self._running: Generator[Made, None, None] | None = None
         with warnings.catch_warnings():
             # On more workers than cores; where training waits for them, `stalls` says so.
@@ -35,7 +36,7 @@ class TorchLoader(Generic[Made]):
             self._loader: DataLoader | None = DataLoader(
                 _MicroBatches(make),
                 batch_size=None,
-                sampler=self._jobs,
+                sampler=self._requests,
                 num_workers=workers,
                 collate_fn=_as_is,
                 pin_memory=torch.cuda.is_available(),
@@ -45,13 +46,13 @@ class TorchLoader(Generic[Made]):
                 generator=torch.Generator(),
             )
 
-    def batches(self, jobs: Iterable[Job]) -> Iterator[Made]:
-        """What is made of `jobs`, in their order; an earlier run that is not done ends. Raises DataError."""
+    def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Made]:
+        """What is made of `requests`, in their order; an earlier run that is not done ends. Raises DataError."""
         if self._loader is None:
             raise ValueError("the loader is closed")
         if self._running is not None:
             self._running.close()
-        self._jobs.jobs = jobs
+        self._requests.requests = requests
         self._running = self._run()
         return self._running
 
@@ -107,27 +108,27 @@ def default_workers() -> int:
     return max(1, min(shares))
 
 
-class _Jobs(Sampler[Job]):
-    """What the DataLoader hands to its workers: the jobs of the present run."""
+class _Requests(Sampler[BatchRequest]):
+    """What the DataLoader hands to its workers: the requests of the present run."""
 
-    jobs: Iterable[Job] = ()
+    requests: Iterable[BatchRequest] = ()
 
     def __init__(self) -> None:
         pass
 
-    def __iter__(self) -> Iterator[Job]:
-        return iter(self.jobs)
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return iter(self.requests)
 
 
 class _MicroBatches(Dataset[Any]):
-    """What is made of a job; what stops the run comes back as a value: torch would bury it in a traceback."""
+    """What is made of a request; what stops the run comes back as a value: torch would bury it in a traceback."""
 
-    def __init__(self, make: Callable[[Job], Any]) -> None:
+    def __init__(self, make: Callable[[BatchRequest], Any]) -> None:
         self.make = make
 
-    def __getitem__(self, job: Job) -> Any:
+    def __getitem__(self, request: BatchRequest) -> Any:
         try:
-            return self.make(job)
+            return self.make(request)
         except DataError as error:
             return error
 
