@@ -17,38 +17,17 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field
 from torch import Tensor
 
 from mimae import distributed
 from mimae.checkpoints import dcp
-from mimae.config.section import Section
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.errors import UserError
 
 Manifest = dict[str, dict[str, Any]]
 """`bytes` and `sha256` by the file's name."""
-
-
-class CheckpointSettings(Section):
-    """When the run is saved, and what is kept; it is always saved at its end and on SIGTERM."""
-
-    every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
-    every_epochs: int | None = Field(
-        None, ge=1, description="epochs between checkpoints that are kept for good, beside the newest; null: none"
-    )
-    best: Literal["knn", "val_rec"] | None = Field(
-        None,
-        description="keep the best checkpoint by this measure too, saved with each check of "
-        "telemetry.probe_every_epochs; null: none",
-    )
-    background: bool = Field(
-        True,
-        description="write while training goes on, from a copy in host memory (of weights, moments and average, shared "
-        "by the ranks); false: training waits",
-    )
 
 
 class CheckpointError(UserError):

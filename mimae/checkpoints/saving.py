@@ -15,8 +15,9 @@ import torch
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError, CheckpointSettings
+from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.dcp import State
+from mimae.checkpoints.settings import CheckpointSettings
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from mimae.checkpoints.checkpoint import CheckpointSettings
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
 from mimae.config.section import Section
 from mimae.data.settings import DataSettings
@@ -28,7 +28,7 @@ from mimae.model.encoder import SIZES, ModelSettings
 from mimae.model.masking import MaskingSettings
 from mimae.objective.objective import ObjectiveSettings
 from mimae.optim.optimizer import EMASettings, OptimizerSettings, ScheduleSettings
-from mimae.telemetry.telemetry import TelemetrySettings
+from mimae.telemetry.settings import TelemetrySettings
 
 
 class RunSettings(Section):

@@ -19,8 +19,9 @@ from torch import Tensor
 from mimae import distributed
 from mimae.bench.machine import resident_peak
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError, CheckpointSettings
+from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
 from mimae.faults.guards import RunError
 from mimae.randomness import Part
 from tests.ranks import run_ranks
@@ -264,10 +265,12 @@ FULL_DISK = """
 import json, sys, torch
 from contextlib import suppress
 from pathlib import Path
-from mimae import checkpoint, dcp, distributed
-from mimae.checkpoint import CheckpointSettings
-from mimae.saving import Saver
-from mimae.telemetry import Telemetry, TelemetrySettings
+from mimae import distributed
+from mimae.checkpoints import checkpoint, dcp
+from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
+from mimae.telemetry.settings import TelemetrySettings
+from mimae.telemetry.telemetry import Telemetry
 
 run, filler = Path(sys.argv[1]), Path(sys.argv[1]) / "filler"
 distributed.setup()

@@ -1,0 +1,18 @@
+"""Settings of the telemetry."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mimae.config.section import Section
+
+
+class TelemetrySettings(Section):
+    """How often a run reports, and where."""
+
+    log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    images_every_epochs: int = Field(1, ge=0, description="epochs between two reconstruction pictures; 0: none")
+    probe_every_epochs: int = Field(
+        0, ge=0, description="epochs between two kNN and reconstruction checks on data.val_path; 0: none"
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard event files to the run's tensorboard/")
