@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mimae.telemetry import telemetry
+from mimae.telemetry.memory import memory
 
 PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy", "deepspeed")
 
@@ -54,7 +54,7 @@ def resident_bytes(field: str) -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return telemetry.memory(torch.device("cpu"))["mem_peak_bytes"] or 0
+        return memory(torch.device("cpu"))["mem_peak_bytes"] or 0
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 

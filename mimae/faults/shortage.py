@@ -23,7 +23,7 @@ from mimae.faults.watchdog import Watchdog
 from mimae.plan import GPU, device_name, find_gpu
 from mimae.plan.advice import Fleet, advise
 from mimae.plan.memory import Layout, memory, parameters
-from mimae.telemetry.telemetry import IN_PHASE
+from mimae.telemetry.clock import IN_PHASE
 
 LISTED = 100
 """Tensors in the snapshot of a CPU's memory, the largest."""

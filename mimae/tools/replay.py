@@ -32,7 +32,7 @@ from mimae.kernels import pixel_loss
 from mimae.model import masking
 from mimae.optim.optimizer import schedule_factor
 from mimae.telemetry import pictures
-from mimae.telemetry.telemetry import LOSSES
+from mimae.telemetry.records import LOSSES
 from mimae.tools.show import masked
 
 PICTURED = 32

@@ -39,9 +39,13 @@ from mimae.model import masking
 from mimae.model.mimae import MIMAE
 from mimae.objective.objective import Losses
 from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
+from mimae.telemetry import clock, pictures
 from mimae.telemetry import collapse as diagnostics
-from mimae.telemetry import pictures, telemetry
+from mimae.telemetry.environment import environment
 from mimae.telemetry.exposure import Exposure
+from mimae.telemetry.memory import memory
+from mimae.telemetry.records import LOSSES
+from mimae.telemetry.telemetry import Telemetry
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -121,8 +125,8 @@ class _Run:
         self.views = recipe.schedule.batch_size * recipe.masking.num_masks
         self.engine: Engine = make_engine(recipe, device, self.views)
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
-        self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
-        self.phases = telemetry.Phases(device)
+        self.telemetry = Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
+        self.phases = clock.Phases(device)
         self.exposure = Exposure(device)
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
@@ -137,7 +141,7 @@ class _Run:
         if self.is_main:
             try:
                 checkpoint.write_atomically(self.path / "config.yaml", as_yaml(self.recipe))
-                telemetry.environment(self.path / "environment.json")
+                environment(self.path / "environment.json")
             except OSError as error:
                 raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
         step = 0
@@ -181,8 +185,8 @@ class _Run:
         bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
-        step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
-        epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
+        step_pace = clock.Pace(self.phases, recipe.masking.num_masks)
+        epoch_pace = clock.Pace(self.phases, recipe.masking.num_masks)
         logged_at = self.step
         stop = due = for_good = False
         with self.telemetry, closing(self.loader), self._saved(watchdog):
@@ -275,11 +279,11 @@ class _Run:
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
             "samples": self.step * self.recipe.schedule.batch_size,
-            **{key: value.item() for key, value in step.losses.items() if key in telemetry.LOSSES},
+            **{key: value.item() for key, value in step.losses.items() if key in LOSSES},
             "gate": self.engine.model.objective.gate.weight.item(),
             "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
             "grad_norm": step.result.grad_norm.item(),
-            "mem_peak_bytes": telemetry.memory(self.device)["mem_peak_bytes"],
+            "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
         }
 
     def _samples(self, step: int) -> list[int]:
@@ -339,7 +343,7 @@ class _Run:
         if not (self.is_main or self.engine.is_spread):
             return measures
         record |= means
-        record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
+        record |= {"epoch": epoch, **memory(self.device), **diagnostics.collapse(latents)}
         flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
         peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
         record["tflops"] = flops / 1e12
@@ -444,7 +448,7 @@ class _Step(NamedTuple):
 
 def _reported(losses: Losses) -> dict[str, Tensor]:
     """The losses that are computed, by the keys of the records; all of them global."""
-    keys = (*telemetry.LOSSES[1:], "mi_lower_nats", "mi_upper_nats", "saturated")
+    keys = (*LOSSES[1:], "mi_lower_nats", "mi_upper_nats", "saturated")
     found = {"loss": losses.total} | {key: getattr(losses, key) for key in keys}
     return {key: value for key, value in found.items() if value is not None}
 

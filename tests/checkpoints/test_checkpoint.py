@@ -22,7 +22,7 @@ from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.errors import RunError
+from mimae.faults.guards import RunError
 from mimae.randomness import Part
 from tests.ranks import run_ranks
 

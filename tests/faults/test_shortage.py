@@ -16,13 +16,13 @@ from PIL import Image
 from mimae.faults import shortage
 from mimae.faults.shortage import MemoryShortage, explained, is_shortage
 from mimae.faults.watchdog import Watchdog
-from mimae.telemetry.telemetry import Phases
+from mimae.telemetry.clock import Phases
 from tests.train.test_loop import recipe
 
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from mimae import loop
+from mimae.train import loop
 from mimae.errors import UserError
 from tests.train.test_loop import recipe
 

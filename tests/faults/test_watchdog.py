@@ -17,7 +17,8 @@ from mimae.faults.watchdog import Hangs, Stack, Watchdog, patience, read
 HANG = """
 import ctypes, sys, time
 from pathlib import Path
-from mimae import distributed, watchdog
+from mimae import distributed
+from mimae.faults import watchdog
 
 def hang():
     ctypes.PyDLL(None).sleep(60)  # in C, with the interpreter's lock

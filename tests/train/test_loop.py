@@ -32,7 +32,7 @@ from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
-from mimae.telemetry.telemetry import EPOCH_KEYS, STEP_KEYS
+from mimae.telemetry.records import EPOCH_KEYS, STEP_KEYS
 from mimae.train import loop
 from tests.ranks import run_ranks
 

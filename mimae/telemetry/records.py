@@ -1,0 +1,52 @@
+"""The records of a run: metrics.jsonl has a line per logged step, epochs.jsonl a line per epoch.
+
+Every line holds all of its keys; what a run does not have, or what is not finite, is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mimae.telemetry.clock import PHASES
+
+LOSSES = ("loss", "rec", "max_mi", "min_mi", "fit")
+
+STEP_KEYS = (
+    "step", "epoch", "samples", *LOSSES, "gate", "lr", "grad_norm",
+    "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
+)  # fmt: skip
+
+DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", "saturated", "knn", "val_rec")
+
+EPOCH_KEYS = (
+    "epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
+    "mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu",
+    "mi_lower_nats", "mi_upper_nats", *LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
+)  # fmt: skip
+
+
+def plain(name: str, keys: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of file `name`: all `keys` in their order, with JSON's values; null where `record` has none."""
+    unknown = sorted(set(record) - set(keys))
+    assert not unknown, f"{name} has no keys {unknown}"
+    return {key: plain_value(record.get(key)) for key in keys}
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value as JSON has it: a number of NumPy or torch as Python's, None for what is not finite."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def is_until(line: bytes, step: int) -> bool:
+    """Return whether a line is a whole record of a step up to `step`."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
