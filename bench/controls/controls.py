@@ -27,13 +27,12 @@ import yaml
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
-from mimae.config.recipe import flat
+from mimae.config.recipe import FREE_KEYS, flat
 from mimae.data.sources.base import Source, open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 from mimae.optim.optimizer import total_steps
 from mimae.optim.settings import ScheduleSettings
-from mimae.train.loop import FREE_KEYS
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 """The recipe of MI-MAE on each data set; those of the other controls add a suffix to its name."""
@@ -114,7 +113,7 @@ def make_trial(
     resolved = load_recipe(recipe, [*overrides, *paths, f"seed={seed}"]).recipe
     batch = resolved.schedule.batch_size
     steps = total_steps(resolved.schedule, samples // batch)
-    settings = {key: value for key, value in flat(resolved).items() if not key.startswith(_PLACES)}
+    settings = {key: value for key, value in flat(resolved).items() if key not in _PLACES}
     views = steps * batch * resolved.masking.num_masks
     return Trial(name, data, kind, seed, recipe, overrides, paths, views, settings)
 

@@ -17,7 +17,7 @@ from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
-from mimae.config.recipe import Recipe, flat
+from mimae.config.recipe import FREE_KEYS, Recipe, flat
 from mimae.data.loading.backend import fastest
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, evaluation_batches, make_loader
@@ -47,13 +47,6 @@ VALIDATION_IMAGES = 2048
 
 PICTURED = 8
 """Images in a reconstruction picture."""
-
-FREE_KEYS = (
-    *("run.", "checkpoint.", "telemetry.", "data.workers", "data.cache", "data.val_path", "data.max_bad_fraction"),
-    *("engine.", "compile", "model.attention", "optimizer.impl"),
-)
-"""Settings that may differ when a run is resumed: no weight depends on them (on data.cache and the last four by
-rounding alone)."""
 
 
 class Outcome(NamedTuple):
@@ -494,7 +487,7 @@ def _check_config(recipe: Recipe, run: Path) -> None:
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
         for key in new
-        if old[key] != new[key] and not key.startswith(FREE_KEYS)
+        if old[key] != new[key] and key not in FREE_KEYS
     ]
     if changed:
         raise RunError(
