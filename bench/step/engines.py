@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.bench.machine import describe, resident_bytes
 from mimae.bench.step.step import batch_of
 from mimae.config.load import load_recipe
@@ -34,6 +34,7 @@ from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.plan.communication import traffic
+from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
 
 ENGINES = {
@@ -149,7 +150,7 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
 def sent_bytes(recipe: Recipe, ranks: int) -> float:
     """What a rank sends in a step, by the planner."""
     layout = Layout(recipe.engine.kind, ranks, 1, recipe.engine.offload)
-    sent = traffic(recipe, layout, plan.find_gpu("h100"), ranks, parameters(recipe))
+    sent = traffic(recipe, layout, find_gpu("h100"), ranks, parameters(recipe))
     return sum(each.bytes for each in sent if each.kind != "host")
 
 

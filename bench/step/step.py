@@ -30,7 +30,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mimae import plan
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
 from mimae.bench.machine import Product, describe, matmul_rate, resident_bytes, synchronize
@@ -41,6 +40,7 @@ from mimae.errors import UserError
 from mimae.model import masking
 from mimae.model.mimae import MIMAE, build
 from mimae.optim.optimizer import Optimizer
+from mimae.plan.flops import step_flops, targets
 from mimae.randomness import whole_parts
 
 State = Mapping[str, Tensor]
@@ -281,7 +281,7 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
             name: {
                 "images_per_s": len(contenders[name].images) / statistics.median(times),
                 "precision": contenders[name].recipe.precision,
-                "flops_per_step": plan.step_flops(contenders[name].recipe),
+                "flops_per_step": step_flops(contenders[name].recipe),
                 "seconds_per_step": times,
                 # Paired by round, so that what slows the machine for a while slows both.
                 "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
@@ -387,7 +387,7 @@ def products(recipe: Recipe) -> list[Product]:
         shapes = [(width, width), (width, width), (width, 4 * width), (4 * width, width)]
         return [keys_and_values, *(Product(views * tokens, inner, columns, layers) for inner, columns in shapes)]
 
-    shown, wanted = 1 + visible, plan.targets(recipe)
+    shown, wanted = 1 + visible, targets(recipe)
     decode = (
         asking(wanted, shown, decoder.width, decoder.depth)
         if decoder.attention == "cross"

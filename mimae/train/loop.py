@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
@@ -38,6 +38,9 @@ from mimae.model import masking
 from mimae.model.mimae import MIMAE
 from mimae.objective.objective import Losses
 from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
+from mimae.plan.communication import bytes_sent
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry import pictures, telemetry
 from mimae.telemetry.exposure import Exposure
@@ -170,7 +173,7 @@ class _Run:
         say(self._headline())
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
-        bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
+        sent = bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -201,7 +204,7 @@ class _Run:
                         watchdog.wait_for(f"the end of epoch {epoch}", long=True)
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record: dict[str, Any] = epoch_pace.epoch(images)
-                        record |= {"bytes_sent": bytes_sent, "exposed_communication": self.exposure.read()}
+                        record |= {"bytes_sent": sent, "exposed_communication": self.exposure.read()}
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         measures = self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                         # The checks and pictures of an epoch's end are no training.
@@ -332,8 +335,8 @@ class _Run:
             return measures
         record |= means
         record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
-        flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
-        peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
+        flops = step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
+        peak = peak_flops(device_name(self.device), recipe.precision)
         record["tflops"] = flops / 1e12
         record["mfu"] = flops / (peak * distributed.world_size()) if peak else None
         checks = recipe.telemetry
@@ -420,7 +423,7 @@ class _Run:
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
-            f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
+            f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
             f"data.loader={recipe.data.loader}, {self.chosen}"
         )

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mimae import plan
 from mimae.config.load import load_recipe
 from mimae.errors import UserError
 from mimae.plan import advice, communication, memory, scaling
+from mimae.plan.gpus import find_gpu
 
-FLEET = advice.Fleet(plan.find_gpu("h100"), 64, 8, 0.45)
+FLEET = advice.Fleet(find_gpu("h100"), 64, 8, 0.45)
 
 
 def test_latency_counts_hops() -> None:
