@@ -12,7 +12,7 @@ import typer
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
-from mimae.plan import advice, communication, dry, memory
+from mimae.plan import command, communication, dry, memory
 from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout
 from tests.plan.test_plan import SMALL
@@ -84,11 +84,11 @@ def test_the_verb_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], monk
     for right in (True, False):
         monkeypatch.setattr(dry, "report", lambda *_, right=right: right)
         with pytest.raises(typer.Exit) as ended:
-            advice.main("vit_giant14", gpus=64, **defaults)
+            command.plan("vit_giant14", gpus=64, **defaults)
         assert ended.value.exit_code == (0 if right else 1)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"needs engine\.kind=fsdp"):
-        advice.main("vit_base_400ep", gpus=64, **defaults)
+        command.plan("vit_base_400ep", gpus=64, **defaults)
     with pytest.raises(UserError, match=r"engine\.replicas=3 does not divide the 8 ranks"):
         agrees(small("engine.replicas=3"))
     assert not dist.is_initialized()

@@ -18,7 +18,7 @@ from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.model.mimae import build
-from mimae.plan import advice, communication, memory
+from mimae.plan import advice, command, communication, memory
 from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout
@@ -188,7 +188,7 @@ def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
 
 
 def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    advice.main("vit_huge14", gpus=64, gpu="H100", nodes_of=8, share=0.5, images=10_240)
+    command.plan("vit_huge14", gpus=64, gpu="H100", nodes_of=8, share=0.5, images=10_240)
     said = capsys.readouterr().out
     for part in ("fsdp replicas=8", "GB sent", "images/s", "50% of the peak", "4,000 steps", "take engine.kind=ddp,"):
         assert part in said
@@ -205,7 +205,7 @@ def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_told(overrides: list[str], options: dict[str, Any], told: str) -> None:
     defaults: dict[str, Any] = {"gpus": 8, "gpu": "h100", "nodes_of": 8, "share": 0.45, "images": 10_240}
     with pytest.raises(UserError, match=told):
-        advice.main("vit_base_400ep", overrides, **(defaults | options))
+        command.plan("vit_base_400ep", overrides, **(defaults | options))
 
 
 def test_every_gpu_has_a_peak() -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
+from mimae.bench.step import command
 from mimae.bench.step import step as bench
 from mimae.cli import app
 from mimae.config.load import load_recipe
@@ -215,9 +216,9 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
 
 def test_what_has_no_baseline_is_told() -> None:
     with pytest.raises(UserError, match="has orthogonal masks alone"):
-        bench.main([*SMALL, "masking.kind=independent"])
+        command.step([*SMALL, "masking.kind=independent"])
     with pytest.raises(UserError, match="are next_view and self; --variant"):
-        bench.main([*SMALL, "decoder.predict=next_view"])
+        command.step([*SMALL, "decoder.predict=next_view"])
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
