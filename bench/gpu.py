@@ -13,14 +13,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-import typer
-
-from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
-from mimae.errors import UserError
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 """A checkout has them, an installed wheel does not."""
@@ -79,24 +74,6 @@ def run(stage: Stage) -> dict[str, Any]:
             "last_lines": output.splitlines()[-_LAST_LINES:],
             "result": json.loads(file.read_text()) if file.exists() else None,
         }
-
-
-def main(
-    json_file: Annotated[Path, typer.Option("--json", help="the file to write")] = Path("bench/results/gpu.json"),
-    only: Annotated[list[str] | None, typer.Option(help="stages to run; repeatable [default: all]")] = None,
-) -> None:
-    """Run all that needs a GPU, and keep it in one JSON file; under eight minutes."""
-    names = [stage.name for stage in STAGES]
-    unknown = [name for name in only or () if name not in names]
-    if unknown:
-        raise UserError(f"--only {unknown[0]!r}: legal is {', '.join(map(repr, names))}")
-    if not torch.cuda.is_available():
-        raise UserError("no CUDA device: `mimae bench kernels` and `mimae bench step` run on a CPU too")
-    stages = [stage for stage in STAGES if stage.name in (only or names)]
-    failed = run_all(stages, json_file, describe(torch.device("cuda")))
-    if failed:
-        print(f"not finished: {', '.join(failed)}; their last lines are in {json_file}", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 def run_all(stages: Sequence[Stage], file: Path, machine: dict[str, Any]) -> list[str]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any
+from types import SimpleNamespace
 
 import pytest
 import typer
+import typer.core
+import typer.main
 
 import mimae
 from mimae import cli
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import DataError
+from mimae.tools import status
 from mimae.train import loop
 
 QUICK = ["pretrain", "quickstart"]
@@ -127,28 +132,73 @@ def test_config_and_settings_print(
     assert capsys.readouterr().out == f"{mimae.__version__}\n"
 
 
-def test_a_mounted_verb_has_the_arguments_of_its_module(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_verb_takes_its_arguments_to_its_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    calls: list[Any] = []
+    seen: list[Path] = []
 
-    def main(
-        run: Annotated[Path, typer.Argument(help="a run's directory")],
-        few: Annotated[int, typer.Option(help="labels")] = 10,
-    ) -> None:
-        """Measures."""
-        calls.append((run, few))
+    def look(run: Path) -> dict[str, str]:
+        seen.append(run)
+        return {"state": "finished"}
 
-    module = ModuleType("mimae.evaluate.probe")
-    module.main = main  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mimae.evaluate.probe", module)
-    assert launch(monkeypatch, "probe", "runs/x", "--few", "3") == 0
-    assert calls == [(Path("runs/x"), 3)]
+    monkeypatch.setattr(status, "look", look)
+    assert launch(monkeypatch, "status", str(tmp_path)) == 0
+    assert seen == [tmp_path] and capsys.readouterr().out.split() == ["state", "finished"]
     assert launch(monkeypatch, "probe", "--help") == 0
     out = capsys.readouterr().out
-    assert "Usage: mimae probe [OPTIONS] " in out and "a run's directory" in out and "Measures." in out
-    assert launch(monkeypatch, "probe", "runs/x", "--few", "many") == 2
-    assert len(calls) == 1
+    assert (
+        "Usage: mimae probe [OPTIONS] " in out and "directory of a pretraining run" in out and "RUN/probe.json" in out
+    )
+    assert launch(monkeypatch, "probe", "runs/x", "--images", "many") == 2
+
+
+def verbs(group: typer.core.TyperGroup, *path: str) -> Iterator[list[str]]:
+    """Yield the words of each verb below a group."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from verbs(command, *path, name)
+        else:
+            yield [*path, name]
+
+
+LIGHT = """
+import json, sys
+from typer.testing import CliRunner
+from mimae.cli import app
+
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, arguments)
+    heavy = {"torch", "torchvision", "triton", "timm"} & set(sys.modules)
+    print(json.dumps([arguments, result.exit_code, len(result.output), sorted(heavy)]))
+"""
+
+
+def test_help_and_what_reads_settings_or_a_run_load_no_torch(tmp_path: Path) -> None:
+    """In one process, so that the first command that loads torch is named."""
+    run = tmp_path / "run"
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
+    (run / "checkpoints/step-00000002/state.json").write_text('{"step": 2, "steps": 3}')
+    (run / "latest").write_text("step-00000002\n")
+    (run / "config.yaml").write_text("base: quickstart\n")
+    every = list(verbs(typer.main.get_group(cli.app)))
+    assert {("pretrain",), ("bench", "step"), ("data", "pack")} <= {*map(tuple, every)}
+    commands = [[*verb, "--help"] for verb in every]
+    commands += [
+        ["--help"],
+        ["--version"],
+        ["settings"],
+        ["config", "quickstart"],
+        ["config", str(run / "config.yaml")],
+    ]
+    commands.append(["status", str(run)])
+    if find_spec("submitit") is not None:
+        commands.append(["submit", "quickstart", "--dry-run", f"run.dir={run}"])
+    said = subprocess.check_output([sys.executable, "-c", LIGHT, json.dumps(commands)], text=True)
+    results = [json.loads(line) for line in said.splitlines()]
+    assert [arguments for arguments, *_ in results] == commands
+    for arguments, code, length, heavy in results:
+        assert not heavy, f"mimae {' '.join(arguments)} loads {', '.join(heavy)}"
+        assert code == 0 and length > 0, arguments
 
 
 def test_the_python_names_are_there_at_their_first_use() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -18,23 +17,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 import yaml
 
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
-from mimae.config.recipe import flat
+from mimae.config.recipe import FREE_KEYS, flat
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 from mimae.optim.optimizer import total_steps
 from mimae.optim.settings import ScheduleSettings
-from mimae.train.loop import FREE_KEYS
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 """The recipe of MI-MAE on each data set; those of the other controls add a suffix to its name."""
@@ -115,7 +112,7 @@ def make_trial(
     resolved = load_recipe(recipe, [*overrides, *paths, f"seed={seed}"]).recipe
     batch = resolved.schedule.batch_size
     steps = total_steps(resolved.schedule, samples // batch)
-    settings = {key: value for key, value in flat(resolved).items() if not key.startswith(_PLACES)}
+    settings = {key: value for key, value in flat(resolved).items() if key not in _PLACES}
     views = steps * batch * resolved.masking.num_masks
     return Trial(name, data, kind, seed, recipe, overrides, paths, views, settings)
 
@@ -452,45 +449,3 @@ def _where(results: list[Result]) -> str:
     dates = sorted({r["date"] for r in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{' and '.join(machines)} a run, {' and '.join(versions)}, {when}"
-
-
-def main(
-    data: Annotated[
-        list[str] | None, typer.Option(help="photos, or cifar=TRAIN:TEST; repeatable [default: photos]")
-    ] = None,
-    tune: Annotated[
-        Path | None, typer.Option(help="run the trials that this file lists, on a split of the training set")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="threads of a run", min=1)] = 1,
-    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
-    results: Annotated[Path, typer.Option(help="folder of the result files")] = Path("bench/results"),
-    runs: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/controls"),
-    docs: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/controls.md"),
-    render_only: Annotated[bool, typer.Option("--render", help="write the page and run nothing")] = False,
-) -> None:
-    """Pretrain and probe the controls of the method, or the trials of a tuning; finished ones are not run
-    again."""
-    sets = data or ["photos"]
-    stopped = False
-    if not render_only:
-        out = results / ("controls" if tune is None else "tuning")
-        trials = [
-            trial
-            for each in sets
-            for trial in (control_trials(each) if tune is None else tuning_trials(tune, each, runs))
-        ]
-        runner = Processes(threads)
-        before = {number: signal.signal(number, runner.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            run_trials(trials, out, runs if tune is None else runs / "tuning", jobs, runner)
-        except Stopped:
-            stopped = True
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    docs.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(render(load_results(results / "controls"), load_results(results / "tuning")), encoding="utf-8")
-    print(f"wrote {docs}")
-    if stopped:
-        print("stopped: the same command goes on from here")
-        raise typer.Exit(75)

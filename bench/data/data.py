@@ -5,7 +5,6 @@ Turns are interleaved, so that ratios hold on a machine whose speed wanders; abs
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -13,27 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import typer
 
-from mimae import plan
-from mimae.bench.data.feeds import CONTENDERS, PEER, Job, obstacle
-from mimae.bench.machine import describe
-from mimae.checkpoints.checkpoint import write_atomically
+from mimae.bench.data.feeds import CONTENDERS, PEER, Job
 from mimae.config.load import load_recipe
 from mimae.data.loading.backend import OBSTACLES, make_backend
 from mimae.data.loading.batch import Batch, Spent
 from mimae.data.loading.order import Plan, epoch_order
-from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.pixels.decode import whole
-from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
-from mimae.data.sources.open import open_source
 from mimae.errors import UserError
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import peak_flops
 
 PARITY = 128
 """Images whose pixels are compared."""
@@ -218,10 +211,10 @@ def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> Non
 def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any]:
     """How many GPUs that train `recipe` the rate is enough for, at an assumed share of their peak."""
     resolved = load_recipe(recipe).recipe
-    peak = plan.peak_flops(gpu, resolved.precision)
+    peak = peak_flops(gpu, resolved.precision)
     if peak is None:
         raise UserError(f"--gpu {gpu}: its peak is not known; name it as NVIDIA does, e.g. 'NVIDIA H100'")
-    need = peak * mfu / (plan.step_flops(resolved) / resolved.schedule.batch_size)
+    need = peak * mfu / (step_flops(resolved) / resolved.schedule.batch_size)
     return {"recipe": recipe, "gpu": gpu, "mfu": mfu, "images_per_s_each": need, "gpus": images_per_s / need}
 
 
@@ -252,59 +245,6 @@ def _ratio(ratio: dict[str, float] | None) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ""
 
 
-def main(
-    path: Annotated[str, typer.Argument(help="the images, as data.path")],
-    size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
-    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="workers of every loader; 0: the best of a sweep", min=0)] = 0,
-    rounds: Annotated[int, typer.Option(help="interleaved turns of each loader", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="length of a turn", min=0.1)] = 6.0,
-    only: Annotated[list[str] | None, typer.Option(help="a loader to measure; repeatable [default: all]")] = None,
-    recipe: Annotated[str, typer.Option(help="whose appetite the best rate is compared with")] = "vit_base_400ep",
-    gpu: Annotated[str, typer.Option(help="on which GPU")] = "NVIDIA H100",
-    mfu: Annotated[float, typer.Option(help="at which share of its peak", min=0.01, max=1)] = 0.45,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
-) -> None:
-    """Images per second of every loader on PATH, beside torchvision's and others', with the pixels' differences."""
-    source = open_source(path)
-    if len(source) < batch:
-        raise UserError(f"{path} has {len(source)} images, fewer than a batch of {batch}: lower --batch")
-    if unknown := sorted({*(only or ())} - {*CONTENDERS}):
-        raise UserError(f"--only {unknown[0]}: legal are {', '.join(CONTENDERS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = Job(source, DataSettings(path=path, image_size=size), batch, 1)
-    obstacles = {name: obstacle(name, source, device) for name in only or CONTENDERS}
-    names = [name for name, reason in obstacles.items() if reason is None]
-    for name, reason in obstacles.items():
-        if reason is not None:
-            print(f"{name} is left out: {reason}")
-    cores = default_workers()
-    counts = [workers] if workers else sweep(cores)
-    results = measure(names, job, counts, rounds, seconds, lambda text: print(text, flush=True))
-    print("\n".join(table(results)))
-    print(
-        "cold: images/s of the first pass, the files out of the page cache where the system allows it; off: mean "
-        "difference from torchvision's antialiased bicubic on the same windows, of 255"
-    )
-    rate = max((results[name]["images_per_s"] for name in names if name in OBSTACLES), default=0.0)
-    feeds = fed(rate, recipe, gpu, mfu)
-    print(
-        f"{rate:,.0f} images/s with {cores} cores feed {feeds['gpus']:.2f} x {gpu} that train {recipe} at an assumed "
-        f"{100 * mfu:.0f} % of peak, {feeds['images_per_s_each']:,.0f} images/s each"
-    )
-    if out is not None:
-        found = {
-            "bench": "data",
-            **describe(device),
-            "source": {"images": len(source), "bytes_mean": statistics.fmean(_sizes(source))},
-            "settings": {"image_size": size, "batch": batch, "rounds": rounds, "seconds": seconds},
-            "left_out": {name: reason for name, reason in obstacles.items() if reason},
-            "loaders": results,
-            "feeds": feeds,
-        }
-        write_atomically(out, json.dumps(found, indent=2) + "\n")
-
-
-def _sizes(source: Source) -> list[int]:
+def encoded_sizes(source: Source) -> list[int]:
     """Encoded bytes of up to a thousand samples."""
     return [len(source.read(i)) for i in range(0, len(source), max(1, len(source) // 1000))]

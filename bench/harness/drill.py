@@ -7,13 +7,10 @@ run that nothing disturbed: equal in every bit on as many ranks, within TOLERANC
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,21 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 import yaml
 from PIL import Image
 from torch import Tensor
 
-from mimae.bench.harness import mounts
-from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED, RESHAPED
+from mimae.bench.harness.faults import FAULTS, RESHAPED
 from mimae.bench.harness.trial import EVERY, RECIPE, STEPS, Trial
-from mimae.bench.machine import describe
 from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
 
 TOLERANCE = 1e-4
@@ -151,7 +144,7 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
     return chosen[:count]
 
 
-def _no_copies(overrides: Sequence[str]) -> str | None:
+def no_copies(overrides: Sequence[str]) -> str | None:
     """Why no two ranks have a copy of their own of a weight, if that is so. Raises ConfigError."""
     engine = load_recipe(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
     if engine.kind == "ddp" or engine.replicas > 1:
@@ -159,45 +152,8 @@ def _no_copies(overrides: Sequence[str]) -> str | None:
     return f"of {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by one rank alone"
 
 
-def _end(number: int, _: FrameType | None) -> None:
+def end(number: int, _: FrameType | None) -> None:
     """Ends the drill with all that it started; nothing more may interrupt that."""
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt
-
-
-def main(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the runs' recipe: engine.kind=fsdp")
-    ] = None,
-    faults: Annotated[int, typer.Option(help="how many", min=1)] = 40,
-    ranks: Annotated[int, typer.Option(help="most ranks of a run", min=2, max=4)] = 3,
-    seed: Annotated[int, typer.Option(help="of what is drawn: kinds, steps, ranks, moments")] = 0,
-    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
-) -> None:
-    """Harm tiny runs, have them go on, and compare; exits with 1 where a fault did not fire, a checkpoint was lost or
-    weights differ."""
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, _end)
-    obstacles = {MOUNTED: mounts.obstacle(), COPIED: _no_copies(overrides or ())}
-    kinds = list(FAULTS)
-    for left_out, obstacle in obstacles.items():
-        if obstacle is not None:
-            print(f"without {' and '.join(left_out)}: {obstacle}")
-            kinds = [kind for kind in kinds if kind not in left_out]
-    folder = Path(tempfile.mkdtemp(prefix="mimae-drill-"))
-    began = time.monotonic()
-    print(f"{'fault':<30} {'step':>4} {'ranks':>5} {'starts':>6} {'lost':>4} {'equal':>6} {'s':>6}  seen")
-    rows = drill(choose(kinds, faults, seed), ranks, seed, jobs, overrides or (), folder)
-    failed, lost = sum(row["failed"] is not None for row in rows), sum(row["lost"] for row in rows)
-    minutes = (time.monotonic() - began) / 60
-    print(f"{len(rows)} faults, {failed} failed, {lost} checkpoints lost, {minutes:.1f} minutes")
-    if out is not None:
-        found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
-        found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
-        write_atomically(out, json.dumps(found, indent=1) + "\n")
-    if failed or lost:
-        print(f"what the runs said is kept in {folder}")
-        raise typer.Exit(1)
-    shutil.rmtree(folder)

@@ -5,29 +5,21 @@ Every slot of every epoch comes exactly once, what was replaced is named, and me
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import typer
 
 from mimae.bench.data.data import tree_bytes
-from mimae.bench.machine import describe
-from mimae.checkpoints.checkpoint import write_atomically
-from mimae.data.loading.backend import OBSTACLES
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
-from mimae.data.sources.open import open_source
-from mimae.errors import UserError
 
 SAMPLE_SECONDS = 2.0
 """Between two looks at the memory."""
@@ -156,39 +148,3 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def main(
-    path: Annotated[str, typer.Argument(help="the images, as data.path")],
-    loader: Annotated[list[str] | None, typer.Option(help="data.loader; repeatable [default: all that run]")] = None,
-    minutes: Annotated[float, typer.Option(help="length of the soak of each loader", min=0.01)] = 10.0,
-    bad: Annotated[float, typer.Option(help="share of readings that come damaged", min=0, max=1)] = 0.01,
-    size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
-    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
-    restart: Annotated[float, typer.Option(help="seconds between two restarts", min=0.1)] = 60.0,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
-    picture: Annotated[Path | None, typer.Option("--plot", help="the plot to write (.png or .svg)")] = None,
-) -> None:
-    """Run loaders for minutes while images go bad at random; exits with 1 where a slot was lost or came twice."""
-    source = open_source(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = loader or [name for name, obstacle in OBSTACLES.items() if obstacle(device) is None]
-    if unknown := sorted({*names} - {*OBSTACLES}):
-        raise UserError(f"--loader {unknown[0]}: legal are {', '.join(OBSTACLES)}")
-    found: dict[str, Any] = {"bench": "soak", **describe(device), "minutes": minutes, "bad": bad, "loaders": {}}
-    for name in names:
-        settings = DataSettings(path=path, image_size=size, loader=name, max_bad_fraction=1.0)
-        result = found["loaders"][name] = soak(settings, source, batch, minutes, bad, restart)
-        print(
-            f"{name}: {result['images']:,} images in {result['epochs']:,} whole epochs, {result['restarts']} restarts; "
-            f"{result['lost']} slots lost, {result['repeated']} repeated, {result['replaced']:,} replaced, "
-            f"{result['unnamed']} of them not named; memory by quarters of the time "
-            f"{', '.join(f'{mib:.0f}' for mib in result['quarters_mib'])} MiB",
-            flush=True,
-        )
-    if out is not None:
-        write_atomically(out, json.dumps(found) + "\n")
-    if picture is not None:
-        plot(found, picture)
-    if any(result[key] for result in found["loaders"].values() for key in ("lost", "repeated", "unnamed")):
-        raise typer.Exit(1)

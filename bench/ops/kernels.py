@@ -8,30 +8,25 @@ rates that the same device reached in the same run. On a GPU times are CUDA even
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mimae import kernels
-from mimae.bench.machine import Product, describe, matmul_rate, resident_peak, synchronize
-from mimae.bench.ops.cases import CASES, Case, Inputs, Pass, Size, named, numbers
+from mimae.bench.machine import Product, matmul_rate, resident_peak, synchronize
+from mimae.bench.ops.cases import Case, Inputs, Pass, Size, named, numbers
 from mimae.bench.ops.traffic import eager as eager_traffic
-from mimae.checkpoints.checkpoint import write_atomically
-from mimae.errors import UserError
 from mimae.kernels.runtime import Impl, chosen, watching
 from mimae.objective.objective import CLUB, InfoNCE
 
@@ -359,37 +354,6 @@ def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) 
         for size in case.sizes
     )
     return [(size, batch) for size in dict.fromkeys(sizes) for batch in batches]
-
-
-def main(
-    op: Annotated[list[str] | None, typer.Option(help="ops to time; repeatable [default: all]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="images; repeatable", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="turns of every contender", min=1)] = 30,
-    compiled: Annotated[bool, typer.Option(help="time the eager forms under torch.compile too")] = True,
-    precision: Annotated[
-        str | None, typer.Option(help="of the products: bf16 or fp32 [default: bf16, but infonce in both]")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
-) -> None:
-    """Time and memory of every op: fused and reference beside eager PyTorch and torch.compile."""
-    known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
-    unknown = [name for name in op or () if name not in known]
-    if unknown or precision not in (None, *dtypes):
-        wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
-        raise UserError(f"{wrong}; precision is bf16 or fp32")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
-    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
-    contests = result["contests"] = []
-    for case in (known[name] for name in op or known):
-        for size, images in sizes_of(case, batch or BATCHES, dtypes.get(precision or "")):
-            contests.append(contest(case, size, images, device, rounds, compiled))
-            show(contests[-1], result["roof"], Console())
-            result["crossovers"] = crossovers(contests)
-            if json_file is not None:  # each time: what comes next may hang
-                write_atomically(json_file, json.dumps(result, indent=2) + "\n")
-    if json_file is not None:
-        print(f"wrote {json_file}")
 
 
 def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> None:

@@ -9,16 +9,12 @@ Nothing depends on the machine, so a bound that holds here holds in CI; the verb
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,8 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mimae.bench.ops import offline
 from mimae.bench.ops.cases import Case, Inputs, Pass, Size, chosen, numbers, recorded
 from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
-from mimae.errors import UserError
-from mimae.kernels import runtime
 from mimae.kernels.runtime import H100, Launch, Target
 
 H100_BYTES_PER_S = 3.35e12
@@ -294,47 +288,6 @@ def flaws(binary: Row) -> list[str]:
         found.append("matrix products of one warp, where Hopper has those of four")
     where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
     return [f"{where}: {flaw}" for flaw in found]
-
-
-def main(
-    op: Annotated[list[str] | None, typer.Option(help="only these; repeatable")] = None,
-    machine_code: Annotated[
-        bool, typer.Option(help="compile for sm_80, 90 and 100 too; minutes, then from triton's cache")
-    ] = True,
-    jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
-    page: Annotated[
-        Path | None, typer.Option("--render", help="write the result that --json names as this page, and run nothing")
-    ] = None,
-) -> None:
-    """Bytes that the fused ops move, against their floor and eager PyTorch, and their machine code; no GPU needed.
-
-    Fails where an op passes its bound.
-    """
-    if page is not None:
-        if json_file is None or not json_file.exists():
-            raise UserError("--render shows a result: name its file by --json")
-        page.write_text(render(json.loads(json_file.read_text())))
-        return
-    if runtime.triton is None:
-        raise UserError("the kernels are counted and compiled by triton, which is not installed")
-    cases = chosen(op)
-    result: dict[str, Any] = {
-        "bench": "traffic",
-        "versions": {package: metadata.version(package) for package in ("torch", "triton")},
-        "traffic": count(cases, jobs),
-        "machine_code": offline.machine_code(cases, jobs) if machine_code else [],
-    }
-    show(result, Console(width=WIDTH))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {json_file}")
-    beyond = [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])]
-    beyond += [line for binary in result["machine_code"] for line in flaws(binary)]
-    for line in beyond:
-        print(f"beyond its bound: {line}")
-    if beyond:
-        raise typer.Exit(1)
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:

@@ -8,7 +8,6 @@ of a smaller model with the same engine. Images are noise.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import statistics
 import tempfile
@@ -18,22 +17,21 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 
-from mimae import distributed, plan
-from mimae.bench.machine import describe, resident_bytes
+from mimae import distributed
+from mimae.bench.machine import resident_bytes
 from mimae.bench.step.step import batch_of
-from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.plan.communication import traffic
+from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
 
 ENGINES = {
@@ -149,7 +147,7 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
 def sent_bytes(recipe: Recipe, ranks: int) -> float:
     """What a rank sends in a step, by the planner."""
     layout = Layout(recipe.engine.kind, ranks, 1, recipe.engine.offload)
-    sent = traffic(recipe, layout, plan.find_gpu("h100"), ranks, parameters(recipe))
+    sent = traffic(recipe, layout, find_gpu("h100"), ranks, parameters(recipe))
     return sum(each.bytes for each in sent if each.kind != "host")
 
 
@@ -167,40 +165,3 @@ def table(result: Mapping[str, Any]) -> str:
             f"{row['peak_bytes'] / 2**20:,.0f} MiB | {row['sent_bytes'] / 1e6:,.0f} MB |"
         )
     return "\n".join(lines)
-
-
-def main(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: model.size=tiny")
-    ] = None,
-    engine: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(ENGINES)}; repeatable; else all")] = None,
-    ranks: Annotated[int, typer.Option(help="processes of an engine", min=1)] = 2,
-    batch: Annotated[int, typer.Option(help="images of a step, over all ranks", min=2)] = 8,
-    rounds: Annotated[int, typer.Option(help="rounds in which every engine takes a step", min=1)] = 7,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
-) -> None:
-    """Speed and memory of each engine on this CPU, beside ddp."""
-    names = list(dict.fromkeys(["ddp", *(engine or ENGINES)]))
-    if unknown := set(names) - ENGINES.keys():
-        raise UserError(f"--engine {', '.join(sorted(unknown))}: legal is {', '.join(ENGINES)}")
-    given = [*MODEL, "compile=off", f"schedule.batch_size={batch}", *(overrides or ())]
-    recipes = {name: load_recipe({}, [*given, *ENGINES[name]]).recipe for name in names}
-    ours = recipes["ddp"]
-    result = {
-        "bench": "engines",
-        **describe(torch.device("cpu")),
-        "ranks": ranks,
-        "images": batch,
-        "precision": ours.precision,
-        "parameters": parameters(ours).total,
-        "model": ours.model.model_dump(),
-        "decoder": ours.decoder.model_dump(),
-    }
-    result["engines"] = {
-        name: {**row, "sent_bytes": sent_bytes(recipes[name], ranks)}
-        for name, row in measure(recipes, ranks, rounds).items()
-    }
-    print(table(result))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {json_file}")

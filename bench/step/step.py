@@ -9,7 +9,6 @@ draws its masks itself. Peak memory is measured in a fresh process for each.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
@@ -20,27 +19,24 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mimae import plan
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
-from mimae.bench.machine import Product, describe, matmul_rate, resident_bytes, synchronize
-from mimae.config.load import load_recipe
+from mimae.bench.machine import Product, matmul_rate, resident_bytes, synchronize
 from mimae.config.recipe import Recipe
-from mimae.engines.base import check_machine, compiles, shape_model
+from mimae.engines.base import compiles, shape_model
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.model.mimae import MIMAE, build
 from mimae.optim.optimizer import Optimizer
+from mimae.plan.flops import step_flops, targets
 from mimae.randomness import whole_parts
 
 State = Mapping[str, Tensor]
@@ -281,7 +277,7 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
             name: {
                 "images_per_s": len(contenders[name].images) / statistics.median(times),
                 "precision": contenders[name].recipe.precision,
-                "flops_per_step": plan.step_flops(contenders[name].recipe),
+                "flops_per_step": step_flops(contenders[name].recipe),
                 "seconds_per_step": times,
                 # Paired by round, so that what slows the machine for a while slows both.
                 "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
@@ -387,7 +383,7 @@ def products(recipe: Recipe) -> list[Product]:
         shapes = [(width, width), (width, width), (width, 4 * width), (4 * width, width)]
         return [keys_and_values, *(Product(views * tokens, inner, columns, layers) for inner, columns in shapes)]
 
-    shown, wanted = 1 + visible, plan.targets(recipe)
+    shown, wanted = 1 + visible, targets(recipe)
     decode = (
         asking(wanted, shown, decoder.width, decoder.depth)
         if decoder.attention == "cross"
@@ -417,70 +413,7 @@ def roof(recipe: Recipe, device: torch.device) -> dict[str, dict[str, float]]:
     }
 
 
-def main(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")
-    ] = None,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="also transformers' and lightly's MAE, at one view per image")
-    ] = False,
-    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe; else the defaults")] = None,
-    model: Annotated[str | None, typer.Option(help="model.size; else the recipe's")] = None,
-    batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
-    masks: Annotated[int | None, typer.Option(help="masking.num_masks; else the recipe's")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the recipe's")] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="not the eager baseline but this system with other settings: key=value, several in quotes; repeatable"
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="rounds in which every contender has a turn", min=1)] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
-) -> None:
-    """Speed and memory of a training step: this system, the same method in plain PyTorch, and other MAEs; or this
-    system with other settings.
-
-    The recipe's gate is open, its images are noise, and nothing is loaded or downloaded.
-    """
-    named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
-    chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
-    given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
-
-    def resolve(*more: str) -> Recipe:
-        return load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
-
-    ours = resolve()
-    views = ours.masking.num_masks
-    contests = [
-        Contest(ours, [], {text: resolve(*text.split()) for text in variant})
-        if variant
-        else Contest(ours, ["eager"], {})
-    ]
-    if peers:
-        plain = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
-        contests.append(
-            Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), ["transformers", "lightly"], {})
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for contest in contests:
-        if contest.others:
-            _has_baselines(contest.recipe)
-        for settings in (contest.recipe, *contest.variants.values()):
-            check_machine(settings, device)
-
-    result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
-    result["decoder"] = ours.decoder.model_dump()
-    result["roof"] = roof(ours, device)
-    result["contests"] = [compete(contest, rounds, device) for contest in contests]
-    measure_memory(list(zip(contests, result["contests"])), device)
-    show(result, Console())
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {json_file}")
-
-
-def _has_baselines(recipe: Recipe) -> None:
+def check_baselines(recipe: Recipe) -> None:
     """Raises UserError for a method that the other implementations do not have."""
     masking, decoder = recipe.masking, recipe.decoder
     if masking.kind != "orthogonal" and masking.num_masks > 1:

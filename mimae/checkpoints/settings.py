@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mimae.config.section import Section
+from mimae.config.section import Resume, Section
 
 
 class CheckpointSettings(Section):
     """When the run is saved, and what is kept; it is always saved at its end and on SIGTERM."""
+
+    on_resume: ClassVar[Resume] = "free"
 
     every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mimae.config.layers import text
-from mimae.config.recipe import Recipe, Resolved, sections
+from mimae.config.recipe import Recipe, Resolved, resume_of, sections
 from mimae.config.section import Section
 from mimae.config.words import legal
 
@@ -42,7 +42,10 @@ def reference() -> str:
     parts = [
         "# Settings\n\nEvery key of a recipe, its default, its legal values and its meaning. "
         "`mimae config RECIPE [key=value ...]` prints what a recipe resolves to. "
-        "This page is the output of `mimae settings`.\n",
+        "This page is the output of `mimae settings`.\n\n"
+        "The column *resume* says whether a run that is resumed may change a key: *fixed*, it may not, since other "
+        "weights would follow; *free*, it may, and the weights stay the same; *rounding*, it may, and the weights "
+        "differ by rounding alone.\n",
         _table("", scalars, Recipe),
     ]
     for name, section in by_name.items():
@@ -52,10 +55,11 @@ def reference() -> str:
 
 
 def _table(prefix: str, names: list[str], model: type[Section]) -> str:
-    rows = ["| key | default | legal | meaning |", "|---|---|---|---|"]
+    rows = ["| key | default | legal | resume | meaning |", "|---|---|---|---|---|"]
     defaults = model().model_dump(mode="json")
     for name in names:
         meaning = model.model_fields[name].description or ""
-        row = [f"`{prefix}{name}`", f"`{text(defaults[name])}`", legal(f"{prefix}{name}"), meaning]
+        key = f"{prefix}{name}"
+        row = [f"`{key}`", f"`{text(defaults[name])}`", legal(key), resume_of(key), meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     return "\n".join(rows) + "\n"

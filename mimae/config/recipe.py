@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.config.section import Section
+from mimae.config.section import Resume, Section, setting
 from mimae.data.settings import DataSettings
 from mimae.engines.settings import Compile, EngineSettings
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
@@ -25,8 +25,9 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of the matrix products; weights, latents and losses are fp32 in both"
     )
-    compile: Compile = Field(
+    compile: Compile = setting(
         "auto",
+        resume="rounding",
         description="torch.compile of each block; graphs: with CUDA graphs; auto: on with CUDA, off on the CPU and "
         "with engine.kind=zero3",
     )
@@ -66,6 +67,16 @@ def keys() -> list[str]:
         for name in Recipe.model_fields
         for key in (known[name].model_fields if name in known else [name])
     ]
+
+
+def resume_of(key: str) -> Resume:
+    """Return whether a run that is resumed may change a dotted key."""
+    section, _, name = key.rpartition(".")
+    return (sections()[section] if section else Recipe).resume_of(name)
+
+
+FREE_KEYS = tuple(key for key in keys() if resume_of(key) != "fixed")
+"""The keys that may change when a run is resumed."""
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from mimae.config.section import Section
+from mimae.config.section import Section, setting
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 
@@ -23,7 +23,9 @@ class DataSettings(Section):
         description="training images: photos (embedded), a folder, a list file, tar shards, Parquet files, "
         "a mixture or torchvision:NAME:ROOT, see [data.md](data.md)",
     )
-    val_path: str | None = Field(None, min_length=1, description="held-out images, as path; null: none")
+    val_path: str | None = setting(
+        None, resume="free", min_length=1, description="held-out images, as path; null: none"
+    )
     shuffle: Literal["full", "blocks"] = Field(
         "full",
         description="order of an epoch: any sample anywhere, or blocks (shards, row groups, runs of files) "
@@ -45,22 +47,27 @@ class DataSettings(Section):
     std: tuple[float, float, float] = Field(
         (0.229, 0.224, 0.225), description="deviation of red, green and blue in [0, 1]"
     )
-    workers: int | None = Field(
+    workers: int | None = setting(
         None,
+        resume="free",
         ge=0,
         le=1024,
         description="decoding processes of a rank; null: one per core; 0: none",
     )
-    cache: Literal["encoded", "decoded"] | None = Field(
+    cache: Literal["encoded", "decoded"] | None = setting(
         None,
+        resume="rounding",
         description="keep what was read once: encoded as it is, or decoded as pixels (of photographs some six times as "
         "much); null: no",
     )
-    cache_dir: str | None = Field(
-        None, min_length=1, description="folder of the cache, best on a disk of the node; null: in RAM, /dev/shm"
+    cache_dir: str | None = setting(
+        None,
+        resume="free",
+        min_length=1,
+        description="folder of the cache, best on a disk of the node; null: in RAM, /dev/shm",
     )
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
+    max_bad_fraction: float = setting(
+        0.01, resume="free", ge=0, le=1, description="share of unreadable samples past which the run stops"
     )
     max_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT, description="pixels past which an image is refused before decoding"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mimae.config.section import Section
+from mimae.config.section import Resume, Section
 
 Compile = Literal["auto", "on", "graphs", "off"]
 """torch.compile of each block, `graphs` with CUDA graphs; auto: on with CUDA, but for engine.kind=zero3."""
@@ -15,6 +15,8 @@ Compile = Literal["auto", "on", "graphs", "off"]
 
 class EngineSettings(Section):
     """How the model is spread over ranks. Weights do not depend on it, but for rounding: a run may change it."""
+
+    on_resume: ClassVar[Resume] = "rounding"
 
     kind: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
         "ddp",

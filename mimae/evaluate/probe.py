@@ -10,22 +10,17 @@ Letters in shapes: n samples, D features, C classes.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.settings import DataSettings
@@ -378,28 +373,3 @@ def probe(
         },
         "seconds": time.monotonic() - started,
     }
-
-
-def main(
-    run: Annotated[Path, typer.Argument(help="directory of a pretraining run")],
-    train: Annotated[str | None, typer.Option(help="labelled training images [default: data.path]")] = None,
-    test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
-    images: Annotated[int, typer.Option(help="training images to use at most, class-balanced", min=1)] = 50_000,
-    baselines: Annotated[bool, typer.Option(help="also raw pixels and the encoder before training")] = True,
-) -> None:
-    """Judge a run's frozen features: linear probe, few labels, nearest neighbours. Writes RUN/probe.json."""
-    result = probe(run, train, test, images, baselines)
-    write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")
-    table = Table(
-        title=f"{run}: {result['train_images']:,} training and {result['test_images']:,} test images of "
-        f"{result['classes']} classes",
-        title_justify="left",
-    )
-    table.add_column("frozen features")
-    for column in ("linear probe", f"{result['few_labels']} labels", f"{NEIGHBOURS} neighbours"):
-        table.add_column(column, justify="right")
-    for name, scores in result["features"].items():
-        table.add_row(name, *(f"{scores[key]:.3f}" for key in MEASURES))
-    Console().print(table)
-    if result["unreadable_images"]:
-        print(f"{result['unreadable_images']} images could not be read and were left out")

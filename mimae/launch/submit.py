@@ -12,13 +12,10 @@ import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import typer
+from typing import Any, NamedTuple
 
 from mimae.config.load import load_recipe
 from mimae.errors import EXIT_SAVED, UserError
-from mimae.launch import processes as launch
 
 GRACE_SECONDS = 180
 """Between SLURM's signal and the end of the job: time to save."""
@@ -34,7 +31,11 @@ class Pretraining(NamedTuple):
 
     def __call__(self) -> int:
         """Returns the launcher's exit code; after a signal the job's first node has it queued again."""
-        code = launch.pretrain(self.recipe, self.overrides, launch.default_job(self.ranks, 1, None, self.restarts))
+        from mimae.launch import processes
+
+        code = processes.pretrain(
+            self.recipe, self.overrides, processes.default_job(self.ranks, 1, None, self.restarts)
+        )
         if code == EXIT_SAVED and os.environ.get("SLURM_NODEID", "0") == "0":
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         return code
@@ -88,49 +89,3 @@ def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tu
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
-
-
-def main(
-    recipe: Annotated[str, typer.Argument(help="path or name of a recipe")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides")] = None,
-    nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="GPUs of each, one rank a GPU", min=1)] = 8,
-    time: Annotated[str, typer.Option(help="of a job: minutes, HH:MM:SS or D-HH; the run may take many")] = "24:00:00",
-    partition: Annotated[str | None, typer.Option(help="SLURM's partition")] = None,
-    account: Annotated[str | None, typer.Option(help="SLURM's account")] = None,
-    qos: Annotated[str | None, typer.Option(help="SLURM's quality of service")] = None,
-    constraint: Annotated[str | None, typer.Option(help="features of the machines, as a100")] = None,
-    cpus: Annotated[int, typer.Option(help="cores for each GPU", min=1)] = 12,
-    memory: Annotated[str | None, typer.Option(help="of a machine, as 480G [default: SLURM's]")] = None,
-    container: Annotated[str | None, typer.Option(help="image to run in (pyxis' --container-image)")] = None,
-    seeds: Annotated[str | None, typer.Option(help="0,1,2: an array of a run for each seed, in run.dir/seed-K")] = None,
-    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and submit nothing")] = False,
-) -> None:
-    """Submit a run to SLURM; saved and queued again when its time ends or it is preempted."""
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
-    except ValueError as error:
-        raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
-    jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    folder = Path(load_recipe(recipe, overrides or ()).recipe.run.dir) / "slurm"
-    made = executor(
-        *(folder, container, dry_run),
-        job_name="mimae",
-        nodes=nodes,
-        ntasks_per_node=1,
-        gpus_per_node=gpus,
-        cpus_per_task=cpus * gpus,
-        time=minutes(time),
-        partition=partition,
-        account=account,
-        qos=qos,
-        constraint=constraint,
-        mem=memory,
-    )
-    if dry_run:
-        print(made._make_submission_file_text(made._submitit_command_str, "JOB"), end="")
-        return
-    submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
-    for job, each in zip(submitted, jobs, strict=True):
-        print(f"job {job.job_id}: {load_recipe(recipe, each.overrides).recipe.run.dir}; output in {job.paths.stdout}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mimae.config.section import Section
+from mimae.config.section import Section, setting
 
 SIZES = {
     "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},
@@ -50,8 +50,8 @@ class ModelSettings(Section):
     mlp_width: int | None = Field(
         None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
     )
-    attention: Literal["auto", "sdpa", "xformers", "flex"] = Field(
-        "auto", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
+    attention: Literal["auto", "sdpa", "xformers", "flex"] = setting(
+        "auto", resume="rounding", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
     )
     checkpointing: bool = Field(
         False, description="recompute each block's activations in backward: less memory, a third more compute"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimae.config.section import Section
+from mimae.config.section import Section, setting
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -14,8 +14,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings(Section):
     """AdamW (method 5). Learning rates are per 256 views, views = images x masks of the global batch."""
 
-    impl: Literal["auto", "torch", "apex", "deepspeed"] = Field(
-        "auto", description="whose AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only"
+    impl: Literal["auto", "torch", "apex", "deepspeed"] = setting(
+        "auto",
+        resume="rounding",
+        description="whose AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only",
     )
     learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 views")
     posterior_learning_rate: float | None = Field(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from mimae.config.section import Section
+from mimae.config.section import Resume, Section
 
 
 class TelemetrySettings(Section):
     """How often a run reports, and where."""
+
+    on_resume: ClassVar[Resume] = "free"
 
     log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
     images_every_epochs: int = Field(1, ge=0, description="epochs between two reconstruction pictures; 0: none")

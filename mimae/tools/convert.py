@@ -15,10 +15,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import typer
 from torch import Tensor
 
 from mimae import distributed
@@ -133,7 +132,7 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
-    recipe, root = load_recipe(run / "config.yaml").recipe, _root(folder)
+    recipe, root = load_recipe(run / "config.yaml").recipe, root_of(folder)
     if root is None or not (root / "zero").is_dir():
         raise CheckpointError(
             f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
@@ -190,7 +189,7 @@ def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[st
     return target
 
 
-def _root(folder: Path) -> Path | None:
+def root_of(folder: Path) -> Path | None:
     """FOLDER/TAG of FOLDER, which may be it itself; None where it is neither."""
     latest = folder / "latest_universal"
     if (folder / "zero").is_dir():
@@ -221,25 +220,3 @@ def _shaped(file: Path, shape: torch.Size) -> Tensor:
     if tensor.shape not in (shape, (shape.numel(),)):
         raise CheckpointError(f"{file} holds {tuple(tensor.shape)}, and the run's model has {tuple(shape)}")
     return tensor.float().view(shape)
-
-
-def main(
-    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a universal checkpoint")],
-    target: Annotated[Path, typer.Argument(help="a folder for the universal checkpoint, or a run with a config.yaml")],
-    adam: Annotated[Adam, typer.Option(help="whose AdamW will go on with the universal checkpoint")] = "torch",
-) -> None:
-    """A checkpoint of a run as DeepSpeed's universal one, or back: what SOURCE is decides."""
-    if _root(source) is not None:
-        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} goes on from there")
-    elif (source / "latest").is_file() and not (source / "config.yaml").exists():
-        raise CheckpointError(
-            f"{source} is DeepSpeed's own checkpoint: make it universal first, with python -m "
-            "deepspeed.checkpoint.ds_to_universal"
-        )
-    else:
-        written = write(source, target, adam)
-        print(
-            f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
-            f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) goes on from there, and returns "
-            "the buffers in the client state"
-        )

@@ -6,18 +6,13 @@ A package that is installed may still be broken: whatever goes wrong in asking i
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import platform
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Annotated
 
 import torch
-import typer
 
 from mimae import __version__, kernels
 from mimae.engines.base import files_obstacle
@@ -134,19 +129,3 @@ def _dali() -> str:
     if version != "not installed":
         import_module("nvidia.dali")
     return version
-
-
-def main(
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-) -> None:
-    """What this machine has: versions, GPUs, the implementation of each op and why, back ends and what keeps them."""
-    with redirect_stdout(sys.stderr):  # packages greet as they are imported
-        report = examine()
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    for title, section in report.items():
-        print(title)
-        width = max(map(len, section))
-        for name, found in section.items():
-            print(f"  {name:{width}}  {found}")

@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
-from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
@@ -264,31 +262,8 @@ def _names(what: str, names: list[str]) -> list[str]:
     return [f"{what}: {len(names)}: {', '.join(names[:LISTED])}{more}"] if names else []
 
 
-def _logged(run: Path, step: int) -> dict[str, Any] | None:
+def logged(run: Path, step: int) -> dict[str, Any] | None:
     """The run's own record of a step."""
     file = run / "metrics.jsonl"
     records = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
     return next((record for record in records if record["step"] == step), None)
-
-
-def main(
-    run: Annotated[Path, typer.Argument(help="the run's directory")],
-    step: Annotated[int, typer.Option(help="the optimizer step, as in metrics.jsonl", min=1)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of this machine")] = None,
-    split: Annotated[int, typer.Option(help="parts of each micro-batch, where memory is short", min=1)] = 1,
-) -> None:
-    """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
-    if split > 1:
-        accumulate = recipe.schedule.accumulate * split
-        recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
-        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
-    findings = replay(recipe, step)
-    file = run / "replay" / f"step-{step:08d}.png"
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(findings.picture)
-    print(report(findings, _logged(run, step)))
-    print(file)
-    raise typer.Exit(0 if findings.is_finite else 1)

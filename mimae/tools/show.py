@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import torch
-import typer
 from torch import Tensor
 
-from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
-from mimae.data.loading.batch import Batch, DataError
+from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.sources.open import open_source
 from mimae.model import masking
@@ -43,24 +38,3 @@ def masked(images: Tensor, visible: Tensor, patch: int) -> Tensor:
     seen = seen.scatter_(2, visible.long(), True).unflatten(2, (rows, columns))
     seen = seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return torch.where(seen[..., None], images[:, None], torch.tensor(pictures.HIDDEN, dtype=torch.uint8))
-
-
-def main(
-    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="the picture")] = Path("samples.png"),
-    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe [default: default settings]")] = None,
-    images: Annotated[int, typer.Option(help="samples to show", min=1, max=256)] = 8,
-    epoch: Annotated[int, typer.Option(help="whose crops, flips and masks", min=0)] = 0,
-) -> None:
-    """Draw samples as a recipe cuts them, with their masks."""
-    resolved = load_recipe(recipe or {}, overrides or (), {"data": {"path": path}}).recipe
-    picture, batch = show(resolved, images, epoch)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(picture)
-    except OSError as error:
-        raise DataError(f"cannot write the picture {out}: {error.strerror}") from error
-    print(out)
-    for bad in batch.bad:
-        print(f"replaced: {bad.path}: {bad.reason}")

@@ -6,18 +6,10 @@ import fcntl
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from mimae.errors import UserError
 from mimae.faults import lock
-
-
-def main(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> None:
-    """Where a run stands: is it at work, how far is it, what did it save."""
-    for key, value in look(run).items():
-        print(f"{key:<12}{value}")
 
 
 def look(run: Path) -> dict[str, str]:

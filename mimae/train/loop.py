@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
-from mimae.config.recipe import Recipe, flat
+from mimae.config.recipe import FREE_KEYS, Recipe, flat
 from mimae.data.loading.backend import fastest
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, evaluation_batches, make_loader
@@ -39,6 +39,9 @@ from mimae.model import masking
 from mimae.model.mimae import MIMAE
 from mimae.objective.objective import Losses
 from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
+from mimae.plan.communication import bytes_sent
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import clock, pictures
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry.environment import environment
@@ -52,13 +55,6 @@ VALIDATION_IMAGES = 2048
 
 PICTURED = 8
 """Images in a reconstruction picture."""
-
-FREE_KEYS = (
-    *("run.", "checkpoint.", "telemetry.", "data.workers", "data.cache", "data.val_path", "data.max_bad_fraction"),
-    *("engine.", "compile", "model.attention", "optimizer.impl"),
-)
-"""Settings that may differ when a run is resumed: no weight depends on them (on data.cache and the last four by
-rounding alone)."""
 
 
 class Outcome(NamedTuple):
@@ -182,7 +178,7 @@ class _Run:
         say(self._headline())
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
-        bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
+        sent = bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
         step_pace = clock.Pace(self.phases, recipe.masking.num_masks)
@@ -213,7 +209,7 @@ class _Run:
                         watchdog.wait_for(f"the end of epoch {epoch}", long=True)
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record: dict[str, Any] = epoch_pace.epoch(images)
-                        record |= {"bytes_sent": bytes_sent, "exposed_communication": self.exposure.read()}
+                        record |= {"bytes_sent": sent, "exposed_communication": self.exposure.read()}
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         measures = self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                         # The checks and pictures of an epoch's end are no training.
@@ -344,8 +340,8 @@ class _Run:
             return measures
         record |= means
         record |= {"epoch": epoch, **memory(self.device), **diagnostics.collapse(latents)}
-        flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
-        peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
+        flops = step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
+        peak = peak_flops(device_name(self.device), recipe.precision)
         record["tflops"] = flops / 1e12
         record["mfu"] = flops / (peak * distributed.world_size()) if peak else None
         checks = recipe.telemetry
@@ -432,7 +428,7 @@ class _Run:
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
-            f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
+            f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
             f"data.loader={recipe.data.loader}, {self.chosen}"
         )
@@ -499,7 +495,7 @@ def _check_config(recipe: Recipe, run: Path) -> None:
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
         for key in new
-        if old[key] != new[key] and not key.startswith(FREE_KEYS)
+        if old[key] != new[key] and key not in FREE_KEYS
     ]
     if changed:
         raise RunError(

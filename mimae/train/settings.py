@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from mimae.config.section import Section
+from mimae.config.section import Resume, Section
 
 
 class RunSettings(Section):
     """Where a run lives, and when it is taken for hung."""
+
+    on_resume: ClassVar[Resume] = "free"
 
     dir: str = Field(
         "runs/unnamed",

@@ -10,7 +10,7 @@ import pytest
 from mimae.config.layers import shipped
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml, explain, reference
-from mimae.config.recipe import Recipe, flat, keys
+from mimae.config.recipe import FREE_KEYS, Recipe, flat, keys, resume_of
 from mimae.errors import ConfigError
 from mimae.optim.optimizer import total_steps
 
@@ -451,6 +451,30 @@ def test_all_problems_at_once(small: str) -> None:
         "optimizer.lerning_rate",
         "schedule.epochs",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "resume"),
+    [
+        ("seed", "fixed"),
+        ("compile", "rounding"),
+        ("model.width", "fixed"),
+        ("model.attention", "rounding"),
+        ("data.path", "fixed"),
+        ("data.workers", "free"),
+        ("data.cache", "rounding"),
+        # A section speaks for its keys.
+        ("engine.kind", "rounding"),
+        ("run.dir", "free"),
+        ("checkpoint.keep", "free"),
+        ("telemetry.tensorboard", "free"),
+    ],
+)
+def test_a_key_says_whether_a_resumed_run_may_change_it(key: str, resume: str) -> None:
+    assert resume_of(key) == resume
+    assert (key in FREE_KEYS) == (resume != "fixed")
+    (row,) = (line for line in reference().splitlines() if line.startswith(f"| `{key}` |"))
+    assert f"| {resume} |" in row
 
 
 def test_settings_reference_is_up_to_date() -> None:

@@ -21,7 +21,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
-from mimae.evaluate import probe
+from mimae.evaluate import command, probe
 from mimae.evaluate.probe import (
     Linear,
     LogisticRegression,
@@ -311,7 +311,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    probe.main(run)
+    command.probe(run)
     printed = capsys.readouterr().out
     written = json.loads((run / "probe.json").read_text())
     assert list(written["features"]) == ["raw pixels", "random encoder", "this run"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mimae.errors import EXIT_SAVED, UserError
+from mimae.launch import command, submit
 from mimae.launch import processes as launch
-from mimae.launch import submit
 from mimae.launch.submit import Pretraining, minutes
 
 pytest.importorskip("submitit", reason="submitit is an extra")
@@ -42,7 +42,7 @@ def submit_quickstart(folder: Path, **options: object) -> None:
     }
     left_open = dict.fromkeys(("qos", "constraint", "memory", "container", "seeds"))
     arguments: dict = {"overrides": [f"run.dir={folder}"], **given, **left_open, "dry_run": False, **options}
-    submit.main("quickstart", **arguments)
+    command.submit("quickstart", **arguments)
 
 
 def test_the_script_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
 from mimae.model import masking
+from mimae.plan.communication import bytes_sent
 from mimae.telemetry import exposure
 from mimae.telemetry.exposure import Exposure
 from tests.ranks import run_ranks
@@ -128,7 +129,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def check(found: list[dict[str, Any]], name: str, counts: list[int]) -> None:
-    told = plan.bytes_sent(recipe(name, len(found)), len(found), CPU)
+    told = bytes_sent(recipe(name, len(found)), len(found), CPU)
     for rank in found:
         assert rank[name]["sent"] == pytest.approx(told, rel=0.02)
         assert rank[name]["counts"] == counts

@@ -23,6 +23,7 @@ from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
 from mimae.model.mimae import outline
 from mimae.randomness import materialise
+from mimae.tools import command
 from mimae.tools import convert as universal
 from mimae.train import loop
 from tests.ranks import run_ranks
@@ -111,10 +112,10 @@ def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
         universal.write(run, run)
     (empty / "latest").write_text("global_step3")
     with pytest.raises(CheckpointError, match="make it universal first"):
-        universal.main(empty, run)
+        command.convert(empty, run)
     (empty / "latest_universal").write_text("global_step4")
     with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
-        universal.main(empty, run)
+        command.convert(empty, run)
 
 
 def _narrower(states: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.cli import app
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import FREE_KEYS, Recipe
 from mimae.engines.make import make_engine
 from mimae.errors import RunError
 from mimae.faults import guards
-from mimae.tools.replay import replay
+from mimae.tools.replay import HERE, replay
 from mimae.train import loop
 from tests.train.test_loop import lines, recipe
 
@@ -61,6 +61,10 @@ def test_a_healthy_step_has_the_runs_numbers(run: Path, step: int) -> None:
     assert found.grad_norm == pytest.approx(logged["grad_norm"], rel=1e-5)
     assert len(found.rec) == 8 and sum(found.rec.values()) / 8 == pytest.approx(logged["rec"], rel=1e-5)
     assert found.is_finite and found.module is None and not found.gradients
+
+
+def test_no_weight_depends_on_what_a_replay_changes() -> None:
+    assert {override.partition("=")[0] for override in HERE} <= {*FREE_KEYS}
 
 
 def test_the_command_tells_and_draws(run: Path) -> None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mimae.data.loading.batch import BadSample
 from mimae.data.loading.processes import over
-from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.decode import BadImage, decode, format_of, why
-from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
@@ -118,7 +114,7 @@ def _spread(values: np.ndarray) -> dict[str, int] | None:
     return {"min": int(values.min()), "median": int(statistics.median_low(values.tolist())), "max": int(values.max())}
 
 
-def _print(found: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
     title = Text(_printable(found["source"]), "table.title")
     table = Table(title=title, title_justify="left", show_header=False)
     broken, readable = len(found["broken"]), found["readable"]
@@ -155,20 +151,3 @@ def _list(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print("  " + _printable(line), markup=False, highlight=False)
     if len(lines) > _SHOWN:
         console.print(f"  and {len(lines) - _SHOWN:,} more; --json lists all")
-
-
-def main(
-    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with every sample by path")] = False,
-    max_pixels: Annotated[int, typer.Option(help="as data.max_pixels", min=1)] = DataSettings().max_pixels,
-    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
-) -> None:
-    """Look at every sample: counts, sizes, formats, what is broken and why, duplicates; exits with 1 where a sample is
-    broken."""
-    found = summary(check(path, max_pixels, workers or default_workers()))
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        _print(found)
-    if found["broken"]:
-        raise typer.Exit(1)

@@ -13,18 +13,14 @@ import json
 import os
 import tarfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import typer
 from PIL import Image
 
 from mimae.data.loading.batch import BadSample, DataError
 from mimae.data.loading.processes import over
-from mimae.data.loading.workers import default_workers
 from mimae.data.pixels.decode import BadImage, format_of, whole, why
-from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
-from mimae.data.sources.open import open_source
 
 QUALITY = 95
 """Of the JPEGs that images are resized to."""
@@ -206,23 +202,3 @@ def _write(path: Path, text: str) -> None:
     temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def main(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="a data path, as data.path")],
-    target: Annotated[Path, typer.Argument(metavar="DST.tar", help="DIR/NAME.tar, for DIR/NAME-00000.tar, ...")],
-    samples: Annotated[int, typer.Option(help="samples of a shard", min=1)] = 5000,
-    shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
-    max_pixels: Annotated[int, typer.Option(help="as data.max_pixels", min=1)] = DataSettings().max_pixels,
-    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
-) -> None:
-    """Write tar shards of a data set; a packing that was stopped goes on. Its order and labels stay."""
-    if target.suffix != ".tar":
-        raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
-    packing = Packing(open_source(source), target, samples, shortest, max_pixels)
-    written, left_out = pack(packing, workers or default_workers())
-    shards = packing.numbers()
-    span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
-    print(f"{span}: {written} written, {len(shards) - written} already there")
-    if left_out:
-        print(f"left out, since they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")

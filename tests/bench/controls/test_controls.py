@@ -17,7 +17,7 @@ import pytest
 import typer
 from PIL import Image
 
-from mimae.bench.controls import controls
+from mimae.bench.controls import command, controls
 from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
 from mimae.config.load import load_recipe
 from mimae.data.sources.open import open_source
@@ -345,10 +345,10 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(controls, "control_trials", lambda data: [made])
     results, runs, docs = tmp_path / "results", tmp_path / "runs", tmp_path / "docs/controls.md"
 
-    def command() -> None:
-        controls.main(data=["photos"], threads=1, jobs=1, results=results, runs=runs, docs=docs)
+    def run() -> None:
+        command.controls(data=["photos"], threads=1, jobs=1, results=results, runs=runs, docs=docs)
 
-    command()
+    run()
     file = results / "controls/photos-mi_mae-1.json"
     row = json.loads(file.read_text())
     assert row["last_epoch"]["step"] == 2 and row["views"] == 2 * 8 * 4
@@ -358,7 +358,7 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     assert "| 6. control 5 + L_min: MI-MAE | 1 |" in docs.read_text()
     assert "| 1. raw pixels | 1 |" in docs.read_text()
     monkeypatch.setattr(controls.Processes, "__call__", lambda *_: pytest.fail("the trial has its result"))
-    command()
+    run()
 
     def stop(self: Processes, trial: Trial, run: Path) -> Result:
         raise Stopped
@@ -366,5 +366,5 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     file.unlink()
     monkeypatch.setattr(controls.Processes, "__call__", stop)
     with pytest.raises(typer.Exit) as ended:
-        command()
+        run()
     assert ended.value.exit_code == 75

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 
-from mimae.bench.data import data, feeds
+from mimae.bench.data import command, data, feeds
+from mimae.bench.harness import command as harness
 from mimae.bench.harness import soak
+from mimae.data.command import pack
 from mimae.data.loading.batch import BadSample, Batch
 from mimae.data.pixels.decode import BadImage, whole, why
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
-from mimae.data.tools.pack import main as pack
 from mimae.errors import UserError
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_bench_writes_rates_ratios_shares_and_parity(folder: Path, tmp_path: Path) -> None:
-    data.main(
+    command.data(
         *(str(folder), 32, 8, 1, 1, 0.2, ["torch", "torchvision"], "vit_base_400ep", "NVIDIA H100", 0.45),
         tmp_path / "data.json",
     )
@@ -108,13 +109,13 @@ def test_damage_of_each_kind_is_seen(folder: Path) -> None:
 def test_too_few_images_and_unknown_loaders_are_told(folder: Path) -> None:
     rest: Any = ("vit_base_400ep", "NVIDIA H100", 0.45, None)
     with pytest.raises(UserError, match="24 images, fewer than a batch of 64"):
-        data.main(str(folder), 32, 64, 1, 1, 0.1, None, *rest)
+        command.data(str(folder), 32, 64, 1, 1, 0.1, None, *rest)
     with pytest.raises(UserError, match="--only turbo: legal are"):
-        data.main(str(folder), 32, 8, 1, 1, 0.1, ["turbo"], *rest)
+        command.data(str(folder), 32, 8, 1, 1, 0.1, ["turbo"], *rest)
 
 
 def test_a_soak_loses_and_repeats_nothing_and_names_what_it_replaced(folder: Path, tmp_path: Path) -> None:
-    soak.main(
+    harness.soak(
         str(folder), ["torch"], 0.05, 0.2, 32, 8, 0.8, tmp_path / "soak.json", tmp_path / "soak.png"
     )  # raises typer.Exit where an account is not clean
     result = json.loads((tmp_path / "soak.json").read_text())["loaders"]["torch"]

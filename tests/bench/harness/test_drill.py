@@ -107,7 +107,7 @@ def harmed(kinds: dict[str, list[str]]) -> dict[str, tuple[float, bool]]:
 def test_faults_inside_of_a_rank_fire_on_every_engine_that_the_drill_has_them_for(tmp_path: Path) -> None:
     engines = (["ddp"], ["zero1"], ["zero3"], ["fsdp"], ["fsdp", "engine.replicas=2"])
     kinds = {" ".join(each): [f"engine.kind={each[0]}", *each[1:]] for each in engines}
-    expected = {kind: (1.0, drill._no_copies(overrides) is None) for kind, overrides in kinds.items()}
+    expected = {kind: (1.0, drill.no_copies(overrides) is None) for kind, overrides in kinds.items()}
     assert {drifts for _, drifts in expected.values()} == {True, False}
     assert run_ranks(2, tmp_path, harmed, kinds) == [expected] * 2
 

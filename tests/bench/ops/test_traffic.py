@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mimae.bench.ops import traffic
+from mimae.bench.ops import command, traffic
 from mimae.bench.ops.cases import CASES, VIT_B, Case, Size, chosen, recorded
 from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
 from mimae.bench.ops.traffic import BOUNDS, COUNTS, Bound, beyond_bounds, eager, extrapolated, measure
@@ -209,12 +209,12 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
 
 def test_the_page_in_the_documentation_is_what_its_file_renders_to(tmp_path: Path) -> None:
     page = tmp_path / "traffic.md"
-    traffic.main(json_file=ROOT / "bench/results/traffic.json", page=page)
+    command.traffic(json_file=ROOT / "bench/results/traffic.json", page=page)
     assert (ROOT / "docs/traffic.md").read_text() == page.read_text(), (
         "run `mimae bench traffic --json ... --render ...`"
     )
     with pytest.raises(UserError, match="name its file by --json"):
-        traffic.main(page=page)
+        command.traffic(page=page)
 
 
 def test_the_published_result_keeps_its_bounds() -> None:
@@ -227,12 +227,12 @@ def test_the_published_result_keeps_its_bounds() -> None:
 def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "triton", None)
     with pytest.raises(UserError, match="triton, which is not installed"):
-        traffic.main()
+        command.traffic()
 
 
 def test_an_unknown_op_is_a_mistake_of_the_users() -> None:
     with pytest.raises(UserError, match="no case named nosuch: legal is orthogonal_masks, embed_visible"):
-        traffic.main(op=["nosuch"])
+        command.traffic(op=["nosuch"])
 
 
 def test_every_pass_is_counted_and_every_op_has_a_bound() -> None:

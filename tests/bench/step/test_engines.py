@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mimae.bench.step import engines
+from mimae.bench.step import command, engines
 from mimae.config.load import load_recipe
 from mimae.errors import UserError
 
@@ -34,12 +34,12 @@ def test_the_page_shows_what_was_measured() -> None:
 
 def test_only_known_engines() -> None:
     with pytest.raises(UserError, match="--engine fdsp: legal is ddp, fsdp"):
-        engines.main(engine=["fdsp"])
+        command.engines(engine=["fdsp"])
 
 
 @pytest.mark.slow
 def test_two_engines_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    engines.main(TINY, engine=["fsdp"], ranks=2, batch=4, rounds=2, json_file=tmp_path / "e.json")
+    command.engines(TINY, engine=["fsdp"], ranks=2, batch=4, rounds=2, json_file=tmp_path / "e.json")
     found = json.loads((tmp_path / "e.json").read_text())["engines"]
     assert list(found) == ["ddp", "fsdp"]
     assert all(len(row["seconds_per_step"]) == 2 and min(row["seconds_per_step"]) > 0 for row in found.values())

@@ -14,16 +14,17 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mimae import plan
 from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
+from mimae.bench.step import command
 from mimae.bench.step import step as bench
 from mimae.cli import app
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.model.mimae import MIMAE, build
+from mimae.plan.flops import decoder_flops, encoder_flops, step_flops
 
 # Every number differs from every other, so that a swapped one shows.
 SMALL = [
@@ -156,7 +157,7 @@ def test_the_layers_of_the_roof_are_those_of_the_cost_model(decoder: list[str], 
     layers = sum(2 * p.rows * p.inner * p.columns * p.layers for p in bench.products(recipe))
     attention = 2 * 4 * (1 + 6) ** 2 * 24 + 4 * pairs * 16
     views = 5 * 4
-    assert layers == views * (plan.encoder_flops(recipe) + plan.decoder_flops(recipe) - attention)
+    assert layers == views * (encoder_flops(recipe) + decoder_flops(recipe) - attention)
 
 
 @pytest.fixture
@@ -209,15 +210,15 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
     recipes = [
         recipe_of("schedule.batch_size=3", "masking.num_masks=2", *text.split()) for text in ("", *contest["variants"])
     ]
-    assert work == [plan.step_flops(recipe) for recipe in recipes]
+    assert work == [step_flops(recipe) for recipe in recipes]
     assert work[0] > work[1] > work[2]
 
 
 def test_what_has_no_baseline_is_told() -> None:
     with pytest.raises(UserError, match="has orthogonal masks alone"):
-        bench.main([*SMALL, "masking.kind=independent"])
+        command.step([*SMALL, "masking.kind=independent"])
     with pytest.raises(UserError, match="are next_view and self; --variant"):
-        bench.main([*SMALL, "decoder.predict=next_view"])
+        command.step([*SMALL, "decoder.predict=next_view"])
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimae import cli
+from mimae.data import command
 from mimae.data.loading import processes
 from mimae.data.loading.batch import DataError
-from mimae.data.tools.check import check, main, summary
+from mimae.data.tools.check import check, summary
 from mimae.data.tools.duplicates import NEAR, near_duplicates, perceptual_hash, same
 from tests.data.conftest import encoded, photograph, write_images
 
@@ -111,7 +112,7 @@ def test_title_is_the_name_as_it_is(
     name = "[red]x" + os.fsdecode(b"\xe9")
     write_images(tmp_path / name, ["0.png"], 16, 16)
     monkeypatch.chdir(tmp_path)
-    main(name, workers=1, max_pixels=1000)
+    command.check(name, workers=1, max_pixels=1000)
     assert "[red]x\\udce9\n" in capsys.readouterr().out.replace(" ", "")
 
 

@@ -1,0 +1,111 @@
+"""The arguments of `mimae drill` and `mimae bench soak`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def drill(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the runs' recipe: engine.kind=fsdp")
+    ] = None,
+    faults: Annotated[int, typer.Option(help="how many", min=1)] = 40,
+    ranks: Annotated[int, typer.Option(help="most ranks of a run", min=2, max=4)] = 3,
+    seed: Annotated[int, typer.Option(help="of what is drawn: kinds, steps, ranks, moments")] = 0,
+    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+) -> None:
+    """Harm tiny runs in every way, and compare their weights.
+
+    Exits with 1 where a fault did not fire, a checkpoint was lost or weights differ.
+    """
+    import shutil
+    import signal
+    import tempfile
+    import time
+
+    import torch
+
+    from mimae.bench.harness import mounts
+    from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies
+    from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
+    from mimae.bench.machine import describe
+    from mimae.checkpoints.checkpoint import write_atomically
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    obstacles = {MOUNTED: mounts.obstacle(), COPIED: no_copies(overrides or ())}
+    kinds = list(FAULTS)
+    for left_out, obstacle in obstacles.items():
+        if obstacle is not None:
+            print(f"without {' and '.join(left_out)}: {obstacle}")
+            kinds = [kind for kind in kinds if kind not in left_out]
+    folder = Path(tempfile.mkdtemp(prefix="mimae-drill-"))
+    began = time.monotonic()
+    print(f"{'fault':<30} {'step':>4} {'ranks':>5} {'starts':>6} {'lost':>4} {'equal':>6} {'s':>6}  seen")
+    rows = drill(choose(kinds, faults, seed), ranks, seed, jobs, overrides or (), folder)
+    failed, lost = sum(row["failed"] is not None for row in rows), sum(row["lost"] for row in rows)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(rows)} faults, {failed} failed, {lost} checkpoints lost, {minutes:.1f} minutes")
+    if out is not None:
+        found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
+        found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
+        write_atomically(out, json.dumps(found, indent=1) + "\n")
+    if failed or lost:
+        print(f"what the runs said is kept in {folder}")
+        raise typer.Exit(1)
+    shutil.rmtree(folder)
+
+
+def soak(
+    path: Annotated[str, typer.Argument(help="the images, as data.path")],
+    loader: Annotated[list[str] | None, typer.Option(help="data.loader; repeatable [default: all that run]")] = None,
+    minutes: Annotated[float, typer.Option(help="length of the soak of each loader", min=0.01)] = 10.0,
+    bad: Annotated[float, typer.Option(help="share of readings that come damaged", min=0, max=1)] = 0.01,
+    size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
+    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
+    restart: Annotated[float, typer.Option(help="seconds between two restarts", min=0.1)] = 60.0,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="the plot to write (.png or .svg)")] = None,
+) -> None:
+    """Run loaders for minutes while images go bad at random.
+
+    Exits with 1 where a slot was lost or came twice.
+    """
+
+    import torch
+
+    from mimae.bench.harness.soak import plot, soak
+    from mimae.bench.machine import describe
+    from mimae.checkpoints.checkpoint import write_atomically
+    from mimae.data.loading.backend import OBSTACLES
+    from mimae.data.settings import DataSettings
+    from mimae.data.sources.open import open_source
+    from mimae.errors import UserError
+
+    source = open_source(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = loader or [name for name, obstacle in OBSTACLES.items() if obstacle(device) is None]
+    if unknown := sorted({*names} - {*OBSTACLES}):
+        raise UserError(f"--loader {unknown[0]}: legal are {', '.join(OBSTACLES)}")
+    found: dict[str, Any] = {"bench": "soak", **describe(device), "minutes": minutes, "bad": bad, "loaders": {}}
+    for name in names:
+        settings = DataSettings(path=path, image_size=size, loader=name, max_bad_fraction=1.0)
+        result = found["loaders"][name] = soak(settings, source, batch, minutes, bad, restart)
+        print(
+            f"{name}: {result['images']:,} images in {result['epochs']:,} whole epochs, {result['restarts']} restarts; "
+            f"{result['lost']} slots lost, {result['repeated']} repeated, {result['replaced']:,} replaced, "
+            f"{result['unnamed']} of them not named; memory by quarters of the time "
+            f"{', '.join(f'{mib:.0f}' for mib in result['quarters_mib'])} MiB",
+            flush=True,
+        )
+    if out is not None:
+        write_atomically(out, json.dumps(found) + "\n")
+    if picture is not None:
+        plot(found, picture)
+    if any(result[key] for result in found["loaders"].values() for key in ("lost", "repeated", "unnamed")):
+        raise typer.Exit(1)

@@ -1,0 +1,105 @@
+"""The arguments of `mimae bench kernels` and `mimae bench traffic`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="ops to time; repeatable [default: all]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="images; repeatable", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="turns of every contender", min=1)] = 30,
+    compiled: Annotated[bool, typer.Option(help="time the eager forms under torch.compile too")] = True,
+    precision: Annotated[
+        str | None, typer.Option(help="of the products: bf16 or fp32 [default: bf16, but infonce in both]")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Measure time and memory of every op.
+
+    Fused and reference beside eager PyTorch and torch.compile.
+    """
+
+    import torch
+    from rich.console import Console
+
+    from mimae.bench.machine import describe
+    from mimae.bench.ops.cases import CASES
+    from mimae.bench.ops.kernels import BATCHES, contest, crossovers, roof, show, sizes_of
+    from mimae.checkpoints.checkpoint import write_atomically
+    from mimae.errors import UserError
+
+    known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
+    unknown = [name for name in op or () if name not in known]
+    if unknown or precision not in (None, *dtypes):
+        wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
+        raise UserError(f"{wrong}; precision is bf16 or fp32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
+    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
+    contests = result["contests"] = []
+    for case in (known[name] for name in op or known):
+        for size, images in sizes_of(case, batch or BATCHES, dtypes.get(precision or "")):
+            contests.append(contest(case, size, images, device, rounds, compiled))
+            show(contests[-1], result["roof"], Console())
+            result["crossovers"] = crossovers(contests)
+            if json_file is not None:  # each time: what comes next may hang
+                write_atomically(json_file, json.dumps(result, indent=2) + "\n")
+    if json_file is not None:
+        print(f"wrote {json_file}")
+
+
+def traffic(
+    op: Annotated[list[str] | None, typer.Option(help="only these; repeatable")] = None,
+    machine_code: Annotated[
+        bool, typer.Option(help="compile for sm_80, 90 and 100 too; minutes, then from triton's cache")
+    ] = True,
+    jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--render", help="write the result that --json names as this page, and run nothing")
+    ] = None,
+) -> None:
+    """Count the bytes that the fused ops move; no GPU needed.
+
+    They are compared with their floor and with eager PyTorch, and the machine code is inspected. Fails where an op
+    passes its bound.
+    """
+    from importlib import metadata
+
+    from rich.console import Console
+
+    from mimae.bench.ops import offline
+    from mimae.bench.ops.cases import chosen
+    from mimae.bench.ops.traffic import BOUNDS, WIDTH, beyond_bounds, count, flaws, render, show
+    from mimae.errors import UserError
+    from mimae.kernels import runtime
+
+    if page is not None:
+        if json_file is None or not json_file.exists():
+            raise UserError("--render shows a result: name its file by --json")
+        page.write_text(render(json.loads(json_file.read_text())))
+        return
+    if runtime.triton is None:
+        raise UserError("the kernels are counted and compiled by triton, which is not installed")
+    cases = chosen(op)
+    result: dict[str, Any] = {
+        "bench": "traffic",
+        "versions": {package: metadata.version(package) for package in ("torch", "triton")},
+        "traffic": count(cases, jobs),
+        "machine_code": offline.machine_code(cases, jobs) if machine_code else [],
+    }
+    show(result, Console(width=WIDTH))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {json_file}")
+    beyond = [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])]
+    beyond += [line for binary in result["machine_code"] for line in flaws(binary)]
+    for line in beyond:
+        print(f"beyond its bound: {line}")
+    if beyond:
+        raise typer.Exit(1)

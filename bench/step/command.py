@@ -1,0 +1,133 @@
+"""The arguments of `mimae bench step` and `mimae bench engines`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def step(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="also transformers' and lightly's MAE, at one view per image")
+    ] = False,
+    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe; else the defaults")] = None,
+    model: Annotated[str | None, typer.Option(help="model.size; else the recipe's")] = None,
+    batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
+    masks: Annotated[int | None, typer.Option(help="masking.num_masks; else the recipe's")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the recipe's")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="not the eager baseline but this system with other settings: key=value, several in quotes; repeatable"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="rounds in which every contender has a turn", min=1)] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Measure speed and memory of a training step.
+
+    This system, the same method in plain PyTorch, and other MAEs; or this system with other settings. The recipe's
+    gate is open, its images are noise, and nothing is loaded or downloaded.
+    """
+
+    import torch
+    from rich.console import Console
+
+    from mimae.bench.machine import describe
+    from mimae.bench.step.step import Contest, check_baselines, compete, measure_memory, roof, show
+    from mimae.config.load import load_recipe
+    from mimae.config.recipe import Recipe
+    from mimae.engines.base import check_machine
+
+    named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
+    chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
+    given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
+
+    def resolve(*more: str) -> Recipe:
+        return load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+
+    ours = resolve()
+    views = ours.masking.num_masks
+    contests = [
+        Contest(ours, [], {text: resolve(*text.split()) for text in variant})
+        if variant
+        else Contest(ours, ["eager"], {})
+    ]
+    if peers:
+        plain = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
+        contests.append(
+            Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), ["transformers", "lightly"], {})
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for contest in contests:
+        if contest.others:
+            check_baselines(contest.recipe)
+        for settings in (contest.recipe, *contest.variants.values()):
+            check_machine(settings, device)
+
+    result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
+    result["decoder"] = ours.decoder.model_dump()
+    result["roof"] = roof(ours, device)
+    result["contests"] = [compete(contest, rounds, device) for contest in contests]
+    measure_memory(list(zip(contests, result["contests"])), device)
+    show(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {json_file}")
+
+
+def engines(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: model.size=tiny")
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="an engine to measure beside ddp; repeatable [default: all]")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="processes of an engine", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="images of a step, over all ranks", min=2)] = 8,
+    rounds: Annotated[int, typer.Option(help="rounds in which every engine takes a step", min=1)] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Measure speed and memory of each engine on this CPU.
+
+    Every engine is compared with ddp.
+    """
+
+    import torch
+
+    from mimae.bench.machine import describe
+    from mimae.bench.step.engines import ENGINES, MODEL, measure, sent_bytes, table
+    from mimae.config.load import load_recipe
+    from mimae.errors import UserError
+    from mimae.plan.memory import parameters
+
+    names = list(dict.fromkeys(["ddp", *(engine or ENGINES)]))
+    if unknown := set(names) - ENGINES.keys():
+        raise UserError(f"--engine {', '.join(sorted(unknown))}: legal is {', '.join(ENGINES)}")
+    given = [*MODEL, "compile=off", f"schedule.batch_size={batch}", *(overrides or ())]
+    recipes = {name: load_recipe({}, [*given, *ENGINES[name]]).recipe for name in names}
+    ours = recipes["ddp"]
+    result = {
+        "bench": "engines",
+        **describe(torch.device("cpu")),
+        "ranks": ranks,
+        "images": batch,
+        "precision": ours.precision,
+        "parameters": parameters(ours).total,
+        "model": ours.model.model_dump(),
+        "decoder": ours.decoder.model_dump(),
+    }
+    result["engines"] = {
+        name: {**row, "sent_bytes": sent_bytes(recipes[name], ranks)}
+        for name, row in measure(recipes, ranks, rounds).items()
+    }
+    print(table(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {json_file}")

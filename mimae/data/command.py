@@ -1,0 +1,62 @@
+"""The arguments of `mimae data check` and `mimae data pack`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check(
+    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with every sample by path")] = False,
+    max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+) -> None:
+    """Look at every sample of a data set.
+
+    Reports counts, sizes, formats, what is broken and why, and duplicates; exits with 1 where a sample is broken.
+    """
+
+    from mimae.data.loading.workers import default_workers
+    from mimae.data.settings import DataSettings
+    from mimae.data.tools.check import check, show, summary
+
+    found = summary(check(path, max_pixels or DataSettings().max_pixels, workers or default_workers()))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    if found["broken"]:
+        raise typer.Exit(1)
+
+
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="a data path, as data.path")],
+    target: Annotated[Path, typer.Argument(metavar="DST.tar", help="DIR/NAME.tar, for DIR/NAME-00000.tar, ...")],
+    samples: Annotated[int, typer.Option(help="samples of a shard", min=1)] = 5000,
+    shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+) -> None:
+    """Write tar shards of a data set.
+
+    A packing that was stopped goes on. The order and the labels stay.
+    """
+    from mimae.data.loading.batch import DataError
+    from mimae.data.loading.workers import default_workers
+    from mimae.data.settings import DataSettings
+    from mimae.data.sources.open import open_source
+    from mimae.data.tools.pack import Packing, pack
+
+    if target.suffix != ".tar":
+        raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
+    packing = Packing(open_source(source), target, samples, shortest, max_pixels or DataSettings().max_pixels)
+    written, left_out = pack(packing, workers or default_workers())
+    shards = packing.numbers()
+    span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
+    print(f"{span}: {written} written, {len(shards) - written} already there")
+    if left_out:
+        print(f"left out, since they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")

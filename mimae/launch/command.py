@@ -1,0 +1,87 @@
+"""The arguments of `mimae pretrain` and `mimae submit`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimae.config.command import Overrides, RecipeName
+
+
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
+    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
+    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+    wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
+) -> None:
+    """Pretrain by a recipe, or go on with an interrupted run.
+
+    All GPUs of the machine take part.
+    """
+    # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from mimae.launch import processes
+
+    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait)
+    raise typer.Exit(processes.pretrain(recipe, overrides or (), job))
+
+
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of each, one rank a GPU", min=1)] = 8,
+    time: Annotated[str, typer.Option(help="of a job: minutes, HH:MM:SS or D-HH; the run may take many")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM's account")] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM's quality of service")] = None,
+    constraint: Annotated[str | None, typer.Option(help="features of the machines, as a100")] = None,
+    cpus: Annotated[int, typer.Option(help="cores for each GPU", min=1)] = 12,
+    memory: Annotated[str | None, typer.Option(help="of a machine, as 480G [default: SLURM's]")] = None,
+    container: Annotated[str | None, typer.Option(help="image to run in (pyxis' --container-image)")] = None,
+    seeds: Annotated[str | None, typer.Option(help="0,1,2: an array of a run for each seed, in run.dir/seed-K")] = None,
+    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and submit nothing")] = False,
+) -> None:
+    """Submit a run to SLURM.
+
+    The run is saved and queued again when its time ends or it is preempted.
+    """
+    from mimae.config.load import load_recipe
+    from mimae.errors import UserError
+    from mimae.launch.submit import Pretraining, executor, minutes, runs
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
+    except ValueError as error:
+        raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
+    jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
+    folder = Path(load_recipe(recipe, overrides or ()).recipe.run.dir) / "slurm"
+    made = executor(
+        *(folder, container, dry_run),
+        job_name="mimae",
+        nodes=nodes,
+        ntasks_per_node=1,
+        gpus_per_node=gpus,
+        cpus_per_task=cpus * gpus,
+        time=minutes(time),
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        mem=memory,
+    )
+    if dry_run:
+        print(made._make_submission_file_text(made._submitit_command_str, "JOB"), end="")
+        return
+    submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
+    for job, each in zip(submitted, jobs, strict=True):
+        print(f"job {job.job_id}: {load_recipe(recipe, each.overrides).recipe.run.dir}; output in {job.paths.stdout}")

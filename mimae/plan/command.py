@@ -1,0 +1,61 @@
+"""The arguments of `mimae plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimae.config.command import Overrides, RecipeName
+from mimae.plan.gpus import GPUS
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the run", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help=f"one of {', '.join(GPUS)}")] = "h100",
+    nodes_of: Annotated[int, typer.Option(help="GPUs of a node", min=1)] = 8,
+    share: Annotated[float, typer.Option(help="of the peak, while computing", min=0.01, max=1)] = 0.45,
+    images: Annotated[int, typer.Option(help="images in the data set [default: ImageNet-1k's]", min=1)] = 1_281_167,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="a step of the recipe's engine on so many ranks, without their memory: is the plan right?"
+        ),
+    ] = False,
+    scaling: Annotated[
+        Path | None, typer.Option(help="a picture here of the recipe on one node and on more, to 1,024 GPUs")
+    ] = None,
+) -> None:
+    """Plan a run: its memory, communication and time by engine.
+
+    The last line advises which engine to take.
+    """
+    from mimae.config.load import load_recipe
+    from mimae.errors import UserError
+    from mimae.plan.advice import Fleet, report
+    from mimae.plan.gpus import find_gpu
+    from mimae.plan.memory import Layout
+
+    resolved = load_recipe(recipe, overrides or ()).recipe
+    fleet = Fleet(find_gpu(gpu), gpus, nodes_of, share)
+    parts = gpus * resolved.schedule.accumulate
+    if resolved.schedule.batch_size % parts:
+        near = max(round(resolved.schedule.batch_size / parts), 1) * parts
+        raise UserError(
+            f"schedule.batch_size={resolved.schedule.batch_size} must be divisible by {parts} = GPUs ({gpus}) x "
+            f"schedule.accumulate={resolved.schedule.accumulate}, as {near} is"
+        )
+    if dry_run:
+        from mimae.plan import dry
+
+        layout = Layout(resolved.engine.kind, gpus, resolved.engine.replicas)
+        raise typer.Exit(not dry.report(resolved, layout, fleet.gpu, nodes_of))
+    if scaling is not None:
+        from mimae.plan.scaling import report as draw
+
+        print(draw(resolved, fleet, Path(recipe).stem, scaling))
+        return
+    print(report(resolved, fleet, images))

@@ -1,0 +1,130 @@
+"""The arguments of the verbs that look at a machine, a data set or a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> None:
+    """Tell where a run stands.
+
+    Whether it is at work, how far it is, and what it saved.
+    """
+    from mimae.tools.status import look
+
+    for key, value in look(run).items():
+        print(f"{key:<12}{value}")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Report what this machine has and what can be used of it.
+
+    Versions, GPUs, the implementation of each op and why, back ends and what keeps them.
+    """
+    from contextlib import redirect_stdout
+
+    from mimae.tools.doctor import examine
+
+    with redirect_stdout(sys.stderr):  # packages greet as they are imported
+        report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for title, section in report.items():
+        print(title)
+        width = max(map(len, section))
+        for name, found in section.items():
+            print(f"  {name:{width}}  {found}")
+
+
+def show(
+    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="the picture")] = Path("samples.png"),
+    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe [default: default settings]")] = None,
+    images: Annotated[int, typer.Option(help="samples to show", min=1, max=256)] = 8,
+    epoch: Annotated[int, typer.Option(help="whose crops, flips and masks", min=0)] = 0,
+) -> None:
+    """Draw samples as a recipe cuts them, with their masks."""
+    from mimae.config.load import load_recipe
+    from mimae.data.loading.batch import DataError
+    from mimae.tools.show import show
+
+    resolved = load_recipe(recipe or {}, overrides or (), {"data": {"path": path}}).recipe
+    picture, batch = show(resolved, images, epoch)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(picture)
+    except OSError as error:
+        raise DataError(f"cannot write the picture {out}: {error.strerror}") from error
+    print(out)
+    for bad in batch.bad:
+        print(f"replaced: {bad.path}: {bad.reason}")
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="the run's directory")],
+    step: Annotated[int, typer.Option(help="the optimizer step, as in metrics.jsonl", min=1)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of this machine")] = None,
+    split: Annotated[int, typer.Option(help="parts of each micro-batch, where memory is short", min=1)] = 1,
+) -> None:
+    """Run one step of a run again, and find what is not finite.
+
+    Exits with 1 if anything in the step is not finite.
+    """
+
+    from mimae.config.load import load_recipe
+    from mimae.errors import UserError
+    from mimae.tools.replay import HERE, logged, replay, report
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
+    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    if split > 1:
+        accumulate = recipe.schedule.accumulate * split
+        recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
+        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
+    findings = replay(recipe, step)
+    file = run / "replay" / f"step-{step:08d}.png"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(findings.picture)
+    print(report(findings, logged(run, step)))
+    print(file)
+    raise typer.Exit(0 if findings.is_finite else 1)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a universal checkpoint")],
+    target: Annotated[Path, typer.Argument(help="a folder for the universal checkpoint, or a run with a config.yaml")],
+    adam: Annotated[
+        Literal["torch", "deepspeed"], typer.Option(help="whose AdamW will go on with the universal checkpoint")
+    ] = "torch",
+) -> None:
+    """Convert a checkpoint to DeepSpeed's universal one, or back.
+
+    What SOURCE is decides which of the two.
+    """
+    from mimae.checkpoints.checkpoint import CheckpointError
+    from mimae.tools.convert import read, root_of, write
+
+    if root_of(source) is not None:
+        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} goes on from there")
+    elif (source / "latest").is_file() and not (source / "config.yaml").exists():
+        raise CheckpointError(
+            f"{source} is DeepSpeed's own checkpoint: make it universal first, with python -m "
+            "deepspeed.checkpoint.ds_to_universal"
+        )
+    else:
+        written = write(source, target, adam)
+        print(
+            f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
+            f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) goes on from there, and returns "
+            "the buffers in the client state"
+        )
