@@ -90,6 +90,8 @@ class Resolved:
 
     recipe: Recipe
     origins: dict[str, str]
+    notes: list[str]
+    """Lines that a run prints when it starts."""
 
 
 _SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
@@ -123,18 +125,50 @@ def load(recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[st
         asked |= read_override(override, problems)
     given = _over([*layers, asked | from_mapping(settings or {})])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
+    if "data.val_path" in given and given["data.val_path"].note:
+        given |= _started_with(given)
     return _validate(given, problems, whole)
 
 
 def _over(layers: Sequence[Settings]) -> Settings:
     """Each layer over those before it. A named size is the numbers that it stands for: what an earlier layer gave for
-    them is for the model before."""
+    them is for the model before. A validation set belongs to the training images that stand beside it: a layer that
+    names other training images and no validation set has none."""
     given = Settings()
     for layer in layers:
         if "model.size" in layer:
             given = {key: setting for key, setting in given.items() if key not in _SIZED}
-        given |= layer
+        given = given | _without_validation(given, layer) | layer
     return given
+
+
+def _without_validation(given: Settings, layer: Settings) -> Settings:
+    """Return data.val_path as null where `layer` replaces data.path and would inherit the val_path of the images that
+    it replaces."""
+    path, validation = layer.get("data.path"), given.get("data.val_path")
+    if path is None or validation is None or validation.value is None or "data.val_path" in layer:
+        return {}
+    replaced = given["data.path"].value if "data.path" in given else DataSettings().path
+    if path.value == replaced:
+        return {}
+    why = (
+        f"no validation set: {text(validation.value)} ({validation.origin}) belongs to data.path={text(replaced)}, "
+        f"which is replaced ({path.origin})"
+    )
+    note = f"{why}; the run goes without checks on held-out images, which data.val_path=PATH would name"
+    return {"data.val_path": Setting(None, why, note)}
+
+
+def _started_with(given: Settings) -> Settings:
+    """Return the data.val_path of the run in run.dir, where there is one with the data.path of `given`: a run that is
+    resumed keeps the validation set that it was started with. A file that is no recipe is refused later, by the run."""
+    file = Path(str(given["run.dir"].value), "config.yaml")
+    if not file.is_file():
+        return {}
+    started = _over(read(file.resolve(), []))
+    if "data.val_path" not in started or started.get("data.path", Setting(None, "")).value != given["data.path"].value:
+        return {}
+    return {"data.val_path": started["data.val_path"]}
 
 
 # Validation
@@ -177,7 +211,8 @@ def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
             strict=True,
         )
     origins = {key: _origin(key, given) for key in known}
-    resolved = Resolved(recipe, origins)
+    notes = [setting.note for setting in given.values() if setting.note]
+    resolved = Resolved(recipe, origins, notes)
     for needs, check in _CHECKS:
         if whole and not failed.intersection(needs):
             problems += check(resolved)
@@ -395,7 +430,8 @@ def _best_is_measured(resolved: Resolved) -> Iterator[str]:
     if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
         return
     yield (
-        f"{_say(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs; "
+        f"{_say(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs, "
+        f"here {_say(resolved, 'data.val_path')} and {_say(resolved, 'telemetry.probe_every_epochs')}; "
         "legal is null, or set both"
     )
 

@@ -26,6 +26,7 @@ from mimae.lock import lock
 from mimae.model import MIMAE
 from mimae.objective import Losses
 from mimae.optimizer import StepResult, schedule_factor, total_steps
+from mimae.recipes import text
 from mimae.saving import Saver
 from mimae.transfer.probe import knn_accuracy, shared_labels
 from mimae.watchdog import Watchdog, patience
@@ -417,7 +418,8 @@ class _Run:
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
-            f"data.loader={recipe.data.loader}, {self.chosen}"
+            f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
+            f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.chosen}"
         )
 
 

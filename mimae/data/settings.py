@@ -23,7 +23,11 @@ class DataSettings(Section):
         description="training images: photos (embedded), a folder, a list file, tar shards, Parquet files, "
         "a mixture or torchvision:NAME:ROOT, see [data.md](data.md)",
     )
-    val_path: str | None = Field(None, min_length=1, description="held-out images, as path; null: none")
+    val_path: str | None = Field(
+        None,
+        min_length=1,
+        description="held-out images, as path; null: none, as where another `data.path` is given without it",
+    )
     shuffle: Literal["full", "blocks"] = Field(
         "full",
         description="order of an epoch: any sample anywhere, or blocks (shards, row groups, runs of files) "
