@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,11 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
     from mimae.config.load import load_recipe
     from mimae.train import loop
 
-    return loop.pretrain(load_recipe(recipe, overrides, settings).recipe)
+    resolved = load_recipe(recipe, overrides, settings)
+    if os.environ.get("RANK", "0") == "0":
+        for note in resolved.notes:
+            print(note, flush=True)
+    return loop.pretrain(resolved.recipe)
 
 
 def __getattr__(name: str) -> Any:

@@ -134,7 +134,8 @@ def _best_is_measured(resolved: Resolved) -> Iterator[str]:
     if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
         return
     yield (
-        f"{_told(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs; "
+        f"{_told(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs, "
+        f"here {_told(resolved, 'data.val_path')} and {_told(resolved, 'telemetry.probe_every_epochs')}; "
         "legal is null, or set both"
     )
 

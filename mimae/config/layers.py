@@ -21,6 +21,8 @@ class Setting(NamedTuple):
 
     value: Any
     origin: str
+    note: str = ""
+    """A line that a run prints when it starts with this setting."""
 
 
 Settings = dict[str, Setting]
@@ -82,7 +84,7 @@ def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[P
     own = {key: setting for key, setting in given.items() if key != "base"}
     if "base" not in given:
         return [own]
-    name, origin = given["base"]
+    name, origin, _ = given["base"]
     if not isinstance(name, str):
         problems.append(f"{origin}: base is the name or the path of one recipe, not {text(name)}")
         return [own]

@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimae.config.checks import CHECKS
-from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, with_base
+from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
 from mimae.config.recipe import Recipe, Resolved, keys, sections
 from mimae.config.words import illegal, unknown
+from mimae.data.settings import DataSettings
 from mimae.errors import ConfigError
 from mimae.model.settings import SIZES
 
@@ -52,18 +53,56 @@ def load_recipe(
         asked |= read_override(override, problems)
     given = _over([*layers, asked | from_mapping(settings or {})])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
+    if "data.val_path" in given and given["data.val_path"].note:
+        given |= _started_with(given)
     return _validate(given, problems, whole)
 
 
 def _over(layers: Sequence[Settings]) -> Settings:
-    """Lay each layer over those before it. A named size stands for its numbers: a layer with a size drops the numbers
-    that earlier layers gave for another size."""
+    """Lay each layer over those before it.
+
+    A named size stands for its numbers: a layer with a size drops the numbers that earlier layers gave for another
+    size. A validation set belongs to the training images that stand beside it: a layer that names other training
+    images and no validation set has none.
+    """
     given = Settings()
     for layer in layers:
         if "model.size" in layer:
             given = {key: setting for key, setting in given.items() if key not in _SIZED}
-        given |= layer
+        given = given | _without_validation(given, layer) | layer
     return given
+
+
+def _without_validation(given: Settings, layer: Settings) -> Settings:
+    """Return data.val_path as null where `layer` replaces data.path and would inherit the val_path of the images that
+    it replaces."""
+    path, validation = layer.get("data.path"), given.get("data.val_path")
+    if path is None or validation is None or validation.value is None or "data.val_path" in layer:
+        return {}
+    replaced = given["data.path"].value if "data.path" in given else DataSettings().path
+    if path.value == replaced:
+        return {}
+    why = (
+        f"no validation set: {text(validation.value)} ({validation.origin}) belongs to data.path={text(replaced)}, "
+        f"which is replaced ({path.origin})"
+    )
+    note = f"{why}; the run goes without checks on held-out images, which data.val_path=PATH would name"
+    return {"data.val_path": Setting(None, why, note)}
+
+
+def _started_with(given: Settings) -> Settings:
+    """Return the data.val_path of the run in run.dir, where there is one with the data.path of `given`.
+
+    A run that is resumed keeps the validation set that it was started with. A file that is no recipe is refused later,
+    by the run.
+    """
+    file = Path(str(given["run.dir"].value), "config.yaml")
+    if not file.is_file():
+        return {}
+    started = _over(read(file.resolve(), []))
+    if "data.val_path" not in started or started.get("data.path", Setting(None, "")).value != given["data.path"].value:
+        return {}
+    return {"data.val_path": started["data.val_path"]}
 
 
 def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
@@ -90,7 +129,8 @@ def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
             json.dumps({name: value for name, value in tree.items() if name not in failed}, default=str),
             strict=True,
         )
-    resolved = Resolved(recipe, {key: _origin(key, given) for key in known})
+    notes = [setting.note for setting in given.values() if setting.note]
+    resolved = Resolved(recipe, {key: _origin(key, given) for key in known}, notes)
     for needs, check in CHECKS:
         if whole and not failed.intersection(needs):
             problems += check(resolved)

@@ -51,6 +51,8 @@ class Resolved:
 
     recipe: Recipe
     origins: dict[str, str]
+    notes: list[str]
+    """Lines that a run prints when it starts."""
 
 
 def sections() -> dict[str, type[Section]]:

@@ -24,7 +24,10 @@ class DataSettings(Section):
         "a mixture or torchvision:NAME:ROOT, see [data.md](data.md)",
     )
     val_path: str | None = setting(
-        None, resume="free", min_length=1, description="held-out images, as path; null: none"
+        None,
+        resume="free",
+        min_length=1,
+        description="held-out images, as path; null: none, as where another `data.path` is given without it",
     )
     shuffle: Literal["full", "blocks"] = Field(
         "full",

@@ -15,6 +15,7 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
+from mimae.config.layers import text
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, Recipe, flat
@@ -430,7 +431,8 @@ class _Run:
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
-            f"data.loader={recipe.data.loader}, {self.chosen}"
+            f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
+            f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.chosen}"
         )
 
 

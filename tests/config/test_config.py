@@ -198,6 +198,74 @@ def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: s
     assert shape("flat.yaml", "model.width=48", model={"size": "tiny"}) == [16, 48, 12, 3]
 
 
+def validation(recipe: Any, *overrides: str, **settings: Any) -> tuple[str | None, str, int]:
+    """What a recipe resolves data.val_path to, its origin, and how many notes a run of it starts with."""
+    resolved = load_recipe(recipe, overrides, settings)
+    return resolved.recipe.data.val_path, resolved.origins["data.val_path"], len(resolved.notes)
+
+
+@pytest.fixture
+def with_images(small: str) -> str:
+    """A recipe that names training images and a validation set that belongs to them."""
+    Path("images.yaml").write_text("base: small.yaml\ndata: {path: train, val_path: held}\n")
+    return "images.yaml"
+
+
+def test_who_replaces_the_images_alone_has_no_validation_set(with_images: str) -> None:
+    """In an override, an argument, a recipe with a base, and over a Recipe; wherever it happens, it is said."""
+    kept = ("held", "images.yaml:2", 0)
+    assert validation(with_images) == validation(with_images, "seed=1", "data.path=train") == kept
+    why = "no validation set: held (images.yaml:2) belongs to data.path=train, which is replaced"
+    assert validation(with_images, "data.path=mine") == (None, f"{why} (override)", 1)
+    assert validation(with_images, "data={path: mine}") == (None, f"{why} (override)", 1)
+    assert validation(with_images, data={"path": "mine"}) == (None, f"{why} (argument)", 1)
+    Path("mine.yaml").write_text("base: images.yaml\ndata:\n  path: mine\n")
+    assert validation("mine.yaml") == validation({"base": "mine.yaml"}) == (None, f"{why} (mine.yaml:3)", 1)
+    assert validation(load_recipe(with_images).recipe, "data.path=mine")[::2] == (None, 1)
+    # A val_path alone belongs to the images that a recipe without data.path has.
+    assert validation({"data": {"val_path": "photos-test"}}, "data.path=mine")[::2] == (None, 1)
+    resolved = load_recipe(with_images, ["data.path=mine"])
+    (note,) = resolved.notes
+    assert note.startswith(why) and "data.val_path=PATH" in note and "\n" not in note
+    printed = [line.split(maxsplit=3) for line in explain(resolved).splitlines()]
+    assert ["val_path:", "null", "#", f"{why} (override)"] in printed
+
+
+def test_who_names_both_or_the_validation_set_alone_has_what_was_named(with_images: str) -> None:
+    assert validation(with_images, "data.path=mine", "data.val_path=other") == ("other", "override", 0)
+    assert validation(with_images, "data.val_path=other", data={"path": "mine"}) == ("other", "override", 0)
+    assert validation(with_images, "data.path=mine", "data.val_path=null") == (None, "override", 0)
+    assert validation(with_images, "data.val_path=other") == ("other", "override", 0)
+    Path("mine.yaml").write_text("base: images.yaml\ndata: {path: mine}\n")
+    Path("held.yaml").write_text("base: mine.yaml\ndata: {val_path: other}\n")
+    assert validation("held.yaml") == ("other", "held.yaml:2", 0)
+    assert validation("held.yaml", "data.path=mine") == ("other", "held.yaml:2", 0)
+    assert validation("small.yaml", "data.path=mine") == (None, "default", 0)
+
+
+def test_a_resumed_run_keeps_the_validation_set_that_it_was_started_with(with_images: str) -> None:
+    """Where the command names none; one that is named counts, and so does another set of images."""
+    again = ("data.path=mine", "run.dir=run")
+    Path("run").mkdir()
+    for started in ("held", None):
+        begun = load_recipe(with_images, [*again, f"data.val_path={started or 'null'}"])
+        Path("run/config.yaml").write_text(as_yaml(begun.recipe))
+        line = Path("run/config.yaml").read_text().splitlines().index(f"  val_path: {started or 'null'}") + 1
+        assert validation(with_images, *again) == (started, f"run/config.yaml:{line}", 0)
+    assert validation(with_images, *again, "data.val_path=other") == ("other", "override", 0)
+    assert validation(with_images, "data.path=others", "run.dir=run")[::2] == (None, 1)
+    # The run itself refuses a file that is no recipe, before anything is overwritten.
+    for content in ("", "- a", "data: {path: mine}\n"):
+        Path("run/config.yaml").write_text(content)
+        assert validation(with_images, *again)[::2] == (None, 1)
+
+
+def test_the_best_checkpoint_needs_a_validation_set_that_stays(with_images: str) -> None:
+    best = ["checkpoint.best=knn", "telemetry.probe_every_epochs=1"]
+    load_recipe(with_images, best)
+    assert "data.val_path = null (no validation set: held " in problem(with_images, *best, "data.path=mine")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
