@@ -18,8 +18,19 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from mimae.checkpoints.checkpoint import CheckpointSettings
-from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
-from mimae.config.section import Section
+from mimae.config.layers import (
+    Setting,
+    Settings,
+    expand_paths,
+    find,
+    from_mapping,
+    read,
+    read_override,
+    text,
+    with_base,
+)
+from mimae.config.section import PATH, Section
+from mimae.config.texts import escaped, text_keys
 from mimae.data.settings import DataSettings
 from mimae.engines.base import Compile, EngineSettings
 from mimae.errors import UserError
@@ -37,6 +48,7 @@ class RunSettings(Section):
     dir: str = Field(
         "runs/unnamed",
         min_length=1,
+        json_schema_extra=PATH,
         description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
     )
     dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")
@@ -120,8 +132,12 @@ def load(recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[st
     # One layer, whatever their order: a width that stands beside a size is meant.
     asked = Settings()
     for override in overrides:
-        asked |= read_override(override, problems)
-    given = _over([*layers, asked | from_mapping(settings or {})])
+        asked |= read_override(override, problems, text_keys(Recipe).texts)
+    layers.append(asked | from_mapping(settings or {}))
+    # The paths of a Recipe were expanded when it was made.
+    done = layers[:-1] if isinstance(recipe, Recipe) else []
+    expanded = [expand_paths(layer, text_keys(Recipe).paths, problems) for layer in layers[len(done) :]]
+    given = _over([*done, *expanded])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     return _validate(given, problems, whole)
 
@@ -155,16 +171,25 @@ def keys() -> list[str]:
     ]
 
 
+_UNKNOWN = 20
+"""Unknown keys that are told one by one."""
+
+
 def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
     """`whole`: every file was read, so that a missing key is a default and keys can be compared."""
     sections, known = _sections(), keys()
     tree: dict[str, Any] = {}
+    unknown = []
     for key, setting in given.items():
         if key in known:
             section, _, name = key.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[name] = setting.value
         elif key not in sections or setting.value is not None:  # a section without keys is no mistake
-            problems.append(_unknown(key, setting, known, sections))
+            unknown.append(key)
+    # The nearest right key of each takes time to find, and nobody reads thousands of them.
+    problems += [_unknown(key, given[key], known, sections) for key in unknown[:_UNKNOWN]]
+    if more := unknown[_UNKNOWN:]:
+        problems.append(f"and {len(more):,} more unknown keys, the last {more[-1][:80]}")
     try:
         # JSON, strict: lists become tuples there, and nothing else is converted ("4" to 4, true to 1).
         recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
@@ -437,7 +462,9 @@ def _lines(recipe: Recipe) -> list[tuple[str, str]]:
     for name, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
             lines.append((name, f"{name}:"))
-            lines += [(f"{name}.{key}", f"  {key}: {text(leaf)}") for key, leaf in value.items()]
+            for key, leaf in value.items():
+                is_path = isinstance(leaf, str) and f"{name}.{key}" in text_keys(Recipe).paths
+                lines.append((f"{name}.{key}", f"  {key}: {text(escaped(leaf) if is_path else leaf)}"))
         else:
             lines.append((name, f"{name}: {text(value)}"))
     return lines

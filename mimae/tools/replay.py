@@ -280,7 +280,7 @@ def main(
     """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ())], {"run": {"dir": str(run)}}).recipe
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = config.load(recipe, [f"schedule.accumulate={accumulate}"]).recipe

@@ -87,7 +87,8 @@ class Choice(NamedTuple):
 def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> Choice:
     """Return the backend that makes most images per second here.
 
-    Each is run as it would be in training, on images from all over `source`. Raises DataError where none of them runs, as with images that cannot be read.
+    Each is run as it would be in training, on images from all over `source`. Raises DataError where none of them runs,
+    as with images that cannot be read.
     """
     names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
     if len(names) == 1:

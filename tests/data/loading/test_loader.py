@@ -292,7 +292,9 @@ def test_closing_ends_the_workers(folder: Path) -> None:
 
 ORPHANS = """
 import multiprocessing, signal, sys, time
-from mimae.data import DataSettings, make_loader, open_source
+from mimae.data.loading.loader import make_loader
+from mimae.data.settings import DataSettings
+from mimae.data.sources.open import open_source
 loader = make_loader(DataSettings(image_size=16, workers=2), open_source(sys.argv[1]), seed=0, batch_size=1)
 batches = loader.epoch(0)
 next(batches)
