@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # module `room.module`, or (`settings`) for the module of that name in every room; the most precise one counts. A new
 # room takes its place here.
 LAYERS = (
-    {"kernels", "errors", "config.section"},
+    {"kernels", "errors", "reading", "config.section"},
     {"settings"},
     {"config"},
     {"randomness", "distributed"},

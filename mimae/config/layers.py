@@ -8,12 +8,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel
+
+from mimae.config.texts import expanded, unquoted
+from mimae.reading import read_text
+
+LARGEST_FILE = 1 << 16
+"""Bytes that a recipe may have."""
+
+MOST_VALUES = 10_000
+"""Keys and values that a recipe or an override may have, those counted again that anchors repeat."""
 
 
 class Setting(NamedTuple):
@@ -39,10 +49,14 @@ def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") ->
     names = shipped()
     if recipe in names:
         return names[recipe]
-    path = folder / recipe
-    if path.is_file():
-        return path.resolve()
-    fault = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
+    try:
+        path = folder / expanded(recipe)
+        if path.is_file():
+            return path.resolve()
+        fault = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
+    except (OSError, ValueError) as error:  # A name that is too long, or with a zero byte.
+        fault = f"is no name of a file ({getattr(error, 'strerror', None) or error})"
+        recipe = recipe[:80]
     near = difflib.get_close_matches(Path(recipe).stem, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     problems.append(f"{wanted_by}recipe {recipe!r} {fault}; {hint}shipped: {', '.join(names)}")
@@ -57,11 +71,11 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[
         problems.append(f"recipes are each other's base: {circle}")
         return []
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), _YAML)
+        node = _composed(read_text(path, LARGEST_FILE))
     except OSError as error:
         problems.append(f"{shown}: cannot be read: {error.strerror}")
         return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problems.append(f"{shown}{'' if mark is None else f':{mark.line + 1}'}: not YAML: {_reason(error)}")
         return []
@@ -92,21 +106,36 @@ def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[P
     return [own] if path is None else [*read(path, problems, chain), own]
 
 
-def read_override(override: str, problems: list[str]) -> Settings:
-    """The settings of one `section.key=value`, the value in YAML."""
+def read_override(override: str, problems: list[str], texts: AbstractSet[str] = frozenset()) -> Settings:
+    """Return the settings of one `section.key=value`, the value in YAML; for the keys in `texts` text as it stands."""
     key, equals, value = override.partition("=")
     key = key.strip()
     if not equals or not key:
         problems.append(f"{override!r}: an override is written section.key=value")
         return {}
+    if key in texts:
+        return {key: Setting(unquoted(value), "override")}
     try:
-        node = yaml.compose(value, _YAML)
+        node = _composed(value)
     except yaml.YAMLError as error:
         problems.append(f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'")
         return {}
     if node is None:
         return {key: Setting(None, "override")}
     return {leaf: Setting(found, "override") for leaf, _, found in _leaves(node, key, "override, line ", problems)}
+
+
+def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) -> Settings:
+    """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`."""
+    found = dict(given)
+    for key in paths & given.keys():
+        value, origin, note = given[key]
+        if isinstance(value, str):
+            try:
+                found[key] = Setting(expanded(value), origin, note)
+            except ValueError as error:
+                problems.append(f"{key} = {text(value)} ({origin}): {error}")
+    return found
 
 
 def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:
@@ -151,6 +180,27 @@ for _dialect in (_YAML, _Dumper):
 for _sequence in (list, tuple):
     _Dumper.add_representer(_sequence, lambda d, items: d.represent_sequence(_TAG + "seq", items, flow_style=True))
 _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value)))
+
+
+def _composed(source: str) -> yaml.Node | None:
+    """Return the nodes of YAML text, no more than MOST_VALUES of them. Raises YAMLError."""
+    try:
+        node = yaml.compose(source, _YAML)
+        count = 0 if node is None else _count(node, {})
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or holds itself") from None
+    if count > MOST_VALUES:
+        raise yaml.YAMLError(f"it holds {count:,} keys and values, more than the {MOST_VALUES:,} that it may have")
+    return node
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of nodes below and with `node`; one that an anchor names counts wherever it is repeated."""
+    if id(node) not in known:
+        below = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = below if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(_count(child, known) for child in inner)
+    return known[id(node)]
 
 
 def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Iterator[tuple[str, int, Any]]:

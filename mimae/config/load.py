@@ -13,14 +13,28 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimae.config.checks import CHECKS
-from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
+from mimae.config.layers import (
+    Setting,
+    Settings,
+    expand_paths,
+    find,
+    from_mapping,
+    read,
+    read_override,
+    text,
+    with_base,
+)
 from mimae.config.recipe import Recipe, Resolved, keys, sections
+from mimae.config.texts import text_keys
 from mimae.config.words import illegal, unknown
 from mimae.data.settings import DataSettings
 from mimae.errors import ConfigError
 from mimae.model.settings import SIZES
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+_UNKNOWN = 20
+"""The number of unknown keys that are reported one by one."""
 
 _SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
 
@@ -50,8 +64,12 @@ def load_recipe(
     # One layer, whatever their order: a width that stands beside a size is meant.
     asked = Settings()
     for override in overrides:
-        asked |= read_override(override, problems)
-    given = _over([*layers, asked | from_mapping(settings or {})])
+        asked |= read_override(override, problems, text_keys(Recipe).texts)
+    layers.append(asked | from_mapping(settings or {}))
+    # The paths of a Recipe were expanded when it was made.
+    done = layers[:-1] if isinstance(recipe, Recipe) else []
+    expanded = [expand_paths(layer, text_keys(Recipe).paths, problems) for layer in layers[len(done) :]]
+    given = _over([*done, *expanded])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     if "data.val_path" in given and given["data.val_path"].note:
         given |= _started_with(given)
@@ -112,12 +130,17 @@ def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
     """
     by_name, known = sections(), keys()
     tree: dict[str, Any] = {}
+    strange = []
     for key, setting in given.items():
         if key in known:
             section, _, name = key.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[name] = setting.value
         elif key not in by_name or setting.value is not None:  # a section without keys is no mistake
-            problems.append(unknown(key, setting))
+            strange.append(key)
+    # The nearest right key of each takes time to find, and nobody reads thousands of them.
+    problems += [unknown(key, given[key]) for key in strange[:_UNKNOWN]]
+    if more := strange[_UNKNOWN:]:
+        problems.append(f"and {len(more):,} more unknown keys, the last {more[-1][:80]}")
     try:
         # JSON, strict: lists become tuples there, and nothing else is converted ("4" to 4, true to 1).
         recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mimae.config.layers import text
 from mimae.config.recipe import Recipe, Resolved, resume_of, sections
 from mimae.config.section import Section
+from mimae.config.texts import escaped, text_keys
 from mimae.config.words import legal
 
 
@@ -29,7 +30,9 @@ def _lines(recipe: Recipe) -> list[tuple[str, str]]:
     for name, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
             lines.append((name, f"{name}:"))
-            lines += [(f"{name}.{key}", f"  {key}: {text(leaf)}") for key, leaf in value.items()]
+            for key, leaf in value.items():
+                is_path = isinstance(leaf, str) and f"{name}.{key}" in text_keys(Recipe).paths
+                lines.append((f"{name}.{key}", f"  {key}: {text(escaped(leaf) if is_path else leaf)}"))
         else:
             lines.append((name, f"{name}: {text(value)}"))
     return lines

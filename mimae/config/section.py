@@ -10,6 +10,9 @@ Resume = Literal["fixed", "free", "rounding"]
 """Whether a run that is resumed may change a key. fixed: it may not, since other weights would follow; free: it may,
 and the weights stay the same; rounding: it may, and the weights differ by rounding alone."""
 
+PATH: dict[str, Any] = {"format": "path"}
+"""`json_schema_extra` of a field whose text is a path: `~`, `$VAR` and `${VAR}` are expanded in it."""
+
 
 class Section(BaseModel):
     """A section of a recipe: unknown keys are refused and values do not change after validation."""

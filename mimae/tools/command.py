@@ -86,7 +86,7 @@ def replay(
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={json.dumps(str(run))}"]).recipe
+    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={run}"]).recipe
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe

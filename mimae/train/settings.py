@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mimae.config.section import Resume, Section
+from mimae.config.section import PATH, Resume, Section
 
 
 class RunSettings(Section):
@@ -17,6 +17,7 @@ class RunSettings(Section):
     dir: str = Field(
         "runs/unnamed",
         min_length=1,
+        json_schema_extra=PATH,
         description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
     )
     dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")

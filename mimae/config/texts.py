@@ -1,0 +1,86 @@
+"""Settings that are text: which keys take it, how an override gives it, and what `~` and `$VAR` stand for in paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from mimae.config.section import PATH, Section
+
+_VARIABLE = re.compile(r"\$(?:\$|\{(\w+)\}|([A-Za-z_]\w*))")
+_NONE = ("", "null", "Null", "NULL")
+
+
+class TextKeys(NamedTuple):
+    """The dotted keys of a tree of settings whose values are any text, and those of them whose text is a path."""
+
+    texts: frozenset[str]
+    paths: frozenset[str]
+
+
+@cache
+def text_keys(tree: type[Section]) -> TextKeys:
+    """Return the keys of `tree` that take text. A path has `PATH` of `section` in its field."""
+    texts, paths = set(), set()
+    schema = tree.model_json_schema()
+    for key, field in _fields(schema, schema.get("$defs", {}), ""):
+        for option in field.get("anyOf", [field]):
+            if option.get("type") == "string" and not {"enum", "const"} & option.keys():
+                texts.add(key)
+                if option.get("format") == PATH["format"]:
+                    paths.add(key)
+    return TextKeys(frozenset(texts), frozenset(paths))
+
+
+def _fields(schema: Mapping[str, Any], shared: Mapping[str, Any], prefix: str) -> list[tuple[str, Mapping[str, Any]]]:
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name, field in schema.get("properties", {}).items():
+        if "$ref" in field:
+            found += _fields(shared[field["$ref"].rpartition("/")[2]], shared, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", field))
+    return found
+
+
+def unquoted(value: str) -> str | None:
+    """Return the text that an override gives: as it stands, without a pair of quotes around it; None for null."""
+    value = value.strip()
+    if value in _NONE:
+        return None
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+
+
+def expanded(path: str) -> str:
+    """Return the path with `~`, `~user`, `$VAR` and `${VAR}` replaced; `$$` is a dollar sign. Raises ValueError.
+
+    A path that exists as it is written stands for itself.
+    """
+    if "$" in path and not _exists(path):
+        path = _VARIABLE.sub(_value, path)
+    if path.startswith("~") and (home := os.path.expanduser(path)) == path:
+        raise ValueError(f"there is no user {path.partition('/')[0][1:]}; a folder of that name is ./{path}")
+    return home if path.startswith("~") else path
+
+
+def escaped(path: str) -> str:
+    """Return the text that `expanded` makes `path` of again."""
+    return path.replace("$", "$$")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # A zero byte.
+        return False
+
+
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name is None:
+        return "$"
+    if name not in os.environ:
+        raise ValueError(f"the environment variable {name} is not set; a dollar sign is written $$")
+    return os.environ[name]
