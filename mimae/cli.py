@@ -14,6 +14,7 @@ import typer
 
 from mimae import __version__
 from mimae.errors import EXIT_MISTAKE, UserError
+from mimae.text import open_standard_streams, say
 
 _OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -129,11 +130,12 @@ _mount(bench, "controls", "mimae.bench.controls.controls", "Pretrain and probe t
 
 
 def main() -> None:
+    open_standard_streams()
     try:
         app(prog_name="mimae")
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         # A mistake in the settings is every rank's; one in the data may be one rank's alone.
         if rank == "0" or type(mistake).__name__ != "ConfigError":
-            print(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", file=sys.stderr)
+            say(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", error=True)
         sys.exit(EXIT_MISTAKE)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # Lowest first: a room imports only from its own layer and from those before it. A new room takes its place here.
 LAYERS = (
     {"kernels"},
-    {"errors", "randomness", "distributed"},
+    {"errors", "text", "files", "randomness", "distributed"},
     {"config", "model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
     {"faults", "plan", "transfer"},
     {"evaluate"},

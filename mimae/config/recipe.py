@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.layers import Setting, Settings, find, from_mapping, read, read_override, text, with_base
+from mimae.config.renamed import under_new_names
 from mimae.config.section import Section
 from mimae.data.settings import DataSettings
 from mimae.engines.base import Compile, EngineSettings
@@ -121,7 +122,7 @@ def load(recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[st
     asked = Settings()
     for override in overrides:
         asked |= read_override(override, problems)
-    given = _over([*layers, asked | from_mapping(settings or {})])
+    given = _over([under_new_names(each) for each in (*layers, asked | from_mapping(settings or {}))])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     return _validate(given, problems, whole)
 

@@ -18,6 +18,7 @@ import typer
 
 from mimae.config import recipe as config
 from mimae.errors import EXIT_SAVED, UserError
+from mimae.files import Folder
 from mimae.launch import processes as launch
 
 GRACE_SECONDS = 180
@@ -90,6 +91,14 @@ def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tu
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
 
 
+def _check_home(run: Path) -> None:
+    """Make the folder of the job's script and output. Raises UserError where it is a link."""
+    try:
+        Folder(run).folder("slurm")
+    except OSError as error:
+        raise UserError(f"{run / 'slurm'} cannot be written: {error.strerror}") from error
+
+
 def main(
     recipe: Annotated[str, typer.Argument(help="path or name of a recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides")] = None,
@@ -113,7 +122,11 @@ def main(
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    folder = Path(config.load(recipe, overrides or ()).recipe.run.dir) / "slurm"
+    run = Path(config.load(recipe, overrides or ()).recipe.run.dir)
+    if not dry_run:
+        run.mkdir(parents=True, exist_ok=True)
+        _check_home(run)
+    folder = run / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",
