@@ -166,5 +166,6 @@ setup(
         "parquet": ["pyarrow"],
         "dali": [DALI],
         "slurm": ["submitit"],
+        "track": ["wandb", "mlflow-skinny"],
     },
 )

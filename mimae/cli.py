@@ -26,6 +26,7 @@ from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import pretrain, submit
 from mimae.plan.command import plan
+from mimae.text import open_standard_streams, say
 from mimae.tools.command import convert, doctor, replay, show, status
 
 
@@ -82,11 +83,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Run the command line. A mistake of the user's is printed without a traceback."""
+    open_standard_streams()
     try:
         app(prog_name="mimae")
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         # A mistake in the settings is every rank's; one in the data may be one rank's alone.
         if rank == "0" or not isinstance(mistake, ConfigError):
-            print(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", file=sys.stderr)
+            say(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", error=True)
         sys.exit(EXIT_MISTAKE)

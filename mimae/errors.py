@@ -1,4 +1,4 @@
-"""The errors that a person can mend, how text from outside is printed, and the exit codes of the launcher.
+"""The errors that a person can mend, and the exit codes of the launcher.
 
 0: done; 2: a mistake of the user's, reported without a traceback; 75: saved on a signal (the same command goes on);
 1: anything else.
@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from mimae.text import printable
 
 EXIT_MISTAKE = 2
 EXIT_SAVED = 75
@@ -19,7 +21,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        return printable(super().__str__(), lines=True)
 
 
 class ConfigError(UserError):
@@ -35,12 +37,5 @@ class RunError(UserError):
     """The run cannot start, or cannot go on."""
 
 
-def printable(text: str) -> str:
-    """Return `text` with every character escaped that a terminal would obey or could not show.
-
-    These are control characters, line breaks, marks that turn the direction of writing, and the bytes of a file name
-    that are no UTF-8.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+class CheckpointError(UserError):
+    """No checkpoint of the run can be used, or one could not be written."""

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # module `room.module`, or (`settings`) for the module of that name in every room; the most precise one counts. A new
 # room takes its place here.
 LAYERS = (
-    {"kernels", "errors", "reading", "config.section"},
+    {"kernels", "text", "errors", "reading", "files", "config.section"},
     {"settings"},
     {"config"},
     {"randomness", "distributed"},

@@ -263,7 +263,7 @@ class Processes:
 
     def __call__(self, trial: Trial, run: Path) -> Result:
         run.parent.mkdir(parents=True, exist_ok=True)
-        quiet = ["telemetry.tensorboard=false", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
+        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
         ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
         with run.with_suffix(".log").open("ab") as log:
             self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)

@@ -38,7 +38,7 @@ optimizer: {learning_rate: 0.1, clip: 1.0}
 schedule: {batch_size: 24, epochs: 5, warmup_epochs: 1, accumulate: 2, max_steps: %d}
 ema: {decay: 0.5}
 checkpoint: {every_steps: %d}
-telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, tensorboard: false}
+telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, trackers: []}
 """
 """Every part that has state is in use: gate, V, projector, accumulation, clipping, average of weights. Batches of 24
 divide among 1, 2, 3 and 4 ranks."""

@@ -9,29 +9,35 @@ No generator's state is kept: all randomness is a function of (seed, epoch, samp
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from mimae import distributed
 from mimae.checkpoints import dcp
+from mimae.checkpoints.contents import (
+    Manifest,
+    describe,
+    finite_measures,
+    names,
+    read_latest,
+    read_manifest,
+    read_state,
+    verify,
+)
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.errors import UserError
+from mimae.errors import CheckpointError
+from mimae.files import Folder, sync
+from mimae.files import write_atomically as write_atomically
+from mimae.text import printable, say
 
-Manifest = dict[str, dict[str, Any]]
-"""`bytes` and `sha256` by the file's name."""
-
-
-class CheckpointError(UserError):
-    """No checkpoint of the run can be used, or one could not be written."""
+T = TypeVar("T")
 
 
 class Checkpoint(NamedTuple):
@@ -55,80 +61,99 @@ def finished(temporary: Path) -> Path:
     return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
 
 
-def names(run: Path) -> list[str]:
-    """Of the checkpoints that are there, whole or not, the newest first."""
-    return sorted((path.name for path in (run / "checkpoints").glob("step-*")), reverse=True)
+def use(run: Path, action: Callable[[Checkpoint], T], say: Callable[[str], None] = say) -> tuple[Checkpoint, T] | None:
+    """Return the newest checkpoint of a run that is whole and that `action` takes, and what `action` makes of it.
 
-
-def find(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole, or None where there is none. A torn or altered one is named
-    through `say` and passed over. Raises CheckpointError when there are some and none is whole.
-
-    In a process group a collective, in which the ranks share the work."""
+    None where the run has no checkpoint. One that is torn or altered, or for which `action` raises CheckpointError, is
+    named through `say` and passed over. Raises CheckpointError when there are some and none can be used. In a process
+    group this is a collective: the ranks share the work, and pass over what one of them cannot use.
+    """
     found = names(run)
-    pointer = run / "latest"
-    if pointer.exists() and (latest := pointer.read_text().strip()) not in found:
-        say(f"{pointer} names {latest!r}, which is not there; looking for another checkpoint")
+    if (latest := read_latest(run)) not in found and Folder(run).exists("latest"):
+        say(f"{run / 'latest'} names {printable(repr(latest))}, which is not there; looking for another checkpoint")
+    reasons = []
     for name in found:
         try:
-            return load(run / "checkpoints" / name)
+            each = load(run / "checkpoints" / name)
+            return each, _together(action, each)
         except CheckpointError as error:
-            say(f"{error}; trying the one before")
+            reasons.append(str(error))
+            if name != found[-1]:
+                say(f"{error}; trying the one before")
     if found:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir"
+            f"none of the {len(found)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir; "
+            f"the last one that was tried: {reasons[-1]}"
         )
     return None
 
 
-def locate(path: Path) -> tuple[Path, Checkpoint]:
-    """The run directory, and the newest whole checkpoint of it or the one, that a path is. Raises CheckpointError where
-    it is neither."""
+def find(run: Path, say: Callable[[str], None] = say) -> Checkpoint | None:
+    """Return the newest checkpoint of a run that is whole; see `use`."""
+    found = use(run, lambda _: None, say)
+    return None if found is None else found[0]
+
+
+def run_of(path: Path) -> Path:
+    """Resolve `path` (a run or a single checkpoint) to its run directory. Raises CheckpointError."""
     run = path if (path / "config.yaml").exists() else path.parent.parent
     if not (run / "config.yaml").exists():
         raise CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
-    found = find(run) if path == run else load(path)
+    return run
+
+
+def locate(path: Path) -> tuple[Path, Checkpoint]:
+    """Resolve `path` (a run or a single checkpoint) to its run directory and a verified checkpoint."""
+    found, _ = use_at(path, lambda _: None)
+    return run_of(path), found
+
+
+def use_at(path: Path, action: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """Do what `use` does with a run, or `action` with the single checkpoint that `path` is. Raises CheckpointError."""
+    run = run_of(path)
+    if path != run:
+        one = load(path)
+        return one, _together(action, one)
+    found = use(run, action)
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
-    return run, found
+    return found
 
 
 def load(path: Path) -> Checkpoint:
-    """Verifies one checkpoint directory. Raises CheckpointError on every rank, naming what is wrong with which file."""
+    """Verify one checkpoint directory. Raises CheckpointError on every rank, naming what is wrong with which file."""
     state: dict[str, Any] = {}
     wrong = ""
     try:
-        manifest: Manifest = json.loads((path / "manifest.json").read_text())
-        if not {".metadata", "state.json"} <= manifest.keys():
-            raise CheckpointError(f"{path / 'manifest.json'} does not name the files of a checkpoint")
+        manifest = read_manifest(path)
         for name in sorted(manifest)[distributed.rank() :: distributed.world_size()]:
-            _verify(path / name, manifest[name])
-        state = json.loads((path / "state.json").read_text())
+            verify(path, name, manifest)
+        state = read_state(path)
     except CheckpointError as error:
         wrong = str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         wrong = f"{path} is not a whole checkpoint: {error}"
     if wrong := next(filter(None, distributed.gather_objects(wrong)), ""):
         raise CheckpointError(wrong)
     return Checkpoint(path, state)
 
 
-def _verify(file: Path, expected: Mapping[str, Any]) -> None:
-    if file.stat().st_size != expected["bytes"]:
-        raise CheckpointError(f"{file} is torn: {file.stat().st_size} bytes of {expected['bytes']}")
-    if _digest(file) != expected["sha256"]:
-        raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-
-
-def describe(files: Iterable[Path]) -> Manifest:
-    """The manifest's entries of some files."""
-    return {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
+def _together(action: Callable[[Checkpoint], T], found: Checkpoint) -> T:
+    """Return what `action` makes of a checkpoint. Raises CheckpointError on every rank where one cannot use it."""
+    results, wrong = list[T](), ""
+    try:
+        results.append(action(found))
+    except CheckpointError as error:
+        wrong = str(error)
+    if wrong := next(filter(None, distributed.gather_objects(wrong)), ""):
+        raise CheckpointError(wrong)
+    return results[0]
 
 
 def make_room(temporary: Path, num_bytes: int) -> None:
-    """Makes the empty directory `unfinished`. Raises CheckpointError where so many bytes do not fit, OSError."""
+    """Make the empty directory `unfinished`. Raises CheckpointError where so many bytes do not fit, OSError."""
     for interrupted in temporary.parent.glob(".step-*.tmp"):
-        shutil.rmtree(interrupted)
+        _remove(interrupted)
     temporary.mkdir(parents=True)
     if shutil.disk_usage(temporary).free < num_bytes:
         raise CheckpointError("it does not fit")
@@ -140,73 +165,62 @@ def commit(
     manifest: Manifest,
     settings: CheckpointSettings,
     passed_over: set[str],
+    say: Callable[[str], None] = say,
 ) -> None:
     """Makes a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
     whole. Then points `latest` to it and removes those that are not kept.
 
     `passed_over`: names of those that this run found damaged and went back behind; the new one's is taken out."""
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    inside = Folder(temporary)
+    inside.replace("state.json", json.dumps(state, indent=1))
     manifest = manifest | describe([temporary / "state.json", temporary / ".metadata"])
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    inside.replace("manifest.json", json.dumps(manifest, indent=1))
     for file in temporary.iterdir():
         sync(file)
     sync(temporary)
     folder, final = temporary.parent, finished(temporary)
-    if final.exists():  # A damaged one of the same step, which the resumed run has passed again.
-        shutil.rmtree(final)
+    if os.path.lexists(final):  # A damaged one of the same step, which the resumed run has passed again.
+        _remove(final)
     os.replace(temporary, final)
     sync(folder)
     # From here on it is one, and is found without the pointer.
     passed_over.discard(final.name)
     with suppress(OSError):
         _prune(final, settings, passed_over)
-    with suppress(OSError):
-        write_atomically(folder.parent / "latest", final.name + "\n")
+    try:
+        Folder(folder.parent).replace("latest", final.name + "\n")
+    except OSError as error:
+        say(f"{folder.parent / 'latest'} cannot be written: {error.strerror}; {final.name} is found without it")
 
 
 def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) -> None:
     """Removes what is not kept, and what is damaged; the run has gone back behind names after the newest one, and
     behind those passed over. Raises OSError, before anything is removed, where it cannot be read which are kept."""
-    others = [path for path in newest.parent.glob("step-*") if path != newest]
+    others = [newest.parent / name for name in names(newest.parent.parent) if name != newest.name]
     counted = [path for path in [*others, newest] if path <= newest and path.name not in passed_over]
     states = {path: state for path in counted if (state := _state(path)) is not None}
     before = sorted(path for path in states if path < newest)
     kept = {path for path, state in states.items() if state.get("for_good")} | {newest}
     kept |= {*before[len(before) - settings.keep + 1 :]}
-    measured = {path: state.get("measures", {}).get(settings.best) for path, state in states.items()}
-    if judged := {path: value for path, value in measured.items() if value is not None and math.isfinite(value)}:
+    measured = {path: finite_measures(state, settings.best) for path, state in states.items()}
+    if judged := {path: value for path, value in measured.items() if value is not None}:
         best = max if settings.best == "knn" else min
         kept.add(best(judged, key=lambda path: judged[path]))
     for path in {*others} - kept:
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def _state(path: Path) -> dict[str, Any] | None:
-    """None for one that is damaged."""
+    """Return the state of a checkpoint; None for one that is damaged."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (FileNotFoundError, ValueError):
+        return read_state(path)
+    except CheckpointError:
         return None
-    return state
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a small file so that a reader, or a kill, sees the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(temporary)
-    os.replace(temporary, path)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or a link or a file in its place; never what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)

@@ -7,10 +7,16 @@ nothing is made here but what describes tensors; the tensors are loaded with wei
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import os
 import pickle
+import re
+import stat
 import threading
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,16 +36,23 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
+    LoadPlanner,
+    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
 from torch.utils.dlpack import from_dlpack
 
+from mimae.checkpoints.contents import is_inside
 from mimae.distributed import Group
+from mimae.errors import CheckpointError
+from mimae.files import Folder
 from mimae.randomness import Part
+from mimae.text import printable
 
 State = Mapping[str, "Tensor | Part"]
 """By name what this rank holds: tensors that are the same on every rank, and parts."""
@@ -55,6 +69,11 @@ _DESCRIPTIONS = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
 """By module, all that a `.metadata` may name."""
+
+_DESCRIPTION_BYTES = 1 << 30
+"""The most that a `.metadata` may have: hundreds of ranks with a million pieces of tensors are far below."""
+
+_SHORTAGE = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 
 
 def boxes(start: int, length: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -77,26 +96,36 @@ def boxes(start: int, length: int, shape: tuple[int, ...]) -> Iterator[tuple[tup
 
 
 def save(path: Path, state: State, group: Group, staging: Staging | None) -> None:
-    """Writes the state of all ranks of `group` into the directory `path`, once what several of them hold.
+    """Write the state of all ranks of `group` into the directory `path`; what several of them hold is written once.
 
     A collective. With `staging` what this rank writes is copied there first. Raises CheckpointException on every rank.
     """
-    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path), planner=_SavePlanner(staging), process_group=group)
+    path.mkdir(exist_ok=True)
+    dcp.save(dict(state), storage_writer=_Writer(path), planner=_SavePlanner(staging), process_group=group)
 
 
 def load(path: Path | Reader, state: State) -> None:
-    """Reads into the tensors of `state` what `path` holds of them. Raises KeyError for what it lacks."""
+    """Read into the tensors of `state` what `path` holds of them. Raises CheckpointError for what it lacks, and for
+    what is no description or no tensor of these sizes."""
     reader = path if isinstance(path, Reader) else Reader(path)
     missing = sorted(state.keys() - reader.described.state_dict_metadata.keys())
     if missing:
-        raise KeyError(f"{reader.path} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
+        more = " and others" if len(missing) > 3 else ""
+        raise CheckpointError(f"{reader.path} lacks {', '.join(missing[:3])}{more}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
-        dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+        try:
+            dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+        except CheckpointException as error:
+            cause = next((cause for cause, _ in error.failures.values()), error)
+            if isinstance(cause, MemoryError) or _SHORTAGE.search(str(cause)):
+                raise cause from None
+            said = printable(" ".join(str(cause).split()))[:300]
+            raise CheckpointError(f"{reader.path} cannot be loaded: {said}") from error
 
 
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors whose names begin with `prefix`, by the rest of their names."""
+    """Return the whole tensors whose names begin with `prefix`, by the rest of their names. Raises CheckpointError."""
     reader = Reader(path)
     state = {
         name: torch.empty(of.size, dtype=of.properties.dtype)
@@ -175,6 +204,12 @@ def _pieces(name: str, held: Tensor | Part) -> Iterator[tuple[ChunkStorageMetada
         taken += count
 
 
+class _Writer(dcp.FileSystemWriter):
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        # torch's would make the directory with all those above it, where the run was renamed a moment ago.
+        return plan
+
+
 class _SavePlanner(dcp.DefaultSavePlanner):
     def __init__(self, staging: Staging | None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -229,16 +264,151 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class Reader(dcp.FileSystemReader):
-    """Of a directory that is read in many turns: what describes it, seconds of reading for many ranks, is read once."""
+    """Reads a directory in many turns; its description, which takes seconds for many ranks, is read once.
+
+    Nothing that the directory says is believed: names lie inside of it, sizes are those of its files, and a tensor is
+    of the shape and type that the description says.
+    """
 
     @cached_property
     def described(self) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        return metadata
+        """The description, verified. Raises CheckpointError."""
+        folder = Path(self.path)
+        try:
+            content = Folder(folder).read(".metadata", _DESCRIPTION_BYTES)
+            found = _Unpickler(io.BytesIO(content)).load()
+            _verify(found, folder)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a pickle that was made by hand comes to
+            said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
+            raise CheckpointError(f"{folder / '.metadata'} describes no checkpoint: {said}") from error
+        assert isinstance(found, Metadata)
+        return found
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.described
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with os.fdopen(Folder(self.path).open(name, os.O_RDONLY), "rb") as file:
+                for item in items:
+                    piece = self._piece(file, item.storage_index)
+                    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                        piece = piece.narrow(dim, start, length)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(piece)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _piece(self, file: Any, index: MetadataIndex) -> Tensor:
+        """Return one stored box of a tensor."""
+        of = self.described.state_dict_metadata[index.fqn]
+        assert isinstance(of, TensorStorageMetadata) and index.offset is not None
+        sizes = next(chunk.sizes for chunk in of.chunks if chunk.offsets == index.offset)
+        place = self.storage_data[index]
+        part = _Part(file, place.offset, place.length)
+        with zipfile.ZipFile(part) as archive:
+            # torch's reader would inflate what is compressed, to any size.
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError(f"{index.fqn} in {place.relative_path} is compressed")
+        part.seek(0)
+        piece = torch.load(part, map_location="cpu", weights_only=True)
+        if not isinstance(piece, Tensor) or piece.shape != sizes or piece.dtype != of.properties.dtype:
+            raise ValueError(f"{index.fqn} in {place.relative_path} is not what .metadata says")
+        return piece
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file. (torch's own one cannot be read by zipfile.)"""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if origin + offset < 0:
+            raise OSError(errno.EINVAL, "a place before the beginning")
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        wanted = memoryview(buffer)[: max(0, self._length - self._at)]
+        count: int = self._file.readinto(wanted)
+        self._at += count
+        return count
+
+
+def _verify(found: Any, folder: Path) -> None:
+    """Raise ValueError where a description is not one of tensors that lie in the files of `folder`."""
+    if not isinstance(found, Metadata):
+        raise ValueError("it is something else")
+    tensors, places = found.state_dict_metadata, found.storage_data
+    if not isinstance(tensors, dict) or not isinstance(places, dict):
+        raise ValueError("it lists no tensors")
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, of in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no name of a tensor")
+        if not isinstance(of, TensorStorageMetadata):
+            continue  # Something that another tool stored beside tensors; nothing here reads it.
+        if not _is_size(of.size) or not isinstance(of.properties, TensorProperties):
+            raise ValueError(f"{name} has no size")
+        if not isinstance(of.properties.dtype, torch.dtype) or not isinstance(of.chunks, list):
+            raise ValueError(f"{name} has no type or no parts")
+        held = 0
+        for chunk in of.chunks:
+            count = _verify_chunk(name, chunk, of.size) * of.properties.dtype.itemsize
+            place = places.get(MetadataIndex(name, chunk.offsets))
+            if not isinstance(place, _StorageInfo) or not is_inside(place.relative_path):
+                raise ValueError(f"{name} lies in no file of the checkpoint")
+            if place.relative_path not in sizes:
+                file = os.lstat(folder / place.relative_path)
+                if not stat.S_ISREG(file.st_mode):
+                    raise ValueError(f"{place.relative_path} is no regular file")
+                sizes[place.relative_path] = file.st_size
+            is_whole = all(isinstance(n, int) and n >= 0 for n in (place.offset, place.length))
+            if not is_whole or place.offset + place.length > sizes[place.relative_path] or count > place.length:
+                raise ValueError(f"{name} does not fit into {place.relative_path}")
+            if getattr(place, "transform_descriptors", None):
+                raise ValueError(f"{name} is stored in a transformed way")
+            held += count
+        if held != math.prod(of.size) * of.properties.dtype.itemsize:
+            raise ValueError(f"the parts of {name} are not the whole of it")
+        total += held
+    if total > sum(sizes.values()):
+        raise ValueError("its tensors are larger than its files")
+
+
+def _verify_chunk(name: str, chunk: Any, whole: torch.Size) -> int:
+    """Return the elements of a box of a tensor. Raises ValueError where it is none."""
+    if not isinstance(chunk, ChunkStorageMetadata) or not _is_size(chunk.offsets) or not _is_size(chunk.sizes):
+        raise ValueError(f"{name} has a part without a place")
+    if len(chunk.offsets) != len(whole) or len(chunk.sizes) != len(whole):
+        raise ValueError(f"{name} has a part of other dimensions")
+    if any(offset + size > side for offset, size, side in zip(chunk.offsets, chunk.sizes, whole)):
+        raise ValueError(f"{name} has a part that lies outside of it")
+    return math.prod(chunk.sizes)
+
+
+def _is_size(found: Any) -> bool:
+    return isinstance(found, torch.Size) and all(type(n) is int and n >= 0 for n in found)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,11 @@ import torch
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.dcp import State
 from mimae.checkpoints.settings import CheckpointSettings
+from mimae.errors import CheckpointError
+from mimae.files import Folder
+from mimae.text import say
 
 T = TypeVar("T")
 
@@ -33,14 +36,19 @@ class Saver:
         run: Path,
         settings: CheckpointSettings,
         device: torch.device,
-        say: Callable[[str], None] = print,
-        check_owner: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = say,
+        check_owner: Callable[[], Path | None] = lambda: None,
+        inside: str = "",
+        note: Callable[..., None] = lambda kind, **details: None,
     ) -> None:
-        """A collective: the ranks agree about a save in a process group of its own, beside training's.
+        """Make a saver of `run`, or of a folder `inside` it. A collective: the ranks agree about a save in a process
+        group of its own, beside training's.
 
-        `check_owner` raises where the run is another job's by now.
+        `check_owner` raises where the run is another job's by now, and returns where the run is: it may have been
+        renamed. `note` keeps what became of a save.
         """
         self.run, self.settings, self.device, self.say, self.check_owner = run, settings, device, say, check_owner
+        self.inside, self.note = inside, note
         self.passed_over: set[str] = set()
         """Names of the checkpoints that the run went back behind when it was started."""
         # Kept, because the thread may outlive training's process group.
@@ -55,7 +63,7 @@ class Saver:
         The tensors may change after the next `settle`. Raises where the run is another job's.
         """
         self.finish()
-        self.check_owner()
+        self._locate()
         if self.staging is not None:
             self.staging.begin()
         # A daemon: a rank that dies does not wait for its peers, which may wait for it.
@@ -90,39 +98,62 @@ class Saver:
     def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has its own
-        temporary = checkpoint.unfinished(self.run, step)
-        self._failed = True
+        self._failed, began = True, time.monotonic()
         try:
-            self._write(temporary, tensors, state)
+            self._write(step, tensors, state)
             self._failed = False
+            seconds = round(time.monotonic() - began, 3)
+            self.note("save", step=step, name=checkpoint.finished(self._temporary(step)).name, seconds=seconds)
         except (Exception, dcp.CheckpointException) as error:
             # Whatever it is, the run is better off without this checkpoint than without itself. Of a lost rank
             # training's own collectives tell the main thread.
             if self.rank == 0:
                 self._tell(step, dcp.num_bytes(tensors), dcp.reason(error))
-                shutil.rmtree(temporary, ignore_errors=True)
+                self.note("save failed", step=step, reason=dcp.reason(error))
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
         finally:
             if self.staging is not None:
                 self.staging.end()
 
+    def _locate(self) -> None:
+        """Find where the run is. Raises where it is another job's."""
+        self.run = self.check_owner() or self.run
+
+    def _temporary(self, step: int) -> Path:
+        return checkpoint.unfinished(self.run / self.inside, step)
+
     def _tell(self, step: int, num_bytes: int, why: str) -> None:
         # What torch says when the disk is full is not that.
-        folder = self.run if self.run.is_dir() else self.run.parent
-        last = next(iter(checkpoint.names(self.run)), "none")
+        run = self.run / self.inside
+        folder = next(path for path in (run, *run.absolute().parents) if path.is_dir())
+        last = next(iter(checkpoint.names(run)), "none")
         self.say(
             f"the checkpoint of step {step} could not be written: {why} ({num_bytes / 1e6:,.1f} MB are needed, "
-            f"{shutil.disk_usage(folder).free / 1e6:,.1f} are free on {folder}); the last one in {self.run} is {last}"
+            f"{shutil.disk_usage(folder).free / 1e6:,.1f} are free on {folder}); the last one in {run} is {last}"
         )
 
-    def _write(self, temporary: Path, tensors: State, state: Mapping[str, Any]) -> None:
+    def _write(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
         """Raises on every rank what fails on one."""
-        self._on_main(lambda: checkpoint.make_room(temporary, dcp.num_bytes(tensors)))
+
+        def begin() -> str:
+            if self.inside:
+                Folder(self.run).folder(self.inside)  # which must not be a link
+            checkpoint.make_room(self._temporary(step), dcp.num_bytes(tensors))
+            return str(self.run)
+
+        def commit() -> None:
+            # Writing may have taken minutes, in which another job took over or the run was renamed.
+            self._locate()
+            checkpoint.commit(self._temporary(step), state, manifest, self.settings, self.passed_over, self.say)
+
+        # The other ranks write where the main rank found the run.
+        self.run = Path(self._together(begin if self.rank == 0 else lambda: str(self.run))[0])
+        temporary = self._temporary(step)
         dcp.save(temporary, tensors, self.group, self.staging)
         mine = f"__{self.rank}_*"
         parts = self._together(lambda: checkpoint.describe(temporary.glob(mine)))
         manifest = {name: entry for part in parts for name, entry in part.items()}
-        self._on_main(self.check_owner)  # Writing may have taken minutes, in which another job took over.
-        self._on_main(lambda: checkpoint.commit(temporary, state, manifest, self.settings, self.passed_over))
+        self._on_main(commit)
 
     def _on_main(self, action: Callable[[], None]) -> None:
         self._together(action if self.rank == 0 else lambda: None)

@@ -25,6 +25,7 @@ from mimae.config.layers import (
     with_base,
 )
 from mimae.config.recipe import Recipe, Resolved, keys, sections
+from mimae.config.renamed import under_new_names
 from mimae.config.texts import text_keys
 from mimae.config.words import illegal, unknown
 from mimae.data.settings import DataSettings
@@ -69,7 +70,7 @@ def load_recipe(
     # The paths of a Recipe were expanded when it was made.
     done = layers[:-1] if isinstance(recipe, Recipe) else []
     expanded = [expand_paths(layer, text_keys(Recipe).paths, problems) for layer in layers[len(done) :]]
-    given = _over([*done, *expanded])
+    given = _over([under_new_names(layer) for layer in (*done, *expanded)])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     if "data.val_path" in given and given["data.val_path"].note:
         given |= _started_with(given)

@@ -22,10 +22,17 @@ MAX_SKIPPED = 10
 class NonFinite:
     """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
 
-    def __init__(self, run: Path, samples: Callable[[int], list[int]], keep: Callable[[int, int], bool]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        samples: Callable[[int], list[int]],
+        keep: Callable[[int, int], bool],
+        note: Callable[..., None] = lambda kind, **details: None,
+    ) -> None:
         """`samples`: the ids of the global batch of a step; `keep`: saves the weights for `mimae replay`, which are
-        those before the first and after the last of two steps, and returns whether it could."""
-        self.run, self.samples, self.keep = run, samples, keep
+        those before the first and after the last of two steps, and returns whether it could; `note` keeps each skipped
+        step."""
+        self.run, self.samples, self.keep, self.note = run, samples, keep, note
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.streak: list[int] = []
 
@@ -64,6 +71,7 @@ class NonFinite:
                 self.streak.clear()
                 continue
             self.streak.append(step)
+            self.note("skipped", step=step)
 
 
 class Signals:

@@ -6,6 +6,7 @@ counter in it; who finds the name of another host's owner looks whether the coun
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,12 +14,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from mimae.errors import RunError
+from mimae.files import Folder
+from mimae.text import printable
 
 BEAT = 2.0
 """Seconds between two moves of the counter."""
@@ -26,7 +29,7 @@ BEAT = 2.0
 PATIENCE = 10.0
 """Seconds in which the counter of an owner that lives has moved, with room for a file system that tells late."""
 
-_WIDTH = 512
+_NAME, _WIDTH = "lock", 512
 
 
 class Owner(NamedTuple):
@@ -40,7 +43,7 @@ class Owner(NamedTuple):
     beats: int = 0
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {printable(self.host)}"
 
     @property
     def is_elsewhere(self) -> bool:
@@ -49,11 +52,18 @@ class Owner(NamedTuple):
 
 
 def read(file: Path) -> Owner | None:
-    """Who a lock file names; None where it is empty, as a clean end leaves it, or no lock file."""
+    """Return whom a lock file names; None where it is empty, as a clean end leaves it, or no lock file."""
+    return _read(Folder(file.parent), file.name)
+
+
+def _read(folder: Folder, name: str) -> Owner | None:
     try:
-        return Owner(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        owner = Owner(**json.loads(folder.read(name, 4 * _WIDTH)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    texts, numbers = (owner.host, owner.boot, owner.token), (owner.pid, owner.beats)
+    is_owner = all(isinstance(each, str) for each in texts) and all(isinstance(each, int) for each in numbers)
+    return owner if is_owner else None
 
 
 def moves(file: Path) -> bool:
@@ -66,12 +76,26 @@ def moves(file: Path) -> bool:
     return False
 
 
-class Lock:
-    """This job's hold of a run directory."""
+class Hold:
+    """A job's hold of its run directory. Called before each save it returns where the run is by now; on ranks other
+    than the main one it does nothing."""
 
-    def __init__(self, path: Path, file: TextIO) -> None:
-        """`file`: `path`, open and locked."""
-        self._path, self._file = path, file
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        """The run directory. Other ranks than the main one do not open it."""
+
+    def __call__(self) -> Path | None:
+        """Return where the run is, which may have been renamed. Raises RunError where another job has taken it."""
+        return None
+
+
+class Lock(Hold):
+    """The main rank's hold."""
+
+    def __init__(self, folder: Folder, file: TextIO) -> None:
+        """`file`: the lock file in `folder`, open and locked."""
+        super().__init__(folder)
+        self._file = file
         self._owner = Owner(socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -87,16 +111,23 @@ class Lock:
         if self._other() is None:
             os.pwrite(self._file.fileno(), b" " * _WIDTH, 0)  # keeps its room on a disk that fills up
 
-    def check(self) -> None:
-        """Before a save. Raises RunError where another job has taken the directory, having found this one silent."""
+    def __call__(self) -> Path:
+        """Raises RunError where another job has taken the directory, having found this one silent."""
         if (other := self._other()) is not None:
             raise RunError(
-                f"run.dir={self._path.parent} was taken over by {other} while this process stood still; this one ends "
+                f"run.dir={self.folder.path} was taken over by {other} while this process stood still; this one ends "
                 "and saves nothing more"
             )
+        if self.folder.locate():  # The lock file went with the directory that was deleted.
+            made = _open(self.folder)
+            fcntl.flock(made, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.dup2(made, self._file.fileno(), inheritable=False)
+            os.close(made)
+            self._write()
+        return self.folder.path
 
     def _other(self) -> Owner | None:
-        owner = read(self._path)
+        owner = _read(self.folder, _NAME)  # not by its path, where another run may stand after a rename
         return owner if owner is not None and owner.token != self._owner.token else None
 
     def _beat(self) -> None:
@@ -112,38 +143,48 @@ class Lock:
 
 
 @contextmanager
-def lock(run: Path) -> Iterator[Callable[[], None]]:
-    """Holds the run directory for this job, through the main rank. Raises RunError where another job has it, or where
-    it cannot be written.
+def lock(run: Path) -> Iterator[Hold]:
+    """Hold the run directory for this job, through the main rank.
 
-    Gives what is to be called before each save: `Lock.check`, on the other ranks nothing.
+    Raises RunError where another job has it, or where it cannot be written.
     """
     from mimae import distributed  # torch, which a look at the owner of a lock does without
 
+    folder = Folder(run)
     if distributed.rank() != 0:
-        yield lambda: None
+        yield Hold(folder)
         return
-    path = run / "lock"
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        folder.make()
+        file = os.fdopen(_open(folder), "r+")
         if not os.fstat(file.fileno()).st_size:
             os.pwrite(file.fileno(), b" " * _WIDTH, 0)  # room for the owner
     except OSError as error:
-        raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
+        what = f"{_NAME}: " if error.filename == _NAME else ""
+        raise RunError(f"run.dir={run} cannot be written: {what}{error.strerror}") from error
     # A forked worker of the data shares the open file, and would hold the lock past this process's end.
     os.register_at_fork(after_in_child=file.close)
     with file:
-        owner = read(path)
+        owner = read(run / _NAME)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = owner is None or not owner.is_elsewhere or not moves(path)
+            is_free = owner is None or not owner.is_elsewhere or not moves(run / _NAME)
         except OSError:
             is_free = False
         if not is_free:
             raise RunError(f"run.dir={run} is in use by {owner or '?'}; wait for it or choose another run.dir")
-        with Lock(path, file) as held:
-            yield held.check
+        folder.sweep()
+        with Lock(folder, file) as held:
+            yield held
+
+
+def _open(folder: Folder) -> int:
+    """Return the lock file's descriptor."""
+    descriptor = folder.open(_NAME, os.O_RDWR | os.O_CREAT)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "it has another name too (a hard link), whose content it would overwrite", _NAME)
+    return descriptor
 
 
 def _boot() -> str:

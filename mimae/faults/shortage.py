@@ -20,6 +20,7 @@ from mimae import distributed
 from mimae.config.recipe import Recipe
 from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
+from mimae.files import Folder
 from mimae.plan.advice import Fleet, advise
 from mimae.plan.gpus import GPU, device_name, find_gpu
 from mimae.plan.memory import Layout, memory, parameters
@@ -126,15 +127,15 @@ def _gpu() -> GPU | None:
 
 def _snapshot(run: Path, device: torch.device) -> str:
     """Writes what holds the memory, and says where."""
-    folder = run / "memory"
+    name = f"memory/rank-{distributed.rank()}"
     try:
-        folder.mkdir(exist_ok=True)
         if device.type == "cuda":
-            file = folder / f"rank-{distributed.rank()}.pickle"
+            file = run / f"{name}.pickle"
+            os.close(Folder(run).create(f"{name}.pickle"))
             torch.cuda.memory._dump_snapshot(str(file))
             return f"a snapshot of the GPU's memory, for pytorch.org/memory_viz, is {file}"
-        file = folder / f"rank-{distributed.rank()}.json"
-        file.write_text(json.dumps(_tensors(), indent=1))
+        file = run / f"{name}.json"
+        Folder(run).replace(f"{name}.json", json.dumps(_tensors(), indent=1))
         return f"the largest tensors are listed in {file}"
     except (OSError, MemoryError) as error:
         return f"no snapshot was written: {error}"

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from mimae import distributed
+from mimae.files import Folder
+from mimae.text import say
 
 FRAMES = 6
 """Of each rank's main thread, that the launcher tells; the file has all, of all threads."""
@@ -55,11 +57,13 @@ class Watchdog:
         self._file: IO[bytes] | None = None
         if distributed.world_size() > 1:
             # Where it cannot be written the run goes on: whether that matters, its checkpoints say.
-            with suppress(OSError):
-                path = stacks(run) / f"rank-{distributed.rank()}.txt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("wb", buffering=0)
+            path = stacks(run) / f"rank-{distributed.rank()}.txt"
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                self._file = os.fdopen(Folder(run).create(str(path.relative_to(run))), "wb", buffering=0)
                 self._file.write(b" " * _WIDTH + b"\n")
+            except OSError as error:
+                say(f"{path} cannot be written: {error.strerror}; a hang leaves no stack of this rank")
 
     def __enter__(self) -> Watchdog:
         faulthandler.register(signal.SIGUSR2, file=self._file or _STDERR)

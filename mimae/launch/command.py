@@ -57,14 +57,18 @@ def submit(
     """
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
-    from mimae.launch.submit import Pretraining, executor, minutes, runs
+    from mimae.launch.submit import Pretraining, check_home, executor, minutes, runs
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    folder = Path(load_recipe(recipe, overrides or ()).recipe.run.dir) / "slurm"
+    run = Path(load_recipe(recipe, overrides or ()).recipe.run.dir)
+    if not dry_run:
+        run.mkdir(parents=True, exist_ok=True)
+        check_home(run)
+    folder = run / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from mimae.config.load import load_recipe
 from mimae.errors import EXIT_SAVED, UserError
+from mimae.files import Folder
 
 GRACE_SECONDS = 180
 """Between SLURM's signal and the end of the job: time to save."""
@@ -89,3 +90,11 @@ def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tu
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
+
+
+def check_home(run: Path) -> None:
+    """Make the folder of the job's script and output. Raises UserError where it is a link."""
+    try:
+        Folder(run).folder("slurm")
+    except OSError as error:
+        raise UserError(f"{run / 'slurm'} cannot be written: {error.strerror}") from error

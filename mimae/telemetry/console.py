@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mimae.telemetry.records import LOSSES
+from mimae.text import Output, is_terminal, printable, say
 
 
 class Console:
@@ -22,12 +22,12 @@ class Console:
         # Recent (step, time) pairs: the time left follows what the last logs took, checkpoints included.
         self._pace: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=50)
         self._progress: Progress | None = None
-        if sys.stdout.isatty():
+        if is_terminal():
             self._progress = Progress(
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
-                console=Terminal(file=sys.stdout),
+                console=Terminal(file=Output()),
                 auto_refresh=False,  # drawn at each log: no thread beside the forks of the data loaders
             )
             self._task = self._progress.add_task("pretraining", total=total_steps, status="")
@@ -43,7 +43,7 @@ class Console:
         self._pace.append((step, time.monotonic()))
         left = self._seconds_left()
         if self._progress is None:
-            print(self._step_line(record, left), flush=True)
+            say(self._step_line(record, left))
         else:
             self._progress.start()
             status = f"{_total(record)}  {_rate(record)}{_wait(record)}  {_clock(left)} left"  # fits 80 columns
@@ -60,9 +60,9 @@ class Console:
     def message(self, text: str) -> None:
         """Print a line, above the progress bar where there is one."""
         if self._progress is None:
-            print(text, flush=True)
+            say(text)
         else:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._progress.console.print(printable(text, lines=True), markup=False, highlight=False)
 
     def close(self) -> None:
         """End the progress bar."""

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from mimae import __version__
-from mimae.checkpoints.checkpoint import write_atomically
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow")
 
 
-def environment(path: str | Path) -> None:
-    """Writes what a run runs on as JSON: versions, platform, GPUs, the checkout's commit; nobody's names."""
+def environment() -> str:
+    """Return what a run runs on as JSON: versions, platform, GPUs, the checkout's commit; nobody's names."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     facts = {
         "mimae": __version__,
@@ -32,7 +31,7 @@ def environment(path: str | Path) -> None:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "packages": {name: _version(name) for name in _PACKAGES},
     }
-    write_atomically(Path(path), json.dumps(facts, indent=2) + "\n")
+    return json.dumps(facts, indent=2) + "\n"
 
 
 def _version(package: str) -> str | None:

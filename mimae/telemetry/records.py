@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mimae.files import Folder
 from mimae.telemetry.clock import PHASES
+
+FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
+"""The file of each group of records."""
 
 LOSSES = ("loss", "rec", "max_mi", "min_mi", "fit")
 
@@ -46,7 +50,24 @@ def plain_value(value: Any) -> Any:
 
 def is_until(line: bytes, step: int) -> bool:
     """Return whether a line is a whole record of a step up to `step`."""
+    found = parse(line)
+    return found is not None and bool(found["step"] <= step)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """Return a record, or None for a line that is none: torn by a crash, or something else."""
     try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int | float) else None
+
+
+def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file, the oldest first; `tail`: those in its last `limit` bytes. None where it cannot be
+    read."""
+    try:
+        lines = folder.read(name, limit, tail).splitlines()
+    except OSError:
+        return
+    yield from (found for line in lines if (found := parse(line)) is not None)

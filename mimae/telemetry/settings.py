@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,4 +19,8 @@ class TelemetrySettings(Section):
     probe_every_epochs: int = Field(
         0, ge=0, description="epochs between two kNN and reconstruction checks on data.val_path; 0: none"
     )
-    tensorboard: bool = Field(True, description="write TensorBoard event files to the run's tensorboard/")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description="where curves go beside metrics.jsonl: event files in the run's tensorboard/, Weights & Biases, "
+        "MLflow; the last two take their server from their own environment variables",
+    )

@@ -1,83 +1,96 @@
-"""What a run tells: records, TensorBoard, pictures, and lines for people.
+"""What a run tells: records and pictures to its trackers, events, and lines for people.
 
 Nothing here reads a tensor: the loop hands over numbers, and only on the steps that it logs.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
-import numpy as np
-from PIL import Image
-
-from mimae.checkpoints.checkpoint import write_atomically
-from mimae.errors import UserError
+from mimae.errors import RunError
+from mimae.files import Folder
 from mimae.telemetry.console import Console
-from mimae.telemetry.records import EPOCH_KEYS, STEP_KEYS, is_until, plain
+from mimae.telemetry.environment import environment
+from mimae.telemetry.events import Events
+from mimae.telemetry.records import EPOCH_KEYS, FILES, STEP_KEYS, plain
 from mimae.telemetry.settings import TelemetrySettings
+from mimae.telemetry.trackers import Tracker, open_trackers
+from mimae.text import losses, say
 
 
 class Telemetry:
     """Writes the records of a run to its directory and shows them; on all but the main rank it does nothing.
 
-    Call `rewind(step)` once before the first record of every start, with the step the run goes on from.
+    Call `rewind(step)` once before the first record of every start, with the step the run goes on from. What cannot be
+    written (a full disk, a server that is away, a closed stdout) costs the run its records of that time, not itself.
     """
 
-    def __init__(self, run_dir: str | Path, settings: TelemetrySettings, *, is_main: bool, total_steps: int) -> None:
-        self._is_main = is_main
-        self._run_dir = Path(run_dir)
+    def __init__(
+        self, run: str | Path | Folder, settings: TelemetrySettings, *, is_main: bool, total_steps: int
+    ) -> None:
+        """`run`: the run's directory. Raises UserError for a tracker that is not installed."""
+        self._folder = run if isinstance(run, Folder) else Folder(run)
         self._step = 0
-        self._purge_step: int | None = None
-        self._tensorboard: Any = None
-        self._writer_class: Any = None
-        self._files: dict[str, TextIO] = {}
         self._lost: set[str] = set()
+        self._unsaid: set[str] = set()
         self._console = Console(total_steps) if is_main else None
-        if not is_main:
-            return
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        if settings.tensorboard:
-            self._writer_class = _summary_writer_class()
+        self._trackers: list[Tracker] = []
+        self.events = Events(self._folder if is_main else None)
+        """events.jsonl, for what happens to the run."""
+        if is_main:
+            self._folder.make()
+            self._folder.tell = self._moved
+            self._trackers = open_trackers(settings.trackers, self._folder, self._failed)
 
     def rewind(self, step: int) -> None:
-        """Drops the records after `step`, and torn lines, from metrics.jsonl and epochs.jsonl.
+        """Drop the records after `step`, and torn lines, from metrics.jsonl and epochs.jsonl.
 
-        A run that goes on from a checkpoint at `step` repeats the steps after it; so each step is there once.
+        A run that goes on from a checkpoint at `step` repeats the steps after it; so each step is there once. Raises
+        RunError where the files are none that can be written.
         """
-        self._step = step
-        self._purge_step = step + 1
+        self._step = self.events.step = step
         if self._console is None:
             return
         self._console.rewind(step)
-        for name in ("metrics.jsonl", "epochs.jsonl"):
-            if name in self._files:
-                self._files.pop(name).close()
-            path = self._run_dir / name
-            if path.exists():
-                kept = [line for line in path.read_bytes().splitlines() if is_until(line, step)]
-                write_atomically(path, b"".join(line + b"\n" for line in kept))
+        records, *others = self._trackers
+        try:
+            records.rewind(step)
+        except OSError as error:
+            raise RunError(f"{self._folder.path / str(error.filename)} cannot be written: {error.strerror}") from error
+        for tracker in others:
+            self._try(tracker, lambda tracker: tracker.rewind(step))
+
+    def describe(self, recipe: str) -> None:
+        """Write config.yaml, the resolved recipe, and environment.json, and give them to the trackers.
+
+        Raises OSError where the run directory cannot be written.
+        """
+        if self._console is None:
+            return
+        for name, text in {"config.yaml": recipe, "environment.json": environment()}.items():
+            self._folder.replace(name, text, lasting=True)
+            for tracker in self._trackers:
+                self._try(tracker, lambda tracker, name=name, text=text: tracker.text(name, text, self._step))
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Appends a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
+        """Append a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
 
         `epoch` counts the epochs done, as a fraction; `samples` the images seen; `data_wait` is the share of
         the wall time since the last log in which the device of this rank waited for data, 0 to 1.
         """
         if self._console is None:
             return
-        line = self._append("metrics.jsonl", STEP_KEYS, record)
-        self._step = int(line["step"])
+        line = plain(FILES["train"], STEP_KEYS, record)
+        self._step = self.events.step = int(line["step"])
         self._scalars("train", line)
         self._console.step(line)
+        self._note_lost_output()
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Appends a line of EPOCH_KEYS to epochs.jsonl; keys that `record` lacks are null.
+        """Append a line of EPOCH_KEYS to epochs.jsonl; keys that `record` lacks are null.
 
         `step` is the step at which the epoch ended. After a resume in the middle of an epoch, `images` and
         `seconds` count the part since then. `seconds` is wall time and holds the phases' `seconds_*`. `bytes_sent` is
@@ -86,39 +99,34 @@ class Telemetry:
         """
         if self._console is None:
             return
-        line = self._append("epochs.jsonl", EPOCH_KEYS, {"step": self._step, **record})
+        line = plain(FILES["epoch"], EPOCH_KEYS, {"step": self._step, **record})
         self._scalars("epoch", line)
         self._console.epoch(line)
 
     def message(self, text: str) -> None:
-        """Prints a line for people, above the progress bar where there is one."""
+        """Print a line for people, above the progress bar where there is one."""
         if self._console is not None:
             self._console.message(text)
+            self._note_lost_output()
 
     def image(self, path: str | Path, png: bytes) -> None:
-        """Writes a PNG at `path` inside the run directory and shows it in TensorBoard under the last step."""
-        if self._console is None:
-            return
-        target = self._run_dir / path
-        with self._surviving(str(path)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, png)
-        with self._surviving("tensorboard"):
-            if writer := self._writer():
-                pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-                writer.add_image(Path(path).parent.name or "image", pixels, self._step, dataformats="HWC")
+        """Write a PNG at `path` inside the run directory and show it in the trackers under the last step."""
+        for tracker in self._trackers:
+            self._try(tracker, lambda tracker: tracker.image(str(path), png, self._step))
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
-        if self._console is not None:
-            self._console.close()
-        for name, file in self._files.items():
-            with self._surviving(name):
-                file.close()
-        self._files.clear()
-        with self._surviving("tensorboard"):
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        """End the progress bar and close the trackers."""
+        if self._console is None:
+            return
+        self._console.close()
+        for tracker in self._trackers:
+            self._try(tracker, lambda tracker: tracker.close())
+        self._trackers = []
+        self._note_lost_output()
+        for stream, (writes, reason) in losses().items():
+            # Whichever of the two can still be written says it.
+            for error in (True, False):
+                say(f"{writes} writes to {stream} failed: {reason}; the run went on without them", error=error)
 
     def __enter__(self) -> Self:
         return self
@@ -126,54 +134,37 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.events.add("error", error=type(error).__name__, message=str(error)[:1000])
         self.close()
 
-    def _append(self, name: str, keys: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
-        line = plain(name, keys, record)
-        with self._surviving(name):
-            if name not in self._files:
-                self._files[name] = (self._run_dir / name).open("a", encoding="utf-8")
-            self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
-            self._files[name].flush()  # in the system's hands: a kill of this process cannot lose it
-        return line
+    def _scalars(self, group: str, line: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            self._try(tracker, lambda tracker: tracker.scalars(group, line, self._step))
 
-    @contextmanager
-    def _surviving(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone costs the run its records of that time, told once for each file, not itself."""
+    def _try(self, tracker: Tracker, action: Callable[[Tracker], None]) -> None:
         try:
-            yield
-        except OSError as error:
-            if what not in self._lost:
-                self.message(f"{what} cannot be written: {error.strerror or error}; the run goes on")
-            self._lost.add(what)
-            if what == "tensorboard":  # its writer's thread has ended
-                self._tensorboard = self._writer_class = None
+            action(tracker)
+        except Exception as error:  # whatever a library raises
+            self._failed(tracker.name, error)
 
-    def _scalars(self, group: str, plain: Mapping[str, Any]) -> None:
-        with self._surviving("tensorboard"):
-            self._add_scalars(group, plain)
+    def _failed(self, tracker: str, error: Exception) -> None:
+        """Tell once for each tracker, or for each file, that it cannot be written."""
+        what = str(getattr(error, "filename", None) or tracker)
+        if what in self._lost:
+            return
+        self._lost.add(what)
+        reason = getattr(error, "strerror", None) or f"{error}".strip() or type(error).__name__
+        self.events.add("fault", what=what, reason=str(reason)[:1000])
+        self.message(f"{what} cannot be written: {reason}; the run goes on")
 
-    def _add_scalars(self, group: str, plain: Mapping[str, Any]) -> None:
-        if writer := self._writer():
-            for key, value in plain.items():
-                if key != "step" and value is not None:
-                    writer.add_scalar(f"{group}/{key}", value, self._step)
-            writer.flush()
+    def _moved(self, text: str) -> None:
+        self.events.add("moved", what=text)
+        self.message(text)
 
-    def _writer(self) -> Any:
-        """The event writer, made at the first use: by then `rewind` has said which steps to purge."""
-        if self._tensorboard is None and self._writer_class is not None:
-            directory = str(self._run_dir / "tensorboard")
-            self._tensorboard = self._writer_class(directory, purge_step=self._purge_step)
-        return self._tensorboard
-
-
-def _summary_writer_class() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"telemetry.tensorboard is true, but TensorBoard cannot be imported ({error}): "
-            "install it with `pip install tensorboard`, or set telemetry.tensorboard=false"
-        ) from error
-    return SummaryWriter
+    def _note_lost_output(self) -> None:
+        """Keep once for each stream that it cannot be written."""
+        for stream, loss in losses().items():
+            if stream not in self._unsaid:
+                self._unsaid.add(stream)
+                self.events.add("output lost", stream=stream, reason=loss.reason)

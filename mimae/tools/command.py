@@ -82,21 +82,25 @@ def replay(
 
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
+    from mimae.files import Folder
+    from mimae.text import say
     from mimae.tools.replay import HERE, logged, replay, report
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ()), f"run.dir={run}"]).recipe
+    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ())], {"run": {"dir": str(run)}}).recipe
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
         print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
     findings = replay(recipe, step)
-    file = run / "replay" / f"step-{step:08d}.png"
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(findings.picture)
-    print(report(findings, logged(run, step)))
-    print(file)
+    name = f"replay/step-{step:08d}.png"
+    say(report(findings, logged(run, step)))
+    try:
+        Folder(run).replace(name, findings.picture)
+        say(run / name)
+    except OSError as error:
+        say(f"{run / name} cannot be written: {error.strerror}")
     raise typer.Exit(0 if findings.is_finite else 1)
 
 

@@ -6,7 +6,6 @@ rounding, whatever its ranks and its engine were.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mimae import distributed
-from mimae.checkpoints import checkpoint
+from mimae.checkpoints import checkpoint, contents
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
@@ -26,11 +25,12 @@ from mimae.data.sources.open import open_source
 from mimae.engines.base import check_machine
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
+from mimae.files import Folder
 from mimae.kernels import pixel_loss
 from mimae.model import masking
 from mimae.optim.optimizer import schedule_factor
-from mimae.telemetry import pictures
-from mimae.telemetry.records import LOSSES
+from mimae.telemetry import pictures, records
+from mimae.text import say
 from mimae.tools.show import masked
 
 PICTURED = 32
@@ -67,7 +67,7 @@ class Findings(NamedTuple):
         return not self.gradients and all(map(math.isfinite, (*self.losses.values(), self.grad_norm)))
 
 
-def replay(recipe: Recipe, step: int, say: Callable[[str], None] = print) -> Findings:
+def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findings:
     """Runs optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it; writes
     nothing. Raises UserError."""
     device = distributed.setup()
@@ -131,7 +131,11 @@ class _Replay:
                     f"data.path={self.recipe.data.path} does not hold the images of the run; on another machine say "
                     "where they are: data.path=..."
                 )
-            self.engine.load(found.path)
+            try:
+                self.engine.load(found.path)
+            except checkpoint.CheckpointError as error:
+                say(f"{error}; trying the one before")
+                continue
             say(f"from {path}")
             return done
         say("from the initial weights: no state before this step is left")
@@ -155,7 +159,7 @@ class _Replay:
             with self.engine.accumulate(is_last=i == len(batches) - 1):
                 out = self.engine.forward(batch.images, *self._masks(batch))
                 self.engine.backward(out.loss / len(batches))
-            for key, value in ({"loss": out.total} | {key: getattr(out, key) for key in LOSSES[1:]}).items():
+            for key, value in ({"loss": out.total} | {key: getattr(out, key) for key in records.LOSSES[1:]}).items():
                 if value is not None:
                     losses[key] = losses.get(key, torch.zeros_like(value)) + value / len(batches)
         return losses
@@ -202,11 +206,11 @@ def _states(run: Path, step: int) -> list[tuple[int, Path]]:
     skipped holds for each of them."""
     found = []
     for folder in (run, run / "nonfinite"):
-        for path in (folder / "checkpoints").glob("step-*"):
-            first = int(path.name.removeprefix("step-"))
+        for name in contents.names(folder):
+            path, first = folder / "checkpoints" / name, contents.step_of(name)
             try:
-                last = json.loads((path / "state.json").read_text()).get("skipped_to", first)
-            except (OSError, ValueError):
+                last = contents.read_state(path).get("skipped_to", first)
+            except (OSError, checkpoint.CheckpointError):
                 continue
             if first < step:
                 found.append((min(last, step - 1), path))
@@ -238,7 +242,7 @@ def report(findings: Findings, logged: dict[str, Any] | None) -> str:
     """What was found, in words; `logged`: the line of metrics.jsonl, where the run wrote one of this step."""
     lines = []
     for key, value in (findings.losses | {"grad_norm": findings.grad_norm}).items():
-        then = "" if logged is None else f"   in the run {_number(logged[key])}"
+        then = "" if logged is None else f"   in the run {_number(logged.get(key))}"
         lines.append(f"{key:<10}{_number(value):>12}{then}")
     lines += _names("weights that are not finite before the step", findings.weights)
     lines += [f"first output that is not finite: {findings.module}"] if findings.module else []
@@ -264,6 +268,4 @@ def _names(what: str, names: list[str]) -> list[str]:
 
 def logged(run: Path, step: int) -> dict[str, Any] | None:
     """The run's own record of a step."""
-    file = run / "metrics.jsonl"
-    records = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
-    return next((record for record in records if record["step"] == step), None)
+    return next((record for record in records.read(Folder(run), "metrics.jsonl") if record["step"] == step), None)

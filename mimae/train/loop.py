@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
+from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.layers import text
@@ -29,11 +30,11 @@ from mimae.data.sources.cache import cache_note
 from mimae.data.sources.open import open_source
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
-from mimae.errors import RunError
+from mimae.errors import CheckpointError, RunError
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.faults import shortage
 from mimae.faults.guards import NonFinite, Signals
-from mimae.faults.lock import lock
+from mimae.faults.lock import Hold, lock
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.kernels import pixel_loss
 from mimae.model import masking
@@ -45,7 +46,6 @@ from mimae.plan.flops import step_flops
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import clock, pictures
 from mimae.telemetry import collapse as diagnostics
-from mimae.telemetry.environment import environment
 from mimae.telemetry.exposure import Exposure
 from mimae.telemetry.memory import memory
 from mimae.telemetry.records import LOSSES
@@ -83,12 +83,12 @@ def pretrain(recipe: Recipe) -> Outcome:
         check_machine(recipe, device)
         run = Path(recipe.run.dir)
         with (
-            lock(run) as check_owner,
+            lock(run) as hold,
             Signals() as signals,
             Watchdog(run, *limits) as watchdog,
             shortage.explained(recipe, device, watchdog),
         ):
-            return _Run(recipe, source, validation, device, check_owner).train(signals, watchdog)
+            return _Run(recipe, source, validation, device, hold).train(signals, watchdog)
     finally:
         distributed.shutdown()
 
@@ -102,12 +102,11 @@ class _Run:
         source: Source,
         validation: Source | None,
         device: torch.device,
-        check_owner: Callable[[], None],
+        hold: Hold,
     ) -> None:
         recipe, self.chosen = _choose_loader(recipe, source)
         self.recipe, self.source, self.validation, self.device = recipe, source, validation, device
-        self.check_owner = check_owner
-        self.path = Path(recipe.run.dir)
+        self.hold = hold
         self.is_main = distributed.rank() == 0
         self.loader: Loader = make_loader(
             recipe.data,
@@ -122,37 +121,61 @@ class _Run:
         self.views = recipe.schedule.batch_size * recipe.masking.num_masks
         self.engine: Engine = make_engine(recipe, device, self.views)
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
-        self.telemetry = Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
+        self.telemetry = Telemetry(hold.folder, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
+        self.events = self.telemetry.events
         self.phases = clock.Phases(device)
         self.exposure = Exposure(device)
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
-        self.saver = Saver(self.path, recipe.checkpoint, device, self.telemetry.message, check_owner)
+        self.saver = self._saver(recipe.checkpoint)
         self.step = self._resume()
+
+    @property
+    def path(self) -> Path:
+        """The run directory, which somebody may rename meanwhile."""
+        return self.hold.folder.path
+
+    def _saver(self, settings: CheckpointSettings, inside: str = "") -> Saver:
+        say, note = self.telemetry.message, self.events.add
+        return Saver(self.path, settings, self.device, say, self.hold, inside, note)
 
     def _resume(self) -> int:
         """Makes the run directory, or goes back to its last whole checkpoint; returns the steps done."""
         _check_config(self.recipe, self.path)
         self._agree()
-        found = checkpoint.find(self.path, self.telemetry.message)
-        if self.is_main:
-            try:
-                checkpoint.write_atomically(self.path / "config.yaml", as_yaml(self.recipe))
-                environment(self.path / "environment.json")
-            except OSError as error:
-                raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
+        passed_over: list[str] = []
+
+        def pass_over(text: str) -> None:
+            passed_over.append(text)
+            self.telemetry.message(text)
+
+        found = checkpoint.use(self.path, self._take, pass_over)
         step = 0
         if found is not None:
-            if found.state["data"] != self.source.fingerprint:
-                raise RunError(
-                    f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
-                )
-            self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > found.path.name}
-            self.engine.load(found.path)
-            step = int(found.state["step"])
+            used, _ = found
+            self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > used.path.name}
+            step = int(used.state["step"])
             self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
         self.telemetry.rewind(step)
+        try:
+            self.telemetry.describe(as_yaml(self.recipe))
+        except OSError as error:
+            raise RunError(f"{self.path / str(error.filename)} cannot be written: {error.strerror}") from error
+        for told in passed_over:
+            self.events.add("fault", what=told)
+        name = None if found is None else used.path.name
+        self.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
         return step
+
+    def _take(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
+        if found.state["data"] != self.source.fingerprint:
+            raise RunError(
+                f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
+            )
+        if found.state["step"] > self.steps:
+            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {self.steps}")
+        self.engine.load(found.path)
 
     def _agree(self) -> None:
         """Ranks that go on from different weights or data would average the gradients of different models."""
@@ -180,7 +203,7 @@ class _Run:
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
         sent = bytes_sent(recipe, distributed.world_size(), self.device)
-        guard = NonFinite(self.path, self._samples, self._keep)
+        guard = NonFinite(self.path, self._samples, self._keep, self.events.add)
         per_epoch = self.loader.steps_per_epoch
         step_pace = clock.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = clock.Pace(self.phases, recipe.masking.num_masks)
@@ -217,6 +240,8 @@ class _Run:
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=False)
                     stop = signals.agreed() or last
                     due, for_good = due or self._is_due(), for_good or self._is_for_good()
+                    if stop and not last:
+                        self.events.add("signal", step=self.step)
                     if stop or due:
                         watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
                         guard.drain()
@@ -229,6 +254,8 @@ class _Run:
                         break
                     watchdog.wait_for(f"step {self.step + 1}", long=not self.saver.is_settled)
         finished = self.step >= self.steps
+        if finished:
+            self.events.add("finish", step=self.step)
         if signals.received and not finished:
             say(f"saved at step {self.step} on a signal; the same command goes on from there")
         elif finished:
@@ -327,7 +354,7 @@ class _Run:
         returns whether it could."""
         self.saver.finish()
         settings = CheckpointSettings(keep=1, background=False)
-        keeper = Saver(self.path / "nonfinite", settings, self.device, self.telemetry.message, self.check_owner)
+        keeper = self._saver(settings, "nonfinite")
         keeper.start(first - 1, self.engine.state(), {"skipped_to": last, "data": self.source.fingerprint})
         return keeper.finish()
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
+from mimae.errors import CheckpointError
 from mimae.model.encoder import Encoder
+from mimae.text import printable
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:
@@ -17,15 +19,24 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     `average`: the moving average of the weights instead of the weights. The state_dict of what is returned loads into
     the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
     """
-    run, found = checkpoint.locate(Path(path))
-    averages = _encoder_part(found.tensors("ema")) if average else {}
-    if average and not averages:
-        raise checkpoint.CheckpointError(f"{found.path} has no moving average: the run's ema.decay was null")
-    recipe = load_recipe(run / "config.yaml").recipe
+    recipe = load_recipe(checkpoint.run_of(Path(path)) / "config.yaml").recipe
+    if average and recipe.ema.decay is None:
+        raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
     # Its weights go anywhere; the backend that trained them may be another machine's.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
-    encoder.load_state_dict(_encoder_part(found.tensors("model")) | averages)
+
+    def fill(found: checkpoint.Checkpoint) -> None:
+        averages = _encoder_part(found.tensors("ema")) if average else {}
+        if average and not averages:
+            raise CheckpointError(f"{found.path} has no moving average")
+        try:
+            encoder.load_state_dict(_encoder_part(found.tensors("model")) | averages)
+        except RuntimeError as error:  # other names or shapes
+            said = printable(" ".join(str(error).split()))[:300]
+            raise CheckpointError(f"{found.path} does not hold the encoder of config.yaml: {said}") from error
+
+    checkpoint.use_at(Path(path), fill)
     return encoder.eval()
 
 

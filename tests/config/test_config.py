@@ -534,7 +534,7 @@ def test_all_problems_at_once(small: str) -> None:
         ("engine.kind", "rounding"),
         ("run.dir", "free"),
         ("checkpoint.keep", "free"),
-        ("telemetry.tensorboard", "free"),
+        ("telemetry.trackers", "free"),
     ],
 )
 def test_a_key_says_whether_a_resumed_run_may_change_it(key: str, resume: str) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimae.errors import UserError
+from mimae.files import Folder
 
 
 class DataError(UserError):
@@ -88,7 +90,7 @@ class BadSamples:
         if not new:
             return
         # A full disk costs lines of the list, not the run.
-        with suppress(OSError), self.path.open("a+b") as file:
+        with suppress(OSError), _opened(self.path) as file:
             # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
@@ -108,6 +110,12 @@ class BadSamples:
                 f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
                 f"All are listed in {self.path}. Mend or remove them, or raise data.max_bad_fraction."
             )
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Return a file of the run, to be read and added to. Raises OSError for a link, which is not followed."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    return os.fdopen(Folder(path.parent).open(path.name, flags), "a+b")
 
 
 def _ids(lines: Iterable[bytes]) -> Iterator[int]:

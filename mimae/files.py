@@ -1,0 +1,288 @@
+"""The files of a run: everything that is written into a run directory, or read from one, is opened here.
+
+A run directory may come from a stranger. No name inside it is followed as a symbolic link, neither the last part of a
+path nor a folder on the way; only regular files are opened; temporary names cannot be guessed. The directory itself,
+and its `checkpoints`, may be links that the user made to another disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mimae.errors import RunError
+from mimae.text import say
+
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # Without the last one, to open a FIFO waits for its other end.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_LINK = "it is a symbolic link, which a run does not follow"
+_STALE = 3600.0
+"""Seconds after which a temporary file is what a kill left: no small file takes so long to write."""
+
+
+class Folder:
+    """A directory that is held open, and the files in it by their relative names.
+
+    It stays the same directory when it is renamed. Errors are OSErrors with the name and a reason in words.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name a directory; it is opened at the first use."""
+        self.path = Path(path)
+        """Where the directory is; `locate` brings it up to date."""
+        self.tell: Callable[[str], None] = say
+        """Reports a rename or a deletion to people."""
+        self._fd: int | None = None
+        self._lasting: dict[str, bytes] = {}
+        self._locating = threading.Lock()
+
+    def make(self) -> None:
+        """Make the directory where there is none, and open it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._descriptor()
+
+    def open(self, name: str, flags: int) -> int:
+        """Return a descriptor of the regular file `name`, opened with os.open's `flags`; made with O_CREAT.
+
+        O_CREAT makes the folders on the way too.
+        """
+        with self._parent(name, make=bool(flags & os.O_CREAT)) as (parent, last):
+            return _open(parent, last, flags)
+
+    def read(self, name: str, limit: int, tail: bool = False) -> bytes:
+        """Return the content of a file. More than `limit` bytes are an OSError, or `tail`: the last of them."""
+        with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit and not tail:
+                raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {limit:,} that it may have", name)
+            file.seek(max(0, size - limit))
+            return file.read(limit)
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is anything called `name`, a broken link too."""
+        try:
+            with self._parent(name) as (parent, last):
+                os.lstat(last, dir_fd=parent)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise
+        return True
+
+    def append(self, name: str, content: bytes) -> None:
+        """Add content at the end of a file, all of it or, with an OSError, nothing."""
+        with self._parent(name, make=True) as (parent, last):
+            descriptor = _open(parent, last, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            if os.fstat(descriptor).st_nlink > 1:  # The other name may be a file that has nothing to do with the run.
+                with os.fdopen(descriptor, "rb") as file:
+                    _replace(parent, last, file.read())
+                descriptor = _open(parent, last, os.O_RDWR | os.O_APPEND)
+        try:
+            size = os.fstat(descriptor).st_size
+            # What a crash left of a line must not run into the next one.
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                content = b"\n" + content
+            written = 0
+            try:
+                while written < len(content):
+                    written += os.write(descriptor, content[written:])
+            except OSError as error:
+                with suppress(OSError):
+                    if written and os.fstat(descriptor).st_size == size + written:
+                        os.ftruncate(descriptor, size)
+                raise OSError(error.errno, error.strerror, name) from error
+        finally:
+            os.close(descriptor)
+
+    def create(self, name: str) -> int:
+        """Return a descriptor of a new, empty file, in the place of an old one."""
+        with self._parent(name, make=True) as (parent, last):
+            _refuse(parent, last)
+            with suppress(FileNotFoundError):
+                os.unlink(last, dir_fd=parent)
+            return os.open(last, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, 0o666, dir_fd=parent)
+
+    def replace(self, name: str, content: str | bytes, lasting: bool = False) -> None:
+        """Replace a small file so that a reader, or a kill, sees the old content or the new one.
+
+        A `lasting` file is written again when the directory was deleted and `locate` makes it anew.
+        """
+        content = content.encode() if isinstance(content, str) else content
+        if lasting:
+            self._lasting[name] = content
+        with self._parent(name, make=True) as (parent, last):
+            _refuse(parent, last)
+            _replace(parent, last, content)
+
+    def folder(self, name: str) -> Path:
+        """Make a folder where there is none, and return its path, for libraries that write by themselves."""
+        with self._parent(f"{name}/.", make=True):
+            return self.path / name
+
+    def sweep(self) -> None:
+        """Remove temporary files that a kill left."""
+        with suppress(OSError):
+            for name in os.listdir(self._descriptor()):
+                if _TEMPORARY.fullmatch(name):
+                    found = os.lstat(name, dir_fd=self._descriptor())
+                    if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > _STALE:
+                        os.unlink(name, dir_fd=self._descriptor())
+
+    def locate(self) -> bool:
+        """Find where the directory is by now, and return whether it had to be made anew.
+
+        A renamed one is followed: `path` is its new place. A deleted one is made anew with its lasting files, as long
+        as nothing else stands there. Raises RunError where the run has no place any more.
+        """
+        with self._locating:
+            held = self._descriptor()
+            here, there = os.fstat(held), _stat(self.path)
+            if there is not None and os.path.samestat(here, there):
+                return False
+            now = _path_of(held)
+            if now is not None:
+                self.tell(f"{self.path} was renamed while training; the run goes on in {now}")
+                self.path = now
+                return False
+            if there is not None:
+                raise RunError(
+                    f"run.dir={self.path} is another directory by now, and the one of this run was deleted; this run "
+                    "ends and saves nothing more"
+                )
+            try:
+                self.path.mkdir(parents=True)
+                made = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.dup2(made, held, inheritable=False)
+                os.close(made)
+                for name, content in self._lasting.items():
+                    self.replace(name, content)
+            except OSError as error:
+                raise RunError(
+                    f"run.dir={self.path} was deleted while training, and cannot be made anew: {error.strerror}"
+                ) from error
+            self.tell(
+                f"{self.path} was deleted while training; it is made anew, without the records and checkpoints so far"
+            )
+            return True
+
+    def _descriptor(self) -> int:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._fd
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            with suppress(OSError):
+                os.close(self._fd)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Give the folder that holds `name`, open, and the last part of the name."""
+        *folders, last = name.split("/")
+        if ".." in folders or last in ("", ".."):
+            raise OSError(errno.EINVAL, "it is no name inside of the directory", name)
+        descriptor = os.dup(self._descriptor())
+        try:
+            for part in folders:
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=descriptor)
+                try:
+                    inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=descriptor)
+                except OSError as error:
+                    raise _in_words(error, descriptor, part) from None
+                os.close(descriptor)
+                descriptor = inner
+            yield descriptor, last
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from error
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file so that a reader, or a kill, sees the old content or the new one."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _replace(parent, path.name, content.encode() if isinstance(content, str) else content)
+    finally:
+        os.close(parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open(parent: int, last: str, flags: int) -> int:
+    try:
+        descriptor = os.open(last, flags | _SAFE, 0o666, dir_fd=parent)
+    except OSError as error:
+        raise _in_words(error, parent, last) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", last)
+    return descriptor
+
+
+def _refuse(parent: int, last: str) -> None:
+    """Raise OSError for what is there and is no regular file."""
+    try:
+        mode = os.lstat(last, dir_fd=parent).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, _LINK, last)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", last)
+
+
+def _replace(parent: int, last: str, content: bytes) -> None:
+    temporary = f".{last}.{secrets.token_hex(8)}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666, dir_fd=parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, last, src_dir_fd=parent, dst_dir_fd=parent)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=parent)
+        raise
+
+
+def _in_words(error: OSError, parent: int, part: str) -> OSError:
+    """Return the error, with words for a link."""
+    with suppress(OSError):
+        if stat.S_ISLNK(os.lstat(part, dir_fd=parent).st_mode):
+            return OSError(errno.ELOOP, _LINK, part)
+    return error
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _path_of(descriptor: int) -> Path | None:
+    """Return where an open directory is; None where it was deleted, or where the system does not say."""
+    try:
+        found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return found if os.path.samestat(found.stat(), os.fstat(descriptor)) else None
+    except OSError:
+        return None

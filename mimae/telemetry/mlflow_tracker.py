@@ -1,0 +1,62 @@
+"""MLflow. Server and experiment come from MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME; else the run's mlflow/."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
+
+from mimae.files import Folder
+from mimae.telemetry.trackers import kept_id
+
+
+class MLflow:
+    """A run in an experiment, `mimae` where none is named."""
+
+    name = "mlflow"
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._client: Any = None
+        self._id = ""
+
+    def rewind(self, step: int) -> None:
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        if server is None:
+            # Newer versions ask for this word before they use files.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            server = self._folder.folder(self.name).absolute().as_uri()
+        self._client = MlflowClient(server)
+        self._id = kept_id(self._folder, self.name, self._make)
+        self._client.update_run(self._id, status="RUNNING")
+
+    def _make(self) -> str:
+        wanted = os.environ.get("MLFLOW_EXPERIMENT_NAME", "mimae")
+        found = self._client.get_experiment_by_name(wanted)
+        experiment = self._client.create_experiment(wanted) if found is None else found.experiment_id
+        made = self._client.create_run(experiment, run_name=self._folder.path.absolute().name)
+        return str(made.info.run_id)
+
+    def scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        now = int(1000 * time.time())
+        found = [
+            Metric(f"{group}/{key}", float(value), now, step)
+            for key, value in values.items()
+            if key != "step" and value is not None
+        ]
+        self._client.log_batch(self._id, metrics=found, synchronous=True)
+
+    def image(self, path: str, png: bytes, step: int) -> None:
+        folder = path.rpartition("/")[0]
+        local = self._folder.path / path  # The records have written it.
+        self._client.log_artifact(self._id, str(local), folder or None)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self._client.log_text(self._id, text, name)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)

@@ -1,0 +1,129 @@
+"""Text that reaches people: control characters are escaped, and a stream that cannot be written ends nothing."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import re
+import sys
+from contextlib import suppress
+from typing import Literal, NamedTuple, TextIO
+
+_LINE_ENDS = "\t\n"
+# C0 and C1 controls and DEL, marks that change the direction of writing, line separators, lone surrogates.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+Stream = Literal["stdout", "stderr"]
+
+
+class Loss(NamedTuple):
+    """Writes that a stream did not take, and the first reason."""
+
+    writes: int
+    reason: str
+
+
+_losses: dict[Stream, Loss] = {}
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """Return text that comes from a file (a name, a key, a reason) with its control characters escaped.
+
+    A terminal obeys control characters: such text could hide or forge lines. `lines` keeps tabs and line ends.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        found = match[0]
+        return found if lines and found in _LINE_ENDS else found.encode("unicode_escape").decode()
+
+    return _CONTROLS.sub(escape, str(text))
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print lines on stdout or stderr, escaped. A stream that cannot be written is noted in `losses`, never raised."""
+    name: Stream = "stderr" if error else "stdout"
+    _write(name, getattr(sys, name), printable(text, lines=True) + "\n")
+
+
+def losses() -> dict[Stream, Loss]:
+    """Return the streams that did not take all that was written by `say` and `Output`."""
+    return dict(_losses)
+
+
+def is_terminal() -> bool:
+    """Return whether stdout is a terminal."""
+    try:
+        return sys.stdout is not None and sys.stdout.isatty()
+    except ValueError:  # a closed file
+        return False
+
+
+class Output(io.TextIOBase):
+    """The stdout of now as a file for others to write to; it survives as `say` does. Control characters pass."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout  # rich puts a stream of its own into sys.stdout, which leads here
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of stdout."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Return whether stdout is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor of stdout."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write to stdout, if that is possible."""
+        _write("stdout", self._stream, text)
+        return len(text)
+
+
+def open_standard_streams() -> None:
+    """Open stdin, stdout and stderr on /dev/null where the caller closed them (`>&-`).
+
+    Otherwise the next files that this process opens get their numbers, and what C libraries print lands in a file of
+    the run.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+def _write(name: Stream, stream: TextIO | None, text: str) -> None:
+    if stream is None:  # was closed before the start
+        return
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(stream, "encoding", None) or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: a closed file
+        if not _losses:
+            atexit.register(_abandon)
+        reason = getattr(error, "strerror", None) or str(error)
+        known = _losses.get(name, Loss(0, reason))
+        _losses[name] = known._replace(writes=known.writes + 1)
+
+
+def _abandon() -> None:
+    """Give up what lost streams still hold: Python would end with exit code 120 when it cannot flush them."""
+    for name in _losses:
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+                stream.flush()
