@@ -30,7 +30,8 @@ from mimae.config import recipe as config
 from mimae.data.sources.base import Source, open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
-from mimae.optim.optimizer import ScheduleSettings, total_steps
+from mimae.optim.optimizer import ScheduleSettings
+from mimae.optim.schedule import total_steps
 from mimae.train.loop import FREE_KEYS
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}

@@ -36,10 +36,12 @@ from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
 from mimae.bench.machine import Product, describe, matmul_rate, resident_bytes, synchronize
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
-from mimae.engines.base import check_machine, compiles, shape_model
+from mimae.engines.base import compile_units, will_compile
+from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
 from mimae.model import masking
-from mimae.model.mimae import MIMAE, build
+from mimae.model.groups import groups
+from mimae.model.mimae import MIMAE, build, obstacles
 from mimae.optim.optimizer import Optimizer
 from mimae.randomness import whole_parts
 
@@ -82,7 +84,7 @@ class Contender(ABC):
         self.recipe, self.module, self.images = recipe, module, images
         height, width = recipe.data.size_hw
         self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
-        self.compiled = compiles(recipe.compile, images.device)
+        self.compiled = will_compile(recipe.compile, images.device)
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
@@ -144,8 +146,8 @@ class Ours(Contender):
         super().__init__(recipe, module.to(device), images.to(device))
         self.sample_ids = torch.arange(len(images), device=device)
         self.epoch = 0
-        views = len(images) * recipe.masking.num_masks
-        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, views, device)
+        rule = groups(recipe.optimizer, len(images), recipe.masking.num_masks)
+        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, rule, device)
 
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1
@@ -157,7 +159,7 @@ class Ours(Contender):
         self.optimizer.step(1.0)
 
     def compile_blocks(self) -> None:
-        shape_model(self.module, self.recipe.compile, self.images.device)
+        compile_units(self.module, self.recipe.compile, self.images.device)
 
 
 class Baseline(Contender):
@@ -467,7 +469,7 @@ def main(
         if contest.others:
             _has_baselines(contest.recipe)
         for settings in (contest.recipe, *contest.variants.values()):
-            check_machine(settings, device)
+            check_machine(setup_of(settings), device, obstacles(settings, device))
 
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()

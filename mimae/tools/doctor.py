@@ -20,7 +20,7 @@ import torch
 import typer
 
 from mimae import __version__, kernels
-from mimae.engines.base import files_obstacle
+from mimae.engines.zero import files_obstacle
 from mimae.kernels import native
 from mimae.model import attention
 from mimae.optim.adamw import IMPLEMENTATIONS

@@ -25,15 +25,16 @@ from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.data.sources.base import open_source
-from mimae.engines.base import check_machine
-from mimae.engines.make import make_engine
+from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
 from mimae.kernels import pixel_loss
 from mimae.model import masking
-from mimae.optim.optimizer import schedule_factor
+from mimae.model.mimae import obstacles
+from mimae.optim.schedule import schedule_factor
 from mimae.telemetry import pictures
 from mimae.telemetry.telemetry import LOSSES
 from mimae.tools.show import masked
+from mimae.train.tasks.pretrain import engine_of
 
 PICTURED = 32
 """Samples in the picture, those with the largest L_rec."""
@@ -74,7 +75,7 @@ def replay(recipe: Recipe, step: int, say: Callable[[str], None] = print) -> Fin
     nothing. Raises UserError."""
     device = distributed.setup()
     try:
-        check_machine(recipe, device)
+        check_machine(setup_of(recipe), device, obstacles(recipe, device))
         return _Replay(recipe, device).run(step, say)
     finally:
         distributed.shutdown()
@@ -94,7 +95,7 @@ class _Replay:
             batch_size=schedule.batch_size,
             accumulate=schedule.accumulate,
         )
-        self.engine = make_engine(recipe, device, schedule.batch_size * recipe.masking.num_masks)
+        self.engine = engine_of(recipe, device)
         self.model = self.engine.model
 
     def run(self, step: int, say: Callable[[str], None]) -> Findings:
@@ -164,7 +165,9 @@ class _Replay:
 
     def _step(self, step: int, rec: Tensor) -> float:
         """Takes the step; returns the norm of its gradient."""
-        result = self.engine.step(schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch))
+        optimizer, schedule = self.recipe.optimizer, self.recipe.schedule
+        peak = optimizer.peak(optimizer.learning_rate, schedule.batch_size, self.recipe.masking.num_masks)
+        result = self.engine.step(schedule_factor(schedule, step - 1, self.loader.steps_per_epoch, peak))
         self.model.objective.gate.update(rec, result.skipped)
         return result.grad_norm.item()
 

@@ -24,8 +24,8 @@ from mimae.data.loading.stalls import Stalls
 from mimae.data.loading.to_device import Transfer
 from mimae.data.sources.base import Source, open_source
 from mimae.data.sources.cache import cache_note
-from mimae.engines.base import Engine, check_machine
-from mimae.engines.make import make_engine
+from mimae.engines.base import Engine
+from mimae.engines.make import check_machine, setup_of
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.faults import shortage
 from mimae.faults.guards import NonFinite, RunError, Signals
@@ -33,12 +33,14 @@ from mimae.faults.lock import lock
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.kernels import pixel_loss
 from mimae.model import masking
-from mimae.model.mimae import MIMAE
+from mimae.model.mimae import MIMAE, obstacles
 from mimae.objective.objective import Losses
-from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
+from mimae.optim.optimizer import StepResult
+from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry import pictures, telemetry
 from mimae.telemetry.exposure import Exposure
+from mimae.train.tasks.pretrain import engine_of
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -76,7 +78,7 @@ def pretrain(recipe: Recipe) -> Outcome:
     limits = recipe.run.first_step_timeout, recipe.run.step_timeout
     device = distributed.setup(patience(*limits))
     try:
-        check_machine(recipe, device)
+        check_machine(setup_of(recipe), device, obstacles(recipe, device))
         run = Path(recipe.run.dir)
         with (
             lock(run) as check_owner,
@@ -115,8 +117,9 @@ class _Run:
             world_size=distributed.world_size(),
         )
         self.steps = total_steps(recipe.schedule, self.loader.steps_per_epoch)
-        self.views = recipe.schedule.batch_size * recipe.masking.num_masks
-        self.engine: Engine = make_engine(recipe, device, self.views)
+        self.engine: Engine[MIMAE] = engine_of(recipe, device)
+        optimizer, images = recipe.optimizer, recipe.schedule.batch_size
+        self.peak = optimizer.peak(optimizer.learning_rate, images, recipe.masking.num_masks)
         self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
         self.telemetry = telemetry.Telemetry(self.path, recipe.telemetry, is_main=self.is_main, total_steps=self.steps)
         self.phases = telemetry.Phases(device)
@@ -260,21 +263,21 @@ class _Run:
         with self.phases("checkpoint"):
             self.saver.settle()
         with self.phases("optimizer"):
-            factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch)
+            factor = schedule_factor(recipe.schedule, self.step, self.loader.steps_per_epoch, self.peak)
             result = self.engine.step(factor)
             self.engine.model.objective.gate.update(losses["rec"], result.skipped)
         return _Step(losses, out.latents, result)
 
     def _record(self, step: _Step) -> dict[str, Any]:
         """What a logged step reads from the device."""
-        factor = schedule_factor(self.recipe.schedule, self.step - 1, self.loader.steps_per_epoch)
+        factor = schedule_factor(self.recipe.schedule, self.step - 1, self.loader.steps_per_epoch, self.peak)
         return {
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
             "samples": self.step * self.recipe.schedule.batch_size,
             **{key: value.item() for key, value in step.losses.items() if key in telemetry.LOSSES},
             "gate": self.engine.model.objective.gate.weight.item(),
-            "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
+            "lr": self.peak * factor,
             "grad_norm": step.result.grad_norm.item(),
             "mem_peak_bytes": telemetry.memory(self.device)["mem_peak_bytes"],
         }

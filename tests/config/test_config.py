@@ -10,7 +10,7 @@ import pytest
 from mimae.config import recipe as config
 from mimae.config.layers import shipped
 from mimae.config.recipe import ConfigError, Recipe, flat, load
-from mimae.optim.optimizer import total_steps
+from mimae.optim.schedule import total_steps
 
 SMALL = """\
 data:

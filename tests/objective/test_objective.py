@@ -16,13 +16,16 @@ from mimae import distributed, kernels
 from mimae.config import recipe as config
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
+from mimae.engines.make import setup_of
 from mimae.model import masking
 from mimae.model.decoder import DecoderSettings
 from mimae.model.encoder import ModelSettings
+from mimae.model.groups import groups
 from mimae.model.masking import MaskingSettings
 from mimae.model.mimae import MIMAE
 from mimae.objective import objective
 from mimae.objective.objective import CLUB, Gate, InfoNCE, ObjectiveSettings
+from mimae.randomness import initialise
 from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 
@@ -136,9 +139,12 @@ def _model(dtype: torch.dtype) -> MIMAE:
     return model.to(dtype)
 
 
-def _engine(dtype: torch.dtype) -> DDPEngine:
+def _engine(dtype: torch.dtype) -> DDPEngine[MIMAE]:
     recipe = config.load({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
-    return DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
+    rule = groups(recipe.optimizer, GLOBAL_BATCH, 3)
+    return DDPEngine(
+        _model(dtype), setup_of(recipe), torch.device("cpu"), rule, lambda model, parts: initialise(model, 0, parts)
+    )
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:

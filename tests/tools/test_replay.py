@@ -18,10 +18,10 @@ from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
 from mimae.cli import app
 from mimae.config import recipe as config
-from mimae.engines.make import make_engine
 from mimae.faults import guards
 from mimae.tools.replay import replay
 from mimae.train import loop
+from mimae.train.tasks.pretrain import engine_of
 from tests.train.test_loop import lines, recipe
 
 POISONED = "encoder.blocks.0.mlp.fc1.weight"
@@ -81,7 +81,7 @@ def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) ->
     healthy, device = checkpoint.load(run / "checkpoints/step-00000008"), torch.device("cpu")
     distributed.setup()
     try:
-        engine = make_engine(recipe_of(run), device, 32)
+        engine = engine_of(recipe_of(run), device)
         engine.load(healthy.path)
         engine.parts[POISONED].values.detach()[0, 0] = math.nan
         Saver(tmp_path, CheckpointSettings(background=False), device).start(8, engine.state(), healthy.state)
