@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mimae.config.recipe import RecipeLike
     from mimae.model.mimae import MIMAE
-    from mimae.train.loop import Outcome
+    from mimae.train.trainer import Outcome
     from mimae.transfer.export import load_encoder
 
 __version__ = "0.1.0"
@@ -32,9 +32,9 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
     from mimae.config import recipe as config
-    from mimae.train import loop
+    from mimae.train.tasks import pretrain as task
 
-    return loop.pretrain(config.load(recipe, overrides, settings).recipe)
+    return task.pretrain(config.load(recipe, overrides, settings).recipe)
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
 from mimae.optim.optimizer import ScheduleSettings
 from mimae.optim.schedule import total_steps
-from mimae.train.loop import FREE_KEYS
+from mimae.train.resume import FREE_KEYS
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 """The recipe of MI-MAE on each data set; those of the other controls add a suffix to its name."""

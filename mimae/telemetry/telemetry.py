@@ -75,8 +75,19 @@ class Telemetry:
     Call `rewind(step)` once before the first record of every start, with the step the run goes on from.
     """
 
-    def __init__(self, run_dir: str | Path, settings: TelemetrySettings, *, is_main: bool, total_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        settings: TelemetrySettings,
+        *,
+        is_main: bool,
+        total_steps: int,
+        step_keys: Sequence[str] = STEP_KEYS,
+        epoch_keys: Sequence[str] = EPOCH_KEYS,
+    ) -> None:
+        """`step_keys`, `epoch_keys`: the columns of metrics.jsonl and epochs.jsonl."""
         self._is_main = is_main
+        self._step_keys, self._epoch_keys = step_keys, epoch_keys
         self._run_dir = Path(run_dir)
         self._total_steps = total_steps
         self._step = 0
@@ -123,14 +134,14 @@ class Telemetry:
                 write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Appends a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
+        """Append a line of the step's columns to metrics.jsonl; keys that `record` lacks are null.
 
         `epoch` counts the epochs done, as a fraction; `samples` the images seen; `data_wait` is the share of
         the wall time since the last log in which the device of this rank waited for data, 0 to 1.
         """
         if not self._is_main:
             return
-        plain = self._append("metrics.jsonl", STEP_KEYS, record)
+        plain = self._append("metrics.jsonl", self._step_keys, record)
         self._step = int(plain["step"])
         self._pace.append((self._step, time.monotonic()))
         self._scalars("train", plain)
@@ -143,19 +154,19 @@ class Telemetry:
             self._progress.update(self._task, completed=self._step, status=status, refresh=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Appends a line of EPOCH_KEYS to epochs.jsonl; keys that `record` lacks are null.
+        """Append a line of the epoch's columns to epochs.jsonl; keys that `record` lacks are null.
 
-        `step` is the step at which the epoch ended. After a resume in the middle of an epoch, `images` and
-        `seconds` count the part since then. `seconds` is wall time and holds the phases' `seconds_*`. `bytes_sent` is
-        what a rank sends in a step, by the formulas of docs/scaling.md; `exposed_communication` the share of the
-        epoch's second step, 0 to 1, in which this rank was in a collective and computed nothing.
+        `step` is the step at which the epoch ended. After a resume from a checkpoint that kept no sums of its epoch,
+        all counts and means are of the part since then. `seconds` is wall time and holds the phases' `seconds_*`.
+        `bytes_sent` is what a rank sends in a step, by the formulas of docs/scaling.md; `exposed_communication` the
+        share of the epoch's second step, 0 to 1, in which this rank was in a collective and computed nothing.
         """
         if not self._is_main:
             return
-        plain = self._append("epochs.jsonl", EPOCH_KEYS, {"step": self._step, **record})
+        plain = self._append("epochs.jsonl", self._epoch_keys, {"step": self._step, **record})
         self._scalars("epoch", plain)
         parts = [f"epoch {plain['epoch']} done", _losses(plain), _rate(plain)]
-        parts += [f"{key} {plain[key]:.3f}" for key in ("knn", "val_rec") if plain[key] is not None]
+        parts += [f"{key} {plain[key]:.3f}" for key in ("knn", "val_rec") if plain.get(key) is not None]
         if plain["mfu"] is not None:
             parts.append(f"MFU {100 * plain['mfu']:.1f} %")
         self.message("  ".join(parts))
@@ -449,7 +460,7 @@ def _plain(value: Any) -> Any:
 
 
 def _losses(plain: Mapping[str, Any]) -> str:
-    parts = ", ".join(f"{key} {plain[key]:.3f}" for key in LOSSES[1:] if plain[key] is not None)
+    parts = ", ".join(f"{key} {plain[key]:.3f}" for key in LOSSES[1:] if plain.get(key) is not None)
     return f"{_total(plain)} ({parts})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import get_args
 
 import pytest
@@ -19,7 +20,7 @@ def test_every_kind_has_an_engine() -> None:
 
 def test_what_is_spread_grows_with_the_stage() -> None:
     spread = [ENGINES[kind].spreads for kind in ("ddp", "zero1", "zero2", "zero3")]
-    assert all(less < more for less, more in zip(spread, spread[1:]))
+    assert all(less < more for less, more in itertools.pairwise(spread))
     assert ENGINES["fsdp"].spreads == spread[-1]
 
 

@@ -23,9 +23,9 @@ from mimae.config import recipe as config
 from mimae.model.mimae import outline
 from mimae.randomness import materialise
 from mimae.tools import convert as universal
-from mimae.train import loop
+from mimae.train.tasks.pretrain import pretrain
 from tests.ranks import run_ranks
-from tests.train.test_loop import assert_bit_equal, images, recipe, tensors
+from tests.train.test_trainer import assert_bit_equal, images, recipe, tensors
 
 __all__ = ["images"]  # a fixture
 
@@ -37,7 +37,7 @@ RATES = {"decay": 0.05, "no_decay": 0.0, "posterior": 0.01}
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of four."""
     path = tmp_path_factory.mktemp("runs") / "begun"
-    loop.pretrain(recipe(images, path, "schedule.max_steps=3"))
+    pretrain(recipe(images, path, "schedule.max_steps=3"))
     return path
 
 
@@ -74,7 +74,7 @@ def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_pat
         settings = recipe(images, other, "schedule.max_steps=3")
         longer = settings.schedule.model_copy(update={"max_steps": 4})
         (other / "config.yaml").write_text(config.dump(settings.model_copy(update={"schedule": longer})))
-        loop.pretrain(recipe(images, other, "schedule.max_steps=4"))
+        pretrain(recipe(images, other, "schedule.max_steps=4"))
         ends.append(tensors(other))
     assert_bit_equal(*ends)
 
