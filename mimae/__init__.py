@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mimae.config.load import RecipeLike
     from mimae.model.mimae import MIMAE
-    from mimae.train.loop import Outcome
+    from mimae.train.trainer import Outcome
     from mimae.transfer.export import load_encoder
 
 __version__ = "0.1.0"
@@ -33,13 +33,13 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
     from mimae.config.load import load_recipe
-    from mimae.train import loop
+    from mimae.train.tasks import pretrain as task
 
     resolved = load_recipe(recipe, overrides, settings)
     if os.environ.get("RANK", "0") == "0":
         for note in resolved.notes:
             print(note, flush=True)
-    return loop.pretrain(resolved.recipe)
+    return task.pretrain(resolved.recipe)
 
 
 def __getattr__(name: str) -> Any:

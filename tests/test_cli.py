@@ -21,7 +21,7 @@ from mimae import cli
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import DataError
 from mimae.tools import status
-from mimae.train import loop
+from mimae.train.tasks import pretrain as task
 
 QUICK = ["pretrain", "quickstart"]
 
@@ -43,7 +43,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         recipes.append(recipe)
         return SimpleNamespace(saved_on_signal=recipe.seed == 75)
 
-    monkeypatch.setattr(loop, "pretrain", pretrain)
+    monkeypatch.setattr(task, "pretrain", pretrain)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     return recipes
@@ -92,7 +92,7 @@ def test_a_mistake_exits_with_2_and_one_message(
     def no_data(recipe: Recipe) -> None:
         raise DataError("data.path=/nonexistent is not there")
 
-    monkeypatch.setattr(loop, "pretrain", no_data)
+    monkeypatch.setattr(task, "pretrain", no_data)
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae: data.path=/nonexistent is not there\n"
     # What one rank finds in its data it alone can tell; settings are the same on all, and one speaks for them.
@@ -107,7 +107,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def broken(recipe: Recipe) -> None:
         raise ValueError("not for the user")
 
-    monkeypatch.setattr(loop, "pretrain", broken)
+    monkeypatch.setattr(task, "pretrain", broken)
     monkeypatch.setattr(sys, "argv", ["mimae", *QUICK])
     with pytest.raises(ValueError, match="not for the user"):
         cli.main()

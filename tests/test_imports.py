@@ -149,7 +149,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_most_precise_name_gives_the_layer() -> None:
-    order = ["config.section", "model.settings", "config.recipe", "model.encoder", "train.loop", "cli"]
+    order = ["config.section", "model.settings", "config.recipe", "model.encoder", "train.trainer", "cli"]
     depths = [layer(f"mimae.{name}") for name in order]
     assert depths == sorted(set(depths))
     assert layer("mimae.model.settings") == layer("mimae.train.settings")

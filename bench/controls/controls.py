@@ -23,14 +23,14 @@ import torch
 import yaml
 
 from mimae.bench.machine import describe
-from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.load import load_recipe
 from mimae.config.recipe import FREE_KEYS, flat
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
-from mimae.optim.optimizer import total_steps
+from mimae.files import write_atomically
+from mimae.optim.schedule import total_steps
 from mimae.optim.settings import ScheduleSettings
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}

@@ -33,12 +33,12 @@ def data(
     from mimae.bench.data.data import encoded_sizes, fed, measure, sweep, table
     from mimae.bench.data.feeds import CONTENDERS, Job, obstacle
     from mimae.bench.machine import describe
-    from mimae.checkpoints.checkpoint import write_atomically
     from mimae.data.loading.backend import OBSTACLES
     from mimae.data.loading.workers import default_workers
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
+    from mimae.files import write_atomically
 
     source = open_source(path)
     if len(source) < batch:

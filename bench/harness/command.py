@@ -34,7 +34,7 @@ def drill(
     from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies
     from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
     from mimae.bench.machine import describe
-    from mimae.checkpoints.checkpoint import write_atomically
+    from mimae.files import write_atomically
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -81,11 +81,11 @@ def soak(
 
     from mimae.bench.harness.soak import plot, soak
     from mimae.bench.machine import describe
-    from mimae.checkpoints.checkpoint import write_atomically
     from mimae.data.loading.backend import OBSTACLES
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
+    from mimae.files import write_atomically
 
     source = open_source(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

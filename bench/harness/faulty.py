@@ -10,7 +10,7 @@ import json
 import os
 import runpy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,17 @@ FAULT = json.loads(os.environ.get("MIMAE_FAULT", "null"))
 
 def arm() -> None:
     """Has the fault called before each step from its own on."""
-    from mimae.train import loop
+    from mimae.train.trainer import Trainer
 
-    optimize = loop._Run._optimize
+    optimize = Trainer.optimize
 
-    def faulty(self: Any, batches: Iterator[Any]) -> Any:
+    def faulty(self: Any) -> Any:
         step = self.step + 1
         if step >= FAULT["step"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             KINDS[FAULT["kind"]](self, Path(FAULT["folder"]), step == FAULT["step"])
-        return optimize(self, batches)
+        return optimize(self)
 
-    vars(loop)["_Run"]._optimize = faulty
+    Trainer.optimize = faulty  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def step(
     from mimae.bench.step.step import Contest, check_baselines, compete, measure_memory, roof, show
     from mimae.config.load import load_recipe
     from mimae.config.recipe import Recipe
-    from mimae.engines.base import check_machine
+    from mimae.engines.make import check_machine, setup_of
+    from mimae.model.mimae import obstacles
 
     named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
     chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
@@ -69,7 +70,7 @@ def step(
         if contest.others:
             check_baselines(contest.recipe)
         for settings in (contest.recipe, *contest.variants.values()):
-            check_machine(settings, device)
+            check_machine(setup_of(settings), device, obstacles(settings, device))
 
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()

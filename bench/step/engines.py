@@ -27,12 +27,12 @@ from mimae.bench.machine import resident_bytes
 from mimae.bench.step.step import batch_of
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
-from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.plan.communication import traffic
 from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
+from mimae.train.tasks.pretrain import engine_of
 
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
@@ -130,7 +130,7 @@ def _serve(pipe: Connection, recipe: Recipe, rank: int, ranks: int, meeting: str
 
 
 def _engine(recipe: Recipe) -> Engine:
-    return make_engine(recipe, distributed.setup(), recipe.schedule.batch_size * recipe.masking.num_masks)
+    return engine_of(recipe, distributed.setup())
 
 
 def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:

@@ -31,9 +31,10 @@ from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE, noise_of
 from mimae.bench.machine import Product, matmul_rate, resident_bytes, synchronize
 from mimae.config.recipe import Recipe
-from mimae.engines.base import compiles, shape_model
+from mimae.engines.base import compile_units, will_compile
 from mimae.errors import UserError
 from mimae.model import masking
+from mimae.model.groups import groups
 from mimae.model.mimae import MIMAE, build
 from mimae.optim.optimizer import Optimizer
 from mimae.plan.flops import step_flops, targets
@@ -78,7 +79,7 @@ class Contender(ABC):
         self.recipe, self.module, self.images = recipe, module, images
         height, width = recipe.data.size_hw
         self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
-        self.compiled = compiles(recipe.compile, images.device)
+        self.compiled = will_compile(recipe.compile, images.device)
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
@@ -140,8 +141,8 @@ class Ours(Contender):
         super().__init__(recipe, module.to(device), images.to(device))
         self.sample_ids = torch.arange(len(images), device=device)
         self.epoch = 0
-        views = len(images) * recipe.masking.num_masks
-        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, views, device)
+        rule = groups(recipe.optimizer, len(images), recipe.masking.num_masks)
+        self.optimizer = Optimizer(whole_parts(module), recipe.optimizer, rule, device)
 
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1
@@ -153,7 +154,7 @@ class Ours(Contender):
         self.optimizer.step(1.0)
 
     def compile_blocks(self) -> None:
-        shape_model(self.module, self.recipe.compile, self.images.device)
+        compile_units(self.module, self.recipe.compile, self.images.device)
 
 
 class Baseline(Contender):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +16,44 @@ from mimae import distributed
 from mimae.checkpoints import dcp
 from mimae.checkpoints.dcp import State
 from mimae.engines import replicas
-from mimae.engines.settings import Compile
-from mimae.errors import UserError
-from mimae.model import attention
-from mimae.model.mimae import MIMAE
-from mimae.objective.objective import Losses
+from mimae.engines.settings import Compile, EngineSettings
+from mimae.model.units import Model
 from mimae.optim import adamw
+from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer, StepResult
+from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import Part
-
-if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Of glibc's malloc.h."""
 
 
-class Engine(ABC):
+class Setup(NamedTuple):
+    """What an engine needs to know of a run."""
+
+    engine: EngineSettings
+    optimizer: OptimizerSettings
+    precision: Literal["fp32", "bf16"]
+    compile: Compile
+    ema_decay: float | None
+    batch_size: int
+    """Images of an optimizer step, over all ranks and micro-batches."""
+    accumulate: int
+    """Micro-batches of an optimizer step."""
+    run: Path
+    """The run's directory."""
+
+
+M = TypeVar("M", bound=Model)
+
+Start = Callable[[Model, Mapping[str, Part]], None]
+"""Fills this rank's parts of a model's parameters with the start weights."""
+
+Obstacles = dict[str, str | None]
+"""By `key=value` of the settings: why this machine cannot do what it asks, in words; None where it can."""
+
+
+class Engine(ABC, Generic[M]):
     """One model on all ranks, its optimizer and its average. A group of one rank takes the same path.
 
     Of each parameter a rank keeps one part (`Part`), contiguous in the flattened whole and named by the parameter;
@@ -43,8 +61,11 @@ class Engine(ABC):
     another wrote.
     """
 
-    is_spread: bool
-    """Whether a forward of `model` is a collective, in which every rank has to take part."""
+    spreads: ClassVar[frozenset[Literal["optimizer", "gradients", "weights"]]]
+    """What is divided among the ranks; each rank holds the rest whole. Where weights are, a forward is a collective."""
+
+    compiles: ClassVar[bool] = True
+    """Whether the model's units can be compiled."""
 
     parts: dict[str, Part]
     """Of every parameter, by name."""
@@ -55,33 +76,79 @@ class Engine(ABC):
     shard = 0
     """Ranks with the same number hold the same `_copies`."""
 
-    def __init__(self, model: MIMAE, recipe: Recipe, device: torch.device, views: int) -> None:
-        """Takes over a `model` on the meta device, which gets the initial weights of the recipe's seed.
+    def __init__(self, model: M, setup: Setup, device: torch.device, rule: Rule, start: Start) -> None:
+        """Takes over a `model` on the meta device, which gets its weights from `start`; `rule` gives the optimizer's
+        groups.
 
-        Needs an initialised process group, of one rank too. In this order blocks are checkpointed (by the model, around
-        each call), compiled, sharded. `views`: images x masks of the global batch.
+        Needs an initialised process group, of one rank too. In this order units are checkpointed (by the model, around
+        each call), compiled, sharded.
         """
         self.num_parameters = sum(p.numel() for p in model.parameters())
         # No weight is used twice in a forward: the cache would only keep a second copy of all of them. Autocast lies
         # inside of what wraps the model, which then cannot switch it off.
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bf16", cache_enabled=False)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
-        # Not with zero3: see `check_machine`.
-        shape_model(model, "off" if recipe.engine.kind == "zero3" else recipe.compile, device)
+        if self.compiles:
+            compile_units(model, setup.compile, device)
         self.model = model
-        if recipe.engine.kind != "ddp" and (device.type == "cpu" or recipe.engine.offload != "none"):
+        if self.spreads and (device.type == "cpu" or setup.engine.offload != "none"):
             return_memory()
-        self.module, self.optimizer = self._shard(recipe, device, views)
-        self.ema_decay = recipe.ema.decay
-        self.ema = {n: p.values.detach().clone() for n, p in self.parts.items()} if recipe.ema.decay else {}
+        self.module, self.optimizer = self._shard(setup, device, rule, start)
+        self.ema_decay = setup.ema_decay
+        self.ema = {n: p.values.detach().clone() for n, p in self.parts.items()} if setup.ema_decay else {}
+
+    @classmethod
+    def obstacles(cls, setup: Setup, device: torch.device) -> Obstacles:
+        """Return what stands against this engine on this machine and number of ranks."""
+        engine, impl, kind = setup.engine, setup.optimizer.impl, setup.optimizer.kind
+        needs_whole = (
+            "LARS needs the norms of whole weights, and this engine steps parts of them; engine.kind=ddp does not"
+        )
+        return {
+            f"engine.kind={engine.kind}": cls.obstacle(engine),
+            f"engine.offload={engine.offload}": cls.offload_obstacle(engine),
+            f"optimizer.kind={kind}": needs_whole if kind == "lars" and cls.spreads else None,
+            f"optimizer.impl={impl}": cls.optimizer_obstacle(impl, optimizer_device(engine, device)),
+            f"compile={setup.compile}": cls.compile_obstacle(setup.compile, device),
+        }
+
+    @classmethod
+    def obstacle(cls, engine: EngineSettings) -> str | None:
+        """Return why the engine cannot run here at all."""
+        return None
+
+    @classmethod
+    def offload_obstacle(cls, engine: EngineSettings) -> str | None:
+        """Return why what is offloaded cannot be kept where the settings say."""
+        return None
+
+    @classmethod
+    def optimizer_obstacle(cls, impl: str, home: torch.device) -> str | None:
+        """Return why an implementation of the optimizer cannot step parameters that lie on `home`."""
+        if impl == "deepspeed" and home.type != "cpu":
+            return (
+                "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out "
+                "by waiting for the device in every step, as ZeRO does anyway; optimizer.impl=torch has as few launches"
+            )
+        return adamw.IMPLEMENTATIONS[impl].obstacle(home)
+
+    @classmethod
+    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
+        """Return why units cannot be compiled as the setting asks."""
+        return "CUDA graphs need a CUDA device" if setting == "graphs" and device.type != "cuda" else None
 
     @abstractmethod
-    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+    def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
         """Spreads `model` in place, fills it and sets `parts`; returns what forward calls, and the optimizer."""
 
-    def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
-        """One micro-batch of this rank, in the run's precision."""
-        return self.module(images, visible, targets)
+    @property
+    def is_spread(self) -> bool:
+        """Whether a forward of `model` is a collective, in which every rank has to take part."""
+        return "weights" in self.spreads
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The model's output for one micro-batch of this rank, in the run's precision."""
+        return self.module(*inputs)
 
     @abstractmethod
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
@@ -171,100 +238,25 @@ def return_memory() -> None:
             mallopt(threshold, 4 * 2**20)
 
 
-def check_machine(recipe: Recipe, device: torch.device) -> None:
-    """Raises UserError for what a recipe asks by name and this machine cannot do."""
-    model, decoder = recipe.model, recipe.decoder
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    heads = {model.width // model.heads, decoder.width // decoder.heads}
-    obstacles = {
-        f"engine.kind={recipe.engine.kind}": _obstacle(recipe),
-        f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
-        f"engine.offload={recipe.engine.offload}": _offload_obstacle(recipe),
-        f"optimizer.impl={recipe.optimizer.impl}": _optimizer_obstacle(recipe, device),
-        f"compile={recipe.compile}": _compile_obstacle(recipe, device),
-    }
-    told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
-    if told:
-        raise UserError("\n".join([*told, "auto runs everywhere, as engine.kind=ddp does"]))
+def optimizer_device(engine: EngineSettings, device: torch.device) -> torch.device:
+    """Return where a run on `device` steps its parameters."""
+    return device if engine.offload == "none" else torch.device("cpu")
 
 
-def _compile_obstacle(recipe: Recipe, device: torch.device) -> str | None:
-    if recipe.engine.kind == "zero3" and recipe.compile in ("on", "graphs"):
-        return "DeepSpeed gathers weights inside of the blocks, which tears apart what is compiled; fsdp does not"
-    if recipe.compile != "graphs":
-        return None
-    if device.type != "cuda":
-        return "CUDA graphs need a CUDA device"
-    return "CUDA graphs need weights that stay in place; fsdp gathers them" if recipe.engine.kind == "fsdp" else None
-
-
-def _obstacle(recipe: Recipe) -> str | None:
-    """Why the recipe's engine cannot run here or on as many ranks, in words; None where it can."""
-    engine, ranks = recipe.engine, distributed.world_size()
-    if ranks % engine.replicas:
-        return f"engine.replicas={engine.replicas} does not divide the {ranks} ranks of the run"
-    if engine.kind.startswith("zero") and find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: pip install 'mimae[deepspeed]'"
-    return None
-
-
-def _offload_obstacle(recipe: Recipe) -> str | None:
-    folder = recipe.engine.offload_path
-    if folder is None:
-        return None
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return f"{folder} is no folder that can be written to"
-    return files_obstacle()
-
-
-def files_obstacle() -> str | None:
-    """Why DeepSpeed cannot keep an optimizer in files here, in words; None where it can."""
-    if find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed"
-    missing = [op for op in ("async_io", "pin_memory") if not adamw.has_op(op)]
-    if missing:
-        return (
-            f"DeepSpeed was built without {' and '.join(missing)}: install libaio-dev, then deepspeed with "
-            "DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 (docs/scaling.md)"
-        )
-    try:
-        import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load()
-    except ImportError as error:
-        return f"DeepSpeed's async_io does not load: {error}"
-    return None
-
-
-def _optimizer_obstacle(recipe: Recipe, device: torch.device) -> str | None:
-    impl, is_zero, home = recipe.optimizer.impl, recipe.engine.kind.startswith("zero"), optimizer_device(recipe, device)
-    if is_zero and impl == "apex":
-        return "DeepSpeed steps torch's AdamW here, or its own"
-    if impl == "deepspeed" and home.type != "cpu" and not is_zero:
-        return (
-            "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out by "
-            "waiting for the device in every step, as ZeRO does anyway; optimizer.impl=torch has as few launches"
-        )
-    return adamw.IMPLEMENTATIONS[impl].obstacle(home)
-
-
-def optimizer_device(recipe: Recipe, device: torch.device) -> torch.device:
-    """Where a run on `device` steps its parameters."""
-    return device if recipe.engine.offload == "none" else torch.device("cpu")
-
-
-def compiles(setting: Compile, device: torch.device) -> bool:
-    """Whether the setting `compile` compiles blocks on a device."""
+def will_compile(setting: Compile, device: torch.device) -> bool:
+    """Return whether the setting `compile` compiles units on a device."""
     return setting in ("on", "graphs") or (setting == "auto" and device.type == "cuda")
 
 
-def shape_model(model: MIMAE, setting: Compile, device: torch.device) -> None:
-    """Compiles each transformer block in place; before sharding, after checkpointing (which wraps the call)."""
-    if not compiles(setting, device):
+def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
+    """Compile each unit of a model in place; before sharding, after checkpointing (which wraps the call)."""
+    if not will_compile(setting, device):
         return
     mode = "reduce-overhead" if setting == "graphs" else None
-    for block in (*model.encoder.blocks, *model.decoder.blocks):
-        # Sizes do not change in training. But encoder and decoder run the same code, and torch would take the sizes of
-        # the second for a change, and compile for sizes that vary.
-        block.compile(mode=mode, dynamic=False)
+    for unit in model.units():
+        # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do),
+        # and torch would take the sizes of the second for a change, and compile for sizes that vary.
+        unit.compile(mode=mode, dynamic=False)
     if setting == "graphs":
-        # Every pass opens with the encoder; what the graphs put out in the pass before may be overwritten from there.
-        model.encoder.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        # What the graphs put out in the pass before may be overwritten from here on.
+        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

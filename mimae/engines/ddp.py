@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimae.engines.base import Engine
+from mimae.engines.base import Engine, M, Setup, Start
+from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer
-from mimae.randomness import initialise, materialise, whole_parts
+from mimae.randomness import materialise, whole_parts
 
-if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
-
-# The gate is the only state in buffers, and each rank computes the same one. (The argument's name before torch 2.14.)
+# What is state in buffers, as the gate of the MI terms is, each rank computes for itself, all of them the same. (The
+# second is the argument's name before torch 2.14.)
 _NO_BUFFER_SYNC: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -25,15 +24,15 @@ _NO_BUFFER_SYNC: dict[str, Any] = (
 )
 
 
-class DDPEngine(Engine):
+class DDPEngine(Engine[M]):
     """See `engines.base.Engine`. A rank's part of a parameter is the whole."""
 
-    is_spread = False
+    spreads = frozenset()
 
-    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+    def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
         materialise(self.model, device)
-        initialise(self.model, recipe.seed)
         self.parts = whole_parts(self.model)
+        start(self.model, self.parts)
         module = DistributedDataParallel(
             self.model,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -42,7 +41,7 @@ class DDPEngine(Engine):
         )
         if device.type == "cpu":
             _settle_buckets(module)
-        return module, Optimizer(self.parts, recipe.optimizer, views, device)
+        return module, Optimizer(self.parts, setup.optimizer, rule, device)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)

@@ -8,7 +8,6 @@ keeps the bf16 copy of each block's weights until its backward, so a model that 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,15 +22,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from mimae import distributed
-from mimae.engines.base import Engine, optimizer_device
+from mimae.engines.base import Engine, M, Setup, Start, optimizer_device
+from mimae.engines.settings import Compile, EngineSettings
+from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer, StepResult
-from mimae.randomness import Part, initialise, materialise
-
-if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+from mimae.randomness import Part, materialise
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(Engine[M]):
     """See `engines.base.Engine`. A rank's part of a parameter is some of its rows, in the order of ranks; with
     replicas each group of neighbouring ranks has all of them.
 
@@ -39,28 +37,42 @@ class FSDPEngine(Engine):
     with the last one only.
     """
 
-    is_spread = True
+    spreads = frozenset({"optimizer", "gradients", "weights"})
 
-    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
-        replicas = recipe.engine.replicas
+    @classmethod
+    def obstacle(cls, engine: EngineSettings) -> str | None:
+        ranks = distributed.world_size()
+        if ranks % engine.replicas:
+            return f"engine.replicas={engine.replicas} does not divide the {ranks} ranks of the run"
+        return None
+
+    @classmethod
+    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
+        if setting == "graphs" and device.type == "cuda":
+            return "CUDA graphs need weights that stay in place; fsdp gathers them"
+        return super().compile_obstacle(setting, device)
+
+    def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
+        replicas = setup.engine.replicas
         shape = (replicas, distributed.world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         for group in mesh.get_all_groups():
             distributed.be_patient(group)  # torch's own limit may be shorter than the run's first step
         self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
-        is_offloaded, home = recipe.engine.offload == "cpu", optimizer_device(recipe, device)
+        is_offloaded, home = setup.engine.offload == "cpu", optimizer_device(setup.engine, device)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()
-        for module in (*self.model.encoder.blocks, *self.model.decoder.blocks, self.model):
+        modules: list[nn.Module] = [*self.model.units(), self.model]
+        for module in modules:
             fully_shard(module, mesh=mesh if replicas > 1 else mesh["shard"], offload_policy=offload)
         # The root's other forwards, of evaluation: its own weights are gathered for them too.
-        for method in ("predict", "features"):
+        for method in self.model.evaluations:
             register_fsdp_forward_method(self.model, method)
         materialise(self.model, home)
         for buffer in self.model.buffers():
             buffer.data = buffer.to(device)
         self.parts = {name: _rows(p, mesh["shard"]) for name, p in self.model.named_parameters()}
-        initialise(self.model, recipe.seed, self.parts)
-        return self.model, Optimizer(self.parts, recipe.optimizer, views, home, self._whole_norms)
+        start(self.model, self.parts)
+        return self.model, Optimizer(self.parts, setup.optimizer, rule, home, self._whole_norms)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)

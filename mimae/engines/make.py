@@ -1,29 +1,52 @@
-"""The engine that a recipe names."""
+"""The registry of engines. A new one is a file with a class, a line here and a name in `EngineSettings.kind`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from mimae.engines.base import Engine
+from mimae.config.recipe import Recipe
+from mimae.engines.base import Engine, M, Obstacles, Setup, Start
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.fsdp import FSDPEngine
-from mimae.engines.zero import ZeroEngine
-from mimae.model.mimae import outline
+from mimae.engines.zero import Zero1Engine, Zero2Engine, Zero3Engine
+from mimae.errors import UserError
+from mimae.optim.groups import Rule
 
-if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
-
-_ENGINES: dict[str, type[Engine]] = {
+ENGINES: dict[str, type[Engine[Any]]] = {
     "ddp": DDPEngine,
     "fsdp": FSDPEngine,
-    "zero1": ZeroEngine,
-    "zero2": ZeroEngine,
-    "zero3": ZeroEngine,
+    "zero1": Zero1Engine,
+    "zero2": Zero2Engine,
+    "zero3": Zero3Engine,
 }
 
 
-def make_engine(recipe: Recipe, device: torch.device, views: int) -> Engine:
-    """The engine of a recipe with the initial weights of its seed; `views`: images x masks of the global batch."""
-    return _ENGINES[recipe.engine.kind](outline(recipe), recipe, device, views)
+def setup_of(recipe: Recipe) -> Setup:
+    """Return the sections of a recipe that engines take."""
+    return Setup(
+        engine=recipe.engine,
+        optimizer=recipe.optimizer,
+        precision=recipe.precision,
+        compile=recipe.compile,
+        ema_decay=recipe.ema.decay,
+        batch_size=recipe.schedule.batch_size,
+        accumulate=recipe.schedule.accumulate,
+        run=Path(recipe.run.dir),
+    )
+
+
+def make_engine(model: M, setup: Setup, device: torch.device, rule: Rule, start: Start) -> Engine[M]:
+    """Return the engine that the settings name; see `Engine.__init__`."""
+    return ENGINES[setup.engine.kind](model, setup, device, rule, start)
+
+
+def check_machine(setup: Setup, device: torch.device, of_model: Obstacles) -> None:
+    """Raise UserError for what the settings ask by name and this machine cannot do; `of_model`: the model's own
+    obstacles."""
+    obstacles = ENGINES[setup.engine.kind].obstacles(setup, device) | of_model
+    told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
+    if told:
+        raise UserError("\n".join([*told, "auto runs everywhere, as engine.kind=ddp does"]))

@@ -1,8 +1,8 @@
 """ZeRO of DeepSpeed: the optimizer (stage 1), gradients (2) and weights (3) spread over ranks.
 
-Its configuration follows from the recipe. DeepSpeed steps AdamW, torch's or its own, on flat fp32 partitions, one or
-more for each group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step whose
-gradient is not finite is left out by DeepSpeed, for which the host reads the norm in every step.
+Its configuration follows from the run's settings. DeepSpeed steps AdamW, torch's or its own, on flat fp32 partitions,
+one or more for each group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step
+whose gradient is not finite is left out by DeepSpeed, for which the host reads the norm in every step.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mimae import distributed
-from mimae.engines.base import Engine, optimizer_device
+from mimae.engines.base import Engine, M, Setup, Start, optimizer_device
+from mimae.engines.settings import Compile, EngineSettings
 from mimae.errors import UserError
+from mimae.optim import adamw
+from mimae.optim.groups import MAIN, Rule
 from mimae.optim.optimizer import Optimizer, StepResult
-from mimae.randomness import Part, initialise, materialise
-
-if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+from mimae.randomness import Part, materialise
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,41 +58,56 @@ class _Place(NamedTuple):
         return values[self.first : self.first + self.length]
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(Engine[M]):
     """See `engines.base.Engine`. A rank's part of a parameter is what falls into its share of the group (stages 1 and
     2), or its share of the parameter's elements (stage 3).
 
     Stages 2 and 3 reduce gradients with every micro-batch, so that no rank holds whole ones, stage 1 with the last.
     """
 
+    stage: ClassVar[int]
+    """DeepSpeed's number for what is spread."""
+
     module: Any
 
-    def _shard(self, recipe: Recipe, device: torch.device, views: int) -> tuple[nn.Module, Optimizer]:
+    @classmethod
+    def obstacle(cls, engine: EngineSettings) -> str | None:
+        if find_spec("deepspeed") is None:
+            return "DeepSpeed is not installed: pip install 'mimae[deepspeed]'"
+        return None
+
+    @classmethod
+    def optimizer_obstacle(cls, impl: str, home: torch.device) -> str | None:
+        if impl == "apex":
+            return "DeepSpeed steps torch's AdamW here, or its own"
+        return adamw.IMPLEMENTATIONS[impl].obstacle(home)
+
+    def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
         deepspeed = _import(device)
-        self.is_spread = recipe.engine.kind == "zero3"
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        blocks = (*self.model.encoder.blocks, *self.model.decoder.blocks)
-        folder = _folder(recipe, self.num_parameters)
-        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-        config = _config(recipe, device, largest, folder)
-        # Of the whole model no rank holds more than a block at a time, where weights are spread.
-        for module in (*blocks, self.model):
+        units = self.model.units()
+        folder = _folder(setup, self.num_parameters)
+        largest = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0)
+        config = _config(self.stage, setup, device, largest, folder)
+        # Of the whole model no rank holds more than a unit at a time, where weights are spread.
+        modules: list[nn.Module] = [*units, self.model]
+        for module in modules:
             materialise(module, device)
             if self.is_spread:
                 deepspeed.zero.Init(module=module, config_dict_or_path=config)
         whole = {name: Part(p, 0, shapes[name]) for name, p in self.model.named_parameters()}
-        optimizer = Optimizer(whole, recipe.optimizer, views, optimizer_device(recipe, device))
-        optimizer.adamw.optimizer.register_step_pre_hook(_scale)
-        engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.adamw.optimizer, config=config)
+        optimizer = Optimizer(whole, setup.optimizer, rule, optimizer_device(setup.engine, device))
+        optimizer.stepper.optimizer.register_step_pre_hook(_scale)
+        engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer.stepper.optimizer, config=config)
         self.zero: Any = engine.optimizer
         if folder is not None:
             _keep_misaligned_gradients(self.zero.optimizer_swapper)
         self.places, self.parts = {}, {}
         for name, parameter in self.model.named_parameters():
-            place, start = self._find(parameter)
+            place, first = self._find(parameter)
             values = place.within(self._at_rest(place.partition, self.flats[place.partition]))
-            self.places[name], self.parts[name] = place, Part(values, start, shapes[name])
-        initialise(self.model, recipe.seed, self.parts)
+            self.places[name], self.parts[name] = place, Part(values, first, shapes[name])
+        start(self.model, self.parts)
         self._publish()
         return engine, optimizer
 
@@ -143,18 +159,18 @@ class ZeroEngine(Engine):
 
     def _update(self, factor: float) -> StepResult:
         self.optimizer.set_rates(factor)
-        groups = self.optimizer.adamw.optimizer.param_groups
-        squares = {"posterior": 0.0, "main": 0.0}
+        groups = self.optimizer.stepper.optimizer.param_groups
+        squares = dict.fromkeys((group["clip"] for group in groups), 0.0)
         for place, norm in self._norms():
             # DeepSpeed's norm of what is not finite is -1.
-            squares[_clipped_with(groups[place])] += norm**2 if norm >= 0 else math.nan
+            squares[groups[place]["clip"]] += norm**2 if norm >= 0 else math.nan
         clip = self.optimizer.settings.clip
         for group in groups:
-            norm = math.sqrt(squares[_clipped_with(group)])
+            norm = math.sqrt(squares[group["clip"]])
             group["scale"] = 1.0 if clip is None else min(clip / (norm + 1e-6), 1.0)
         self.module.step()
         # Beside the parts, which may be on the host: the average of weights reads it there.
-        result = torch.tensor([math.sqrt(squares["main"]), float(self.zero.overflow)], device=self.flats[0].device)
+        result = torch.tensor([math.sqrt(squares[MAIN]), float(self.zero.overflow)], device=self.flats[0].device)
         return StepResult(result[0], result[1])
 
     def _norms(self) -> Iterator[tuple[int, float]]:
@@ -171,7 +187,7 @@ class ZeroEngine(Engine):
             yield group, float(norm)
 
     def _optimizer_state(self) -> dict[str, Tensor | Part]:
-        states = self.optimizer.adamw.state()
+        states = self.optimizer.stepper.state()
         # Partitions step together; a rank without a share of one has no count of its own.
         steps = [states[flat]["step"] for flat in self.flats if flat in states]
         found: dict[str, Tensor | Part] = {}
@@ -191,7 +207,7 @@ class ZeroEngine(Engine):
                 for kind in _MOMENTS
             }
             # torch keeps the count of its fused kernels beside the weights.
-            self.optimizer.adamw.load({flat: {**moments, "step": torch.zeros((), device=flat.device)}})
+            self.optimizer.stepper.load({flat: {**moments, "step": torch.zeros((), device=flat.device)}})
             if in_files:
                 self.zero.optimizer_swapper._get_param_swap_info(flat)  # takes note of the moments, by their size
                 for moment in moments.values():
@@ -203,11 +219,65 @@ class ZeroEngine(Engine):
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
         if optimizer:
-            adamw, step = self.optimizer.adamw, optimizer[f"step.{next(iter(self.parts))}"]
+            stepper, step = self.optimizer.stepper, optimizer[f"step.{next(iter(self.parts))}"]
             assert isinstance(step, Tensor)
-            states = adamw.state()
-            adamw.load({flat: {**states[flat], "step": step.clone()} for flat in self.flats})
+            states = stepper.state()
+            stepper.load({flat: {**states[flat], "step": step.clone()} for flat in self.flats})
         self._publish()
+
+
+class Zero1Engine(ZeroEngine[M]):
+    """The optimizer is spread."""
+
+    stage = 1
+    spreads = frozenset({"optimizer"})
+
+
+class Zero2Engine(ZeroEngine[M]):
+    """Optimizer and gradients are spread."""
+
+    stage = 2
+    spreads = frozenset({"optimizer", "gradients"})
+
+
+class Zero3Engine(ZeroEngine[M]):
+    """Optimizer, gradients and weights are spread."""
+
+    stage = 3
+    spreads = frozenset({"optimizer", "gradients", "weights"})
+    compiles = False
+
+    @classmethod
+    def offload_obstacle(cls, engine: EngineSettings) -> str | None:
+        folder = engine.offload_path
+        if folder is None:
+            return None
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            return f"{folder} is no folder that can be written to"
+        return files_obstacle()
+
+    @classmethod
+    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
+        if setting in ("on", "graphs"):
+            return "DeepSpeed gathers weights inside of the blocks, which tears apart what is compiled; fsdp does not"
+        return None
+
+
+def files_obstacle() -> str | None:
+    """Return why DeepSpeed cannot keep an optimizer in files here, in words; None where it can."""
+    if find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed"
+    missing = [op for op in ("async_io", "pin_memory") if not adamw.has_op(op)]
+    if missing:
+        return (
+            f"DeepSpeed was built without {' and '.join(missing)}: install libaio-dev, then deepspeed with "
+            "DS_BUILD_AIO=1 DS_BUILD_PIN_MEMORY=1 (docs/scaling.md)"
+        )
+    try:
+        import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load()
+    except ImportError as error:
+        return f"DeepSpeed's async_io does not load: {error}"
+    return None
 
 
 def _whole(part: Part) -> Tensor:
@@ -217,14 +287,9 @@ def _whole(part: Part) -> Tensor:
     return distributed.all_sum(whole).view(part.shape)
 
 
-def _clipped_with(group: Mapping[str, Any]) -> str:
-    """V is clipped apart from the rest."""
-    return "posterior" if group["name"] == "posterior" else "main"
-
-
-def _scale(adamw: torch.optim.Optimizer, *_: object) -> None:
+def _scale(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Clips the gradients of the group that DeepSpeed is about to step."""
-    for group in adamw.param_groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad.mul_(group["scale"])
@@ -243,45 +308,44 @@ def _keep_misaligned_gradients(swapper: Any) -> None:
     swapper._adjust_for_misaligned_lengths = aligned
 
 
-def _folder(recipe: Recipe, num_parameters: int) -> Path | None:
+def _folder(setup: Setup, num_parameters: int) -> Path | None:
     """This machine's folder for what DeepSpeed keeps in files, removed when its first process ends; None where it keeps
     nothing there. A collective. Raises UserError where the disk is too small."""
-    if recipe.engine.offload_path is None:
+    if setup.engine.offload_path is None:
         return None
-    run = hashlib.sha256(str(Path(recipe.run.dir).absolute()).encode()).hexdigest()[:16]
-    folder = recipe.engine.offload_path / f"mimae-{run}"
+    run = hashlib.sha256(str(setup.run.absolute()).encode()).hexdigest()[:16]
+    folder = setup.engine.offload_path / f"mimae-{run}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     distributed.gather_objects(None)
     ranks, here = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
-    needed, free = 16 * num_parameters * here // ranks, shutil.disk_usage(recipe.engine.offload_path).free
+    needed, free = 16 * num_parameters * here // ranks, shutil.disk_usage(setup.engine.offload_path).free
     if free < needed:
         raise UserError(
-            f"engine.offload_path={recipe.engine.offload_path} has {free / 1e9:.2g} GB free, and the optimizer of this "
+            f"engine.offload_path={setup.engine.offload_path} has {free / 1e9:.2g} GB free, and the optimizer of this "
             f"machine's ranks takes {needed / 1e9:.2g} GB"
         )
     return folder
 
 
-def _config(recipe: Recipe, device: torch.device, block: int, folder: Path | None) -> dict[str, Any]:
-    """DeepSpeed's own settings."""
-    stage, buffer = int(recipe.engine.kind.removeprefix("zero")), bucket(block)
+def _config(stage: int, setup: Setup, device: torch.device, unit: int, folder: Path | None) -> dict[str, Any]:
+    """DeepSpeed's own settings; `unit`: parameters of the model's largest one."""
+    buffer = bucket(unit)
     spread: dict[str, Any] = {"stage": stage, "reduce_bucket_size": buffer, "allgather_bucket_size": buffer}
     if stage == 3:
         spread |= {"stage3_prefetch_bucket_size": buffer}
         spread |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), LIVE * buffer)
-    if recipe.engine.offload != "none":
+    if setup.engine.offload != "none":
         host = {"device": "cpu", "pin_memory": device.type == "cuda"}
         spread |= {"offload_optimizer": host} | ({"offload_param": host} if stage == 3 else {})
     if folder is not None:
         # Partitions of this size are read into memory one after another, and written back.
         spread |= {"sub_group_size": buffer}
         spread["offload_optimizer"] = {**host, "device": "nvme", "nvme_path": str(folder)}
-    accumulate = recipe.schedule.accumulate
     return {
-        "train_micro_batch_size_per_gpu": recipe.schedule.batch_size // (accumulate * distributed.world_size()),
-        "gradient_accumulation_steps": accumulate,
+        "train_micro_batch_size_per_gpu": setup.batch_size // (setup.accumulate * distributed.world_size()),
+        "gradient_accumulation_steps": setup.accumulate,
         "zero_optimization": spread,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,

@@ -24,8 +24,8 @@ def probe(
     from rich.console import Console
     from rich.table import Table
 
-    from mimae.checkpoints.checkpoint import write_atomically
     from mimae.evaluate.probe import MEASURES, NEIGHBOURS, probe
+    from mimae.files import write_atomically
 
     result = probe(run, train, test, images, baselines)
     write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")

@@ -28,9 +28,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mimae.checkpoints.checkpoint import write_atomically
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED, UserError
 from mimae.faults.watchdog import Hangs
+from mimae.files import write_atomically
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mimae.data.settings import DataSettings
+from mimae.model import attention
 from mimae.model.decoder import Decoder
 from mimae.model.encoder import Encoder
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
+from mimae.model.units import Model
 from mimae.objective.objective import Losses, Objective
 from mimae.objective.settings import ObjectiveSettings
 from mimae.randomness import initialise, materialise
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
 
-class MIMAE(nn.Module):
+class MIMAE(Model):
     """The model that is pretrained. With N=1 and no MI terms it is MAE, exactly."""
+
+    evaluations = ("predict", "features")
 
     def __init__(
         self,
@@ -34,6 +39,10 @@ class MIMAE(nn.Module):
         self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
         self.decoder = Decoder(decoder, model, self.encoder.grid)
         self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of the encoder, then those of the decoder."""
+        return (*self.encoder.blocks, *self.decoder.blocks)
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
         """images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M) -> losses; `loss` carries the graph."""
@@ -67,3 +76,11 @@ def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
     materialise(model, device)
     initialise(model, recipe.seed)
     return model
+
+
+def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
+    """Return, by `key=value`, why the model of a recipe cannot run on a device; None where it can."""
+    model, decoder = recipe.model, recipe.decoder
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    heads = {model.width // model.heads, decoder.width // decoder.heads}
+    return {f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads)}

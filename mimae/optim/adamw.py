@@ -8,7 +8,7 @@ another of them.
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,45 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Group = dict[str, Any]
-"""`params`, `name`, `weight_decay`."""
+from mimae.optim.stepper import ParamGroup, Stepper
 
 
-class AdamW(ABC):
-    """An optimizer of torch's kind, with a step that can be left out."""
+class AdamW(Stepper):
+    """AdamW of one of the implementations."""
 
-    optimizer: torch.optim.Optimizer
-
-    @abstractmethod
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
-        """Of parameters that lie on `device` when they are stepped."""
-
-    @staticmethod
-    @abstractmethod
-    def obstacle(device: torch.device) -> str | None:
-        """Why it cannot run on a device, in words; None where it can. Builds nothing."""
+    kinds = ("step", "exp_avg", "exp_avg_sq")
 
     @abstractmethod
-    def step(self, skipped: Tensor) -> None:
-        """A step with the gradients of the parameters; where `skipped` (a scalar in fp32) is 1 nothing changes."""
-
-    def set_rate(self, group: Group, rate: float) -> None:
-        """The learning rate of a group from now on."""
-        group["lr"] = rate
-
-    def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """`step`, `exp_avg`, `exp_avg_sq` of each parameter that has been trained."""
-        return dict(self.optimizer.state)
-
-    def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """The inverse of `state`; keeps the tensors."""
-        self.optimizer.state.update(state)
+    def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
+        """`device`: where the parameters lie when they are stepped."""
 
 
 class TorchAdamW(AdamW):
     """torch's fused kernels, on CPU and GPU."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
 
     @staticmethod
@@ -72,7 +50,7 @@ class TorchAdamW(AdamW):
 class ApexAdamW(AdamW):
     """FusedAdam of NVIDIA's apex in its capturable form, which keeps the count of steps on the device."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
         self.optimizer = import_module("apex.optimizers").FusedAdam(groups, betas=betas, capturable=True)
         for group in self.optimizer.param_groups:
             group["step"] = torch.zeros(1, dtype=torch.int, device=device)
@@ -93,7 +71,7 @@ class ApexAdamW(AdamW):
             return f"apex is there without its CUDA extensions: {error}"
         return None
 
-    def set_rate(self, group: Group, rate: float) -> None:
+    def set_rate(self, group: ParamGroup, rate: float) -> None:
         group["lr"] = torch.full((), rate, device=group["step"].device)
 
     def step(self, skipped: Tensor) -> None:
@@ -132,7 +110,7 @@ class DeepSpeedAdamW(AdamW):
     """DeepSpeedCPUAdam for weights on the host, DeepSpeed's FusedAdam for those on a GPU. Both count steps on the host,
     for which `step` waits until the decision about one is there."""
 
-    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
         kind = "DeepSpeedCPUAdam" if device.type == "cpu" else "FusedAdam"
         self.optimizer = getattr(import_module("deepspeed.ops.adam"), kind)(groups, betas=betas)
 

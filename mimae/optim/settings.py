@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mimae.config.section import Section, setting
 
@@ -12,32 +12,63 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Section):
-    """AdamW (method 5). Learning rates are per 256 views, views = images x masks of the global batch."""
+    """AdamW (method 5), or LARS. Learning rates are per 256 of what scale_by counts, by default of views = images x
+    masks of the global batch."""
 
+    kind: Literal["adamw", "lars"] = Field(
+        "adamw", description="lars: for linear classifiers on large batches, with engine.kind=ddp only"
+    )
     impl: Literal["auto", "torch", "apex", "deepspeed"] = setting(
         "auto",
         resume="rounding",
         description="whose AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only",
     )
-    learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 views")
+    scale_by: Literal["views", "images", "none"] = Field(
+        "views", description="what learning rates are per 256 of, in the global batch; none: they are taken as they are"
+    )
+    learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate, per 256 views (see scale_by)")
     posterior_learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of V per 256 views; null: as learning_rate"
+        None, gt=0, description="peak learning rate of V, per 256 views (see scale_by); null: as learning_rate"
     )
     weight_decay: float = Field(0.05, ge=0, description="weight decay, on matrices only, none on V")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="decay rate of LARS's gradients")
     clip: float | None = Field(
         None, gt=0, description="largest gradient norm; V and the rest are clipped apart; null: no clipping"
     )
+
+    def peak(self, rate: float, images: int, views: int) -> float:
+        """Return the learning rate that `rate` stands for with a global batch of `images`, of so many `views` each."""
+        counted = {"views": images * views, "images": images}
+        return rate if self.scale_by == "none" else rate * counted[self.scale_by] / 256
 
 
 class ScheduleSettings(Section):
     """How long, and how much at a time."""
 
     epochs: int = Field(400, ge=1, description="passes over the data")
-    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then half-cosine to 0")
+    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then as shape says")
+    shape: Literal["cosine", "linear", "steps", "constant"] = Field(
+        "cosine",
+        description="the learning rate after warm-up; cosine, linear: down to floor; steps: times drop_factor at each "
+        "of drop_epochs",
+    )
+    floor: float = Field(
+        0.0, ge=0, description="cosine, linear: learning rate at the end, where the peak is learning_rate, scaled"
+    )
+    drop_epochs: tuple[float, ...] = Field((), description="steps: epochs at which the learning rate drops")
+    drop_factor: float = Field(0.1, gt=0, lt=1, description="steps: what is left of the learning rate after a drop")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than epochs give")
     batch_size: int = Field(1024, ge=1, description="images per optimizer step, over all ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; MI terms see one of them")
+
+    @model_validator(mode="after")
+    def _of_this_shape(self) -> ScheduleSettings:
+        if self.floor and self.shape not in ("cosine", "linear"):
+            raise ValueError(f"floor is a setting of shape=cosine and shape=linear, not of shape={self.shape}")
+        if bool(self.drop_epochs) != (self.shape == "steps"):
+            raise ValueError(f"drop_epochs and shape=steps need each other; here shape={self.shape}")
+        return self
 
 
 class EMASettings(Section):

@@ -23,15 +23,17 @@ from torch.utils._pytree import tree_leaves
 
 from mimae import kernels
 from mimae.engines import fsdp
-from mimae.engines.base import Engine, check_machine
-from mimae.engines.make import make_engine
+from mimae.engines.base import Engine
+from mimae.engines.make import check_machine, make_engine, setup_of
 from mimae.errors import UserError
 from mimae.model import masking
+from mimae.model.groups import groups
+from mimae.model.mimae import MIMAE, obstacles, outline
 from mimae.objective.objective import Losses
 from mimae.plan.communication import Traffic, traffic
 from mimae.plan.gpus import GPU
 from mimae.plan.memory import FP32, Layout, Memory, kept, memory, parameters
-from mimae.randomness import Part
+from mimae.randomness import Part, initialise
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
@@ -138,7 +140,8 @@ def count_step(recipe: Recipe, ranks: int, rank: int) -> Counted:
     """A step of `rank` among `ranks`. Raises UserError for what the recipe asks and a CPU cannot do."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        check_machine(recipe, torch.device("cpu"))
+        device = torch.device("cpu")
+        check_machine(setup_of(recipe), device, obstacles(recipe, device))
         with FakeTensorMode(), _real_meshes(), kernels.prefer("triton"):
             return _count(recipe, ranks)
     finally:
@@ -146,14 +149,21 @@ def count_step(recipe: Recipe, ranks: int, rank: int) -> Counted:
 
 
 def _count(recipe: Recipe, ranks: int) -> Counted:
-    engine = make_engine(recipe, torch.device("cpu"), recipe.schedule.batch_size * recipe.masking.num_masks)
+    rule = groups(recipe.optimizer, recipe.schedule.batch_size, recipe.masking.num_masks)
+    engine = make_engine(
+        outline(recipe),
+        setup_of(recipe),
+        torch.device("cpu"),
+        rule,
+        start=lambda model, parts: initialise(model, recipe.seed, parts),
+    )
     held = [*engine.model.buffers(), *(part.values for part in engine.parts.values()), *engine.ema.values()]
     with Watch(held) as watch:
         _step(recipe, ranks, engine, watch)  # makes the optimizer's moments
         watch.collectives.clear()
         watch.peak = watch.live
         gradients, kept, losses = _step(recipe, ranks, engine, watch)
-    moments = [value for kinds in engine.optimizer.adamw.state().values() for value in kinds.values()]
+    moments = [value for kinds in engine.optimizer.stepper.state().values() for value in kinds.values()]
     return Counted(
         engine.parts,
         dist.get_world_size(engine.group),
@@ -168,7 +178,7 @@ def _count(recipe: Recipe, ranks: int) -> Counted:
     )
 
 
-def _step(recipe: Recipe, ranks: int, engine: Engine, watch: Watch) -> tuple[int, int, Losses]:
+def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tuple[int, int, Losses]:
     """As the loop takes it -> bytes of gradients, bytes kept by the last forward, losses."""
     accumulate = recipe.schedule.accumulate
     images = recipe.schedule.batch_size // (ranks * accumulate)

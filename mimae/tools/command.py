@@ -115,7 +115,7 @@ def convert(
 
     What SOURCE is decides which of the two.
     """
-    from mimae.checkpoints.checkpoint import CheckpointError
+    from mimae.errors import CheckpointError
     from mimae.tools.convert import read, root_of, write
 
     if root_of(source) is not None:

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
+from mimae.errors import CheckpointError
 from mimae.faults.lock import lock
 from mimae.model.mimae import MIMAE, outline
-from mimae.optim.optimizer import total_steps
+from mimae.optim.schedule import total_steps
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
 """DeepSpeed's names of a parameter's tensors -> those of a checkpoint, before the parameter's name."""

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from mimae import __version__, kernels
-from mimae.engines.base import files_obstacle
+from mimae.engines.zero import files_obstacle
 from mimae.kernels import native
 from mimae.model import attention
 from mimae.optim.adamw import IMPLEMENTATIONS

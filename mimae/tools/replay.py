@@ -21,17 +21,14 @@ from mimae.checkpoints import checkpoint, contents
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
-from mimae.data.sources.open import open_source
-from mimae.engines.base import check_machine
-from mimae.engines.make import make_engine
+from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
 from mimae.files import Folder
-from mimae.kernels import pixel_loss
-from mimae.model import masking
-from mimae.optim.optimizer import schedule_factor
+from mimae.optim.schedule import schedule_factor
 from mimae.telemetry import pictures, records
 from mimae.text import say
 from mimae.tools.show import masked
+from mimae.train.tasks.pretrain import Pretrain
 
 PICTURED = 32
 """Samples in the picture, those with the largest L_rec."""
@@ -72,8 +69,9 @@ def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findi
     nothing. Raises UserError."""
     device = distributed.setup()
     try:
-        check_machine(recipe, device)
-        return _Replay(recipe, device).run(step, say)
+        task = Pretrain(recipe)
+        check_machine(setup_of(recipe), device, task.obstacles(device))
+        return _Replay(task, device).run(step, say)
     finally:
         distributed.shutdown()
 
@@ -81,18 +79,17 @@ def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findi
 class _Replay:
     """The parts of a run that a step needs."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.source = open_source(recipe.data.path)
-        schedule = recipe.schedule
+    def __init__(self, task: Pretrain, device: torch.device) -> None:
+        self.task, self.recipe, self.device = task, task.recipe, device
+        schedule = self.recipe.schedule
         self.loader = make_loader(
-            recipe.data,
-            self.source,
-            seed=recipe.seed,
+            self.recipe.data,
+            task.source,
+            seed=self.recipe.seed,
             batch_size=schedule.batch_size,
             accumulate=schedule.accumulate,
         )
-        self.engine = make_engine(recipe, device, schedule.batch_size * recipe.masking.num_masks)
+        self.engine = task.engine(device)
         self.model = self.engine.model
 
     def run(self, step: int, say: Callable[[str], None]) -> Findings:
@@ -103,7 +100,7 @@ class _Replay:
         with closing(self.loader):
             for number in range(done + 1, step):
                 losses = self._backward(self._batches(number))
-                self._step(number, losses["rec"])
+                self._step(number, losses)
             batches = self._batches(step)
             weights = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
             with _first_not_finite(self.model) as module:
@@ -111,11 +108,11 @@ class _Replay:
             parameters = self.model.named_parameters()
             gradients = [name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
             rec = {key: value for batch in batches for key, value in self._rec(batch).items()}
-            norm = self._step(step, losses["rec"])
+            norm = self._step(step, losses)
         for batch in batches:
             for bad in batch.bad:
                 say(f"replaced: {bad.path}: {bad.reason}")
-        shown = {key: value.item() for key, value in losses.items()}
+        shown = {key: losses[key].item() for key in self.task.losses if key in losses}
         return Findings(shown, norm, weights, gradients, next(iter(module), None), rec, self._picture(batches, rec))
 
     def _load(self, step: int, say: Callable[[str], None]) -> int:
@@ -126,7 +123,7 @@ class _Replay:
             except checkpoint.CheckpointError as error:
                 say(f"{error}; trying the one before")
                 continue
-            if found.state["data"] != self.source.fingerprint:
+            if found.state["data"] != self.task.source.fingerprint:
                 raise UserError(
                     f"data.path={self.recipe.data.path} does not hold the images of the run; on another machine say "
                     "where they are: data.path=..."
@@ -157,37 +154,23 @@ class _Replay:
         losses: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             with self.engine.accumulate(is_last=i == len(batches) - 1):
-                out = self.engine.forward(batch.images, *self._masks(batch))
-                self.engine.backward(out.loss / len(batches))
-            for key, value in ({"loss": out.total} | {key: getattr(out, key) for key in records.LOSSES[1:]}).items():
-                if value is not None:
-                    losses[key] = losses.get(key, torch.zeros_like(value)) + value / len(batches)
+                result = self.task.result(self.engine.forward(*self.task.inputs(batch)))
+                self.engine.backward(result.loss / len(batches))
+            for key, value in result.shown.items():
+                losses[key] = losses.get(key, torch.zeros_like(value)) + value / len(batches)
         return losses
 
-    def _step(self, step: int, rec: Tensor) -> float:
+    def _step(self, step: int, losses: dict[str, Tensor]) -> float:
         """Takes the step; returns the norm of its gradient."""
-        result = self.engine.step(schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch))
-        self.model.objective.gate.update(rec, result.skipped)
+        factor = schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch, self.task.peak)
+        result = self.engine.step(factor)
+        self.task.stepped(self.model, losses, result.skipped)
         return result.grad_norm.item()
-
-    def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        recipe, patches = self.recipe, self.model.encoder.num_patches
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, patches)
-        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
 
     @torch.no_grad()
     def _rec(self, batch: Batch) -> dict[int, float]:
         """L_rec of each sample, by its id."""
-        visible, targets = self._masks(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            predictions = self.model.predict(batch.images, visible, targets)
-        mean, std, normalize = self.model.encoder.mean, self.model.encoder.std, self.recipe.objective.normalize_pixels
-        found = {}
-        for i, sample in enumerate(batch.sample_ids.tolist()):
-            one = slice(i, i + 1)
-            total = pixel_loss(predictions[one], batch.images[one], targets[one], mean, std, normalize)
-            found[sample] = total.item() / targets[one].numel()
-        return found
+        return dict(zip(batch.sample_ids.tolist(), self.task.sample_losses(self.model, batch), strict=True))
 
     def _picture(self, batches: list[Batch], rec: dict[int, float]) -> bytes:
         worst = sorted(rec, key=lambda sample: rec[sample] if math.isfinite(rec[sample]) else math.inf)[-PICTURED:]
@@ -195,7 +178,7 @@ class _Replay:
         for batch in batches:
             chosen = [i for i, sample in enumerate(batch.sample_ids.tolist()) if sample in worst]
             images = batch.images[chosen].cpu()
-            visible = self._masks(batch)[0][chosen].cpu()
+            visible = self.task.inputs(batch)[1][chosen].cpu()
             rows.append(torch.cat([images[:, None], masked(images, visible, self.recipe.model.patch_size)], dim=1))
         panels = torch.cat(rows)[:PICTURED].unbind(1)
         return pictures.sheet(["sample", *(f"view {i}" for i in range(1, len(panels)))], panels, wide=(1,))

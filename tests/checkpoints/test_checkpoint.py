@@ -19,10 +19,9 @@ from torch import Tensor
 from mimae import distributed
 from mimae.bench.machine import resident_peak
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.faults.guards import RunError
+from mimae.errors import CheckpointError, RunError
 from mimae.files import Folder
 from mimae.randomness import Part
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml, explain, reference
 from mimae.config.recipe import FREE_KEYS, Recipe, flat, keys, resume_of
 from mimae.errors import ConfigError
-from mimae.optim.optimizer import total_steps
+from mimae.optim.schedule import total_steps
 
 SMALL = """\
 data:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.engines import zero
-from mimae.engines.make import make_engine
 from mimae.optim import adamw
-from tests.engines.test_engines import BATCH, WEIGHTS, apart, everything, recipe, saved, train
+from mimae.train.tasks.pretrain import engine_of
+from tests.engines.test_engines import WEIGHTS, apart, everything, recipe, saved, train
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def _through_a_checkpoint(overrides: list[str], folder: Path) -> tuple[list[floa
     """(losses, state after 2 steps, and after 2 more of an engine that went on from there)."""
     settings, found, losses = recipe(*WIDE, *overrides), [], []
     for part in range(2):
-        engine = make_engine(settings, CPU, BATCH * 3)
+        engine = engine_of(settings, CPU)
         if part:
             engine.load(folder)
         losses += train(engine, settings, range(2 * part, 2 * part + 2))[0]

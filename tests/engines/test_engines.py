@@ -19,17 +19,19 @@ from torch.distributed.tensor import DTensor
 
 from mimae import distributed
 from mimae.checkpoints import dcp
+from mimae.config import recipe as config
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
-from mimae.engines import base, fsdp
-from mimae.engines.base import Engine, check_machine
-from mimae.engines.make import make_engine
+from mimae.engines import fsdp, zero
+from mimae.engines.base import Engine
+from mimae.engines.make import check_machine, setup_of
 from mimae.engines.zero import ZeroEngine
 from mimae.errors import ConfigError, UserError
 from mimae.model import masking
 from mimae.objective import objective
 from mimae.objective.objective import InfoNCE, Losses
 from mimae.optim import adamw
+from mimae.train.tasks.pretrain import engine_of
 from tests.ranks import run_ranks
 
 STEPS = 20
@@ -145,7 +147,7 @@ def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tenso
 
 def first_gradients(settings: Recipe) -> dict[str, Tensor]:
     """Of the first step, with the gate open."""
-    engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
+    engine = engine_of(settings, torch.device("cpu"))
     engine.model.objective.gate.weight.fill_(1.0)
     backward(engine, settings, 0)
     return gradients(engine)
@@ -157,7 +159,7 @@ def everything(overrides: list[str]) -> dict[str, Any]:
     with without_the_factor():
         found: dict[str, Any] = {"gradients without the factor": first_gradients(settings)}
     found["gradients"] = first_gradients(settings)
-    engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
+    engine = engine_of(settings, torch.device("cpu"))
     found["start"] = saved(engine)
     found["losses"], found["norms"] = train(engine, settings, range(STEPS // 2))
     found["evaluation"] = evaluate(engine, settings)
@@ -297,7 +299,7 @@ def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> Non
 def resumed(path: Path) -> list[str]:
     """What differs after four steps of one engine and of two, the second of which goes on from the first."""
     settings, device = recipe(), torch.device("cpu")
-    whole, first, second = (make_engine(settings, device, BATCH * 3) for _ in range(3))
+    whole, first, second = (engine_of(settings, device) for _ in range(3))
     train(whole, settings, range(4))
     train(first, settings, range(2))
     dcp.save(path, first.state(), distributed.host_group(), None)
@@ -316,7 +318,7 @@ def begun_again(folder: Path) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for kind, overrides in ({"ddp": ["engine.kind=ddp"]} | KINDS).items():
         settings = recipe(*overrides)
-        new, other = (make_engine(settings, torch.device("cpu"), BATCH * 3) for _ in range(2))
+        new, other = (engine_of(settings, torch.device("cpu")) for _ in range(2))
         dcp.save(folder / kind, new.state(), distributed.host_group(), None)
         other.load(folder / kind)
         found[kind] = [train(engine, settings, range(2))[0] for engine in (new, other)]
@@ -341,7 +343,7 @@ def patience(replicas: int) -> list[float]:
         return mesh
 
     vars(fsdp)["init_device_mesh"] = init
-    make_engine(recipe("engine.kind=fsdp", f"engine.replicas={replicas}"), torch.device("cpu"), BATCH * 3)
+    engine_of(recipe("engine.kind=fsdp", f"engine.replicas={replicas}"), torch.device("cpu"))
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
@@ -366,7 +368,7 @@ def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch)
             torch.compiler.reset()
             graphs.clear()
             settings = recipe(f"engine.kind={kind}", "compile=on")
-            curves.append(train(make_engine(settings, torch.device("cpu"), BATCH * 3), settings, range(2))[0])
+            curves.append(train(engine_of(settings, torch.device("cpu")), settings, range(2))[0])
             counts.append(len(graphs))
     finally:
         distributed.shutdown()
@@ -389,24 +391,26 @@ def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str)
 
 
 def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cpu")
+    def check(settings: config.Recipe) -> None:
+        check_machine(setup_of(settings), torch.device("cpu"), {})
+
     with pytest.raises(UserError, match=r"engine\.kind=fsdp cannot run .*replicas=2 does not divide the 1 ranks"):
-        check_machine(recipe("engine.kind=fsdp", "engine.replicas=2"), device)
+        check(recipe("engine.kind=fsdp", "engine.replicas=2"))
     for wishes, told in (
         (["engine.kind=zero3", "compile=on"], "gathers weights inside of the blocks"),
         (["engine.kind=zero1", "optimizer.impl=apex"], "steps torch's AdamW here, or its own"),
     ):
         with pytest.raises(UserError, match=told):
-            check_machine(recipe(*wishes), device)
+            check(recipe(*wishes))
     monkeypatch.setattr(adamw, "has_op", lambda _: False)
     in_files = recipe("engine.kind=zero3", "engine.offload=nvme", f"engine.offload_path={tmp_path}")
     with pytest.raises(UserError, match="built without async_io and pin_memory: install libaio-dev"):
-        check_machine(in_files, device)
+        check(in_files)
     with pytest.raises(UserError, match="DS_BUILD_CPU_ADAM=1"):
-        check_machine(recipe("engine.kind=zero1", "optimizer.impl=deepspeed"), device)
+        check(recipe("engine.kind=zero1", "optimizer.impl=deepspeed"))
     nowhere = recipe("engine.kind=zero3", "engine.offload=nvme", f"engine.offload_path={tmp_path / 'missing'}")
     with pytest.raises(UserError, match="missing is no folder that can be written to"):
-        check_machine(nowhere, device)
-    monkeypatch.setattr(base, "find_spec", lambda _: None)
+        check(nowhere)
+    monkeypatch.setattr(zero, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"engine\.kind=zero2 cannot run .*pip install 'mimae\[deepspeed\]'"):
-        check_machine(recipe("engine.kind=zero2"), device)
+        check(recipe("engine.kind=zero2"))

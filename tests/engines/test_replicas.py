@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mimae import distributed
-from mimae.engines.make import make_engine
 from mimae.engines.replicas import DivergenceError, checksum, differences
 from mimae.engines.zero import ZeroEngine
-from tests.engines.test_engines import BATCH, recipe, train
+from mimae.train.tasks.pretrain import engine_of
+from tests.engines.test_engines import recipe, train
 from tests.ranks import run_ranks
 
 KINDS = {
@@ -27,7 +27,7 @@ NAME = "encoder.blocks.1.mlp.fc2.weight"
 def told(overrides: list[str]) -> list[str]:
     """What is told after a step; then with one bit turned over on the last rank, of a weight and of an average."""
     settings = recipe(*overrides)
-    engine = make_engine(settings, torch.device("cpu"), BATCH * 3)
+    engine = engine_of(settings, torch.device("cpu"))
     train(engine, settings, range(1))
     flipped = [torch.zeros(1)]
     if distributed.rank() == distributed.world_size() - 1:

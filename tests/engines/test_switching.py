@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from mimae import distributed
-from mimae.train import loop
+from mimae.train.tasks.pretrain import pretrain
+from mimae.train.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.train.test_loop import lines, recipe
+from tests.train.test_trainer import lines, recipe
 
 RANKS = (1, 2, 4, 1)
 """Of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""
@@ -35,23 +36,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(images: Path, run: Path, *overrides: str) -> int:
-    return loop.pretrain(recipe(images, run, "schedule.batch_size=16", "schedule.max_steps=4", *overrides)).step
+    return pretrain(recipe(images, run, "schedule.batch_size=16", "schedule.max_steps=4", *overrides)).step
 
 
 def _one_step_of_each(images: Path, runs: Path, step: int) -> list[tuple[int, list[int]]]:
     """(steps done, ids of this rank's images) of one more step of every run."""
     leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
-    optimize, seen = loop._Run._optimize, list[int]()
+    take, seen = Trainer.take, list[int]()
 
-    def noting(self: Any, batches: Any) -> Any:
-        def noted() -> Any:
-            for batch in batches:
-                seen.extend(batch.sample_ids.tolist())
-                yield batch
+    def noting(self: Any) -> Any:
+        batch = take(self)
+        seen.extend(batch.sample_ids.tolist())
+        return batch
 
-        return optimize(self, noted())
-
-    vars(loop)["_Run"]._optimize = noting
+    Trainer.take = noting
     found = []
     try:
         for way, kinds in WAYS.items():
@@ -60,7 +58,7 @@ def _one_step_of_each(images: Path, runs: Path, step: int) -> list[tuple[int, li
             seen.clear()
     finally:
         distributed.shutdown = leave
-        vars(loop)["_Run"]._optimize = optimize
+        Trainer.take = take
     return found
 
 

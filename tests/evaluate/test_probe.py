@@ -34,7 +34,7 @@ from mimae.evaluate.probe import (
     shared_labels,
     standardise,
 )
-from mimae.train.loop import pretrain
+from mimae.train.tasks.pretrain import pretrain
 
 
 def blobs(n: int, classes: int, width: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:

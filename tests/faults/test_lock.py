@@ -19,7 +19,7 @@ from mimae.checkpoints import checkpoint
 from mimae.errors import RunError
 from mimae.faults import lock
 from mimae.faults.lock import Owner, moves, read
-from mimae.train import loop
+from mimae.train.trainer import Trainer
 
 ELSEWHERE = Owner("node7", "another boot", 4242, "token")
 
@@ -100,14 +100,14 @@ def test_who_was_taken_over_neither_saves_nor_takes_back(tmp_path: Path) -> None
 
 
 def test_a_run_that_was_taken_over_stops_before_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimize = loop._Run._optimize
+    optimize = Trainer.optimize
 
-    def taken_over(self: Any, batches: Any) -> Any:
+    def taken_over(self: Any) -> Any:
         if self.step == 2:
             write(tmp_path, ELSEWHERE)
-        return optimize(self, batches)
+        return optimize(self)
 
-    monkeypatch.setattr(loop._Run, "_optimize", taken_over)
+    monkeypatch.setattr(Trainer, "optimize", taken_over)
     settings = {
         "run": {"dir": str(tmp_path)},
         "data": {"workers": 0, "loader": "torch", "val_path": None},

@@ -17,14 +17,14 @@ from mimae.faults import shortage
 from mimae.faults.shortage import MemoryShortage, explained, is_shortage
 from mimae.faults.watchdog import Watchdog
 from mimae.telemetry.clock import Phases
-from tests.train.test_loop import recipe
+from tests.train.test_trainer import recipe
 
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from mimae.train import loop
 from mimae.errors import UserError
-from tests.train.test_loop import recipe
+from mimae.train.tasks.pretrain import pretrain
+from tests.train.test_trainer import recipe
 
 images, run = Path(sys.argv[1]), Path(sys.argv[2])
 wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.image_size=128", "masking.num_masks=4")
@@ -32,7 +32,7 @@ wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.i
 limit = int(kib) * 1024 + 150 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    loop.pretrain(wide)
+    pretrain(wide)
 except UserError as error:
     print(error)
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimae.config.load import load_recipe
-from mimae.engines.base import shape_model
+from mimae.engines.base import compile_units
 from mimae.model import blocks, decoder
 from mimae.model.masking import draw, targets
 from mimae.model.mimae import MIMAE, build
@@ -91,5 +91,5 @@ def test_compiled_blocks_train_the_same() -> None:
     eager, batch = make({"depth": 2})
     expected = gradients(eager.float(), batch)
     compiled, _ = make({"depth": 2})
-    shape_model(compiled.float(), "on", torch.device("cpu"))
+    compile_units(compiled.float(), "on", torch.device("cpu"))
     assert worst(gradients(compiled, batch), expected) < 1e-6

@@ -16,12 +16,15 @@ from mimae import distributed, kernels
 from mimae.config.load import load_recipe
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
+from mimae.engines.make import setup_of
 from mimae.model import masking
+from mimae.model.groups import groups
 from mimae.model.mimae import MIMAE
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective import objective
 from mimae.objective.objective import CLUB, Gate, InfoNCE
 from mimae.objective.settings import ObjectiveSettings
+from mimae.randomness import initialise
 from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 from tests.rounding import DRAWS, excess, nudge
@@ -136,9 +139,12 @@ def _model(dtype: torch.dtype) -> MIMAE:
     return model.to(dtype)
 
 
-def _engine(dtype: torch.dtype) -> DDPEngine:
+def _engine(dtype: torch.dtype) -> DDPEngine[MIMAE]:
     recipe = load_recipe({"precision": "fp32", "schedule": {"batch_size": GLOBAL_BATCH}}).recipe
-    return DDPEngine(_model(dtype), recipe, torch.device("cpu"), views=GLOBAL_BATCH * 3)
+    rule = groups(recipe.optimizer, GLOBAL_BATCH, 3)
+    return DDPEngine(
+        _model(dtype), setup_of(recipe), torch.device("cpu"), rule, lambda model, parts: initialise(model, 0, parts)
+    )
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mimae.model.groups import groups
 from mimae.optim.adamw import IMPLEMENTATIONS
+from mimae.optim.groups import Group
 from mimae.optim.optimizer import Optimizer
 from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import whole_parts
@@ -36,7 +38,7 @@ def optimizer(model: nn.Module, impl: str = "torch") -> Optimizer:
     settings = OptimizerSettings(
         impl=impl, learning_rate=RATE, posterior_learning_rate=POSTERIOR_RATE, weight_decay=DECAY, betas=BETAS
     )
-    return Optimizer(whole_parts(model), settings, 256, next(model.parameters()).device)
+    return Optimizer(whole_parts(model), settings, groups(settings, 256, 1), next(model.parameters()).device)
 
 
 def by_formula(start: dict[str, Tensor], steps: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -233,3 +235,105 @@ def test_deepspeed_has_to_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "DS_BUILD_FUSED_ADAM=1" in str(deepspeed(torch.device("cuda")))
     version.accelerator_name = "cuda"  # built for another: DeepSpeed would build it again
     assert "DS_BUILD_CPU_ADAM=1" in str(deepspeed(CPU))
+
+
+# LARS
+
+
+def lars(model: nn.Module, **settings: Any) -> Optimizer:
+    """One learning rate; matrices adapt, as published."""
+
+    def rule(name: str, shape: torch.Size) -> Group:
+        return Group(RATE, DECAY if len(shape) == 2 else 0.0, adapt=len(shape) == 2)
+
+    return Optimizer(whole_parts(model), OptimizerSettings(kind="lars", **settings), rule, CPU)
+
+
+def lars_by_formula(start: dict[str, Tensor], steps: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Weights after LARS (You et al. 2017) in float64: biases and tokens by momentum alone."""
+    weights = {}
+    for name, weight in start.items():
+        w, m = weight.double(), torch.zeros_like(weight.double())
+        for factor, gradients in steps:
+            g = gradients[name].double()
+            if w.ndim == 2:
+                g = g + DECAY * w
+                g = g * 0.001 * (w.square().sum() / g.square().sum()).sqrt()
+            m = 0.7 * m + g
+            w = w - RATE * factor * m
+        weights[name] = w
+    return weights
+
+
+def test_lars_is_its_formula_and_skipped_steps_are_none() -> None:
+    model = Model()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    given, steps = lars(model, momentum=0.7), some_steps(model)
+    assert take(model, given, steps) == [1, 0, 0, 1, 0, 0]
+    for name, expected in lars_by_formula(start, [steps[i] for i in (1, 2, 4, 5)]).items():
+        assert torch.dist(model.get_parameter(name).double(), expected) < 1e-6 * expected.norm(), name
+    assert all(given.state_dict()[f"step.{name}"] == 4 for name in start)
+
+
+def test_lars_is_timms_with_its_two_groups() -> None:
+    """timm adapts a group without weight decay, as the published recipe's is, if it is told to; biases must not be."""
+    from timm.optim.lars import Lars as Timm
+
+    ours, theirs = Model(), Model()
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    others = [p for p in theirs.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "always_adapt": True}, {"params": others, "always_adapt": False}]
+    peer = Timm(groups, lr=RATE, momentum=0.9)
+
+    def rule(name: str, shape: torch.Size) -> Group:
+        return Group(RATE, 0.0, adapt=len(shape) == 2)
+
+    given = Optimizer(whole_parts(ours), OptimizerSettings(kind="lars"), rule, CPU)
+    for _, gradients in some_steps(ours)[1:3]:
+        for model in (ours, theirs):
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients[name].clone()
+        given.step(1.0)
+        peer.step()
+    for name, expected in theirs.named_parameters():
+        assert torch.dist(ours.get_parameter(name), expected) < 1e-6 * expected.norm(), name
+
+
+def test_lars_goes_on_from_its_state() -> None:
+    whole, begun, resumed = Model(), Model(), Model()
+    steps = some_steps(whole)
+    take(whole, lars(whole), steps)
+    before, after = lars(begun), lars(resumed)
+    take(begun, before, steps[:3])
+    resumed.load_state_dict(begun.state_dict())
+    assert before.state_dict().keys() == after.empty_state().keys()
+    after.load_state_dict(before.state_dict())
+    take(resumed, after, steps[3:])
+    assert all(torch.equal(resumed.get_parameter(name), p) for name, p in whole.named_parameters())
+
+
+# Groups
+
+
+def test_learning_rates_are_scaled_by_what_the_settings_count() -> None:
+    peaks = {
+        by: OptimizerSettings(scale_by=by, learning_rate=0.5).peak(0.5, images=512, views=4)
+        for by in ("views", "images", "none")
+    }
+    assert peaks == {"views": 0.5 * 512 * 4 / 256, "images": 0.5 * 512 / 256, "none": 0.5}
+
+
+def test_each_set_is_clipped_to_its_own_norm() -> None:
+    """Two sets, the second of which is below the limit: only the first is scaled."""
+    model = nn.Linear(2, 1)
+    settings = OptimizerSettings(clip=1.0, kind="lars", momentum=0.0)
+
+    def rule(name: str, shape: torch.Size) -> Group:
+        return Group(1.0, 0.0, clip="main" if name == "weight" else "bias")
+
+    given = Optimizer(whole_parts(model), settings, rule, CPU)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    take(model, given, [(1.0, {"weight": torch.tensor([[3.0, 4.0]]), "bias": torch.tensor([0.5])})])
+    moved = {name: (before[name] - p).detach() for name, p in model.named_parameters()}
+    assert torch.allclose(moved["weight"], torch.tensor([[0.6, 0.8]]), atol=1e-5)
+    assert torch.allclose(moved["bias"], torch.tensor([0.5]), atol=1e-6)

@@ -14,7 +14,6 @@ from mimae import distributed
 from mimae.bench.machine import resident_peak
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
-from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.model import masking
 from mimae.model.mimae import build
@@ -22,6 +21,7 @@ from mimae.plan import advice, command, communication, memory
 from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout
+from mimae.train.tasks.pretrain import engine_of
 from tests.plan.test_plan import SMALL
 from tests.ranks import run_ranks
 
@@ -233,7 +233,7 @@ def peak_growth(overrides: list[str]) -> int:
 
     def train(recipe: Recipe, steps: int) -> None:
         device, count = distributed.setup(), recipe.schedule.batch_size
-        engine = make_engine(recipe, device, count * recipe.masking.num_masks)
+        engine = engine_of(recipe, device)
         patches = engine.model.encoder.num_patches
         for _ in range(steps):
             for is_last in (False, True):  # with the gradients of the first micro-batch there in the second

@@ -18,11 +18,11 @@ from mimae import distributed
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
-from mimae.engines.make import make_engine
 from mimae.model import masking
 from mimae.plan.communication import bytes_sent
 from mimae.telemetry import exposure
 from mimae.telemetry.exposure import Exposure
+from mimae.train.tasks.pretrain import engine_of
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def of_engine(name: str) -> dict[str, Any]:
     the same without."""
     settings, ends = recipe(name, distributed.world_size()), []
     for wanted in (False, True):
-        engine, measure = make_engine(settings, CPU, 24), Exposure(CPU)
+        engine, measure = engine_of(settings, CPU), Exposure(CPU)
         for i in range(2):  # ZeRO-3 knows the order of its modules after one
             step(engine, settings, i)
         with measure.measured(wanted):

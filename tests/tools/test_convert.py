@@ -18,16 +18,16 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
-from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
+from mimae.errors import CheckpointError
 from mimae.model.mimae import outline
 from mimae.randomness import materialise
 from mimae.tools import command
 from mimae.tools import convert as universal
-from mimae.train import loop
+from mimae.train.tasks.pretrain import pretrain
 from tests.ranks import run_ranks
-from tests.train.test_loop import assert_bit_equal, images, recipe, tensors
+from tests.train.test_trainer import assert_bit_equal, images, recipe, tensors
 
 __all__ = ["images"]  # a fixture
 
@@ -39,7 +39,7 @@ RATES = {"decay": 0.05, "no_decay": 0.0, "posterior": 0.01}
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of four."""
     path = tmp_path_factory.mktemp("runs") / "begun"
-    loop.pretrain(recipe(images, path, "schedule.max_steps=3"))
+    pretrain(recipe(images, path, "schedule.max_steps=3"))
     return path
 
 
@@ -76,7 +76,7 @@ def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_pat
         settings = recipe(images, other, "schedule.max_steps=3")
         longer = settings.schedule.model_copy(update={"max_steps": 4})
         (other / "config.yaml").write_text(as_yaml(settings.model_copy(update={"schedule": longer})))
-        loop.pretrain(recipe(images, other, "schedule.max_steps=4"))
+        pretrain(recipe(images, other, "schedule.max_steps=4"))
         ends.append(tensors(other))
     assert_bit_equal(*ends)
 

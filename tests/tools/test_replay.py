@@ -19,12 +19,12 @@ from mimae.checkpoints.settings import CheckpointSettings
 from mimae.cli import app
 from mimae.config.load import load_recipe
 from mimae.config.recipe import FREE_KEYS, Recipe
-from mimae.engines.make import make_engine
 from mimae.errors import RunError
 from mimae.faults import guards
 from mimae.tools.replay import HERE, replay
-from mimae.train import loop
-from tests.train.test_loop import lines, recipe
+from mimae.train.tasks.pretrain import engine_of, pretrain
+from mimae.train.trainer import Trainer
+from tests.train.test_trainer import lines, recipe
 
 POISONED = "encoder.blocks.0.mlp.fc1.weight"
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{i:02}.png")
     given = recipe(folder / "images", folder / "run", "telemetry.probe_every_epochs=0", "objective.gate_loss=null")
-    assert loop.pretrain(given).finished
+    assert pretrain(given).finished
     return folder / "run"
 
 
@@ -87,7 +87,7 @@ def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) ->
     healthy, device = checkpoint.load(run / "checkpoints/step-00000008"), torch.device("cpu")
     distributed.setup()
     try:
-        engine = make_engine(recipe_of(run), device, 32)
+        engine = engine_of(recipe_of(run), device)
         engine.load(healthy.path)
         engine.parts[POISONED].values.detach()[0, 0] = math.nan
         Saver(tmp_path, CheckpointSettings(background=False), device).start(8, engine.state(), healthy.state)
@@ -105,19 +105,19 @@ def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) ->
 @pytest.fixture
 def storm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that are not finite from step 5 on."""
-    optimize = loop._Run._optimize
+    optimize = Trainer.optimize
 
-    def poisoned(self: Any, batches: Any) -> Any:
+    def poisoned(self: Any) -> Any:
         if self.step < 4:
-            return optimize(self, batches)
+            return optimize(self)
         parameter = dict(self.engine.model.named_parameters())["decoder.head.bias"]
         hook = parameter.register_hook(lambda grad: grad * math.nan)
         try:
-            return optimize(self, batches)
+            return optimize(self)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(loop._Run, "_optimize", poisoned)
+    monkeypatch.setattr(Trainer, "optimize", poisoned)
 
 
 STORMY = ["schedule.epochs=8", "checkpoint.every_steps=3"]
@@ -128,7 +128,7 @@ def test_a_storm_keeps_the_weights_of_its_steps(
 ) -> None:
     """The run ends, and every step of the streak can be looked at."""
     with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
-        loop.pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+        pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
     for step in (5, 12):
@@ -154,7 +154,7 @@ def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoi
 
     monkeypatch.setattr(checkpoint, "make_room", read_only)
     with pytest.raises(RunError, match="where it begins, from the last checkpoint on, since their weights"):
-        loop.pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
+        pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
     said: list[str] = []

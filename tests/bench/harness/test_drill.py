@@ -17,9 +17,9 @@ from mimae.bench.harness import drill, faulty
 from mimae.bench.harness.faults import FAULTS
 from mimae.bench.harness.trial import NotSeen, Trial
 from mimae.engines.base import Engine
-from mimae.engines.make import make_engine
 from mimae.engines.replicas import DivergenceError
-from tests.engines.test_engines import BATCH, backward, recipe
+from mimae.train.tasks.pretrain import engine_of
+from tests.engines.test_engines import backward, recipe
 from tests.ranks import run_ranks
 
 
@@ -89,7 +89,7 @@ def harmed(kinds: dict[str, list[str]]) -> dict[str, tuple[float, bool]]:
     found = {}
     for kind, overrides in kinds.items():
         settings = recipe(*overrides)
-        engines = [make_engine(settings, torch.device("cpu"), BATCH * 3) for _ in range(2)]
+        engines = [engine_of(settings, torch.device("cpu")) for _ in range(2)]
         faulty.nan(Run(engines[0], 0), Path(), True)
         backward(engines[0], settings, 0)
         skipped = engines[0].step(1.0).skipped.item()

@@ -29,7 +29,7 @@ from mimae.data.loading.samples import make_batch
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
-from mimae.train import loop
+from mimae.train.tasks.pretrain import pretrain
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 from tests.data.loading.test_loader import without_tables
 from tests.data.pixels.test_decode import LOSSLESS, REFUSED, TURNED, turned_by
@@ -319,7 +319,7 @@ def test_losses_differ_less_than_with_another_seed(tmp_path: Path, monkeypatch: 
             "schedule": {"batch_size": 8, "epochs": 12, "warmup_epochs": 1},
             "telemetry": {"log_every_steps": 1, "tensorboard": False, "images_every_epochs": 0},
         }
-        assert loop.pretrain(load_recipe(tree, ()).recipe).finished
+        assert pretrain(load_recipe(tree, ()).recipe).finished
         records = (run / "metrics.jsonl").read_text().splitlines()
         return np.array([json.loads(record)["loss"] for record in records])
 

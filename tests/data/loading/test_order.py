@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimae.data.loading import order as order_module
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Plan, Share, epoch_order
-from mimae.kernels import philox4x32
+from mimae.kernels.philox import philox4x32
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -29,11 +29,15 @@ from mimae.data.sources.open import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
 from mimae.errors import RunError, UserError
-from mimae.kernels import patchify
+from mimae.kernels.reference import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
+from mimae.telemetry.clock import PHASES
 from mimae.telemetry.records import EPOCH_KEYS, STEP_KEYS
-from mimae.train import loop
+from mimae.train import resume
+from mimae.train.tasks import pretrain as tasks
+from mimae.train.tasks.pretrain import Pretrain, pretrain
+from mimae.train.trainer import Trainer
 from tests.ranks import run_ranks
 
 STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
@@ -89,7 +93,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed."""
     run = tmp_path_factory.mktemp("whole")
-    outcome = loop.pretrain(recipe(images, run))
+    outcome = pretrain(recipe(images, run))
     assert outcome == (run, STEPS, True, False)
     return run
 
@@ -111,22 +115,22 @@ def test_a_run_leaves_what_its_reader_expects(whole: Path, capfd: pytest.Capture
 
 def test_a_finished_run_says_so(images: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tensors(whole)
-    assert loop.pretrain(recipe(images, whole)).finished
+    assert pretrain(recipe(images, whole)).finished
     assert "finished" in capsys.readouterr().out
     assert_bit_equal(tensors(whole), before)
 
 
 def _die_at_step(images: Path, run: Path, step: int) -> None:
     """Runs until `step` has been computed, then dies before anything is written about it."""
-    optimize: Callable[..., Any] = loop._Run._optimize
+    optimize: Callable[..., Any] = Trainer.optimize
 
-    def until(self: Any, batches: Any) -> Any:
+    def until(self: Any) -> Any:
         if self.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return optimize(self, batches)
+        return optimize(self)
 
-    vars(loop)["_Run"]._optimize = until
-    loop.pretrain(recipe(images, run))
+    Trainer.optimize = until
+    pretrain(recipe(images, run))
 
 
 def _die_in_save(images: Path, run: Path, step: int) -> None:
@@ -140,7 +144,7 @@ def _die_in_save(images: Path, run: Path, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     vars(dcp)["save"] = torn
-    loop.pretrain(recipe(images, run))
+    pretrain(recipe(images, run))
 
 
 def _killed(function: Callable[..., None], *args: Any) -> None:
@@ -158,7 +162,7 @@ def test_killed_at_random_and_in_a_save_a_run_ends_with_the_same_bits(
     print("killed at step", step)
     _killed(_die_at_step, images, tmp_path, step)
     _killed(_die_in_save, images, tmp_path, random.choice(range(step // 2 * 2 + 2, STEPS, 2) or [STEPS]))
-    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert pretrain(recipe(images, tmp_path)).finished
     assert_bit_equal(tensors(tmp_path), tensors(whole))
     records = lines(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "each step once, none lost"
@@ -169,18 +173,18 @@ def test_killed_at_random_and_in_a_save_a_run_ends_with_the_same_bits(
 def test_a_signal_saves_and_the_same_command_goes_on(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimize = loop._Run._optimize
+    optimize = Trainer.optimize
 
-    def signalled(self: Any, batches: Any) -> Any:
+    def signalled(self: Any) -> Any:
         if self.step == 4:
             signal.raise_signal(signal.SIGTERM)
-        return optimize(self, batches)
+        return optimize(self)
 
-    monkeypatch.setattr(loop._Run, "_optimize", signalled)
-    outcome = loop.pretrain(recipe(images, tmp_path))
+    monkeypatch.setattr(Trainer, "optimize", signalled)
+    outcome = pretrain(recipe(images, tmp_path))
     assert outcome.saved_on_signal and not outcome.finished and outcome.step < STEPS
     monkeypatch.undo()
-    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert pretrain(recipe(images, tmp_path)).finished
     assert_bit_equal(tensors(tmp_path), tensors(whole))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -189,29 +193,29 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Altered in one bit; then torn; then none is left."""
-    loop.pretrain(recipe(images, tmp_path))
+    pretrain(recipe(images, tmp_path))
     older, newest = sorted((tmp_path / "checkpoints").iterdir())
     weights = newest / "__0_0.distcp"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert loop.pretrain(recipe(images, tmp_path)).finished
+    assert pretrain(recipe(images, tmp_path)).finished
     output = capsys.readouterr().out
     assert f"{weights} was altered" in output and f"at step {int(older.name[5:])}" in output
     assert_bit_equal(tensors(tmp_path), tensors(whole))
     for path in (tmp_path / "checkpoints").iterdir():
         os.truncate(path / "__0_0.distcp", 10)
     with pytest.raises(checkpoint.CheckpointError, match="none of the 2 checkpoints"):
-        loop.pretrain(recipe(images, tmp_path))
+        pretrain(recipe(images, tmp_path))
     assert "is torn: 10 bytes" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp_path: Path) -> None:
     """Of step 2, at which the run that goes on from 1 does not save again."""
     for _ in range(2):
-        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))
+        pretrain(recipe(images, tmp_path, "run.dry=true"))
     os.truncate(tmp_path / "checkpoints/step-00000002/__0_0.distcp", 10)
-    assert loop.pretrain(recipe(images, tmp_path, "checkpoint.every_steps=3", "checkpoint.keep=9")).finished
+    assert pretrain(recipe(images, tmp_path, "checkpoint.every_steps=3", "checkpoint.keep=9")).finished
     assert [int(name[5:]) for name in checkpoint.names(tmp_path)] == [9, 6, 3, 1]
 
 
@@ -221,8 +225,8 @@ def test_a_cache_may_be_switched_on_in_a_run(
 ) -> None:
     """Its samples are the source's: the weights are those of the run without one. PNGs: one decoder reads them all."""
     run, kept = tmp_path / "run", tmp_path / "kept"
-    loop.pretrain(recipe(images, run, "run.dry=true"))
-    assert loop.pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
+    pretrain(recipe(images, run, "run.dry=true"))
+    assert pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
     assert_bit_equal(tensors(run), tensors(whole))
     (folder,) = kept.glob("mimae-cache-*/*")
     assert f"data.cache={kind}: 0 MB are kept" in (output := capsys.readouterr().out)
@@ -232,22 +236,22 @@ def test_a_cache_may_be_switched_on_in_a_run(
 
 def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"masking\.ratio: 0\.75 in the run, 0\.5 now"):
-        loop.pretrain(recipe(images, whole, "masking.ratio=0.5", "masking.num_masks=2"))
+        pretrain(recipe(images, whole, "masking.ratio=0.5", "masking.num_masks=2"))
     run = tmp_path / "run"
-    loop.pretrain(recipe(images, run, "run.dry=true"))
+    pretrain(recipe(images, run, "run.dry=true"))
     found = checkpoint.find(run)
     assert found is not None and found.state["step"] == 1
     images_link = tmp_path / "link"
     images_link.symlink_to(images)
     moved = load_recipe(recipe(images_link, run)).recipe
     with pytest.raises(UserError, match=r"data\.path"):
-        loop.pretrain(moved)
+        pretrain(moved)
     for path in list(images.rglob("*.png"))[:1]:
         kept = path.read_bytes()
         path.rename(tmp_path / "away.png")
         try:
             with pytest.raises(UserError, match="no longer holds the images"):
-                loop.pretrain(recipe(images, run))
+                pretrain(recipe(images, run))
         finally:
             path.write_bytes(kept)
 
@@ -256,14 +260,14 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One bad step leaves the weights and the averages alone; ten in a row leave the checkpoints alone too."""
-    optimize, bad = loop._Run._optimize, {4}
+    optimize, bad = Trainer.optimize, {4}
 
-    def poisoned(self: Any, batches: Any) -> Any:
+    def poisoned(self: Any) -> Any:
         parameter = next(self.engine.model.parameters())
         hook = parameter.register_hook(lambda g: g * float("nan")) if self.step in bad else None
         before = {name: p.clone() for name, p in self.engine.model.named_parameters()}
         averages = {name: p.clone() for name, p in self.engine.ema.items()}
-        result = optimize(self, batches)
+        result = optimize(self)
         changed = [n for n, p in self.engine.model.named_parameters() if not torch.equal(p, before[n])]
         changed += [n for n, p in self.engine.ema.items() if not torch.equal(p, averages[n])]
         assert bool(changed) == (hook is None)
@@ -271,11 +275,11 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
             hook.remove()
         return result
 
-    monkeypatch.setattr(loop._Run, "_optimize", poisoned)
-    assert loop.pretrain(recipe(images, tmp_path / "one")).finished
+    monkeypatch.setattr(Trainer, "optimize", poisoned)
+    assert pretrain(recipe(images, tmp_path / "one")).finished
     bad |= set(range(5, 40))
     with pytest.raises(RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
-        loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
+        pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
 
@@ -285,23 +289,23 @@ def test_an_error_costs_no_save_that_is_under_way(
 ) -> None:
     """Nor does the process end under its thread, which torch would make an abort."""
     failed = threading.Event()
-    write, optimize = dcp.dcp.FileSystemWriter.write_data, loop._Run._optimize
+    write, optimize = dcp.dcp.FileSystemWriter.write_data, Trainer.optimize
 
     def late(*given: Any) -> Any:
         assert failed.wait(10)
         time.sleep(0.5)
         return write(*given)
 
-    def broken(self: Any, batches: Any) -> Any:
+    def broken(self: Any) -> Any:
         if self.step == 3:
             failed.set()
             raise DivergenceError("something else")
-        return optimize(self, batches)
+        return optimize(self)
 
     monkeypatch.setattr(dcp.dcp.FileSystemWriter, "write_data", late)
-    monkeypatch.setattr(loop._Run, "_optimize", broken)
+    monkeypatch.setattr(Trainer, "optimize", broken)
     with pytest.raises(DivergenceError):
-        loop.pretrain(recipe(images, tmp_path))
+        pretrain(recipe(images, tmp_path))
     assert checkpoint.names(tmp_path) == ["step-00000002"]
 
 
@@ -315,7 +319,7 @@ def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(DDPEngine, "check_copies", check)
     with pytest.raises(DivergenceError):
-        loop.pretrain(recipe(images, tmp_path, "checkpoint.background=false"))
+        pretrain(recipe(images, tmp_path, "checkpoint.background=false"))
     assert checkpoint.names(tmp_path) == ["step-00000002"]
 
 
@@ -330,8 +334,8 @@ def test_the_next_views_patches_are_what_is_validated_and_pictured(
         drawn.extend((visible, targets))
         return b""
 
-    monkeypatch.setattr(loop.pictures, "reconstruction_grid", grid)
-    assert loop.pretrain(given).finished
+    monkeypatch.setattr(tasks.pictures, "reconstruction_grid", grid)
+    assert pretrain(given).finished
     assert torch.equal(drawn[1], drawn[0][:, [1, 2, 3, 0]])
 
     model = build(given)
@@ -365,7 +369,7 @@ def test_blocks_are_compiled_for_the_sizes_of_training_alone(
         return graph.forward
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
-    assert loop.pretrain(recipe(images, tmp_path, "compile=on", "schedule.epochs=1")).finished
+    assert pretrain(recipe(images, tmp_path, "compile=on", "schedule.epochs=1")).finished
     assert len(compiled) == 2 and all(type(size) is int for sizes in compiled for size in sizes)
     curves = [[record["loss"] for record in lines(run / "metrics.jsonl")] for run in (tmp_path, whole)]
     assert curves[0] == pytest.approx(curves[1][:3], rel=1e-6)
@@ -376,7 +380,7 @@ def test_what_this_machine_cannot_do_is_told_before_anything_starts(images: Path
     if torch.cuda.is_available():
         wishes = ["optimizer.impl=deepspeed"]
     with pytest.raises(UserError) as error:
-        loop.pretrain(recipe(images, tmp_path / "run", *wishes))
+        pretrain(recipe(images, tmp_path / "run", *wishes))
     assert all(f"{wish} cannot run on this " in str(error.value) for wish in wishes)
     assert not (tmp_path / "run").exists()
 
@@ -385,14 +389,14 @@ def test_what_this_machine_cannot_do_is_told_before_anything_starts(images: Path
 def test_cuda_graphs_train_and_validate_as_without(images: Path, tmp_path: Path) -> None:
     curves = {}
     for setting in ("off", "graphs"):
-        loop.pretrain(recipe(images, tmp_path / setting, f"compile={setting}"))
+        pretrain(recipe(images, tmp_path / setting, f"compile={setting}"))
         curves[setting] = [record["loss"] for record in lines(tmp_path / setting / "metrics.jsonl")]
         curves[setting] += [record["val_rec"] for record in lines(tmp_path / setting / "epochs.jsonl")]
     assert curves["graphs"] == pytest.approx(curves["off"], rel=1e-3)
 
 
 def _losses(images: Path, run: Path) -> list[float]:
-    loop.pretrain(recipe(images, run, "schedule.accumulate=1"))
+    pretrain(recipe(images, run, "schedule.accumulate=1"))
     return [record["loss"] for record in lines(run / "metrics.jsonl")]
 
 
@@ -410,10 +414,68 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
 def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was the fastest when the run was started stays; by name another one is refused."""
     dry = ("run.dry=true", "data.loader=auto")
-    monkeypatch.setattr(loop, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
-    loop.pretrain(recipe(images, tmp_path, *dry))
+    monkeypatch.setattr(resume, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
+    pretrain(recipe(images, tmp_path, *dry))
     assert load_recipe(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
-    monkeypatch.setattr(loop, "fastest", None)
-    assert loop.pretrain(recipe(images, tmp_path, *dry)).step == 2
+    monkeypatch.setattr(resume, "fastest", None)
+    assert pretrain(recipe(images, tmp_path, *dry)).step == 2
     with pytest.raises(UserError, match=r"data.loader: 'dali_cpu' in the run, 'torch' now"):
-        loop.pretrain(recipe(images, tmp_path, "run.dry=true"))
+        pretrain(recipe(images, tmp_path, "run.dry=true"))
+
+
+# The line of an epoch that was interrupted
+
+
+MEANS = ("loss", "rec", "max_mi", "min_mi", "fit", "mi_lower_nats", "mi_upper_nats", "saturated")
+
+
+def _interrupted(images: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begins a run whose fourth step, the first of its second epoch, takes half a second, and which ends after it."""
+    optimize = Trainer.optimize
+
+    def slow(self: Any) -> Any:
+        if self.step == 3:
+            time.sleep(0.5)
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return optimize(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimize", slow)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe(images, run, "checkpoint.background=false"))
+    assert checkpoint.names(run)[0] == "step-00000004"
+
+
+def test_an_interrupted_epoch_has_the_line_of_a_whole_one(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupted(images, tmp_path, monkeypatch)
+    assert pretrain(recipe(images, tmp_path)).finished
+    got, want = lines(tmp_path / "epochs.jsonl"), lines(whole / "epochs.jsonl")
+    for key in ("epoch", "step", "images", *MEANS):
+        assert [record[key] for record in got] == [record[key] for record in want], key
+    assert got[1]["seconds"] > 0.5, "the seconds before the interruption count"
+    assert got[1]["images_per_s"] == pytest.approx(24 / got[1]["seconds"])
+    assert sum(got[1][f"seconds_{phase}"] for phase in PHASES) <= got[1]["seconds"]
+
+
+def test_a_checkpoint_of_before_has_no_sums_and_is_resumed(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is then of the steps since the resume, as it was."""
+    state = Trainer._state
+    with monkeypatch.context() as before:
+        before.setattr(Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if k != "sums"})
+        _interrupted(images, tmp_path, monkeypatch)
+    assert pretrain(recipe(images, tmp_path)).finished
+    assert_bit_equal(tensors(tmp_path), tensors(whole))
+    second = lines(tmp_path / "epochs.jsonl")[1]
+    assert second["images"] == 16 and second["seconds"] < 0.5
+    losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
+    assert second["loss"] == pytest.approx((losses[4] + losses[5]) / 2)
+
+
+def test_the_columns_of_pretraining_stay() -> None:
+    task = Pretrain(load_recipe("quickstart").recipe)
+    assert task.step_keys == STEP_KEYS and task.epoch_keys == EPOCH_KEYS

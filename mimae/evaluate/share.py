@@ -1,0 +1,56 @@
+"""Evaluation that is spread over ranks: each takes a share of the samples, and sums or rows are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimae.data.loading.batch import Batch
+from mimae.data.loading.loader import evaluation_batches
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source
+from mimae.distributed import all_gather, rank, world_size
+
+
+class Share(NamedTuple):
+    """This rank's share of some samples."""
+
+    ids: Tensor
+    """int64, as many on every rank: a forward may be a collective, of which each rank has to make as many."""
+    own: int
+    """How many of them, the first ones, are this rank's own. What fills up the rest is another rank's."""
+
+
+def share(ids: Tensor) -> Share:
+    """Return this rank's share of `ids` (n,), of which there is at least one."""
+    own = ids[rank() :: world_size()]
+    length = -(-len(ids) // world_size())
+    return Share(torch.cat([own, ids[: length - len(own)]]), len(own))
+
+
+def evenly(source: Source, limit: int) -> Tensor:
+    """Return the ids of at most `limit` samples, spread evenly over a source."""
+    places = torch.linspace(0, len(source) - 1, min(limit, len(source)))
+    return places.round().long().clamp(max=len(source) - 1).unique()  # fp32 may round past the end
+
+
+def batches(
+    settings: DataSettings, source: Source, ids: Tensor, device: torch.device, size: int
+) -> Iterator[tuple[Batch, int]]:
+    """Yield the batches of this rank's share of `ids`, and how many samples of each, the first ones, count."""
+    mine, done = share(ids), 0
+    for batch in evaluation_batches(settings, source, min(size, len(mine.ids)), mine.ids):
+        yield batch.to(device), max(0, min(len(batch.images), mine.own - done))
+        done += len(batch.images)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(n, ...) of each rank, n of its own -> all rows in the order of ranks. A collective."""
+    counts = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather(padded).split(max(counts)) if max(counts) else [rows]
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])

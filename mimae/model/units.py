@@ -1,0 +1,19 @@
+"""What engines ask of a model that they train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+
+class Model(nn.Module):
+    """A model that any engine can train: its forward takes the tensors of a micro-batch."""
+
+    evaluations: ClassVar[tuple[str, ...]] = ()
+    """Names of its other forwards, which evaluation calls."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks in the order in which they compute. Each is compiled, and spread over ranks, by itself."""
+        raise NotImplementedError

@@ -1,0 +1,32 @@
+"""How long a run is, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+from mimae.optim.settings import ScheduleSettings
+
+
+def total_steps(schedule: ScheduleSettings, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = schedule.epochs * steps_per_epoch
+    return steps if schedule.max_steps is None else min(steps, schedule.max_steps)
+
+
+def schedule_factor(schedule: ScheduleSettings, step: int, steps_per_epoch: int, peak: float) -> float:
+    """Return the share of the peak learning rates at optimizer step `step` (from 0): linear warm-up, then the shape.
+
+    `peak`: what learning_rate stands for. The floor is given beside it, so that each group ends at its own share of the
+    floor.
+    """
+    total = total_steps(schedule, steps_per_epoch)
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.shape == "constant":
+        return 1.0
+    if schedule.shape == "steps":
+        return math.prod(schedule.drop_factor for at in schedule.drop_epochs if step >= round(at * steps_per_epoch))
+    done = (step - warmup) / max(total - warmup, 1)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.shape == "cosine" else 1 - done
+    return left + (1 - left) * schedule.floor / peak

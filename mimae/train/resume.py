@@ -1,0 +1,74 @@
+"""The rules of resuming: which settings may change, and what all ranks have to have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml
+from mimae.config.recipe import FREE_KEYS, Recipe, flat
+from mimae.data.loading.backend import fastest
+from mimae.data.sources.base import Source
+from mimae.errors import RunError
+
+
+def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
+    """Return the recipe with the name of a loader, and why that one. A collective.
+
+    For "auto" a run keeps what it was started with; a new one takes the fastest on the main rank's machine.
+    """
+    if recipe.data.loader != "auto":
+        return recipe, "as the recipe says"
+    said = [("", "")]
+    if distributed.rank() == 0:
+        known = Path(recipe.run.dir) / "config.yaml"
+        if known.exists():
+            said = [(load_recipe(known).recipe.data.loader, "as the run was started")]
+        else:
+            share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
+            choice = fastest(recipe.data, source, recipe.seed, max(1, share))
+            rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
+            failed = "".join(f"; {name} left out: {why}" for name, why in choice.failed.items())
+            said = [(choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here")]
+    dist.broadcast_object_list(said)
+    ((loader, reason),) = said
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason
+
+
+def check_config(recipe: Recipe, run: Path) -> None:
+    """Raise RunError where a run was started with settings that would have made other weights."""
+    if not (run / "config.yaml").exists():
+        return
+    old = flat(load_recipe(run / "config.yaml").recipe)
+    new = flat(recipe)
+    changed = [
+        f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
+        for key in new
+        if old[key] != new[key] and key not in FREE_KEYS
+    ]
+    if changed:
+        raise RunError(
+            "\n".join([f"{run} was started with other settings; choose another run.dir or go back:", *changed])
+        )
+
+
+def check_ranks(recipe: Recipe, run: Path, source: Source) -> None:
+    """Raise RunError where ranks would go on from different weights or data: they would average the gradients of
+    different models. A collective."""
+    mine = {
+        "checkpoints (run.dir)": ", ".join(checkpoint.names(run)),
+        "data (data.path)": source.fingerprint,
+        "settings": as_yaml(recipe),
+    }
+    for rank, other in enumerate(distributed.gather_objects(mine)):
+        for what, value in mine.items():
+            if other[what] != value:
+                raise RunError(
+                    f"ranks {distributed.rank()} and {rank} differ in {what}: {value[:80]!r} and "
+                    f"{other[what][:80]!r}; "
+                    "run.dir and data.path have to be the same storage on every node"
+                )

@@ -1,0 +1,1 @@
+"""What runs learn: each task in a file of its own."""

@@ -1,0 +1,463 @@
+"""The trainer of any task: from a recipe to a finished run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint
+from mimae.checkpoints.checkpoint import Checkpoint
+from mimae.checkpoints.saving import Saver
+from mimae.checkpoints.settings import CheckpointSettings
+from mimae.config.layers import text
+from mimae.config.printing import as_yaml
+from mimae.data.loading.batch import BadSamples, Batch
+from mimae.data.loading.loader import Loader, make_loader
+from mimae.data.loading.stalls import Stalls
+from mimae.data.loading.to_device import Transfer
+from mimae.data.sources.cache import cache_note
+from mimae.engines.base import M
+from mimae.engines.make import check_machine, setup_of
+from mimae.errors import CheckpointError, RunError
+from mimae.faults import shortage
+from mimae.faults.guards import NonFinite, Signals
+from mimae.faults.lock import Hold, lock
+from mimae.faults.watchdog import Watchdog, patience
+from mimae.optim.optimizer import StepResult
+from mimae.optim.schedule import schedule_factor, total_steps
+from mimae.plan.gpus import device_name, peak_flops
+from mimae.telemetry import collapse
+from mimae.telemetry.clock import Pace, Phases
+from mimae.telemetry.exposure import Exposure
+from mimae.telemetry.memory import memory
+from mimae.telemetry.telemetry import Telemetry
+from mimae.train import resume
+from mimae.train.epoch import EpochSums
+from mimae.train.task import Result, Task
+
+
+class Outcome(NamedTuple):
+    """How a call of `train` ended."""
+
+    run: Path
+    step: int
+    finished: bool
+    saved_on_signal: bool
+
+
+class Step(NamedTuple):
+    """An optimizer step, on the device."""
+
+    losses: dict[str, Tensor]
+    """Means over its micro-batches."""
+    latents: Tensor | None
+    """Of its last micro-batch."""
+    result: StepResult
+
+
+class Due(NamedTuple):
+    """What is to be done once the step is over."""
+
+    save: bool = False
+    for_good: bool = False
+    """The checkpoint is kept, beside the newest ones."""
+    stop: bool = False
+
+
+def train(task: Task[Any]) -> Outcome:
+    """Train a task to the end of its recipe, from its run's last checkpoint on; every rank of a job calls it.
+
+    Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
+    that runs out, ten non-finite steps in a row.
+    """
+    recipe = task.recipe
+    task.check()
+    limits = recipe.run.first_step_timeout, recipe.run.step_timeout
+    device = distributed.setup(patience(*limits))
+    try:
+        check_machine(setup_of(recipe), device, task.obstacles(device))
+        run = Path(recipe.run.dir)
+        with (
+            lock(run) as hold,
+            Signals() as signals,
+            Watchdog(run, *limits) as watchdog,
+            shortage.explained(recipe, device, watchdog),
+        ):
+            return Trainer(task, device, signals, watchdog, hold).train()
+    finally:
+        distributed.shutdown()
+
+
+class Trainer(Generic[M]):
+    """The parts of a run, put together once: data, engine, checkpoints, records."""
+
+    def __init__(
+        self,
+        task: Task[M],
+        device: torch.device,
+        signals: Signals,
+        watchdog: Watchdog,
+        hold: Hold,
+    ) -> None:
+        self.task, self.device, self.signals, self.watchdog = task, device, signals, watchdog
+        self.hold, self.source = hold, task.source
+        self.recipe, self.loader_reason = resume.choose_loader(task.recipe, self.source)
+        recipe = self.recipe
+        self.is_main = distributed.rank() == 0
+        self.loader: Loader = make_loader(
+            recipe.data,
+            self.source,
+            seed=recipe.seed,
+            batch_size=recipe.schedule.batch_size,
+            accumulate=recipe.schedule.accumulate,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.per_epoch = self.loader.steps_per_epoch
+        self.steps = total_steps(recipe.schedule, self.per_epoch)
+        self.engine = task.engine(device)
+        self.bad = BadSamples(self.path / "bad_samples.jsonl", len(self.source), recipe.data.max_bad_fraction)
+        self.telemetry = Telemetry(
+            hold.folder,
+            recipe.telemetry,
+            is_main=self.is_main,
+            total_steps=self.steps,
+            step_keys=task.step_keys,
+            epoch_keys=task.epoch_keys,
+        )
+        self.events = self.telemetry.events
+        self.phases = Phases(device)
+        self.exposure = Exposure(device)
+        self.transfer = Transfer(device)
+        self.stalls = Stalls(recipe.data)
+        self.saver = self._saver(recipe.checkpoint)
+        self.guard = NonFinite(self.path, self._samples, self._keep, self.events.add)
+        self.bytes_sent = task.bytes_sent(device)
+        self.due = Due()
+        self.measures: dict[str, float] = {}
+        self.batches: Iterator[Batch] | None = None
+        """The micro-batches that are left of the epoch; None between two epochs."""
+        self.step, kept = self._resume()
+        self.first = self.logged_at = self.step
+        self.pace = Pace(self.phases, task.views)
+        self.sums = EpochSums(self.phases, task.views)
+        if kept is not None:
+            self.sums.load(kept, device)
+
+    def train(self) -> Outcome:
+        """Take the steps that are left of the run."""
+        if self.step >= self.steps:
+            self.telemetry.message(f"{self.path} is finished: {self.step} of {self.steps} steps")
+            return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
+        self._announce()
+        with self.telemetry, closing(self.loader), self._saved():
+            while not self.due.stop:
+                self.begin_step()
+                with self.exposure.measured(self.step == self.first + 1):
+                    step = self.optimize()
+                self.step_done(step)
+                self.epoch_done(step)
+                self.save()
+        return self._outcome()
+
+    def optimize(self) -> Step:
+        """Take one optimizer step over its micro-batches. Reads nothing back from the device."""
+        losses: dict[str, Tensor] = {}
+        for is_last in self._micro_batches():
+            with self.engine.accumulate(is_last):
+                batch = self.take()
+                result = self.forward(batch)
+                self.backward(result)
+            self._add(losses, result.shown)
+        return Step(losses, result.latents, self.update(losses))
+
+    # The parts of a step
+
+    def begin_step(self) -> None:
+        """Begin an epoch where one is due; `first` is the step that this start or epoch goes on from."""
+        if self.batches is not None:
+            self.watchdog.wait_for(f"step {self.step + 1}", long=not self.saver.is_settled)
+            return
+        self.watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)
+        self.first = self.step
+        self.batches = self.transfer(self.loader.epoch(*divmod(self.step, self.per_epoch)))
+
+    def take(self) -> Batch:
+        """Wait for the next micro-batch."""
+        assert self.batches is not None
+        with self.phases("data"):
+            batch = next(self.batches)
+            self.bad.record(batch.bad)
+            self.stalls.made(batch.spent)
+        return batch
+
+    def forward(self, batch: Batch) -> Result:
+        """Compute the losses of a micro-batch."""
+        with self.phases("forward"):
+            return self.task.result(self.engine.forward(*self.task.inputs(batch)))
+
+    def backward(self, result: Result) -> None:
+        """Add the gradient of a micro-batch."""
+        with self.phases("backward"):
+            self.engine.backward(result.loss / self.recipe.schedule.accumulate)
+
+    def update(self, losses: Mapping[str, Tensor]) -> StepResult:
+        """Step the optimizer; `losses`: means over the micro-batches."""
+        with self.phases("checkpoint"):
+            self.saver.settle()
+        with self.phases("optimizer"):
+            result = self.engine.step(self._factor(self.step))
+            self.task.stepped(self.engine.model, losses, result.skipped)
+        return result
+
+    def _micro_batches(self) -> Iterator[bool]:
+        """Yield for each micro-batch of a step whether it is the last one."""
+        count = self.recipe.schedule.accumulate
+        return (micro == count - 1 for micro in range(count))
+
+    def _add(self, losses: dict[str, Tensor], shown: Mapping[str, Tensor]) -> None:
+        """Add what a micro-batch shows to the means of its step."""
+        for key, value in shown.items():
+            share = value / self.recipe.schedule.accumulate
+            losses[key] = losses[key] + share if key in losses else share
+
+    def _factor(self, step: int) -> float:
+        return schedule_factor(self.recipe.schedule, step, self.per_epoch, self.task.peak)
+
+    # After the step
+
+    def step_done(self, step: Step) -> None:
+        """Count a step, guard against those that are not finite, and log it where it is time to."""
+        self.step += 1
+        self.sums.add(step.losses, self.recipe.schedule.batch_size)
+        self.guard.check(self.step, step.result.skipped)
+        if self.step % self.recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
+            images = (self.step - self.logged_at) * self.recipe.schedule.batch_size
+            self.telemetry.step(self._record(step) | self.pace.rates(images))
+            self._read_stalls()
+            self.logged_at = self.step
+
+    def epoch_done(self, step: Step) -> None:
+        """At the end of an epoch or of the run: the epoch's line, evaluation and picture.
+
+        This comes before the checkpoint: a kill between the two repeats the line, and loses none.
+        """
+        if not (self._is_last or self.step % self.per_epoch == 0):
+            return
+        epoch, checks = (self.step - 1) // self.per_epoch, self.recipe.telemetry
+        self.watchdog.wait_for(f"the end of epoch {epoch}", long=True)
+        record = {"epoch": epoch} | self.sums.record() | memory(self.device)
+        record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
+        record |= self._flops(record["images_per_s"])
+        self._read_stalls()
+        if step.latents is not None and self.is_main:
+            record |= collapse.collapse(step.latents)
+        with self._evaluating() as model:
+            self.measures = self.task.evaluate(model, self.device) if self._is_time(checks.probe_every_epochs) else {}
+            self.telemetry.epoch(record | self.measures)
+            if self._is_time(checks.images_every_epochs) and (png := self.task.picture(model, self.device)):
+                self.telemetry.image(f"images/step-{self.step:08d}.png", png)
+        for warning in (
+            self.stalls.verdict(),
+            self.task.warning(self.engine.model, self.step, self.steps, self.per_epoch),
+        ):
+            if warning:
+                self.telemetry.message(warning)
+        # The evaluation and the picture of an epoch's end are no training.
+        self._read_stalls(counts=False)
+        if self.step % self.per_epoch == 0:
+            self.sums.clear()
+            self.batches = None
+
+    def save(self) -> None:
+        """Save where it is time to, and before the run stops."""
+        self.due = self._look_ahead()
+        if not (self.due.save or self.due.stop):
+            return
+        self.watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
+        self.guard.drain()
+        # Skipped steps are not made up for: a run that they end has to go on from before them.
+        if self.guard.streak and not self.due.stop:
+            return
+        self.engine.check_copies()
+        with self.phases("checkpoint"):
+            self.saver.start(self.step, self.engine.state(), self._state())
+            if self.due.stop and not self.saver.finish():
+                raise RunError(
+                    f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "
+                    "its last checkpoint"
+                )
+        self.due = Due(stop=self.due.stop)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no step comes after this one."""
+        return self.recipe.run.dry or self.step >= self.steps
+
+    def _is_time(self, every: int) -> bool:
+        """Whether what happens at the end of so many epochs (0: never) and of the run is due at the end of this one."""
+        return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
+
+    def _look_ahead(self) -> Due:
+        """Return what is due after this step. A save that is due stays so until it is made."""
+        settings, (epochs, inside) = self.recipe.checkpoint, divmod(self.step, self.per_epoch)
+        checks = self.recipe.telemetry.probe_every_epochs if settings.best else 0
+
+        def is_end(every: int | None) -> bool:
+            return bool(every) and not inside and epochs % every == 0  # type: ignore[operator]
+
+        for_good = is_end(settings.every_epochs)
+        save = self.step % settings.every_steps == 0 or for_good or is_end(checks)
+        stop = self.signals.agreed() or self._is_last
+        if stop and not self._is_last:
+            self.events.add("signal", step=self.step)
+        return Due(self.due.save or save, self.due.for_good or for_good, stop)
+
+    def _record(self, step: Step) -> dict[str, Any]:
+        """Read from the device what a logged step shows."""
+        return {
+            "step": self.step,
+            "epoch": self.step / self.per_epoch,
+            "samples": self.step * self.recipe.schedule.batch_size,
+            **{key: value.item() for key, value in step.losses.items() if key in self.task.losses},
+            **self.task.gauge(self.engine.model),
+            "lr": self.task.peak * self._factor(self.step - 1),
+            "grad_norm": step.result.grad_norm.item(),
+            "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
+        }
+
+    def _flops(self, images_per_s: float) -> dict[str, float | None]:
+        flops = self.task.flops()
+        if flops is None:
+            return {}
+        peak = peak_flops(device_name(self.device), self.recipe.precision)
+        flops = flops * images_per_s
+        return {"tflops": flops / 1e12, "mfu": flops / (peak * distributed.world_size()) if peak else None}
+
+    def _read_stalls(self, counts: bool = True) -> None:
+        self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=counts)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[M]:
+        """Yield the model in eval mode, without gradients, and as it was before compiling: that is for the sizes of
+        training, and each other one would compile anew."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield self.engine.model.eval()
+        self.engine.model.train()
+
+    # The run
+
+    @property
+    def path(self) -> Path:
+        """The run directory, which somebody may rename meanwhile."""
+        return self.hold.folder.path
+
+    def _saver(self, settings: CheckpointSettings, inside: str = "") -> Saver:
+        say, note = self.telemetry.message, self.events.add
+        return Saver(self.path, settings, self.device, say, self.hold, inside, note)
+
+    def _resume(self) -> tuple[int, dict[str, Any] | None]:
+        """Make the run directory, or go back to its last whole checkpoint; return the steps done, and the sums of the
+        epoch if the checkpoint has them."""
+        resume.check_config(self.recipe, self.path)
+        resume.check_ranks(self.recipe, self.path, self.source)
+        passed_over: list[str] = []
+
+        def pass_over(text: str) -> None:
+            passed_over.append(text)
+            self.telemetry.message(text)
+
+        found = checkpoint.use(self.path, self._take, pass_over)
+        step, kept, name = 0, None, None
+        if found is not None:
+            used, _ = found
+            name = used.path.name
+            self.saver.passed_over = {other for other in checkpoint.names(self.path) if other > name}
+            step, kept = int(used.state["step"]), used.state.get("sums")
+            self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
+        self.telemetry.rewind(step)
+        try:
+            self.telemetry.describe(as_yaml(self.recipe))
+        except OSError as error:
+            raise RunError(f"{self.path / str(error.filename)} cannot be written: {error.strerror}") from error
+        for fault in passed_over:
+            self.events.add("fault", what=fault)
+        self.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
+        return step, kept
+
+    def _take(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
+        if found.state["data"] != self.source.fingerprint:
+            raise RunError(
+                f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
+            )
+        if found.state["step"] > self.steps:
+            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {self.steps}")
+        self.engine.load(found.path)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside tensors."""
+        return {
+            "samples": self.step * self.recipe.schedule.batch_size,
+            "steps": self.steps,
+            "data": self.source.fingerprint,
+            "for_good": self.due.for_good,
+            "measures": self.measures if self.step % self.per_epoch == 0 or self._is_last else {},
+            "better": dict(self.task.measures),
+            "sums": self.sums.state(),
+        }
+
+    def _samples(self, step: int) -> list[int]:
+        """Return the ids of the global batch of optimizer step `step` (from 1)."""
+        return self.loader.samples(*divmod(step - 1, self.per_epoch)).tolist()
+
+    def _keep(self, first: int, last: int) -> bool:
+        """Save, apart from the checkpoints, the weights that steps `first` to `last` began with and left as they were;
+        return whether that succeeded."""
+        self.saver.finish()
+        settings = CheckpointSettings(keep=1, background=False)
+        keeper = self._saver(settings, "nonfinite")
+        keeper.start(first - 1, self.engine.state(), {"skipped_to": last, "data": self.source.fingerprint})
+        return keeper.finish()
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        """End the save that is under way before the run ends, however its steps end."""
+        try:
+            yield
+        finally:
+            self.watchdog.wait_for(self.watchdog.due, long=True)
+            self.saver.close()
+
+    def _announce(self) -> None:
+        """Print the first lines of the run."""
+        recipe, millions = self.recipe, self.engine.num_parameters / 1e6
+        self.telemetry.message(
+            f"{len(self.source):,} images of {self.source.name}, {self.per_epoch} steps of "
+            f"{self.task.batch_in_words()} an epoch, {self.steps} steps in all; "
+            f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
+            f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
+            f"{recipe.precision}; the run is {self.path}\n"
+            f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
+            f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.loader_reason}"
+        )
+        if recipe.data.cache is not None:
+            self.telemetry.message(cache_note(recipe.data, self.source))
+
+    def _outcome(self) -> Outcome:
+        """Print how the run ended, and return it."""
+        finished = self.step >= self.steps
+        if finished:
+            self.events.add("finish", step=self.step)
+        on_signal = self.signals.received and not finished
+        if on_signal:
+            self.telemetry.message(f"saved at step {self.step} on a signal; the same command goes on from there")
+        elif finished:
+            self.telemetry.message(f"finished: {self.path}")
+        return Outcome(self.path, self.step, finished, saved_on_signal=on_signal)

@@ -1,0 +1,69 @@
+"""The learning rate of each step, against the formulas of the published recipes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from mimae.config.load import load_recipe
+from mimae.errors import ConfigError
+from mimae.optim.schedule import schedule_factor, total_steps
+
+PER_EPOCH = 50
+
+
+def rates(peak: float = 1.0, **settings: Any) -> list[float]:
+    """The learning rate of every step of a run of 10 epochs with 2 of warm-up, where the peak is `peak`."""
+    schedule = load_recipe({"schedule": {"epochs": 10, "warmup_epochs": 2, **settings}}).recipe.schedule
+    steps = total_steps(schedule, PER_EPOCH)
+    assert steps == 500
+    return [peak * schedule_factor(schedule, step, PER_EPOCH, peak) for step in range(steps)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shape": "linear"}, {"shape": "constant"}])
+def test_warm_up_is_linear_whatever_comes_after(settings: dict[str, Any]) -> None:
+    assert rates(**settings)[:100] == pytest.approx([(step + 1) / 100 for step in range(100)])
+
+
+def test_cosine_goes_to_nothing() -> None:
+    expected = [(1 + math.cos(math.pi * k / 400)) / 2 for k in range(400)]
+    assert rates()[100:] == pytest.approx(expected)
+
+
+def test_cosine_goes_to_the_floor_as_in_mae_fine_tuning() -> None:
+    """min + (peak - min) (1 + cos) / 2, which MAE's main_finetune.py then scales by the layer's share."""
+    peak, floor = 2e-3, 1e-6
+    expected = [floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * k / 400)) for k in range(400)]
+    assert rates(peak, floor=floor)[100:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_linear_is_poly_of_power_one() -> None:
+    """(peak - min) (1 - k / steps) + min, as mmsegmentation's PolyLR has it."""
+    peak, floor = 1e-4, 1e-5
+    expected = [(peak - floor) * (1 - k / 400) + floor for k in range(400)]
+    assert rates(peak, shape="linear", floor=floor)[100:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_steps_drop_at_their_epochs() -> None:
+    """Detection: times 0.1 at two places."""
+    found = rates(shape="steps", drop_epochs=[8.5, 9.0], drop_factor=0.1)
+    assert found[100:] == pytest.approx([1.0] * (425 - 100) + [0.1] * 25 + [0.01] * 50)
+
+
+def test_constant_stays() -> None:
+    assert rates(shape="constant")[100:] == [1.0] * 400
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"shape": "constant", "floor": 1e-6}, "floor is a setting of shape=cosine and shape=linear"),
+        ({"shape": "steps"}, "drop_epochs and shape=steps need each other"),
+        ({"drop_epochs": [3.0]}, "drop_epochs and shape=steps need each other"),
+    ],
+)
+def test_a_key_of_another_shape_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        rates(**settings)

@@ -1,0 +1,93 @@
+"""Evaluation that is spread over ranks finds what one rank finds, and gives each rank its share of the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimae import distributed
+from mimae.evaluate.share import gather_rows, share
+from mimae.train.tasks.pretrain import Pretrain
+from tests.ranks import run_ranks
+from tests.train.test_trainer import recipe
+
+
+def folder_of(folder: Path, count: int, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (16, 14 + i % 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images, one of which cannot be read."""
+    folder = folder_of(tmp_path_factory.mktemp("images"), 30, 0)
+    (folder / "a/04.png").write_bytes(b"no image")
+    return folder
+
+
+def evaluated(images: Path, tests: dict[str, Path], kinds: list[str]) -> dict[str, dict[str, Any]]:
+    """The measures, and the number of images that this rank predicted, by test set and engine."""
+    found, device = {}, distributed.setup()
+    for kind in kinds:
+        for name, test in tests.items():
+            task = Pretrain(recipe(images, Path("unused"), f"engine.kind={kind}", f"data.val_path={test}"))
+            engine, seen = task.engine(device), list[int]()
+            predict = engine.model.predict
+
+            def counted(given: torch.Tensor, *rest: Any, predict: Any = predict, seen: list[int] = seen) -> Any:
+                seen.append(len(given))
+                return predict(given, *rest)
+
+            vars(engine.model)["predict"] = counted
+            with torch.no_grad():
+                measures = task.evaluate(engine.model.eval(), device)
+            found[f"{kind}, {name}"] = measures | {"predicted": sum(seen)}
+    return found
+
+
+def test_two_ranks_find_what_one_finds(images: Path, tmp_path: Path) -> None:
+    """Of 7 images one rank has 4 and the other 3; of 1 image one has none, and a forward all the same, for fsdp."""
+    tests = {"seven": folder_of(tmp_path / "seven", 7, 1), "one": folder_of(tmp_path / "one", 1, 2)}
+    try:
+        one = evaluated(images, tests, ["ddp"])
+    finally:
+        distributed.shutdown()
+    (tmp_path / "ranks").mkdir()
+    ranks = run_ranks(2, tmp_path / "ranks", evaluated, images, tests, ["ddp", "fsdp"])
+    for kind in ("ddp", "fsdp"):
+        for name, most in (("seven", 4), ("one", 1)):
+            want, got = one[f"ddp, {name}"], [rank[f"{kind}, {name}"] for rank in ranks]
+            assert got[0] == got[1], "measures are equal on every rank, and so is the work"
+            assert got[0]["predicted"] == most
+            assert got[0]["val_rec"] == pytest.approx(want["val_rec"], rel=1e-6)
+            assert got[0]["knn"] == want["knn"]
+    assert 0 < one["ddp, seven"]["knn"] < 1, "else it would not show a difference"
+
+
+def shares(count: int) -> tuple[list[int], int, list[int]]:
+    """This rank's share of `count` ids, and what all ranks have together of it."""
+    mine = share(10 * torch.arange(count))
+    return mine.ids.tolist(), mine.own, gather_rows(mine.ids[: mine.own]).tolist()
+
+
+def all_shares() -> dict[int, Any]:
+    return {count: shares(count) for count in (1, 3, 7)}
+
+
+def test_shares_are_as_long_and_hold_each_id_once(tmp_path: Path) -> None:
+    ranks = run_ranks(3, tmp_path, all_shares)
+    for count in (1, 3, 7):
+        lengths = {len(rank[count][0]) for rank in ranks}
+        own = [i for rank in ranks for i in rank[count][0][: rank[count][1]]]
+        assert lengths == {-(-count // 3)}
+        assert sorted(own) == [10 * i for i in range(count)]
+        assert all(rank[count][2] == own for rank in ranks), "rows are gathered in the order of ranks"
