@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,13 +57,16 @@ def pretrain(
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
     restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
     wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]")
+    ] = None,
 ) -> None:
     """Pretrain by a recipe, or go on with an interrupted run. All GPUs of the machine take part."""
     # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from mimae.launch import processes as launch
 
-    job = launch.default_job(ranks, nodes, rendezvous, restarts, wait)
+    job = launch.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
     raise typer.Exit(launch.pretrain(recipe, overrides or (), job))
 
 

@@ -10,3 +10,7 @@ EXIT_SAVED = 75
 
 class UserError(ValueError):
     """Says what was wrong, the value, what is legal and what to do."""
+
+
+class RunError(UserError):
+    """The run cannot start, or cannot go on."""

@@ -28,6 +28,7 @@ from mimae.model.encoder import SIZES, ModelSettings
 from mimae.model.masking import MaskingSettings
 from mimae.objective.objective import ObjectiveSettings
 from mimae.optim.optimizer import EMASettings, OptimizerSettings, ScheduleSettings
+from mimae.place import number
 from mimae.telemetry.telemetry import TelemetrySettings
 
 
@@ -334,7 +335,7 @@ def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"])
 @_check("schedule")
 def _batch_splits(resolved: Resolved) -> Iterator[str]:
     schedule = resolved.recipe.schedule
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    ranks = number(os.environ, "WORLD_SIZE", 1, least=1)
     parts = ranks * schedule.accumulate
     if schedule.batch_size % parts:
         below = schedule.batch_size // parts * parts

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from mimae import distributed
-from mimae.faults.guards import RunError
+from mimae.errors import RunError
 
 BEAT = 2.0
 """Seconds between two moves of the counter."""

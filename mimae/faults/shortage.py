@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.config.recipe import Recipe
-from mimae.faults.guards import RunError
+from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
 from mimae.plan import GPU, device_name, find_gpu
 from mimae.plan.advice import Fleet, advise

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mimae import distributed, plan
@@ -26,10 +25,12 @@ from mimae.data.sources.base import Source, open_source
 from mimae.data.sources.cache import cache_note
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
+from mimae.errors import RunError
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.faults import shortage
-from mimae.faults.guards import NonFinite, RunError, Signals
 from mimae.faults.lock import lock
+from mimae.faults.nonfinite import NonFinite
+from mimae.faults.signals import Signals
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.kernels import pixel_loss
 from mimae.model import masking
@@ -467,19 +468,18 @@ def _choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
     takes the fastest one on the main rank's machine."""
     if recipe.data.loader != "auto":
         return recipe, "as the recipe says"
-    said = [("", "")]
+    said = ("", "")
     if distributed.rank() == 0:
         known = Path(recipe.run.dir) / "config.yaml"
         if known.exists():
-            said = [(config.load(known).recipe.data.loader, "as the run was started")]
+            said = config.load(known).recipe.data.loader, "as the run was started"
         else:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
             failed = "".join(f"; {name} left out: {why}" for name, why in choice.failed.items())
-            said = [(choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here")]
-    dist.broadcast_object_list(said)
-    ((loader, reason),) = said
+            said = choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here"
+    loader, reason = distributed.gather_objects(said)[0]
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason
 
 

@@ -21,7 +21,7 @@ from mimae.bench.machine import resident_peak
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.checkpoint import CheckpointError, CheckpointSettings
 from mimae.checkpoints.saving import Saver
-from mimae.faults.guards import RunError
+from mimae.errors import RunError
 from mimae.randomness import Part
 from tests.ranks import run_ranks
 

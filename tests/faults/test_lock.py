@@ -16,8 +16,8 @@ import pytest
 
 import mimae
 from mimae.checkpoints import checkpoint
+from mimae.errors import RunError
 from mimae.faults import lock
-from mimae.faults.guards import RunError
 from mimae.faults.lock import Owner, moves, read
 from mimae.train import loop
 

@@ -19,7 +19,8 @@ from mimae.checkpoints.saving import Saver
 from mimae.cli import app
 from mimae.config import recipe as config
 from mimae.engines.make import make_engine
-from mimae.faults import guards
+from mimae.errors import RunError
+from mimae.faults.nonfinite import NonFinite
 from mimae.tools.replay import replay
 from mimae.train import loop
 from tests.train.test_loop import lines, recipe
@@ -121,7 +122,7 @@ def test_a_storm_keeps_the_weights_of_its_steps(
     run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends, and every step of the streak can be looked at."""
-    with pytest.raises(guards.RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
+    with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
         loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
@@ -147,7 +148,7 @@ def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoi
         make_room(temporary, num_bytes)
 
     monkeypatch.setattr(checkpoint, "make_room", read_only)
-    with pytest.raises(guards.RunError, match="where it begins, from the last checkpoint on, since their weights"):
+    with pytest.raises(RunError, match="where it begins, from the last checkpoint on, since their weights"):
         loop.pretrain(config.load(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     assert "checkpoint of step 4 could not be written: [Errno 30] Read-only file system" in capsys.readouterr().out
@@ -164,12 +165,12 @@ def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
         kept.append((first, last))
         return True
 
-    guard = guards.NonFinite(tmp_path, lambda step: [step], keep)
+    guard = NonFinite(tmp_path, lambda step: [step], keep)
     for step in range(1, 35):
         guard.check(step, torch.tensor(float(step % 12 < 10)))
     guard.drain()
     assert not kept
-    with pytest.raises(guards.RunError, match=r"11 steps in a row(.|\n)*step 45: samples \[45\]"):
+    with pytest.raises(RunError, match=r"11 steps in a row(.|\n)*step 45: samples \[45\]"):
         for step in range(35, 99):
             guard.check(step, torch.tensor(1.0))
     assert kept == [(35, 45)]

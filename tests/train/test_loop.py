@@ -27,8 +27,7 @@ from mimae.data.loading.loader import evaluation_batches
 from mimae.data.sources.base import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
-from mimae.errors import UserError
-from mimae.faults import guards
+from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
@@ -274,7 +273,7 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     monkeypatch.setattr(loop._Run, "_optimize", poisoned)
     assert loop.pretrain(recipe(images, tmp_path / "one")).finished
     bad |= set(range(5, 40))
-    with pytest.raises(guards.RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
+    with pytest.raises(RunError, match=r"step 14: samples \[(\d+(, )?){8}\]"):
         loop.pretrain(recipe(images, tmp_path / "ten", "schedule.epochs=8"))
     found = checkpoint.find(tmp_path / "ten")
     assert found is not None and all(t.isfinite().all() for n, t in found.tensors("model").items() if "gate" not in n)
