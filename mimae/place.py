@@ -42,8 +42,8 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
     needed = _ALL[:2] if environment.get(STORE) or environment.get("WORLD_SIZE") == "1" else _ALL
     if missing := [name for name in needed if not environment.get(name)]:
         raise UserError(
-            f"RANK={rank} is in the environment and {', '.join(missing)} not: torchrun and srun set all of "
-            f"{', '.join(_ALL)}. If RANK is left over, `unset RANK`"
+            f"RANK={rank} is in the environment without {', '.join(missing)}, which torchrun and srun set with it. If "
+            "RANK is left over, `unset RANK`"
         )
     if rank >= ranks:
         raise UserError(f"RANK={rank} in the environment: legal is 0 to {ranks - 1}, since WORLD_SIZE={ranks}")

@@ -271,10 +271,9 @@ class _Launcher:
         kinds = {note.kind for note in found}
         if "saved" in kinds:
             return EXIT_SAVED
-        if notes.is_asked_to_stop(self.folder) and "done" not in kinds:
-            # The signal came before the ranks had begun, or ended one that had not; there is nothing to save.
-            if not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM):
-                return EXIT_SAVED
+        was_early = not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM)
+        if notes.is_asked_to_stop(self.folder) and "done" not in kinds and was_early:
+            return EXIT_SAVED  # Nothing was to be saved: a rank had not begun yet.
         if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake")):
             print(f"mimae: {last.text}", file=sys.stderr)
             return EXIT_MISTAKE if last.end == "mistake" else 1

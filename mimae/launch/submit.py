@@ -19,9 +19,13 @@ import typer
 from mimae.config import recipe as config
 from mimae.errors import EXIT_SAVED, UserError
 from mimae.launch import processes as launch
+from mimae.launch.job import check_ranks
 
 GRACE_SECONDS = 180
-"""Between SLURM's signal and the end of the job: time to save."""
+"""Seconds between SLURM's signal and the end of the job: time to save."""
+
+SHORTEST = GRACE_SECONDS // 60 + 2
+"""Minutes that a job lasts at least: those after the signal, and some to start and train in."""
 
 
 class Pretraining(NamedTuple):
@@ -41,7 +45,7 @@ class Pretraining(NamedTuple):
 
 
 def minutes(time: str) -> int:
-    """SLURM's forms of a time, rounded up: `90` (minutes), `12:00:00`, `2-00`, `1-12:30:00`. Raises UserError."""
+    """Read SLURM's forms of a time, rounded up: `90` (minutes), `12:00:00`, `2-00`, `1-12:30:00`. Raises UserError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise UserError(f"--time {time}: legal are minutes, HH:MM:SS and D-HH[:MM[:SS]]")
@@ -53,6 +57,16 @@ def minutes(time: str) -> int:
     else:
         seconds = int(first) * 60 + int(second or 0)
     return -(-seconds // 60)
+
+
+def check_time(time: str) -> int:
+    """Return a job's minutes. Raises UserError where it would end before it trains."""
+    if minutes(time) < SHORTEST:
+        raise UserError(
+            f"--time {time}: SLURM's signal to save comes {GRACE_SECONDS} s before the end of a job, and starting "
+            f"takes a while; legal are {SHORTEST} minutes or more"
+        )
+    return minutes(time)
 
 
 def executor(folder: Path, container: str | None, is_dry: bool, **parameters: Any) -> Any:
@@ -112,8 +126,12 @@ def main(
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; legal is each seed once")
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    folder = Path(config.load(recipe, overrides or ()).recipe.run.dir) / "slurm"
+    resolved = config.load(recipe, overrides or ()).recipe
+    check_ranks(resolved, nodes * gpus)
+    folder = Path(resolved.run.dir) / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",
@@ -121,7 +139,7 @@ def main(
         ntasks_per_node=1,
         gpus_per_node=gpus,
         cpus_per_task=cpus * gpus,
-        time=minutes(time),
+        time=check_time(time),
         partition=partition,
         account=account,
         qos=qos,

@@ -40,6 +40,7 @@ from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry import pictures, telemetry
 from mimae.telemetry.exposure import Exposure
+from mimae.train.start import check_process, hints
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -70,6 +71,7 @@ def pretrain(recipe: Recipe) -> Outcome:
     Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
     that runs out, ten non-finite steps in a row.
     """
+    check_process(recipe)
     source = open_source(recipe.data.path)
     validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
     if validation is not None and source.labels is not None and validation.labels is not None:
@@ -174,6 +176,8 @@ class _Run:
             say(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
         say(self._headline())
+        for hint in hints(recipe, self.steps, self.loader.steps_per_epoch):
+            say(hint)
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
         bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
