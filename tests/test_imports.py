@@ -18,16 +18,18 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # module `room.module`, or (`settings`) for the module of that name in every room; the most precise one counts. A new
 # room takes its place here.
 LAYERS = (
-    {"kernels", "text", "errors", "reading", "files", "config.section"},
+    {"kernels", "text", "errors", "reading", "files", "messages", "place", "config.section"},
     {"settings"},
     {"config"},
-    {"randomness", "distributed"},
+    {"randomness", "unpickling"},
+    {"distributed"},
     {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
     {"faults", "plan", "transfer"},
     {"evaluate"},
     {"train"},
-    {"tools", "bench", "configs"},
+    {"tools", "configs"},
     {"launch"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

@@ -1,7 +1,7 @@
 """`mimae` with a fault inside of its ranks: what the drill starts in its place.
 
-A rank imports the main module of its launcher anew, so what is replaced here is replaced in it. MIMAE_FAULT tells, as
-JSON: kind, step (the first that is touched), rank and folder. Ranks that the launcher starts again are without fault.
+The launcher runs this module as each rank, so what is replaced here is replaced in it. MIMAE_FAULT tells, as JSON:
+kind, step (the first that is touched), rank and folder. Ranks that the launcher starts again are without fault.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimae import distributed
+from mimae.launch import processes, rank
 
 PACE = 0.3
 """Seconds that a step takes at least from the fault's on: time to be hit from outside."""
@@ -73,7 +74,7 @@ def arm() -> None:
 
     def faulty(self: Any) -> Any:
         step = self.step + 1
-        if step >= FAULT["step"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        if step >= FAULT["step"] and os.environ[rank.ATTEMPT] == "0":
             KINDS[FAULT["kind"]](self, Path(FAULT["folder"]), step == FAULT["step"])
         return optimize(self)
 
@@ -81,6 +82,9 @@ def arm() -> None:
 
 
 if __name__ == "__main__":
-    runpy.run_module("mimae", run_name="__main__")
-elif __name__ == "__mp_main__":
-    arm()
+    if rank.ATTEMPT in os.environ:
+        arm()
+        rank.main()
+    else:
+        processes.RANK = "mimae.bench.harness.faulty"
+        runpy.run_module("mimae", run_name="__main__")

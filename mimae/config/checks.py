@@ -8,6 +8,7 @@ from typing import Literal
 
 from mimae.config.layers import text
 from mimae.config.recipe import Resolved, flat
+from mimae.place import number
 
 Check = Callable[[Resolved], Iterator[str]]
 """Yields a message for each problem that it finds."""
@@ -73,7 +74,7 @@ def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"])
 @_check("schedule")
 def _batch_splits(resolved: Resolved) -> Iterator[str]:
     schedule = resolved.recipe.schedule
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    ranks = number(os.environ, "WORLD_SIZE", 1, least=1)
     parts = ranks * schedule.accumulate
     if schedule.batch_size % parts:
         below = schedule.batch_size // parts * parts

@@ -148,6 +148,7 @@ def lock(run: Path) -> Iterator[Hold]:
 
     Raises RunError where another job has it, or where it cannot be written.
     """
+
     from mimae import distributed  # torch, which a look at the owner of a lock does without
 
     folder = Folder(run)

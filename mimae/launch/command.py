@@ -21,6 +21,9 @@ def pretrain(
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
     restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
     wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]")
+    ] = None,
 ) -> None:
     """Pretrain by a recipe, or go on with an interrupted run.
 
@@ -30,7 +33,7 @@ def pretrain(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from mimae.launch import processes
 
-    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait)
+    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
     raise typer.Exit(processes.pretrain(recipe, overrides or (), job))
 
 
@@ -57,14 +60,19 @@ def submit(
     """
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
-    from mimae.launch.submit import Pretraining, check_home, executor, minutes, runs
+    from mimae.launch.job import check_ranks
+    from mimae.launch.submit import Pretraining, check_home, check_time, executor, runs
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; legal is each seed once")
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    run = Path(load_recipe(recipe, overrides or ()).recipe.run.dir)
+    resolved = load_recipe(recipe, overrides or ()).recipe
+    check_ranks(resolved, nodes * gpus)
+    run = Path(resolved.run.dir)
     if not dry_run:
         run.mkdir(parents=True, exist_ok=True)
         check_home(run)
@@ -76,7 +84,7 @@ def submit(
         ntasks_per_node=1,
         gpus_per_node=gpus,
         cpus_per_task=cpus * gpus,
-        time=minutes(time),
+        time=check_time(time),
         partition=partition,
         account=account,
         qos=qos,

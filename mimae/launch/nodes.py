@@ -1,164 +1,267 @@
-"""Where the launchers of several nodes meet, and how they notice that one of them is gone.
+"""Where the launchers of a job's nodes meet, agree on each start of the ranks, and notice that one of them is gone.
 
-torch's rendezvous, with three things added: it says what it waits for; each node counts up in the shared store, and one
-whose count stands still is lost (no clocks are compared); and what went wrong is told by the node's name.
+Each launcher writes its state into a store, and counts up in it. One launcher leads: it holds the store, reads all
+states, and writes an order that all follow: gather, run, or end. No clocks are compared: a launcher whose count stands
+still is lost. States and orders are JSON, signed where the job has a secret (`messages`); a job of one node goes the
+same way, with a store inside of its launcher.
 """
 
 from __future__ import annotations
 
-import os
-import socket
+import secrets
 import time
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch.distributed import Store
-from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
-    RendezvousError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousTimeoutError,
-    rendezvous_handler_registry,
-)
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-BACKEND = "mimae"
-"""The name under which torch's launcher finds this rendezvous."""
+from mimae import messages
+from mimae.messages import MessageError
 
-_BEAT = 2.0
-"""Seconds between two counts of a node."""
+BEAT = 1.0
+"""Seconds between two counts of a launcher."""
 
+_FRESH = 10.0
+"""Seconds of silence after which a launcher that waits for the others does not count as there."""
 
-_AGAIN = "start the same command on each node, and the run goes on from its last checkpoint"
+_LEAVING = 5.0
+"""Seconds that the store's holder leaves the other launchers to read its last order."""
+
+_STRANGERS = 1000
+"""Launchers beyond the nodes of the job that may come, one after another, before that ends the run."""
+
+AGAIN = "start the same command on each node, and the run goes on from its last checkpoint"
 
 
-class NodeLost(RendezvousError):
+class NodeLost(Exception):
     """The nodes do not meet, or no longer; the text is for people."""
 
 
-def register() -> None:
-    """Makes the rendezvous known to torch's launcher."""
-    rendezvous_handler_registry.register(BACKEND, _meet)
+class State(NamedTuple):
+    """What a launcher does in a round: `ready`, `running`, `done`, `failed`, `mistake` (the user's) or `left`."""
+
+    kind: str
+    round: int
+    text: str = ""
 
 
-def _meet(parameters: RendezvousParameters) -> RendezvousHandler:
-    try:
-        backend, store = create_backend(parameters)
-    except RendezvousConnectionError as error:
-        raise NodeLost(
-            f"{parameters.endpoint}, where nodes meet, did not answer within {parameters.config['read_timeout']} s; "
-            "start the same command on each node"
-        ) from error
-    _bound_silence(parameters.endpoint, parameters.config["read_timeout"])
-    return _Nodes(create_handler(store, backend, parameters), store, parameters)
+class Order(NamedTuple):
+    """What all launchers are to do: `gather` for a round, `run` it, or `end` (`done`, `failed`, `mistake` or
+    `lost`)."""
+
+    kind: str
+    round: int = 0
+    members: tuple[tuple[str, int], ...] = ()
+    """The launchers of the round, by token, and the ranks of each; in the order of ranks."""
+    end: str = ""
+    text: str = ""
+
+    def ranks(self) -> int:
+        """Return the number of ranks of all members."""
+        return sum(ranks for _, ranks in self.members)
+
+    def first_rank(self, token: str) -> int | None:
+        """Return the number of the first rank of a member; None for a launcher that is none."""
+        first = 0
+        for member, ranks in self.members:
+            if member == token:
+                return first
+            first += ranks
+        return None
 
 
-def _bound_silence(endpoint: str, seconds: int) -> None:
-    """Ends this process's connections to the store when what was sent is not acknowledged for so long: where the
-    network is cut most of torch's requests would wait for ever, timeout or not."""
-    port = int(endpoint.rpartition(":")[2])
-    for descriptor in Path("/proc/self/fd").iterdir():
+class _Seen(NamedTuple):
+    """A launcher as the leader sees it."""
+
+    token: str
+    name: str
+    ranks: int
+    beat: int
+    state: State
+    heard: float
+    """When its count moved last, by the leader's clock."""
+
+
+class Nodes:
+    """A launcher's place at the meeting."""
+
+    def __init__(
+        self, store: Store, *, leads: bool, nodes: int, ranks: int, name: str, where: str, wait: float, restarts: int
+    ) -> None:
+        """`ranks`: of this node. `where`: the meeting point, for people. `wait`: seconds after which a launcher that
+        does not come, or of which nothing is heard, is lost. `restarts`: how often ranks may be started again."""
+        self.store, self.leads, self.nodes, self.ranks = store, leads, nodes, ranks
+        self.name, self.where, self.wait, self.restarts = name, where, wait, restarts
+        self.token = secrets.token_hex(16)
+        self.order = Order("gather")
+        self._state, self._beat, self._told = State("", -1), 0, -BEAT
+        self._seen: dict[int, _Seen] = {}
+        self._since = time.monotonic()
+        """When the leader began to gather the present round."""
+        self._place = self._guarded(lambda: self.store.add("launchers", 1) - 1)
+
+    def exchange(self, state: State) -> Order:
+        """Tell this launcher's state, and return the order that holds now. Raises NodeLost.
+
+        It is to be called often: the store is asked once in BEAT seconds, or when the state is another.
+        """
+        now = time.monotonic()
+        if state == self._state and now - self._told < BEAT:
+            return self.order
+        self._state, self._told = state, now
+        return self._guarded(self._exchange)
+
+    def leave(self, text: str = "") -> None:
+        """Tell the others that this launcher ends. The leader's end is the run's."""
         try:
-            with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
-                if connection.getpeername()[1] == port:
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
-        except OSError:
-            continue  # No socket, or not connected.
+            if not self.leads:
+                self._tell(State("left", self._state.round, text))
+                return
+            if self.order.kind != "end":
+                self._give(Order("end", self.order.round, self.order.members, "failed", text or f"{self.name} ended"))
+            end = time.monotonic() + _LEAVING
+            while time.monotonic() < end:
+                self._look()
+                others = [seen for seen in self._seen.values() if seen.token != self.token]
+                if all(seen.state.kind == "left" or time.monotonic() - seen.heard > _FRESH for seen in others):
+                    return
+                time.sleep(0.1)
+        except (RuntimeError, MessageError, NodeLost):
+            pass  # The others see that it is gone.
 
-
-class _Nodes(RendezvousHandler):
-    """See the top of the file."""
-
-    def __init__(self, inner: RendezvousHandler, store: Store, parameters: RendezvousParameters) -> None:
-        self.inner, self.store = inner, store
-        self.nodes, self.endpoint = parameters.max_nodes, parameters.endpoint
-        self.wait = int(parameters.config["join_timeout"])
-        self.name = f"{socket.gethostname()} ({parameters.local_addr})"
-        self.came: dict[str, int] = {}
-        """Nodes of the last round, and how often each had come until then."""
-        self.is_reachable = True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Waits for all nodes. Raises NodeLost after `wait` seconds, naming who was there before and did not come."""
-        if self.nodes > 1:
-            again = ", after a rank or a node was lost" if self.came else ""
-            print(f"waiting up to {self.wait} s for {self.nodes} nodes at {self.endpoint}{again}", flush=True)
+    def _guarded(self, action: Any) -> Any:
         try:
-            self.store.add(f"came/{self.name}", 1)
-            found = self.inner.next_rendezvous()
-            self._introduce(found)
-        except RendezvousTimeoutError as error:
-            missing = [name for name, times in self.came.items() if self.store.add(f"came/{name}", 0) == times]
-            who = f"{', '.join(missing)} did not come" if missing else f"fewer than {self.nodes} nodes came"
+            return action()
+        except MessageError as error:
             raise NodeLost(
-                f"{who} to {self.endpoint} within {self.wait} s (nodes whose clocks differ by more than 15 s do not "
-                f"see each other either); {_AGAIN}"
+                f"{self.where}, where the nodes meet, holds something else than this job: {error}"
             ) from error
-        except (RendezvousError, RuntimeError) as error:
-            raise self._unreachable() from error
-        return found
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise NodeLost(
+                f"{self.where}, where the nodes meet, does not answer: the node ended the run, or it, or the network "
+                f"on the way, is down; {AGAIN}"
+            ) from error
 
-    def _introduce(self, found: RendezvousInfo) -> None:
-        """Learns who the others of this round are."""
-        self.round, self.rank = found.store, found.rank
-        self.round.set(f"beat/{self.rank}", "0")
-        self.round.set(f"name/{self.rank}", self.name)
-        ranks = range(found.world_size)
-        self.names = [name.decode() for name in self.round.multi_get([f"name/{rank}" for rank in ranks])]
-        self.came = {name: self.store.add(f"came/{name}", 0) for name in self.names}
-        self.beats, self.last_beat = [b""] * found.world_size, 0.0
-        self.heard = [time.monotonic()] * found.world_size
+    def _exchange(self) -> Order:
+        self._tell(self._state)
+        if self.leads:
+            self._look()
+            self._lead()
+        elif self.store.check(["order"]):
+            told = _read(self.store, "order")
+            if not _is_order(told):
+                raise MessageError("the message order is none of a launcher")
+            members = tuple((token, ranks) for token, ranks in told[2])
+            self.order = Order(told[0], told[1], members, told[3], _printable(told[4]))
+        return self.order
 
-    def num_nodes_waiting(self) -> int:
-        """Asked again and again while the ranks are at work. Raises NodeLost."""
-        try:
-            if time.monotonic() - self.last_beat > _BEAT:
-                self._beat()
-            return self.inner.num_nodes_waiting()
-        except NodeLost:
-            raise
-        except (RendezvousError, RuntimeError) as error:
-            raise self._unreachable() from error
+    def _tell(self, state: State) -> None:
+        self._beat += 1
+        place = f"launcher/{self._place}"
+        self.store.set(place, messages.pack([self.token, self.name, self.ranks, self._beat, *state], place))
 
-    def _beat(self) -> None:
-        """Counts up, and looks who else did."""
-        self.round.add(f"beat/{self.rank}", 1)
-        beats = self.round.multi_get([f"beat/{rank}" for rank in range(len(self.names))])
-        self.last_beat = now = time.monotonic()
-        for rank, name in enumerate(self.names):
-            if beats[rank] != self.beats[rank]:
-                self.heard[rank] = now
-            elif now - self.heard[rank] > self.wait:
-                raise NodeLost(
-                    f"nothing was heard of {name} for {self.wait} s: it, or the network on the way, is down; {_AGAIN}"
+    def _give(self, order: Order) -> None:
+        self.order = order
+        self.store.set("order", messages.pack(order, "order"))
+
+    def _look(self) -> None:
+        """Read the states of all launchers that ever came."""
+        count = self.store.add("launchers", 0)
+        if count > self.nodes + _STRANGERS:
+            raise MessageError(f"{count} launchers came for {self.nodes} nodes")
+        for place in range(count):
+            key = f"launcher/{place}"
+            if not self.store.check([key]):
+                continue
+            told = _read(self.store, key)
+            if not _is_state(told):
+                raise MessageError(f"the message {key} is none of a launcher")
+            token, name, ranks, beat, kind, number, text = told
+            state = State(kind, number, _printable(text))
+            before = self._seen.get(place)
+            moved = before is None or beat != before.beat
+            heard = time.monotonic() if moved or before is None else before.heard
+            self._seen[place] = _Seen(token, _printable(name), ranks, beat, state, heard)
+
+    def _lead(self) -> None:
+        """Give the next order, if it is time for one. Raises NodeLost, which ends the run for all."""
+        now, order = time.monotonic(), self.order
+        if order.kind == "gather":
+            self._gather(now)
+        elif order.kind == "run":
+            self._watch(now)
+        elif order.kind == "end":
+            self._give(order)
+
+    def _gather(self, now: float) -> None:
+        order = self.order
+        there = [
+            seen
+            for seen in self._seen.values()
+            if seen.state[:2] == ("ready", order.round) and now - seen.heard < max(_FRESH, 3 * BEAT)
+        ]
+        if len(there) >= self.nodes:
+            there.sort(key=lambda seen: (seen.token != self.token, seen.name, seen.token))
+            members = tuple((seen.token, seen.ranks) for seen in there[: self.nodes])
+            self._give(Order("run", order.round, members))
+        elif now - self._since > self.wait:
+            came = {seen.token for seen in there}
+            before = [token for token, _ in order.members]
+            missing = [seen.name for seen in self._seen.values() if seen.token in before and seen.token not in came]
+            who = f"{', '.join(missing)} did not come" if missing else f"fewer than {self.nodes} nodes came"
+            self._lose(f"{who} to {self.where} within {self.wait:.0f} s; {AGAIN}")
+        else:
+            self._give(order)
+
+    def _watch(self, now: float) -> None:
+        order = self.order
+        tokens = [token for token, _ in order.members]
+        members = [seen for seen in self._seen.values() if seen.token in tokens]
+        for seen in members:
+            if now - seen.heard > max(self.wait, 3 * BEAT):
+                self._lose(
+                    f"nothing was heard of {seen.name} for {self.wait:.0f} s: it, or the network on the way, is down; "
+                    f"{AGAIN}"
                 )
-        self.beats = beats
+        states = [seen.state for seen in members]
+        wrong = [state for state in states if state.kind in ("mistake", "failed", "left") and state.text]
+        if mistakes := [state for state in states if state.kind == "mistake"]:
+            self._give(Order("end", order.round, order.members, "mistake", mistakes[0].text))
+        elif any(state.kind == "left" for state in states):
+            self._give(Order("end", order.round, order.members, "failed", wrong[0].text if wrong else "a node ended"))
+        elif any(state == ("failed", order.round, state.text) for state in states):
+            if order.round < self.restarts:
+                self._since = now
+                self._give(Order("gather", order.round + 1, order.members))
+            else:
+                self._give(Order("end", order.round, order.members, "failed", wrong[0].text if wrong else ""))
+        elif all(state[:2] == ("done", order.round) for state in states):
+            self._give(Order("end", order.round, order.members, "done"))
 
-    def _unreachable(self) -> NodeLost:
-        self.is_reachable = False
-        return NodeLost(
-            f"{self.endpoint}, where the nodes meet, does not answer: the node ended the run, or it, or the network on "
-            f"the way, is down; {_AGAIN}"
-        )
+    def _lose(self, text: str) -> None:
+        self._give(Order("end", self.order.round, self.order.members, "lost", text))
 
-    def shutdown(self) -> bool:
-        return self.is_reachable and self.inner.shutdown()
 
-    def get_backend(self) -> str:
-        return BACKEND
+def _read(store: Store, key: str) -> Any:
+    return messages.unpack(store.get(key), key)
 
-    @property
-    def use_agent_store(self) -> bool:
-        # In the store that the agents keep, ranks that are started again would find the addresses of dead ones.
-        return False
 
-    def is_closed(self) -> bool:
-        return self.inner.is_closed()
+def _is_state(told: Any) -> bool:
+    return isinstance(told, list) and _fits(told, (str, str, int, int, str, int, str)) and told[2] > 0
 
-    def set_closed(self) -> None:
-        self.inner.set_closed()
 
-    def get_run_id(self) -> str:
-        return self.inner.get_run_id()
+def _is_order(told: Any) -> bool:
+    return (
+        isinstance(told, list)
+        and _fits(told, (str, int, list, str, str))
+        and all(isinstance(each, list) and _fits(each, (str, int)) for each in told[2])
+    )
+
+
+def _fits(values: list[Any], types: Iterable[type]) -> bool:
+    return [type(value) for value in values] == list(types)
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would obey in a text of another process."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

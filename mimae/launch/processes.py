@@ -1,81 +1,62 @@
-"""The processes of a run: one for each GPU of this machine, joined with those of others; or a rank of a job that
-torchrun or SLURM started.
+"""The launcher: the processes of a run on this machine, which it starts again when one of them died.
 
-The processes are torch.distributed's elastic agent's. It starts them again after one of them died, and the run goes on
-from its last checkpoint. Each leaves a note of how it ended, and this process tells the one that matters.
+A run then goes on from its last checkpoint. Ranks leave notes of how they ended, and the launcher tells the one that
+matters. On one machine nothing of a run can be reached from another: ranks meet in a file of a private folder, and
+listen on the loopback alone. Several machines meet through `nodes`.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import fcntl
-import json
-import logging
 import os
-import re
 import signal
 import socket
-import struct
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mimae.errors import EXIT_MISTAKE, EXIT_SAVED, UserError
-from mimae.faults.watchdog import Hangs
-from mimae.files import write_atomically
+import torch.distributed as dist
+
+from mimae import messages, place
+from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
+from mimae.faults.signals import handled
+from mimae.launch import network, notes, slurm
+from mimae.launch.hangs import Hangs
+from mimae.launch.job import Job, check_ranks, default_job
+from mimae.launch.nodes import AGAIN, NodeLost, Nodes, Order, State
+from mimae.launch.notes import Note
+from mimae.launch.rank import ATTEMPT
+from mimae.text import say
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
-PORT = 29_400
-"""Where nodes meet when --rendezvous or SLURM names a host alone."""
+__all__ = ["Job", "default_job", "pretrain"]
 
-_PATIENCE = 2.0
-"""Seconds between two looks at whether the launcher still lives."""
+RANK = "mimae.launch.rank"
+"""The module that is run as each rank."""
 
+_LOOK = 0.1
+"""Seconds between two looks at the ranks."""
 
-_SIOCGIFADDR = 0x8915
-"""Linux: ask for the address of an interface."""
-
-
-class Job(NamedTuple):
-    """Which processes: `ranks` on this node, of `nodes` that meet at `rendezvous` (host:port)."""
-
-    ranks: int
-    nodes: int = 1
-    rendezvous: str | None = None
-    restarts: int = 3
-    wait: int = 300
-    """Seconds after which a node that does not come, or of which nothing is heard, is lost."""
-
-
-class Note(NamedTuple):
-    """How a rank ended: done, saved (on a signal), mistake (the user's) or error, with what to tell of the last
-    two."""
-
-    kind: str
-    rank: int
-    attempt: int
-    time: float
-    text: str = ""
-    summary: str = ""
+_STOPPING = 30.0
+"""Seconds in which a rank ends after SIGTERM, before it is killed."""
 
 
 def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
-    """Runs a recipe in the processes of `job`, or as the rank that this process already is; returns the exit code.
+    """Run a recipe in the processes of `job`, or as the rank that this process already is; return the exit code.
 
     Raises UserError.
     """
-    joined = "RANK" in os.environ or join_slurm(os.environ)
-    if joined or job.ranks * job.nodes == 1:
+
+    if not os.environ.get("RANK"):
+        slurm.join(os.environ, slurm.has_terminal())
+    if place.find() is not None or job.ranks * job.nodes == 1:
         import mimae
 
         outcome = mimae.pretrain(recipe, *overrides)
@@ -84,290 +65,259 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
     from mimae.config.load import load_recipe
 
     # A mistake in the recipe is told before any process starts.
-    return _launch(recipe, overrides, job, load_recipe(recipe, overrides).recipe)
-
-
-def default_job(ranks: int | None, nodes: int, rendezvous: str | None, restarts: int, wait: int = 300) -> Job:
-    """What the command line leaves open: a rank for each GPU, one where there is none; under SLURM with a task a node,
-    its nodes. Raises UserError for what does not go together."""
-    import torch
-
-    if nodes == 1 and rendezvous is None and "RANK" not in os.environ:
-        nodes, rendezvous = _slurm_nodes(os.environ)
-    if (nodes > 1) != (rendezvous is not None):
-        raise UserError(
-            "--nodes and --rendezvous go together: on each of the nodes the same command with --nodes N "
-            "--rendezvous HOST:PORT, HOST being one of them"
-        )
-    if rendezvous is not None and not re.fullmatch(r"[^:\s]+(:\d+)?", rendezvous):
-        raise UserError(f"--rendezvous {rendezvous}: legal is HOST:PORT, or HOST (port {PORT})")
-    return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts, wait)
-
-
-# SLURM
-
-
-def join_slurm(environment: dict[str, str] | os._Environ[str]) -> bool:
-    """Whether srun started this process as one of several ranks; then gives it the variables that torchrun sets."""
-    # A batch script has a task number too, but no step.
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "SLURM_PROCID" not in environment or tasks == 1 or _slurm_nodes(environment)[0] > 1:
-        return False
-    hosts = _hosts(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
-    counts = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1")))
-    environment |= {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(counts[int(environment.get("SLURM_NODEID", "0"))]),
-        "MASTER_ADDR": hosts[0],
-        "MASTER_PORT": str(_slurm_port(environment)),
-    }
-    return True
-
-
-def _slurm_nodes(environment: Mapping[str, str]) -> tuple[int, str | None]:
-    """Nodes and meeting point, where srun started one task on each of several nodes."""
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "SLURM_PROCID" not in environment or nodes == 1 or nodes != tasks:
-        return 1, None
-    hosts = _hosts(environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"]))
-    return nodes, f"{hosts[0]}:{_slurm_port(environment)}"
-
-
-def _slurm_port(environment: Mapping[str, str]) -> int:
-    """The same on all nodes of a job, another for another job."""
-    return 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
-
-
-def _hosts(nodelist: str) -> list[str]:
-    """The names in SLURM's short form: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
-    hosts = []
-    for prefix, inside, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodelist):
-        for part in inside.split(",") if inside else [""]:
-            first, _, last = part.partition("-")
-            numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if last else [first]
-            hosts += [prefix + number + suffix for number in numbers]
-    return hosts
-
-
-def _tasks_per_node(short: str) -> list[int]:
-    """`4(x2),3` -> 4, 4, 3."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", short)
-    return [int(count) for count, times in parts for _ in range(int(times or 1))]
-
-
-# The launcher
-
-
-def _launch(recipe: str, overrides: Sequence[str], job: Job, resolved: Recipe) -> int:
-    """Starts the ranks, passes signals on to them, and returns the exit code of what became of them."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from mimae.launch import nodes
-
-    nodes.register()
-    for talker in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(talker).setLevel(logging.CRITICAL)  # What they would say is told below.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.ranks)))
-    # Otherwise ranks that are started again find, in the store that torch's agent keeps, the addresses of dead ones.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    address, rendezvous = _addresses(job)
+    resolved = load_recipe(recipe, overrides).recipe
+    if job.nodes == 1:  # The others may have other numbers of ranks.
+        check_ranks(resolved, job.ranks)
     with tempfile.TemporaryDirectory(prefix="mimae-") as folder:
-        notes = Path(folder)
-        config = LaunchConfig(
-            min_nodes=job.nodes,
-            max_nodes=job.nodes,
-            nproc_per_node=job.ranks,
-            run_id="mimae",
-            rdzv_backend=nodes.BACKEND,
-            rdzv_endpoint=_meeting(job),
-            rdzv_configs=rendezvous,
-            local_addr=address,
-            max_restarts=job.restarts,
-            monitor_interval=0.5,
-            signals_to_handle="SIGHUP",  # The others are for the ranks: the agent would kill them while they save.
-        )
-        failed = None
-        with _passing_signals(notes), Hangs(Path(resolved.run.dir), lambda: _processes(notes)) as hangs:
-            try:
-                elastic_launch(config, _rank)(recipe, list(overrides), str(notes), os.getpid())
-            except ChildFailedError as error:
-                failed = error.get_first_failure()
-            except nodes.NodeLost as error:
-                print(f"mimae: {error}", file=sys.stderr)
-                return 1
-        found = _read(notes)
-        kinds = {note.kind for note in found}
-        # Where a signal came before any rank had begun, there is nothing to save.
-        if "saved" in kinds or ((notes / "stop").exists() and not kinds):
-            return EXIT_SAVED
-        if failed is None and not kinds & {"mistake", "error"}:
-            return 0
-        if failed is None:  # Told to stop, ranks failed; those that the agent then started again had nothing to do.
-            return _tell(found, found[0].rank, 1, partial(_advice, resolved, job))
-        if failed[1].pid in hangs.ended:
-            print(
-                "mimae: the run hung, as told above; the same command goes on from the last checkpoint", file=sys.stderr
-            )
+        return _Launcher([recipe, *overrides], job, resolved, Path(folder)).run()
+
+
+class _Failure(NamedTuple):
+    """The rank that failed first, as far as the launcher saw it."""
+
+    rank: int
+    pid: int
+    code: int
+
+
+class _Ranks:
+    """This node's ranks of one attempt."""
+
+    def __init__(self) -> None:
+        self.started: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, rank: int, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        """Start a rank in a Python that finds the modules which this one finds."""
+        environment = environment | {"PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
+        command = [sys.executable, "-P", "-m", RANK, *arguments]
+        self.started[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: process.pid for rank, process in self.started.items()}
+
+    def is_done(self) -> bool:
+        """Whether all of them ended well."""
+        return all(process.poll() == 0 for process in self.started.values())
+
+    def failure(self, found: Sequence[Note]) -> _Failure | None:
+        """Return the rank that failed, if any did. Of several, one that a signal killed is the cause of the others'
+        errors; else the one whose note is the first."""
+        times = {note.rank: note.time for note in found}
+        failed = [
+            _Failure(rank, process.pid, process.returncode)
+            for rank, process in self.started.items()
+            if process.poll() not in (None, 0)
+        ]
+        return min(failed, key=lambda each: (each.code >= 0, times.get(each.rank, 0.0)), default=None)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the ranks that live."""
+        for process in list(self.started.values()):
+            process.send_signal(number)
+
+    def end(self, meanwhile: Callable[[], None]) -> None:
+        """End the ranks that live: by SIGTERM, or after a while by SIGKILL."""
+        self.send(signal.SIGTERM)
+        end = time.monotonic() + _STOPPING
+        while any(process.poll() is None for process in self.started.values()):
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+            time.sleep(_LOOK)
+            meanwhile()
+
+
+class _Launcher:
+    """One call of `mimae pretrain` on one machine."""
+
+    def __init__(self, command: list[str], job: Job, recipe: Recipe, folder: Path) -> None:
+        self.command, self.job, self.recipe, self.folder = command, job, recipe, folder
+        self.ranks, self.hangs = _Ranks(), Hangs(Path(recipe.run.dir))
+        self.failure: _Failure | None = None
+        self.attempt = 0
+        self.began, self.looked = time.monotonic(), 0.0
+        self.environment = dict(os.environ)
+        for left_over in ("MASTER_ADDR", "MASTER_PORT"):
+            self.environment.pop(left_over, None)
+        cores = len(os.sched_getaffinity(0))
+        self.environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.ranks)))
+
+    def run(self) -> int:
+        """Start the ranks, pass signals on to them, and return the exit code of what became of them."""
+        try:
+            nodes = self._meet()
+            with handled(self._pass_on):
+                last = self._follow(nodes)
+        except NodeLost as lost:
+            say(f"mimae: {lost}", error=True)
             return 1
-        return _tell(found, failed[0], failed[1].exitcode, partial(_advice, resolved, job))
+        return self._verdict(last)
 
+    def _meet(self) -> Nodes:
+        """Join the other nodes. Raises UserError, NodeLost."""
+        job, name = self.job, socket.gethostname()
+        if job.secret is not None:
+            os.environ[messages.SECRET] = self.environment[messages.SECRET] = job.secret
+        if job.meeting is None:
+            # Whatever the user has set for a cluster's network.
+            self.environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+            store, leads, where = dist.HashStore(), True, "this machine"
+            self.store = f"file:{self.folder}/store-"
+        else:
+            way = network.find_way(job.meeting)
+            # gloo would take the interface of the address that this machine's name stands for, or the loopback.
+            self.environment.setdefault("GLOO_SOCKET_IFNAME", way.interface)
+            if way.interface == "lo":
+                self.environment["NCCL_SOCKET_IFNAME"] = "=lo"
+            where, name = job.meeting, f"{name} ({way.own})"
+            self.store = f"tcp:{way.host}:{way.port}:round-"
+            try:
+                store, leads = network.open_store(way, job.wait)
+            except RuntimeError as error:
+                raise NodeLost(
+                    f"{where}, where nodes meet, did not answer within {job.wait} s; {AGAIN.partition(',')[0]}"
+                ) from error
+        return Nodes(
+            store,
+            leads=leads,
+            nodes=job.nodes,
+            ranks=job.ranks,
+            name=name,
+            where=where,
+            wait=job.wait,
+            restarts=job.restarts,
+        )
 
-def _meeting(job: Job) -> str:
-    if job.rendezvous is None:
-        return "localhost:0"
-    return job.rendezvous if ":" in job.rendezvous else f"{job.rendezvous}:{PORT}"
-
-
-def _addresses(job: Job) -> tuple[str, dict[str, Any]]:
-    """The address by which the other nodes reach this one, which is that of the way to the meeting point, and how the
-    meeting is set up. Raises UserError."""
-    waits = {"join_timeout": job.wait, "read_timeout": job.wait}
-    if job.rendezvous is None:
-        return "localhost", waits
-    host, _, port = _meeting(job).partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    def _follow(self, nodes: Nodes) -> Order:
+        """Do what the orders say until the run ends, and return the last one. Raises NodeLost."""
+        state = State("new", -1)
         try:
-            probe.connect((host, int(port)))  # No packet is sent.
-        except OSError as error:
-            raise UserError(f"--rendezvous {host}:{port} cannot be reached from here: {error.strerror}") from error
-        own, meeting = probe.getsockname()[0], probe.getpeername()[0]
-        if own.startswith("127."):
-            if host not in (meeting, "localhost"):
-                raise UserError(f"--rendezvous {host} is {meeting} here, where no other finds it: give its address")
-            return own, waits  # All on one machine: who comes first holds the store.
-        # gloo would take the interface of the address that this machine's name stands for, or the loopback.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(probe, own))
-    return own, waits | {"is_host": own == meeting}
+            while (order := self._order(nodes, state)).kind != "end":
+                if notes.is_asked_to_stop(self.folder) and state.kind not in ("running", "done"):
+                    break
+                state = self._obey(nodes, order, state)
+                time.sleep(_LOOK)
+            return order
+        finally:
+            self.ranks.end(meanwhile=lambda: None)
+            nodes.leave(f"{nodes.name} ended: {state.text or 'it was asked to stop'}")
 
-
-def _interface(probe: socket.socket, address: str) -> str:
-    """The network interface that has an address. Raises UserError."""
-    for _, name in socket.if_nameindex():
+    def _order(self, nodes: Nodes, state: State) -> Order:
         try:
-            found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-        except OSError:
-            continue  # It has none.
-        if socket.inet_ntoa(found[20:24]) == address:
-            return name
-    raise UserError(f"{address}, the way to --rendezvous, is not the first address of a network interface")
+            return nodes.exchange(state)
+        except NodeLost:
+            if state.kind == "done":  # Another node may have ended a moment before this one.
+                return Order("end", state.round, end="done")
+            raise
 
+    def _obey(self, nodes: Nodes, order: Order, state: State) -> State:
+        """Do the next thing that an order asks for, and return the state after it. Raises NodeLost."""
+        if order.kind == "gather" and order.round > state.round:
+            self.ranks.end(meanwhile=partial(nodes.exchange, state))
+            if self.job.nodes > 1:
+                again = ", after a rank or a node was lost" if order.round else ""
+                say(f"waiting up to {self.job.wait} s for {self.job.nodes} nodes at {nodes.where}{again}")
+            return State("ready", order.round)
+        if order.kind == "run" and state.kind in ("new", "ready"):
+            first = order.first_rank(nodes.token)
+            if first is not None and order.round == state.round:
+                return self._start(order, first)
+            if time.monotonic() - self.began > self.job.wait:
+                raise NodeLost(f"the {self.job.nodes} nodes of the run at {nodes.where} are there already")
+        if state.kind == "running":
+            return self._watch(nodes, state)
+        return state
 
-@contextmanager
-def _passing_signals(notes: Path) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C reach every rank as SIGTERM, to save and stop; a second Ctrl-C ends at once."""
-    stop = notes / "stop"
+    def _start(self, order: Order, first: int) -> State:
+        self.failure, self.ranks, self.attempt = None, _Ranks(), order.round
+        for local in range(self.job.ranks):
+            variables = {
+                "RANK": str(first + local),
+                "WORLD_SIZE": str(order.ranks()),
+                "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(self.job.ranks),
+                place.STORE: f"{self.store}{order.round}",
+                ATTEMPT: str(order.round),
+            }
+            arguments = [str(self.folder), str(os.getpid()), *self.command]
+            self.ranks.start(first + local, arguments, self.environment | variables)
+        return State("running", order.round)
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.exists():
+    def _watch(self, nodes: Nodes, state: State) -> State:
+        """Look at the ranks; where one has failed, end the others."""
+        if self.ranks.is_done():
+            return state._replace(kind="done")
+        found = notes.read(self.folder, state.round)
+        self.failure = self.ranks.failure(found)
+        if self.failure is not None or time.monotonic() - self.looked > 1:
+            self.hangs.look(self.ranks.pids)
+            self.looked = time.monotonic()
+        if self.failure is None:
+            return state
+        self.ranks.end(meanwhile=partial(nodes.exchange, state))
+        if mistakes := [note.text for note in found if note.kind == "mistake"]:
+            return state._replace(kind="mistake", text=mistakes[0])
+        return state._replace(kind="failed", text=f"{nodes.name}: {_summary(self.failure, found)}")
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        """Hand a signal on to every rank as SIGTERM, to save and stop; a second Ctrl-C ends all at once."""
+        if number == signal.SIGINT and notes.is_asked_to_stop(self.folder):
             raise KeyboardInterrupt
-        stop.touch()
-        for pid in _processes(notes).values():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        notes.ask_to_stop(self.folder)  # for the ranks that have not begun
+        self.ranks.send(signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _verdict(self, last: Order) -> int:
+        """Tell what ended the run, and return the exit code."""
+        found = notes.read(self.folder, self.attempt)
+        kinds = {note.kind for note in found}
+        if "saved" in kinds:
+            return EXIT_SAVED
+        was_early = not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM)
+        if notes.is_asked_to_stop(self.folder) and "done" not in kinds and was_early:
+            return EXIT_SAVED  # Nothing was to be saved: a rank had not begun yet.
+        if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake")):
+            say(f"mimae: {last.text}", error=True)
+            return EXIT_MISTAKE if last.end == "mistake" else 1
+        if self.failure is None:
+            return 0
+        if self.failure.pid in self.hangs.ended:
+            say("mimae: the run hung, as told above; the same command goes on from the last checkpoint", error=True)
+            return 1
+        return _tell(found, self.failure.rank, self.failure.code, self._advice)
+
+    def _advice(self) -> str:
+        from mimae.faults.shortage import advice
+
+        return advice(self.recipe, self.job.ranks * self.job.nodes, self.job.ranks)
 
 
-def _processes(notes: Path) -> dict[int, int]:
-    """Process ids by rank, of this node's last attempt."""
-    return {int(file.name[4:]): int(file.read_text()) for file in notes.glob("pid-*")}
+def _summary(failure: _Failure, found: Sequence[Note]) -> str:
+    """Say in a line how a rank failed, for the other nodes."""
+    if failure.code < 0:
+        return f"rank {failure.rank} was ended by {signal.Signals(-failure.code).name}"
+    said = next((note.summary for note in found if note.kind == "error"), f"exit code {failure.code}")
+    return f"rank {failure.rank} failed: {said}"
 
 
-def _advice(recipe: Recipe, job: Job) -> str:
-    from mimae.faults.shortage import advice
-
-    return advice(recipe, job.ranks * job.nodes, job.ranks)
-
-
-def _tell(found: list[Note], rank: int, code: int, advice: Callable[[], str]) -> int:
-    """Prints what ended the run, once, and returns the exit code; with `advice` where memory may have run out. The rank
+def _tell(found: Sequence[Note], rank: int, code: int, advice: Callable[[], str]) -> int:
+    """Print what ended the run, once, and return the exit code; with `advice` where memory may have run out. The rank
     that failed first may have been killed, and left no note; what its peers say then is that they lost it."""
     if mistakes := [note for note in found if note.kind == "mistake"]:
-        print(f"mimae: {mistakes[0].text}", file=sys.stderr)
+        say(f"mimae: {mistakes[0].text}", error=True)
         return EXIT_MISTAKE
     if code < 0:
         name = signal.Signals(-code).name
         was_killed = -code == signal.SIGKILL
         hint = ": most often because the machine's memory ran out" if was_killed else ""
-        print(
+        say(
             f"mimae: rank {rank} was ended by {name}{hint}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
+            error=True,
         )
         if was_killed:
-            print(advice(), file=sys.stderr)
+            say(advice(), error=True)
     elif errors := [note for note in found if note.kind == "error"]:
-        print(f"mimae: rank {errors[0].rank} failed first:\n{errors[0].text}", file=sys.stderr)
+        say(f"mimae: rank {errors[0].rank} failed first:\n{errors[0].text}", error=True)
     else:
-        print(f"mimae: rank {rank} ended with exit code {code} and no word", file=sys.stderr)
+        say(f"mimae: rank {rank} ended with exit code {code} and no word", error=True)
     return 1
-
-
-def _read(notes: Path) -> list[Note]:
-    """The notes of the last attempt, the earliest first."""
-    found = [Note(**json.loads(file.read_text())) for file in notes.glob("note-*.json")]
-    last = max((note.attempt for note in found), default=0)
-    return sorted(
-        (note for note in found if note.attempt == last or note.kind == "mistake"), key=lambda note: note.time
-    )
-
-
-# A rank
-
-
-def _rank(recipe: str, overrides: list[str], folder: str, launcher: int) -> None:
-    """What the agent runs as each rank."""
-    notes, rank = Path(folder), int(os.environ["RANK"])
-    if any(note.kind == "mistake" for note in _read(notes)):
-        sys.exit(EXIT_MISTAKE)  # The agent starts ranks again whatever they died of; a mistake stays one.
-    # Until the run takes the signals itself: Ctrl-C reaches the whole group, and is the launcher's to pass on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR2)
-    threading.Thread(target=_save_when_alone, args=(launcher,), daemon=True).start()
-    write_atomically(notes / f"pid-{rank}", str(os.getpid()))
-    if (notes / "stop").exists():  # Whoever stops looks for this number, or this rank finds the word.
-        return
-    if rank == 0 and (attempt := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
-        print(f"start {attempt + 1}, after a rank was lost{_last_words(notes)}", flush=True)
-    try:
-        import mimae
-
-        outcome = mimae.pretrain(recipe, *overrides)
-    except UserError as mistake:
-        _leave(notes, "mistake", str(mistake))
-        sys.exit(EXIT_MISTAKE)
-    except BaseException as error:
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
-        _leave(notes, "error", traceback.format_exc(), summary[:120])
-        sys.exit(1)
-    if os.getppid() != launcher:
-        os._exit(EXIT_SAVED)  # torch's agent would have let it go; without one it would wait for that for ever.
-    _leave(notes, "saved" if outcome.saved_on_signal else "done")
-
-
-def _last_words(notes: Path) -> str:
-    """What was raised first in the attempt before."""
-    errors = [note for note in _read(notes) if note.kind == "error"]
-    return f"; its peers, or it, said {errors[0].summary}" if errors else ""
-
-
-def _leave(notes: Path, kind: str, text: str = "", summary: str = "") -> None:
-    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    note = Note(kind, rank, attempt, time.time(), text, summary)
-    write_atomically(notes / f"note-{attempt}-{rank}.json", json.dumps(note._asdict()))
-
-
-def _save_when_alone(launcher: int) -> None:
-    """A rank whose launcher was killed saves and ends, as all of them do."""
-    while os.getppid() == launcher:
-        time.sleep(_PATIENCE)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -19,7 +19,10 @@ from mimae.errors import EXIT_SAVED, UserError
 from mimae.files import Folder
 
 GRACE_SECONDS = 180
-"""Between SLURM's signal and the end of the job: time to save."""
+"""Seconds between SLURM's signal and the end of the job: time to save."""
+
+SHORTEST = GRACE_SECONDS // 60 + 2
+"""Minutes that a job lasts at least: those after the signal, and some to start and train in."""
 
 
 class Pretraining(NamedTuple):
@@ -43,7 +46,7 @@ class Pretraining(NamedTuple):
 
 
 def minutes(time: str) -> int:
-    """SLURM's forms of a time, rounded up: `90` (minutes), `12:00:00`, `2-00`, `1-12:30:00`. Raises UserError."""
+    """Read SLURM's forms of a time, rounded up: `90` (minutes), `12:00:00`, `2-00`, `1-12:30:00`. Raises UserError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise UserError(f"--time {time}: legal are minutes, HH:MM:SS and D-HH[:MM[:SS]]")
@@ -55,6 +58,16 @@ def minutes(time: str) -> int:
     else:
         seconds = int(first) * 60 + int(second or 0)
     return -(-seconds // 60)
+
+
+def check_time(time: str) -> int:
+    """Return a job's minutes. Raises UserError where it would end before it trains."""
+    if minutes(time) < SHORTEST:
+        raise UserError(
+            f"--time {time}: SLURM's signal to save comes {GRACE_SECONDS} s before the end of a job, and starting "
+            f"takes a while; legal are {SHORTEST} minutes or more"
+        )
+    return minutes(time)
 
 
 def executor(folder: Path, container: str | None, is_dry: bool, **parameters: Any) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
@@ -23,19 +21,18 @@ def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
     """
     if recipe.data.loader != "auto":
         return recipe, "as the recipe says"
-    said = [("", "")]
+    said = ("", "")
     if distributed.rank() == 0:
         known = Path(recipe.run.dir) / "config.yaml"
         if known.exists():
-            said = [(load_recipe(known).recipe.data.loader, "as the run was started")]
+            said = load_recipe(known).recipe.data.loader, "as the run was started"
         else:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
             rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
             failed = "".join(f"; {name} left out: {why}" for name, why in choice.failed.items())
-            said = [(choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here")]
-    dist.broadcast_object_list(said)
-    ((loader, reason),) = said
+            said = choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here"
+    loader, reason = distributed.gather_objects(said)[0]
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason
 
 

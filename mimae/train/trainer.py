@@ -26,8 +26,9 @@ from mimae.engines.base import M
 from mimae.engines.make import check_machine, setup_of
 from mimae.errors import CheckpointError, RunError
 from mimae.faults import shortage
-from mimae.faults.guards import NonFinite, Signals
 from mimae.faults.lock import Hold, lock
+from mimae.faults.nonfinite import NonFinite
+from mimae.faults.signals import Signals
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.optim.optimizer import StepResult
 from mimae.optim.schedule import schedule_factor, total_steps
@@ -39,6 +40,7 @@ from mimae.telemetry.memory import memory
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import resume
 from mimae.train.epoch import EpochSums
+from mimae.train.start import check_process, hints
 from mimae.train.task import Result, Task
 
 
@@ -77,6 +79,7 @@ def train(task: Task[Any]) -> Outcome:
     that runs out, ten non-finite steps in a row.
     """
     recipe = task.recipe
+    check_process(recipe)
     task.check()
     limits = recipe.run.first_step_timeout, recipe.run.step_timeout
     device = distributed.setup(patience(*limits))
@@ -447,6 +450,8 @@ class Trainer(Generic[M]):
             f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
             f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.loader_reason}"
         )
+        for hint in hints(recipe, self.steps, self.per_epoch):
+            self.telemetry.message(hint)
         if recipe.data.cache is not None:
             self.telemetry.message(cache_note(recipe.data, self.source))
 

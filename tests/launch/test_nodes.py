@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from mimae.errors import UserError
 from mimae.launch import nodes
 from mimae.launch import processes as launch
-from mimae.launch.processes import Job
+from mimae.launch.job import Job
 
 WAIT = 30
 """--wait of the runs, in seconds."""

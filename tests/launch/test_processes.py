@@ -1,4 +1,4 @@
-"""The processes of a run: who starts them, who meets whom, and what their ends make of the launcher's exit code."""
+"""The processes of a run: who starts them, and what their ends make of the launcher's exit code."""
 
 from __future__ import annotations
 
@@ -17,71 +17,10 @@ import torch
 
 from mimae.checkpoints import dcp
 from mimae.config.load import load_recipe
-from mimae.errors import UserError
+from mimae.launch import notes
 from mimae.launch import processes as launch
-from mimae.launch.processes import Job, Note
+from mimae.launch.notes import Note
 from mimae.tools import replay
-
-SLURM = {
-    "SLURM_JOB_ID": "4242",
-    "SLURM_JOB_NODELIST": "gpu[01-02]",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_NNODES": "2",
-    "SLURM_NTASKS": "7",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_TASKS_PER_NODE": "4,3",
-}
-
-
-@pytest.mark.parametrize(
-    ("short", "hosts"),
-    [
-        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
-        ("a", ["a"]),
-        ("rack[1-2]-ib", ["rack1-ib", "rack2-ib"]),
-    ],
-)
-def test_slurms_short_form_of_hosts(short: str, hosts: list[str]) -> None:
-    assert launch._hosts(short) == hosts
-
-
-def test_a_task_of_srun_becomes_a_rank() -> None:
-    environment = dict(SLURM)
-    assert launch.join_slurm(environment)
-    ours = {key: environment[key] for key in environment.keys() - SLURM.keys()}
-    assert ours == {
-        "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3",
-        "MASTER_ADDR": "gpu01", "MASTER_PORT": "24242",
-    }  # fmt: skip
-
-
-def test_one_task_a_node_is_a_launcher_of_that_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    assert not launch.join_slurm(environment)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    assert launch.default_job(8, 1, None, 3) == Job(8, 2, "gpu01:24242", 3)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}],
-)
-def test_without_srun_nothing_is_joined(environment: dict[str, str]) -> None:
-    """The second is the shell of an allocation, the third a batch script: SLURM's variables are there, no step is."""
-    before = dict(environment)
-    assert not launch.join_slurm(environment) and environment == before
-
-
-@pytest.mark.parametrize(
-    ("nodes", "rendezvous", "told"),
-    [(2, None, "go together"), (1, "host:1", "go together"), (2, "host:port", "legal is HOST:PORT")],
-)
-def test_options_that_do_not_fit_are_told(nodes: int, rendezvous: str | None, told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        launch.default_job(2, nodes, rendezvous, 3)
 
 
 def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,10 +42,27 @@ def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[s
 
 
 def test_notes_of_an_earlier_attempt_are_history_but_for_a_mistake(tmp_path: Path) -> None:
-    notes = [Note("error", 0, 0, 1.0), Note("mistake", 1, 0, 2.0), Note("error", 1, 1, 4.0), Note("done", 0, 1, 3.0)]
-    for note in notes:
+    found = [Note("error", 0, 0, 1.0), Note("mistake", 1, 0, 2.0), Note("error", 1, 1, 4.0), Note("done", 0, 1, 3.0)]
+    for note in found:
         (tmp_path / f"note-{note.attempt}-{note.rank}.json").write_text(json.dumps(note._asdict()))
-    assert launch._read(tmp_path) == [notes[1], notes[3], notes[2]]
+    assert notes.read(tmp_path, 1) == [found[1], found[3], found[2]]
+    assert notes.read(tmp_path, 2) == [found[1]], "nothing was said in this attempt"
+
+
+def test_of_ranks_that_end_together_the_killed_one_is_the_cause() -> None:
+    """Its peers fail when they lose it, and may be seen to end in the same look."""
+    ranks = launch._Ranks()
+    for rank, script in enumerate(("exit 1", "kill -KILL $$", "exit 0", "sleep 60")):
+        ranks.started[rank] = subprocess.Popen(["sh", "-c", script])
+    try:
+        for rank in range(3):
+            ranks.started[rank].wait(10)
+        failure = ranks.failure([Note("error", 0, 0, 1.0)])
+        assert failure == (1, ranks.started[1].pid, -signal.SIGKILL)
+        ranks.end(meanwhile=lambda: None)
+        assert ranks.started[3].returncode == -signal.SIGTERM
+    finally:
+        ranks.send(signal.SIGKILL)
 
 
 RECIPE = """
@@ -139,8 +95,8 @@ class Launched:
         )
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, which multiprocessing or torchrun started, in their order."""
-        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main|-m mimae"]
+        """Return the process ids of the ranks, which the launcher or torchrun started, in their order."""
+        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "-m mimae"]
         found = subprocess.run(of_ranks, capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
@@ -198,8 +154,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path, undisturbed: Launched) -> None:
-    """Of the rank that waited for it the place is told. Both are gone in less than the 30 s that torch's agent gives a
-    rank to end."""
+    """The place of the rank that waited for it is told. Both are gone in less than the 30 s that a rank has to end."""
     launched = Launched(tmp_path, 12, "run.step_timeout=5")
     launched.wait_for(lambda: launched.step() >= 7)
     ranks = launched.ranks()

@@ -25,6 +25,29 @@ def test_slurms_forms_of_a_time(time: str, expected: int) -> None:
     assert minutes(time) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"time": "3"}, "--time 3: SLURM's signal to save comes 180 s"),
+        ({"time": "00:04:00"}, "legal are 5 minutes or more"),
+        ({"nodes": 3, "gpus": 7}, "schedule.batch_size = 256 does not divide into 21 ranks"),
+        ({"overrides": ["engine.kind=fsdp", "engine.replicas=3"]}, "engine.replicas=3 does not divide the 8 ranks"),
+        ({"seeds": "1,1"}, "two jobs would share a run directory"),
+    ],
+)
+def test_what_a_job_could_only_fail_of_is_told_before_the_queue(
+    cluster: Path, tmp_path: Path, options: dict, told: str
+) -> None:
+    overrides = [f"run.dir={tmp_path / 'run'}", "schedule.batch_size=256", *options.pop("overrides", [])]
+    with pytest.raises(UserError, match=told):
+        submit_quickstart(tmp_path / "run", overrides=overrides, **options)
+    assert not (cluster / "calls").exists()
+
+
+def test_the_shortest_job_is_legal() -> None:
+    assert submit.check_time("5") == 5
+
+
 def test_a_time_that_is_none_is_told() -> None:
     with pytest.raises(UserError, match="--time tomorrow: legal are minutes"):
         minutes("tomorrow")

@@ -20,7 +20,7 @@ from mimae.cli import app
 from mimae.config.load import load_recipe
 from mimae.config.recipe import FREE_KEYS, Recipe
 from mimae.errors import RunError
-from mimae.faults import guards
+from mimae.faults.nonfinite import NonFinite
 from mimae.tools.replay import HERE, replay
 from mimae.train.tasks.pretrain import engine_of, pretrain
 from mimae.train.trainer import Trainer
@@ -170,7 +170,7 @@ def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
         kept.append((first, last))
         return True
 
-    guard = guards.NonFinite(tmp_path, lambda step: [step], keep)
+    guard = NonFinite(tmp_path, lambda step: [step], keep)
     for step in range(1, 35):
         guard.check(step, torch.tensor(float(step % 12 < 10)))
     guard.drain()

@@ -29,7 +29,7 @@ from mimae.data.sources.open import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
 from mimae.errors import RunError, UserError
-from mimae.kernels.reference import patchify
+from mimae.kernels import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
 from mimae.telemetry.clock import PHASES

@@ -14,6 +14,9 @@ from mimae.data.settings import DataSettings
 LIMIT = 0.02
 """Share of the time past which waiting for data is worth a word."""
 
+WORTH = 60.0
+"""Seconds of waiting for data below which nothing is told: no change of settings pays for them."""
+
 WARM_UP = 1
 """Readings at the start of a process whose waits tell nothing: until the one after the first step workers start and
 blocks are compiled."""
@@ -117,10 +120,14 @@ class Stalls:
         self._readings += 1
 
     def verdict(self) -> str | None:
-        """The diagnosis since the last one, where the device waited for more than LIMIT of the time."""
+        """Return the diagnosis since the last one, where the device waited for more than LIMIT of the time, and for
+        WORTH seconds at least; short epochs are taken together until then."""
         seconds, stalled, waited, *spent = self._sum.tolist()
+        is_slow = stalled > LIMIT * seconds
+        if is_slow and stalled < WORTH:
+            return None
         self._sum[:] = 0
-        if stalled <= LIMIT * seconds:
+        if not is_slow:
             return None
         data, cores = self._settings, default_workers()
         workers = cores if data.workers is None else data.workers

@@ -138,14 +138,15 @@ def _as_is(made: Any) -> Any:
 
 
 class _Guard:
-    """Prepares a worker. A SIGINT or SIGTERM to the whole job is the parent's to answer: workers go on until
-    it ends them, so that the batches that it still wants come. They end when it does, however it ends."""
+    """Prepares a worker. A signal to the whole job is the parent's to answer: workers go on until it ends them, so
+    that the batches that it still wants come. They end when it does, however it ends."""
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=self._watch, daemon=True).start()
 

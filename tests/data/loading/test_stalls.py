@@ -55,34 +55,40 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
-    """The first reading, and what does not count, tell nothing; then each epoch is judged by itself, once."""
+    """The first reading, and readings that do not count, tell nothing; then each epoch is judged by itself, once."""
     stalls = Stalls(DataSettings())
     clock[0] += 150
     stalls.read(150.0, 150.0)  # waited all of the time: workers started
     assert stalls.verdict() is None
-    clock[0] += 100
-    stalls.made(Spent(1.0, 150.0, 40.0))
-    stalls.read(152.0, 152.0)
-    clock[0] += 10
-    stalls.read(162.0, 162.0, counts=False)
-    assert stalls.verdict() is None  # 2 of 100 s
+    clock[0] += 5000
+    stalls.made(Spent(50.0, 7500.0, 2000.0))
+    stalls.read(250.0, 250.0)
+    clock[0] += 500
+    stalls.read(750.0, 750.0, counts=False)
+    assert stalls.verdict() is None  # 100 of 5000 s
     for _ in range(2):
-        clock[0] += 50
-        stalls.made(Spent(1.0, 80.0, 15.0))
-        stalls.read(162.0 + (clock[0] - 1260) * 0.03, 170.0)
+        clock[0] += 2500
+        stalls.made(Spent(50.0, 4000.0, 750.0))
+        stalls.read(750.0 + (clock[0] - 6650) * 0.03, 1150.0)
     line = stalls.verdict()
     assert line is not None and "3.0% of the time" in line
     assert "the 2 cores are all in use (decoding is 83% of the work, resizing 16%)" in line
     assert stalls.verdict() is None
 
 
-def test_an_epoch_shorter_than_the_time_between_two_logs_is_judged(clock: list[float]) -> None:
-    """Readings after the first step and at the end of the epoch; batches made ahead are more than the stretch holds."""
+def test_a_run_of_minutes_is_told_nothing_and_many_short_epochs_are_judged_together(clock: list[float]) -> None:
+    """Readings after the first step and at the end of each epoch; batches made ahead are more than the stretch holds.
+
+    No setting gives back more than the seconds that were lost: below a minute of them there is nothing to say."""
     stalls = Stalls(DataSettings(workers=1))
     stalls.read(5.0, 5.0)
-    clock[0] += 10
-    stalls.made(Spent(1.0, 14.0, 3.0))
-    stalls.read(7.0, 7.0)
-    line = stalls.verdict()
-    assert line is not None and "20.0% of the time" in line
-    assert "too few workers (1, busy 100% of the time, on 2 cores)" in line
+    lines = []
+    for epoch in range(1, 7):
+        clock[0] += 60
+        stalls.made(Spent(6.0, 84.0, 18.0))
+        stalls.read(5.0 + 12 * epoch, 5.0 + 12 * epoch)
+        lines.append(stalls.verdict())
+    assert lines[:4] == [None] * 4, "48 of 240 s"
+    assert lines[4] is not None and "20.0% of the time" in lines[4]
+    assert "too few workers (1, busy 100% of the time, on 2 cores)" in lines[4]
+    assert lines[5] is None, "counted anew"

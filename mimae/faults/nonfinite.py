@@ -1,16 +1,12 @@
-"""What keeps a run from harm: signals that save, and steps whose gradient is not finite."""
+"""Steps whose gradient is not finite: found without a wait for the device, and the end of a run that takes too many."""
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mimae.errors import RunError
@@ -20,7 +16,7 @@ MAX_SKIPPED = 10
 
 
 class NonFinite:
-    """Follows the steps that the device skipped, a step late, so that the host never waits for the step in flight."""
+    """Follows which steps the device skipped, one step late, so that the host never waits for the step in flight."""
 
     def __init__(
         self,
@@ -29,16 +25,16 @@ class NonFinite:
         keep: Callable[[int, int], bool],
         note: Callable[..., None] = lambda kind, **details: None,
     ) -> None:
-        """`samples`: the ids of the global batch of a step; `keep`: saves the weights for `mimae replay`, which are
-        those before the first and after the last of two steps, and returns whether it could; `note` keeps each skipped
-        step."""
+        """`samples(step)` returns the ids of the step's global batch. `keep(first, last)` saves the weights for
+        `mimae replay` and returns whether it succeeded: all steps in between were skipped, so the weights did not
+        change. `note("skipped", step=...)` keeps a record of each skipped step."""
         self.run, self.samples, self.keep, self.note = run, samples, keep, note
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.streak: list[int] = []
 
     def check(self, step: int, skipped: Tensor) -> None:
-        """Reads the decision of the step before. Raises RunError after ten skipped steps in a row, the last taken among
-        them: a run that recovers goes on."""
+        """Read the decision of the step before. Raises RunError when the ten most recent steps were all skipped; one
+        good step resets the count."""
         self._read()
         event = torch.cuda.Event() if skipped.is_cuda else None
         copied = skipped.to("cpu", non_blocking=True)
@@ -49,7 +45,7 @@ class NonFinite:
             self.drain()
 
     def drain(self) -> None:
-        """Reads the decisions that are left; before a checkpoint, so that a doomed run does not replace a good one."""
+        """Read the decisions that are left, before a checkpoint: a doomed run must not replace a good one."""
         self._read()
         if len(self.streak) < MAX_SKIPPED:
             return
@@ -72,36 +68,3 @@ class NonFinite:
                 continue
             self.streak.append(step)
             self.note("skipped", step=step)
-
-
-class Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C as a wish to save and stop, agreed on by all ranks one step late, over the host."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._wish = torch.zeros(1)
-        self._work: Any = None
-
-    def __enter__(self) -> Signals:
-        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def agreed(self) -> bool:
-        """True on every rank after the same step once any of them was told to stop."""
-        if self._work is not None:
-            self._work.wait()
-            if self._wish.item() > 0:
-                self.received = True
-                return True
-        self._wish = torch.full((1,), float(self.received))
-        self._work = dist.all_reduce(self._wish, async_op=True)
-        return False

@@ -1,0 +1,74 @@
+"""Signals that ask a run to save and stop, for its ranks and for their launcher."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+"""What an operator, SLURM before the end of a job's time, a terminal that closes, and Ctrl-C send."""
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for each of WISHES inside the block.
+
+    A signal that this process was started to ignore stays ignored: that is how `nohup` keeps a run alive when its
+    terminal closes. SIGINT is the exception, since a shell script ignores it for every background job, and `kill -INT`
+    of such a job is a wish. Python lets only the main thread handle signals: in another thread nothing changes, and
+    the process itself decides what a signal does.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in WISHES:
+            old = signal.getsignal(number)
+            # None: a handler that is not Python's, which Python could not put back.
+            if old is not None and (old != signal.SIG_IGN or number == signal.SIGINT):
+                before[number] = old
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Signals:
+    """A wish to save and stop, on which all ranks agree one step late, over the host."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._wish = torch.zeros(1)
+        self._work: Any = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Signals:
+        self._stack.enter_context(handled(self._on_signal))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Return True on every rank after the same step, once any of them has received a signal."""
+        if self._work is not None:
+            self._work.wait()
+            if self._wish.item() > 0:
+                self.received = True
+                return True
+        self._wish = torch.full((1,), float(self.received))
+        self._work = dist.all_reduce(self._wish, async_op=True)
+        return False

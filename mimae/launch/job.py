@@ -1,0 +1,100 @@
+"""What is to be started: the ranks of this machine, and where the other machines are met."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mimae.errors import UserError
+from mimae.launch import slurm
+
+if TYPE_CHECKING:
+    from mimae.config.recipe import Recipe
+
+PORT = 29_400
+"""Where nodes meet when --rendezvous or SLURM names a host alone."""
+
+SHORTEST = 16
+"""Characters that a secret has at least."""
+
+
+class Job(NamedTuple):
+    """Which processes: `ranks` on this node, of `nodes` that meet at `rendezvous` (host:port)."""
+
+    ranks: int
+    nodes: int = 1
+    rendezvous: str | None = None
+    restarts: int = 3
+    wait: int = 300
+    """Seconds after which a node that does not come, or of which nothing is heard, is lost."""
+    secret: str | None = None
+    """Signs what the nodes tell each other; the same on all nodes."""
+
+    @property
+    def meeting(self) -> str | None:
+        """Return host:port, with the port that holds where none is given."""
+        if self.rendezvous is None or ":" in self.rendezvous:
+            return self.rendezvous
+        return f"{self.rendezvous}:{PORT}"
+
+
+def default_job(
+    ranks: int | None,
+    nodes: int,
+    rendezvous: str | None,
+    restarts: int,
+    wait: int = 300,
+    secret_file: Path | None = None,
+) -> Job:
+    """Return a job with the values that the command line leaves open: a rank for each GPU, one where there is none;
+    under SLURM with a task a node, its nodes. Raises UserError for what does not go together."""
+    import torch
+
+    if nodes == 1 and rendezvous is None and "RANK" not in os.environ:
+        nodes, rendezvous = slurm.nodes(os.environ)
+    if (nodes > 1) != (rendezvous is not None):
+        raise UserError(
+            "--nodes and --rendezvous go together: on each of the nodes the same command with --nodes N "
+            "--rendezvous HOST:PORT, HOST being one of them"
+        )
+    if rendezvous is not None:
+        match = re.fullmatch(r"[^:\s]+(?::(\d{1,5}))?", rendezvous)
+        if match is None or not 0 < int(match[1] or PORT) < 2**16:
+            raise UserError(f"--rendezvous {rendezvous}: legal is HOST:PORT, or HOST (port {PORT})")
+    secret = None if secret_file is None else read_secret(secret_file)
+    return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts, wait, secret)
+
+
+def read_secret(file: Path) -> str:
+    """Return the secret in a file that its owner alone can read. Raises UserError."""
+    try:
+        with file.open(errors="replace") as opened:
+            mode = os.fstat(opened.fileno()).st_mode
+            secret = opened.read(4096).strip()
+    except OSError as error:
+        raise UserError(f"--secret-file {file} cannot be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise UserError(f"--secret-file {file} can be read by others: chmod 600 {file}")
+    if len(secret) < SHORTEST:
+        raise UserError(
+            f"--secret-file {file} has {len(secret)} characters: legal are {SHORTEST} or more, as `openssl rand -hex "
+            "32` makes"
+        )
+    return secret
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Find, before any process starts or waits in a queue, what a recipe does not allow on so many ranks.
+
+    Raises UserError.
+    """
+    schedule, replicas = recipe.schedule, recipe.engine.replicas
+    if schedule.batch_size % (schedule.accumulate * ranks):
+        raise UserError(
+            f"schedule.batch_size = {schedule.batch_size} does not divide into {ranks} ranks x {schedule.accumulate} "
+            f"micro-batches; make it a multiple of {schedule.accumulate * ranks}"
+        )
+    if ranks % replicas:
+        raise UserError(f"engine.replicas={replicas} does not divide the {ranks} ranks of the run")

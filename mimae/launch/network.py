@@ -1,0 +1,103 @@
+"""The network of a job on several machines: addresses, interfaces, and the store at the meeting point."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from mimae.errors import UserError
+
+_SIOCGIFADDR = 0x8915
+"""Linux: ask for the address of an interface."""
+
+
+class Way(NamedTuple):
+    """How this node reaches the meeting point."""
+
+    host: str
+    """The meeting point's address, as a number."""
+    port: int
+    own: str
+    """The address by which the other nodes reach this one: that of the way to the meeting point."""
+    interface: str
+
+
+def find_way(meeting: str) -> Way:
+    """Return the way to HOST:PORT. Raises UserError."""
+    host, _, port = meeting.partition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port)))  # No packet is sent.
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--rendezvous {host}:{port} cannot be reached from here: {reason}") from error
+        own, address = probe.getsockname()[0], probe.getpeername()[0]
+        if own.startswith("127.") and host not in (address, "localhost"):
+            raise UserError(f"--rendezvous {host} is {address} here, where no other finds it: give its address")
+        return Way(address, int(port), own, "lo" if own.startswith("127.") else interface(probe, own))
+
+
+def interface(probe: socket.socket, address: str) -> str:
+    """Return the network interface that has an address. Raises UserError."""
+    for _, name in socket.if_nameindex():
+        try:
+            found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+        except OSError:
+            continue  # It has none.
+        if socket.inet_ntoa(found[20:24]) == address:
+            return name
+    raise UserError(f"{address}, the way to --rendezvous, is not the first address of a network interface")
+
+
+def open_store(way: Way, seconds: int) -> tuple[dist.Store, bool]:
+    """Open the store at the meeting point, and return it and whether this process holds it.
+
+    On the machine of the meeting point whoever comes first holds it, and listens on its address alone: torch's own
+    store would listen on all interfaces. Raises RuntimeError where the store does not answer within `seconds`.
+    """
+    timeout = timedelta(seconds=seconds)
+    if way.own == way.host:
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((way.host, way.port))
+            listening.listen(socket.SOMAXCONN)
+        except OSError as error:
+            listening.close()
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(
+                    f"--rendezvous {way.host}:{way.port} cannot be listened on: {error.strerror}"
+                ) from error
+        else:
+            store = dist.TCPStore(
+                way.host,
+                way.port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timeout,
+                master_listen_fd=listening.detach(),
+            )
+            return store, True
+    store = dist.TCPStore(way.host, way.port, is_master=False, timeout=timeout)
+    _bound_silence(way, seconds)
+    return store, False
+
+
+def _bound_silence(way: Way, seconds: int) -> None:
+    """End this process's connections to the store when sent bytes are not acknowledged for so long. Where the network
+    is cut, most of torch's requests would wait for ever, timeout or not."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+                if connection.getpeername()[1] == way.port:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
+        except OSError:
+            continue  # No socket, or not connected.

@@ -1,0 +1,97 @@
+"""SLURM's variables: whether srun started this process as a rank, or as the launcher of a node."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from mimae.errors import UserError
+from mimae.place import number
+
+
+def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> bool:
+    """Give this process the variables that torchrun sets, if srun started it as one of several ranks; return whether.
+
+    `has_terminal`: whether the process has a terminal, which srun gives with --pty alone. Raises UserError.
+    """
+    # A batch script has a task number too, but no step.
+    tasks = number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if "SLURM_PROCID" not in environment or tasks <= 1:
+        return False
+    if has_terminal:
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: this shell is one of {tasks} tasks of `srun --pty`, and the others would "
+            "never come. Start the run with `srun mimae pretrain ...`, or take a shell of one task (--ntasks=1)"
+        )
+    if nodes(environment)[0] > 1:
+        return False
+    here = number(environment, "SLURM_NODEID", 0)
+    short = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or "1"
+    counts = tasks_per_node(short)
+    if here >= len(counts):
+        raise UserError(
+            f"SLURM_NODEID={here} and SLURM_TASKS_PER_NODE={short} in the environment contradict each other"
+        )
+    found = {
+        "RANK": str(number(environment, "SLURM_PROCID", 0)),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": str(number(environment, "SLURM_LOCALID", 0)),
+        "LOCAL_WORLD_SIZE": str(counts[here]),
+        "MASTER_ADDR": _first_host(environment),
+        "MASTER_PORT": str(_port(environment)),
+    }
+    for name, value in found.items():
+        environment[name] = value
+    return True
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal, wherever its output goes."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def nodes(environment: Mapping[str, str]) -> tuple[int, str | None]:
+    """Return nodes and meeting point, where srun started one task on each of several nodes; else 1 and None."""
+    count = number(environment, "SLURM_STEP_NUM_NODES", number(environment, "SLURM_NNODES", 1))
+    tasks = number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if "SLURM_PROCID" not in environment or count == 1 or count != tasks:
+        return 1, None
+    return count, f"{_first_host(environment)}:{_port(environment)}"
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """Return the first node of the step. Raises UserError where SLURM's list is missing or cannot be read."""
+    name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
+    if name is None:
+        raise UserError("SLURM_PROCID is in the environment, and neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is")
+    try:
+        return hosts(environment[name])[0]
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{name}={environment[name]!r} in the environment is no list of nodes") from error
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """Return the same port on all nodes of a job, and another one for another job."""
+    return 20_000 + number(environment, "SLURM_JOB_ID", 0) % 20_000
+
+
+def hosts(nodelist: str) -> list[str]:
+    """Expand SLURM's short form of names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
+    found = []
+    for prefix, inside, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodelist):
+        for part in inside.split(",") if inside else [""]:
+            first, _, last = part.partition("-")
+            numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if last else [first]
+            found += [prefix + each + suffix for each in numbers]
+    return found
+
+
+def tasks_per_node(short: str) -> list[int]:
+    """Expand SLURM's short form of counts: `4(x2),3` -> 4, 4, 3."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", short)
+    return [int(count) for count, times in parts for _ in range(int(times or 1))]

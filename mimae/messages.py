@@ -1,0 +1,53 @@
+"""Messages between the processes of a run: JSON and never a pickle, signed where the job has a secret.
+
+Whoever reaches a store or a connection of a run can put bytes there. Bytes that are read as JSON can end a run; they
+cannot run code. With a secret (the environment's MIMAE_SECRET, the same for all processes of a job) a message carries
+an HMAC-SHA256 over its place and its text, and a message without a valid one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from typing import Any
+
+SECRET = "MIMAE_SECRET"
+"""Name of the environment's variable that holds the secret of a job."""
+
+_MAC = hashlib.sha256().digest_size * 2
+
+
+class MessageError(RuntimeError):
+    """A message is not one of this job's."""
+
+
+def pack(value: Any, place: str) -> bytes:
+    """Return a value as a message for `place`, the key or the purpose under which the receiver reads it."""
+    text = json.dumps(value).encode()
+    key = _key()
+    return text if key is None else _mac(key, place, text) + text
+
+
+def unpack(message: bytes, place: str) -> Any:
+    """Return the value of a message. Raises MessageError where it is not JSON, or not signed with the job's secret."""
+    key, text = _key(), message
+    if key is not None:
+        text = message[_MAC:]
+        if not hmac.compare_digest(message[:_MAC], _mac(key, place, text)):
+            raise MessageError(f"the message {place} is not signed with this job's secret ({SECRET})")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "" if key else f", and this process has no secret ({SECRET}) that others may have"
+        raise MessageError(f"the message {place} is not JSON{hint}") from error
+
+
+def _key() -> bytes | None:
+    secret = os.environ.get(SECRET)
+    return secret.encode() if secret else None
+
+
+def _mac(key: bytes, place: str, text: bytes) -> bytes:
+    return hmac.digest(key, place.encode() + b"\0" + text, "sha256").hex().encode()
