@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
+from mimae.checkpoints.saving import Saver
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
 from mimae.data.loading.backend import fastest
 from mimae.data.sources.base import Source
+from mimae.engines.base import Engine
 from mimae.faults.guards import RunError
+from mimae.telemetry import telemetry
 
 FREE_KEYS = (
     *("run.", "checkpoint.", "telemetry.", "data.workers", "data.cache", "data.val_path", "data.max_bad_fraction"),
@@ -78,3 +82,32 @@ def check_ranks(recipe: Recipe, run: Path, source: Source) -> None:
                     f"{other[what][:80]!r}; "
                     "run.dir and data.path have to be the same storage on every node"
                 )
+
+
+def resume(
+    recipe: Recipe, steps: int, source: Source, engine: Engine[Any], saver: Saver, records: telemetry.Telemetry
+) -> tuple[int, dict[str, Any] | None]:
+    """Make the run directory of a run of so many `steps`, or take the engine back to its last whole checkpoint.
+
+    Returns the steps that are done, and the sums of the epoch under way where the checkpoint has them. A collective.
+    """
+    run = Path(recipe.run.dir)
+    check_config(recipe, run)
+    check_ranks(recipe, run, source)
+    found = checkpoint.find(run, records.message)
+    if distributed.rank() == 0:
+        try:
+            checkpoint.write_atomically(run / "config.yaml", config.dump(recipe))
+            telemetry.environment(run / "environment.json")
+        except OSError as error:
+            raise RunError(f"run.dir={run} cannot be written: {error.strerror}") from error
+    step, sums = 0, None
+    if found is not None:
+        if found.state["data"] != source.fingerprint:
+            raise RunError(f"data.path={recipe.data.path} no longer holds the images that {run} was started with")
+        saver.passed_over = {name for name in checkpoint.names(run) if name > found.path.name}
+        engine.load(found.path)
+        step, sums = int(found.state["step"]), found.state.get("sums")
+        records.message(f"resuming {run} at step {step} of {steps}")
+    records.rewind(step)
+    return step, sums

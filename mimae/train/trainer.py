@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from mimae import distributed, plan
-from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
-from mimae.config import recipe as config
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, make_loader
 from mimae.data.loading.stalls import Stalls
@@ -31,6 +29,7 @@ from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.telemetry import collapse, telemetry
 from mimae.telemetry.exposure import Exposure
 from mimae.train import resume
+from mimae.train.due import Due
 from mimae.train.epoch import EpochSums
 from mimae.train.task import Result, Task
 
@@ -52,15 +51,6 @@ class Step(NamedTuple):
     latents: Tensor | None
     """Of its last micro-batch."""
     result: StepResult
-
-
-class Due(NamedTuple):
-    """What is to be done once the step is over."""
-
-    save: bool = False
-    for_good: bool = False
-    """The checkpoint is kept, beside the newest ones."""
-    stop: bool = False
 
 
 def train(task: Task[Any]) -> Outcome:
@@ -136,7 +126,7 @@ class Trainer(Generic[M]):
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
         """The micro-batches that are left of the epoch; None between two epochs."""
-        self.step, kept = self._resume()
+        self.step, kept = resume.resume(recipe, self.steps, self.source, self.engine, self.saver, self.telemetry)
         self.first = self.logged_at = self.step
         self.pace = telemetry.Pace(self.phases, task.views)
         self.sums = EpochSums(self.phases, task.views)
@@ -270,7 +260,9 @@ class Trainer(Generic[M]):
 
     def save(self) -> None:
         """Save where it is time to, and before the run stops."""
-        self.due = self._look_ahead()
+        settings, checks = self.recipe.checkpoint, self.recipe.telemetry.probe_every_epochs
+        stop = self.signals.agreed() or self._is_last
+        self.due = self.due.after(self.step, self.per_epoch, settings, checks, stop)
         if not (self.due.save or self.due.stop):
             return
         self.watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
@@ -296,19 +288,6 @@ class Trainer(Generic[M]):
     def _is_time(self, every: int) -> bool:
         """Whether what happens at the end of so many epochs (0: never) and of the run is due at the end of this one."""
         return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
-
-    def _look_ahead(self) -> Due:
-        """Return what is due after this step. A save that is due stays so until it is made."""
-        settings, (epochs, inside) = self.recipe.checkpoint, divmod(self.step, self.per_epoch)
-        checks = self.recipe.telemetry.probe_every_epochs if settings.best else 0
-
-        def is_end(every: int | None) -> bool:
-            return bool(every) and not inside and epochs % every == 0  # type: ignore[operator]
-
-        for_good = is_end(settings.every_epochs)
-        save = self.step % settings.every_steps == 0 or for_good or is_end(checks)
-        stop = self.signals.agreed() or self._is_last
-        return Due(self.due.save or save, self.due.for_good or for_good, stop)
 
     def _record(self, step: Step) -> dict[str, Any]:
         """Read from the device what a logged step shows."""
@@ -343,31 +322,6 @@ class Trainer(Generic[M]):
         self.engine.model.train()
 
     # The run
-
-    def _resume(self) -> tuple[int, dict[str, Any] | None]:
-        """Make the run directory, or go back to its last whole checkpoint; return the steps done, and the sums of the
-        epoch if the checkpoint has them."""
-        resume.check_config(self.recipe, self.path)
-        resume.check_ranks(self.recipe, self.path, self.source)
-        found = checkpoint.find(self.path, self.telemetry.message)
-        if self.is_main:
-            try:
-                checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
-                telemetry.environment(self.path / "environment.json")
-            except OSError as error:
-                raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
-        step, kept = 0, None
-        if found is not None:
-            if found.state["data"] != self.source.fingerprint:
-                raise RunError(
-                    f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
-                )
-            self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > found.path.name}
-            self.engine.load(found.path)
-            step, kept = int(found.state["step"]), found.state.get("sums")
-            self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
-        self.telemetry.rewind(step)
-        return step, kept
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside tensors."""
