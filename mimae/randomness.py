@@ -52,7 +52,12 @@ def parameter_uniform(seed: int, name: str, start: int, count: int, device: torc
 
 def materialise(module: nn.Module, device: torch.device | str) -> None:
     """Gives the parameters of a module built on the meta device memory on `device`, unset, and moves its buffers,
-    which hold constants, there. Building so spares the default initialisation."""
+    which hold constants, there. Building so spares the default initialisation. Raises ValueError for a buffer on the
+    meta device, whose constants would be lost."""
+    if lost := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
+        raise ValueError(
+            f"buffers of a {type(module).__name__} have no values: {', '.join(lost)}; build them on the CPU"
+        )
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
 
@@ -76,6 +81,9 @@ def whole_parts(module: nn.Module) -> dict[str, Part]:
     return {name: Part(parameter, 0, parameter.shape) for name, parameter in module.named_parameters()}
 
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Fills every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
@@ -95,7 +103,7 @@ def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = 
                 values.fill_(constants[leaf])
             elif leaf.endswith("bias"):
                 values.zero_()
-            elif isinstance(owner, nn.LayerNorm):
+            elif isinstance(owner, _NORMS):
                 values.fill_(1.0)
             elif leaf.endswith("token"):
                 u = parameter_uniform(seed, name, start, values.numel(), values.device)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
+from mimae.checkpoints.checkpoint import Checkpoint
+from mimae.checkpoints.saving import Saver
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, Recipe, flat
 from mimae.data.loading.backend import fastest
 from mimae.data.sources.base import Source
-from mimae.errors import RunError
+from mimae.engines.base import Engine
+from mimae.errors import CheckpointError, RunError
+from mimae.telemetry.telemetry import Telemetry
 
 
 def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
@@ -69,3 +74,46 @@ def check_ranks(recipe: Recipe, run: Path, source: Source) -> None:
                     f"{other[what][:80]!r}; "
                     "run.dir and data.path have to be the same storage on every node"
                 )
+
+
+def resume(
+    recipe: Recipe, steps: int, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
+) -> tuple[int, dict[str, Any] | None]:
+    """Make the run directory of a run of so many `steps`, or take the engine back to its last whole checkpoint.
+
+    Returns the steps that are done, and the sums of the epoch under way where the checkpoint has them. A collective.
+    """
+    run = Path(recipe.run.dir)
+    check_config(recipe, run)
+    check_ranks(recipe, run, source)
+    passed_over: list[str] = []
+
+    def take(found: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
+        if found.state["data"] != source.fingerprint:
+            raise RunError(f"data.path={recipe.data.path} no longer holds the images that {run} was started with")
+        if found.state["step"] > steps:
+            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {steps}")
+        engine.load(found.path)
+
+    def pass_over(fault: str) -> None:
+        passed_over.append(fault)
+        records.message(fault)
+
+    found = checkpoint.use(run, take, pass_over)
+    step, sums, name = 0, None, None
+    if found is not None:
+        used, _ = found
+        name = used.path.name
+        saver.passed_over = {other for other in checkpoint.names(run) if other > name}
+        step, sums = int(used.state["step"]), used.state.get("sums")
+        records.message(f"resuming {run} at step {step} of {steps}")
+    records.rewind(step)
+    try:
+        records.describe(as_yaml(recipe))
+    except OSError as error:
+        raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
+    for fault in passed_over:
+        records.events.add("fault", what=fault)
+    records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
+    return step, sums

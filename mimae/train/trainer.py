@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from mimae import distributed
-from mimae.checkpoints import checkpoint
-from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.layers import text
-from mimae.config.printing import as_yaml
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, make_loader
 from mimae.data.loading.stalls import Stalls
@@ -24,7 +21,7 @@ from mimae.data.loading.to_device import Transfer
 from mimae.data.sources.cache import cache_note
 from mimae.engines.base import M
 from mimae.engines.make import check_machine, setup_of
-from mimae.errors import CheckpointError, RunError
+from mimae.errors import RunError
 from mimae.faults import shortage
 from mimae.faults.lock import Hold, lock
 from mimae.faults.nonfinite import NonFinite
@@ -39,6 +36,7 @@ from mimae.telemetry.exposure import Exposure
 from mimae.telemetry.memory import memory
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import resume
+from mimae.train.due import Due
 from mimae.train.epoch import EpochSums
 from mimae.train.start import check_process, hints
 from mimae.train.task import Result, Task
@@ -61,15 +59,6 @@ class Step(NamedTuple):
     latents: Tensor | None
     """Of its last micro-batch."""
     result: StepResult
-
-
-class Due(NamedTuple):
-    """What is to be done once the step is over."""
-
-    save: bool = False
-    for_good: bool = False
-    """The checkpoint is kept, beside the newest ones."""
-    stop: bool = False
 
 
 def train(task: Task[Any]) -> Outcome:
@@ -146,7 +135,7 @@ class Trainer(Generic[M]):
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
         """The micro-batches that are left of the epoch; None between two epochs."""
-        self.step, kept = self._resume()
+        self.step, kept = resume.resume(recipe, self.steps, self.source, self.engine, self.saver, self.telemetry)
         self.first = self.logged_at = self.step
         self.pace = Pace(self.phases, task.views)
         self.sums = EpochSums(self.phases, task.views)
@@ -280,7 +269,11 @@ class Trainer(Generic[M]):
 
     def save(self) -> None:
         """Save where it is time to, and before the run stops."""
-        self.due = self._look_ahead()
+        settings, checks = self.recipe.checkpoint, self.recipe.telemetry.probe_every_epochs
+        stop = self.signals.agreed() or self._is_last
+        if stop and not self._is_last:
+            self.events.add("signal", step=self.step)
+        self.due = self.due.after(self.step, self.per_epoch, settings, checks, stop)
         if not (self.due.save or self.due.stop):
             return
         self.watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
@@ -306,21 +299,6 @@ class Trainer(Generic[M]):
     def _is_time(self, every: int) -> bool:
         """Whether what happens at the end of so many epochs (0: never) and of the run is due at the end of this one."""
         return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
-
-    def _look_ahead(self) -> Due:
-        """Return what is due after this step. A save that is due stays so until it is made."""
-        settings, (epochs, inside) = self.recipe.checkpoint, divmod(self.step, self.per_epoch)
-        checks = self.recipe.telemetry.probe_every_epochs if settings.best else 0
-
-        def is_end(every: int | None) -> bool:
-            return bool(every) and not inside and epochs % every == 0  # type: ignore[operator]
-
-        for_good = is_end(settings.every_epochs)
-        save = self.step % settings.every_steps == 0 or for_good or is_end(checks)
-        stop = self.signals.agreed() or self._is_last
-        if stop and not self._is_last:
-            self.events.add("signal", step=self.step)
-        return Due(self.due.save or save, self.due.for_good or for_good, stop)
 
     def _record(self, step: Step) -> dict[str, Any]:
         """Read from the device what a logged step shows."""
@@ -364,45 +342,6 @@ class Trainer(Generic[M]):
     def _saver(self, settings: CheckpointSettings, inside: str = "") -> Saver:
         say, note = self.telemetry.message, self.events.add
         return Saver(self.path, settings, self.device, say, self.hold, inside, note)
-
-    def _resume(self) -> tuple[int, dict[str, Any] | None]:
-        """Make the run directory, or go back to its last whole checkpoint; return the steps done, and the sums of the
-        epoch if the checkpoint has them."""
-        resume.check_config(self.recipe, self.path)
-        resume.check_ranks(self.recipe, self.path, self.source)
-        passed_over: list[str] = []
-
-        def pass_over(text: str) -> None:
-            passed_over.append(text)
-            self.telemetry.message(text)
-
-        found = checkpoint.use(self.path, self._take, pass_over)
-        step, kept, name = 0, None, None
-        if found is not None:
-            used, _ = found
-            name = used.path.name
-            self.saver.passed_over = {other for other in checkpoint.names(self.path) if other > name}
-            step, kept = int(used.state["step"]), used.state.get("sums")
-            self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
-        self.telemetry.rewind(step)
-        try:
-            self.telemetry.describe(as_yaml(self.recipe))
-        except OSError as error:
-            raise RunError(f"{self.path / str(error.filename)} cannot be written: {error.strerror}") from error
-        for fault in passed_over:
-            self.events.add("fault", what=fault)
-        self.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
-        return step, kept
-
-    def _take(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
-        if found.state["data"] != self.source.fingerprint:
-            raise RunError(
-                f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
-            )
-        if found.state["step"] > self.steps:
-            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {self.steps}")
-        self.engine.load(found.path)
 
     def _state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside tensors."""
