@@ -69,7 +69,7 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[
         problems.append(f"recipes are each other's base: {circle}")
         return []
     try:
-        node = _composed(read_text(path, LARGEST_FILE))
+        node = compose(read_text(path, LARGEST_FILE))
     except OSError as error:
         problems.append(f"{shown}: cannot be read: {error.strerror}")
         return []
@@ -114,7 +114,7 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
     if key in texts:
         return {key: Setting(unquoted(value), "override")}
     try:
-        node = _composed(value)
+        node = compose(value)
     except yaml.YAMLError as error:
         problems.append(f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'")
         return {}
@@ -180,10 +180,10 @@ for _sequence in (list, tuple):
 _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value)))
 
 
-def _composed(source: str) -> yaml.Node | None:
+def compose(source: str, dialect: type[yaml.SafeLoader] | None = None) -> yaml.Node | None:
     """Return the nodes of YAML text, no more than MOST_VALUES of them. Raises YAMLError."""
     try:
-        node = yaml.compose(source, _YAML)
+        node = yaml.compose(source, dialect or _YAML)
         count = 0 if node is None else _count(node, {})
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or holds itself") from None
