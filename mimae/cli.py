@@ -129,6 +129,10 @@ _mount(bench, "controls", "mimae.bench.controls.controls", "Pretrain and probe t
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # No name of a file ends a command because the terminal's encoding lacks its letters.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="mimae")
     except UserError as mistake:

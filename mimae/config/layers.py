@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from mimae.config.texts import expanded, unquoted
+from mimae.errors import printable
 from mimae.reading import read_text
 
 LARGEST_FILE = 1 << 16
@@ -124,16 +125,31 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
 
 
 def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) -> Settings:
-    """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`."""
+    """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`.
+
+    A value with bytes that are no UTF-8, which no recipe could hold, is a problem.
+    """
     found = dict(given)
+    for key, (value, origin) in given.items():
+        if isinstance(value, str) and not _is_text(value):
+            problems.append(f"{key} = {value} ({origin}): not UTF-8; a link under another name can take its place")
+            found[key] = Setting(printable(value), origin)
     for key in paths & given.keys():
-        value, origin = given[key]
+        value, origin = found[key]
         if isinstance(value, str):
             try:
                 found[key] = Setting(expanded(value), origin)
             except ValueError as error:
                 problems.append(f"{key} = {text(value)} ({origin}): {error}")
     return found
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimae.errors import UserError
+
+WAIT_AFTER_SIGNAL = 30.0
+"""Seconds that a run which was told to stop waits for the next batch."""
 
 MAX_SKIPPED = 10
 """Non-finite steps in a row that end a run."""
@@ -75,11 +79,13 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = False
+        self._waits_for = ""
         self._wish = torch.zeros(1)
         self._work: Any = None
 
     def __enter__(self) -> Signals:
         self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,6 +96,28 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+        if self._waits_for:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL)
+
+    def _on_alarm(self, number: int, _: FrameType | None) -> None:
+        if self._waits_for:
+            raise RunError(
+                f"told to stop, and {self._waits_for} did not come for {WAIT_AFTER_SIGNAL:.0f} s: the run ends; the "
+                "same command goes on from its last checkpoint"
+            )
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Let a signal end what the block waits for, WAIT_AFTER_SIGNAL seconds later. Raises RunError then."""
+        self._waits_for = what
+        if self.received:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL)
+        try:
+            yield
+        finally:
+            self._waits_for = ""
+            if self.received:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agreed(self) -> bool:
         """True on every rank after the same step once any of them was told to stop."""

@@ -25,7 +25,7 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.checkpoint import CheckpointError
 from mimae.checkpoints.saving import Saver
-from mimae.config import recipe as config
+from mimae.config.kept import load_run
 from mimae.config.recipe import Recipe
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -54,7 +54,7 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     run, found = checkpoint.locate(source)
     if (folder / "config.yaml").exists():
         raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a folder of its own")
-    recipe = config.load(run / "config.yaml").recipe
+    recipe = load_run(run)
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
         raise CheckpointError(f"{target} is there already")
@@ -133,13 +133,13 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
-    recipe, root = config.load(run / "config.yaml").recipe, _root(folder)
+    recipe, root = load_run(run), _root(folder)
     if root is None or not (root / "zero").is_dir():
         raise CheckpointError(
             f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
             "that has one"
         )
-    source, model = open_source(recipe.data.path), outline(recipe)
+    source, model = open_source(recipe.data.path, settings=recipe.data), outline(recipe)
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
     states = _read(file)
     try:

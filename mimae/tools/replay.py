@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.config import recipe as config
+from mimae.config.kept import load_run
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
@@ -85,7 +86,7 @@ class _Replay:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.source = open_source(recipe.data.path)
+        self.source = open_source(recipe.data.path, settings=recipe.data)
         schedule = recipe.schedule
         self.loader = make_loader(
             recipe.data,
@@ -280,7 +281,7 @@ def main(
     """Run one step of a run again with its inputs, and tell what in it is not finite. Exit code 1 if anything is."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = config.load(run / "config.yaml", [*HERE, *(overrides or ())], {"run": {"dir": str(run)}}).recipe
+    recipe = load_run(run, [*HERE, *(overrides or ())], {"run": {"dir": str(run)}})
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = config.load(recipe, [f"schedule.accumulate={accumulate}"]).recipe

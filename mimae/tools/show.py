@@ -14,6 +14,7 @@ from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.sources.open import open_source
+from mimae.errors import printable
 from mimae.model import masking
 from mimae.telemetry import pictures
 
@@ -21,7 +22,7 @@ from mimae.telemetry import pictures
 def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
     """A PNG with a row for each of the first `images` samples of an epoch, and their batch: the centre of the image,
     the sample that is cut from it, each of its views. Raises DataError."""
-    source = open_source(recipe.data.path)
+    source = open_source(recipe.data.path, settings=recipe.data)
     data = recipe.data.model_copy(update={"workers": 0})
     count = min(images, sum(share.draws for share in source.shares))
     batch = next(make_loader(data, source, seed=recipe.seed, batch_size=count).epoch(epoch))
@@ -61,6 +62,6 @@ def main(
         out.write_bytes(picture)
     except OSError as error:
         raise DataError(f"cannot write the picture {out}: {error.strerror}") from error
-    print(out)
+    print(printable(str(out)))
     for bad in batch.bad:
-        print(f"replaced: {bad.path}: {bad.reason}")
+        print(f"replaced: {printable(bad.path)}: {printable(bad.reason)}")

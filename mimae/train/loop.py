@@ -16,6 +16,7 @@ from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
 from mimae.config import recipe as config
+from mimae.config.kept import load_run
 from mimae.config.recipe import Recipe
 from mimae.data.loading.backend import fastest
 from mimae.data.loading.batch import BadSamples, Batch
@@ -24,9 +25,9 @@ from mimae.data.loading.stalls import Stalls
 from mimae.data.loading.to_device import Transfer
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cache_note
-from mimae.data.sources.open import open_source
 from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
+from mimae.errors import printable
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.faults import shortage
 from mimae.faults.guards import NonFinite, RunError, Signals
@@ -40,6 +41,7 @@ from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry import pictures, telemetry
 from mimae.telemetry.exposure import Exposure
+from mimae.train.run_data import as_kept, moved_from, open_sources
 
 VALIDATION_IMAGES = 2048
 """Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
@@ -49,10 +51,10 @@ PICTURED = 8
 
 FREE_KEYS = (
     *("run.", "checkpoint.", "telemetry.", "data.workers", "data.cache", "data.val_path", "data.max_bad_fraction"),
-    *("engine.", "compile", "model.attention", "optimizer.impl"),
+    *("data.path", "engine.", "compile", "model.attention", "optimizer.impl"),
 )
 """Settings that may differ when a run is resumed: no weight depends on them (on data.cache and the last four by
-rounding alone)."""
+rounding alone). Under another data.path the same images have to lie."""
 
 
 class Outcome(NamedTuple):
@@ -70,8 +72,8 @@ def pretrain(recipe: Recipe) -> Outcome:
     Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
     that runs out, ten non-finite steps in a row.
     """
-    source = open_source(recipe.data.path)
-    validation = open_source(recipe.data.val_path) if recipe.data.val_path else None
+    recipe = as_kept(recipe)
+    source, validation = open_sources(recipe)
     if validation is not None and source.labels is not None and validation.labels is not None:
         shared_labels(source, validation)  # classes that do not fit are told now, not at the first check
     limits = recipe.run.first_step_timeout, recipe.run.step_timeout
@@ -131,6 +133,7 @@ class _Run:
         """Makes the run directory, or goes back to its last whole checkpoint; returns the steps done."""
         _check_config(self.recipe, self.path)
         self._agree()
+        moved = moved_from(self.recipe)
         found = checkpoint.find(self.path, self.telemetry.message)
         if self.is_main:
             try:
@@ -141,13 +144,18 @@ class _Run:
         step = 0
         if found is not None:
             if found.state["data"] != self.source.fingerprint:
+                before = "" if moved is None else f", which lay at {printable(moved)}"
                 raise RunError(
-                    f"data.path={self.recipe.data.path} no longer holds the images that {self.path} was started with"
+                    f"data.path={self.recipe.data.path} does not hold the images that {self.path} was started "
+                    f"with{before}"
                 )
             self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > found.path.name}
             self.engine.load(found.path)
             step = int(found.state["step"])
             self.telemetry.message(f"resuming {self.path} at step {step} of {self.steps}")
+        if moved is not None:
+            where = f"{printable(self.recipe.data.path)}, and were at {printable(moved)}"
+            self.telemetry.message(f"the images are at {where}" + (", the same by name and class" if found else ""))
         self.telemetry.rewind(step)
         return step
 
@@ -174,10 +182,15 @@ class _Run:
             say(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
         say(self._headline())
+        for note in self.source.notes:
+            say(note)
+        for note in self.validation.notes if self.validation is not None else ():
+            say(f"data.val_path: {note}")
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
         bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
+        self.signals = signals
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
         epoch_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -246,7 +259,8 @@ class _Run:
         recipe, losses = self.recipe, dict[str, Tensor]()
         for micro in range(recipe.schedule.accumulate):
             with self.phases("data"):
-                batch = next(batches)
+                with self.signals.waiting_for("the next batch"):
+                    batch = next(batches)
                 self.bad.record(batch.bad)
                 self.stalls.made(batch.spent)
             with self.engine.accumulate(is_last=micro == recipe.schedule.accumulate - 1):
@@ -423,7 +437,7 @@ class _Run:
         recipe = self.recipe
         millions = self.engine.num_parameters / 1e6
         return (
-            f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
+            f"{len(self.source):,} images of {printable(self.source.name)}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
             f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
@@ -472,7 +486,7 @@ def _choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
     if distributed.rank() == 0:
         known = Path(recipe.run.dir) / "config.yaml"
         if known.exists():
-            said = [(config.load(known).recipe.data.loader, "as the run was started")]
+            said = [(load_run(known.parent).data.loader, "as the run was started")]
         else:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
@@ -488,7 +502,7 @@ def _check_config(recipe: Recipe, run: Path) -> None:
     """Refuses to resume a run with settings that would have made other weights."""
     if not (run / "config.yaml").exists():
         return
-    old = config.flat(config.load(run / "config.yaml").recipe)
+    old = config.flat(load_run(run))
     new = config.flat(recipe)
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-untyped]
 
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import Turn, finish
@@ -74,8 +75,7 @@ def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray
     Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. Raises BadImage.
     """
     with _bad_image():
-        encoded.image.load()
-        image = _upright(encoded.image)
+        image = _upright(_loaded(encoded), _orientation(encoded.image))
         top, left, height, width = window(image.height, image.width)
         return np.array(_rgb(image.crop((left, top, left + width, top + height)), encoded.white))
 
@@ -98,17 +98,37 @@ def decode(
 def whole(data: bytes, max_pixels: int, white: int | None = None) -> Image.Image:
     """All of the image, upright and RGB, checked as by `look`. Raises BadImage."""
     with _bad_image():
-        image = _open(data, max_pixels)
-        image.load()
-        return _rgb(_upright(image), white)
+        encoded = Encoded(data, _open(data, max_pixels), None, white)
+        return _rgb(_upright(_loaded(encoded), _orientation(encoded.image)), white)
 
 
 def brightest(encoded: Encoded) -> int | None:
-    """Return the largest value of a grey image of 16 bits, and None for images of fewer bits. Raises BadImage."""
+    """Return the largest value in an image of 16 bits a channel, and None for images of fewer bits. Raises BadImage.
+
+    Pillow keeps the upper 8 bits of such an image in colour; the lower ones are taken to be ones.
+    """
     with _bad_image():
-        if encoded.image.mode not in _GREY_16:
-            return None
-        return int(np.asarray(encoded.image).max())
+        image = encoded.image
+        if is_deep_colour(image):
+            return int(np.asarray(image).max()) << 8 | 0xFF
+        return int(np.asarray(image).max()) if image.mode in _GREY_16 else None
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Return whether an image whose pixels are not decoded yet is in colour, or has alpha, with 16 bits a channel."""
+    return image.mode not in _GREY_16 and any(";16" in repr(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _loaded(encoded: Encoded) -> Image.Image:
+    """The image with its pixels decoded. Where they are to be scaled, those of a PNG in colour keep all 16 bits."""
+    image = encoded.image
+    if encoded.white is not None and image.format == "PNG" and is_deep_colour(image):
+        pixels = decode_png(torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        values = pixels.permute(1, 2, 0).numpy()
+        colours = values[..., :3] if len(pixels) > 2 else np.repeat(values[..., :1], 3, 2)
+        return Image.fromarray(_scaled(colours, encoded.white))
+    image.load()
+    return image
 
 
 def format_of(data: bytes, max_pixels: int) -> str:
@@ -225,19 +245,20 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
     """The loaded image turned as its EXIF orientation asks."""
-    orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+
+
+def _scaled(values: np.ndarray, white: int) -> np.ndarray:
+    """16-bit values as uint8, `white` and all above it as 255."""
+    return np.minimum((values.astype(np.uint32) * 255 + white // 2) // white, 255).astype(np.uint8)
 
 
 def _rgb(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode in _GREY_16:
         # Pillow's own conversion clips at 255.
-        values = np.asarray(image).astype(np.uint32)
-        white = white or 65535
-        scaled = (values * 255 + white // 2) // white
-        return Image.fromarray(np.minimum(scaled, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_scaled(np.asarray(image), white or 65535)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage(f"32-bit pixels (mode {image.mode}) have no known range; convert to 8 or 16 bits")
     if image.mode in ("La", "RGBa"):

@@ -47,6 +47,8 @@ class Packing(NamedTuple):
     shortest: int | None
     """Pixels of the shortest side; images that are no larger stay as they are, and with None all do."""
     max_pixels: int
+    white: int | None = None
+    """data.range, for images that are made smaller."""
 
     def shard(self, number: int) -> Path:
         # As wide as the last one, so that their names sort as they follow one another.
@@ -93,10 +95,13 @@ def _same_as_before(packing: Packing) -> None:
         "max_pixels": packing.max_pixels,
         "classes": packing.source.classes,
     }
+    if packing.white is not None:
+        now["range"] = packing.white
     if note.exists():
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
-            changed = [key for key in now if before[key] != now[key]]
+            changed = [key for key in now if key != "range" and before[key] != now[key]]
+            changed += ["range"] if before.get("range") != packing.white else []
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{note} is there already and no note of a packing; choose another name") from error
         if changed:
@@ -143,7 +148,7 @@ def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
     ending = _ENDINGS.get(format_of(data, packing.max_pixels), "jpg")
     if packing.shortest is None:
         return ending, data
-    image = whole(data, packing.max_pixels)
+    image = whole(data, packing.max_pixels, packing.white)
     scale = packing.shortest / min(image.size)
     if scale >= 1:
         return ending, data
@@ -215,11 +220,17 @@ def main(
     shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
     max_pixels: Annotated[int, typer.Option(help="as data.max_pixels", min=1)] = DataSettings().max_pixels,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+    image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
+    label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
+    white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
 ) -> None:
     """Write tar shards of a data set; a packing that was stopped goes on. Its order and labels stay."""
     if target.suffix != ".tar":
         raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
-    packing = Packing(open_source(source), target, samples, shortest, max_pixels)
+    opened = open_source(source, settings=DataSettings(image_key=image_key, label_key=label_key))
+    for note in opened.notes:
+        print(note)
+    packing = Packing(opened, target, samples, shortest, max_pixels, white)
     written, left_out = pack(packing, workers or default_workers())
     shards = packing.numbers()
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
