@@ -84,6 +84,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Run the command line. A mistake of the user's is printed without a traceback."""
     open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        # No name of a file ends a command because the terminal's encoding lacks its letters.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="mimae")
     except UserError as mistake:

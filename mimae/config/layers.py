@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from mimae.config.texts import expanded, unquoted
 from mimae.reading import read_text
+from mimae.text import printable
 
 LARGEST_FILE = 1 << 16
 """Bytes that a recipe may have."""
@@ -71,7 +72,7 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[
         problems.append(f"recipes are each other's base: {circle}")
         return []
     try:
-        node = _composed(read_text(path, LARGEST_FILE))
+        node = compose(read_text(path, LARGEST_FILE))
     except OSError as error:
         problems.append(f"{shown}: cannot be read: {error.strerror}")
         return []
@@ -116,7 +117,7 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
     if key in texts:
         return {key: Setting(unquoted(value), "override")}
     try:
-        node = _composed(value)
+        node = compose(value)
     except yaml.YAMLError as error:
         problems.append(f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'")
         return {}
@@ -126,16 +127,31 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
 
 
 def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) -> Settings:
-    """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`."""
+    """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`.
+
+    A value with bytes that are no UTF-8, which no recipe could hold, is a problem.
+    """
     found = dict(given)
+    for key, (value, origin, note) in given.items():
+        if isinstance(value, str) and not _is_text(value):
+            problems.append(f"{key} = {value} ({origin}): not UTF-8; a link under another name can take its place")
+            found[key] = Setting(printable(value), origin, note)
     for key in paths & given.keys():
-        value, origin, note = given[key]
+        value, origin, note = found[key]
         if isinstance(value, str):
             try:
                 found[key] = Setting(expanded(value), origin, note)
             except ValueError as error:
                 problems.append(f"{key} = {text(value)} ({origin}): {error}")
     return found
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:
@@ -182,10 +198,10 @@ for _sequence in (list, tuple):
 _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value)))
 
 
-def _composed(source: str) -> yaml.Node | None:
+def compose(source: str, dialect: type[yaml.SafeLoader] | None = None) -> yaml.Node | None:
     """Return the nodes of YAML text, no more than MOST_VALUES of them. Raises YAMLError."""
     try:
-        node = yaml.compose(source, _YAML)
+        node = yaml.compose(source, dialect or _YAML)
         count = 0 if node is None else _count(node, {})
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or holds itself") from None

@@ -14,6 +14,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with every sample by path")] = False,
     max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+    image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
+    label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
+    white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
 ) -> None:
     """Look at every sample of a data set.
 
@@ -21,10 +24,12 @@ def check(
     """
 
     from mimae.data.loading.workers import default_workers
-    from mimae.data.settings import DataSettings
+    from mimae.data.settings import PILLOW_LIMIT, DataSettings
     from mimae.data.tools.check import check, show, summary
 
-    found = summary(check(path, max_pixels or DataSettings().max_pixels, workers or default_workers()))
+    pixels = min(max_pixels or DataSettings().max_pixels, PILLOW_LIMIT)
+    settings = DataSettings(max_pixels=pixels, image_key=image_key, label_key=label_key, range=white)
+    found = summary(check(path, settings, workers or default_workers()), white)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -40,6 +45,9 @@ def pack(
     shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
     max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
+    image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
+    label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
+    white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
 ) -> None:
     """Write tar shards of a data set.
 
@@ -50,10 +58,14 @@ def pack(
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
+    from mimae.text import say
 
     if target.suffix != ".tar":
         raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
-    packing = Packing(open_source(source), target, samples, shortest, max_pixels or DataSettings().max_pixels)
+    opened = open_source(source, settings=DataSettings(image_key=image_key, label_key=label_key))
+    for note in opened.notes:
+        say(note)
+    packing = Packing(opened, target, samples, shortest, max_pixels or DataSettings().max_pixels, white)
     written, left_out = pack(packing, workers or default_workers())
     shards = packing.numbers()
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"

@@ -22,8 +22,9 @@ PILLOW_LIMIT = 178_956_970
 class DataSettings(Section):
     """Where the images come from and how a sample is cut from its image."""
 
-    path: PathText = Field(
+    path: PathText = setting(
         "photos",
+        resume="free",
         description="training images: photos (embedded), a folder, a list file, tar shards, Parquet files, "
         "a mixture or torchvision:NAME:ROOT, see [data.md](data.md)",
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimae.config.load import load_recipe
+from mimae.config.kept import load_run
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
@@ -349,13 +349,16 @@ def probe(
     """
     run, started = Path(run), time.monotonic()
     encoder = load_encoder(run)
-    recipe = load_recipe(run / "config.yaml").recipe
+    recipe = load_run(run)
     if test is None and recipe.data.val_path is None:
         raise UserError(
             f"{run} has no test set: data.val_path is null in its config.yaml; name one with --test PATH, "
             f"images of the same classes as {train or recipe.data.path}"
         )
-    sources = [open_source(train or recipe.data.path), open_source(test or str(recipe.data.val_path))]
+    sources = [
+        open_source(train or recipe.data.path, settings=recipe.data),
+        open_source(test or str(recipe.data.val_path), settings=recipe.data, use="held-out"),
+    ]
     *labels, classes = shared_labels(*sources)
     if min(len(labels[0]), images) < FOLDS * classes:
         raise UserError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimae.errors import RunError
+
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """What an operator, SLURM before the end of a job's time, a terminal that closes, and Ctrl-C send."""
 
@@ -41,17 +43,26 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
+WAIT_AFTER_SIGNAL = 30.0
+"""Seconds that a run which was told to stop waits for the next batch."""
+
+
 class Signals:
     """A wish to save and stop, on which all ranks agree one step late, over the host."""
 
     def __init__(self) -> None:
         self.received = False
+        self._waits_for = ""
+        self._is_main = threading.current_thread() is threading.main_thread()
         self._wish = torch.zeros(1)
         self._work: Any = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Signals:
         self._stack.enter_context(handled(self._on_signal))
+        if self._is_main:
+            before = signal.signal(signal.SIGALRM, self._on_alarm)
+            self._stack.callback(signal.signal, signal.SIGALRM, before)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,6 +72,28 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+        if self._waits_for:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL)
+
+    def _on_alarm(self, number: int, _: FrameType | None) -> None:
+        if self._waits_for:
+            raise RunError(
+                f"the run was told to stop, and {self._waits_for} did not come for {WAIT_AFTER_SIGNAL:.0f} s: it ends "
+                "here; the same command goes on from its last checkpoint"
+            )
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Let a signal end what the block waits for, WAIT_AFTER_SIGNAL seconds later. Raises RunError then."""
+        self._waits_for = what
+        if self.received and self._is_main:
+            signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL)
+        try:
+            yield
+        finally:
+            self._waits_for = ""
+            if self.received and self._is_main:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agreed(self) -> bool:
         """Return True on every rank after the same step, once any of them has received a signal."""

@@ -80,6 +80,7 @@ def replay(
     Exits with 1 if anything in the step is not finite.
     """
 
+    from mimae.config.kept import load_run
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
     from mimae.files import Folder
@@ -88,7 +89,7 @@ def replay(
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    recipe = load_recipe(run / "config.yaml", [*HERE, *(overrides or ())], {"run": {"dir": str(run)}}).recipe
+    recipe = load_run(run, [*HERE, *(overrides or ())], {"run": {"dir": str(run)}})
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe

@@ -23,7 +23,7 @@ from torch import Tensor
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.saving import Saver
-from mimae.config.load import load_recipe
+from mimae.config.kept import load_run
 from mimae.config.recipe import Recipe
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -53,7 +53,7 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     run, found = checkpoint.locate(source)
     if (folder / "config.yaml").exists():
         raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a folder of its own")
-    recipe = load_recipe(run / "config.yaml").recipe
+    recipe = load_run(run)
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
         raise CheckpointError(f"{target} is there already")
@@ -132,13 +132,13 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
-    recipe, root = load_recipe(run / "config.yaml").recipe, root_of(folder)
+    recipe, root = load_run(run), root_of(folder)
     if root is None or not (root / "zero").is_dir():
         raise CheckpointError(
             f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
             "that has one"
         )
-    source, model = open_source(recipe.data.path), outline(recipe)
+    source, model = open_source(recipe.data.path, settings=recipe.data), outline(recipe)
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
     states = _read(file)
     try:

@@ -16,7 +16,7 @@ from mimae.telemetry import pictures
 def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
     """A PNG with a row for each of the first `images` samples of an epoch, and their batch: the centre of the image,
     the sample that is cut from it, each of its views. Raises DataError."""
-    source = open_source(recipe.data.path)
+    source = open_source(recipe.data.path, settings=recipe.data)
     data = recipe.data.model_copy(update={"workers": 0})
     count = min(images, sum(share.draws for share in source.shares))
     batch = next(make_loader(data, source, seed=recipe.seed, batch_size=count).epoch(epoch))

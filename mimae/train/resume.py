@@ -9,7 +9,7 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
-from mimae.config.load import load_recipe
+from mimae.config.kept import load_run
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, Recipe, flat
 from mimae.data.loading.backend import fastest
@@ -17,6 +17,7 @@ from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
 from mimae.telemetry.telemetry import Telemetry
+from mimae.train.run_data import moved_from
 
 
 def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
@@ -30,7 +31,7 @@ def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
     if distributed.rank() == 0:
         known = Path(recipe.run.dir) / "config.yaml"
         if known.exists():
-            said = load_recipe(known).recipe.data.loader, "as the run was started"
+            said = load_run(known.parent).data.loader, "as the run was started"
         else:
             share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
             choice = fastest(recipe.data, source, recipe.seed, max(1, share))
@@ -45,7 +46,7 @@ def check_config(recipe: Recipe, run: Path) -> None:
     """Raise RunError where a run was started with settings that would have made other weights."""
     if not (run / "config.yaml").exists():
         return
-    old = flat(load_recipe(run / "config.yaml").recipe)
+    old = flat(load_run(run))
     new = flat(recipe)
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
@@ -91,7 +92,8 @@ def resume(
     def take(found: Checkpoint) -> None:
         """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
         if found.state["data"] != source.fingerprint:
-            raise RunError(f"data.path={recipe.data.path} no longer holds the images that {run} was started with")
+            before = "" if moved is None else f", which lay at {moved}"
+            raise RunError(f"data.path={recipe.data.path} does not hold the images that {run} was started with{before}")
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {steps}")
         engine.load(found.path)
@@ -100,6 +102,7 @@ def resume(
         passed_over.append(fault)
         records.message(fault)
 
+    moved = moved_from(recipe)
     found = checkpoint.use(run, take, pass_over)
     step, sums, name = 0, None, None
     if found is not None:
@@ -108,6 +111,9 @@ def resume(
         saver.passed_over = {other for other in checkpoint.names(run) if other > name}
         step, sums = int(used.state["step"]), used.state.get("sums")
         records.message(f"resuming {run} at step {step} of {steps}")
+    if moved is not None:
+        same = ", the same by name and class" if found else ""
+        records.message(f"the images are at {recipe.data.path}, and were at {moved}{same}")
     records.rewind(step)
     try:
         records.describe(as_yaml(recipe))

@@ -59,13 +59,13 @@ class Task(ABC, Generic[M]):
     @cached_property
     def source(self) -> Source:
         """The images that are trained on."""
-        return open_source(self.recipe.data.path)
+        return open_source(self.recipe.data.path, settings=self.recipe.data)
 
     @cached_property
     def validation(self) -> Source | None:
         """The images that are evaluated on."""
         path = self.recipe.data.val_path
-        return open_source(path) if path else None
+        return open_source(path, settings=self.recipe.data, use="held-out") if path else None
 
     @property
     def views(self) -> int:

@@ -38,6 +38,7 @@ from mimae.telemetry.telemetry import Telemetry
 from mimae.train import resume
 from mimae.train.due import Due
 from mimae.train.epoch import EpochSums
+from mimae.train.run_data import as_kept
 from mimae.train.start import check_process, hints
 from mimae.train.task import Result, Task
 
@@ -67,7 +68,7 @@ def train(task: Task[Any]) -> Outcome:
     Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
     that runs out, ten non-finite steps in a row.
     """
-    recipe = task.recipe
+    recipe = task.recipe = as_kept(task.recipe)
     check_process(recipe)
     task.check()
     limits = recipe.run.first_step_timeout, recipe.run.step_timeout
@@ -184,7 +185,8 @@ class Trainer(Generic[M]):
         """Wait for the next micro-batch."""
         assert self.batches is not None
         with self.phases("data"):
-            batch = next(self.batches)
+            with self.signals.waiting_for("the next batch"):
+                batch = next(self.batches)
             self.bad.record(batch.bad)
             self.stalls.made(batch.spent)
         return batch
@@ -389,6 +391,10 @@ class Trainer(Generic[M]):
             f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
             f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.loader_reason}"
         )
+        for note in self.source.notes:
+            self.telemetry.message(note)
+        for note in self.task.validation.notes if self.task.validation is not None else ():
+            self.telemetry.message(f"data.val_path: {note}")
         for hint in hints(recipe, self.steps, self.per_epoch):
             self.telemetry.message(hint)
         if recipe.data.cache is not None:

@@ -527,7 +527,7 @@ def test_all_problems_at_once(small: str) -> None:
         ("compile", "rounding"),
         ("model.width", "fixed"),
         ("model.attention", "rounding"),
-        ("data.path", "fixed"),
+        ("data.path", "free"),
         ("data.workers", "free"),
         ("data.cache", "rounding"),
         # A section speaks for its keys.

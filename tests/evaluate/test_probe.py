@@ -215,6 +215,7 @@ class Labelled:
     name: str
     labels: np.ndarray | None
     classes: list[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -241,19 +242,33 @@ def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Pat
     pretrain(recipe(images, run, "run.dry=true"))
     found = checkpoint.find(run)
     assert found is not None and found.state["step"] == 1
-    images_link = tmp_path / "link"
-    images_link.symlink_to(images)
-    moved = load_recipe(recipe(images_link, run)).recipe
-    with pytest.raises(UserError, match=r"data\.path"):
-        pretrain(moved)
-    for path in list(images.rglob("*.png"))[:1]:
-        kept = path.read_bytes()
-        path.rename(tmp_path / "away.png")
-        try:
-            with pytest.raises(UserError, match="no longer holds the images"):
-                pretrain(recipe(images, run))
-        finally:
-            path.write_bytes(kept)
+    path = next(images.rglob("*.png"))
+    kept = path.read_bytes()
+    path.rename(tmp_path / "away.png")
+    try:
+        with pytest.raises(UserError, match="does not hold the images"):
+            pretrain(recipe(images, run))
+    finally:
+        path.write_bytes(kept)
+
+
+def test_the_same_images_at_another_path_are_taken(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run goes on where its images have moved, says both paths, and finds relative ones from any folder."""
+    shutil.copytree(images, tmp_path / "job-1")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    pretrain(recipe(Path("job-1"), run, "run.dry=true"))
+    assert load_recipe(run / "config.yaml").recipe.data.path == str(tmp_path / "job-1")
+    (tmp_path / "job-1").rename(tmp_path / "job-2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert pretrain(recipe(tmp_path / "job-2", run)).finished
+    told = capsys.readouterr().out
+    assert f"the images are at {tmp_path / 'job-2'}, and were at {tmp_path / 'job-1'}, the same by name" in told
+    assert_bit_equal(tensors(run), tensors(whole))
 
 
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(

@@ -37,15 +37,18 @@ class DecoderBackend(Protocol):
         """Ends what works for it."""
 
 
-def make_backend(settings: DataSettings, source: Source, seed: int) -> DecoderBackend:
-    """Make the backend that `settings.loader` names ("auto": "torch"). Raises DataError where it cannot run."""
+def make_backend(settings: DataSettings, source: Source, seed: int, *, by_pipe: bool = False) -> DecoderBackend:
+    """Make the backend that `settings.loader` names ("auto": "torch"). Raises DataError where it cannot run.
+
+    `by_pipe`: its workers use no shared memory.
+    """
     name = "torch" if settings.loader == "auto" else settings.loader
     if (reason := OBSTACLES[name](_device())) is not None:
         raise DataError(f"data.loader={name} cannot run here: {reason}")
     if name == "dali_gpu":
-        return DaliGpuBackend(settings, source, seed)
+        return DaliGpuBackend(settings, source, seed, by_pipe=by_pipe)
     decoder = RegionDecoder() if name == "dali_cpu" else EachDecoder()
-    return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers)
+    return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers, by_pipe=by_pipe)
 
 
 def _device() -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mimae.errors import UserError
 from mimae.files import Folder
+from mimae.text import printable
 
 
 class DataError(UserError):
@@ -98,13 +99,12 @@ class BadSamples:
             for sample in new:
                 if sample.id not in self._known:
                     self._known.add(sample.id)
-                    line = json.dumps(sample._asdict(), ensure_ascii=False) + "\n"
-                    file.write(line.encode("utf-8", "backslashreplace"))
+                    file.write(_line(sample))
             file.flush()
             self._read_to = file.tell()
         self._known.update(sample.id for sample in new)
         if len(self._known) > self.max_fraction * self.total:
-            shown = "\n".join(f"  {sample.path}: {sample.reason}" for sample in new[:10])
+            shown = "\n".join(f"  {printable(sample.path)}: {printable(sample.reason)}" for sample in new[:10])
             raise DataError(
                 f"{len(self._known)} of {self.total} samples cannot be read, more than "
                 f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
@@ -116,6 +116,12 @@ def _opened(path: Path) -> BinaryIO:
     """Return a file of the run, to be read and added to. Raises OSError for a link, which is not followed."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     return os.fdopen(Folder(path.parent).open(path.name, flags), "a+b")
+
+
+def _line(sample: BadSample) -> bytes:
+    """The sample as JSON in which nothing is left that a terminal would obey; parsed, its path has the same bytes."""
+    text = json.dumps(sample._asdict(), ensure_ascii=False)
+    return ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n").encode()
 
 
 def _ids(lines: Iterable[bytes]) -> Iterator[int]:

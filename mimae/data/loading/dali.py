@@ -267,10 +267,18 @@ class DaliGpuBackend:
     With the device "cpu" the same pipeline runs there.
     """
 
-    def __init__(self, settings: DataSettings, source: Source, seed: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        source: Source,
+        seed: int,
+        device: torch.device | None = None,
+        *,
+        by_pipe: bool = False,
+    ) -> None:
         self._settings, self._source, self._seed = settings, source, seed
         self._device = device or torch.device("cuda", torch.cuda.current_device())
-        self._workers = Workers(partial(hold, settings, source, seed), settings.workers)
+        self._workers = Workers(partial(hold, settings, source, seed), settings.workers, by_pipe=by_pipe)
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -12,7 +13,8 @@ from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.order import BatchRequest, Plan, epoch_order
 from mimae.data.loading.samples import EachDecoder, make_batch
-from mimae.data.loading.workers import Workers
+from mimae.data.loading.shared_memory import has_room
+from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cached
@@ -69,7 +71,12 @@ def make_loader(
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
     order = partial(epoch_order, seed, shares=shares, by_blocks=settings.shuffle == "blocks")
-    return Loader(plan, make_backend(settings, cached(settings, source), seed), order)
+    # The samples and their ids; encoded images, which dali_gpu hands over, take less.
+    height, width = settings.size_hw
+    batch_bytes = plan.micro_batch * (3 * height * width + 16)
+    workers = default_workers() if settings.workers is None else settings.workers
+    by_pipe = workers > 0 and not has_room(batch_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return Loader(plan, make_backend(settings, cached(settings, source), seed, by_pipe=by_pipe), order)
 
 
 def evaluation_batches(

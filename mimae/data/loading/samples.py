@@ -20,6 +20,7 @@ from mimae.data.pixels.decode import BadImage, Encoded, look, region, why
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.randomness import Purpose, words
+from mimae.text import printable
 
 _REPLACEMENTS = 64
 """Other samples tried in the place of an unreadable one."""
@@ -57,7 +58,7 @@ class Sample(NamedTuple):
     @property
     def cut(self) -> Cut | None:
         """The cut from the pixels as they are stored, of a plain JPEG; None for what Pillow has to decode."""
-        _, image, orientation = self.encoded
+        _, image, orientation, _ = self.encoded
         if orientation is None:
             return None
         return cut_from(image.height, image.width, orientation, self.window, flip=self.flip)
@@ -129,7 +130,7 @@ def _slots(settings: DataSettings, source: Source, seed: int, request: BatchRequ
         drawn = crop_words(seed, request.epoch, sample_ids).tolist()
         windows = [partial(random_window, row, scale=scale) for row in drawn]
     return [
-        _Slot(source, settings.max_pixels, place, _chain(seed, request.epoch, sample_id, len(source)), window, flip)
+        _Slot(source, settings, place, _chain(seed, request.epoch, sample_id, len(source)), window, flip)
         for place, (sample_id, window, flip) in enumerate(zip(request.ids.tolist(), windows, mirrored))
     ]
 
@@ -140,13 +141,13 @@ class _Slot:
     def __init__(
         self,
         source: Source,
-        max_pixels: int,
+        settings: DataSettings,
         place: int,
         candidates: Iterator[int],
         window: Callable[[int, int], Window],
         flip: bool,
     ) -> None:
-        self.source, self.max_pixels, self.place = source, max_pixels, place
+        self.source, self.settings, self.place = source, settings, place
         self.candidates, self.window, self.flip = candidates, window, flip
         self.bad: list[BadSample] = []
         self.source_id = -1
@@ -159,13 +160,15 @@ class _Slot:
                 with clock("read"):
                     data = self.source.read(self.source_id)
                 with clock("decode"):
-                    return Sample(self.place, look(data, self.max_pixels), self.window, self.flip)
+                    return Sample(
+                        self.place, look(data, self.settings.max_pixels, self.settings.range), self.window, self.flip
+                    )
             except (BadImage, OSError) as error:
                 self.refuse(error)
-        tried = "\n".join(f"  {path}: {reason}" for _, path, reason in self.bad[-5:])
+        tried = "\n".join(f"  {printable(path)}: {reason}" for _, path, reason in self.bad[-5:])
         raise DataError(
-            f"sample {self.bad[0].id} of {self.source.name} cannot be read, nor any of {_REPLACEMENTS} samples "
-            f"tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
+            f"sample {self.bad[0].id} of {printable(self.source.name)} cannot be read, nor any of {_REPLACEMENTS} "
+            f"samples tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
         )
 
     def refuse(self, error: BadImage | OSError) -> None:

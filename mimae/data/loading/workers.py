@@ -11,10 +11,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from mimae.data.loading import shared_memory
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.shared_memory import Packed, handed_over
 
 Made = TypeVar("Made")
 
@@ -23,10 +25,11 @@ class Workers(Generic[Made]):
     """Worker processes that call `make(request)` for each request and give the results in the requests' order.
 
     `workers` is their number; None: one per core of this rank; 0: the calling process does the work.
+    Results come through shared memory; with `by_pipe`, or where it has no room for one, through a pipe.
     The processes live until `close`.
     """
 
-    def __init__(self, make: Callable[[BatchRequest], Made], workers: int | None) -> None:
+    def __init__(self, make: Callable[[BatchRequest], Made], workers: int | None, *, by_pipe: bool = False) -> None:
         workers = default_workers() if workers is None else workers
         self._requests = _Requests()
         self._running: Generator[Made, None, None] | None = None
@@ -34,7 +37,7 @@ class Workers(Generic[Made]):
             # On more workers than cores; where training waits for them, `stalls` says so.
             warnings.filterwarnings("ignore", "This DataLoader will create")
             self._loader: DataLoader | None = DataLoader(
-                _MicroBatches(make),
+                _MicroBatches(make, by_pipe),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=workers,
@@ -71,7 +74,7 @@ class Workers(Generic[Made]):
             for made in self._iterator():
                 if isinstance(made, DataError):
                     raise made
-                yield made
+                yield made.unpacked() if isinstance(made, Packed) else made
         except (RuntimeError, ConnectionError, EOFError) as error:
             # The latter two where it died while it handed a batch over.
             # An error that a living worker hands over names its process too, but not by "(pid".
@@ -90,7 +93,13 @@ class Workers(Generic[Made]):
         if threading.current_thread() is not threading.main_thread():
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-        iterator = iter(self._loader)
+        try:
+            iterator = iter(self._loader)
+        except OSError as error:
+            raise DataError(
+                f"no decoding processes can be started ({error.strerror or error}); they need some room in "
+                f"{shared_memory.FOLDER} (docker run --shm-size=1g), or data.workers=0"
+            ) from error
         signal.signal(signal.SIGCHLD, handler)
         return iterator
 
@@ -123,14 +132,15 @@ class _Requests(Sampler[BatchRequest]):
 class _MicroBatches(Dataset[Any]):
     """What is made of a request; what stops the run comes back as a value: torch would bury it in a traceback."""
 
-    def __init__(self, make: Callable[[BatchRequest], Any]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[BatchRequest], Any], by_pipe: bool) -> None:
+        self.make, self.by_pipe = make, by_pipe
 
     def __getitem__(self, request: BatchRequest) -> Any:
         try:
-            return self.make(request)
+            made = self.make(request)
         except DataError as error:
             return error
+        return made if get_worker_info() is None else handed_over(made, self.by_pipe)
 
 
 def _as_is(made: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,15 +13,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-untyped]
 
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import Turn, finish
+from mimae.text import printable
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
-"""Endings by which a source takes a file for an image; what it is its bytes tell."""
+MOST_SCANS = 100
+"""Scans that a JPEG may have, as libtiff allows; libjpeg writes ten."""
+
+MOST_SCANNED = 20
+"""Scans that a JPEG of `max_pixels` may have, a smaller one more: each scan goes through all of the image."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
-_CHANNELS_TAG = 277
+_CHANNELS_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 277, 322, 323
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+"""A marker of a JPEG between its entropy-coded bytes."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,6 +39,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SCAN = b"\xff\xda"
 _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -46,16 +55,18 @@ class Encoded(NamedTuple):
     """As Pillow opens it."""
     orientation: int | None
     """EXIF's (1 to 8), of a plain JPEG: any decoder reads it alike. None: Pillow decodes it, in every loader."""
+    white: int | None = None
+    """The 16-bit value that becomes 255; None: 65535."""
 
 
-def look(data: bytes, max_pixels: int) -> Encoded:
+def look(data: bytes, max_pixels: int, white: int | None = None) -> Encoded:
     """Reads and checks the header: at most `max_pixels`, and 1, 3 or 4 channels (or grey with alpha).
 
     A plain JPEG is of 8 bits, grey or YCbCr, and does not end too early. Raises BadImage.
     """
     with _bad_image():
         image = _open(data, max_pixels)
-        return Encoded(data, image, _orientation(image) if _is_plain_jpeg(image, data) else None)
+        return Encoded(data, image, _orientation(image) if _is_plain_jpeg(image, data) else None, white)
 
 
 def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray:
@@ -64,26 +75,60 @@ def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray
     Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. Raises BadImage.
     """
     with _bad_image():
-        encoded.image.load()
-        image = _upright(encoded.image)
+        image = _upright(_loaded(encoded), _orientation(encoded.image))
         top, left, height, width = window(image.height, image.width)
-        return np.array(_rgb(image.crop((left, top, left + width, top + height))))
+        return np.array(_rgb(image.crop((left, top, left + width, top + height)), encoded.white))
 
 
-def decode(data: bytes, window: Callable[[int, int], Window], size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
+def decode(
+    data: bytes,
+    window: Callable[[int, int], Window],
+    size: tuple[int, int],
+    *,
+    max_pixels: int,
+    white: int | None = None,
+) -> np.ndarray:
     """`window` of the upright image, resized to `size` (height, width): uint8 RGB. Raises BadImage.
 
     The image is checked as by `look`, the resize sees the window alone.
     """
-    return finish(torch.from_numpy(region(look(data, max_pixels), window)), size, Turn()).numpy()
+    return finish(torch.from_numpy(region(look(data, max_pixels, white), window)), size, Turn()).numpy()
 
 
-def whole(data: bytes, max_pixels: int) -> Image.Image:
+def whole(data: bytes, max_pixels: int, white: int | None = None) -> Image.Image:
     """All of the image, upright and RGB, checked as by `look`. Raises BadImage."""
     with _bad_image():
-        image = _open(data, max_pixels)
-        image.load()
-        return _rgb(_upright(image))
+        encoded = Encoded(data, _open(data, max_pixels), None, white)
+        return _rgb(_upright(_loaded(encoded), _orientation(encoded.image)), white)
+
+
+def brightest(encoded: Encoded) -> int | None:
+    """Return the largest value in an image of 16 bits a channel, and None for images of fewer bits. Raises BadImage.
+
+    Pillow keeps the upper 8 bits of such an image in colour; the lower ones are taken to be ones.
+    """
+    with _bad_image():
+        image = encoded.image
+        if is_deep_colour(image):
+            return int(np.asarray(image).max()) << 8 | 0xFF
+        return int(np.asarray(image).max()) if image.mode in _GREY_16 else None
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Return whether an image whose pixels are not decoded yet is in colour, or has alpha, with 16 bits a channel."""
+    return image.mode not in _GREY_16 and any(";16" in repr(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _loaded(encoded: Encoded) -> Image.Image:
+    """The image with its pixels decoded. Where they are to be scaled, those of a PNG in colour keep all 16 bits."""
+    image = encoded.image
+    if encoded.white is not None and image.format == "PNG" and is_deep_colour(image):
+        pixels = decode_png(torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        values = pixels.permute(1, 2, 0).numpy()
+        colours = values[..., :3] if len(pixels) > 2 else np.repeat(values[..., :1], 3, 2)
+        return Image.fromarray(_scaled(colours, encoded.white))
+    image.load()
+    return image
 
 
 def format_of(data: bytes, max_pixels: int) -> str:
@@ -94,7 +139,11 @@ def format_of(data: bytes, max_pixels: int) -> str:
 
 def why(error: BadImage | OSError) -> str:
     """One line on why a sample cannot be had: its bytes are no image, or its source could not read them."""
-    return str(error) if isinstance(error, BadImage) else f"the file cannot be read: {error.strerror or error}"
+    return printable(str(error) if isinstance(error, BadImage) else f"the file cannot be read: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 @contextmanager
@@ -134,8 +183,31 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # Pillow shows some TIFFs of five or six channels as RGB or CMYK.
         channels = image.tag_v2.get(_CHANNELS_TAG, channels)
+        # libtiff makes room for a whole tile, however small the image is.
+        tile = image.tag_v2.get(_TILE_WIDTH_TAG, 0), image.tag_v2.get(_TILE_HEIGHT_TAG, 0)
+        if tile[0] * tile[1] > max_pixels:
+            raise BadImage(f"its tiles are of {tile[0]} x {tile[1]} pixels, more than data.max_pixels = {max_pixels}")
     _check_channels(channels, image.mode)
+    if image.format in ("JPEG", "MPO"):
+        pixels = max(1, image.width * image.height)
+        most = min(MOST_SCANS, MOST_SCANNED * max_pixels // pixels)
+        # Bytes that look like a scan's marker may lie in a thumbnail, or in a film behind the image.
+        if data.count(_SCAN) > most and (scans := count_scans(data, most + 1)) > most:
+            raise BadImage(f"at least {scans} scans of {pixels} pixels each; a JPEG of its size may have {most}")
     return image
+
+
+def count_scans(data: bytes, most: int) -> int:
+    """Return the number of scans of a JPEG, counted up to `most`."""
+    at, scans = 2, 0
+    while scans < most and (marker := _MARKER.search(data, at)):
+        kind, at = data[marker.end() - 1], marker.end()
+        if kind == 0xD9:  # The end of the image.
+            break
+        scans += kind == 0xDA
+        if kind not in (0x01, 0xD8):  # All others have a length, which is skipped.
+            at += int.from_bytes(data[at : at + 2], "big")
+    return scans
 
 
 @lru_cache(1)
@@ -173,17 +245,20 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
     """The loaded image turned as its EXIF orientation asks."""
-    orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _scaled(values: np.ndarray, white: int) -> np.ndarray:
+    """16-bit values as uint8, `white` and all above it as 255."""
+    return np.minimum((values.astype(np.uint32) * 255 + white // 2) // white, 255).astype(np.uint8)
+
+
+def _rgb(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode in _GREY_16:
         # Pillow's own conversion clips at 255.
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_scaled(np.asarray(image), white or 65535)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage(f"32-bit pixels (mode {image.mode}) have no known range; convert to 8 or 16 bits")
     if image.mode in ("La", "RGBa"):

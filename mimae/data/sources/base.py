@@ -29,6 +29,10 @@ class Source(Protocol):
         """What an epoch is drawn from, its sizes adding up to the source's; but in mixtures the source alone."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Printable lines on what was left out, and on what is not as one would expect."""
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of names and labels in their order: two sources with equal ones number alike."""
 

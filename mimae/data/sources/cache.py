@@ -56,7 +56,7 @@ class Cached:
 
     def __init__(self, settings: DataSettings, source: Source) -> None:
         """Opens the cache of the source, or makes an empty one. Raises DataError where its folder cannot be used."""
-        self._source, self._max_pixels = source, settings.max_pixels
+        self._source, self._max_pixels, self._white = source, settings.max_pixels, settings.range
         self._decoded = settings.cache == "decoded"
         self._folder = folder = cache_folder_of(settings, source)
         header = hashlib.sha256(f"{_VERSION} {folder.name} {len(source)}".encode()).digest()
@@ -88,6 +88,10 @@ class Cached:
         return self._source.classes
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self._source.notes
+
+    @property
     def shares(self) -> tuple[Share, ...]:
         return self._source.shares
 
@@ -110,7 +114,7 @@ class Cached:
         data = self._source.read(i)
         if self._decoded:
             try:
-                data = _pixels(data, self._max_pixels)
+                data = _pixels(data, self._max_pixels, self._white)
             except BadImage:  # Whoever decodes it will say why.
                 return data
         if self._filling and data:
@@ -190,7 +194,9 @@ def cache_folder_of(settings: DataSettings, source: Source) -> Path:
     starts = np.cumsum([0, *(share.samples for share in source.shares[:-1])]).tolist()
     what = "\0".join([source.fingerprint, *map(source.path, starts)])
     key = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return base / f"mimae-cache-{os.getuid()}" / f"{key}-{settings.cache}"
+    # Pixels are kept as they were scaled.
+    scaled = f"-{settings.range}" if settings.cache == "decoded" and settings.range is not None else ""
+    return base / f"mimae-cache-{os.getuid()}" / f"{key}-{settings.cache}{scaled}"
 
 
 def _make_own(folder: Path) -> None:
@@ -233,7 +239,7 @@ def _room(folder: Path) -> float:
     return system.f_frsize * (system.f_bavail - SPARE * system.f_blocks)
 
 
-def _pixels(data: bytes, max_pixels: int) -> bytes:
+def _pixels(data: bytes, max_pixels: int, white: int | None) -> bytes:
     """The image as upright RGB in PPM: a header and the pixels. Raises BadImage."""
-    image = whole(data, max_pixels)
+    image = whole(data, max_pixels, white)
     return b"P6\n%d %d\n255\n" % image.size + image.tobytes()

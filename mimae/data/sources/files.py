@@ -1,135 +1,235 @@
-"""Images in files of their own, found in a folder or named by a list."""
+"""Images in files of their own, found in a folder."""
 
 from __future__ import annotations
 
-import csv
 import os
-import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mimae.data.loading.batch import DataError
-from mimae.data.pixels.decode import EXTENSIONS
+from mimae.data.sources.endings import ENDINGS, counted, ending_of, is_image, left_out, listed
 from mimae.data.sources.index import SCAN_THREADS, Index, IndexedSource, end_to_end
-
-LIST_EXTENSIONS = (".txt", ".tsv", ".csv")
-_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
+from mimae.data.sources.patterns import SHARDS
+from mimae.reading import open_regular
+from mimae.text import printable
 
 
 class FileSource(IndexedSource):
     """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its own."""
 
-    def __init__(self, name: str, folder: Path, index: Index) -> None:
-        super().__init__(name, index)
+    def __init__(self, name: str, folder: Path, index: Index, max_bytes: int) -> None:
+        super().__init__(name, index, max_bytes)
         self._folder = os.fsencode(folder)
 
     def path(self, i: int) -> str:
         return os.fsdecode(os.path.join(self._folder, self.index.name(i)))
 
     def read(self, i: int) -> bytes:
-        with open(os.path.join(self._folder, self.index.name(i)), "rb", opener=_open_regular) as file:
-            return file.read()
+        with open(open_regular(os.path.join(self._folder, self.index.name(i))), "rb") as file:
+            self.check_size(os.fstat(file.fileno()).st_size)
+            data = file.read(self.max_bytes + 1)
+            self.check_size(len(data))  # A file may grow, and those of the system tell no size.
+            return data
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Opens a file, but no pipe or device, which might never end or never answer."""
-    opened = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise OSError("it is not a regular file")
-    return opened
-
-
-# Folders
-
-
-def scan_folder(root: Path) -> Index:
-    """Indexes every image below `root`, one listing per folder, many at a time."""
-    listings = _list_folders(os.fsencode(root))
+def scan_folder(root: Path, version: int) -> Index:
+    """Indexes every image below `root`, one listing per folder, many at a time. Raises DataError."""
+    listings = _list_folders(os.fsencode(root), version)
     names, lengths, per_class = bytearray(), array("q"), dict[bytes, int]()
-    for prefix, run in _walk(listings):
+    for prefix, run in _walk({prefix: listing.entries for prefix, listing in listings.items()}):
         found = [prefix + name for name in run]
         names += b"".join(found)
         lengths.extend(map(len, found))
         label = prefix.partition(b"/")[0]
         per_class[label] = per_class.get(label, 0) + len(found)
+    others = sum((listing.others for listing in listings.values()), Counter[str]())
     if not lengths:
-        folders = f"{len(listings)} folder{'s' if len(listings) > 1 else ''}"
-        raise DataError(
-            f"{root} holds no images: {folders} looked through, hidden ones left out. "
-            f"Images end in {', '.join(EXTENSIONS)}; tar shards and Parquet files lie in a folder of their own."
-        )
-    labels = classes = None
+        raise DataError(_no_images(root, listings, others, version))
+    if version > 1:
+        _refuse_shards(root, len(lengths), listings)
+    labels, classes, notes = None, None, left_out(others)
     # Images beside the class folders have no class, and half a labelling is none.
     if b"" not in per_class:
         folders_in_order = sorted(per_class)
         number = {name: i for i, name in enumerate(folders_in_order)}
         labels = np.repeat(np.array([number[name] for name in per_class]), list(per_class.values())).astype(np.int64)
         classes = [os.fsdecode(name) for name in folders_in_order]
+    elif len(per_class) > 1:
+        beside = per_class[b""]
+        notes.append(f"no sample has a class, since {beside:,} images lie beside the folders that would be classes")
+    if again := sum(listing.again for listing in listings.values()):
+        notes.append(f"left out: {again:,} links to folders that another link had led into")
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
-    return Index(np.frombuffer(bytes(names), np.uint8), end_to_end(np.array(lengths)), labels, classes, watched)
+    return Index(
+        np.frombuffer(bytes(names), np.uint8),
+        end_to_end(np.array(lengths)),
+        labels,
+        classes,
+        watched,
+        notes=notes if version > 1 else [],
+    )
 
 
-_Listing = list[bytes]
-"""A folder's entries in the order of paths' bytes: `name/` for a folder, names joined by NUL for images."""
+def _no_images(root: Path, listings: dict[bytes, _Listing], others: Counter[str], version: int) -> str:
+    """Say what lies in a folder without images, and how it is named if it can be used."""
+    folders = f"{len(listings)} folder{'s' if len(listings) > 1 else ''}"
+    text = (
+        f"{printable(str(root))} holds no images: {folders} looked through, hidden ones left out. "
+        f"Images end in {', '.join(ENDINGS[version])}; tar shards and Parquet files lie in a folder of their own."
+    )
+    if others:
+        text += f" It holds files of other kinds: {counted(others)}."
+    if shards := [os.path.join(os.fsencode(root), prefix) for prefix, each in listings.items() if each.shards]:
+        text += f" There are shards in {listed(map(os.fsdecode, shards))}; name that folder."
+    if others[""]:
+        text += " Images without an ending are named by a list file, one path per line."
+    if others["gz"] or others["tgz"] or others["zst"]:
+        text += " Compressed shards leave no random access: unpack them to .tar."
+    return text
 
 
-def _list_folders(root: bytes) -> dict[bytes, _Listing]:
-    """The listing of `root` and of every folder below it, by path relative to `root` ("" or "a/b/")."""
+def beside_shards(root: Path, version: int) -> list[str]:
+    """Return notes on the files that lie beside the shards of a folder. Raises DataError where they are images."""
+    listings = _list_folders(os.fsencode(root), version)
+    images = sum(len(run) for _, run in _walk({prefix: listing.entries for prefix, listing in listings.items()}))
+    _refuse_shards(root, images, listings)
+    others = Counter(listings[b""].others)
+    for ending in SHARDS:
+        others.pop(ending[1:], None)
+    return left_out(others)
+
+
+def _refuse_shards(root: Path, images: int, listings: dict[bytes, _Listing]) -> None:
+    """Raise DataError where shards and images lie together: nobody can tell which of the two are meant."""
+    found = [(prefix, name) for prefix, listing in listings.items() for name in listing.shards]
+    if not found or not images:
+        return
+    prefix, name = found[0]
+    ending = os.path.splitext(name)[1]
+    pattern = os.path.join(os.fsdecode(os.path.join(os.fsencode(root), prefix)), "*" + os.fsdecode(ending))
+    picture = next(
+        os.fsdecode(prefix + entry.split(b"\0")[0])
+        for prefix, listing in listings.items()
+        for entry in listing.entries
+        if not entry.endswith(b"/")
+    )
+    raise DataError(
+        f"{printable(str(root))} holds {len(found):,} shard{'s' if len(found) > 1 else ''} "
+        f"({listed(os.fsdecode(p + n) for p, n in found)}) and {images:,} image{'s' if images > 1 else ''} "
+        f"({printable(picture)}{', ...' if images > 1 else ''}), and only one kind can be meant: "
+        f"write {printable(pattern)} for the shards, or move them elsewhere for the images"
+    )
+
+
+class _Listing(NamedTuple):
+    """What lies right in a folder."""
+
+    entries: list[bytes]
+    """In the order of paths' bytes: `name/` for a folder, names joined by NUL for images."""
+    links: frozenset[bytes]
+    """Those folders among the entries that are links."""
+    others: Counter[str]
+    """Files that are no images, by their endings."""
+    shards: list[bytes]
+    """Names of tar shards and Parquet files, which count as others too."""
+    again: int = 0
+    """Links that were not followed."""
+
+
+def _list_folders(root: bytes, version: int) -> dict[bytes, _Listing]:
+    """Lists `root` and every folder below it, by path relative to `root` ("" or "a/b/").
+
+    A link is not followed to a folder above it; by newer rules a folder is entered by one link at most, so that folders
+    linked to one another come to an end.
+    """
     listings: dict[bytes, _Listing] = {}
+    entered: set[tuple[int, int]] = set()
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        level: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
+        level: list[tuple[bytes, frozenset[tuple[int, int]], bool]] = [(b"", frozenset(), False)]
         while level:
-            below = []
-            for (prefix, above), result in zip(level, pool.map(lambda at: _list(root, *at), level), strict=True):
-                if result is not None:
-                    identity, listings[prefix] = result
-                    inside = above | {identity}
-                    below += [(prefix + entry, inside) for entry in listings[prefix] if entry.endswith(b"/")]
+            identities = list(pool.map(lambda at: _identity(root, at[0]), level))
+            chosen, below = [], []
+            for (prefix, above, is_link), identity in zip(level, identities):
+                if identity in above:
+                    continue
+                if is_link and version > 1:
+                    if identity in entered:
+                        parent = prefix[:-1].rpartition(b"/")[0]
+                        parent += b"/" if parent else b""
+                        listings[parent] = listings[parent]._replace(again=listings[parent].again + 1)
+                        continue
+                    entered.add(identity)
+                chosen.append((prefix, above | {identity}))
+            for (prefix, above), listing in zip(chosen, pool.map(lambda at: _list(root, at[0], version), chosen)):
+                listings[prefix] = listing
+                folders = (entry for entry in listing.entries if entry.endswith(b"/"))
+                below += [(prefix + entry, above, entry in listing.links) for entry in folders]
             level = below
     return listings
 
 
-def _list(root: bytes, prefix: bytes, above: frozenset[tuple[int, int]]) -> tuple[tuple[int, int], _Listing] | None:
-    """Lists one folder; None where it is one of those above it again, reached through a link."""
+def _identity(root: bytes, prefix: bytes) -> tuple[int, int]:
     folder = os.path.join(root, prefix)
     try:
         status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return None
-        with os.scandir(folder) as entries:
-            found = sorted(name for name in map(_entry, entries) if name is not None)
     except OSError as error:
-        raise DataError(f"cannot list the folder {os.fsdecode(folder)}: {error.strerror}") from error
-    listing: _Listing = []
-    for is_folder, group in groupby(found, key=lambda name: name.endswith(b"/")):
+        raise _cannot_list(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _cannot_list(folder: bytes, error: OSError) -> DataError:
+    return DataError(f"cannot list the folder {printable(os.fsdecode(folder))}: {error.strerror}")
+
+
+def _list(root: bytes, prefix: bytes, version: int) -> _Listing:
+    """Lists one folder."""
+    folder = os.path.join(root, prefix)
+    found, links, others, shards = [], set(), Counter[str](), []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b"."):
+                    continue
+                if _is_folder(entry):
+                    found.append(name + b"/")
+                    if entry.is_symlink():
+                        links.add(name + b"/")
+                elif not (entry.is_symlink() or entry.is_file()):
+                    continue  # A pipe or a device.
+                elif is_image(name, version):
+                    found.append(name)
+                else:
+                    others[ending_of(name)] += 1
+                    if name.lower().endswith(_SHARDS):
+                        shards.append(name)
+    except OSError as error:
+        raise _cannot_list(folder, error) from error
+    listing: list[bytes] = []
+    for is_folder, group in groupby(sorted(found), key=lambda name: name.endswith(b"/")):
         run = list(group)
         listing += run if is_folder else [b"\0".join(run)]
-    return identity, listing
+    return _Listing(listing, frozenset(links), others, sorted(shards))
 
 
-def _entry(entry: os.DirEntry[bytes]) -> bytes | None:
-    """The entry's name where it is an image, `name/` where it is a folder, None where it is neither."""
-    name = entry.name
-    if name.startswith(b"."):
-        return None
+_SHARDS = tuple(ending.encode() for ending in SHARDS)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
-        if entry.is_dir():
-            return name + b"/"
-    except OSError:  # A link to itself; as an image it will be listed as a bad sample.
-        pass
-    _, dot, extension = name.rpartition(b".")
-    is_image = dot and extension.lower() in _EXTENSIONS
-    return name if is_image and (entry.is_symlink() or entry.is_file()) else None
+        return entry.is_dir()
+    except OSError:  # A link to itself; with an image's ending it will be listed as a bad sample.
+        return False
 
 
-def _walk(listings: dict[bytes, _Listing]) -> Iterator[tuple[bytes, list[bytes]]]:
+def _walk(listings: dict[bytes, list[bytes]]) -> Iterator[tuple[bytes, list[bytes]]]:
     """Runs of images with their folder, in the order of the whole paths' bytes."""
     stack = [(b"", iter(listings[b""]))]
     while stack:
@@ -141,65 +241,3 @@ def _walk(listings: dict[bytes, _Listing]) -> Iterator[tuple[bytes, list[bytes]]
             yield prefix, entry.split(b"\0")
         elif prefix + entry in listings:
             stack.append((prefix + entry, iter(listings[prefix + entry])))
-
-
-# Lists
-
-
-def read_list(path: Path) -> Index:
-    """Reads a list file: per line a path relative to its folder, then (tab, in .csv comma) a class number."""
-    comma = path.suffix.lower() == ".csv"
-    names, lengths, labels, unlabelled = bytearray(), array("q"), array("q"), 0
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(
-                file,
-                delimiter="," if comma else "\t",
-                quoting=csv.QUOTE_MINIMAL if comma else csv.QUOTE_NONE,
-            )
-            for row in rows:
-                if not row or row == [""]:
-                    continue
-                where = f"{path}, line {rows.line_num}"
-                if len(row) > 2 or not row[0] or "\0" in row[0]:
-                    raise DataError(
-                        f"{where}: {row!r} is not a path, alone or with a class number after a "
-                        f"{'comma' if comma else 'tab'}"
-                    )
-                name = os.fsencode(row[0])
-                names += name
-                lengths.append(len(name))
-                if len(row) == 1:
-                    unlabelled += 1
-                else:
-                    labels.append(_class_number(row[1], where))
-                if unlabelled and labels:
-                    raise DataError(f"{where}: class numbers stand on some lines and not on others")
-    except (csv.Error, OSError) as error:
-        raise DataError(f"cannot read the list {path}: {error}") from error
-    if not lengths:
-        raise DataError(f"{path} names no image; a list has one path per line, relative to {path.parent}")
-    index = Index(
-        np.frombuffer(bytes(names), np.uint8),
-        end_to_end(np.array(lengths)),
-        np.array(labels, np.int64) if labels else None,
-        None,
-        [os.fsencode(path)],
-    )
-    first = [os.path.join(path.parent, os.fsdecode(index.name(i))) for i in range(min(len(index), 100))]
-    if not any(map(os.path.exists, first)):
-        raise DataError(
-            f"{path}: none of its first {len(first)} paths exists, the first being {first[0]}; "
-            f"paths are relative to the list's folder"
-        )
-    return index
-
-
-def _class_number(text: str, where: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1 << 31:
-        raise DataError(f"{where}: {text!r} is not a class number, an integer from 0 on")
-    return number

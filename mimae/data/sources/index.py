@@ -6,10 +6,11 @@ workers share the pages with the process that forked them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ import numpy as np
 
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
+from mimae.text import printable
 
 T = TypeVar("T")
 
-_VERSION = 2
+_VERSION = 3
 _SETTLED_NS = 2_000_000_000
 _PLACE = "place."
 STAMPS = "stamps"
@@ -49,6 +51,8 @@ class Index:
     """Paths of what was read to make the index: every folder, the list file, or every shard."""
     places: dict[str, np.ndarray] = field(default_factory=dict)
     """Where the bytes lie, in the terms of the kind of source; empty for files of their own."""
+    notes: list[str] = field(default_factory=list)
+    """Lines on what was left out or not understood."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -65,9 +69,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
 
 
-def indexed(places: Sequence[Path], build: Callable[[], Index]) -> Index:
-    """The index of `places`, from the cache where nothing that it was made from has changed since."""
-    key = hashlib.sha256(b"\0".join(map(os.fsencode, places)) + b"\0%d" % _VERSION).hexdigest()[:32]
+def indexed(places: Sequence[Path], rules: str, build: Callable[[], Index]) -> Index:
+    """The index of `places`, from the cache where nothing that it was made from has changed since.
+
+    `rules` tells apart the indices that different settings make of the same places.
+    """
+    text = b"\0".join([*map(os.fsencode, places), b"%d" % _VERSION, rules.encode("utf-8", "surrogatepass")])
+    key = hashlib.sha256(text).hexdigest()[:32]
     file = cache_folder() / "index" / f"{key}.npz"
     index = _load(file)
     if index is None:
@@ -81,7 +89,7 @@ def read_all(kind: str, files: Sequence[Path], read: Callable[[Path], T | str]) 
     """`read` of each file, of many at once; text is why a file cannot be used. Raises DataError with all such."""
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         found = list(pool.map(read, files))
-    if refused := [f"  {file}: {one}" for file, one in zip(files, found) if isinstance(one, str)]:
+    if refused := [f"  {printable(f'{file}: {one}')}" for file, one in zip(files, found) if isinstance(one, str)]:
         listed = "\n".join(refused[:10])
         raise DataError(
             f"{len(refused)} of {len(files)} {kind} cannot be used:\n{listed}\n"
@@ -101,8 +109,17 @@ class IndexedSource:
     RUN = 256
     """Samples of a block, where storage has none of its own."""
 
-    def __init__(self, name: str, index: Index) -> None:
-        self.name, self.index = name, index
+    def __init__(self, name: str, index: Index, max_bytes: int) -> None:
+        self.name, self.index, self.max_bytes = name, index, max_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self.index.notes)
+
+    def check_size(self, size: int) -> None:
+        """Raise OSError for an encoded image that is larger than data.max_bytes."""
+        if size > self.max_bytes:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than data.max_bytes = {self.max_bytes:,}")
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -157,9 +174,10 @@ def _load(path: Path) -> Index | None:
                 file["names"],
                 file["offsets"],
                 file.get("labels"),
-                os.fsdecode(bytes(file["classes"])).split("\0") if "classes" in file else None,
+                _texts(file, "classes"),
                 watched,
                 {key.removeprefix(_PLACE): file[key] for key in file if key.startswith(_PLACE)},
+                _texts(file, "notes") or [],
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
         return None
@@ -171,8 +189,9 @@ def _save(path: Path, index: Index, started_ns: int) -> None:
     blocks |= {_PLACE + key: block for key, block in index.places.items()}
     if index.labels is not None:
         blocks["labels"] = index.labels
-    if index.classes is not None:
-        blocks["classes"] = _bytes(os.fsencode("\0".join(index.classes)))
+    for key, texts in (("classes", index.classes), ("notes", index.notes or None)):
+        if texts is not None:
+            blocks[key] = _bytes("\0".join(texts).encode("utf-8", "surrogatepass"))
     with suppress(OSError):
         stamps = _stamps(index.watched)
         # A folder that changed this lately may change again without its time showing it.
@@ -190,3 +209,7 @@ def _save(path: Path, index: Index, started_ns: int) -> None:
 
 def _bytes(block: bytes) -> np.ndarray:
     return np.frombuffer(block, np.uint8)
+
+
+def _texts(file: Mapping[str, np.ndarray], key: str) -> list[str] | None:
+    return bytes(file[key]).decode("utf-8", "surrogatepass").split("\0") if key in file else None

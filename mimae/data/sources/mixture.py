@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
+from mimae.config.layers import LARGEST_FILE, compose
+from mimae.config.texts import expanded
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
 from mimae.data.sources.base import Source
 from mimae.data.sources.index import end_to_end
+from mimae.reading import read_text
+from mimae.text import printable
 
 EXTENSIONS = (".yaml", ".yml")
 _FORM = """
@@ -47,6 +53,13 @@ class Mixture:
             Share(len(source), draws, source.shares[0].blocks) for source, draws in zip(self._sources, self._draws)
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = [f"{printable(source.name)}: {note}" for source in self._sources for note in source.notes]
+        if self.labels is None and any(source.labels is not None for source in self._sources):
+            notes.append("no sample has a class, since not all sources have the same ones")
+        return tuple(notes)
+
     @cached_property
     def fingerprint(self) -> str:
         parts = [f"{source.fingerprint} {draws}" for source, draws in zip(self._sources, self._draws)]
@@ -70,31 +83,93 @@ class Mixture:
         return self._sources[number], i - int(self._starts[number])
 
 
-def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source]) -> Mixture:
+def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source], version: int) -> Mixture:
     """The mixture that a YAML file lists; `open_part(path, folder)` opens what it names. Raises DataError."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read the mixture {file}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping) or set(content) != {"draws", "sources"}:
-        raise DataError(f"{file} is no mixture; one is, for example:{_FORM}")
+    shown = printable(str(file))
+    content = _read(file, shown)
     total, weights = content["draws"], content["sources"]
     if type(total) is not int or total < 1:
-        raise DataError(f"{file}: draws: {total!r} is not a number of samples, an integer from 1 on")
-    if not isinstance(weights, Mapping) or not weights:
-        raise DataError(f"{file}: sources: {weights!r} is not a list of `path: weight`")
-    for path, weight in weights.items():
+        raise DataError(f"{shown}: draws: {repr(total)[:80]} is not a number of samples, an integer from 1 on")
+    if not isinstance(weights, _Weights) or not weights.pairs:
+        raise DataError(f"{shown}: sources: {repr(weights)[:80]} is not a list of `path: weight`")
+    for path, weight, _ in weights.pairs:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise DataError(f"{file}: sources: the weight of {path} is {weight!r}; legal are numbers above 0")
-    draws = apportion(total, list(weights.values()))
-    if none := [str(path) for path, share in zip(weights, draws) if not share]:
-        raise DataError(f"{file}: of {total} draws none is for {', '.join(none)}; raise draws or its weight")
+            raise DataError(f"{shown}: sources: the weight of {path} is {weight!r}; legal are numbers above 0")
+    paths, numbers = _distinct(weights, file, version)
+    draws = apportion(total, numbers)
+    if none := [path for path, share in zip(paths, draws) if not share]:
+        raise DataError(f"{shown}: of {total} draws none is for {', '.join(none)}; raise draws or its weight")
     # Before any is opened: a mixture that names itself would have no end.
-    for place in (file.parent / Path(str(path)).expanduser() for path in weights):
+    for place in (file.parent / path for path in paths):
         if place.suffix.lower() in EXTENSIONS and place.is_file():
-            raise DataError(f"{file}: a mixture holds no other mixtures; list their sources here")
-    sources = [open_part(str(path), file.parent) for path in weights]
+            raise DataError(f"{shown}: a mixture holds no other mixtures; list their sources here")
+    sources = [open_part(path, file.parent) for path in paths]
     return Mixture(name, sources, draws)
+
+
+class _Weights(NamedTuple):
+    """The sources of a mixture as they are written: path, weight, line."""
+
+    pairs: list[tuple[str, Any, int]]
+
+
+def _read(file: Path, shown: str) -> dict[str, Any]:
+    """What a mixture's file holds under `draws` and `sources`. Raises DataError."""
+    try:
+        node = compose(read_text(file, LARGEST_FILE), yaml.SafeLoader)
+    except OSError as error:
+        raise DataError(f"cannot read the mixture {shown}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"cannot read the mixture {shown}: {' '.join(str(error).split())}") from error
+    content: dict[str, Any] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if str(key.value) in content:
+            raise DataError(f"{shown}, line {key.start_mark.line + 1}: {key.value} is given twice")
+        content[str(key.value)] = _pairs(value) if isinstance(value, yaml.MappingNode) else _value(value)
+    if content.keys() != {"draws", "sources"}:
+        raise DataError(f"{shown} is no mixture; one is, for example:{_FORM}")
+    return content
+
+
+def _pairs(node: yaml.MappingNode) -> _Weights:
+    """The pairs of a mapping; a path is taken as it is written: 00010 is a folder and no number."""
+    return _Weights([(str(key.value), _value(value), key.start_mark.line + 1) for key, value in node.value])
+
+
+def _value(node: yaml.Node) -> Any:
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError):
+        return node.value
+
+
+def _distinct(weights: _Weights, file: Path, version: int) -> tuple[list[str], list[float]]:
+    """Return the paths, with `~` and variables replaced, and their weights. Raises DataError where two are one.
+
+    By the first rules the last weight of a path counts, and paths that look like numbers are numbers.
+    """
+    if version == 1:
+        last = {str(_value(yaml.ScalarNode(_tag(path), path))): weight for path, weight, _ in weights.pairs}
+        return list(last), list(last.values())
+    paths, seen = [], dict[str, tuple[str, int]]()
+    for path, _, line in weights.pairs:
+        try:
+            paths.append(expanded(path))
+        except ValueError as error:
+            raise DataError(f"{printable(str(file))}, line {line}: {path}: {error}") from error
+        place = os.path.normpath(os.path.join(file.parent, paths[-1]))
+        if place in seen:
+            first, at = seen[place]
+            raise DataError(
+                f"{printable(str(file))}: {path} (line {line}) is the source that {first} (line {at}) has named; "
+                f"name it once, with the sum of the weights"
+            )
+        seen[place] = path, line
+    return paths, [weight for _, weight, _ in weights.pairs]
+
+
+def _tag(scalar: str) -> str:
+    return str(yaml.SafeLoader("").resolve(yaml.ScalarNode, scalar, (True, False)))
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -2,59 +2,160 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mimae.data.loading.batch import DataError
-from mimae.data.sources import photos
+from mimae.data.settings import DataSettings
+from mimae.data.sources import lists, photos
 from mimae.data.sources.base import Source
-from mimae.data.sources.files import LIST_EXTENSIONS, FileSource, read_list, scan_folder
+from mimae.data.sources.endings import listed
+from mimae.data.sources.files import FileSource, beside_shards, scan_folder
 from mimae.data.sources.index import indexed
 from mimae.data.sources.mixture import EXTENSIONS as MIXTURES
 from mimae.data.sources.mixture import read_mixture
 from mimae.data.sources.parquet import ParquetSource, read_footers
-from mimae.data.sources.patterns import SHARDS, is_pattern, matching, shard_files
+from mimae.data.sources.patterns import SHARDS, is_pattern, matching, shards_in
 from mimae.data.sources.shards import ShardSource, read_headers
-from mimae.data.sources.torchvision_sets import PREFIX, TorchvisionSource
+from mimae.data.sources.splits import Use, by_split, choose
+from mimae.data.sources.torchvision_sets import PREFIX, TorchvisionSource, moved
+from mimae.text import printable
 
 LEGAL = (
-    f"A data path is a folder of images, a list file ({', '.join(LIST_EXTENSIONS)}), tar shards or Parquet files "
+    f"A data path is a folder of images, a list file ({', '.join(lists.EXTENSIONS)}), tar shards or Parquet files "
     f"(one, a folder of them, or a pattern as train-{{000..099}}.tar or train-*.tar), a mixture (.yaml), "
     f"torchvision:NAME:ROOT, or one of the embedded sets {', '.join(photos.SPLITS)}."
 )
 
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://|(pipe|hf|s3|gs|az|http|https):", re.IGNORECASE)
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 
-def open_source(path: str, folder: Path = Path()) -> Source:
-    """The source that `path`, relative to `folder`, names; docs/data.md has the forms. Raises DataError.
 
-    Embedded sets are called by their names, a folder called so ./photos.
+def open_source(
+    path: str, folder: Path = Path(), settings: DataSettings | None = None, use: Use = "training"
+) -> Source:
+    """Open the source that `path`, relative to `folder`, names; docs/data.md has the forms. Raises DataError.
+
+    Embedded sets are called by their names, a folder called so ./photos. Where splits lie together, `use` tells which
+    one is meant.
     """
+    settings = settings or DataSettings()
     if path.startswith(PREFIX):
         return TorchvisionSource(path, folder)
-    place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
-    if place.is_dir():
-        if shards := shard_files(place):
-            return _open_shards(path, shards)
-        return FileSource(path, place, indexed([place], lambda: scan_folder(place)))
-    if place.is_file() and place.suffix.lower() in LIST_EXTENSIONS:
-        return FileSource(path, place.parent, indexed([place], lambda: read_list(place)))
-    if place.is_file() and place.suffix.lower() in MIXTURES:
-        return read_mixture(path, place, open_source)
-    if place.is_file() and place.suffix.lower() in SHARDS:
-        return _open_shards(path, [place])
-    if place.exists():
-        raise DataError(f"{place} is none of these. {LEGAL}")
+    try:
+        place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
+        kind = "folder" if place.is_dir() else "file" if place.is_file() else "other" if place.exists() else ""
+    except (OSError, ValueError, RuntimeError) as error:  # Too long, with a zero byte, or ~ of nobody.
+        raise DataError(f"{printable(path[:200])} is no path ({error_text(error)}). {LEGAL}") from error
+    ending = place.suffix.lower()
+    if kind == "folder":
+        return _open_folder(path, place, settings, use)
+    if kind == "file" and ending in lists.EXTENSIONS:
+        index = indexed([place], str(settings.index_version), lambda: lists.read_list(place))
+        return FileSource(path, place.parent, index, settings.max_bytes)
+    if kind == "file" and ending in MIXTURES:
+        return read_mixture(path, place, partial(open_source, settings=settings, use=use), settings.index_version)
+    if kind == "file" and ending in SHARDS:
+        return _open_shards(path, [place], settings)
+    if kind:
+        raise DataError(f"{printable(str(place))} is none of these. {_advice(path, place)}{LEGAL}")
     given = str(Path(path).expanduser())
-    if is_pattern(given):
-        return _open_shards(path, matching(given, folder.absolute()))
+    if is_pattern(given) and not _is_address(path):
+        shards = matching(given, folder.absolute())
+        groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
+        note = f"files of several splits are pooled, as the pattern asks: {', '.join(map(str, groups))}"
+        return _open_shards(path, shards, settings, [note] if groups else [])
     parent = next(p for p in place.parents if p.exists())
-    raise DataError(f"{place} does not exist ({parent} is the part of it that does). {LEGAL}")
+    raise DataError(
+        f"{printable(str(place))} does not exist ({printable(str(parent))} is the part of it that does). "
+        f"{_advice(path, place)}{LEGAL}"
+    )
 
 
-def _open_shards(name: str, shards: list[Path]) -> Source:
-    if len(endings := sorted({shard.suffix.lower() for shard in shards})) > 1:
-        raise DataError(f"{name} names files of several kinds, {' and '.join(endings)}; open one kind, or mix them")
-    if endings[0] not in SHARDS:
-        raise DataError(f"{name} names {shards[0]} and others of its kind. {LEGAL}")
-    if endings == [".tar"]:
-        return ShardSource(name, shards, indexed(shards, lambda: read_headers(shards)))
-    return ParquetSource(name, shards, indexed(shards, lambda: read_footers(shards)))
+def absolute_path(path: str, folder: Path = Path()) -> str:
+    """Return a data path that names the same source from any working directory; `path` is relative to `folder`."""
+    if path in photos.SPLITS or _is_address(path):
+        return path
+    return moved(path, folder) if path.startswith(PREFIX) else str((folder / Path(path).expanduser()).absolute())
+
+
+def _is_address(path: str) -> bool:
+    return bool(_ADDRESS.match(path)) and not os.path.lexists(path)
+
+
+def error_text(error: Exception) -> str:
+    """Return what an error of the system says, in one printable line."""
+    return printable((error.strerror if isinstance(error, OSError) else None) or str(error))
+
+
+def _advice(path: str, place: Path) -> str:
+    """Say what a path that cannot be opened was taken for, and what to write in its place; "" for any other."""
+    if _is_address(path):
+        return "It is an address, and mimae reads files of this machine: download the data, or mount their store. "
+    if "::" in path:
+        return "`::` joins shards in other loaders; here a pattern does, as {a,b}.tar, or a mixture. "
+    if place.suffix.lower() in _COMPRESSED:
+        return "A compressed file leaves no random access: unpack it, a .tar.gz to a .tar. "
+    if " " in path and any(os.path.exists(each) for each in path.split()):
+        return "It was taken for one path, spaces and all; several sources make a mixture. "
+    return ""
+
+
+def _open_folder(name: str, place: Path, settings: DataSettings, use: Use) -> Source:
+    """The images in a folder, or the shards."""
+    version = settings.index_version
+    shards = shards_in(place, version)
+    if version == 1:
+        return _open_shards(name, shards, settings) if shards else _open_images(name, place, settings)
+    if not shards:
+        return _one_split(name, place, _open_images(name, place, settings), settings, use)
+    notes = beside_shards(place, version)
+    if groups := by_split([shard.name for shard in shards]):
+        chosen, note = choose(str(place), groups, use)
+        shards, notes = [place / each for each in chosen], [note, *notes]
+    return _open_shards(name, shards, settings, notes)
+
+
+def _open_images(name: str, place: Path, settings: DataSettings) -> FileSource:
+    version = settings.index_version
+    index = indexed([place], str(version), lambda: scan_folder(place, version))
+    return FileSource(name, place, index, settings.max_bytes)
+
+
+def _one_split(name: str, place: Path, source: FileSource, settings: DataSettings, use: Use) -> Source:
+    """`source`, or the folder of one split where the folders that it has for classes are splits."""
+    groups = by_split(source.classes or [])
+    if not groups or None in groups or any(len(names) > 1 for names in groups.values()):
+        return source
+    chosen, note = choose(str(place), groups, use)
+    one = _open_images(name, place / chosen[0], settings)
+    one.index.notes.insert(0, note)
+    return one
+
+
+def _open_shards(name: str, shards: list[Path], settings: DataSettings, notes: Sequence[str] = ()) -> Source:
+    """The samples of shards that have been found."""
+    kinds = {ending: [shard for shard in shards if shard.suffix.lower() == ending] for ending in SHARDS}
+    other = [shard for shard in shards if shard.suffix.lower() not in SHARDS]
+    if other:
+        advice = _advice(name, other[0])
+        raise DataError(f"{printable(name)} names {printable(str(other[0]))} and others of its kind. {advice}{LEGAL}")
+    if all(kinds.values()):
+        found = " and ".join(f"{len(files):,} {ending} ({listed([files[0].name])})" for ending, files in kinds.items())
+        folders = {shard.parent for shard in shards}
+        place = folders.pop() if len(folders) == 1 else Path("FOLDER")
+        raise DataError(
+            f"{printable(name)} names files of several kinds, {found}; open one kind, as {printable(str(place))}/*.tar "
+            f"(img2dataset keeps its images there, and in Parquet files what it knows about them), or mix them"
+        )
+    rules = f"{settings.index_version} {settings.image_key!r} {settings.label_key!r}"
+    source: ShardSource | ParquetSource
+    if kinds[".tar"]:
+        source = ShardSource(name, shards, indexed(shards, rules, lambda: read_headers(shards, settings)), settings)
+    else:
+        source = ParquetSource(name, shards, indexed(shards, rules, lambda: read_footers(shards, settings)), settings)
+    source.index.notes[:0] = notes
+    return source

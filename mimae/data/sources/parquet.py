@@ -1,7 +1,8 @@
 """Parquet files as Hugging Face writes them: a column of image bytes and, where there is one, a column of classes.
 
-A row group is read whole, and a process keeps KEPT_BYTES of them. Samples are cheap while what is gone through in
-random order fits in there: the whole set in a full shuffle, a group of 16,384 samples with `data.shuffle=blocks`.
+A row group is read whole, piece by piece, and a process keeps KEPT_BYTES of them. Samples are cheap while what is gone
+through in random order fits in there: the whole set in a full shuffle, a group of 16,384 samples with
+`data.shuffle=blocks`.
 Beyond that row groups are read many times over, and the set is better packed into tar shards (`mimae data pack`).
 """
 
@@ -12,6 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +21,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimae.data.loading.batch import DataError
+from mimae.data.settings import DataSettings
 from mimae.data.sources.index import STAMPS, Index, IndexedSource, end_to_end, read_all
+from mimae.reading import open_regular
+from mimae.text import printable
 
 KEPT_BYTES = 256 << 20
 """Bytes of row groups that a process keeps at most, and at least one row group."""
 
+MOST_ROWS = 1_000_000
+"""Rows of a file that may take less than a byte each: what a footer claims costs memory before anything is read."""
+
+MOST_FOOTER = 64 << 20
+"""Bytes of a footer."""
+
+MOST_EXPANDED = 1000
+"""Bytes that a byte of a compressed column becomes at most, beyond KEPT_BYTES; images hardly compress."""
+
+_ROWS_AT_ONCE = 64
 _IMAGES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")
 _LABELS = ("label", "labels", "cls", "fine_label")
 
@@ -31,10 +46,10 @@ _LABELS = ("label", "labels", "cls", "fine_label")
 class ParquetSource(IndexedSource):
     """The rows of Parquet files, in the order of the files and of their rows."""
 
-    def __init__(self, name: str, files: Sequence[Path], index: Index) -> None:
+    def __init__(self, name: str, files: Sequence[Path], index: Index, settings: DataSettings) -> None:
         _need_pyarrow()  # An index from the cache has not asked for it.
-        super().__init__(name, index)
-        self._files = list(files)
+        super().__init__(name, index, settings.max_bytes)
+        self._files, self._image_key = list(files), settings.image_key
 
     @property
     def blocks(self) -> np.ndarray:
@@ -51,11 +66,13 @@ class ParquetSource(IndexedSource):
         file = int(places["file"][group])
         number = group - int(np.searchsorted(places["file"], file))
         changed, size = map(int, places[STAMPS][file])
-        rows = _kept.get(self._files[file], (changed, size), number)
-        data = rows[i - int(places["starts"][group])].as_py()
-        if data is None:
+        rows = _kept.get(self._files[file], (changed, size), number, self._image_key)
+        data = rows[i - int(places["starts"][group])]
+        if not data.is_valid:
             raise OSError("the row holds no image bytes")
-        return data
+        buffer = data.as_buffer()
+        self.check_size(buffer.size)
+        return buffer.to_pybytes()
 
     def _group(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -67,16 +84,16 @@ class _Kept:
     """The row groups that were read last, up to KEPT_BYTES of them."""
 
     def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[Path, tuple[int, int], int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[Path, tuple[int, int], int, str | None], Any] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, path: Path, stamp: tuple[int, int], number: int) -> Any:
+    def get(self, path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
         """The column of images of a row group. Raises OSError."""
-        key = (path, stamp, number)
+        key = (path, stamp, number, image_key)
         with self._lock:
             if key not in self._groups:
-                rows = _row_group(path, stamp, number)
+                rows = _row_group(*key)
                 self._bytes += rows.nbytes
                 while self._groups and self._bytes > KEPT_BYTES:
                     self._bytes -= self._groups.popitem(last=False)[1].nbytes
@@ -88,18 +105,35 @@ class _Kept:
 _kept = _Kept()
 
 
-def _row_group(path: Path, stamp: tuple[int, int], number: int) -> Any:
-    from pyarrow import ArrowException  # type: ignore[import-untyped]
+def _row_group(path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
+    """The column of images of a row group, read piece by piece: what its pages expand to is known only then."""
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     if _stamp(path) != stamp:
         raise OSError("the file has changed since the run began")
     try:
         with _open(path) as file:
-            column = _columns(file).image
-            rows = file.read_row_group(number, columns=[column], use_threads=False)
-            return _leaf(rows, column)
-    except ArrowException as error:
+            column = _columns(file, DataSettings(image_key=image_key)).image
+            limit, read = KEPT_BYTES + 2 * _chunk(file, number, column).total_uncompressed_size, 0
+            pieces = []
+            for batch in file.iter_batches(_ROWS_AT_ONCE, [number], [column], use_threads=False):
+                pieces.append(_leaf(batch, column))
+                read += pieces[-1].nbytes
+                if read > limit:
+                    raise OSError(f"row group {number} holds more than the {limit:,} bytes that its footer tells of")
+            return pa.chunked_array(pieces)
+    except pa.ArrowException as error:
         raise OSError(" ".join(str(error).split())) from error
+
+
+def _chunk(file: Any, group: int, dotted: str) -> Any:
+    """What the footer tells of a column in a row group. Raises OSError where that cannot be."""
+    columns = file.metadata.row_group(group)
+    chunk = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
+    packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+    if packed < 0 or unpacked < 0 or unpacked > KEPT_BYTES + MOST_EXPANDED * packed:
+        raise OSError(f"row group {group} claims that {packed:,} bytes of images become {unpacked:,}")
+    return chunk
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -110,26 +144,33 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _open(path: Path) -> Any:
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
-    return ParquetFile(path)
+    descriptor = open_regular(path)
+    with open(descriptor, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        end = file.read(8)
+    if len(end) < 8 or not end.endswith((b"PAR1", b"PARE")):
+        raise OSError("it is no Parquet file, which ends in PAR1; is it whole?")
+    if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size):
+        raise OSError(f"it claims a footer of {footer:,} bytes; it has {size:,}, of which {MOST_FOOTER:,} may be one")
+    # Read through a buffer, so that not all of a column's bytes are there beside what they become.
+    return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 # The index
 
 
-def read_footers(files: Sequence[Path]) -> Index:
+def read_footers(files: Sequence[Path], settings: DataSettings) -> Index:
     """The index of Parquet files. Raises DataError."""
     _need_pyarrow()
-    found = read_all("Parquet files", files, _footer_or_reason)
+    found = read_all("Parquet files", files, partial(_footer_or_reason, settings))
     if not sum(len(file.lengths) for file in found):
-        raise DataError(f"{files[0].parent}: the Parquet files hold no rows")
-    labels = [file.labels for file in found if file.labels is not None]
-    classes = found[0].classes
-    if any(file.classes != classes for file in found):
-        raise DataError(f"the class names of {files[0]} and those of other files differ; give files of one data set")
+        raise DataError(f"{printable(str(files[0].parent))}: the Parquet files hold no rows")
+    labels, classes = _labels(files, found)
     return Index(
         np.frombuffer(b"".join(file.names for file in found), np.uint8),
         end_to_end(np.concatenate([file.lengths for file in found])),
-        np.concatenate(labels) if len(labels) == len(found) else None,
+        labels,
         classes,
         [os.fsencode(file) for file in files],
         {
@@ -138,7 +179,42 @@ def read_footers(files: Sequence[Path]) -> Index:
             "bytes": np.concatenate([file.bytes for file in found]),
             STAMPS: np.array([file.stamp for file in found], np.int64),
         },
+        _notes(files, found) if settings.index_version > 1 else [],
     )
+
+
+def _labels(files: Sequence[Path], found: Sequence[_Footer]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the classes of all files, where each has them, and their names. Raises DataError where they differ."""
+    classes = found[0].classes
+    labels = [file.labels for file in found if file.labels is not None]
+    whole = len(labels) == len(found)
+    texts = [file.texts for file in found if file.texts is not None]
+    if any(file.classes != classes for file in found) or (whole and 0 < len(texts) < len(found)):
+        first = printable(str(files[0]))
+        raise DataError(f"the class names of {first} and those of other files differ; give files of one data set")
+    if whole and texts:
+        classes = sorted({name for names in texts for name in names})
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [np.array([number[name] for name in names], np.int64)[codes] for names, codes in zip(texts, labels)]
+    return np.concatenate(labels) if whole else None, classes
+
+
+def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
+    notes = [
+        f"no sample has a class: {one.dropped} ({printable(file.name)})"
+        for file, one in zip(files, found)
+        if one.dropped
+    ]
+    largest = max(found, key=lambda file: file.largest)
+    if largest.largest > KEPT_BYTES:
+        file = files[found.index(largest)]
+        notes.append(
+            f"row groups hold up to {largest.largest / 1e6:,.0f} MB of images ({printable(file.name)}), more than the "
+            f"{KEPT_BYTES / 1e6:,.0f} MB that a worker keeps: every worker holds one of them, and reads it again and "
+            f"again with data.shuffle=full. Fewer data.workers and data.shuffle=blocks help; mimae data pack makes "
+            f"shards, which cost nothing of that"
+        )
+    return notes[:1] + notes[-1:] if len(notes) > 1 else notes
 
 
 def _need_pyarrow() -> None:
@@ -153,6 +229,8 @@ class _Columns(NamedTuple):
     path: str | None
     label: str | None
     classes: list[str] | None
+    dropped: str = ""
+    """Why a column that seems to hold classes is not used."""
 
 
 class _Footer(NamedTuple):
@@ -165,45 +243,99 @@ class _Footer(NamedTuple):
     rows: np.ndarray
     bytes: np.ndarray
     stamp: tuple[int, int]
+    texts: list[str] | None
+    """What `labels` are places in, where classes are names in the file."""
+    dropped: str
+    largest: int
+    """Bytes of images in its largest row group."""
 
 
-def _footer_or_reason(path: Path) -> _Footer | str:
+def _footer_or_reason(settings: DataSettings, path: Path) -> _Footer | str:
     from pyarrow import ArrowException  # type: ignore[import-untyped]
 
     try:
-        return _read_footer(path)
+        return _read_footer(path, settings)
     except (OSError, ValueError, ArrowException) as error:
         return " ".join(str(error).split())
 
 
-def _read_footer(path: Path) -> _Footer:
+def _read_footer(path: Path, settings: DataSettings) -> _Footer:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
     stamp = _stamp(path)
     with _open(path) as file:
-        columns = _columns(file)
+        columns = _columns(file, settings)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        rows = np.array([group.num_rows for group in groups], np.int64)
+        sizes = np.array([group.total_byte_size for group in groups], np.int64)
+        _check_rows(file.metadata.num_rows, rows, stamp[1])
+        largest = max((_chunk(file, i, columns.image).total_uncompressed_size for i in range(len(groups))), default=0)
         names, lengths = b"", np.zeros(file.metadata.num_rows, np.int64)
         if columns.path is not None:
-            column = _leaf(file.read([columns.path], use_threads=False), columns.path)
+            column = _read_column(file, columns.path)
             given = pc.fill_null(column.cast(pa.large_binary()), b"")
             lengths = pc.binary_length(given).to_numpy().astype(np.int64)
             names = b"".join(given.to_pylist())
-        labels = None
+        labels, texts, dropped = None, None, columns.dropped
         if columns.label is not None:
-            column = _leaf(file.read([columns.label], use_threads=False), columns.label)
-            if not column.null_count:
-                labels = column.to_numpy().astype(np.int64)
-        rows = np.array([group.num_rows for group in groups], np.int64)
-        sizes = np.array([group.total_byte_size for group in groups], np.int64)
-    if labels is not None and len(labels) and labels.min() < 0:  # How Hugging Face marks samples without a class.
-        labels = None
-    return _Footer(names, lengths, labels, columns.classes, rows, sizes, stamp)
+            labels, texts, dropped = _classes(_read_column(file, columns.label), columns.label)
+    return _Footer(names, lengths, labels, columns.classes, rows, sizes, stamp, texts, dropped, largest)
 
 
-def _columns(file: Any) -> _Columns:
-    """Which columns hold images and classes: by Hugging Face's own notes in the file, else by type and name."""
+def _check_rows(total: int, rows: np.ndarray, size: int) -> None:
+    """Raise ValueError where the numbers of rows that a footer claims cannot be."""
+    if (rows < 0).any() or total != sum(rows.tolist()):
+        raise ValueError(f"its footer claims {total:,} rows and row groups that do not add up to them")
+    if total > max(MOST_ROWS, size):
+        raise ValueError(f"its footer claims {total:,} rows in {size:,} bytes, which cannot be images")
+
+
+def _read_column(file: Any, dotted: str) -> Any:
+    """A small column of all rows, read piece by piece. Raises OSError where it takes more than KEPT_BYTES."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    pieces, read = [], 0
+    for batch in file.iter_batches(1 << 14, columns=[dotted], use_threads=False):
+        pieces.append(_leaf(batch, dotted))
+        read += pieces[-1].nbytes
+        if read > max(KEPT_BYTES, 100 * file.metadata.num_rows):
+            raise OSError(f"its column {dotted} takes more than {read:,} bytes")
+    schema = file.schema_arrow
+    return (
+        pa.chunked_array(pieces) if pieces else _leaf(schema.empty_table().select([dotted.partition(".")[0]]), dotted)
+    )
+
+
+def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:
+    """Return the classes in a column, their names where they are text, and why they are not used."""
+    import pyarrow.types as kinds  # type: ignore[import-untyped]
+
+    if column.null_count:
+        return None, None, f"column {name} is null in {column.null_count:,} of {len(column):,} rows"
+    if _is_text(column.type):
+        coded = column.combine_chunks().dictionary_encode()
+        coded = coded.combine_chunks() if hasattr(coded, "combine_chunks") else coded
+        return coded.indices.to_numpy().astype(np.int64), coded.dictionary.to_pylist(), ""
+    labels = (
+        column.to_numpy().astype(np.int64)
+        if not kinds.is_boolean(column.type)
+        else np.array(column.to_pylist(), np.int64)
+    )
+    if len(labels) and labels.min() < 0:  # How Hugging Face marks samples without a class.
+        return None, None, f"column {name} is {labels.min()} in {int((labels < 0).sum()):,} of {len(labels):,} rows"
+    return labels, None, ""
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as kinds  # type: ignore[import-untyped]
+
+    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+
+
+def _columns(file: Any, settings: DataSettings) -> _Columns:
+    """Which columns hold images and classes: by their keys, else by Hugging Face's own notes in the file, else by type
+    and name. Raises ValueError."""
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     schema = file.schema_arrow
@@ -223,22 +355,49 @@ def _columns(file: Any) -> _Columns:
         if kinds.is_struct(field.type)
         and any(inner.name == "bytes" and is_bytes(inner.type) for inner in field.type.fields)
     ]
-    plain = [field.name for field in schema if is_bytes(field.type) and field.name in _IMAGES]
+    every = [field.name for field in schema if is_bytes(field.type)]
+    plain = [name for name in every if name in _IMAGES]
     noted = [name for name in feature("Image") if name in structs]
-    if not (images := noted + structs + plain):
-        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise ValueError(f"it has no column of image bytes; its columns are {listed}")
-    label = [
-        name
-        for name in (*feature("ClassLabel"), *_LABELS)
-        if name in schema.names and kinds.is_integer(schema.field(name).type)
-    ]
+    images = noted + structs + plain
+    if not images and len(every) == 1:
+        images = every  # Nothing else can be meant.
+    if settings.image_key is not None:
+        images = [
+            name for name in (settings.image_key, settings.image_key.removesuffix(".bytes")) if name in structs + every
+        ]
+    if not images:
+        raise ValueError(_no_images(schema, structs + every, settings.image_key))
+
+    def is_class(name: str) -> bool:
+        kind = schema.field(name).type
+        return kinds.is_integer(kind) or (settings.index_version > 1 and (_is_text(kind) or kinds.is_boolean(kind)))
+
+    names = (*feature("ClassLabel"), *_LABELS) if settings.label_key is None else (settings.label_key,)
+    present = [name for name in names if name in schema.names]
+    label = [name for name in present if is_class(name)]
+    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if settings.label_key is not None and not label:
+        raise ValueError(
+            f"data.label_key={settings.label_key} is no column of numbers or names; its columns are {listed}"
+        )
+    dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
     classes = features.get(label[0], {}).get("names") if label else None
+    column = label[0] if label else None
     if images[0] not in structs:
-        return _Columns(images[0], None, label[0] if label else None, classes)
+        return _Columns(images[0], None, column, classes, dropped)
     inner = {field.name: field.type for field in schema.field(images[0]).type.fields}
     path = f"{images[0]}.path" if "path" in inner and kinds.is_string(inner["path"]) else None
-    return _Columns(f"{images[0]}.bytes", path, label[0] if label else None, classes)
+    return _Columns(f"{images[0]}.bytes", path, column, classes, dropped)
+
+
+def _no_images(schema: Any, legal: list[str], image_key: str | None) -> str:
+    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if image_key is not None:
+        return (
+            f"data.image_key={image_key} is no column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
+        )
+    advice = f"; data.image_key names one of {', '.join(legal)}" if legal else ""
+    return f"it has no column of image bytes{advice}; its columns are {listed}"
 
 
 def _inner(value: Any, key: str) -> dict[str, Any]:
@@ -252,5 +411,5 @@ def _leaf(table: Any, dotted: str) -> Any:
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     column = table.column(0)
-    # The name of the column itself may have dots.
+    # The name of the column itself may have dots, and that of a field in it too.
     return pc.struct_field(column, dotted.rpartition(".")[2]) if kinds.is_struct(column.type) else column

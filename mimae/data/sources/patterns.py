@@ -6,20 +6,26 @@ import glob
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from mimae.data.loading.batch import DataError
-from mimae.data.pixels.decode import EXTENSIONS
+from mimae.data.sources.endings import is_image
+from mimae.text import printable
 
 SHARDS = (".tar", ".parquet")
 """Endings of files that hold many samples."""
 
-_IMAGES = tuple(f".{extension}" for extension in EXTENSIONS)
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+MOST_FILES = 1_000_000
+"""Files that a pattern names at most."""
+
+_MOST_BRACES = 16
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The shards right in a folder, by the bytes of their names; none where images or other folders lie beside them."""
+def shards_in(folder: Path, version: int) -> list[Path]:
+    """Return the shards right in a folder, by the bytes of their names; by the first rules none where images or other
+    folders lie beside them."""
     found = []
     try:
         with os.scandir(folder) as entries:
@@ -27,10 +33,10 @@ def shard_files(folder: Path) -> list[Path]:
                 name = entry.name.lower()
                 if name.startswith("."):
                     continue
-                if name.endswith(_IMAGES) or _is_folder(entry):
+                if version == 1 and (is_image(os.fsencode(name), version) or _is_folder(entry)):
                     return []
                 # Opening a pipe would wait for who writes into it.
-                if name.endswith(SHARDS) and (entry.is_symlink() or entry.is_file()):
+                if name.endswith(SHARDS) and not _is_folder(entry) and (entry.is_symlink() or entry.is_file()):
                     found.append(folder / entry.name)
     except OSError:
         return []  # What cannot be listed is told of where the folder's images are looked for.
@@ -52,23 +58,26 @@ def is_pattern(path: str) -> bool:
 def matching(given: str, folder: Path) -> list[Path]:
     """The files that a pattern names, relative to `folder`, whose own name stands for itself: braces in their order,
     what matches sorted by bytes. Raises DataError."""
-    pattern = os.path.join(folder, given)
+    pattern = printable(os.path.join(folder, given))
+    if given.count("{") > _MOST_BRACES:
+        raise DataError(f"{pattern} has more than {_MOST_BRACES} braces, which name too many files")
     files: dict[str, None] = {}
     for choice in _expand(given):
+        if len(files) > MOST_FILES:
+            raise DataError(f"{pattern} names more than {MOST_FILES:,} files; give larger ones, or a folder")
         path = os.path.join(folder, choice)
         found = [path]
         if glob.has_magic(choice):
-            found = sorted(glob.glob(os.path.join(glob.escape(str(folder)), choice)), key=os.fsencode)
+            matched = glob.iglob(os.path.join(glob.escape(str(folder)), choice))
+            found = sorted(islice(matched, MOST_FILES + 1), key=os.fsencode)
         if not found:
-            raise DataError(f"{pattern}: nothing matches {path}")
+            raise DataError(f"{pattern}: nothing matches {printable(path)}")
         for name in found:
             if not os.path.isfile(name):
-                raise DataError(f"{pattern}: {name} does not exist, or is no file")
+                raise DataError(f"{pattern}: {printable(name)} does not exist, or is no file")
             if name in files:
-                raise DataError(f"{pattern} names {name} twice")
+                raise DataError(f"{pattern} names {printable(name)} twice")
             files[name] = None
-    if not files:
-        raise DataError(f"{pattern} counts backwards: {{first..last}} goes up")
     return list(map(Path, files))
 
 
@@ -79,11 +88,13 @@ def _expand(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, listed = match.groups()
+    if listed is None and int(first) > int(last):
+        raise DataError(f"{printable(pattern)} counts backwards: {{first..last}} goes up")
     choices = listed.split(",") if listed is not None else _count(first, last)
     for choice in choices:
         yield from _expand(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
-def _count(first: str, last: str) -> list[str]:
-    """The numbers from `first` to `last`, as wide as the first is written."""
-    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+def _count(first: str, last: str) -> Iterator[str]:
+    """The numbers from `first` to `last`, as wide as the first is written, one after the other: there may be many."""
+    return (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))

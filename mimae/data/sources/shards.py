@@ -1,64 +1,74 @@
 """Tar shards in WebDataset's form: an index from one pass over their headers, then random access by `os.pread`.
 
 Members that follow one another and share a key (the name up to the first dot of its last part) are one sample: its
-image the first member with the ending of an image, its class the number in its `.cls`, or in its `.json` under `label`
-or `cls`. What is wrong with one sample, or with the end of a shard, becomes a sample that cannot be read and
-is reported like any other; a shard that has members and gives nothing is refused by name.
+image the first member with the ending of an image, its class the number or the name in its `.cls`, or in its `.json`
+under `label` or `cls`. What is wrong with one sample, or with the end of a shard, becomes a sample that cannot be read
+and is reported like any other; a shard that has members and gives nothing is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
+import stat
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mimae.data.loading.batch import DataError
-from mimae.data.pixels.decode import EXTENSIONS
+from mimae.data.settings import DataSettings
+from mimae.data.sources.endings import counted, is_image_ending
 from mimae.data.sources.index import STAMPS, Index, IndexedSource, end_to_end, read_all
+from mimae.data.sources.tar import (
+    BLOCK,
+    CUT,
+    DAMAGED,
+    DOTS,
+    DUPLICATE,
+    FINE,
+    JOINED,
+    LINK,
+    LONGEST,
+    NO_END,
+    OUTSIDE,
+    End,
+    Member,
+    Reader,
+    intact,
+    members,
+)
+from mimae.text import printable
 
 OPEN_SHARDS = 128
 """Shards that a process holds open at most."""
 
-_BLOCK = 512
-_LEAST_AHEAD, _MOST_AHEAD = 4096, 1 << 20
-_IMAGES = frozenset(extension.encode() for extension in EXTENSIONS)
-_LONGEST = 1 << 20
-"""Bytes that a name or a label takes at most."""
-_LABELS = (b"cls", b"json")
-_LARGEST = (1 << 63) - 1
-_DIGITS = 18
-"""Of a decimal number at most, which then fits."""
-_PADDING = 1 << 20
-"""Zeros that archivers fill their last record up with at most, an archive without members apart: that has one record of
-_EMPTY bytes. More are what a file system leaves of what was never written."""
-_EMPTY = 20 * _BLOCK
+_LONGEST_NAME = 200
+"""Characters of a class name."""
 
-_FINE, _CUT, _DUPLICATE, _OUTSIDE, _LINK, _DOTS, _NO_END, _DAMAGED, _JOINED = range(9)
 _REASONS = {
-    _CUT: "the shard ends in the middle of it",
-    _DUPLICATE: "an earlier sample of the shard has the same key",
-    _OUTSIDE: "its name leads out of the shard",
-    _LINK: "it is a link or a device, not a file",
-    _DOTS: "its name has two dots: what follows the first is no ending of an image, and its sample has no other image",
-    _NO_END: "the shard is cut off at byte {at}; what followed is lost",
-    _DAMAGED: "the shard is damaged at byte {at}, where a header should be; what follows is lost",
-    _JOINED: "the shard goes on behind its end mark at byte {at} (joined archives?); what follows is not read",
+    CUT: "the shard ends in the middle of it",
+    DUPLICATE: "an earlier sample of the shard has the same key",
+    OUTSIDE: "its name leads out of the shard",
+    LINK: "it is a link or a device, not a file",
+    DOTS: "its name has two dots: what follows the first is no ending of an image, and its sample has no other image; "
+    "data.image_key names such an ending",
+    NO_END: "the shard is cut off at byte {at}; what followed is lost",
+    DAMAGED: "the shard is damaged at byte {at}, where a header should be; what follows is lost",
+    JOINED: "the shard goes on behind its end mark at byte {at} (joined archives?); what follows is not read",
 }
 
 
 class ShardSource(IndexedSource):
     """The samples of tar shards, in the order of the shards and of their members."""
 
-    def __init__(self, name: str, shards: Sequence[Path], index: Index) -> None:
-        super().__init__(name, index)
+    def __init__(self, name: str, shards: Sequence[Path], index: Index, settings: DataSettings) -> None:
+        super().__init__(name, index, settings.max_bytes)
         self._shards = [os.fsencode(shard) for shard in shards]
 
     @property
@@ -76,6 +86,7 @@ class ShardSource(IndexedSource):
         if flaw:
             raise OSError(_REASONS[flaw].format(at=at))
         size = int(places["size"][i])
+        self.check_size(size)
         # Held until the bytes are there: the cache may let go of it, another thread's close would be too early.
         opened = _opened(self._shards[shard], *map(int, places[STAMPS][shard]))
         data = os.pread(opened.fd, size, at)
@@ -114,19 +125,21 @@ def _opened(path: bytes, changed: int, size: int) -> _Opened:
 # The index
 
 
-def read_headers(shards: Sequence[Path]) -> Index:
+def read_headers(shards: Sequence[Path], settings: DataSettings) -> Index:
     """The index of shards, their headers read once. Raises DataError with every shard that is none."""
-    found = read_all("shards", shards, _scan)
+    rules = _Rules.of(settings)
+    found = read_all("shards", shards, partial(_scan, rules))
     # One shard may be empty, as when nothing of it could be packed.
     if not any(len(shard.at) for shard in found):
-        raise DataError(f"{shards[0].parent}: the shards hold no images")
+        raise DataError(f"{printable(str(shards[0].parent))}: the shards hold no images")
     starts = end_to_end(np.array([len(shard.at) for shard in found]))
     flaw = np.concatenate([_flaws(shard) for shard in found])
+    labels, classes, notes = _labels(found, flaw)
     return Index(
         np.frombuffer(b"".join(shard.names for shard in found), np.uint8),
         end_to_end(np.concatenate([shard.lengths for shard in found])),
-        _labels(np.concatenate([shard.labels for shard in found]), flaw),
-        None,
+        labels,
+        classes,
         [os.fsencode(shard) for shard in shards],
         {
             "starts": starts,
@@ -135,7 +148,27 @@ def read_headers(shards: Sequence[Path]) -> Index:
             "flaw": flaw,
             STAMPS: np.array([shard.stamp for shard in found], np.int64),
         },
+        [*notes, *_left_out(shards, found)] if rules.version > 1 else [],
     )
+
+
+class _Rules(NamedTuple):
+    """What makes a member an image or a class, by its ending: all that follows the first dot."""
+
+    version: int
+    image_key: bytes | None
+    label_key: str | None
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> _Rules:
+        key = settings.image_key
+        return cls(settings.index_version, None if key is None else key.lower().encode(), settings.label_key)
+
+    def is_image(self, ending: bytes) -> bool:
+        return is_image_ending(ending, self.version) if self.image_key is None else ending == self.image_key
+
+    def is_label(self, ending: bytes) -> bool:
+        return ending in ((b"cls", b"json") if self.label_key is None else (self.label_key.lower().encode(), b"json"))
 
 
 class _Samples:
@@ -147,6 +180,17 @@ class _Samples:
         self.lengths, self.at, self.size = array("q"), array("q"), array("q")
         self.labels, self.keys = array("q"), array("q")
         self.flaw = array("b")
+        self.classes: dict[str, int] = {}
+        """Class names in the order in which they came; the k-th stands in `labels` as -2 - k."""
+        self.others, self.dotted = Counter[str](), Counter[str]()
+        self.orphans: list[bytes] = []
+        """Names of members that hold a class and do not follow an image."""
+
+    def label(self, value: int | str | None) -> int:
+        """Return how a class number or name, or none, stands in `labels`."""
+        if isinstance(value, str):
+            return -2 - self.classes.setdefault(value, len(self.classes))
+        return -1 if value is None else value
 
     def add(self, name: bytes, key: bytes, at: int, size: int, flaw: int) -> None:
         self.names += name
@@ -163,62 +207,108 @@ def _flaws(samples: _Samples) -> np.ndarray:
     keys = np.array(samples.keys)
     order = np.argsort(keys, kind="stable")
     again = order[1:][keys[order][1:] == keys[order][:-1]]
-    flaw[again[flaw[again] == _FINE]] = _DUPLICATE
+    flaw[again[flaw[again] == FINE]] = DUPLICATE
     return flaw
 
 
-def _labels(labels: np.ndarray, flaw: np.ndarray) -> np.ndarray | None:
-    """The classes, where every sample that can be read has one."""
-    if (labels[flaw == _FINE] < 0).any() or (labels < 0).all():
-        return None
+def _labels(found: Sequence[_Samples], flaw: np.ndarray) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
+    """Return the classes and their names, where every sample that can be read has one; and why they are not used."""
+    labels = np.concatenate([shard.labels for shard in found])
+    fine, notes = labels[flaw == FINE], list[str]()
+    if orphans := [name for shard in found for name in shard.orphans]:
+        notes.append(
+            f"{len(orphans):,} members with a class do not follow the image that they belong to, and are left out, as "
+            f"{printable(os.fsdecode(orphans[0]))}"
+        )
+    if (labels == -1).all():
+        return None, None, notes
+    if (without := int((fine == -1).sum())) or ((fine < -1).any() and (fine >= 0).any()):
+        some = f"{without:,} of {len(fine):,} samples have none" if without else "some have numbers and some have names"
+        return None, None, [*notes, f"no sample has a class, since {some}"]
+    names = None
+    if (fine < -1).any():
+        names = sorted({name for shard in found for name in shard.classes})
+        number = {name: i for i, name in enumerate(names)}
+        labels = np.concatenate([_numbered(shard, number) for shard in found])
     # A sample without is never seen; it has to count for some class, so for one that there is.
-    return np.where(labels < 0, labels[labels >= 0].min(), labels)
+    return np.where(labels < 0, labels[labels >= 0].min(), labels), names, notes
 
 
-def _scan(path: Path) -> _Samples | str:
+def _numbered(shard: _Samples, number: dict[str, int]) -> np.ndarray:
+    """int64 (n,): the classes of a shard whose classes have names."""
+    of_code = np.array([-1, *(number[name] for name in shard.classes)], np.int64)
+    return of_code[np.minimum(-1 - np.array(shard.labels, np.int64), len(shard.classes)).clip(0)]
+
+
+def _left_out(shards: Sequence[Path], found: Sequence[_Samples]) -> list[str]:
+    """Return notes on the members that are neither images nor classes."""
+    notes = []
+    if dotted := sum((shard.dotted for shard in found), Counter[str]()):
+        ending, count = dotted.most_common(1)[0]
+        notes.append(
+            f"{dotted.total():,} samples cannot be used, since their images have names with two dots: "
+            f"data.image_key={printable(ending)} takes {count:,} of them"
+        )
+    if others := sum((shard.others for shard in found), Counter[str]()):
+        notes.append(f"left out of the shards, since they are neither images nor classes: {counted(others)}")
+    return notes
+
+
+def _scan(rules: _Rules, path: Path) -> _Samples | str:
     """The samples of a shard, or why it gives none."""
     try:
         opened = _Opened(os.fsencode(path))
         status = os.fstat(opened.fd)
-        reader = _Reader(opened.fd, status.st_size)
+        if not stat.S_ISREG(status.st_mode):
+            return "it is not a regular file"
+        reader = Reader(opened.fd, status.st_size)
         if problem := _no_tar(reader):
             return problem
         samples = _Samples((status.st_mtime_ns, status.st_size))
-        first = _collect(reader, samples)
+        first = _collect(reader, samples, rules)
     except OSError as error:
         return error.strerror or str(error)
     if first and not any(samples.lengths):
-        return f"it holds no image; its first members are {', '.join(first)}"
+        legal = (
+            ""
+            if rules.image_key is None
+            else f" whose name ends in .{rules.image_key.decode()}, as data.image_key says"
+        )
+        return f"it holds no image{legal}; its first members are {', '.join(first)}"
     return samples
 
 
-def _no_tar(reader: _Reader) -> str | None:
-    head = reader.read(0, _BLOCK)
+def _no_tar(reader: Reader) -> str | None:
+    head = reader.read(0, BLOCK)
     if not head:
         return "it is empty, 0 bytes"
     for magic, name in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz")):
         if head.startswith(magic):
             return f"it is compressed ({name}), which leaves no random access; unpack it"
-    if len(head) < _BLOCK or (head.strip(b"\0") and not _intact(head)):
+    if len(head) < BLOCK or (head.strip(b"\0") and not intact(head)):
         return f"it is no tar file (it begins with {head[:16]!r})"
     return None
 
 
-def _collect(reader: _Reader, samples: _Samples) -> list[str]:
+def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
     """Appends the samples that the members make up; returns the names of the first few members."""
     first: list[str] = []
-    key, label, image = b"", -1, b""
-    dotted: list[_Member] = []
+    key, image, labelled = b"", b"", b""
+    label: int | str | None = None
+    dotted: list[Member] = []
 
     def close() -> None:
         for member in [] if image else dotted:
-            samples.add(member.name, key, member.at, member.size, _DOTS)
-        samples.labels.extend([label] * (len(samples.at) - len(samples.labels)))
+            samples.add(member.name, key, member.at, member.size, DOTS)
+            _count(samples.dotted, _ending(member.name))
+        if labelled and not image and not dotted:
+            samples.orphans.append(labelled)
+        samples.labels.extend([samples.label(label)] * (len(samples.at) - len(samples.labels)))
 
-    for member in _members(reader):
-        if isinstance(member, _End):
+    for member in members(reader):
+        if isinstance(member, End):
             close()
-            key, label, image, dotted = b"", -1, b"", []
+            key, label, image, labelled, dotted = b"", None, b"", b"", []
             samples.add(b"", b"\0", member.at, 0, member.flaw)
             continue
         name = member.name
@@ -226,156 +316,64 @@ def _collect(reader: _Reader, samples: _Samples) -> list[str]:
             first.append(os.fsdecode(name))
         dot = name.find(b".", name.rfind(b"/") + 1)
         if dot <= name.rfind(b"/") + 1:  # No ending, or a hidden file.
+            if dot < 0 and member.flaw == FINE:
+                _count(samples.others, b"")
             continue
         if name[:dot] != key:
             close()
-            key, label, image, dotted = name[:dot], -1, b"", []
+            key, label, image, labelled, dotted = name[:dot], None, b"", b"", []
         ending = name[dot + 1 :].lower()
-        if ending in _IMAGES:
+        if rules.is_image(ending):
             # Another image beside the first is part of the sample that nobody asked for, but not by the same name.
             if image in (b"", name):
-                samples.add(name, key, member.at, member.size, member.flaw or (_OUTSIDE if _leads_out(name) else _FINE))
+                samples.add(name, key, member.at, member.size, member.flaw or (OUTSIDE if _leads_out(name) else FINE))
                 image = name
-        elif ending in _LABELS and member.flaw == _FINE and member.size <= _LONGEST:
-            if label < 0 or ending == b"cls":
-                label = _label(reader.read(member.at, member.size), ending, label)
-        elif ending.rpartition(b".")[2] in _IMAGES:
+        elif rules.is_label(ending) and member.flaw == FINE and member.size <= LONGEST:
+            if label is None or ending != b"json":
+                found = _label(reader.read(member.at, member.size), ending, rules)
+                label, labelled = (label, labelled) if found is None else (found, name)
+        elif rules.image_key is None and is_image_ending(ending.rpartition(b".")[2], rules.version):
             dotted.append(member)
+        elif member.flaw == FINE:
+            _count(samples.others, ending)
     close()
     return first
+
+
+_MOST_ENDINGS = 1000
+
+
+def _count(endings: Counter[str], ending: bytes) -> None:
+    """Count a member by its ending. Names that are all endings, as 0.123.x, must not fill the memory."""
+    text = ending.decode("utf-8", "replace")[:16]
+    if text in endings or len(endings) < _MOST_ENDINGS:
+        endings[text] += 1
+
+
+def _ending(name: bytes) -> bytes:
+    return name.rpartition(b"/")[2].partition(b".")[2].lower()
 
 
 def _leads_out(name: bytes) -> bool:
     return name.startswith(b"/") or b".." in name.split(b"/")
 
 
-def _label(data: bytes, ending: bytes, default: int) -> int:
-    """The class number in a `.cls` or `.json` member, or `default` where there is none."""
+def _label(data: bytes, ending: bytes, rules: _Rules) -> int | str | None:
+    """The class number or name in a label's member; None where there is none. By the first rules names are none."""
+    value: Any = None
     with suppress(ValueError, RecursionError):
-        value = json.loads(data) if ending == b"json" else int(data)
-        if isinstance(value, dict):
-            value = value.get("label", value.get("cls"))
-        if type(value) is int and 0 <= value < 1 << 31:
-            return value
-    return default
-
-
-# The format
-
-
-class _Member(NamedTuple):
-    """A file of the archive; links and devices have the flaw of being one."""
-
-    name: bytes
-    at: int
-    size: int
-    flaw: int
-
-
-class _End(NamedTuple):
-    """Where an archive ends that should not end there."""
-
-    at: int
-    flaw: int
-
-
-class _Reader:
-    """Small reads at rising places. It reads ahead, the further the closer the places lie together: one read for many
-    small members, and not much of a large image for its header."""
-
-    def __init__(self, fd: int, end: int) -> None:
-        self.fd, self.end = fd, end
-        self._start, self._data, self._ahead = 0, b"", _LEAST_AHEAD
-
-    def read(self, at: int, size: int) -> bytes:
-        """`size` bytes from `at` on, fewer at the end of the file. Raises OSError."""
-        offset = at - self._start
-        if offset < 0 or offset + size > len(self._data):
-            near = offset <= len(self._data) + self._ahead
-            self._ahead = min(2 * self._ahead, _MOST_AHEAD) if near else _LEAST_AHEAD
-            self._start, self._data, offset = at, os.pread(self.fd, max(size, self._ahead), at), 0
-        return self._data[offset : offset + size]
-
-
-def _members(reader: _Reader) -> Iterator[_Member | _End]:
-    """The members of a ustar, GNU or pax archive, and last an _End if it does not end as it should."""
-    at = 0
-    name: bytes | None = None
-    size: int | None = None
-    while True:
-        header = reader.read(at, _BLOCK)
-        if len(header) < _BLOCK:
-            yield _End(min(at, reader.end), _NO_END)
-            return
-        if not header.strip(b"\0"):
-            if reader.read(at, min(reader.end - at, _PADDING)).strip(b"\0"):
-                yield _End(at, _JOINED)
-            elif reader.end - at > (_PADDING if at else _EMPTY):
-                yield _End(at, _NO_END)
-            return
-        length = _number(header[124:136])
-        if not _intact(header) or length is None:
-            yield _End(at, _DAMAGED)
-            return
-        kind, data = header[156:157], at + _BLOCK
-        if kind in b"LKxg" and length > _LONGEST:
-            yield _End(at, _DAMAGED)
-            return
-        if kind == b"L":
-            name = reader.read(data, length).rstrip(b"\0")
-        elif kind == b"x":
-            records = _records(reader.read(data, length))
-            name = records.get(b"path", name)
-            told = records.get(b"size", b"")
-            if told.isdigit() and len(told) > _DIGITS:
-                yield _End(at, _DAMAGED)
-                return
-            size = int(told) if told.isdigit() else size
-        elif kind not in b"Kg":
-            regular = kind in b"07\0"
-            # Links carry no data, whatever size they tell.
-            length = 0 if kind in b"123456" else length if size is None else size
-            cut = data + length > reader.end
-            yield _Member(name or _name(header), data, length, _LINK if not regular else _CUT if cut else _FINE)
-            if cut:
-                yield _End(reader.end, _NO_END)
-                return
-            name = size = None
-        at = data + -(-length // _BLOCK) * _BLOCK
-
-
-def _intact(header: bytes) -> bool:
-    """Whether the header's sum is the one that it tells, its own eight bytes counted as spaces."""
-    field = header[148:156]
-    told = _number(field)
-    # Adler-32's lower half is one more than the sum of the bytes, modulo 65521, at a tenth of the time of sum().
-    return told is not None and zlib.adler32(header) & 0xFFFF == (told - 8 * 32 + sum(field) + 1) % 65521
-
-
-def _number(field: bytes) -> int | None:
-    """A number of a header, below 2^63: octal digits or, where the first bit is set, base 256."""
-    if field[0] & 0x80:
-        number = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-        return number if number <= _LARGEST else None
-    digits = field.strip(b" \0") or b"0"
-    return int(digits, 8) if not digits.strip(b"01234567") else None
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].partition(b"\0")[0]
-    # GNU's own headers have other things in the place of ustar's prefix.
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _records(data: bytes) -> dict[bytes, bytes]:
-    """The `length key=value` records of a pax header; what is damaged counts for nothing."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or len(length) > _DIGITS or not 0 < int(length) <= len(data):
-            break
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key] = value
-        data = data[int(length) :]
-    return records
+        if ending == b"json":
+            value = json.loads(data)
+            if isinstance(value, dict):
+                value = value.get("label", value.get("cls")) if rules.label_key is None else value.get(rules.label_key)
+        else:
+            value = data.decode("utf-8").strip()
+    if isinstance(value, str):
+        number = None
+        with suppress(ValueError):
+            number = float(value)
+            if rules.version > 1 or ending != b"json":
+                value = int(value)
+        if number is None:
+            return value[:_LONGEST_NAME] if rules.version > 1 and value else None
+    return value if type(value) is int and 0 <= value < 1 << 31 else None

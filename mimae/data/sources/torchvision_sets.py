@@ -20,6 +20,18 @@ from mimae.data.sources.index import IndexedSource
 
 PREFIX = "torchvision:"
 _FORM = re.compile(PREFIX + r"(\w+):(.+?)(?::([\w+-]+))?")
+SETS: frozenset[str] = frozenset(
+    (
+        *("CIFAR10", "CIFAR100", "CLEVRClassification", "Caltech101", "Caltech256", "CelebA", "Cityscapes"),
+        *("Country211", "DTD", "EMNIST", "EuroSAT", "FER2013", "FGVCAircraft", "FashionMNIST", "Flickr30k", "Flickr8k"),
+        *("Flowers102", "Food101", "GTSRB", "INaturalist", "ImageFolder", "ImageNet", "Imagenette", "KMNIST", "Kitti"),
+        *("LFWPeople", "MNIST", "Omniglot", "OxfordIIITPet", "PCAM", "Places365", "QMNIST", "RenderedSST2", "SBU"),
+        *("SEMEION", "STL10", "SUN397", "SVHN", "StanfordCars", "USPS", "VOCDetection", "VOCSegmentation", "WIDERFace"),
+    )
+)
+"""Sets that run no code which lies in a file: they unpickle nothing but files whose checksums torchvision knows, or by
+`torch.load(..., weights_only=True)`. LSUN, for one, unpickles a file of the working directory."""
+
 _LABELS = ("targets", "labels", "_labels")
 _FILES = ("samples", "imgs", "_samples")
 
@@ -50,6 +62,10 @@ class TorchvisionSource:
     def shares(self) -> tuple[Share, ...]:
         blocks = np.append(np.arange(0, len(self), IndexedSource.RUN), len(self))
         return (Share(len(self), len(self), blocks),)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,9 +108,10 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
 
     place, kind, split = _parts(name)
     root = folder / Path(place).expanduser()
-    known = [each for each in datasets.__all__ if hasattr(getattr(datasets, each), "__getitem__")]
+    known = [each for each in datasets.__all__ if each in SETS]
     if kind not in known:
-        raise DataError(f"{name}: torchvision has no data set {kind}; it has {', '.join(sorted(known))}")
+        why = "may run code that lies in a file" if kind in datasets.__all__ else "is none that torchvision has"
+        raise DataError(f"{name}: {kind} {why}; legal are {', '.join(sorted(known))}")
     make = getattr(datasets, kind)
     takes = inspect.signature(make).parameters
     options: dict[str, Any] = {"train": split != "test"} if "train" in takes else {}
@@ -113,6 +130,12 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
             f"{name}: torchvision cannot open {kind} under {root} ({' '.join(str(error).split())}). "
             f"It has to be there already, in torchvision's own form: torchvision.datasets.{kind}(..., download=True)"
         ) from error
+
+
+def moved(name: str, folder: Path) -> str:
+    """Return the name of the same set with an absolute ROOT; a relative one is relative to `folder`."""
+    place, kind, split = _parts(name)
+    return f"{PREFIX}{kind}:{(folder / Path(place).expanduser()).absolute()}" + (f":{split}" if split else "")
 
 
 def _parts(name: str) -> tuple[str, str, str | None]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +17,13 @@ from rich.text import Text
 from mimae.data.loading.batch import BadSample
 from mimae.data.loading.processes import over
 from mimae.data.pixels.augment import Window
-from mimae.data.pixels.decode import BadImage, decode, format_of, why
+from mimae.data.pixels.cut import Turn, finish
+from mimae.data.pixels.decode import BadImage, brightest, look, region, why
+from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
+from mimae.text import printable
 
 _CHUNK = 256
 """Samples that a process takes at a time, at most."""
@@ -27,8 +31,14 @@ _CHUNK = 256
 _SHOWN = 10
 
 _SIZES = [("height", "i4"), ("width", "i4"), ("bytes", "i8")]
-SAMPLE = np.dtype([("ok", "?"), ("format", "S8"), *_SIZES, ("digest", "V16"), ("look", "u8")])
-"""What is kept of a sample; `look` is its perceptual hash."""
+SAMPLE = np.dtype([("ok", "?"), ("format", "S8"), *_SIZES, ("digest", "V16"), ("look", "u8"), ("brightest", "i4")])
+"""What is kept of a sample; `look` is its perceptual hash, `brightest` its largest 16-bit value, -1 for 8 bits."""
+
+_DARK = 1 << 15
+"""16-bit values below which the brightest pixel of all images would be dark grey."""
+
+_SIDE = 4096
+"""Pixels of a side from which on the perceptual hash looks at some of them: resizing very long images is costly."""
 
 
 class Report(NamedTuple):
@@ -44,13 +54,13 @@ class Report(NamedTuple):
     """Ids of samples that look alike, group by group; not those that are alike in every byte."""
 
 
-def check(path: str, max_pixels: int, workers: int) -> Report:
+def check(path: str, settings: DataSettings, workers: int) -> Report:
     """Reads and decodes every sample of the source at `path`. Raises DataError."""
-    source = open_source(path)
+    source = open_source(path, settings=settings)
     samples, broken = np.zeros(len(source), SAMPLE), list[BadSample]()
     size = max(1, min(_CHUNK, len(source) // (8 * workers)))
     chunks = [range(first, min(first + size, len(source))) for first in range(0, len(source), size)]
-    results = over(chunks, _look_at, (source, max_pixels), workers=workers, title="checking")
+    results = over(chunks, _look_at, (source, settings), workers=workers, title="checking")
     for ids, (looked_at, bad) in zip(chunks, results):
         samples[ids.start : ids.stop] = looked_at
         broken += bad
@@ -61,41 +71,70 @@ def check(path: str, max_pixels: int, workers: int) -> Report:
     return Report(source, samples, broken, exact, near_duplicates(samples["look"][others], others))
 
 
-def _look_at(shared: tuple[Source, int], ids: range) -> tuple[np.ndarray, list[BadSample]]:
+def _look_at(shared: tuple[Source, DataSettings], ids: range) -> tuple[np.ndarray, list[BadSample]]:
     """Looks at a chunk of samples."""
-    source, max_pixels = shared
+    source, settings = shared
     samples, bad = np.zeros(len(ids), SAMPLE), []
     for row, i in enumerate(ids):
         try:
             data = source.read(i)
-            samples[row] = _sample(data, max_pixels)
+            samples[row] = _sample(data, settings)
         except (BadImage, OSError) as error:
             bad.append(BadSample(i, source.path(i), why(error)))
     return samples, bad
 
 
-def _sample(data: bytes, max_pixels: int) -> tuple[Any, ...]:
+def _sample(data: bytes, settings: DataSettings) -> tuple[Any, ...]:
     """A row of SAMPLE. Raises BadImage for what the loader would replace."""
-    sizes = []
-
-    def whole(height: int, width: int) -> Window:
-        sizes.append((height, width))
-        return Window(0, 0, height, width)
-
-    small = decode(data, whole, (8, 9), max_pixels=max_pixels)
+    encoded = look(data, settings.max_pixels, settings.range)
+    deepest = brightest(encoded)
+    pixels = torch.from_numpy(region(look(data, settings.max_pixels, settings.range), _whole))
+    height, width = pixels.shape[:2]
+    small = finish(pixels[:: -(-height // _SIDE), :: -(-width // _SIDE)], (8, 9), Turn()).numpy()
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return (True, format_of(data, max_pixels), *sizes[0], len(data), digest, perceptual_hash(small))
+    image_format = str(encoded.image.format)
+    return (
+        True,
+        image_format,
+        height,
+        width,
+        len(data),
+        digest,
+        perceptual_hash(small),
+        -1 if deepest is None else deepest,
+    )
+
+
+def _whole(height: int, width: int) -> Window:
+    return Window(0, 0, height, width)
 
 
 # The report
 
 
-def summary(report: Report) -> dict[str, Any]:
-    """The report as JSON has it: counts, sizes, and the broken and doubled samples by path."""
+def _dark(brightest: np.ndarray, white: int | None) -> list[str]:
+    """A note where images of 16 bits use a small part of them."""
+    deep = brightest[brightest >= 0]
+    if white is not None or not len(deep) or deep.max() >= _DARK:
+        return []
+    most = int(deep.max())
+    return [
+        f"{len(deep):,} images of 16 bits a channel have values up to {most:,}, so that their brightest pixel becomes "
+        f"{(most * 255 + 32767) // 65535} of 255: data.range={(1 << most.bit_length()) - 1} makes it white (of images "
+        f"in colour in PNG; convert others)"
+    ]
+
+
+def summary(report: Report, white: int | None = None) -> dict[str, Any]:
+    """The report as JSON has it: counts, sizes, and the broken and doubled samples by path.
+
+    `white`: data.range.
+    """
     source, good = report.source, report.samples[report.samples["ok"]]
     labels = None if source.labels is None else Counter(source.labels.tolist())
     return {
         "source": source.name,
+        "notes": [*source.notes, *_dark(good["brightest"], white)],
         "samples": len(source),
         "readable": len(good),
         "bytes": int(good["bytes"].sum()),
@@ -115,7 +154,7 @@ def _spread(values: np.ndarray) -> dict[str, int] | None:
 
 
 def show(found: dict[str, Any]) -> None:
-    title = Text(_printable(found["source"]), "table.title")
+    title = Text(printable(found["source"]), "table.title")
     table = Table(title=title, title_justify="left", show_header=False)
     broken, readable = len(found["broken"]), found["readable"]
     table.add_row("samples", f"{found['samples']:,}")
@@ -133,14 +172,11 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(row, f"{spare:,}, beside the {len(found[key]):,} they repeat" if spare else "none")
     console = Console(soft_wrap=True)
     console.print(table)
+    for note in found["notes"]:
+        console.print(note, markup=False, highlight=False)
     _list(console, "broken", [f"{bad['path']}: {bad['reason']}" for bad in found["broken"]])
     _list(console, "alike in every byte", [" = ".join(group) for group in found["exact_duplicates"]])
     _list(console, "alike to the eye", [" ~ ".join(group) for group in found["near_duplicates"]])
-
-
-def _printable(text: str) -> str:
-    """A file name need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -148,6 +184,6 @@ def _list(console: Console, title: str, lines: Sequence[str]) -> None:
         return
     console.print(f"\n{title}:", markup=False)
     for line in lines[:_SHOWN]:
-        console.print("  " + _printable(line), markup=False, highlight=False)
+        console.print("  " + printable(line), markup=False, highlight=False)
     if len(lines) > _SHOWN:
         console.print(f"  and {len(lines) - _SHOWN:,} more; --json lists all")

@@ -43,6 +43,8 @@ class Packing(NamedTuple):
     shortest: int | None
     """Pixels of the shortest side; images that are no larger stay as they are, and with None all do."""
     max_pixels: int
+    white: int | None = None
+    """data.range, for images that are made smaller."""
 
     def shard(self, number: int) -> Path:
         # As wide as the last one, so that their names sort as they follow one another.
@@ -89,10 +91,13 @@ def _same_as_before(packing: Packing) -> None:
         "max_pixels": packing.max_pixels,
         "classes": packing.source.classes,
     }
+    if packing.white is not None:
+        now["range"] = packing.white
     if note.exists():
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
-            changed = [key for key in now if before[key] != now[key]]
+            changed = [key for key in now if key != "range" and before[key] != now[key]]
+            changed += ["range"] if before.get("range") != packing.white else []
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{note} is there already and no note of a packing; choose another name") from error
         if changed:
@@ -139,7 +144,7 @@ def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
     ending = _ENDINGS.get(format_of(data, packing.max_pixels), "jpg")
     if packing.shortest is None:
         return ending, data
-    image = whole(data, packing.max_pixels)
+    image = whole(data, packing.max_pixels, packing.white)
     scale = packing.shortest / min(image.size)
     if scale >= 1:
         return ending, data

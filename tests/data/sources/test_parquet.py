@@ -60,7 +60,7 @@ def test_files_of_hugging_face(tmp_path: Path, options: dict[str, Any]) -> None:
     [
         ({"img": images([*BYTES])}, None),
         ({"text": ["x"] * 10, "jpg": BYTES, "cls": list(range(10))}, list(range(10))),
-        ({"image": pa.array(BYTES, pa.large_binary()), "label": ["a"] * 10}, None),
+        ({"image": pa.array(BYTES, pa.large_binary()), "label": [0.5] * 10}, None),
         ({"image": images([*BYTES]), "label": [None] * 10}, None),
         ({"image": images([*BYTES]), "label": [-1] * 10}, None),  # Hugging Face's word for a class that is not told.
     ],
@@ -140,9 +140,9 @@ def test_process_keeps_a_bounded_number_of_bytes(tmp_path: Path, monkeypatch: py
     reads: list[int] = []
     row_group = parquet._row_group
 
-    def counted(path: Path, stamp: tuple[int, int], number: int) -> Any:
+    def counted(path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
         reads.append(number)
-        return row_group(path, stamp, number)
+        return row_group(path, stamp, number, image_key)
 
     monkeypatch.setattr(parquet, "_row_group", counted)
     rows: list[bytes | None] = [os.urandom(1000) for _ in range(16)]

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
+from mimae.data.settings import DataSettings
 from mimae.data.sources import patterns, shards
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -403,7 +404,7 @@ def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
         ("x-*.tar", "nothing matches .*x-"),
         ("t-{10..08}.tar", "counts backwards"),
         ("t-{08,*}.tar", "names .*t-08.tar twice"),
-        ("{t-08.tar,a.parquet}", "several kinds, .parquet and .tar"),
+        ("{t-08.tar,a.parquet}", r"several kinds, 1 .tar \(t-08.tar\) and 1 .parquet \(a.parquet\); open one kind"),
         ("*.md", "names .*README.md"),
     ],
 )
@@ -446,16 +447,39 @@ def test_folder_whose_listing_fails_midway_holds_no_shards(tmp_path: Path, monke
         yield entries()
 
     monkeypatch.setattr(patterns.os, "scandir", failing)
-    assert patterns.shard_files(tmp_path) == []
+    assert patterns.shards_in(tmp_path, 2) == []
 
 
 @pytest.mark.parametrize("beside", ["1.png", "folder/1.png"])
 def test_images_win_over_shards_beside_them(tmp_path: Path, beside: str) -> None:
-    """As when ImageNet was unpacked where its archives lie."""
+    """As when ImageNet was unpacked where its archives lie: in runs that began by the first rules."""
     four(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / beside).write_bytes(b"image")
-    assert contents(open_source(str(tmp_path))) == [(str(tmp_path / beside), b"image")]
+    old = open_source(str(tmp_path), settings=DataSettings(index_version=1))
+    assert contents(old) == [(str(tmp_path / beside), b"image")] and old.notes == ()
+
+
+@pytest.mark.parametrize("beside", ["preview.jpg", "folder/1.AVIF", "folder/deeper/1.png"])
+def test_shards_and_images_together_are_refused(tmp_path: Path, beside: str) -> None:
+    four(tmp_path)
+    (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / beside).touch()
+    with pytest.raises(DataError) as refusal:
+        open_source(str(tmp_path))
+    text = str(refusal.value)
+    assert "4 shards (t-08.tar, t-09.tar, t-10.tar and 1 more) and 1 image" in text and beside in text
+    assert f"write {tmp_path}/*.tar for the shards" in text
+    assert len(open_source(f"{tmp_path}/*.tar")) == 4
+
+
+@pytest.mark.parametrize("shard", ["a/x.tar", "x.parquet"])
+def test_a_shard_below_a_folder_of_images_is_refused_too(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("b.png", shard):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"1 shard \({shard}\) and 1 image \(b.png\)"):
+        open_source(str(tmp_path))
 
 
 # The index
@@ -467,9 +491,9 @@ def test_index_is_found_again_until_a_shard_changes(tmp_path: Path, monkeypatch:
     scans: list[Path] = []
     scan = shards._scan
 
-    def counted(path: Path) -> shards._Samples | str:
+    def counted(rules: shards._Rules, path: Path) -> shards._Samples | str:
         scans.append(path)
-        return scan(path)
+        return scan(rules, path)
 
     monkeypatch.setattr(shards, "_scan", counted)
     pattern = str(tmp_path / "t-*.tar")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
-from mimae.data.sources import files, index, open
+from mimae.data.sources import files, index, lists, open
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from tests.data.conftest import settle, write_images
@@ -155,9 +155,8 @@ def test_list_of_paths_alone_may_name_any_place(tmp_path: Path) -> None:
     [
         ("", "names no image"),
         ("\n\n", "names no image"),
-        ("a.png\tcat\n", r"line 1: 'cat' is not a class number"),
         ("a.png\t-1\n", r"line 1: '-1' is not a class number"),
-        ("a.png\t1\nb.png\n", "line 2: class numbers stand on some lines and not on others"),
+        ("a.png\t1\nb.png\n", "line 2: classes stand on some lines and not on others"),
         ("a.png\t1\t2\n", "line 1: .* is not a path"),
         ("\t1\n", "line 1: .* is not a path"),
         ("x.png\ny.png\n", "none of its first 2 paths exists, the first being .*x.png.* relative to"),
@@ -186,9 +185,9 @@ def test_path_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_file_that_is_no_list(tmp_path: Path) -> None:
-    touch(tmp_path, ["train.zip"])
-    with pytest.raises(DataError, match=r"train.zip is none of these. A data path is"):
-        open_source(str(tmp_path / "train.zip"))
+    touch(tmp_path, ["train.bin"])
+    with pytest.raises(DataError, match=r"train.bin is none of these. A data path is"):
+        open_source(str(tmp_path / "train.bin"))
 
 
 @pytest.mark.parametrize("names", [[], ["a/readme.md", "a/b/x.mp4", ".hidden/1.png"]])
@@ -235,14 +234,14 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The places that were indexed afresh, in their order."""
     done: list[Path] = []
-    for name in ("scan_folder", "read_list"):
-        build = getattr(open, name)
+    for module, name in ((open, "scan_folder"), (lists, "read_list")):
+        build = getattr(module, name)
 
-        def counted(place: Path, build=build) -> index.Index:  # type: ignore[no-untyped-def]
+        def counted(place: Path, *rules: int, build=build) -> index.Index:  # type: ignore[no-untyped-def]
             done.append(place)
-            return build(place)
+            return build(place, *rules)
 
-        monkeypatch.setattr(open, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.decode import decode
 from mimae.data.sources.open import open_source
+from mimae.data.sources.torchvision_sets import SETS as LEGAL_SETS
 
 SETS = {"train": 7, "test": 4}
 
@@ -93,16 +95,18 @@ def test_set_that_needs_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
         raise ImportError("No module named 'av'")
 
     monkeypatch.setattr(make, "__getitem__", None, raising=False)
-    monkeypatch.setattr(datasets, "Kinetics", make)
-    with pytest.raises(DataError, match="Kinetics needs what is not installed: No module named 'av'"):
-        open_source("torchvision:Kinetics:x")
+    monkeypatch.setattr(datasets, "PCAM", make)
+    with pytest.raises(DataError, match="PCAM needs what is not installed: No module named 'av'"):
+        open_source("torchvision:PCAM:x")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("torchvision:CIFAR10", "legal is torchvision:NAME:ROOT or"),
-        ("torchvision:CIFAR11:x", "torchvision has no data set CIFAR11; it has .*CIFAR10, "),
+        ("torchvision:CIFAR11:x", "CIFAR11 is none that torchvision has; legal are .*CIFAR10, "),
+        ("torchvision:LSUN:.", "LSUN may run code that lies in a file; legal are"),
+        ("torchvision:DatasetFolder:.", "DatasetFolder may run code"),
         ("torchvision:CIFAR10:nowhere", r"cannot open CIFAR10 under nowhere .*download=True"),
         ("torchvision:CIFAR10:x:val", "CIFAR10 has no part 'val'; legal is train or test"),
         ("torchvision:SVHN:x:val", "cannot open SVHN under x"),
@@ -112,6 +116,28 @@ def test_sets_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
         open_source(name)
+
+
+def test_no_legal_set_unpickles_what_it_has_not_verified() -> None:
+    """Their own code says so. CIFAR's batches have to have the checksums that torchvision knows."""
+    for name in LEGAL_SETS.intersection(datasets.__all__):
+        sources = {inspect.getsource(inspect.getmodule(base)) for base in getattr(datasets, name).__mro__[:-1]}  # type: ignore[arg-type]
+        for source in sources:
+            lines = source.splitlines() if "pickle.load" in source or "torch.load" in source else []
+            loads = [line for line in lines if ("pickle.load" in line or "torch.load" in line)]
+            assert all("weights_only=True" in line or name.startswith("CIFAR") for line in loads), name
+            assert "allow_pickle" not in source, name
+
+
+def test_a_batch_with_another_checksum_is_not_unpickled(root: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (root / "ran",)
+
+    (root / datasets.CIFAR10.base_folder / "train").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(DataError, match="cannot open CIFAR10"):
+        open_source(f"torchvision:CIFAR10:{root}")
+    assert not (root / "ran").exists()
 
 
 def test_item_that_cannot_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

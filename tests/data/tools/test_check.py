@@ -18,6 +18,7 @@ from mimae import cli
 from mimae.data import command
 from mimae.data.loading import processes
 from mimae.data.loading.batch import DataError
+from mimae.data.settings import DataSettings
 from mimae.data.tools.check import check, summary
 from mimae.data.tools.duplicates import NEAR, near_duplicates, perceptual_hash, same
 from tests.data.conftest import encoded, photograph, write_images
@@ -53,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_summary(folder: Path, workers: int) -> None:
-    found = summary(check(str(folder), 100_000, workers))
+    found = summary(check(str(folder), DataSettings(max_pixels=100_000), workers))
     counts = {key: found[key] for key in ("samples", "readable", "formats", "sides", "classes")}
     assert counts == {
         "samples": 10,
@@ -118,7 +119,7 @@ def test_title_is_the_name_as_it_is(
 
 def test_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "1.png").touch()
-    found = summary(check(str(tmp_path), 1000, 1))
+    found = summary(check(str(tmp_path), DataSettings(max_pixels=1000), 1))
     assert (found["readable"], found["sides"], found["exact_duplicates"]) == (0, {"height": None, "width": None}, [])
 
 

@@ -1,0 +1,92 @@
+"""The way of results from worker processes: through shared memory, or through a pipe where that has no room.
+
+torch puts a tensor into shared memory in a thread of the worker; where it fails there, the result is lost and whoever
+waits for it waits for ever. Here the worker itself does it, and has another way.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FOLDER = "/dev/shm"
+"""Where shared memory lies; a container has 64 MB of it by default."""
+
+IN_FLIGHT = 3
+"""Results of a worker that lie in shared memory at most: two made ahead and the one that is made."""
+
+
+class Packed(NamedTuple):
+    """A result on its way through a pipe."""
+
+    data: bytes
+
+    def unpacked(self) -> Any:
+        """Return the result; in pinned memory where torch would have put it there."""
+        say_once()
+        made = pickle.loads(self.data)
+        return made.pin_memory() if torch.cuda.is_available() and hasattr(made, "pin_memory") else made
+
+
+def handed_over(made: Any, by_pipe: bool) -> Any:
+    """Return a worker's result with its tensors in shared memory, or packed for a pipe."""
+    if not by_pipe:
+        try:
+            for tensor in _tensors(made):
+                tensor.share_memory_()
+            return made
+        except (RuntimeError, OSError):  # No room, and nothing lost: the tensors are as they were.
+            pass
+    return Packed(pickle.dumps(made, pickle.HIGHEST_PROTOCOL))
+
+
+def _tensors(made: Any) -> Iterator[Tensor]:
+    if isinstance(made, Tensor):
+        yield made
+    elif is_dataclass(made):
+        for field in fields(made):
+            yield from _tensors(getattr(made, field.name))
+
+
+def has_room(batch_bytes: int, workers: int, ranks: int) -> bool:
+    """Return whether shared memory holds the batches in flight of all ranks of this machine; if not, say so once."""
+    need = batch_bytes * workers * IN_FLIGHT * ranks
+    room = free()
+    if room is None or need <= room:
+        return True
+    say_once(
+        f"the batches in flight need {need / 1e6:,.1f} MB ({ranks * workers} workers x {IN_FLIGHT} x "
+        f"{batch_bytes / 1e6:,.1f} MB), and {FOLDER} has {room / 1e6:,.1f} MB free: "
+    )
+    return False
+
+
+def free() -> int | None:
+    """Return the bytes that shared memory has left; None where that is not known."""
+    with suppress(OSError):
+        system = os.statvfs(FOLDER)
+        return system.f_frsize * system.f_bavail
+    return None
+
+
+@lru_cache(1)
+def _said() -> list[str]:
+    return []
+
+
+def say_once(why: str = f"{FOLDER} has no room for a batch: ") -> None:
+    """Say on stderr that batches go through pipes; once a process, and by one rank of a machine."""
+    if not _said() and os.environ.get("LOCAL_RANK", "0") == "0":
+        _said().append(why)
+        line = f"{why}batches go through pipes, which takes more of the CPUs. More room: docker run --shm-size=8g"
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
