@@ -12,6 +12,7 @@ from mimae import config
 from mimae.engines.base import shape_model
 from mimae.masking import draw, targets
 from mimae.model import MIMAE, blocks, build, decoder
+from tests.rounding import DRAWS, excess, nudge
 
 DECODERS = [
     pytest.param({}, id="hidden, self"),
@@ -88,7 +89,11 @@ def test_a_target_looks_at_other_targets_with_self_attention_only() -> None:
 def test_compiled_blocks_train_the_same() -> None:
     """In fp32, forward and backward, the decoder's last block and all: to rounding."""
     eager, batch = make({"depth": 2})
-    expected = gradients(eager.float(), batch)
+    expected, nudged = gradients(eager.float(), batch), []
+    for number in range(DRAWS):
+        moved, _ = make({"depth": 2})
+        nudge(moved.float().parameters(), number)
+        nudged.append(gradients(moved, batch))
     compiled, _ = make({"depth": 2})
     shape_model(compiled.float(), "on", torch.device("cpu"))
-    assert worst(gradients(compiled, batch), expected) < 1e-6
+    assert excess(gradients(compiled, batch), expected, nudged) < 1
