@@ -1,10 +1,10 @@
 """How far rounding alone may move results in fp32: measured by moving the weights by their last bit, not guessed.
 
-The sums of another order (on other ranks, in another kernel, on another processor) round otherwise, and how much of
-that a result shows depends on its condition: a small difference of large sums, as CLUB is, shows a hundred times what a
-sum of squares does. The same program on weights that differ in their last bit shows as much: its results move by their
-condition, and the rounding inside of it is drawn anew. `FACTOR` times the farthest of several such runs is what a right
-result may be off by. No number here comes from a processor.
+Sums in another order (on other ranks, in another kernel, on another processor) round otherwise, and how much of that a
+result shows depends on its condition: a small difference of large sums, as CLUB is, shows a hundred times what a sum of
+squares does. A run from weights that differ in their last bit shows as much: results move by their condition, and the
+rounding inside is drawn anew. A right result may be off by `FACTOR` times the farthest of several such runs. No number
+here comes from a processor.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Values = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def nudge(weights: Iterable[Tensor], draw: int) -> None:
-    """Moves each element up or down by about its last bit, or leaves it as it is, in place."""
+def nudge(weights: Iterable[Tensor], draw: int, dtype: torch.dtype = torch.float32) -> None:
+    """Moves each element up or down by about the last bit that it has in `dtype`, or leaves it as it is, in place."""
     generator = torch.Generator().manual_seed(draw)
     for weight in weights:
         bits = torch.randint(-1, 2, weight.shape, generator=generator)
-        weight.mul_(1 + torch.finfo(weight.dtype).eps * bits.to(weight))
+        weight.mul_(1 + torch.finfo(dtype).eps * bits.to(weight))
 
 
 def excess(got: Values, want: Values, nudged: Sequence[Values]) -> float:

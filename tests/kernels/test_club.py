@@ -13,7 +13,7 @@ from torch import Tensor
 from mimae import kernels
 from mimae.kernels import club_grad, club_terms, reference
 from mimae.kernels.club import _club_grad, _club_terms, _merge
-from mimae.kernels.runtime import launch
+from mimae.kernels.runtime import Impl, launch
 from mimae.objective.objective import CLUB
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
 from tests.oracles import club_oracle
@@ -43,11 +43,28 @@ def results(terms: Op, grad: Op, inputs: list[Tensor]) -> list[Tensor]:
     return [*of_terms, *grad(*inputs, *sums, images=2 * inputs[0].shape[0])]
 
 
+def magnitudes(inputs: list[Tensor]) -> list[Tensor]:
+    """The sums of the absolute values of what is added up in each of `results`, whatever cancels in it."""
+    z, mu, log_s2, mean, variance = (each.double() for each in inputs)
+    images, views, _ = z.shape
+    scale, inverse = (variance + 1e-6).rsqrt(), (-log_s2).exp()
+    y = (z - mean) * scale
+    error, parts = (y - mu[:, None]).abs(), y.abs() + mu.abs()[:, None]
+    square = (error * parts).sum(1) * inverse  # an error of y or mu shows times 2 (y - mu)
+    club = (views * (mu.square() + variance * scale.square()) * inverse + square).sum() / 2
+    nll = (views * log_s2.abs().sum() + square.sum()) / 2
+    sums = [inverse.sum(0), (mu.abs() * inverse).sum(0)]
+    pull, push = (each / images for each in sums)
+    d_z = (parts * (pull + inverse)[:, None] + (pull * mu.abs() + push)[:, None]) * scale
+    return [club, nll, *sums, d_z, parts.sum(1) * inverse, (views + square) / 2]
+
+
 def assert_accurate(inputs: list[Tensor]) -> None:
     assert_as_accurate(
         results(fused_terms, fused_grad, inputs),
         results(reference.club_terms, plain_grad, inputs),
         results(reference.club_terms, plain_grad, [each.double() for each in inputs]),
+        magnitudes(inputs),
     )
 
 
@@ -93,13 +110,18 @@ def test_is_the_pairwise_definition_with_its_gradients() -> None:
     y = club_oracle.standardised(exact[0], 1e-6)
     club = club_oracle.club(y, exact[1].detach(), exact[2].detach())
     nll = club_oracle.l_fit(y, exact[1], exact[2])
-    wanted = [club, nll, *torch.autograd.grad(club + nll, exact)]
-    ours = [each.requires_grad_() for each in (z, mu, log_s2)]
-    with kernels.prefer("triton"):
-        terms = CLUB.apply(*ours, kernels.view_latents(z[:, :, None])[2])
-        got = [*terms, *torch.autograd.grad(terms[0] + terms[1], ours)]
-    for ours_is, exact_is in zip(got, wanted):
-        assert torch.allclose(ours_is.double().cpu(), exact_is, rtol=1e-4, atol=1e-5)
+    wanted = [each.detach() for each in (club, nll, *torch.autograd.grad(club + nll, exact))]
+
+    def found(impl: Impl) -> list[Tensor]:
+        ours = [each.detach().requires_grad_() for each in (z, mu, log_s2)]
+        with kernels.prefer(impl):
+            terms = CLUB.apply(*ours, kernels.view_latents(ours[0][:, :, None])[2])
+            return [*(each.detach() for each in terms), *torch.autograd.grad(terms[0] + terms[1], ours)]
+
+    flat = z.double().flatten(0, 1)
+    of_club, of_nll, _, _, d_z, *others = magnitudes([z, mu, log_s2, flat.mean(0), flat.var(0, correction=0)])
+    scales = [of_club / 14, of_nll / 70, d_z / 14, *(each / 70 for each in others)]
+    assert_as_accurate(found("triton"), found("reference"), wanted, scales)
 
 
 def test_halves_of_one_tensor() -> None:
@@ -121,9 +143,12 @@ def test_more_programs_than_a_tile_of_them() -> None:
     shapes = {"club": (), "nll": (), "inverse": (11,), "mu_inverse": (11,)}
     outputs: dict[str, Any] = {name: torch.empty(shape, device=DEVICE) for name, shape in shapes.items()}
     launch(_merge, (2,), sums=sums, scalars=scalars, **outputs, groups=9, programs=45, D=11, ROWS=4, COLUMNS=8)
-    wanted = [*(scalars.sum(1) / 2), *sums.sum(0)]
-    for got, want in zip(outputs.values(), wanted):
-        assert torch.allclose(got, want, atol=1e-5)
+
+    def merged(scalars: Tensor, sums: Tensor) -> list[Tensor]:
+        return [*(scalars.sum(1) / 2), *sums.sum(0)]
+
+    exact, terms = merged(scalars.double(), sums.double()), merged(scalars.double().abs(), sums.double().abs())
+    assert_as_accurate(list(outputs.values()), merged(scalars, sums), exact, terms)
 
 
 def test_same_bits_every_time() -> None:

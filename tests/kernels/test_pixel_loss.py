@@ -131,14 +131,15 @@ def test_any_strides_and_ids_of_64_bits() -> None:
 
 def test_two_losses_of_the_same_predictions() -> None:
     """In one graph, with different weights."""
-    inputs = make(USUAL)
-    results = []
-    for impl in ("triton", "reference"):
+
+    def gradient(inputs: Inputs, impl: Any) -> Tensor:
         predictions = inputs.predictions.clone().requires_grad_()
-        losses = [pixel_loss(predictions, *inputs[1:], normalize, 0.5, impl) for normalize in (True, False)]  # type: ignore[arg-type]
-        results.append(torch.autograd.grad(losses[0] + 3 * losses[1], predictions)[0])
-    ours, theirs = results
-    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        losses = [pixel_loss(predictions, *inputs[1:], normalize, 0.5, impl) for normalize in (True, False)]
+        return torch.autograd.grad(losses[0] + 3 * losses[1], predictions)[0]
+
+    inputs = make(USUAL)
+    exact = gradient(inputs._replace(predictions=inputs.predictions.double()), "reference")
+    assert_as_accurate(gradient(inputs, "triton"), gradient(inputs, "reference"), exact)
 
 
 def test_a_second_backward_pass_is_refused() -> None:

@@ -129,14 +129,16 @@ def test_short_latents_as_normalize_has_them() -> None:
 @pytest.mark.parametrize("of", [0, 1], ids=["z", "u"])
 def test_gradient_of_one_output_alone(of: int) -> None:
     tokens, gradient = drawn(2, 2, 3, 5), drawn(2, 2, 5)
-    got, want = (
-        torch.autograd.grad(op(x)[of], x, gradient.to(x))[0]
-        for op, x in (
-            (fused, tokens.requires_grad_()),
-            (reference.view_latents, tokens.detach().double().requires_grad_()),
-        )
+
+    def gradient_of(op: Op, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(op(x)[of], x, gradient.to(x))[0]
+
+    assert_as_accurate(
+        gradient_of(fused, tokens),
+        gradient_of(reference.view_latents, tokens),
+        gradient_of(reference.view_latents, tokens.double()),
     )
-    assert torch.allclose(got.double(), want, atol=1e-6)
 
 
 def test_moments_carry_no_gradient() -> None:

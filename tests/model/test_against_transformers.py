@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor
 
 from mimae.bench.baselines.peers import TransformersMAE, noise_of
 from mimae.config.recipe import Recipe
 from mimae.data.settings import DataSettings
+from mimae.model import build
 from mimae.model.masking import draw
-from mimae.model.mimae import build
+from mimae.model.mimae import MIMAE
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective.settings import ObjectiveSettings
+from tests.rounding import DRAWS, excess, nudge
 
 pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "normalize", "ratio", "tolerance"),
+    ("dtype", "normalize", "ratio"),
     [
-        pytest.param(torch.float64, True, 0.75, 1e-10, id="float64"),
+        pytest.param(torch.float64, True, 0.75, id="float64"),
         # 0.6 of 16 patches keeps 6 by rounding and 6 by transformers' truncation of 6.4: both round down.
-        pytest.param(torch.float64, False, 0.6, 1e-10, id="raw pixels and another ratio"),
-        pytest.param(torch.float32, True, 0.75, 1e-6, id="float32"),
+        pytest.param(torch.float64, False, 0.6, id="raw pixels and another ratio"),
+        pytest.param(torch.float32, True, 0.75, id="float32"),
     ],
 )
-def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float, tolerance: float) -> None:
+def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float) -> None:
+    """As near as rounding lets them be, in each dtype; in float64 that is about 1e-14."""
     recipe = Recipe(
         data=DataSettings(image_size=16),
         masking=MaskingSettings(num_masks=1, ratio=ratio),
@@ -46,11 +52,6 @@ def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float, t
     visible, hidden = draw(recipe.masking, 0, 0, torch.arange(3), ours.encoder.num_patches)
     pixels = ((images.to(dtype) / 255 - ours.encoder.mean) / ours.encoder.std).permute(0, 3, 1, 2)
 
-    loss, expected = ours(images, visible, hidden).loss, theirs(pixels, noise_of(visible, 16))
-    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-
-    loss.backward()
-    expected.backward()
     pairs = {
         "encoder.cls_token": "vit.embeddings.cls_token",
         "encoder.patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
@@ -58,8 +59,20 @@ def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float, t
         "decoder.mask_token": "decoder.mask_token",
         "decoder.head.bias": "decoder.decoder_pred.bias",
     }
-    for name, their_name in pairs.items():
-        found, gradient = ours.get_parameter(name).grad, theirs.mae.get_parameter(their_name).grad
-        assert found is not None
-        error = torch.dist(found, gradient) / gradient.norm()
-        assert error <= 10 * tolerance, f"{name}: off by {error:.1e} of its norm"
+
+    def gradients(model: MIMAE) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = model(images, visible, hidden).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: model.get_parameter(name).grad.clone() for name in pairs}
+
+    expected = theirs(pixels, noise_of(visible, 16))
+    expected.backward()
+    wanted = {"loss": expected.detach()} | {n: theirs.mae.get_parameter(their).grad for n, their in pairs.items()}
+    found, nudged = gradients(ours), []
+    for number in range(DRAWS):
+        moved = copy.deepcopy(ours)
+        nudge(moved.parameters(), number, dtype)
+        nudged.append(gradients(moved))
+    assert excess(wanted, found, nudged) < 1
+    assert excess({name: 1.001 * value for name, value in wanted.items()}, found, nudged) > 1

@@ -22,6 +22,12 @@ def inputs(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [(torch.randn(shape, generator=generator) * 3**0.5).to(device, dtype) for shape in SHAPES.values()]
 
 
+def off(v: Tensor) -> float:
+    """How far rounding may move attention's output in fp32, a mean of the values: scores of up to 12 are sums of 16
+    terms, and torch's exp may be off by 20 of its last bits, so a weight is by 64 at most."""
+    return 64 * torch.finfo(torch.float32).eps * v.abs().max().item()
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.exp(q @ k.transpose(-1, -2) / 4)
     return scores / scores.sum(-1, keepdim=True) @ v
@@ -32,7 +38,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_forward(backend: str) -> None:
     q, k, v = inputs(torch.float32, CPU)
     expected = plain(q.double(), k.double(), v.double())
-    assert (BACKENDS[backend](q, k, v) - expected).abs().max() < 1e-5
+    assert (BACKENDS[backend](q, k, v) - expected).abs().max() < off(v)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
@@ -90,5 +96,6 @@ def test_an_operator_that_is_missing_for_one_width_of_head_is_found(monkeypatch:
     assert (
         obstacle("xformers", CPU, torch.float32, [32, 48]) == "NotImplementedError: No operator found for heads of 48"
     )
-    q, k, v = (torch.randn(2, 3, tokens, 32) for tokens in (7, 50, 50))
-    assert (BACKENDS["xformers"](q, k, v) - BACKENDS["sdpa"](q, k, v)).abs().max() < 1e-5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 32, generator=generator) for tokens in (7, 50, 50))
+    assert (BACKENDS["xformers"](q, k, v) - BACKENDS["sdpa"](q, k, v)).abs().max() < 2 * off(v)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from mimae.config.load import load_recipe
 from mimae.engines.base import compile_units
-from mimae.model import blocks, decoder
-from mimae.model.masking import draw, targets
-from mimae.model.mimae import MIMAE, build
+from mimae.masking import targets
+from mimae.model import blocks, build, decoder
+from mimae.model.masking import draw
+from mimae.model.mimae import MIMAE
+from tests.rounding import DRAWS, excess, nudge
 
 DECODERS = [
     pytest.param({}, id="hidden, self"),
@@ -89,7 +91,11 @@ def test_a_target_looks_at_other_targets_with_self_attention_only() -> None:
 def test_compiled_blocks_train_the_same() -> None:
     """In fp32, forward and backward, the decoder's last block and all: to rounding."""
     eager, batch = make({"depth": 2})
-    expected = gradients(eager.float(), batch)
+    expected, nudged = gradients(eager.float(), batch), []
+    for number in range(DRAWS):
+        moved, _ = make({"depth": 2})
+        nudge(moved.float().parameters(), number)
+        nudged.append(gradients(moved, batch))
     compiled, _ = make({"depth": 2})
     compile_units(compiled.float(), "on", torch.device("cpu"))
-    assert worst(gradients(compiled, batch), expected) < 1e-6
+    assert excess(gradients(compiled, batch), expected, nudged) < 1
