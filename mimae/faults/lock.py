@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from mimae import distributed
 from mimae.errors import RunError
 from mimae.files import Folder
 from mimae.text import printable
@@ -149,6 +148,8 @@ def lock(run: Path) -> Iterator[Hold]:
 
     Raises RunError where another job has it, or where it cannot be written.
     """
+    from mimae import distributed  # torch, which a look at the owner of a lock does without
+
     folder = Folder(run)
     if distributed.rank() != 0:
         yield Hold(folder)

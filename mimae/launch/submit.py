@@ -71,6 +71,12 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
 
     if not is_dry and submitit.SlurmExecutor.affinity() <= 0:
         raise UserError("there is no srun on this machine: submit from a login node of the cluster, or add --dry-run")
+    if not is_dry:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            Folder(folder.parent).folder(folder.name)  # which must not be a link
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     # The Python inside a container is not the one that submits.
     made = (Writer if is_dry else submitit.SlurmExecutor)(folder, python="python" if container else None)
     made.update_parameters(
@@ -89,14 +95,6 @@ def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tu
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
-
-
-def _check_home(run: Path) -> None:
-    """Make the folder of the job's script and output. Raises UserError where it is a link."""
-    try:
-        Folder(run).folder("slurm")
-    except OSError as error:
-        raise UserError(f"{run / 'slurm'} cannot be written: {error.strerror}") from error
 
 
 def main(
@@ -122,11 +120,7 @@ def main(
     except ValueError as error:
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    run = Path(config.load(recipe, overrides or ()).recipe.run.dir)
-    if not dry_run:
-        run.mkdir(parents=True, exist_ok=True)
-        _check_home(run)
-    folder = run / "slurm"
+    folder = Path(config.load(recipe, overrides or ()).recipe.run.dir) / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",

@@ -38,7 +38,7 @@ class Telemetry:
         self._unsaid: set[str] = set()
         self._console = Console(total_steps) if is_main else None
         self._trackers: list[Tracker] = []
-        self.events = Events(self._folder if is_main else None)
+        self.events = Events(self._folder if is_main else None, self.message)
         """events.jsonl, for what happens to the run."""
         if is_main:
             self._folder.make()

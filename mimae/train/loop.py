@@ -162,10 +162,10 @@ class _Run:
             self.telemetry.describe(config.dump(self.recipe))
         except OSError as error:
             raise RunError(f"{self.path / str(error.filename)} cannot be written: {error.strerror}") from error
-        for text in passed_over:
-            self.events.add("fault", what=text)
         name = None if found is None else used.path.name
         self.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
+        for text in passed_over:
+            self.events.add("fault", what=text)
         return step
 
     def _take(self, found: Checkpoint) -> None:
