@@ -125,7 +125,7 @@ def test_links_that_a_run_goes_on_beside_are_told_once(tmp_path: Path, capsys: p
     assert not list((tmp_path / "victim").iterdir()) and (tmp_path / "file").read_text() == "precious"
     told = capsys.readouterr().out
     assert len(re.findall("latest cannot be written: it is a symbolic link", told)) == 3, "for each save"
-    assert len(re.findall("tensorboard/. cannot be written: it is a symbolic link", told)) == 1
+    assert len(re.findall("tensorboard cannot be written: it is a symbolic link", told)) == 1
     assert len(re.findall("images/step-00000003.png cannot be written: it is a symbolic link", told)) == 1
     assert len(checkpoint.names(tmp_path / "run")) == 3
 
@@ -187,16 +187,20 @@ def _at_step_2(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> N
     monkeypatch.setattr(loop._Run, "_optimize", then)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_run_that_is_renamed_goes_on_in_its_new_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _at_step_2(monkeypatch, lambda: (tmp_path / "a").rename(tmp_path / "b") and None)
-    outcome = train(tmp_path / "a", trackers=[])
+    _at_step_2(monkeypatch, lambda: os.rename(tmp_path / "a", tmp_path / "b"))
+    outcome = train(tmp_path / "a")
+    assert len(list((tmp_path / "b/tensorboard").iterdir())) == 2
     assert outcome.finished and outcome.run == tmp_path / "b"
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert checkpoint.names(tmp_path / "b") == ["step-00000003", "step-00000002", "step-00000001"]
     assert len((tmp_path / "b/metrics.jsonl").read_text().splitlines()) == 3
-    assert happened(tmp_path / "b") == ["start", "save", "moved", "save", "save", "finish"]
+    # Until the next save TensorBoard, which knows the old place, may have a fault.
+    kinds = [kind for kind in happened(tmp_path / "b") if kind != "fault"]
+    assert kinds == ["start", "save", "moved", "save", "save", "finish"]
     assert f"renamed while training; the run goes on in {tmp_path / 'b'}" in capsys.readouterr().out
     monkeypatch.undo()
     assert train(tmp_path / "b", trackers=[]).finished, "it is whole, and free again"
