@@ -160,6 +160,8 @@ setup(
             "transformers",
             "pyarrow",
             "submitit",
+            "wandb",
+            "mlflow-skinny",
             DALI,
         ],
         "peers": ["transformers", "lightly"],

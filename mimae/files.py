@@ -40,6 +40,8 @@ class Folder:
         """Where the directory is; `locate` brings it up to date."""
         self.tell: Callable[[str], None] = say
         """Reports a rename or a deletion to people."""
+        self.moves = 0
+        """How often the directory was renamed or made anew, as far as `locate` knows."""
         self._fd: int | None = None
         self._lasting: dict[str, bytes] = {}
         self._locating = threading.Lock()
@@ -150,7 +152,7 @@ class Folder:
             now = _path_of(held)
             if now is not None:
                 self.tell(f"{self.path} was renamed while training; the run goes on in {now}")
-                self.path = now
+                self.path, self.moves = now, self.moves + 1
                 return False
             if there is not None:
                 raise RunError(
@@ -162,6 +164,7 @@ class Folder:
                 made = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 os.dup2(made, held, inheritable=False)
                 os.close(made)
+                self.moves += 1
                 for name, content in self._lasting.items():
                     self.replace(name, content)
             except OSError as error:

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -294,7 +294,7 @@ class Reader(dcp.FileSystemReader):
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
-            with os.fdopen(Folder(self.path).open(name, os.O_RDONLY), "rb") as file:
+            with os.fdopen(Folder(Path(self.path)).open(name, os.O_RDONLY), "rb") as file:
                 for item in items:
                     piece = self._piece(file, item.storage_index)
                     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -318,7 +318,7 @@ class Reader(dcp.FileSystemReader):
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError(f"{index.fqn} in {place.relative_path} is compressed")
         part.seek(0)
-        piece = torch.load(part, map_location="cpu", weights_only=True)
+        piece = torch.load(cast(IO[bytes], part), map_location="cpu", weights_only=True)
         if not isinstance(piece, Tensor) or piece.shape != sizes or piece.dtype != of.properties.dtype:
             raise ValueError(f"{index.fqn} in {place.relative_path} is not what .metadata says")
         return piece

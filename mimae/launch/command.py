@@ -61,7 +61,7 @@ def submit(
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
     from mimae.launch.job import check_ranks
-    from mimae.launch.submit import Pretraining, check_home, check_time, executor, runs
+    from mimae.launch.submit import Pretraining, check_time, executor, runs
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
@@ -72,11 +72,7 @@ def submit(
     jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
     resolved = load_recipe(recipe, overrides or ()).recipe
     check_ranks(resolved, nodes * gpus)
-    run = Path(resolved.run.dir)
-    if not dry_run:
-        run.mkdir(parents=True, exist_ok=True)
-        check_home(run)
-    folder = run / "slurm"
+    folder = Path(resolved.run.dir) / "slurm"
     made = executor(
         *(folder, container, dry_run),
         job_name="mimae",

@@ -85,6 +85,12 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
 
     if not is_dry and submitit.SlurmExecutor.affinity() <= 0:
         raise UserError("there is no srun on this machine: submit from a login node of the cluster, or add --dry-run")
+    if not is_dry:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            Folder(folder.parent).folder(folder.name)  # which must not be a link
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     # The Python inside a container is not the one that submits.
     made = (Writer if is_dry else submitit.SlurmExecutor)(folder, python="python" if container else None)
     made.update_parameters(
@@ -103,11 +109,3 @@ def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tu
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]
-
-
-def check_home(run: Path) -> None:
-    """Make the folder of the job's script and output. Raises UserError where it is a link."""
-    try:
-        Folder(run).folder("slurm")
-    except OSError as error:
-        raise UserError(f"{run / 'slurm'} cannot be written: {error.strerror}") from error

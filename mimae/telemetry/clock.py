@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
-"""Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
+from mimae.telemetry.records import PHASES
 
 IN_PHASE = "in the phase "
 """How the note begins that an error gets in a phase."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,7 +27,7 @@ class Console:
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
-                console=Terminal(file=Output()),
+                console=Terminal(file=cast(TextIO, Output())),
                 auto_refresh=False,  # drawn at each log: no thread beside the forks of the data loaders
             )
             self._task = self._progress.add_task("pretraining", total=total_steps, status="")

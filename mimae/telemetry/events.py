@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from mimae.files import Folder
+from mimae.text import say
 
 FILE = "events.jsonl"
 
@@ -23,12 +24,13 @@ like; a stdout that cannot be written; a run directory that was renamed or delet
 class Events:
     """Adds events to a run's file: `time` (UTC), `step`, `kind` and `details`. Several processes may add to one file.
 
-    An event that cannot be written is lost: the run is worth more.
+    An event that cannot be written is lost, which is told once: the run is worth more.
     """
 
-    def __init__(self, folder: Folder | None) -> None:
+    def __init__(self, folder: Folder | None, tell: Callable[[str], None] = say) -> None:
         """`folder`: the run's directory; None: events go nowhere, as on other ranks than the main one."""
-        self._folder = folder
+        self._folder, self._tell = folder, tell
+        self._is_lost = False
         self.step: int | None = None
         """The step of events that name none: the last one that was logged."""
 
@@ -39,8 +41,12 @@ class Events:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "step": self.step if step is None else step, "kind": kind, "details": details}
-        with suppress(OSError):
+        try:
             self._folder.append(FILE, json.dumps(line, default=str).encode() + b"\n")
+        except OSError as error:
+            if not self._is_lost:
+                self._is_lost = True  # first: to tell may add an event
+                self._tell(f"{FILE} cannot be written: {error.strerror}; the run goes on")
 
 
 def read(folder: Folder, limit: int = 1 << 26) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mimae.files import Folder
-from mimae.telemetry.clock import PHASES
+
+PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
+"""Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
 
 FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
 """The file of each group of records."""
@@ -60,7 +62,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int | float) else None
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
 def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from mimae.telemetry.environment import environment
 from mimae.telemetry.events import Events
 from mimae.telemetry.records import EPOCH_KEYS, FILES, STEP_KEYS, plain
 from mimae.telemetry.settings import TelemetrySettings
-from mimae.telemetry.trackers import Tracker, open_trackers
+from mimae.telemetry.trackers import JSONLines, Tracker, open_trackers
 from mimae.text import losses, say
 
 
@@ -49,7 +49,7 @@ class Telemetry:
         self._unsaid: set[str] = set()
         self._console = Console(total_steps) if is_main else None
         self._trackers: list[Tracker] = []
-        self.events = Events(self._folder if is_main else None)
+        self.events = Events(self._folder if is_main else None, self.message)
         """events.jsonl, for what happens to the run."""
         if is_main:
             self._folder.make()
@@ -83,8 +83,7 @@ class Telemetry:
             return
         for name, text in {"config.yaml": recipe, "environment.json": environment()}.items():
             self._folder.replace(name, text, lasting=True)
-            for tracker in self._trackers:
-                self._try(tracker, lambda tracker, name=name, text=text: tracker.text(name, text, self._step))
+            self._text(name, text)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Append a line of the step's columns to metrics.jsonl; keys that `record` lacks are null.
@@ -149,6 +148,10 @@ class Telemetry:
             self.events.add("error", error=type(error).__name__, message=str(error)[:1000])
         self.close()
 
+    def _text(self, name: str, text: str) -> None:
+        for tracker in self._trackers:
+            self._try(tracker, lambda tracker: tracker.text(name, text, self._step))
+
     def _scalars(self, group: str, line: Mapping[str, Any]) -> None:
         for tracker in self._trackers:
             self._try(tracker, lambda tracker: tracker.scalars(group, line, self._step))
@@ -161,7 +164,8 @@ class Telemetry:
 
     def _failed(self, tracker: str, error: Exception) -> None:
         """Tell once for each tracker, or for each file, that it cannot be written."""
-        what = str(getattr(error, "filename", None) or tracker)
+        file = getattr(error, "filename", None)
+        what = str(file) if tracker == JSONLines.name and file else tracker
         if what in self._lost:
             return
         self._lost.add(what)

@@ -102,7 +102,7 @@ class TensorBoard:
         self._folder, self._class = folder, SummaryWriter
         self._writer: Any = None
         self._purge_step: int | None = None
-        self._is_lost = False
+        self._is_lost, self._moves = False, folder.moves
 
     def rewind(self, step: int) -> None:
         self._purge_step = step + 1
@@ -130,6 +130,8 @@ class TensorBoard:
             self._writer.close()
 
     def _write(self, action: Callable[[Any], None]) -> None:
+        if self._moves != self._folder.moves:  # The writer opens its file by the old path each time.
+            self._moves, self._writer, self._is_lost = self._folder.moves, None, False
         if self._is_lost:
             return
         try:

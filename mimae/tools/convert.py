@@ -64,15 +64,15 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
         needed, free = sum(file.stat().st_size for file in found.path.iterdir()), shutil.disk_usage(folder).free
         if free < needed:
             raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
-        _fill(temporary, found, recipe, adam)
+        try:
+            _fill(temporary, found, recipe, adam)
+        except (KeyError, CheckpointError) as error:
+            raise CheckpointError(f"{found.path} cannot be read as one of {run / 'config.yaml'}: {error}") from error
         for path in (*temporary.rglob("*"), temporary):
             checkpoint.sync(path)
         temporary.rename(target)
         checkpoint.sync(folder)
         checkpoint.write_atomically(folder / "latest_universal", target.name)
-    except (KeyError, dcp.CheckpointException) as error:
-        why = dcp.reason(error)
-        raise CheckpointError(f"{found.path} cannot be read as one of {run / 'config.yaml'}: {why}") from error
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:

@@ -3,78 +3,130 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from mimae.errors import UserError
+from mimae.checkpoints import contents
+from mimae.errors import CheckpointError, UserError
 from mimae.faults import lock
+from mimae.files import Folder
+from mimae.telemetry import records
+from mimae.text import printable
 
 
 def look(run: Path) -> dict[str, str]:
-    """What to tell of a run, by heading. Raises UserError where there is none."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
-    last, epoch = _last(run / "metrics.jsonl"), _last(run / "epochs.jsonl")
-    saved = (run / "latest").read_text().strip() if (run / "latest").is_file() else None
-    told = {"run": str(run), "state": _state(run, last, saved)}
+    """Return what to tell of a run, by heading, whatever state its files are in. Raises UserError where there is no
+    run."""
+    try:
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
+        return {heading: printable(told) for heading, told in _look(run, Folder(run)).items()}
+    except OSError as error:
+        raise UserError(f"{run} cannot be read: {error.strerror}") from error
+
+
+def _look(run: Path, folder: Folder) -> dict[str, str]:
+    last, epoch = _last(folder, "metrics.jsonl"), _last(folder, "epochs.jsonl")
+    told = {"run": str(run), "state": _state(run, last)}
     if last:
-        told["step"] = f"{last['step']:,}, {last['epoch']:.2f} epochs, {_ago(run / 'metrics.jsonl')}"
-        losses = [f"{key} {last[key]:.3f}" for key in ("loss", "rec", "max_mi", "min_mi") if last.get(key) is not None]
-        told["losses"] = ", ".join(losses)
-        told["speed"] = f"{last['images_per_s']:,.0f} images/s, {100 * last['data_wait']:.1f} % of it waiting for data"
-    if epoch and epoch.get("knn") is not None:
-        told["kNN"] = f"{epoch['knn']:.3f} after epoch {epoch['epoch']}"
-    told["saved"] = "nothing yet" if saved is None else f"{saved}, {_ago(run / 'latest')}"
-    if (run / "bad_samples.jsonl").is_file():
-        count = len((run / "bad_samples.jsonl").read_bytes().splitlines())
+        epochs = _number(last, "epoch")
+        parts = [f"{last['step']:,}", "" if epochs is None else f"{epochs:.2f} epochs", _ago(run / "metrics.jsonl")]
+        told["step"] = ", ".join(filter(None, parts))
+        found = {key: _number(last, key) for key in ("loss", "rec", "max_mi", "min_mi")}
+        losses = [f"{key} {value:.3f}" for key, value in found.items() if value is not None]
+        told["losses"] = ", ".join(losses) or "not finite"
+        rate, wait = _number(last, "images_per_s"), _number(last, "data_wait")
+        if rate is not None:
+            told["speed"] = f"{rate:,.0f} images/s"
+            told["speed"] += "" if wait is None else f", {100 * wait:.1f} % of it waiting for data"
+    if epoch and (knn := _number(epoch, "knn")) is not None:
+        told["kNN"] = f"{knn:.3f} after epoch {epoch.get('epoch')}"
+    told["saved"] = _saved(run)
+    if (count := _count(folder, "bad_samples.jsonl")) is not None:
         told["unreadable"] = f"{count:,}, listed in bad_samples.jsonl"
     return told
 
 
-def _state(run: Path, last: dict[str, Any] | None, saved: str | None) -> str:
+def _state(run: Path, last: dict[str, Any] | None) -> str:
     holder = _holder(run / "lock")
     if holder is not None:
         return f"running, {holder}"
-    if saved is None:
+    found = contents.names(run)
+    if not found:
         return "not running, nothing saved; the same command begins anew"
-    state = json.loads((run / "checkpoints" / saved / "state.json").read_text())
-    if state["step"] >= state["steps"]:
-        return f"finished after {state['steps']:,} steps"
-    lost = last["step"] - state["step"] if last else 0
-    again = f", and repeats the {lost:,} after it" if lost > 0 else ""
-    return f"not running; the same command goes on from step {state['step']:,} of {state['steps']:,}{again}"
+    broken = ""
+    for name in found:
+        try:
+            state = contents.read_state(run / "checkpoints" / name)
+        except (CheckpointError, OSError) as error:
+            broken = broken or f"; the newest checkpoint, {name}, cannot be used: {error}"
+            continue
+        step, steps = state["step"], state.get("steps", 0)
+        if step >= steps:
+            return f"finished after {steps:,} steps{broken}"
+        lost = last["step"] - step if last else 0
+        again = f", and repeats the {lost:,} after it" if lost > 0 else ""
+        return f"not running; the same command goes on from step {step:,} of {steps:,}{again}{broken}"
+    return f"not running; none of the {len(found)} checkpoints can be used{broken}"
+
+
+def _saved(run: Path) -> str:
+    """Return the newest checkpoint, and what is wrong with the pointer to it."""
+    found, latest = contents.names(run), contents.read_latest(run)
+    if not found:
+        return "nothing yet" if latest is None else f"nothing: latest names {latest}, which is not there"
+    newest = run / "checkpoints" / found[0]
+    told = f"{found[0]}, {_ago(newest)}"
+    if latest is None:
+        return f"{told}; the file latest says nothing, and is not needed"
+    return told if latest in found else f"{told}; latest names {latest}, which is not there"
 
 
 def _holder(file: Path) -> str | None:
-    """The process that holds the run, as it wrote itself down; None where nobody does. For another host's this waits
-    some seconds, for a sign of life."""
-    if not file.is_file():
-        return None
+    """Return the process that holds the run, as it wrote itself down; None where nobody does. For another host's this
+    waits some seconds, for a sign of life."""
     owner = lock.read(file)
-    with file.open("r") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return str(owner or "?")
+    try:
+        opened = Folder(file.parent).open(file.name, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return str(owner or "?")
+    finally:
+        os.close(opened)
     return str(owner) if owner is not None and owner.is_elsewhere and lock.moves(file) else None
 
 
-def _last(file: Path) -> dict[str, Any] | None:
-    """The last whole record of a .jsonl file."""
-    if not file.is_file():
+def _last(folder: Folder, name: str) -> dict[str, Any] | None:
+    """Return the last whole record of a file."""
+    return next(reversed([*records.read(folder, name, 1 << 18, tail=True)]), None)
+
+
+def _number(record: dict[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
+
+
+def _count(folder: Folder, name: str) -> int | None:
+    """Return the lines of a file; None where it cannot be read."""
+    try:
+        with os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
         return None
-    for line in reversed(file.read_bytes().splitlines()):
-        try:
-            return dict(json.loads(line))
-        except ValueError:
-            continue  # torn by a crash
-    return None
 
 
 def _ago(file: Path) -> str:
-    seconds = max(0.0, time.time() - file.stat().st_mtime)
+    try:
+        seconds = max(0.0, time.time() - file.stat().st_mtime)
+    except OSError:
+        return "gone by now"
     for name, unit in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name} ago"

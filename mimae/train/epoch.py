@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimae.telemetry.clock import PHASES, Pace, Phases
+from mimae.telemetry.clock import Pace, Phases
+from mimae.telemetry.records import PHASES
 
 _SECONDS = ("seconds", *(f"seconds_{phase}" for phase in PHASES))
 

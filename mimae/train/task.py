@@ -23,7 +23,7 @@ from mimae.engines.make import make_engine, setup_of
 from mimae.model.units import Model
 from mimae.optim.groups import Group
 from mimae.randomness import Part, initialise
-from mimae.telemetry.clock import PHASES
+from mimae.telemetry.records import PHASES
 
 __all__ = ["Group", "Result", "Task"]
 

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from mimae.telemetry.clock import PHASES, Pace, Phases
-from mimae.telemetry.records import EPOCH_KEYS, STEP_KEYS
+from mimae.telemetry.clock import Pace, Phases
+from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
 
 
 def test_phases_count_no_time_twice() -> None:

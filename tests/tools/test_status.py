@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_a_finished_run(run: Path) -> None:
 
 
 def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints/step-00000004")
     (run / "latest").write_text("step-00000002\n")
     assert "goes on from step 2 of 4, and repeats the 2 after it" in status.look(run)["state"]
     (run / "bad_samples.jsonl").write_text(json.dumps({"id": 1}) + "\n")
@@ -57,4 +59,97 @@ def test_a_run_at_work_on_another_host_is_seen_by_its_counter(run: Path, monkeyp
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the directory of a run"):
+        status.look(tmp_path)
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The run for a test to spoil; step 2 of 4 is saved."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/lock").write_text("")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "step-00000002, "),
+        (b"", "says nothing, and is not needed"),
+        (b"\xff\xfe\x1b[2J", "which is not there"),
+        (b"step-00000009", "latest names step-00000009, which is not there"),
+        (b"../../victim", "latest names ../../victim, which is not there"),
+    ],
+)
+def test_the_pointer_in_every_state(copy: Path, content: bytes | None, told: str) -> None:
+    (copy / "latest").unlink()
+    if content is not None:
+        (copy / "latest").write_bytes(content)
+    found = status.look(copy)
+    assert "goes on from step 2 of 4" in found["state"] and told in found["saved"]
+    assert "\x1b" not in "".join(found.values())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": "x"}', '{"step": NaN, "steps": 4, "data": ""}', None])
+def test_the_newest_state_torn_or_gone(copy: Path, content: str | None) -> None:
+    newest = copy / "checkpoints/step-00000003"
+    newest.mkdir()
+    if content is not None:
+        (newest / "state.json").write_text(content)
+    state = status.look(copy)["state"]
+    assert "goes on from step 2 of 4" in state and "the newest checkpoint, step-00000003, cannot be used: " in state
+    shutil.rmtree(copy / "checkpoints/step-00000002")
+    assert "none of the 1 checkpoints can be used; the newest checkpoint, step-00000003" in status.look(copy)["state"]
+
+
+def test_no_checkpoint_is_left(copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    found = status.look(copy)
+    assert found["state"] == "not running, nothing saved; the same command begins anew"
+    assert found["saved"] == "nothing: latest names step-00000002, which is not there"
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (b'{"step": 9, "epo', {"step": "4, 0.01 epochs, "}),
+        (b"\xff\xfe\x00", {"step": "4, 0.01 epochs, "}),
+        (b"[1, 2]", {"step": "4, 0.01 epochs, "}),
+        (b'{"step": 9}', {"step": "9, ", "losses": "not finite"}),
+        (b'{"step": 9, "epoch": null, "loss": "x", "images_per_s": NaN, "data_wait": {}}', {"losses": "not finite"}),
+        (b'{"step": 9, "loss": 0.5, "images_per_s": 10, "data_wait": null}', {"losses": "loss 0.5", "speed": "10 im"}),
+    ],
+)
+def test_a_last_line_that_is_torn_or_foreign(copy: Path, last: bytes, told: dict[str, str]) -> None:
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(last)
+    found = status.look(copy)
+    assert all(found[heading].startswith(start) for heading, start in told.items()), found
+
+
+@pytest.mark.parametrize("name", ["lock", "latest", "metrics.jsonl", "epochs.jsonl", "bad_samples.jsonl"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "absent"])
+def test_a_file_that_is_something_else(copy: Path, name: str, kind: str) -> None:
+    """A FIFO is not waited for, and a device not read."""
+    (copy / name).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(copy / name)
+    elif kind == "folder":
+        (copy / name).mkdir()
+    elif kind == "device":
+        (copy / name).symlink_to("/dev/zero")
+    assert "goes on from step 2 of 4" in status.look(copy)["state"]
+
+
+def test_a_lock_that_names_nobody(copy: Path) -> None:
+    for content in (b"\xff", b"[]", b'{"host": 5, "boot": [], "pid": "x", "token": null}', b"[" * 2000):
+        (copy / "lock").write_bytes(content)
+        assert "not running" in status.look(copy)["state"]
+
+
+def test_a_directory_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
         status.look(tmp_path)

@@ -33,8 +33,7 @@ from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
 from mimae.model import masking
 from mimae.model.mimae import build
-from mimae.telemetry.clock import PHASES
-from mimae.telemetry.records import EPOCH_KEYS, STEP_KEYS
+from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
 from mimae.train import resume
 from mimae.train.tasks import pretrain as tasks
 from mimae.train.tasks.pretrain import Pretrain, pretrain

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mimae.errors import UserError
 from mimae.files import Folder
-from mimae.text import printable
+from mimae.text import printable, say
 
 
 class DataError(UserError):
@@ -84,14 +83,31 @@ class BadSamples:
         self.path, self.total, self.max_fraction = path, total, max_fraction
         self._known: set[int] = set()
         self._read_to = 0
+        self._is_lost = False
 
     def record(self, bad: Iterable[BadSample]) -> None:
         """Appends the samples that no rank has listed yet. Raises DataError past the legal share."""
         new = [sample for sample in bad if sample.id not in self._known]
         if not new:
             return
-        # A full disk costs lines of the list, not the run.
-        with suppress(OSError), _opened(self.path) as file:
+        try:
+            self._append(new)
+        except OSError as error:  # A full disk costs lines of the list, not the run.
+            if not self._is_lost:
+                say(f"{self.path} cannot be written: {error.strerror}; the run goes on")
+            self._is_lost = True
+        self._known.update(sample.id for sample in new)
+        if len(self._known) > self.max_fraction * self.total:
+            shown = "\n".join(f"  {printable(sample.path)}: {printable(sample.reason)}" for sample in new[:10])
+            raise DataError(
+                f"{len(self._known)} of {self.total} samples cannot be read, more than "
+                f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
+                f"All are listed in {self.path}. Mend or remove them, or raise data.max_bad_fraction."
+            )
+
+    def _append(self, new: list[BadSample]) -> None:
+        """Add the samples that no rank has listed yet. Raises OSError."""
+        with _opened(self.path) as file:
             # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
@@ -102,14 +118,6 @@ class BadSamples:
                     file.write(_line(sample))
             file.flush()
             self._read_to = file.tell()
-        self._known.update(sample.id for sample in new)
-        if len(self._known) > self.max_fraction * self.total:
-            shown = "\n".join(f"  {printable(sample.path)}: {printable(sample.reason)}" for sample in new[:10])
-            raise DataError(
-                f"{len(self._known)} of {self.total} samples cannot be read, more than "
-                f"data.max_bad_fraction = {self.max_fraction} allows; the latest:\n{shown}\n"
-                f"All are listed in {self.path}. Mend or remove them, or raise data.max_bad_fraction."
-            )
 
 
 def _opened(path: Path) -> BinaryIO:
