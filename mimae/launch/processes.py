@@ -269,14 +269,15 @@ class _Launcher:
         """Tell what ended the run, and return the exit code."""
         found = notes.read(self.folder, self.attempt)
         kinds = {note.kind for note in found}
+        is_asked = notes.is_asked_to_stop(self.folder)
+        if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake") and not is_asked):
+            print(f"mimae: {last.text}", file=sys.stderr)
+            return EXIT_MISTAKE if last.end == "mistake" else 1
         if "saved" in kinds:
             return EXIT_SAVED
         was_early = not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM)
-        if notes.is_asked_to_stop(self.folder) and "done" not in kinds and was_early:
+        if is_asked and "done" not in kinds and was_early:
             return EXIT_SAVED  # Nothing was to be saved: a rank had not begun yet.
-        if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake")):
-            print(f"mimae: {last.text}", file=sys.stderr)
-            return EXIT_MISTAKE if last.end == "mistake" else 1
         if self.failure is None:
             return 0
         if self.failure.pid in self.hangs.ended:

@@ -75,19 +75,24 @@ telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, l
 
 
 OURS = ["-m", "mimae"]
+NOHUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "mimae"]
 
 
 class Launched:
-    """`mimae pretrain` on two ranks, in a session of its own."""
+    """`mimae pretrain`, on two ranks if nothing else is given, in a session of its own."""
 
-    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS) -> None:
+    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS, ranks: int = 2) -> None:
         self.run = folder / "run"
         (folder / "recipe.yaml").write_text(RECIPE % steps)
         command = [sys.executable, *by, "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
         self.output = folder / "output.txt"
         self.process = subprocess.Popen(
-            [*command, *overrides, *(["--ranks", "2"] if by is OURS else [])],
+            [*command, *overrides, *([] if by is TORCHRUN else ["--ranks", str(ranks)])],
             stdout=self.output.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -96,7 +101,7 @@ class Launched:
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks, which the launcher or torchrun started, in their order."""
-        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "-m mimae"]
+        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "[-]m mimae"]
         found = subprocess.run(of_ranks, capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
@@ -201,6 +206,34 @@ def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tm
     launched.process.kill()
     launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), seconds=30)
     assert "saved at step" in launched.end()[1].partition("resuming")[2]
+
+
+@pytest.mark.slow
+def test_a_closed_session_saves_a_run_and_leaves_a_nohup_run_alone(tmp_path: Path) -> None:
+    """SIGHUP goes to the whole session: to the launcher, its ranks and their workers."""
+    launched = Launched(tmp_path, 100_000, "data.workers=1", "checkpoint.every_steps=100000")
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.killpg(launched.process.pid, signal.SIGHUP)
+    code, output = launched.end()
+    assert code == 75 and "saved at step" in output and "Traceback" not in output, output
+
+    launched = Launched(tmp_path, 100_000, by=["-c", NOHUP, *OURS])
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.killpg(launched.process.pid, signal.SIGHUP)
+    before = launched.step()
+    launched.wait_for(lambda: launched.step() >= before + 3)
+    launched.process.terminate()
+    assert launched.end()[0] == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_rank_alone_saves_on_sighup_as_on_sigterm(tmp_path: Path, number: signal.Signals) -> None:
+    launched = Launched(tmp_path, 100_000, "checkpoint.every_steps=100000", ranks=1)
+    launched.wait_for(lambda: launched.step() >= 2)
+    launched.process.send_signal(number)
+    code, output = launched.end()
+    assert code == 75 and "saved at step" in output, output
 
 
 @pytest.mark.slow
