@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from mimae.errors import UserError
 from mimae.launch import job
-from tests.launch.test_processes import RECIPE, Launched
+from tests.launched import RECIPE, Launched
 from tests.sockets import listening
 
 
@@ -53,13 +52,15 @@ def start_node(folder: Path, name: str, port: int, **variables: str) -> subproce
     (folder / "recipe.yaml").write_text(RECIPE % 100_000)
     command = [sys.executable, "-m", "mimae", "pretrain", str(folder / "recipe.yaml"), f"run.dir={folder / 'run'}"]
     command += ["--ranks=1", "--nodes=2", f"--rendezvous=127.0.0.1:{port}", "--wait=20", "--restarts=1"]
-    return subprocess.Popen(
+    node = subprocess.Popen(
         command,
         stdout=(folder / name).open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
     )
+    Launched.started.append(node)
+    return node
 
 
 def ended(node: subprocess.Popen[bytes], folder: Path, name: str) -> int:
@@ -67,9 +68,6 @@ def ended(node: subprocess.Popen[bytes], folder: Path, name: str) -> int:
         return node.wait(120)
     except subprocess.TimeoutExpired:
         raise AssertionError((folder / name).read_text()) from None
-    finally:
-        if node.poll() is None:
-            os.killpg(node.pid, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -7,9 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from mimae.launch import notes
 from mimae.launch import processes as launch
 from mimae.launch.notes import Note
 from mimae.tools import replay
+from tests.launched import NOHUP, OURS, TORCHRUN, Launched
 
 
 def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,65 +61,6 @@ def test_of_ranks_that_end_together_the_killed_one_is_the_cause() -> None:
         assert ranks.started[3].returncode == -signal.SIGTERM
     finally:
         ranks.send(signal.SIGKILL)
-
-
-RECIPE = """
-base: quickstart
-data: {val_path: null, workers: 0}
-schedule: {batch_size: 8, epochs: 900, max_steps: %d}
-checkpoint: {every_steps: 5}
-telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, log_every_steps: 1}
-"""
-
-
-OURS = ["-m", "mimae"]
-NOHUP = """
-import os, signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "mimae"]
-
-
-class Launched:
-    """`mimae pretrain`, on two ranks if nothing else is given, in a session of its own."""
-
-    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS, ranks: int = 2) -> None:
-        self.run = folder / "run"
-        (folder / "recipe.yaml").write_text(RECIPE % steps)
-        command = [sys.executable, *by, "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
-        self.output = folder / "output.txt"
-        self.process = subprocess.Popen(
-            [*command, *overrides, *([] if by is TORCHRUN else ["--ranks", str(ranks)])],
-            stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def ranks(self) -> list[int]:
-        """Return the process ids of the ranks, which the launcher or torchrun started, in their order."""
-        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "[-]m mimae"]
-        found = subprocess.run(of_ranks, capture_output=True, text=True)
-        return [int(line) for line in found.stdout.split()]
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.output.read_text()
-            time.sleep(0.1)
-
-    def step(self) -> int:
-        file = self.run / "metrics.jsonl"
-        return len(file.read_bytes().splitlines()) if file.exists() else 0
-
-    def end(self, seconds: float = 90) -> tuple[int, str]:
-        try:
-            code = self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        return code, self.output.read_text()
 
 
 def weights(launched: Launched) -> dict[str, torch.Tensor]:
