@@ -173,7 +173,7 @@ def _borrowed(device: torch.device, timeout: timedelta | None) -> Iterator[None]
         options = [(backend, getattr(backend, "options", None)) for backend in backends]
         short = [(backend, each._timeout) for backend, each in options if each and each._timeout < timeout]
     for backend, _ in short:
-        backend._set_default_timeout(timeout)
+        backend._set_default_timeout(timeout)  # type: ignore[arg-type]
     try:
         yield
     finally:

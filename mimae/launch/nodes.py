@@ -158,11 +158,11 @@ class Nodes:
     def _tell(self, state: State) -> None:
         self._beat += 1
         place = f"launcher/{self._place}"
-        self.store.set(place, messages.pack([self.token, self.name, self.ranks, self._beat, *state], place))
+        self.store.set(place, messages.pack([self.token, self.name, self.ranks, self._beat, *state], place))  # type: ignore[arg-type]
 
     def _give(self, order: Order) -> None:
         self.order = order
-        self.store.set("order", messages.pack(order, "order"))
+        self.store.set("order", messages.pack(order, "order"))  # type: ignore[arg-type]
 
     def _look(self) -> None:
         """Read the states of all launchers that ever came."""

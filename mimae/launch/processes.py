@@ -117,7 +117,7 @@ class _Ranks:
         for process in list(self.started.values()):
             process.send_signal(number)
 
-    def end(self, meanwhile: Callable[[], None]) -> None:
+    def end(self, meanwhile: Callable[[], object]) -> None:
         """End the ranks that live: by SIGTERM, or after a while by SIGKILL."""
         self.send(signal.SIGTERM)
         end = time.monotonic() + _STOPPING
@@ -162,7 +162,8 @@ class _Launcher:
         if job.meeting is None:
             # Whatever the user has set for a cluster's network.
             self.environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
-            store, leads, where = dist.HashStore(), True, "this machine"
+            store: dist.Store = dist.HashStore()
+            leads, where = True, "this machine"
             self.store = f"file:{self.folder}/store-"
         else:
             way = network.find_way(job.meeting)
@@ -271,14 +272,15 @@ class _Launcher:
         """Tell what ended the run, and return the exit code."""
         found = notes.read(self.folder, self.attempt)
         kinds = {note.kind for note in found}
+        is_asked = notes.is_asked_to_stop(self.folder)
+        if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake") and not is_asked):
+            say(f"mimae: {last.text}", error=True)
+            return EXIT_MISTAKE if last.end == "mistake" else 1
         if "saved" in kinds:
             return EXIT_SAVED
         was_early = not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM)
-        if notes.is_asked_to_stop(self.folder) and "done" not in kinds and was_early:
+        if is_asked and "done" not in kinds and was_early:
             return EXIT_SAVED  # Nothing was to be saved: a rank had not begun yet.
-        if last.end == "lost" or (self.failure is None and last.end in ("failed", "mistake")):
-            say(f"mimae: {last.text}", error=True)
-            return EXIT_MISTAKE if last.end == "mistake" else 1
         if self.failure is None:
             return 0
         if self.failure.pid in self.hangs.ended:

@@ -14,7 +14,8 @@ from mimae import kernels
 from mimae.config.load import load_recipe
 from mimae.kernels import infonce
 from mimae.kernels.runtime import INTERPRETED, Impl, Launch, watching
-from mimae.model import build, masking
+from mimae.model import masking
+from mimae.model.mimae import build
 from tests.rounding import FACTOR, nudge
 
 pytestmark = [

@@ -10,73 +10,154 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from PIL import Image
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
 
 from mimae.errors import UserError
-from mimae.launch import nodes
-from mimae.launch import processes as launch
-from mimae.launch.job import Job
+from mimae.launch import network, nodes
+from mimae.launch.network import Way
+from mimae.launch.nodes import NodeLost, Nodes, State
 
 WAIT = 30
 """--wait of the runs, in seconds."""
 
 STOPPING = 30
-"""Seconds that torch's agent gives its ranks to end before it kills them."""
+"""Seconds that the launcher gives its ranks to end before it kills them."""
 
 
-class Met(RendezvousHandler):
-    """A meeting at which all nodes have come already."""
+class Meeting:
+    """Launchers that meet in a store of this process, at a time that the test sets. The first one leads."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self.found = RendezvousInfo(store, rank, 2, None)  # type: ignore[arg-type]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, restarts: int = 1) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(nodes.time, "monotonic", lambda: self.now)
+        self.store, self.count, self.restarts = dist.HashStore(), count, restarts
+        self.all = [self.come(i) for i in range(count)]
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        return self.found
+    def come(self, i: int) -> Nodes:
+        settings: dict[str, Any] = {"nodes": self.count, "wait": 30, "restarts": self.restarts}
+        return Nodes(self.store, leads=i == 0, ranks=i + 1, name=f"host-{i}", where="a:1", **settings)
 
-    def num_nodes_waiting(self) -> int:
-        return 0
+    def tell(self, *states: State | None) -> list[str]:
+        """Have each launcher tell its state (None: it is silent) a second later, and return the orders."""
+        self.now += nodes.BEAT
+        pairs = [(node, state) for node, state in zip(self.all, states) if state is not None]
+        for node, state in pairs:
+            node.exchange(state)
+        self.now += nodes.BEAT
+        return [node.exchange(state).kind for node, state in pairs]
 
-    get_backend = is_closed = set_closed = get_run_id = shutdown = None  # type: ignore[assignment]
+
+def test_launchers_meet_run_fail_once_and_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(monkeypatch, 3)
+    leader, second, third = meeting.all
+    ready = State("ready", 0)
+    assert meeting.tell(ready, ready, None) == ["gather"] * 2, "the third has not come"
+    assert meeting.tell(ready, ready, ready) == ["run"] * 3
+    assert [node.order.first_rank(node.token) for node in meeting.all] == [0, 1, 3] and leader.order.ranks() == 6
+    running = State("running", 0)
+    assert meeting.tell(running, running, State("done", 0)) == ["run"] * 3
+    failed = State("failed", 0, "host-1: rank 2 was ended by SIGKILL")
+    assert meeting.tell(running, failed, State("done", 0)) == ["gather"] * 3
+    assert second.order.round == 1
+    again = State("ready", 1)
+    assert meeting.tell(again, again, again) == ["run"] * 3
+    assert meeting.tell(*[State("done", 1)] * 2, State("running", 1)) == ["run"] * 3, "the third is still at work"
+    assert meeting.tell(*[State("done", 1)] * 3) == ["end"] * 3
+    assert {node.order.end for node in meeting.all} == {"done"} and third.order.text == ""
+
+
+def test_a_failure_without_restarts_left_and_a_mistake_end_all_with_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("failed", "mistake", "left"):
+        meeting = Meeting(monkeypatch, 2, restarts=0)
+        meeting.tell(*[State("ready", 0)] * 2)
+        text = "data.path=\x1b[2J is not there"
+        assert meeting.tell(State("running", 0), State(kind, 0, text)) == ["end"] * 2
+        end = "mistake" if kind == "mistake" else "failed"
+        escaped = "data.path=\\x1b[2J is not there"
+        assert [(node.order.end, node.order.text) for node in meeting.all] == [(end, escaped)] * 2, (
+            "nothing for a terminal"
+        )
 
 
 def test_a_node_that_falls_silent_is_named_and_one_that_goes_on_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
-    pair = []
-    for rank in range(2):
-        parameters = RendezvousParameters("mimae", "a:1", "run", 2, 2, f"10.0.0.{rank + 1}", join_timeout=10)
-        pair.append(nodes._Nodes(Met(store, rank), store, parameters))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(nodes._Nodes.next_rendezvous, pair))
-    now = time.monotonic()
-    for seconds in (6, 12, 18):
-        monkeypatch.setattr(nodes.time, "monotonic", lambda seconds=seconds: now + seconds)
-        assert [node.num_nodes_waiting() for node in pair] == [0, 0]
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: now + 21)
-    assert pair[0].num_nodes_waiting() == 0, "the other's last count is read now"
-    monkeypatch.setattr(nodes.time, "monotonic", lambda: now + 32)
-    with pytest.raises(nodes.NodeLost, match=r"nothing was heard of .* \(10\.0\.0\.2\) for 10 s.*the same command"):
-        pair[0].num_nodes_waiting()
+    meeting = Meeting(monkeypatch, 3)
+    meeting.tell(*[State("ready", 0)] * 3)
+    running = State("running", 0)
+    for _ in range(15):
+        assert meeting.tell(running, running, running) == ["run"] * 3
+    for _ in range(14):
+        assert meeting.tell(running, running, None) == ["run"] * 2
+    for _ in range(3):
+        meeting.tell(running, running, None)
+    texts = {node.order.text for node in meeting.all[:2]}
+    assert len(texts) == 1 and "nothing was heard of host-2 for 30 s" in texts.pop()
+
+
+def test_a_node_that_does_not_come_back_is_named_and_another_may_take_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meeting = Meeting(monkeypatch, 2)
+    meeting.tell(*[State("ready", 0)] * 2)
+    assert meeting.tell(State("failed", 0), None) == ["gather"]
+    for _ in range(10):
+        assert meeting.tell(State("ready", 1), None) == ["gather"]
+    other = meeting.come(2)
+    assert other.exchange(State("new", -1)).round == 1
+    meeting.all.append(other)
+    assert meeting.tell(State("ready", 1), None, State("ready", 1)) == ["run"] * 2
+
+    meeting = Meeting(monkeypatch, 2)
+    meeting.tell(*[State("ready", 0)] * 2)
+    meeting.tell(State("failed", 0), None)
+    for _ in range(16):
+        meeting.tell(State("ready", 1), None)
+    assert meeting.all[0].order.text.startswith("host-1 did not come to a:1 within 30 s; start the same command")
+
+
+@pytest.mark.parametrize("message", [b"\x80\x04N.", b"[]", b"[1, 2]", b'["run", 0, [["a"]], "", ""]', b"9" * 5000])
+def test_what_is_no_message_of_a_launcher_ends_the_meeting(monkeypatch: pytest.MonkeyPatch, message: bytes) -> None:
+    for key in ("order", "launcher/0", "launcher/1"):
+        meeting = Meeting(monkeypatch, 2)
+        meeting.tell(*[State("ready", 0)] * 2)
+        meeting.store.set(key, message)  # type: ignore[arg-type]
+        victim = meeting.all[key == "order"]
+        meeting.now += nodes.BEAT
+        if key == f"launcher/{victim._place}":  # It overwrites its own.
+            victim.exchange(State("running", 0))
+            continue
+        with pytest.raises(NodeLost, match="a:1, where the nodes meet, holds something else than this job"):
+            victim.exchange(State("running", 0))
 
 
 def test_the_way_to_the_meeting_point_tells_a_nodes_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one machine whoever comes first holds the store; a name that is the loopback here is another's elsewhere."""
-    waits = {"join_timeout": 5, "read_timeout": 5}
-    assert launch._addresses(Job(1, 1, None, 0, 5)) == ("localhost", waits)
-    assert launch._addresses(Job(1, 2, "127.0.0.1:9", 0, 5)) == ("127.0.0.1", waits)
-    monkeypatch.setattr(launch, "_meeting", lambda job: "ip6-localhost:9")
+    """A name that is the loopback here is another machine's elsewhere."""
+    assert network.find_way("127.0.0.1:9") == Way("127.0.0.1", 9, "127.0.0.1", "lo")
     with pytest.raises(UserError, match=r"ip6-localhost:9 cannot be reached from here"):
-        launch._addresses(Job(1, 2, "ip6-localhost:9"))
+        network.find_way("ip6-localhost:9")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        assert launch._interface(probe, "127.0.0.1") == "lo"
+        assert network.interface(probe, "127.0.0.1") == "lo"
         with pytest.raises(UserError, match=r"203\.0\.113\.9, the way to --rendezvous"):
-            launch._interface(probe, "203.0.113.9")
+            network.interface(probe, "203.0.113.9")
+
+
+def test_the_store_listens_on_the_meeting_points_address_alone() -> None:
+    """The whole of 127.0.0.0/8 is this machine, so 127.0.0.1 stands for another interface than 127.0.0.2."""
+    with socket.create_server(("127.0.0.2", 0)) as probe:
+        port = probe.getsockname()[1]
+    way = Way("127.0.0.2", port, "127.0.0.2", "lo")
+    store, leads = network.open_store(way, 5)
+    other, follows = network.open_store(way, 5)
+    assert leads and not follows, "who comes first holds it"
+    other.set("a", b"1")  # type: ignore[arg-type]
+    assert store.get("a") == b"1"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5)
 
 
 class Host:
@@ -232,7 +313,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
 
 
 def _assert_gone(*hosts: Host) -> None:
-    """Python's own tracker of a launcher's resources may outlive it by a moment."""
+    """Wait for the processes of a host to be gone, which may take a moment."""
     end = time.monotonic() + 10
     while any(host.processes() for host in hosts) and time.monotonic() < end:
         time.sleep(0.1)

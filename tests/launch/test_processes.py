@@ -7,9 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from mimae.launch import notes
 from mimae.launch import processes as launch
 from mimae.launch.notes import Note
 from mimae.tools import replay
+from tests.launched import NOHUP, OURS, TORCHRUN, Launched
 
 
 def test_the_rank_that_failed_first_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,60 +61,6 @@ def test_of_ranks_that_end_together_the_killed_one_is_the_cause() -> None:
         assert ranks.started[3].returncode == -signal.SIGTERM
     finally:
         ranks.send(signal.SIGKILL)
-
-
-RECIPE = """
-base: quickstart
-data: {val_path: null, workers: 0}
-schedule: {batch_size: 8, epochs: 900, max_steps: %d}
-checkpoint: {every_steps: 5}
-telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, log_every_steps: 1}
-"""
-
-
-OURS = ["-m", "mimae"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "mimae"]
-
-
-class Launched:
-    """`mimae pretrain` on two ranks, in a session of its own."""
-
-    def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS) -> None:
-        self.run = folder / "run"
-        (folder / "recipe.yaml").write_text(RECIPE % steps)
-        command = [sys.executable, *by, "pretrain", str(folder / "recipe.yaml"), f"run.dir={self.run}"]
-        self.output = folder / "output.txt"
-        self.process = subprocess.Popen(
-            [*command, *overrides, *(["--ranks", "2"] if by is OURS else [])],
-            stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def ranks(self) -> list[int]:
-        """Return the process ids of the ranks, which the launcher or torchrun started, in their order."""
-        of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "-m mimae"]
-        found = subprocess.run(of_ranks, capture_output=True, text=True)
-        return [int(line) for line in found.stdout.split()]
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.output.read_text()
-            time.sleep(0.1)
-
-    def step(self) -> int:
-        file = self.run / "metrics.jsonl"
-        return len(file.read_bytes().splitlines()) if file.exists() else 0
-
-    def end(self, seconds: float = 90) -> tuple[int, str]:
-        try:
-            code = self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        return code, self.output.read_text()
 
 
 def weights(launched: Launched) -> dict[str, torch.Tensor]:
@@ -201,6 +145,34 @@ def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tm
     launched.process.kill()
     launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), seconds=30)
     assert "saved at step" in launched.end()[1].partition("resuming")[2]
+
+
+@pytest.mark.slow
+def test_a_closed_session_saves_a_run_and_leaves_a_nohup_run_alone(tmp_path: Path) -> None:
+    """SIGHUP goes to the whole session: to the launcher, its ranks and their workers."""
+    launched = Launched(tmp_path, 100_000, "data.workers=1", "checkpoint.every_steps=100000")
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.killpg(launched.process.pid, signal.SIGHUP)
+    code, output = launched.end()
+    assert code == 75 and "saved at step" in output and "Traceback" not in output, output
+
+    launched = Launched(tmp_path, 100_000, by=["-c", NOHUP, *OURS])
+    launched.wait_for(lambda: launched.step() >= 2)
+    os.killpg(launched.process.pid, signal.SIGHUP)
+    before = launched.step()
+    launched.wait_for(lambda: launched.step() >= before + 3)
+    launched.process.terminate()
+    assert launched.end()[0] == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_rank_alone_saves_on_sighup_as_on_sigterm(tmp_path: Path, number: signal.Signals) -> None:
+    launched = Launched(tmp_path, 100_000, "checkpoint.every_steps=100000", ranks=1)
+    launched.wait_for(lambda: launched.step() >= 2)
+    launched.process.send_signal(number)
+    code, output = launched.end()
+    assert code == 75 and "saved at step" in output, output
 
 
 @pytest.mark.slow

@@ -11,9 +11,8 @@ from torch import Tensor
 from mimae.bench.baselines.peers import TransformersMAE, noise_of
 from mimae.config.recipe import Recipe
 from mimae.data.settings import DataSettings
-from mimae.model import build
 from mimae.model.masking import draw
-from mimae.model.mimae import MIMAE
+from mimae.model.mimae import MIMAE, build
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective.settings import ObjectiveSettings
 from tests.rounding import DRAWS, excess, nudge

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from mimae.config.load import load_recipe
 from mimae.engines.base import compile_units
-from mimae.masking import targets
-from mimae.model import blocks, build, decoder
-from mimae.model.masking import draw
-from mimae.model.mimae import MIMAE
+from mimae.model import blocks, decoder
+from mimae.model.masking import draw, targets
+from mimae.model.mimae import MIMAE, build
 from tests.rounding import DRAWS, excess, nudge
 
 DECODERS = [

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from mimae.config import recipe as config
 from mimae.config import renamed
+from mimae.config.load import load_recipe
 from mimae.errors import UserError
 from mimae.files import Folder
 from mimae.telemetry import trackers
@@ -168,7 +168,7 @@ def test_the_old_key_is_read_and_told_once(
 ) -> None:
     renamed._tell.cache_clear()
     for _ in range(2):
-        resolved = config.load("quickstart", [f"telemetry.tensorboard={value}"])
+        resolved = load_recipe("quickstart", [f"telemetry.tensorboard={value}"])
     assert resolved.recipe.telemetry.trackers == expected
     assert resolved.origins["telemetry.trackers"] == "override, as telemetry.tensorboard"
     told = capsys.readouterr().err
@@ -177,9 +177,9 @@ def test_the_old_key_is_read_and_told_once(
 
 def test_an_override_under_the_old_name_is_over_a_recipe_under_the_new_one() -> None:
     tree = {"telemetry": {"trackers": ["tensorboard", "mlflow"]}}
-    assert config.load(tree, ["telemetry.tensorboard=false"]).recipe.telemetry.trackers == ()
+    assert load_recipe(tree, ["telemetry.tensorboard=false"]).recipe.telemetry.trackers == ()
     with pytest.raises(UserError, match=r"telemetry\.trackers = 5 \(override, as telemetry\.tensorboard\): legal is"):
-        config.load({}, ["telemetry.tensorboard=5"])
+        load_recipe({}, ["telemetry.tensorboard=5"])
 
 
 TRACKED = """

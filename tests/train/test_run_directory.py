@@ -24,7 +24,7 @@ from mimae.errors import UserError
 from mimae.faults.watchdog import Watchdog
 from mimae.files import Folder
 from mimae.telemetry import events
-from mimae.train import loop
+from mimae.train.trainer import Outcome, Trainer
 
 SETTINGS = {
     "precision": "fp32",
@@ -37,7 +37,7 @@ SETTINGS = {
 }
 
 
-def train(run: Path, **telemetry: Any) -> loop.Outcome:
+def train(run: Path, **telemetry: Any) -> Outcome:
     settings = SETTINGS | {"run": {"dir": str(run)}}
     settings["telemetry"] = SETTINGS["telemetry"] | telemetry  # type: ignore[operator]
     return mimae.pretrain("quickstart", **settings)
@@ -177,14 +177,14 @@ def test_a_stdout_that_nobody_reads_ends_nothing(
 
 
 def _at_step_2(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    optimize = loop._Run._optimize
+    optimize = Trainer.optimize
 
-    def then(self: Any, batches: Any) -> Any:
+    def then(self: Any) -> Any:
         if self.step == 1:
             action()
-        return optimize(self, batches)
+        return optimize(self)
 
-    monkeypatch.setattr(loop._Run, "_optimize", then)
+    monkeypatch.setattr(Trainer, "optimize", then)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
