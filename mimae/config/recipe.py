@@ -23,10 +23,8 @@ from mimae.config.section import Section
 from mimae.data.settings import DataSettings
 from mimae.engines.base import Compile, EngineSettings
 from mimae.errors import UserError
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import SIZES, ModelSettings
-from mimae.model.masking import MaskingSettings
-from mimae.objective.objective import ObjectiveSettings
+from mimae.model.settings import SIZES, DecoderSettings, MaskingSettings, ModelSettings
+from mimae.objective.settings import ObjectiveSettings
 from mimae.optim.optimizer import EMASettings, OptimizerSettings, ScheduleSettings
 from mimae.telemetry.telemetry import TelemetrySettings
 

@@ -5,31 +5,13 @@ Letters in shapes: B images, N views, L patches, K visible, M targets, D encoder
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mimae import kernels
-from mimae.config.section import Section
 from mimae.model.blocks import Block, run_blocks
-from mimae.model.encoder import ModelSettings, sincos_positions
-from mimae.model.masking import Predict
-
-
-class DecoderSettings(Section):
-    """The decoder; used in pretraining alone."""
-
-    width: int = Field(512, ge=4, description="decoder width")
-    depth: int = Field(8, ge=1, description="decoder blocks")
-    heads: int = Field(16, ge=1, description="attention heads of the decoder")
-    predict: Predict = Field(
-        "hidden", description="targets of a view: all patches that it hides, or those that the next view shows"
-    )
-    attention: Literal["self", "cross"] = Field(
-        "self", description="self: all tokens look at each other; cross: targets look at the visible tokens alone"
-    )
+from mimae.model.encoder import sincos_positions
+from mimae.model.settings import DecoderSettings, ModelSettings
 
 
 class Decoder(nn.Module):

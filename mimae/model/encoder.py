@@ -5,59 +5,12 @@ Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D 
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mimae import kernels
-from mimae.config.section import Section
 from mimae.model.blocks import Block, run_blocks
-
-SIZES = {
-    "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},
-    "small": {"patch_size": 16, "width": 384, "depth": 12, "heads": 6},
-    "base": {"patch_size": 16, "width": 768, "depth": 12, "heads": 12},
-    "large": {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
-    "huge": {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16},
-    "giant": {"patch_size": 14, "width": 1408, "depth": 40, "heads": 16, "mlp_width": 6144},
-    "gigantic": {"patch_size": 14, "width": 1664, "depth": 48, "heads": 16, "mlp_width": 8192},
-}
-
-
-class ModelSettings(Section):
-    """The encoder. `size` gives the numbers below it; each can be set alone, beside `size` or after it."""
-
-    size: Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"] = Field(
-        "base", description="named ViT size"
-    )
-    patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
-    width: int = Field(768, ge=4, description="encoder width (default: the size's)")
-    depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
-    heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
-    mlp_width: int | None = Field(
-        None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
-    )
-    attention: Literal["auto", "sdpa", "xformers", "flex"] = Field(
-        "auto", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
-    )
-    checkpointing: bool = Field(
-        False, description="recompute each block's activations in backward: less memory, a third more compute"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        named = SIZES.get(str(values.get("size", "base")), {})
-        return {**named, **{key: value for key, value in values.items() if value is not None}}
-
-    @property
-    def mlp(self) -> int:
-        """Hidden width of a block's MLP."""
-        return self.mlp_width or 4 * self.width
+from mimae.model.settings import ModelSettings
 
 
 def sincos_positions(width: int, height_patches: int, width_patches: int) -> Tensor:

@@ -1,33 +1,12 @@
-"""Which patches each view of an image shows and predicts: the settings of the masks, and the op that draws them."""
+"""Masks: which patches each view of an image shows and which it predicts."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mimae import kernels
-from mimae.config.section import Section
-
-Predict = Literal["hidden", "next_view"]
-"""Which patches each view's decoder predicts, see `targets`."""
-
-
-class MaskingSettings(Section):
-    """Views per image and what each of them shows."""
-
-    kind: Literal["orthogonal", "independent"] = Field(
-        "orthogonal",
-        description="orthogonal: the views of an image share no patch; independent: each view is drawn alone",
-    )
-    num_masks: int = Field(4, ge=1, le=64, description="views per image, N")
-    ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that a view hides")
-
-    def num_visible(self, num_patches: int) -> int:
-        """K, the patches that a view shows: round(L (1 - ratio)), at least 1 and at most L - 1."""
-        return min(max(round(num_patches * (1 - self.ratio)), 1), num_patches - 1)
+from mimae.model.settings import MaskingSettings, Predict
 
 
 def draw(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mimae.data.settings import DataSettings
-from mimae.model.decoder import Decoder, DecoderSettings
-from mimae.model.encoder import Encoder, ModelSettings
-from mimae.model.masking import MaskingSettings
-from mimae.objective.objective import Losses, Objective, ObjectiveSettings
+from mimae.model.decoder import Decoder
+from mimae.model.encoder import Encoder
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
+from mimae.objective.objective import Losses, Objective
+from mimae.objective.settings import ObjectiveSettings
 from mimae.randomness import initialise, materialise
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from mimae.data.settings import DataSettings
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import ModelSettings
-from mimae.model.masking import MaskingSettings, Predict, draw, targets
+from mimae.model.masking import draw, targets
 from mimae.model.mimae import MIMAE
-from mimae.objective.objective import ObjectiveSettings
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings, Predict
+from mimae.objective.settings import ObjectiveSettings
 from tests.oracles.mae_oracle import mae_loss
 
 HEADS, DECODER_HEADS, PATCH = 3, 2, 4

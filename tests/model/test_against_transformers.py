@@ -8,11 +8,10 @@ import torch
 from mimae.bench.baselines.peers import TransformersMAE, noise_of
 from mimae.config.recipe import Recipe
 from mimae.data.settings import DataSettings
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import ModelSettings
-from mimae.model.masking import MaskingSettings, draw
+from mimae.model.masking import draw
 from mimae.model.mimae import build
-from mimae.objective.objective import ObjectiveSettings
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
+from mimae.objective.settings import ObjectiveSettings
 
 pytest.importorskip("transformers")
 

@@ -6,7 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from mimae.model.encoder import Encoder, ModelSettings
+from mimae.model.encoder import Encoder
+from mimae.model.settings import ModelSettings
 from mimae.randomness import initialise, materialise, parameter_uniform
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mimae.kernels import orthogonal_masks, philox_words
-from mimae.model.masking import MaskingSettings, draw, targets
+from mimae.model.masking import draw, targets
+from mimae.model.settings import MaskingSettings
 
 # L with N and K such that N K <= L; grids need not be square, so any L goes.
 SHAPES = st.integers(2, 60).flatmap(

@@ -17,12 +17,11 @@ from mimae.config import recipe as config
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
 from mimae.model import masking
-from mimae.model.decoder import DecoderSettings
-from mimae.model.encoder import ModelSettings
-from mimae.model.masking import MaskingSettings
 from mimae.model.mimae import MIMAE
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective import objective
-from mimae.objective.objective import CLUB, Gate, InfoNCE, ObjectiveSettings
+from mimae.objective.objective import CLUB, Gate, InfoNCE
+from mimae.objective.settings import ObjectiveSettings
 from tests.oracles import club_oracle, infonce_oracle
 from tests.ranks import run_ranks
 

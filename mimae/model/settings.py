@@ -1,0 +1,85 @@
+"""Settings of the masks, the encoder and the decoder."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mimae.config.section import Section
+
+SIZES = {
+    "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},
+    "small": {"patch_size": 16, "width": 384, "depth": 12, "heads": 6},
+    "base": {"patch_size": 16, "width": 768, "depth": 12, "heads": 12},
+    "large": {"patch_size": 16, "width": 1024, "depth": 24, "heads": 16},
+    "huge": {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16},
+    "giant": {"patch_size": 14, "width": 1408, "depth": 40, "heads": 16, "mlp_width": 6144},
+    "gigantic": {"patch_size": 14, "width": 1664, "depth": 48, "heads": 16, "mlp_width": 8192},
+}
+
+Predict = Literal["hidden", "next_view"]
+"""Which patches each view's decoder predicts, see `targets`."""
+
+
+class MaskingSettings(Section):
+    """Views per image and what each of them shows."""
+
+    kind: Literal["orthogonal", "independent"] = Field(
+        "orthogonal",
+        description="orthogonal: the views of an image share no patch; independent: each view is drawn alone",
+    )
+    num_masks: int = Field(4, ge=1, le=64, description="views per image, N")
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that a view hides")
+
+    def num_visible(self, num_patches: int) -> int:
+        """K, the patches that a view shows: round(L (1 - ratio)), at least 1 and at most L - 1."""
+        return min(max(round(num_patches * (1 - self.ratio)), 1), num_patches - 1)
+
+
+class ModelSettings(Section):
+    """The encoder. `size` gives the numbers below it; each can be set alone, beside `size` or after it."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"] = Field(
+        "base", description="named ViT size"
+    )
+    patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
+    width: int = Field(768, ge=4, description="encoder width (default: the size's)")
+    depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
+    heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
+    mlp_width: int | None = Field(
+        None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
+    )
+    attention: Literal["auto", "sdpa", "xformers", "flex"] = Field(
+        "auto", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
+    )
+    checkpointing: bool = Field(
+        False, description="recompute each block's activations in backward: less memory, a third more compute"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        named = SIZES.get(str(values.get("size", "base")), {})
+        return {**named, **{key: value for key, value in values.items() if value is not None}}
+
+    @property
+    def mlp(self) -> int:
+        """Hidden width of a block's MLP."""
+        return self.mlp_width or 4 * self.width
+
+
+class DecoderSettings(Section):
+    """The decoder; used in pretraining alone."""
+
+    width: int = Field(512, ge=4, description="decoder width")
+    depth: int = Field(8, ge=1, description="decoder blocks")
+    heads: int = Field(16, ge=1, description="attention heads of the decoder")
+    predict: Predict = Field(
+        "hidden", description="targets of a view: all patches that it hides, or those that the next view shows"
+    )
+    attention: Literal["self", "cross"] = Field(
+        "self", description="self: all tokens look at each other; cross: targets look at the visible tokens alone"
+    )
