@@ -96,7 +96,7 @@ def _mount(parent: typer.Typer, verb: str, module: str, help: str) -> None:
 _mount(
     app,
     "plan",
-    "mimae.plan.advice",
+    "mimae.plan.command",
     "What a recipe needs on so many GPUs, and the engine to take.",
 )
 _mount(app, "doctor", "mimae.tools.doctor", "What this machine has, what each part uses of it, and why.")

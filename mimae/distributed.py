@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,14 +25,27 @@ _timeout: timedelta | None = None
 """Of the groups of this run; a new one does not take over the first one's by itself."""
 
 
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this thread acts as the only rank of a run: it waits for no other, and counts what one would compute."""
+    before = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(before)
+
+
 def rank() -> int:
     """This process's place among all ranks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _is_alone.get() else 0
 
 
 def world_size(group: Group | None = None) -> int:
     """Ranks of the run, or of a group of them."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_initialized() and not _is_alone.get() else 1
 
 
 def setup(patience: float | None = None) -> torch.device:

@@ -31,7 +31,6 @@ LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 
 KNOWN_CIRCLES = {
     frozenset({"mimae.model.mimae", "mimae.engines.base", "mimae.config.recipe"}),
-    frozenset({"mimae.plan.advice", "mimae.plan.scaling"}),
     frozenset({"mimae.data.sources.base", "mimae.data.sources.mixture"}),
 }
 

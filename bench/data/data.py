@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import typer
 
-from mimae import plan
 from mimae.bench.data.feeds import CONTENDERS, PEER, Job, obstacle
 from mimae.bench.machine import describe
 from mimae.checkpoints.checkpoint import write_atomically
@@ -33,6 +32,8 @@ from mimae.data.pixels.decode import whole
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source, open_source
 from mimae.errors import UserError
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import peak_flops
 
 PARITY = 128
 """Images whose pixels are compared."""
@@ -217,10 +218,10 @@ def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> Non
 def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any]:
     """How many GPUs that train `recipe` the rate is enough for, at an assumed share of their peak."""
     resolved = config.load(recipe).recipe
-    peak = plan.peak_flops(gpu, resolved.precision)
+    peak = peak_flops(gpu, resolved.precision)
     if peak is None:
         raise UserError(f"--gpu {gpu}: its peak is not known; name it as NVIDIA does, e.g. 'NVIDIA H100'")
-    need = peak * mfu / (plan.step_flops(resolved) / resolved.schedule.batch_size)
+    need = peak * mfu / (step_flops(resolved) / resolved.schedule.batch_size)
     return {"recipe": recipe, "gpu": gpu, "mfu": mfu, "images_per_s_each": need, "gpus": images_per_s / need}
 
 

@@ -33,7 +33,8 @@ from mimae.bench.ops.traffic import eager as eager_traffic
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.errors import UserError
 from mimae.kernels.runtime import Impl, chosen, watching
-from mimae.objective.objective import CLUB, InfoNCE
+from mimae.objective.club import CLUB
+from mimae.objective.infonce import InfoNCE
 
 BATCHES = (256, 1024, 4096)
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.bench.machine import describe, resident_bytes
 from mimae.bench.step.step import batch_of
 from mimae.config import recipe as config
@@ -32,8 +32,9 @@ from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.plan.communication import traffic
+from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
 
 ENGINES = {
@@ -139,9 +140,9 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
     images = batch_of(recipe)[: recipe.schedule.batch_size // ranks]
     ids = torch.arange(len(images))
     for _ in range(steps):
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, 0, ids, engine.model.encoder.num_patches)
+        visible, targets = views(recipe, recipe.seed, 0, ids)
         with engine.accumulate(is_last=True):
-            losses = engine.forward(images, visible, masking.targets(recipe.decoder.predict, visible, hidden))
+            losses = engine.forward(images, visible, targets)
             engine.backward(losses.loss)
         engine.step(1.0)
 
@@ -149,7 +150,7 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
 def sent_bytes(recipe: Recipe, ranks: int) -> float:
     """What a rank sends in a step, by the planner."""
     layout = Layout(recipe.engine.kind, ranks, 1, recipe.engine.offload)
-    sent = traffic(recipe, layout, plan.find_gpu("h100"), ranks, parameters(recipe))
+    sent = traffic(recipe, layout, find_gpu("h100"), ranks, parameters(recipe))
     return sum(each.bytes for each in sent if each.kind != "host")
 
 

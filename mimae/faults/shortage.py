@@ -20,8 +20,9 @@ from mimae import distributed
 from mimae.config.recipe import Recipe
 from mimae.faults.guards import RunError
 from mimae.faults.watchdog import Watchdog
-from mimae.plan import GPU, device_name, find_gpu
-from mimae.plan.advice import Fleet, advise
+from mimae.plan.advice import advise
+from mimae.plan.cost import Fleet
+from mimae.plan.gpus import GPU, device_name, find_gpu
 from mimae.plan.memory import Layout, memory, parameters
 from mimae.telemetry.telemetry import IN_PHASE
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from mimae.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Peak(NamedTuple):
@@ -93,6 +94,8 @@ def find_gpu(name: str) -> GPU:
 
 def device_name(device: torch.device) -> str:
     """The name of a device as people and PEAKS know it."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
@@ -110,6 +113,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if precision == "bf16":
         tera = peak.bf16
     else:
+        import torch
+
         exact = torch.get_float32_matmul_precision() == "highest" or peak.tf32 is None
         tera = peak.fp32 if exact else peak.tf32
     return None if tera is None else tera * 1e12

@@ -33,6 +33,8 @@ from mimae import __version__
 from mimae.checkpoints.checkpoint import write_atomically
 from mimae.config.section import Section
 from mimae.errors import UserError
+from mimae.objective import terms
+from mimae.objective.terms import LOSSES
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
@@ -40,19 +42,17 @@ PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 IN_PHASE = "in the phase "
 """How the note begins that an error gets in a phase."""
 
-LOSSES = ("loss", "rec", "max_mi", "min_mi", "fit")
-
 STEP_KEYS = (
     "step", "epoch", "samples", *LOSSES, "gate", "lr", "grad_norm",
     "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
 )  # fmt: skip
 
-DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", "saturated", "knn", "val_rec")
+DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", *terms.DIAGNOSTICS, "knn", "val_rec")
 
 EPOCH_KEYS = (
     "epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
     "mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu",
-    "mi_lower_nats", "mi_upper_nats", *LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
+    *terms.ESTIMATES, *LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
 )  # fmt: skip
 
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow")

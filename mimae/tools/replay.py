@@ -29,10 +29,10 @@ from mimae.engines.base import check_machine
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
 from mimae.kernels import pixel_loss
-from mimae.model import masking
+from mimae.model.masking import views
+from mimae.objective.terms import LOSSES
 from mimae.optim.optimizer import schedule_factor
 from mimae.telemetry import pictures
-from mimae.telemetry.telemetry import LOSSES
 from mimae.tools.show import masked
 
 PICTURED = 32
@@ -157,8 +157,8 @@ class _Replay:
             with self.engine.accumulate(is_last=i == len(batches) - 1):
                 out = self.engine.forward(batch.images, *self._masks(batch))
                 self.engine.backward(out.loss / len(batches))
-            for key, value in ({"loss": out.total} | {key: getattr(out, key) for key in LOSSES[1:]}).items():
-                if value is not None:
+            for key, value in out.columns.items():
+                if key in LOSSES:
                     losses[key] = losses.get(key, torch.zeros_like(value)) + value / len(batches)
         return losses
 
@@ -169,9 +169,7 @@ class _Replay:
         return result.grad_norm.item()
 
     def _masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        recipe, patches = self.recipe, self.model.encoder.num_patches
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, patches)
-        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
+        return views(self.recipe, self.recipe.seed, batch.epoch, batch.sample_ids)
 
     @torch.no_grad()
     def _rec(self, batch: Batch) -> dict[int, float]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import CheckpointSettings
 from mimae.checkpoints.saving import Saver
@@ -32,10 +32,13 @@ from mimae.faults.guards import NonFinite, RunError, Signals
 from mimae.faults.lock import lock
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.kernels import pixel_loss
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import MIMAE
-from mimae.objective.objective import Losses
+from mimae.objective.terms import LOSSES, active
 from mimae.optim.optimizer import StepResult, schedule_factor, total_steps
+from mimae.plan.communication import bytes_sent
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import collapse as diagnostics
 from mimae.telemetry import pictures, telemetry
 from mimae.telemetry.exposure import Exposure
@@ -175,7 +178,7 @@ class _Run:
         say(self._headline())
         if recipe.data.cache is not None:
             say(cache_note(recipe.data, self.source))
-        bytes_sent = plan.bytes_sent(recipe, distributed.world_size(), self.device)
+        sent = bytes_sent(recipe, distributed.world_size(), self.device)
         guard = NonFinite(self.path, self._samples, self._keep)
         per_epoch = self.loader.steps_per_epoch
         step_pace = telemetry.Pace(self.phases, recipe.masking.num_masks)
@@ -206,7 +209,7 @@ class _Run:
                         watchdog.wait_for(f"the end of epoch {epoch}", long=True)
                         images = (self.step - epoch * per_epoch - first) * recipe.schedule.batch_size
                         record: dict[str, Any] = epoch_pace.epoch(images)
-                        record |= {"bytes_sent": bytes_sent, "exposed_communication": self.exposure.read()}
+                        record |= {"bytes_sent": sent, "exposed_communication": self.exposure.read()}
                         self.stalls.read(self.phases.data_seconds, self.transfer.waited)
                         measures = self._end_of_epoch(epoch, record, means.read(), step.latents, last)
                         # The checks and pictures of an epoch's end are no training.
@@ -254,7 +257,7 @@ class _Run:
                     out = self.engine.forward(batch.images, visible, targets)
                 with self.phases("backward"):
                     self.engine.backward(out.loss / recipe.schedule.accumulate)
-            for key, value in _reported(out).items():
+            for key, value in out.columns.items():
                 share = value / recipe.schedule.accumulate
                 losses[key] = losses[key] + share if key in losses else share
         with self.phases("checkpoint"):
@@ -272,7 +275,7 @@ class _Run:
             "step": self.step,
             "epoch": self.step / self.loader.steps_per_epoch,
             "samples": self.step * self.recipe.schedule.batch_size,
-            **{key: value.item() for key, value in step.losses.items() if key in telemetry.LOSSES},
+            **{key: value.item() for key, value in step.losses.items() if key in LOSSES},
             "gate": self.engine.model.objective.gate.weight.item(),
             "lr": self.recipe.optimizer.learning_rate * self.views / 256 * factor,
             "grad_norm": step.result.grad_norm.item(),
@@ -337,8 +340,8 @@ class _Run:
             return measures
         record |= means
         record |= {"epoch": epoch, **telemetry.memory(self.device), **diagnostics.collapse(latents)}
-        flops = plan.step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
-        peak = plan.peak_flops(plan.device_name(self.device), recipe.precision)
+        flops = step_flops(recipe) / recipe.schedule.batch_size * record["images_per_s"]
+        peak = peak_flops(device_name(self.device), recipe.precision)
         record["tflops"] = flops / 1e12
         record["mfu"] = flops / (peak * distributed.world_size()) if peak else None
         checks = recipe.telemetry
@@ -350,8 +353,8 @@ class _Run:
         if checks.images_every_epochs and ((epoch + 1) % checks.images_every_epochs == 0 or last):
             self.telemetry.image(f"images/step-{self.step:08d}.png", self._picture())
         quarter = (self.step - self.loader.steps_per_epoch) * 4 < self.steps <= self.step * 4
-        uses_mi = recipe.objective.max_mi > 0 or recipe.objective.min_mi > 0
-        if quarter and uses_mi and self.engine.model.objective.gate.weight.item() == 0:
+        is_gated = any(term.is_gated for term in active(recipe.objective))
+        if quarter and is_gated and self.engine.model.objective.gate.weight.item() == 0:
             self.telemetry.message(
                 f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="
                 f"{recipe.objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
@@ -408,9 +411,7 @@ class _Run:
 
     def _masks(self, batch: Batch, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """visible (B, N, K) and targets (B, N, M)."""
-        recipe, patches = self.recipe, self.engine.model.encoder.num_patches
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, epoch, batch.sample_ids, patches)
-        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
+        return views(self.recipe, self.recipe.seed, epoch, batch.sample_ids)
 
     def _evaluation_batches(self, source: Source, limit: int) -> Iterator[Batch]:
         """Batches spread evenly over a source, at most `limit` images."""
@@ -425,7 +426,7 @@ class _Run:
             f"{len(self.source):,} images of {self.source.name}, {self.loader.steps_per_epoch} steps of "
             f"{recipe.schedule.batch_size} x {recipe.masking.num_masks} views an epoch, {self.steps} steps in all; "
             f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
-            f"{millions:.1f} M parameters on {distributed.world_size()} x {plan.device_name(self.device)}, "
+            f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
             f"data.loader={recipe.data.loader}, {self.chosen}"
         )
@@ -437,13 +438,6 @@ class _Step(NamedTuple):
     losses: dict[str, Tensor]
     latents: Tensor
     result: StepResult
-
-
-def _reported(losses: Losses) -> dict[str, Tensor]:
-    """The losses that are computed, by the keys of the records; all of them global."""
-    keys = (*telemetry.LOSSES[1:], "mi_lower_nats", "mi_upper_nats", "saturated")
-    found = {"loss": losses.total} | {key: getattr(losses, key) for key in keys}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 class _Means:

@@ -25,9 +25,10 @@ from mimae.engines.base import Engine, check_machine
 from mimae.engines.make import make_engine
 from mimae.engines.zero import ZeroEngine
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.objective import objective
-from mimae.objective.objective import InfoNCE, Losses
+from mimae.objective.infonce import InfoNCE
+from mimae.objective.objective import Losses
 from mimae.optim import adamw
 from tests.ranks import run_ranks
 
@@ -71,7 +72,7 @@ def micro_batches(settings: config.Recipe, step: int) -> Iterator[tuple[Tensor, 
     ids = torch.arange(BATCH) + BATCH * step
     for part in torch.arange(BATCH).chunk(ACCUMULATE):
         mine = part.chunk(distributed.world_size())[distributed.rank()]
-        yield images[mine], *masking.draw(settings.masking, 0, 0, ids[mine], 6)
+        yield images[mine], *views(settings, 0, 0, ids[mine])
 
 
 def backward(engine: Engine, settings: config.Recipe, step: int, scale: float = 1.0) -> Losses:
@@ -100,15 +101,15 @@ def train(engine: Engine, settings: config.Recipe, steps: range) -> tuple[list[f
         out = backward(engine, settings, step)
         result = engine.step(1 - step / STEPS)
         norms.append(result.grad_norm.item())
-        engine.model.objective.gate.update(out.rec, result.skipped)
-        losses.append(out.total.item())
+        engine.model.objective.gate.update(out.columns["rec"], result.skipped)
+        losses.append(out.columns["loss"].item())
     return losses, norms
 
 
 def evaluate(engine: Engine, settings: config.Recipe) -> list[Tensor]:
     """Predictions and features of the same images on every rank, as the loop has them: alone where that is possible."""
     images = torch.randint(0, 256, (3, 8, 12, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
-    visible, hidden = masking.draw(settings.masking, 0, 0, torch.arange(3), 6)
+    visible, hidden = views(settings, 0, 0, torch.arange(3))
     if distributed.rank() > 0 and not engine.is_spread:
         return []
     engine.model.eval()

@@ -14,7 +14,7 @@ from mimae import kernels
 from mimae.kernels import club_grad, club_terms, reference
 from mimae.kernels.club import _club_grad, _club_terms, _merge
 from mimae.kernels.runtime import launch
-from mimae.objective.objective import CLUB
+from mimae.objective.club import CLUB
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
 from tests.oracles import club_oracle
 

@@ -15,7 +15,7 @@ from mimae import kernels
 from mimae.kernels import infonce, infonce_grad, infonce_lse, reference
 from mimae.kernels.infonce import Tiles, _infonce_grad, _infonce_lse
 from mimae.kernels.runtime import H100, Launch, Target, watching
-from mimae.objective.objective import InfoNCE
+from mimae.objective.infonce import InfoNCE
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
 from tests.oracles import infonce_oracle
 

@@ -14,8 +14,9 @@ from mimae import kernels
 from mimae.config import recipe as config
 from mimae.kernels import infonce
 from mimae.kernels.runtime import INTERPRETED, Impl, Launch, watching
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
+from mimae.objective.terms import LOSSES
 from tests.kernels.accuracy import SLACK
 
 pytestmark = [
@@ -47,13 +48,13 @@ def losses(impl: Impl, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
     with kernels.prefer(impl):
         for step in range(steps):
             ids = torch.arange(2) + step % 2 * 2
-            visible, hidden = masking.draw(RECIPE.masking, RECIPE.seed, step // 2, ids, 6)
+            visible, hidden = views(RECIPE, RECIPE.seed, step // 2, ids)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 found = model(images[ids], visible, hidden)
             found.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            rows.append(torch.stack([found.total, found.rec, found.max_mi, found.min_mi, found.fit]))
+            rows.append(torch.stack([found.columns[key] for key in LOSSES]))
     return torch.stack(rows).double()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mimae.kernels import orthogonal_masks, philox_words
+from mimae.model.geometry import Grid
 from mimae.model.masking import draw, targets
 from mimae.model.settings import MaskingSettings
 
@@ -59,7 +60,7 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
     of patches, one in each, with K^2/L(L-1) when they are disjoint, with (K/L)^2 when they are not."""
     L, K, images = 8, 2, 40_000
     masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)
-    visible, _ = draw(masking, 5, 0, torch.arange(images), L)
+    visible, _ = draw(masking, 5, 0, torch.arange(images), Grid(1, L, 4))
     shown = torch.zeros(images, 4, L).scatter_(2, visible.long(), 1.0)
     together = torch.einsum("bnl,bnm->nlm", shown, shown) / images
     across = torch.einsum("bl,bm->lm", shown[:, 0], shown[:, 1]) / images
@@ -75,11 +76,12 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
 
 
 def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
-    ids = torch.arange(8)
-    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, 16)[0] for kind in ("orthogonal", "independent")]
+    ids, grid = torch.arange(8), Grid(4, 4, 2)
+    kinds = ("orthogonal", "independent")
+    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, grid)[0] for kind in kinds]
     assert torch.equal(single[0], single[1])
-    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, 16)[0])
-    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, 16)[0])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, grid)[0])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, grid)[0])
 
 
 def test_each_view_predicts_what_it_hides_or_what_the_next_one_shows() -> None:

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 import typer
 
-from mimae import plan
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
-from mimae.plan import advice, communication, dry, memory
+from mimae.plan import command, communication, dry, memory
+from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout
+from tests.plan.test_memory import EVERY_TERM
 from tests.plan.test_plan import SMALL
 
 
@@ -26,7 +27,7 @@ def small(*overrides: str) -> Recipe:
 
 def agrees(recipe: Recipe, ranks: int = 8) -> bool:
     layout = Layout("fsdp", ranks, recipe.engine.replicas)
-    return dry.report(recipe, layout, plan.find_gpu("h100"), 4)
+    return dry.report(recipe, layout, find_gpu("h100"), 4)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def agrees(recipe: Recipe, ranks: int = 8) -> bool:
             ["precision=fp32", "schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=true"], id="one group"
         ),
         pytest.param(["objective.max_mi=0", "decoder.attention=cross"], id="no InfoNCE"),
+        pytest.param([*EVERY_TERM, "masking.kind=independent"], id="every term"),
     ],
 )
 def test_a_step_is_as_planned(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +66,7 @@ def test_a_plan_that_is_wrong_is_seen(counted: dry.Counted) -> None:
     count = memory.parameters(recipe)
     planned = memory.memory(recipe, layout, 8, count=count, ops="fake")
     held = memory.kept(recipe, 8, 8, "fake") + 4 * count.root
-    sent = communication.traffic(recipe, layout, plan.find_gpu("h100"), 4, count)
+    sent = communication.traffic(recipe, layout, find_gpu("h100"), 4, count)
 
     def wrong(planned: memory.Memory, held: float, sent: list[communication.Traffic]) -> list[str]:
         return [row.line for row in dry.compare(counted, planned, held, sent) if not row.is_right]
@@ -84,11 +86,11 @@ def test_the_verb_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], monk
     for right in (True, False):
         monkeypatch.setattr(dry, "report", lambda *_, right=right: right)
         with pytest.raises(typer.Exit) as ended:
-            advice.main("vit_giant14", gpus=64, **defaults)
+            command.main("vit_giant14", gpus=64, **defaults)
         assert ended.value.exit_code == (0 if right else 1)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"needs engine\.kind=fsdp"):
-        advice.main("vit_base_400ep", gpus=64, **defaults)
+        command.main("vit_base_400ep", gpus=64, **defaults)
     with pytest.raises(UserError, match=r"engine\.replicas=3 does not divide the 8 ranks"):
         agrees(small("engine.replicas=3"))
     assert not dist.is_initialized()
@@ -115,4 +117,4 @@ def test_storages_are_counted_as_long_as_they_live() -> None:
 def test_vit_giant_on_64_gpus_is_as_planned(engine: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     recipe = config.load("vit_giant14", engine).recipe
     layout = Layout("fsdp", 64, recipe.engine.replicas)
-    assert dry.report(recipe, layout, plan.find_gpu("h100"), 8), capsys.readouterr().out
+    assert dry.report(recipe, layout, find_gpu("h100"), 8), capsys.readouterr().out

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.bench.machine import resident_peak
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
+from mimae.engines.base import EngineSettings
 from mimae.engines.make import make_engine
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
-from mimae.plan import advice, communication, memory
+from mimae.objective.terms import TERMS
+from mimae.plan import advice, command, communication, cost, memory
+from mimae.plan.flops import decoder_flops, encoder_flops
+from mimae.plan.gpus import GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout
 from tests.plan.test_plan import SMALL
 from tests.ranks import run_ranks
+
+EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
 
 
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward beside parameters, buffers and inputs: each storage once."""
     model, images_count = build(recipe), recipe.schedule.batch_size
     images = torch.zeros(images_count, *recipe.data.size_hw, 3, dtype=torch.uint8)
-    visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(images_count), model.encoder.num_patches)
-    targets = masking.targets(recipe.decoder.predict, visible, hidden)
+    visible, targets = views(recipe, 0, 0, torch.arange(images_count))
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images, visible, targets)}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -54,6 +59,7 @@ def saved_bytes(recipe: Recipe) -> int:
         pytest.param(["decoder.attention=cross", "objective.max_mi=0"], id="cross"),
         pytest.param(["decoder.predict=next_view", "objective.projector=mlp", "model.mlp_width=80"], id="next view"),
         pytest.param(["model.checkpointing=true"], id="checkpointing"),
+        pytest.param(EVERY_TERM, id="every term"),
     ],
 )
 def test_activations_are_what_autograd_keeps(precision: str, changed: list[str]) -> None:
@@ -80,7 +86,7 @@ def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, mill
     assert count.encoder / 1e6 == pytest.approx(millions, abs=6)
     layout = Layout(recipe.engine.kind, 8 * recipe.engine.replicas, recipe.engine.replicas)
     images = recipe.schedule.batch_size // layout.ranks
-    budget = advice.USABLE * plan.GPUS["h100"].memory * 2**30
+    budget = cost.USABLE * GPUS["h100"].memory * 2**30
     assert memory.memory(recipe, layout, images, count=count).total <= budget
 
 
@@ -103,6 +109,20 @@ def test_what_each_engine_spreads() -> None:
     assert states("zero3", 8) == [2 / 8, 2 / 8, 3 / 8]
 
 
+def test_every_engine_is_known_to_the_planner() -> None:
+    recipe, kinds = (
+        config.load(SMALL, ["schedule.batch_size=16"]).recipe,
+        EngineSettings.model_fields["kind"].annotation,
+    )
+    count, gpu = memory.parameters(recipe), find_gpu("h100")
+    assert {layout.kind for layout in cost.layouts(16, 8)} == set(get_args(kinds))
+    unknown = Layout("another", 16)
+    with pytest.raises(ValueError, match=r"does not know what engine\.kind=another spreads"):
+        memory.memory(recipe, unknown, 1, count=count)
+    with pytest.raises(ValueError, match=r"does not know what engine\.kind=another sends"):
+        communication.traffic(recipe, unknown, gpu, 8, count)
+
+
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     recipe = config.load(SMALL).recipe
     count, layout = memory.parameters(recipe), Layout("ddp", 2)
@@ -114,7 +134,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
 
 def test_bytes_that_engines_send() -> None:
     recipe = config.load(SMALL, ["schedule.batch_size=128", "schedule.accumulate=2"]).recipe
-    count, gpu = memory.parameters(recipe), plan.find_gpu("h100")
+    count, gpu = memory.parameters(recipe), find_gpu("h100")
     n = 4 * count.total
 
     def sent(*layout: Any) -> dict[str, float]:
@@ -153,7 +173,7 @@ def test_what_computing_hides() -> None:
     beside = [*given, wait(12, "backward")._replace(across=True)]
     assert exposed(beside, "fsdp") == pytest.approx(5 + 0 + 12 - 4 * share)
     # Latents hide behind the decoder alone, and weights behind the whole of forward.
-    decoder = 2 * plan.decoder_flops(recipe) / (plan.decoder_flops(recipe) + plan.encoder_flops(recipe))
+    decoder = 2 * decoder_flops(recipe) / (decoder_flops(recipe) + encoder_flops(recipe))
     latents = wait(1.5, "forward")._replace(what=communication.LATENTS)
     assert exposed([latents], "fsdp") == pytest.approx(1.5 - share * decoder)
     weights = wait(share * (2 - decoder), "forward")
@@ -161,22 +181,22 @@ def test_what_computing_hides() -> None:
 
 
 def test_nodes_share_their_network() -> None:
-    gpu, share = plan.find_gpu("h100"), communication.LINKS * 1e9
+    gpu, share = find_gpu("h100"), communication.LINKS * 1e9
     assert communication._bus(gpu, 8, 8, 1) == 450 * share
     assert communication._bus(gpu, 64, 8, 1) == 400 * share  # eight cards of 50 carry one ring each
     assert communication._bus(gpu, 64, 8, 8) == 50 * share
 
 
 def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
-    fleet = advice.Fleet(plan.find_gpu("h100"), 64, 8, 0.45)
+    fleet = cost.Fleet(find_gpu("h100"), 64, 8, 0.45)
 
-    def take(name: str, fleet: advice.Fleet, *overrides: str) -> str:
+    def take(name: str, fleet: cost.Fleet, *overrides: str) -> str:
         recipe = config.load(name, overrides).recipe
         return advice.advise(recipe, fleet, memory.parameters(recipe))[1]
 
     assert take("vit_base_400ep", fleet).startswith("take engine.kind=ddp,")
     assert "engine.kind=fsdp" in take("vit_6b14", fleet) and "ddp needs" in take("vit_6b14", fleet)
-    small = fleet._replace(gpu=plan.find_gpu("a10"), gpus=8)
+    small = fleet._replace(gpu=find_gpu("a10"), gpus=8)
     said = take("vit_large_400ep", small)
     assert "model.checkpointing=true" in said and "schedule.accumulate" not in said
     # One GPU holds 6 B parameters on the host, and a block at a time.
@@ -186,7 +206,7 @@ def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
 
 
 def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    advice.main("vit_huge14", gpus=64, gpu="H100", nodes_of=8, share=0.5, images=10_240)
+    command.main("vit_huge14", gpus=64, gpu="H100", nodes_of=8, share=0.5, images=10_240)
     said = capsys.readouterr().out
     for part in ("fsdp replicas=8", "GB sent", "images/s", "50% of the peak", "4,000 steps", "take engine.kind=ddp,"):
         assert part in said
@@ -203,12 +223,12 @@ def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_told(overrides: list[str], options: dict[str, Any], told: str) -> None:
     defaults: dict[str, Any] = {"gpus": 8, "gpu": "h100", "nodes_of": 8, "share": 0.45, "images": 10_240}
     with pytest.raises(UserError, match=told):
-        advice.main("vit_base_400ep", overrides, **(defaults | options))
+        command.main("vit_base_400ep", overrides, **(defaults | options))
 
 
 def test_every_gpu_has_a_peak() -> None:
-    for gpu in plan.GPUS.values():
-        assert plan.peak_flops(gpu.name, "fp32"), gpu.name
+    for gpu in GPUS.values():
+        assert peak_flops(gpu.name, "fp32"), gpu.name
 
 
 MEASURED = {
@@ -232,11 +252,10 @@ def peak_growth(overrides: list[str]) -> int:
     def train(recipe: Recipe, steps: int) -> None:
         device, count = distributed.setup(), recipe.schedule.batch_size
         engine = make_engine(recipe, device, count * recipe.masking.num_masks)
-        patches = engine.model.encoder.num_patches
         for _ in range(steps):
             for is_last in (False, True):  # with the gradients of the first micro-batch there in the second
                 images = torch.zeros(count, *recipe.data.size_hw, 3, dtype=torch.uint8)
-                visible, targets = masking.draw(recipe.masking, 0, 0, torch.arange(count), patches)
+                visible, targets = views(recipe, 0, 0, torch.arange(count))
                 with engine.accumulate(is_last):
                     engine.backward(engine.forward(images, visible, targets).loss)
             engine.step(1.0)

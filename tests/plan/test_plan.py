@@ -1,4 +1,4 @@
-"""The cost model against torch's own count on the model that runs, and against the method's numbers."""
+"""The planner's FLOPs against the closed formula, against what the model executes, and against the method's numbers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimae import plan
+from mimae import distributed
 from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
+from mimae.plan.flops import decoder_flops, encoder_flops, image_flops, objective_flops, step_flops
+from mimae.plan.gpus import device_name, peak_flops
+from tests.plan import formula
 
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"image_size": [32, 48]},
@@ -37,11 +42,9 @@ def recipe(**sections: Any) -> Recipe:
 def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
     """FLOPs by module, as torch counts the products that a batch executes."""
     model = build(recipe)
-    B, L = recipe.schedule.batch_size, model.encoder.num_patches
-    height, width = recipe.data.size_hw
-    images = torch.randint(0, 256, (B, height, width, 3), dtype=torch.uint8)
-    visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(B), L)
-    targets = masking.targets(recipe.decoder.predict, visible, hidden)
+    B = recipe.schedule.batch_size
+    images = torch.randint(0, 256, (B, *recipe.data.size_hw, 3), dtype=torch.uint8)
+    visible, targets = views(recipe, 0, 0, torch.arange(B))
     # torch knows no count for the CPU's fused attention: let it run as two products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(images, visible, targets).loss
@@ -63,26 +66,54 @@ def test_encoder_and_decoder_are_what_torch_counts(decoder: dict[str, Any]) -> N
     given = recipe(decoder=decoder)
     views = given.schedule.batch_size * given.masking.num_masks
     flops = counted(given)
-    assert flops["MIMAE.encoder"] == views * plan.encoder_flops(given)
-    assert flops["MIMAE.decoder"] == views * plan.decoder_flops(given)
+    assert flops["MIMAE.encoder"] == views * encoder_flops(given)
+    assert flops["MIMAE.decoder"] == views * decoder_flops(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        pytest.param("vit_base_400ep", ["masking.num_masks=4"], id="ViT-B, four views"),
+        pytest.param("vit_base_400ep", ["decoder.predict=next_view"], id="ViT-B, next view"),
+        pytest.param("vit_base_400ep", ["decoder.attention=cross", "model.checkpointing=true"], id="ViT-B, cross"),
+        pytest.param("quickstart", ["objective.projector=mlp", "schedule.accumulate=2"], id="quickstart, projector"),
+        pytest.param("vit_huge14", ["schedule.batch_size=4096", "model.attention=flex"], id="ViT-H, large batch"),
+    ],
+)
+def test_a_step_has_the_flops_of_the_closed_formula(name: str, overrides: list[str]) -> None:
+    given = config.load(name, overrides).recipe
+    assert encoder_flops(given) == formula.encoder_flops(given)
+    assert decoder_flops(given) == formula.decoder_flops(given)
+    assert step_flops(given) == formula.step_flops(given)
+
+
+def test_a_count_asks_no_other_rank() -> None:
+    """In a run the main rank alone counts. Two ranks would share the images, and multiply every pair of views twice."""
+    given = recipe(schedule={"batch_size": 6})
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        assert objective_flops(given) == formula.objective_flops(given)
+        assert distributed.world_size() == 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_v_and_projector_are_what_torch_counts() -> None:
     without_contrast = recipe(objective={"max_mi": 0, "min_mi": 1})
     images = without_contrast.schedule.batch_size
-    assert counted(without_contrast)["MIMAE.objective"] == images * plan.objective_flops(without_contrast)
+    assert counted(without_contrast)["MIMAE.objective"] == images * objective_flops(without_contrast)
     # InfoNCE runs every product twice on the reference path, so the projector is told apart by a difference.
     plain, projected = (recipe(objective={"projector": kind, "min_mi": 0}) for kind in ("none", "mlp"))
     more = counted(projected)["MIMAE"] - counted(plain)["MIMAE"]
-    assert more == images * (plan.objective_flops(projected) - plan.objective_flops(plain)) > 0
+    assert more == images * (objective_flops(projected) - objective_flops(plain)) > 0
 
 
 def test_infonce_is_over_the_micro_batch() -> None:
     # 3 pairs of views, 2 FLOPs, 5 columns, width 48; V is off.
-    assert plan.objective_flops(recipe(objective={"min_mi": 0})) == 3 * 2 * 5 * 48
+    assert objective_flops(recipe(objective={"min_mi": 0})) == 3 * 2 * 5 * 48
     halves = recipe(objective={"min_mi": 0}, schedule={"batch_size": 10, "accumulate": 2})
-    assert plan.objective_flops(halves) == 3 * 2 * 5 * 48
-    assert plan.objective_flops(recipe(objective={"max_mi": 0, "min_mi": 0})) == 0
+    assert objective_flops(halves) == 3 * 2 * 5 * 48
+    assert objective_flops(recipe(objective={"max_mi": 0, "min_mi": 0})) == 0
 
 
 @pytest.mark.parametrize("decoder", [{}, {"predict": "next_view", "attention": "cross"}], ids=["default", "cross"])
@@ -94,20 +125,20 @@ def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: 
     views, K = given.schedule.batch_size * given.masking.num_masks, 6
     pixels = views * 2 * K * 3 * 8**2 * 48
     if checkpointing:
-        assert executed > plan.step_flops(given)  # the recomputation that the cost model leaves out
+        assert executed > step_flops(given)  # the recomputation that the cost model leaves out
     else:
-        assert executed == plan.step_flops(given) - pixels
+        assert executed == step_flops(given) - pixels
 
 
 def test_vit_base_has_the_numbers_of_the_method() -> None:
     given = config.load({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
     giga = 1e9
-    assert plan.encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
+    assert encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
     # The method counts 10.6 with a whole last block; ours leaves out what only the 50 unread tokens would need.
     unread = 50 * (20 * 512**2 + 4 * 197 * 512)
-    assert (plan.decoder_flops(given) + unread) / giga == pytest.approx(10.6, abs=0.15)
-    assert plan.image_flops(given) / giga == pytest.approx(77, abs=1)
-    training = plan.step_flops(given) / 4096
+    assert (decoder_flops(given) + unread) / giga == pytest.approx(10.6, abs=0.15)
+    assert image_flops(given) / giga == pytest.approx(77, abs=1)
+    training = step_flops(given) / 4096
     assert training == pytest.approx(0.23e12, rel=0.02)
     assert 0.45 * 989e12 / training == pytest.approx(1940, rel=0.01)  # 1,900 with a whole last block
 
@@ -116,7 +147,7 @@ def test_what_the_decoder_leaves_out_at_vit_base() -> None:
     """The last block's unread tokens, exactly; and by choice what next_view and cross never compute."""
 
     def flops(**decoder: str) -> float:
-        return plan.image_flops(config.load({"decoder": decoder}).recipe)
+        return image_flops(config.load({"decoder": decoder}).recipe)
 
     unread = 4 * 50 * (20 * 512**2 + 4 * 197 * 512)
     assert unread / (flops() + unread) == pytest.approx(0.0146, abs=5e-5)
@@ -148,19 +179,19 @@ def test_what_the_decoder_leaves_out_at_vit_base() -> None:
     ],
 )
 def test_peaks_are_found_by_the_name_that_torch_gives(name: str, bf16: float | None, fp32: float | None) -> None:
-    assert plan.peak_flops(name, "bf16") == (None if bf16 is None else bf16 * 1e12)
-    assert plan.peak_flops(name, "fp32") == (None if fp32 is None else fp32 * 1e12)
+    assert peak_flops(name, "bf16") == (None if bf16 is None else bf16 * 1e12)
+    assert peak_flops(name, "fp32") == (None if fp32 is None else fp32 * 1e12)
 
 
 def test_tf32_has_its_own_peak() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert plan.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
-        assert plan.peak_flops("Tesla V100-SXM2-32GB", "fp32") == 15.7e12  # has none
+        assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
+        assert peak_flops("Tesla V100-SXM2-32GB", "fp32") == 15.7e12  # has none
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_the_cpu_has_a_name() -> None:
-    assert plan.device_name(torch.device("cpu")) == "CPU"
+    assert device_name(torch.device("cpu")) == "CPU"

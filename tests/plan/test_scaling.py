@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mimae import plan
 from mimae.config import recipe as config
 from mimae.errors import UserError
-from mimae.plan import advice, communication, memory, scaling
+from mimae.plan import command, communication, cost, memory, scaling
+from mimae.plan.gpus import find_gpu
 
-FLEET = advice.Fleet(plan.find_gpu("h100"), 64, 8, 0.45)
+FLEET = cost.Fleet(find_gpu("h100"), 64, 8, 0.45)
 
 
 def test_latency_counts_hops() -> None:
@@ -70,13 +70,13 @@ def test_a_batch_that_does_not_fit_is_split() -> None:
 def test_the_picture_is_small_and_the_figures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.png"
     options: dict[str, Any] = {"gpus": 64, "gpu": "h100", "nodes_of": 8, "share": 0.45, "images": 10_240}
-    advice.main("vit_giant14", scaling=path, **options)
+    command.main("vit_giant14", scaling=path, **options)
     said = capsys.readouterr().out
     for part in ("weak scaling: 16 images a GPU", "strong scaling: 1024 images a step", "µs a hop", "1,024"):
         assert part in said
     assert Image.open(path).size == (1100, 850)
     assert (path).stat().st_size < 150_000
     with pytest.raises(UserError, match="drawn for ddp and fsdp"):
-        advice.main("vit_giant14", ["engine.kind=zero2", "engine.replicas=1"], scaling=path, **options)
+        command.main("vit_giant14", ["engine.kind=zero2", "engine.replicas=1"], scaling=path, **options)
     with pytest.raises(UserError, match=r"ddp fits on no number of GPUs; model\.checkpointing=true"):
-        advice.main("vit_6b14", ["engine.kind=ddp", "engine.replicas=1"], scaling=path, **options)
+        command.main("vit_6b14", ["engine.kind=ddp", "engine.replicas=1"], scaling=path, **options)

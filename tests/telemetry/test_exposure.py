@@ -14,11 +14,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from mimae import distributed, plan
+from mimae import distributed
 from mimae.config import recipe as config
 from mimae.engines.base import Engine
 from mimae.engines.make import make_engine
-from mimae.model import masking
+from mimae.model.masking import views
+from mimae.plan.communication import bytes_sent
 from mimae.telemetry import exposure
 from mimae.telemetry.exposure import Exposure
 from tests.ranks import run_ranks
@@ -56,7 +57,7 @@ def step(engine: Engine, settings: config.Recipe, seed: int) -> None:
     for micro in range(ACCUMULATE):
         images = torch.randint(0, 256, (IMAGES, 8, 8, 3), generator=generator, dtype=torch.uint8)
         with engine.accumulate(is_last=micro == ACCUMULATE - 1):
-            losses = engine.forward(images, *masking.draw(settings.masking, 0, 0, ids, 4))
+            losses = engine.forward(images, *views(settings, 0, 0, ids))
             engine.backward(losses.loss / ACCUMULATE)
     engine.step(1.0)
 
@@ -127,7 +128,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def check(found: list[dict[str, Any]], name: str, counts: list[int]) -> None:
-    told = plan.bytes_sent(recipe(name, len(found)), len(found), CPU)
+    told = bytes_sent(recipe(name, len(found)), len(found), CPU)
     for rank in found:
         assert rank[name]["sent"] == pytest.approx(told, rel=0.02)
         assert rank[name]["counts"] == counts

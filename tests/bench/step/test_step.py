@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mimae import plan
 from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
@@ -24,6 +23,7 @@ from mimae.config import recipe as config
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.model.mimae import MIMAE, build
+from mimae.plan.flops import decoder_flops, encoder_flops, step_flops
 
 # Every number differs from every other, so that a swapped one shows.
 SMALL = [
@@ -85,7 +85,7 @@ def test_eager_computes_the_same(overrides: list[str]) -> None:
     visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
 
     loss = ours(images, visible, hidden).loss
-    expected = eager(pixels, noise_of(visible, ours.encoder.num_patches))
+    expected = eager(pixels, noise_of(visible, ours.encoder.grid.patches))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
     loss.backward()
@@ -104,7 +104,7 @@ def test_lightly_computes_the_same() -> None:
     lightly.load(state)
     images, pixels = inputs(recipe, ours)
     visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
-    expected = lightly.double()(pixels, noise_of(visible, ours.encoder.num_patches))
+    expected = lightly.double()(pixels, noise_of(visible, ours.encoder.grid.patches))
     # Its sin-cos positions are computed in single precision.
     assert ours(images, visible, hidden).loss.item() == pytest.approx(expected.item(), rel=1e-7)
 
@@ -156,7 +156,7 @@ def test_the_layers_of_the_roof_are_those_of_the_cost_model(decoder: list[str], 
     layers = sum(2 * p.rows * p.inner * p.columns * p.layers for p in bench.products(recipe))
     attention = 2 * 4 * (1 + 6) ** 2 * 24 + 4 * pairs * 16
     views = 5 * 4
-    assert layers == views * (plan.encoder_flops(recipe) + plan.decoder_flops(recipe) - attention)
+    assert layers == views * (encoder_flops(recipe) + decoder_flops(recipe) - attention)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
     recipes = [
         recipe_of("schedule.batch_size=3", "masking.num_masks=2", *text.split()) for text in ("", *contest["variants"])
     ]
-    assert work == [plan.step_flops(recipe) for recipe in recipes]
+    assert work == [step_flops(recipe) for recipe in recipes]
     assert work[0] > work[1] > work[2]
 
 
