@@ -98,13 +98,13 @@ def without_the_first_of_its_gradient(result: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "orthogonal_masks": ("forward", lambda lists: tuple(each.flip(0) for each in lists)),
-    "embed_visible": ("backward", without_the_first),
-    "fill_masked": ("backward", without_the_first),
-    "pixel_loss": ("forward", without_the_first_of_its_gradient),
-    "view_latents": ("backward", without_the_first),
-    "infonce": ("backward", without_the_first),
-    "club": ("backward", without_the_first),
+    "orthogonal_masks": ("launch_forward", lambda lists: tuple(each.flip(0) for each in lists)),
+    "embed_visible": ("launch_backward", without_the_first),
+    "fill_masked": ("launch_backward", without_the_first),
+    "pixel_loss": ("launch_forward", without_the_first_of_its_gradient),
+    "view_latents": ("launch_backward", without_the_first),
+    "infonce": ("launch_backward", without_the_first),
+    "club": ("launch_backward", without_the_first),
 }
 
 
