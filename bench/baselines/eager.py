@@ -77,7 +77,7 @@ class EagerMIMAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos(grid, decoder.width), requires_grad=False)
         self.decoder_blocks = transformer(decoder.depth, decoder.width, decoder.heads)
         self.decoder_norm = nn.LayerNorm(decoder.width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder.width, 3 * self.patch_size**2)
+        self.decoder_pred = nn.Linear(decoder.width, sizes.grid.values)
 
         self.posterior = self.projector = self.log_temperature = None
         if self.objective.min_mi > 0:
