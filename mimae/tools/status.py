@@ -10,6 +10,7 @@ from typing import Any
 
 from mimae.errors import UserError
 from mimae.faults import lock
+from mimae.objective.terms import TERMS
 
 
 def look(run: Path) -> dict[str, str]:
@@ -21,7 +22,9 @@ def look(run: Path) -> dict[str, str]:
     told = {"run": str(run), "state": _state(run, last, saved)}
     if last:
         told["step"] = f"{last['step']:,}, {last['epoch']:.2f} epochs, {_ago(run / 'metrics.jsonl')}"
-        losses = [f"{key} {last[key]:.3f}" for key in ("loss", "rec", "max_mi", "min_mi") if last.get(key) is not None]
+        losses = [
+            f"{key} {last[key]:.3f}" for key in ("loss", *(term.name for term in TERMS)) if last.get(key) is not None
+        ]
         told["losses"] = ", ".join(losses)
         told["speed"] = f"{last['images_per_s']:,.0f} images/s, {100 * last['data_wait']:.1f} % of it waiting for data"
     if epoch and epoch.get("knn") is not None:
