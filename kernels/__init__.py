@@ -8,6 +8,7 @@ N views, L patches, K visible, M targets, T tokens, D width, P patch size.
 from mimae.kernels.club import club_grad, club_terms
 from mimae.kernels.embed_visible import embed_visible
 from mimae.kernels.fill_masked import fill_masked
+from mimae.kernels.flops import FLOPS
 from mimae.kernels.infonce import infonce_grad, infonce_lse
 from mimae.kernels.orthogonal_masks import orthogonal_masks
 from mimae.kernels.philox import philox4x32, philox_words
@@ -17,6 +18,7 @@ from mimae.kernels.runtime import prefer, reason
 from mimae.kernels.view_latents import view_latents
 
 __all__ = [
+    "FLOPS",
     "club_grad",
     "club_terms",
     "embed_visible",

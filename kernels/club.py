@@ -11,6 +11,8 @@ bytes). The share keeps them below a twentieth of the rest, so both are within 1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,11 @@ def _check(z: Tensor, mu: Tensor, log_s2: Tensor, *of_dimensions: Tensor) -> Non
 def _club_terms(
     z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(z, mu, log_s2, mean, variance)
+    return launch_forward(z, mu, log_s2, mean, variance)
 
 
 @_club_terms.register_fake
-def _(z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     club = z.new_empty((), dtype=torch.float32)
     inverse = z.new_empty(z.shape[2], dtype=torch.float32)
     return club, torch.empty_like(club), inverse, torch.empty_like(inverse)
@@ -97,26 +99,17 @@ def _club_grad(
     mu_inverse_sum: Tensor,
     images: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(z, mu, log_s2, mean, variance, inverse_sum, mu_inverse_sum, images)
+    return launch_backward(z, mu, log_s2, mean, variance, inverse_sum, mu_inverse_sum, images)
 
 
 @_club_grad.register_fake
-def _(
-    z: Tensor,
-    mu: Tensor,
-    log_s2: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    inverse_sum: Tensor,
-    mu_inverse_sum: Tensor,
-    images: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, mu: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     d_z = z.new_empty(z.shape, dtype=torch.float32)
     d_mu = d_z.new_empty(mu.shape)
     return d_z, d_mu, torch.empty_like(d_mu)
 
 
-def forward(
+def launch_forward(
     z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches: as `club_terms`."""
@@ -164,7 +157,7 @@ def forward(
     return club, nll, inverse, mu_inverse
 
 
-def backward(
+def launch_backward(
     z: Tensor,
     mu: Tensor,
     log_s2: Tensor,

@@ -92,7 +92,7 @@ def _embed_visible(
     std: Tensor,
     product: torch.dtype,
 ) -> Tensor:
-    return forward(images, visible, weight, bias, pos, cls, mean, std, product)
+    return launch_forward(images, visible, weight, bias, pos, cls, mean, std, product)
 
 
 @_embed_visible.register_fake
@@ -116,13 +116,12 @@ def _empty_tokens(
 def _embed_visible_backward(
     d_tokens: Tensor, images: Tensor, visible: Tensor, mean: Tensor, std: Tensor, patch: int, product: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return backward(d_tokens, images, visible, mean, std, patch, product)
+    return launch_backward(d_tokens, images, visible, mean, std, patch, product)
 
 
 @_embed_visible_backward.register_fake
-def _empty_gradients(
-    d_tokens: Tensor, images: Tensor, visible: Tensor, mean: Tensor, std: Tensor, patch: int, product: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _empty_gradients(d_tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, patch, _ = others
     D = d_tokens.shape[-1]
     d_weight = d_tokens.new_empty(D, 3, patch, patch, dtype=torch.float32)
     return d_weight, d_tokens.new_empty(D, dtype=torch.float32)
@@ -151,7 +150,7 @@ def _backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor | None, ...]:
 _embed_visible.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(
+def launch_forward(
     images: Tensor,
     visible: Tensor,
     weight: Tensor,
@@ -214,7 +213,7 @@ def forward(
     return tokens
 
 
-def backward(
+def launch_backward(
     d_tokens: Tensor, images: Tensor, visible: Tensor, mean: Tensor, std: Tensor, patch: int, product: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Two launches: sums over parts of the rows, then the gradients of weight (D, 3, P, P) and bias (D,), in fp32."""

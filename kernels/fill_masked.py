@@ -77,7 +77,7 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("mimae::fill_masked", mutates_args=())
 def _fill_masked(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
-    return forward(tokens, visible, targets, mask_token, pos)
+    return launch_forward(tokens, visible, targets, mask_token, pos)
 
 
 @_fill_masked.register_fake
@@ -90,7 +90,7 @@ def _empty_rows(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Te
 def _fill_masked_backward(
     d_rows: Tensor, shown: int, dtype: torch.dtype, mask_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return backward(d_rows, shown, dtype, mask_dtype)
+    return launch_backward(d_rows, shown, dtype, mask_dtype)
 
 
 @_fill_masked_backward.register_fake
@@ -112,7 +112,7 @@ def _backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
 _fill_masked.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+def launch_forward(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
     """Three launches: as `fill_masked`. Every 32 views are read and written alike."""
     rows = _empty_rows(tokens, visible, targets, mask_token, pos)
     (B, N, _, width), patches = tokens.shape, pos.shape[0] - 1
@@ -139,7 +139,7 @@ def forward(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor
     return rows
 
 
-def backward(d_rows: Tensor, shown: int, dtype: torch.dtype, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def launch_backward(d_rows: Tensor, shown: int, dtype: torch.dtype, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One launch and a sum: the gradient of the rows (B, N, T, Dd) -> that of the tokens, the first `shown` of each
     view, in `dtype`, and that of the mask token (Dd,) in `mask_dtype`."""
     B, N, length, width = d_rows.shape

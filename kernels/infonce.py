@@ -26,7 +26,7 @@ gradient, latents once per tile of rows, the panel once per tile of D, and on on
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,11 +81,11 @@ def _check(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor 
 
 @torch.library.custom_op("mimae::infonce_lse", mutates_args=())
 def _infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    return forward(rows, columns, offset, tau)
+    return launch_forward(rows, columns, offset, tau)
 
 
 @_infonce_lse.register_fake
-def _(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     b, N, _ = rows.shape
     lse, positives = (rows.new_empty(b, N, N, dtype=torch.float32) for _ in range(2))
     return lse, positives
@@ -93,11 +93,11 @@ def _(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, 
 
 @torch.library.custom_op("mimae::infonce_grad", mutates_args=())
 def _infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    return backward(rows, columns, offset, tau, lse)
+    return launch_backward(rows, columns, offset, tau, lse)
 
 
 @_infonce_grad.register_fake
-def _(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape, dtype=torch.float32), rows.new_empty(1, dtype=torch.float32)
 
 
@@ -129,7 +129,7 @@ def _ceil(size: int, divisor: int) -> int:
     return -(-size // divisor)
 
 
-def forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
+def launch_forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Launches `infonce_lse`."""
     (b, N, D), B = rows.shape, columns.shape[0]
     tiles = _tiles(rows, columns)
@@ -184,7 +184,7 @@ def forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Te
     return lse, positives
 
 
-def backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Launches `infonce_grad`."""
     (b, N, D), B = rows.shape, columns.shape[0]
     tiles = _tiles(rows, columns)

@@ -9,6 +9,7 @@ and each list written once, ascending: neighbouring lanes write neighbouring pla
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,11 @@ def orthogonal_masks(
     return draw(signed_seed, epoch, sample_ids.to(torch.int64), num_patches, num_views, num_visible)
 
 
-def forward(
+def launch_forward(
     seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
 ) -> tuple[Tensor, Tensor]:
     """One launch: as `orthogonal_masks`, of a seed in two's complement."""
-    visible, hidden = _empty_lists(seed, epoch, sample_ids, num_patches, num_views, num_visible)
+    visible, hidden = _empty_lists(sample_ids, num_patches, num_views, num_visible)
     size = max(4, 1 << (num_patches - 1).bit_length())
     launch(
         _draw,
@@ -73,20 +74,22 @@ def forward(
 def _orthogonal_masks(
     seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
 ) -> tuple[Tensor, Tensor]:
-    return forward(seed, epoch, sample_ids, num_patches, num_views, num_visible)
+    return launch_forward(seed, epoch, sample_ids, num_patches, num_views, num_visible)
 
 
-@_orthogonal_masks.register_fake
-def _empty_lists(
-    seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
-) -> tuple[Tensor, Tensor]:
+def _empty_lists(sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int) -> tuple[Tensor, Tensor]:
     shape = (sample_ids.shape[0], num_views)
     visible = sample_ids.new_empty(*shape, num_visible, dtype=torch.int32)
     return visible, sample_ids.new_empty(*shape, num_patches - num_visible, dtype=torch.int32)
 
 
+@_orthogonal_masks.register_fake
+def _fake(seed: int, epoch: int, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty_lists(*others)
+
+
 if native.LOADED:
-    torch.library.register_fake("mimae::orthogonal_masks_native", _empty_lists)
+    torch.library.register_fake("mimae::orthogonal_masks_native", _fake)
 
 
 # Else the epochs 0, 1 and 2 would each have a binary of its own.

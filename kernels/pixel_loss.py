@@ -102,20 +102,12 @@ def _pixel_loss(
     scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    return forward(predictions, images, targets, mean, std, normalize, scale, with_gradient)
+    return launch_forward(predictions, images, targets, mean, std, normalize, scale, with_gradient)
 
 
 @_pixel_loss.register_fake
-def _(
-    predictions: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    normalize: bool,
-    scale: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+def _(predictions: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, with_gradient = others
     return predictions.new_empty((), dtype=torch.float32), _empty_gradient(predictions, with_gradient)
 
 
@@ -140,7 +132,7 @@ def _backward(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor | None, ...]:
             "call pixel_loss again, or add the losses before one backward pass"
         )
     ctx.is_spent = True
-    backward(d_predictions, weight, ctx.factor)
+    launch_backward(d_predictions, weight, ctx.factor)
     return d_predictions, None, None, None, None, None, None, None
 
 
@@ -158,7 +150,7 @@ def _empty_gradient(predictions: Tensor, with_gradient: bool) -> Tensor:
     return torch.empty(predictions.shape if with_gradient else 0, dtype=predictions.dtype, device=predictions.device)
 
 
-def forward(
+def launch_forward(
     predictions: Tensor,
     images: Tensor,
     targets: Tensor,
@@ -206,7 +198,7 @@ def forward(
     return sums.sum() * (scale / size), d_predictions
 
 
-def backward(values: Tensor, weight: Tensor, factor: float) -> None:
+def launch_backward(values: Tensor, weight: Tensor, factor: float) -> None:
     """One launch: multiplies `values` in place by weight, a scalar on the device, and factor; by 1, touches nothing."""
     launch(
         _scale,

@@ -66,11 +66,11 @@ def _check(tokens: Tensor, visible: Tensor | None, first: int) -> None:
 
 @torch.library.custom_op("mimae::view_latents", mutates_args=())
 def _view_latents(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(tokens, visible, first)
+    return launch_forward(tokens, visible, first)
 
 
 @_view_latents.register_fake
-def _(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(tokens: Tensor, visible: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, N = (tokens if visible is None else visible).shape[:2]
     z = tokens.new_empty(B, N, tokens.shape[-1], dtype=torch.float32)
     return z, torch.empty_like(z), z.new_empty(2, z.shape[-1])
@@ -86,19 +86,12 @@ def _view_latents_backward(
     length: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return backward(z, d_z, d_u, visible, first, length, dtype)
+    return launch_backward(z, d_z, d_u, visible, first, length, dtype)
 
 
 @_view_latents_backward.register_fake
-def _(
-    z: Tensor,
-    d_z: Tensor | None,
-    d_u: Tensor | None,
-    visible: Tensor | None,
-    first: int,
-    length: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(z: Tensor, *others: Any) -> Tensor:
+    *_, visible, _, length, dtype = others
     return z.new_empty(_shape_of_tokens(z, visible, length), dtype=dtype)
 
 
@@ -126,7 +119,7 @@ def _backward(ctx: Any, d_z: Tensor | None, d_u: Tensor | None, d_moments: None)
 _view_latents.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches: as `view_latents`."""
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
@@ -182,7 +175,7 @@ def forward(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor,
     return z, u, moments
 
 
-def backward(
+def launch_backward(
     z: Tensor,
     d_z: Tensor | None,
     d_u: Tensor | None,

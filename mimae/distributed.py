@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -47,14 +48,27 @@ _joined: list[_Joined] = []
 """The calls of `setup` that no `shutdown` has ended yet; the first one is the outermost."""
 
 
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this thread acts as the only rank of a run: it waits for no other, and counts what one would compute."""
+    before = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(before)
+
+
 def rank() -> int:
     """Return this process's place among all ranks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _is_alone.get() else 0
 
 
 def world_size(group: Group | None = None) -> int:
     """Return the number of ranks of the run, or of a group of them."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_initialized() and not _is_alone.get() else 1
 
 
 def setup(patience: float | None = None) -> torch.device:

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 LAYERS = (
     {"kernels", "text", "errors", "reading", "files", "messages", "place", "config.section"},
     {"settings"},
+    {"model.geometry", "objective.terms"},
     {"config"},
     {"randomness", "unpickling"},
     {"distributed"},

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimae.config.recipe import Recipe
+from mimae.model.geometry import geometry
 
 _STATE = {
     "patch_embed.": "encoder.patch_embed.proj.",
@@ -60,11 +61,10 @@ class EagerMIMAE(nn.Module):
         super().__init__()
         model, decoder, self.objective = recipe.model, recipe.decoder, recipe.objective
         self.patch_size = model.patch_size
-        height, width = recipe.data.size_hw
-        grid = (height // self.patch_size, width // self.patch_size)
-        num_patches = grid[0] * grid[1]
-        self.num_masks = recipe.masking.num_masks
-        self.num_visible = recipe.masking.num_visible(num_patches)
+        sizes = geometry(recipe)
+        grid = (sizes.grid.rows, sizes.grid.columns)
+        num_patches = sizes.grid.patches
+        self.num_masks, self.num_visible = sizes.views, sizes.visible
 
         self.patch_embed = nn.Conv2d(3, model.width, self.patch_size, stride=self.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, model.width))
@@ -77,7 +77,7 @@ class EagerMIMAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos(grid, decoder.width), requires_grad=False)
         self.decoder_blocks = transformer(decoder.depth, decoder.width, decoder.heads)
         self.decoder_norm = nn.LayerNorm(decoder.width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder.width, 3 * self.patch_size**2)
+        self.decoder_pred = nn.Linear(decoder.width, sizes.grid.values)
 
         self.posterior = self.projector = self.log_temperature = None
         if self.objective.min_mi > 0:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
+from mimae.model.geometry import geometry
 
 State = dict[str, Tensor]
 
@@ -27,9 +28,8 @@ class TransformersMAE(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         transformers = _optional("transformers", "transformers")
-        side, num_patches = _square(recipe)
+        side, sizes = _square(recipe), geometry(recipe)
         model, decoder = recipe.model, recipe.decoder
-        num_visible = recipe.masking.num_visible(num_patches)
         self.mae = transformers.ViTMAEForPreTraining(
             transformers.ViTMAEConfig(
                 hidden_size=model.width,
@@ -44,7 +44,7 @@ class TransformersMAE(nn.Module):
                 decoder_num_attention_heads=decoder.heads,
                 decoder_intermediate_size=4 * decoder.width,
                 # It keeps int(L (1 - ratio)) patches: half a patch more than ours survives the rounding.
-                mask_ratio=1 - (num_visible + 0.5) / num_patches,
+                mask_ratio=1 - (sizes.visible + 0.5) / sizes.grid.patches,
                 norm_pix_loss=recipe.objective.normalize_pixels,
                 attn_implementation="sdpa",
             )
@@ -53,7 +53,7 @@ class TransformersMAE(nn.Module):
         embeddings = self.mae.vit.embeddings
         embeddings.patch_embeddings.projection._is_hf_initialized = False
         embeddings.initialize_weights()
-        self.mae.decoder.initialize_weights(num_patches)
+        self.mae.decoder.initialize_weights(sizes.grid.patches)
 
     @property
     def blocks(self) -> Any:
@@ -79,10 +79,10 @@ class LightlyMAE(nn.Module):
         super().__init__()
         modules = _optional("lightly.models.modules", "lightly")
         self.utils: Any = _optional("lightly.models.utils", "lightly")
-        side, num_patches = _square(recipe)
+        side, sizes = _square(recipe), geometry(recipe)
         model, decoder = recipe.model, recipe.decoder
         self.patch_size = model.patch_size
-        self.num_visible = recipe.masking.num_visible(num_patches)
+        self.num_visible = sizes.visible
         self.normalize = recipe.objective.normalize_pixels
         self.backbone = modules.MaskedVisionTransformerTIMM(
             VisionTransformer(
@@ -97,7 +97,7 @@ class LightlyMAE(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated in favour of one without embedding and head
             self.decoder = modules.MAEDecoderTIMM(
-                num_patches=num_patches,
+                num_patches=sizes.grid.patches,
                 patch_size=model.patch_size,
                 embed_dim=model.width,
                 decoder_embed_dim=decoder.width,
@@ -166,12 +166,12 @@ def _load(module: nn.Module, weights: State, keep: tuple[str, ...]) -> None:
         ) from error
 
 
-def _square(recipe: Recipe) -> tuple[int, int]:
-    """Side in pixels and number of patches."""
+def _square(recipe: Recipe) -> int:
+    """Return the side of the image in pixels. Raises UserError where images are not square."""
     height, width = recipe.data.size_hw
     if height != width:
         raise UserError(f"transformers and lightly take square images, data.image_size is [{height}, {width}]")
-    return height, (height // recipe.model.patch_size) ** 2
+    return height
 
 
 _RENAMED = [

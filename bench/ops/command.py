@@ -75,7 +75,7 @@ def traffic(
 
     from mimae.bench.ops import offline
     from mimae.bench.ops.cases import chosen
-    from mimae.bench.ops.traffic import BOUNDS, WIDTH, beyond_bounds, count, flaws, render, show
+    from mimae.bench.ops.traffic import WIDTH, beyond_bounds, bound_of, count, flaws, render, show
     from mimae.errors import UserError
     from mimae.kernels import runtime
 
@@ -97,7 +97,7 @@ def traffic(
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {json_file}")
-    beyond = [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])]
+    beyond = [line for row in result["traffic"] for line in beyond_bounds(row, bound_of(row["op"]))]
     beyond += [line for binary in result["machine_code"] for line in flaws(binary)]
     for line in beyond:
         print(f"beyond its bound: {line}")

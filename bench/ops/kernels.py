@@ -13,22 +13,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mimae import kernels
 from mimae.bench.machine import Product, matmul_rate, resident_peak, synchronize
-from mimae.bench.ops.cases import Case, Inputs, Pass, Size, named, numbers
+from mimae.bench.ops.cases.case import Case, Inputs, Pass, Size, numbers
 from mimae.bench.ops.traffic import eager as eager_traffic
 from mimae.kernels.runtime import Impl, chosen, watching
-from mimae.objective.objective import CLUB, InfoNCE
 
 BATCHES = (256, 1024, 4096)
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
@@ -58,79 +54,10 @@ class Form(NamedTuple):
     """Of the ops that it calls, in backward too."""
 
 
-# The ops as the model calls them
-
-
-def _embed(x: Inputs) -> Results:
-    arguments = named(x, ("images", "visible", "weight", "bias", "pos", "cls", "mean", "std"))
-    with torch.autocast(x["images"].device.type, x["product"], enabled=x["product"] != torch.float32):
-        return [kernels.embed_visible(**arguments)]
-
-
-def _fill(x: Inputs) -> Results:
-    return [kernels.fill_masked(**named(x, ("tokens", "visible", "targets", "mask_token", "pos")))]
-
-
-def _compare(x: Inputs) -> Results:
-    arguments = named(x, ("predictions", "images", "targets", "mean", "std"))
-    return [kernels.pixel_loss(**arguments, normalize=True, scale=1 / x["targets"].numel())]
-
-
-def _draw(x: Inputs) -> Results:
-    return kernels.orthogonal_masks(0, 0, **x)
-
-
-def _club(x: Inputs) -> Results:
-    if "moments" not in x:  # in training `view_latents` has them at hand
-        flat = x["z"].detach().flatten(0, 1)
-        variance, mean = torch.var_mean(flat, 0, correction=0)
-        x["moments"] = torch.stack([mean, variance * len(flat)])
-    return CLUB.apply(x["z"], x["mu"], x["log_s2"], x["moments"])
-
-
-PUBLIC: dict[str, Callable[[Inputs], Results]] = {
-    "orthogonal_masks": _draw,
-    "embed_visible": _embed,
-    "fill_masked": _fill,
-    "pixel_loss": _compare,
-    "view_latents": lambda x: kernels.view_latents(x["tokens"], first=1)[:2],
-    "infonce": lambda x: [InfoNCE.apply(x["u"], x["u"].detach(), x["tau"])],
-    "club": _club,
-}
-
-
-def chunked_infonce(x: Inputs, rows: int = 512) -> Results:
-    """InfoNCE whose logits exist for some rows at a time, and again in backward; u (N, B, D)."""
-    u, tau = x["u"], x["tau"]
-
-    def part(a: Tensor, b: Tensor, first: int) -> Tensor:
-        labels = torch.arange(first, first + len(a), device=u.device)
-        return F.cross_entropy((a @ b.T).float() / tau, labels, reduction="sum")
-
-    views, images = u.shape[:2]
-    terms = [
-        checkpoint(part, u[a, first : first + rows], u[b], first, use_reentrant=False)
-        for a in range(views)
-        for b in range(views)
-        if a != b
-        for first in range(0, images, rows)
-    ]
-    return [torch.stack(terms).sum() / (images * views * (views - 1))]
-
-
-def _infcl(x: Inputs) -> Results:
-    """The `inf-cl` package's fused loss, for each ordered pair of views; u (N, B, D)."""
-    from inf_cl import cal_flash_loss
-
-    u, pairs = x["u"], [(a, b) for a in range(len(x["u"])) for b in range(len(x["u"])) if a != b]
-    labels = torch.arange(u.shape[1], device=u.device)
-    return [torch.stack([cal_flash_loss(u[a], u[b], labels, 1 / x["tau"]).mean() for a, b in pairs]).mean()]
-
-
 def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
     """The contenders of an op on a device, by name; `fused` where the op has one there."""
 
-    public = PUBLIC[case.op]
+    public = case.public
     found = {"reference": Form(public, prepared=False, impl="reference")}
     automatic = chosen(case.op, torch.empty(0, device=device))
     if automatic != "reference":
@@ -140,11 +67,7 @@ def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
         torch._dynamo.reset()  # past eight shapes of one function it would run as it is
         found["compiled"] = Form(torch.compile(case.eager, dynamic=False), prepared=True)
         found["compiled reference"] = found["reference"]._replace(call=torch.compile(public, dynamic=False))
-    if case.op == "infonce":
-        found["chunked"] = Form(chunked_infonce, prepared=True)
-        if device.type == "cuda" and find_spec("inf_cl") is not None:
-            found["inf-cl"] = Form(_infcl, prepared=True)
-    return found
+    return found | {name: Form(call, prepared=True) for name, call in case.others(device).items()}
 
 
 # One contender

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mimae.bench.ops.cases import Case, Size, chosen, recorded
+from mimae.bench.ops.cases import chosen
+from mimae.bench.ops.cases.case import Case, Size, recorded
 from mimae.kernels import runtime
 from mimae.kernels.runtime import H100, Launch, Target
 

@@ -9,9 +9,8 @@ Nothing depends on the machine, so a bound that holds here holds in CI; the verb
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimae.bench.ops import offline
-from mimae.bench.ops.cases import Case, Inputs, Pass, Size, chosen, numbers, recorded
+from mimae.bench.ops.cases import chosen
+from mimae.bench.ops.cases.case import Bound, Case, Inputs, Pass, Size, numbers, recorded
 from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
 from mimae.kernels.runtime import H100, Launch, Target
 
@@ -35,94 +35,8 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 Row = dict[str, Any]
 
 
-class Point(NamedTuple):
-    """Where a case is counted."""
-
-    batch: int
-    processors: int = 1
-    """Of the GPU that the launchers see: grids that fill it are small."""
-    width: int | None = None
-    """Latent width, where not that of the size."""
-
-
-def _images_and_programs(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
-    return [1, batch, sum(math.prod(launch.grid) for launch in launches)]
-
-
-def _tiles_and_panels(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
-    """Tiles are squares of the batch; the gradient of all latents is read and written again for each panel of weights,
-    of a pair of launches."""
-    squares, latents, panels = batch**2, batch * size.width, len(launches)
-    return [squares * size.width, squares, latents * panels, latents, batch * panels, batch, panels]
-
-
-class Count(NamedTuple):
-    """How a pass is counted."""
-
-    points: Sequence[Point]
-    terms: Callable[[Size, int, Sequence[Launch]], list[float]] = _images_and_programs
-    """The quantities of which the traffic is a linear function."""
-    adaptive: Sequence[str] = ()
-    """`kernel.PARAMETER`s that follow the size of the grid, and need not be those of production."""
-
-
-_two_by_two = [Point(batch, width=width) for batch in (256, 512) for width in (128, 256)]
-
-COUNTS = {
-    "orthogonal_masks": Count((Point(1), Point(2), Point(3))),
-    # More processors than large tiles would get small ones.
-    "embed_visible": Count((Point(1, 6), Point(2, 6), Point(5, 6), Point(6, 6))),
-    # A part of the rows for 18 processors, at ViT-L for 24.
-    "embed_visible backward": Count((Point(1, 24), Point(2, 24), Point(1, 48), Point(2, 48))),
-    # 32 views, of 8 images, share the positions.
-    "fill_masked": Count((Point(1), Point(2), Point(3), Point(9))),
-    "fill_masked backward": Count((Point(1), Point(2), Point(3), Point(13))),
-    "pixel_loss": Count((Point(1), Point(2), Point(3))),
-    "pixel_loss backward": Count((Point(1), Point(2), Point(3), Point(5))),
-    "view_latents": Count((Point(4, 1), Point(4, 2), Point(6, 1), Point(8, 2)), adaptive=("_merge.ROWS",)),
-    "view_latents backward": Count((Point(1), Point(2), Point(3))),
-    "club_terms": Count((Point(48, 1), Point(48, 2), Point(96, 2), Point(64, 4))),
-    "club_grad": Count((Point(48, 1), Point(48, 2), Point(96, 2), Point(64, 4))),
-    "infonce_lse": Count(
-        [*_two_by_two, Point(768, width=128), Point(256)], _tiles_and_panels, adaptive=("_partial_kernel.D",)
-    ),
-    # The first four have a panel for every tile of rows, the others for two and for all.
-    "infonce_grad": Count(
-        [*_two_by_two, Point(512, width=384), Point(512, width=512), Point(256), Point(512), Point(384, width=256)],
-        _tiles_and_panels,
-        adaptive=("_weights_kernel.D", "_accumulate_kernel.D"),
-    ),
-}
-
-
 NEGLIGIBLE = 1 << 16
 """A pass that could do with fewer bytes is judged as if it could not: what its programs read of scalars counts."""
-
-
-class Bound(NamedTuple):
-    """What a case has to keep; None: it is stated only."""
-
-    issued: float | None = None
-    """Issued bytes of a pass, over its floor."""
-    unique: float | None = None
-    """Different bytes of a pass, over its floor."""
-    eager: float | None = None
-    """Bytes of eager PyTorch over issued ones, all passes."""
-    extra: float | None = None
-    """Memory beside inputs and results, over their sum."""
-    hopper: bool = False
-    """Its matrix products run on Hopper's warp-group instructions."""
-
-
-BOUNDS = {
-    "orthogonal_masks": Bound(issued=1.1),
-    "embed_visible": Bound(unique=1.1, hopper=True),
-    "fill_masked": Bound(issued=1.1, eager=2),
-    "pixel_loss": Bound(issued=1.1, eager=3),
-    "view_latents": Bound(issued=1.1),
-    "club": Bound(issued=1.1, eager=3),
-    "infonce": Bound(extra=1.0, hopper=True),
-}
 
 
 # Counting one case
@@ -137,7 +51,7 @@ def measure(op: str, size: Size) -> Row:
 
 
 def _measure_pass(case: Case, fused: Pass, size: Size, inputs: Inputs) -> Row:
-    count = COUNTS[fused.name]
+    count = fused.counted
     with TorchTraffic() as operators:
         launches, results = recorded(fused, inputs, H100)
     rows, counts = [], []
@@ -254,6 +168,12 @@ def count(cases: Sequence[Case], processes: int) -> list[Row]:
 # Judging and showing
 
 
+def bound_of(op: str) -> Bound:
+    """Return what the case of an op has to keep."""
+    (case,) = chosen([op])
+    return case.bound
+
+
 def eager_ratio(row: Row) -> float:
     """Bytes of eager PyTorch over those that the fused passes issue."""
     eager = row["eager"]["forward_bytes"] + row["eager"]["backward_bytes"]
@@ -284,7 +204,7 @@ def flaws(binary: Row) -> list[str]:
         found.append(f"{binary['local_bytes']} bytes of a thread spilled")
     if not binary["fits"]:
         found.append(f"{binary['shared_bytes']} bytes of shared memory do not fit")
-    if BOUNDS[binary["op"]].hopper and binary["capability"] == 90 and "HMMA" in binary["matrix"]:
+    if bound_of(binary["op"]).hopper and binary["capability"] == 90 and "HMMA" in binary["matrix"]:
         found.append("matrix products of one warp, where Hopper has those of four")
     where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
     return [f"{where}: {flaw}" for flaw in found]

@@ -28,7 +28,7 @@ from mimae.bench.step.step import batch_of
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.plan.communication import traffic
 from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
@@ -137,9 +137,9 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
     images = batch_of(recipe)[: recipe.schedule.batch_size // ranks]
     ids = torch.arange(len(images))
     for _ in range(steps):
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, 0, ids, engine.model.encoder.num_patches)
+        visible, targets = views(recipe, recipe.seed, 0, ids)
         with engine.accumulate(is_last=True):
-            losses = engine.forward(images, visible, masking.targets(recipe.decoder.predict, visible, hidden))
+            losses = engine.forward(images, visible, targets)
             engine.backward(losses.loss)
         engine.step(1.0)
 

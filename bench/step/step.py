@@ -33,11 +33,12 @@ from mimae.bench.machine import Product, matmul_rate, resident_bytes, synchroniz
 from mimae.config.recipe import Recipe
 from mimae.engines.base import compile_units, will_compile
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.geometry import geometry
 from mimae.model.groups import groups
+from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
 from mimae.optim.optimizer import Optimizer
-from mimae.plan.flops import step_flops, targets
+from mimae.plan.flops import step_flops
 from mimae.randomness import whole_parts
 
 State = Mapping[str, Tensor]
@@ -77,8 +78,7 @@ class Contender(ABC):
     def __init__(self, recipe: Recipe, module: nn.Module, images: Tensor) -> None:
         """images: what the module takes as its first argument, on its device."""
         self.recipe, self.module, self.images = recipe, module, images
-        height, width = recipe.data.size_hw
-        self.num_patches = (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
+        self.num_patches = geometry(recipe).grid.patches
         self.compiled = will_compile(recipe.compile, images.device)
 
     @abstractmethod
@@ -147,8 +147,7 @@ class Ours(Contender):
     def draw(self) -> tuple[Tensor, ...]:
         self.epoch += 1
         recipe = self.recipe
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, self.epoch, self.sample_ids, self.num_patches)
-        return visible, masking.targets(recipe.decoder.predict, visible, hidden)
+        return views(recipe, recipe.seed, self.epoch, self.sample_ids)
 
     def update(self) -> None:
         self.optimizer.step(1.0)
@@ -339,12 +338,11 @@ def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
 
 def _miniature(recipe: Recipe) -> Recipe:
     """A recipe with the same grid of patches and the same objective, and next to no memory."""
-    side = recipe.model.patch_size
-    height, width = recipe.data.size_hw
+    grid = geometry(recipe).grid
     small = {"width": 8, "depth": 1, "heads": 2}
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"image_size": (height // side, width // side)}),
+            "data": recipe.data.model_copy(update={"image_size": (grid.rows, grid.columns)}),
             "model": recipe.model.model_copy(update={**small, "patch_size": 1}),
             "decoder": recipe.decoder.model_copy(update=small),
             "schedule": recipe.schedule.model_copy(update={"batch_size": 2}),
@@ -368,12 +366,8 @@ def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch
 
 def products(recipe: Recipe) -> list[Product]:
     """The linear layers of the encoder and the decoder in one step."""
-    height, width = recipe.data.size_hw
-    model, decoder = recipe.model, recipe.decoder
-    patches = (height // model.patch_size) * (width // model.patch_size)
-    visible = recipe.masking.num_visible(patches)
-    views = recipe.schedule.batch_size * recipe.masking.num_masks
-    values = 3 * model.patch_size**2
+    model, decoder, sizes = recipe.model, recipe.decoder, geometry(recipe)
+    views, values = recipe.schedule.batch_size * sizes.views, sizes.grid.values
 
     def blocks(tokens: int, width: int, layers: int) -> list[Product]:
         inner_and_columns = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
@@ -384,7 +378,7 @@ def products(recipe: Recipe) -> list[Product]:
         shapes = [(width, width), (width, width), (width, 4 * width), (4 * width, width)]
         return [keys_and_values, *(Product(views * tokens, inner, columns, layers) for inner, columns in shapes)]
 
-    shown, wanted = 1 + visible, targets(recipe)
+    shown, wanted = 1 + sizes.visible, sizes.targets
     decode = (
         asking(wanted, shown, decoder.width, decoder.depth)
         if decoder.attention == "cross"
@@ -394,7 +388,7 @@ def products(recipe: Recipe) -> list[Product]:
         ]
     )
     return [
-        Product(views * visible, values, model.width),
+        Product(views * sizes.visible, values, model.width),
         *blocks(shown, model.width, model.depth),
         Product(views * shown, model.width, decoder.width),
         *decode,

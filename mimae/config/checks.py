@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from mimae.config.layers import text
-from mimae.config.recipe import Resolved, flat
+from mimae.config.recipe import Recipe, Resolved, flat
+from mimae.model.geometry import Grid
+from mimae.model.settings import MASK_KINDS
+from mimae.objective.terms import active
 from mimae.place import number
 
 Check = Callable[[Resolved], Iterator[str]]
@@ -29,23 +32,23 @@ def _check(*sections: str) -> Callable[[Check], Check]:
 
 @_check("data", "masking", "model")
 def _masks_fit(resolved: Resolved) -> Iterator[str]:
-    recipe, patch = resolved.recipe, resolved.recipe.model.patch_size
-    height, width = recipe.data.size_hw
+    recipe, patch, size_hw = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
     image_size, patch_size = _told(resolved, "data.image_size"), _told(resolved, "model.patch_size")
-    if height % patch or width % patch:
-        near = " x ".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
+    if any(side % patch for side in size_hw):
+        near = " x ".join(str(max(round(side / patch), 1) * patch) for side in size_hw)
         yield f"{image_size}: each side must be divisible by {patch_size}; the nearest is {near}"
         return
-    patches = (height // patch) * (width // patch)
+    patches = Grid.of(size_hw, patch).patches
     if patches < 2:
         yield f"{image_size}: one patch ({patch_size}); an image needs at least 2, one visible and one hidden"
         return
     visible = recipe.masking.num_visible(patches)
-    if recipe.masking.kind == "orthogonal" and recipe.masking.num_masks * visible > patches:
+    if MASK_KINDS[recipe.masking.kind].is_disjoint and recipe.masking.num_masks * visible > patches:
+        others = " or ".join(name for name, kind in MASK_KINDS.items() if not kind.is_disjoint)
         yield (
             f"{_told(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
             f"patches each ({_told(resolved, 'masking.ratio')}) are disjoint in an image of {patches}; "
-            "a higher masking.ratio or masking.kind=independent allows more"
+            f"a higher masking.ratio or masking.kind={others} allows more"
         )
 
 
@@ -96,21 +99,25 @@ def _warmup_ends(resolved: Resolved) -> Iterator[str]:
 
 @_check("masking", "objective")
 def _siblings(resolved: Resolved) -> Iterator[str]:
-    if resolved.recipe.objective.max_mi > 0 and resolved.recipe.masking.num_masks < 2:
+    if resolved.recipe.masking.num_masks > 1:
+        return
+    for key in _weights_of_terms_that_compare("views", resolved.recipe):
         yield (
-            f"{_told(resolved, 'objective.max_mi')}: compares the views of an image, and there is one: "
-            f"{_told(resolved, 'masking.num_masks')}; legal are at least 2 masks, or objective.max_mi=0"
+            f"{_told(resolved, key)}: compares the views of an image, and there is one: "
+            f"{_told(resolved, 'masking.num_masks')}; legal are at least 2 masks, or {key}=0"
         )
 
 
 @_check("decoder", "masking")
 def _next_view(resolved: Resolved) -> Iterator[str]:
     masking = resolved.recipe.masking
-    if resolved.recipe.decoder.predict != "next_view" or (masking.kind == "orthogonal" and masking.num_masks > 1):
+    is_disjoint = MASK_KINDS[masking.kind].is_disjoint
+    if resolved.recipe.decoder.predict != "next_view" or (is_disjoint and masking.num_masks > 1):
         return
+    disjoint = " or ".join(name for name, kind in MASK_KINDS.items() if kind.is_disjoint)
     yield (
         f"{_told(resolved, 'decoder.predict')}: predicts what another view shows and this one does not; legal are at "
-        f"least 2 orthogonal masks (here {_told(resolved, 'masking.kind')}, {_told(resolved, 'masking.num_masks')}), "
+        f"least 2 {disjoint} masks (here {_told(resolved, 'masking.kind')}, {_told(resolved, 'masking.num_masks')}), "
         "or decoder.predict=hidden"
     )
 
@@ -120,13 +127,17 @@ def _other_images(resolved: Resolved) -> Iterator[str]:
     recipe = resolved.recipe
     if recipe.schedule.batch_size // recipe.schedule.accumulate > 1:
         return
-    for key in ("max_mi", "min_mi"):
-        if getattr(recipe.objective, key) > 0:
-            yield (
-                f"{_told(resolved, f'objective.{key}')}: compares the images of a micro-batch, which has one "
-                f"({_told(resolved, 'schedule.batch_size')}, {_told(resolved, 'schedule.accumulate')}); "
-                f"legal are at least 2 images, or objective.{key}=0"
-            )
+    for key in _weights_of_terms_that_compare("images", recipe):
+        yield (
+            f"{_told(resolved, key)}: compares the images of a micro-batch, which has one "
+            f"({_told(resolved, 'schedule.batch_size')}, {_told(resolved, 'schedule.accumulate')}); "
+            f"legal are at least 2 images, or {key}=0"
+        )
+
+
+def _weights_of_terms_that_compare(what: Literal["views", "images"], recipe: Recipe) -> list[str]:
+    """Return the keys of the weights of those terms in use that need two views or two images."""
+    return [f"objective.{term.weight}" for term in active(recipe.objective) if what in term.compares]
 
 
 @_check("checkpoint", "telemetry", "data")

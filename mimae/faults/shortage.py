@@ -21,7 +21,8 @@ from mimae.config.recipe import Recipe
 from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
 from mimae.files import Folder
-from mimae.plan.advice import Fleet, advise
+from mimae.plan.advice import advise
+from mimae.plan.cost import Fleet
 from mimae.plan.gpus import GPU, device_name, find_gpu
 from mimae.plan.memory import Layout, memory, parameters
 from mimae.telemetry.clock import IN_PHASE

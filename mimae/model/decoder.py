@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
 from mimae.model.encoder import sincos_positions
+from mimae.model.geometry import Grid
 from mimae.model.settings import DecoderSettings, ModelSettings
 
 
@@ -23,18 +24,18 @@ class Decoder(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, settings: DecoderSettings, encoder: ModelSettings, grid: tuple[int, int]) -> None:
+    def __init__(self, settings: DecoderSettings, encoder: ModelSettings, grid: Grid) -> None:
         super().__init__()
         self.is_cross = settings.attention == "cross"
         self.checkpointing = encoder.checkpointing
         self.embed = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
-        self.register_buffer("pos_embed", sincos_positions(settings.width, *grid)[None], persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(settings.width, grid)[None], persistent=False)
         self.blocks = nn.ModuleList(
             Block(settings.width, settings.heads, encoder.attention) for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
-        self.head = nn.Linear(settings.width, 3 * encoder.patch_size**2)
+        self.head = nn.Linear(settings.width, grid.values)
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
+from mimae.model.geometry import Grid
 from mimae.model.settings import ModelSettings
 
 
-def sincos_positions(width: int, height_patches: int, width_patches: int) -> Tensor:
+def sincos_positions(width: int, grid: Grid) -> Tensor:
     """Fixed positions (1 + L, D): zeros for the class token, then sin and cos of the column in the first half of
     the channels, of the row in the second, at frequencies 10000^(-4i/D) (MAE's layout).
 
@@ -24,8 +25,8 @@ def sincos_positions(width: int, height_patches: int, width_patches: int) -> Ten
     with torch.device("cpu"):
         omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
         rows, columns = torch.meshgrid(
-            torch.arange(height_patches, dtype=torch.float64),
-            torch.arange(width_patches, dtype=torch.float64),
+            torch.arange(grid.rows, dtype=torch.float64),
+            torch.arange(grid.columns, dtype=torch.float64),
             indexing="ij",
         )
         angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
@@ -61,12 +62,11 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.grid = (image_size[0] // settings.patch_size, image_size[1] // settings.patch_size)
-        self.num_patches = self.grid[0] * self.grid[1]
+        self.grid = Grid.of(image_size, settings.patch_size)
         self.width = settings.width
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(settings.width, settings.patch_size)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
-        self.register_buffer("pos_embed", sincos_positions(settings.width, *self.grid)[None])
+        self.register_buffer("pos_embed", sincos_positions(settings.width, self.grid)[None])
         self.blocks = nn.ModuleList(
             Block(settings.width, settings.heads, settings.attention, settings.mlp) for _ in range(settings.depth)
         )
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
         -> tokens (B, N, 1+K, D) after the final norm."""
         if visible is None:
-            every = torch.arange(self.num_patches, device=images.device, dtype=torch.int32)
+            every = torch.arange(self.grid.patches, device=images.device, dtype=torch.int32)
             visible = every.expand(images.shape[0], 1, -1)
         tokens = self.patch_embed["proj"](images, visible, self.pos_embed[0], self.cls_token[0, 0], self.mean, self.std)
         return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing))

@@ -1,37 +1,71 @@
-"""Masks: which patches each view of an image shows and which it predicts."""
+"""Masks: which patches each view of an image shows and which it predicts.
+
+To add a kind, name it in `MaskingSettings.kind`, describe it in `settings.MASK_KINDS`, and draw it in DRAWS.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mimae import kernels
+from mimae.kernels import orthogonal_masks
+from mimae.model.geometry import Grid, Sections
 from mimae.model.settings import MaskingSettings, Predict
 
 
-def draw(
-    masking: MaskingSettings, seed: int, epoch: int, sample_ids: Tensor, num_patches: int
-) -> tuple[Tensor, Tensor]:
-    """Draws the masks of a batch on the device of `sample_ids` (B,).
+class Draw(Protocol):
+    """A function that draws the masks of a batch."""
 
-    Returns visible (B, N, K) and hidden (B, N, L - K), int32, ascending in each view: a pure function of
-    (seed, epoch, sample_id). Independent views draw their own permutation each, from the key of
-    seed + view * 2^32 (a recipe's seed is below 2^32), so that with N=1 the two kinds agree.
+    def __call__(
+        self, seed: int, epoch: int, sample_ids: Tensor, grid: Grid, num_views: int, num_visible: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return visible (B, N, K) and hidden (B, N, L - K) on the device of `sample_ids` (B,).
+
+        Both are int32 patch ids, ascending in each view, and a pure function of (seed, epoch, sample_id).
+        """
+
+
+def _orthogonal(
+    seed: int, epoch: int, sample_ids: Tensor, grid: Grid, num_views: int, num_visible: int
+) -> tuple[Tensor, Tensor]:
+    """Split one random permutation of the patches over the views of an image."""
+    return orthogonal_masks(seed, epoch, sample_ids, grid.patches, num_views, num_visible)
+
+
+def _independent(
+    seed: int, epoch: int, sample_ids: Tensor, grid: Grid, num_views: int, num_visible: int
+) -> tuple[Tensor, Tensor]:
+    """Draw a permutation for each view, from the key of seed + view * 2^32 (a recipe's seed is below 2^32).
+
+    With N=1 the masks are those of `_orthogonal`.
     """
-    visible = masking.num_visible(num_patches)
-    if masking.kind == "orthogonal":
-        return kernels.orthogonal_masks(seed, epoch, sample_ids, num_patches, masking.num_masks, visible)
-    views = [
-        kernels.orthogonal_masks(seed + (view << 32), epoch, sample_ids, num_patches, 1, visible)
-        for view in range(masking.num_masks)
-    ]
-    return torch.cat([v for v, _ in views], 1), torch.cat([h for _, h in views], 1)
+    views = [_orthogonal(seed + (view << 32), epoch, sample_ids, grid, 1, num_visible) for view in range(num_views)]
+    return torch.cat([visible for visible, _ in views], 1), torch.cat([hidden for _, hidden in views], 1)
+
+
+DRAWS: dict[str, Draw] = {"orthogonal": _orthogonal, "independent": _independent}
+"""How masks are drawn, by masking.kind."""
+
+
+def draw(masking: MaskingSettings, seed: int, epoch: int, sample_ids: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Draw the masks of a batch: visible (B, N, K) and hidden (B, N, L - K), as `Draw` describes them."""
+    num_visible = masking.num_visible(grid.patches)
+    return DRAWS[masking.kind](seed, epoch, sample_ids, grid, masking.num_masks, num_visible)
 
 
 def targets(predict: Predict, visible: Tensor, hidden: Tensor) -> Tensor:
-    """What each view's decoder predicts, of visible (B, N, K) and hidden (B, N, L - K) patch ids -> (B, N, M).
+    """Return the patches (B, N, M) that each view's decoder predicts, given visible (B, N, K) and hidden (B, N, L - K).
 
     hidden: all that the view hides, M = L - K. next_view: what the next view shows, the first after the last, M = K;
-    orthogonal views then have every visible patch predicted once per image, from another view.
+    disjoint views then have every visible patch predicted once per image, from another view.
     """
     return hidden if predict == "hidden" else visible.roll(-1, 1)
+
+
+def views(recipe: Sections, seed: int, epoch: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what each view of a batch shows and predicts: visible (B, N, K) and targets (B, N, M)."""
+    grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
+    visible, hidden = draw(recipe.masking, seed, epoch, sample_ids, grid)
+    return visible, targets(recipe.decoder.predict, visible, hidden)

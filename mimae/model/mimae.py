@@ -50,10 +50,10 @@ class MIMAE(Model):
         # Latents and losses are fp32 (or float64) whatever the precision of the networks.
         exact = torch.autocast(images.device.type, enabled=False)
         with exact:
-            latents = self.objective.latents(tokens)
+            started = self.objective.start(tokens)
         predictions = self.decoder(tokens, visible, targets)
         with exact:
-            return self.objective(predictions, latents, images, targets, self.encoder.mean, self.encoder.std)
+            return self.objective(predictions, started, images, targets, self.encoder.mean, self.encoder.std)
 
     def predict(self, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
         """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,17 @@ SIZES = {
     "giant": {"patch_size": 14, "width": 1408, "depth": 40, "heads": 16, "mlp_width": 6144},
     "gigantic": {"patch_size": 14, "width": 1664, "depth": 48, "heads": 16, "mlp_width": 8192},
 }
+
+
+class MaskKind(NamedTuple):
+    """What the checks of settings have to know of a kind of masks; `masking.DRAWS` says how they are drawn."""
+
+    is_disjoint: bool
+    """Whether the views of an image share no patch; N K must then be at most L."""
+
+
+MASK_KINDS = {"orthogonal": MaskKind(is_disjoint=True), "independent": MaskKind(is_disjoint=False)}
+"""Every legal value of masking.kind."""
 
 Predict = Literal["hidden", "next_view"]
 """Which patches each view's decoder predicts, see `targets`."""

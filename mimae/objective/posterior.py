@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mimae.model.geometry import Grid
+
 _LOG_VARIANCE_BOUND = 3.0
 
 
 class Posterior(nn.Module):
     """One hidden layer from the image, averaged to one RGB value per patch, to a diagonal Gaussian over latents."""
 
-    def __init__(self, grid: tuple[int, int], hidden: int, width: int) -> None:
+    def __init__(self, grid: Grid, hidden: int, width: int) -> None:
         super().__init__()
         self.grid = grid
-        self.hidden = nn.Linear(3 * grid[0] * grid[1], hidden)
+        self.hidden = nn.Linear(3 * grid.patches, hidden)
         self.output = nn.Linear(hidden, 2 * width)
 
     def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, H, W, 3) uint8 -> mu (B, D) and log s2 (B, D), bounded softly to (-3, 3)."""
-        B, H, W, C = images.shape
-        rows, columns = self.grid
-        pixels = images.view(B, rows, H // rows, columns, W // columns, C).to(self.hidden.weight.dtype)
+        B, _, _, C = images.shape
+        rows, columns, P = self.grid
+        pixels = images.view(B, rows, P, columns, P, C).to(self.hidden.weight.dtype)
         colours = (pixels.mean((2, 4)) / 255 - mean) / std
         mu, log_s2 = self.output(nn.functional.gelu(self.hidden(colours.flatten(1)))).chunk(2, -1)
         return mu, _LOG_VARIANCE_BOUND * torch.tanh(log_s2 / _LOG_VARIANCE_BOUND)

@@ -35,7 +35,8 @@ def plan(
     """
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
-    from mimae.plan.advice import Fleet, report
+    from mimae.plan.advice import report
+    from mimae.plan.cost import Fleet
     from mimae.plan.gpus import find_gpu
     from mimae.plan.memory import Layout
 

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from mimae.engines.zero import LIVE, bucket
+from mimae.model.geometry import geometry
+from mimae.objective.costs import FP32, MicroBatch, Sent
+from mimae.objective.loss import losses
+from mimae.objective.terms import active
 from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPU, GPUS
-from mimae.plan.memory import FP32, Layout, Parameters, parameters
+from mimae.plan.memory import Layout, Parameters, number_bytes, parameters
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
@@ -35,6 +39,12 @@ DDP_BUCKET = 25 * 2**20
 
 LATENTS, SCORES, SUMS = OF_OBJECTIVE = "latents, moments", "log-sum-exps", "sums and losses"
 """What the losses need of all ranks."""
+_LABELS: dict[tuple[Literal["all-gather", "all-reduce"], bool], str] = {
+    ("all-gather", True): LATENTS,
+    ("all-gather", False): SCORES,
+    ("all-reduce", False): SUMS,
+}
+"""Names of the collectives of the objective's terms, by kind and by whether they run beside the decoder."""
 
 Phase = Literal["forward", "backward", "optimizer"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "host"]
@@ -92,7 +102,7 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
         times = 1 if layout.kind == "zero1" else A
         found.append(_sent("gradients", "all-reduce", n * times, buckets * times, every, "backward", False))
         found.append(_sent("weights", "all-gather", n, buckets, every, "optimizer", False))
-    else:
+    elif layout.kind in ("fsdp", "zero3"):
         inner, blocks = _neighbours(gpu, layout.shards, per_node), recipe.model.depth + recipe.decoder.depth
         # fsdp keeps what lies outside of the blocks for backward, ZeRO-3 the later half of its reach.
         kept = count.root if layout.kind == "fsdp" else LIVE * bucket(count.block) // 2
@@ -100,12 +110,14 @@ def traffic(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int, count: Para
         found.append(_sent("weights", "all-gather", n * A, (blocks + 1) * A, inner, "forward", True))
         found.append(_sent("weights again", "all-gather", again * A, blocks * A, inner, "backward", True))
         found.append(_sent("gradients", "reduce-scatter", n * A, (blocks + 1) * A, inner, "backward", True))
-        norms = 1 + (recipe.objective.min_mi > 0)
+        norms = 1 + len({term.group for term in active(recipe.objective)} - {None})
         found.append(_sent("norms", "all-reduce", norms * FP32, 1, inner, "optimizer", False))
         if layout.replicas > 1:
             group = _replicas(gpu, layout, per_node)
             shares = _sent("shares", "all-reduce", n / layout.shards, blocks + 1, group, "backward", True)
             found.append(shares._replace(across=layout.shards <= per_node))
+    else:
+        raise ValueError(f"the planner does not know what engine.kind={layout.kind} sends")
     if layout.offload != "none":
         # Gradients down and weights up; AdamW reads four numbers of a parameter and writes three.
         moved = n / layout.shards * (1 + 2 * A)
@@ -177,20 +189,20 @@ def _sent(what: str, kind: Kind, bytes: float, calls: int, group: _Group, phase:
 
 
 def _of_objective(recipe: Recipe, every: _Group) -> list[Traffic]:
-    """Latents and log-sum-exps with their positives of all ranks for InfoNCE; moments, and V's sums, for CLUB; the
-    losses. What comes of the encoder is gathered beside the decoder, the rest is waited for."""
-    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
-    micro_batch, A = recipe.schedule.batch_size // recipe.schedule.accumulate, recipe.schedule.accumulate
-    contrasts, has_v = objective.max_mi > 0, objective.min_mi > 0
-    latents = contrasts * micro_batch * N * D + has_v * every.ranks * 2 * D
-    scores = contrasts * micro_batch * N * N * 2
-    summed = has_v * (2 * D + 1) + (2 + 2 * has_v)
-
-    def sent(what: str, kind: Kind, numbers: int, calls: int, beside: bool) -> Traffic:
-        return _sent(what, kind, numbers * FP32 * A, calls * A, every, "forward", beside)
-
+    """What the terms send, and the losses. What depends on the encoder alone is gathered beside the decoder; the rest
+    is waited for."""
+    accumulate = recipe.schedule.accumulate
+    images = recipe.schedule.batch_size // (accumulate * every.ranks)
+    batch = MicroBatch(geometry(recipe), recipe.model.width, images, every.ranks, number_bytes(recipe))
+    costs = [each.cost(batch) for each in losses(recipe.objective)]
+    # The loss and the columns that terms report are averaged in one call.
+    reported = Sent("all-reduce", 1 + sum(cost.averaged for cost in costs), 1)
+    found = {kind: [0, 0] for kind in _LABELS}
+    for each in (reported, *(sent for cost in costs for sent in cost.sent)):
+        numbers_and_calls = found[each.kind, each.is_beside]
+        numbers_and_calls[0] += each.numbers * accumulate
+        numbers_and_calls[1] += each.calls * accumulate
     return [
-        sent(LATENTS, "all-gather", latents, contrasts + has_v, True),
-        sent(SCORES, "all-gather", scores, contrasts, False),
-        sent(SUMS, "all-reduce", summed, has_v + 1, False),
+        _sent(_LABELS[kind, beside], kind, numbers * FP32, calls, every, "forward", beside)
+        for (kind, beside), (numbers, calls) in found.items()
     ]

@@ -26,13 +26,14 @@ from mimae.engines import fsdp
 from mimae.engines.base import Engine
 from mimae.engines.make import check_machine, make_engine, setup_of
 from mimae.errors import UserError
-from mimae.model import masking
 from mimae.model.groups import groups
+from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, obstacles, outline
+from mimae.objective.costs import FP32
 from mimae.objective.objective import Losses
 from mimae.plan.communication import Traffic, traffic
 from mimae.plan.gpus import GPU
-from mimae.plan.memory import FP32, Layout, Memory, kept, memory, parameters
+from mimae.plan.memory import Layout, Memory, kept, memory, parameters
 from mimae.randomness import Part, initialise
 
 if TYPE_CHECKING:
@@ -187,9 +188,7 @@ def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tu
     for micro in range(accumulate):
         watch.phase = "forward"
         before = watch.live
-        patches = engine.model.encoder.num_patches
-        visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(images), patches)
-        targets = masking.targets(recipe.decoder.predict, visible, hidden)
+        visible, targets = views(recipe, 0, 0, torch.arange(images))
         with engine.accumulate(is_last=micro == accumulate - 1):
             losses = engine.forward(batch, visible, targets)
             kept = watch.live - before
@@ -334,7 +333,7 @@ def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
             f"rank {rank} of {ranks}, micro-batches of {images} images: {mine:,} of {count.total:,} parameters, as "
             f"number {counted.place} of {counted.shares} that hold all of them"
         )
-        shapes = {str(tuple(each.shape)) for each in counted.losses[:-1] if each is not None}
+        shapes = {str(tuple(each.shape)) for each in counted.losses.columns.values()}
         print(f"losses of shape {', '.join(shapes)}, latents {tuple(counted.losses.latents.shape)}")
         print(f"  {'a step':<62}{'planned':>16}{'counted':>16}{'ratio':>9}")
         print(*(row.line for row in rows), sep="\n")

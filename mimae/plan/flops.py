@@ -1,86 +1,116 @@
-"""What a recipe costs in floating-point operations (method 7).
+"""What a recipe costs in floating-point operations: the products of a forward, counted by torch on fake tensors.
 
-A multiply-add counts as two; norms, softmax, activations and the optimizer are not counted, nor is what
-checkpointing recomputes. Letters: B images, N views, L patches, K visible, T = 1 + K, M targets, D width, Dd decoder
-width, P patch size.
+A multiply-add counts as two; norms, softmax, activations and the optimizer are not counted, nor is what checkpointing
+recomputes. What is counted is the model that runs, so a new term or layer needs no formula here. The closed formula of
+method 7 gives the same numbers, see tests/plan/formula.py. A count takes a tenth of a second to a second and is kept.
+
+Letters: B images, N views, K visible, M targets, D width, P patch size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimae import distributed, kernels
+from mimae.data.settings import DataSettings
+from mimae.model.decoder import Decoder
+from mimae.model.encoder import Encoder
+from mimae.model.geometry import Geometry, geometry
+from mimae.model.settings import DecoderSettings, ModelSettings
+from mimae.objective.objective import Objective
+from mimae.objective.settings import ObjectiveSettings
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
 
 def encoder_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of the encoder for one view: its K visible patches and the class token."""
-    model, K = recipe.model, visible(recipe)
-    embed = 2 * K * patch_values(recipe) * model.width
-    return embed + model.depth * _block(1 + K, model.width, model.mlp)
+    """Return the forward FLOPs of the encoder for one view: its K visible patches and the class token."""
+    sizes = geometry(recipe)
+    return _encoder(recipe.data, _counted(recipe.model), sizes.visible)
 
 
 def decoder_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of the decoder for one view; its last block and its head answer for the targets alone, with
-    cross attention every block does."""
-    decoder, T, M = recipe.decoder, 1 + visible(recipe), targets(recipe)
-    width, mlp = decoder.width, 4 * decoder.width
-    embed = 2 * T * recipe.model.width * width
-    head = 2 * M * width * patch_values(recipe)
-    if decoder.attention == "cross":
-        return embed + decoder.depth * _block(T, width, mlp, M) + head
-    before = (decoder.depth - 1) * _block(T + M, width, mlp)
-    return embed + before + _block(T + M, width, mlp, M) + head
+    """Return the forward FLOPs of the decoder for one view."""
+    return _decoder(recipe.decoder, _counted(recipe.model), geometry(recipe))
 
 
 def objective_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of the MI terms for one image: InfoNCE's products over the micro-batch of all ranks, the
-    projector and V. Next to nothing at size: there the memory of these terms counts."""
-    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
-    flops = 0
-    if objective.max_mi > 0:
-        B = recipe.schedule.batch_size // recipe.schedule.accumulate
-        flops += N * (N - 1) // 2 * 2 * B * D
-        flops += N * 2 * 2 * D * 2 * D if objective.projector == "mlp" else 0
-    if objective.min_mi > 0:
-        flops += 2 * objective.posterior_width * (3 * patches(recipe) + 2 * D)
-    return flops
+    """Return the forward FLOPs of the objective for one image: InfoNCE's products over the micro-batch of all ranks,
+    and the networks of its terms. They are next to nothing at size: there the memory of these terms counts."""
+    images = recipe.schedule.batch_size // recipe.schedule.accumulate
+    return _objective(recipe.objective, recipe.model.width, geometry(recipe), images) // images
 
 
 def image_flops(recipe: Recipe) -> int:
-    """Forward FLOPs of one image with all of its views."""
+    """Return the forward FLOPs of one image with all of its views."""
     views = recipe.masking.num_masks * (encoder_flops(recipe) + decoder_flops(recipe))
     return views + objective_flops(recipe)
 
 
 def step_flops(recipe: Recipe) -> int:
-    """FLOPs of an optimizer step over all ranks; backward counts as two forwards."""
+    """Return the FLOPs of an optimizer step over all ranks; backward counts as two forwards."""
     return 3 * image_flops(recipe) * recipe.schedule.batch_size
 
 
-def _block(tokens: int, width: int, mlp: int, answered: int | None = None) -> int:
-    """A transformer block that answers for `answered` tokens, for all where it is not given: keys and values of
-    `tokens`; of those answered for queries, projection and an MLP of width `mlp`; scores and weighted values."""
-    wanted = tokens if answered is None else answered
-    return 4 * tokens * width**2 + 4 * wanted * width * (width + mlp) + 4 * wanted * tokens * width
+@cache
+def _encoder(data: DataSettings, model: ModelSettings, visible: int) -> int:
+    with _counting() as counter:
+        encoder = Encoder(model, data.size_hw, data.mean, data.std).requires_grad_(False)
+        images = torch.empty(1, *data.size_hw, 3, dtype=torch.uint8)
+        with counter:
+            encoder(images, torch.empty(1, 1, visible, dtype=torch.int32))
+    return counter.get_total_flops()
 
 
-def targets(recipe: Recipe) -> int:
-    """M, the patches that the decoder predicts from one view."""
-    return visible(recipe) if recipe.decoder.predict == "next_view" else patches(recipe) - visible(recipe)
+@cache
+def _decoder(settings: DecoderSettings, model: ModelSettings, sizes: Geometry) -> int:
+    with _counting() as counter:
+        decoder = Decoder(settings, model, sizes.grid).requires_grad_(False)
+        tokens = torch.empty(1, 1, 1 + sizes.visible, model.width)
+        ids = [torch.empty(1, 1, count, dtype=torch.int32) for count in (sizes.visible, sizes.targets)]
+        with counter:
+            decoder(tokens, *ids)
+    return counter.get_total_flops()
 
 
-def patches(recipe: Recipe) -> int:
-    """L, the patches of an image."""
-    height, width = recipe.data.size_hw
-    return (height // recipe.model.patch_size) * (width // recipe.model.patch_size)
+@cache
+def _objective(settings: ObjectiveSettings, width: int, sizes: Geometry, images: int) -> int:
+    with _counting() as counter:
+        objective = Objective(settings, sizes.views, width, sizes.grid).requires_grad_(False)
+        tokens = torch.empty(images, sizes.views, 1 + sizes.visible, width)
+        predictions = torch.empty(images, sizes.views, sizes.targets, sizes.grid.values)
+        pixels = torch.empty(images, *sizes.grid.size_hw, 3, dtype=torch.uint8)
+        ids = torch.empty(images, sizes.views, sizes.targets, dtype=torch.int32)
+        mean, std = torch.empty(2, 3)
+        with counter:
+            objective(predictions, objective.start(tokens), pixels, ids, mean, std)
+    return counter.get_total_flops()
 
 
-def visible(recipe: Recipe) -> int:
-    """K, the patches that a view shows."""
-    return recipe.masking.num_visible(patches(recipe))
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Inside, tensors have a shape and no memory, this process is the only rank, and ops run as on a GPU. Attention
+    runs as two products, for torch has no formula for the CPU's fused form."""
+    formulas: dict[Any, Any] = {getattr(torch.ops.mimae, op): formula for op, formula in kernels.FLOPS.items()}
+    with (
+        distributed.alone(),
+        FakeTensorMode(),
+        kernels.prefer("triton"),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield FlopCounterMode(display=False, custom_mapping=formulas)
 
 
-def patch_values(recipe: Recipe) -> int:
-    """3P^2, the values of a patch."""
-    return 3 * recipe.model.patch_size**2
+def _counted(model: ModelSettings) -> ModelSettings:
+    """The settings without what changes no product."""
+    return model.model_copy(update={"attention": "sdpa", "checkpointing": False})

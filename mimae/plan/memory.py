@@ -7,19 +7,16 @@ width, e bytes of a number in the precision of the products, 4 bytes of one in f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mimae.engines.zero import LIVE, bucket
+from mimae.model.geometry import geometry
 from mimae.model.mimae import outline
-from mimae.plan.flops import patch_values, patches, targets, visible
+from mimae.objective.costs import FP32, MicroBatch, Ops
+from mimae.objective.loss import losses
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
-
-FP32 = 4
-Ops = Literal["fused", "fake", "plain"]
-"""How the ops run: fused, as on a GPU; so, but without the memory that one takes and gives back; as plain references,
-which keep more."""
 
 
 class Layout(NamedTuple):
@@ -95,7 +92,8 @@ def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, op
     weights, gradients, optimizer, buffers = _states(recipe, layout, count)
     stages = _stages(recipe, images, layout.ranks, ops)
     height, width = recipe.data.size_hw
-    batch = 2 * images * height * width * 3 + 4 * images * recipe.masking.num_masks * patches(recipe)
+    sizes = geometry(recipe)
+    batch = 2 * images * height * width * 3 + 4 * images * sizes.views * sizes.grid.patches
     # The moving average makes its differences when activations are gone.
     average = _part(layout, count) * FP32 if recipe.ema.decay and layout.offload == "none" else 0.0
     peak = Memory(weights, gradients, optimizer, 0.0, 0.0, average + batch)
@@ -164,6 +162,8 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
         # Shares twice: those that are gathered, and the partitions that are stepped; gradients as collected, and flat.
         live = min(count.total * FP32, LIVE * buffer)
         return part * 2 * on_gpu, part * 2 * on_gpu, optimizer, live + buffer
+    if layout.kind not in ("zero1", "zero2"):
+        raise ValueError(f"the planner does not know what engine.kind={layout.kind} spreads")
     # The model and this rank's partition of it; its gradient as collected, and flat, and with stage 1 the whole one.
     gradients = (whole if layout.kind == "zero1" else 0.0) + 2 * part * on_gpu
     return whole + part * on_gpu, gradients, optimizer, buffer
@@ -172,16 +172,14 @@ def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, f
 def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
     """The stages of forward in their order, the losses last."""
     model, decoder = recipe.model, recipe.decoder
-    S, e = images * recipe.masking.num_masks, number_bytes(recipe)
-    T, M, values = 1 + visible(recipe), targets(recipe), patch_values(recipe)
-    casts = _casts(recipe)
+    sizes, e, casts = geometry(recipe), number_bytes(recipe), _casts(recipe)
+    S, T, M, values = images * sizes.views, 1 + sizes.visible, sizes.targets, sizes.grid.values
     block = _block(S, e, T, T, model.width, model.heads, model.mlp, casts)
     embed = Stage(S * (T - 1) * values * e if ops == "plain" else 0.0, 0.0)
     between = Stage(S * T * ((FP32 + e) * model.width + 8) + casts * model.width * decoder.width, 0.0)
     stages = [embed, *[_held(recipe, block, S * T * model.width)] * model.depth, between]
-    stages.append(_latents(recipe, images, ranks))
-    stages += _decoder(recipe, S, e, T, M, casts)
-    return [*stages, _losses(recipe, images, ranks, ops)]
+    early, late = _objective(recipe, MicroBatch(sizes, model.width, images, ranks, e, ops))
+    return [*stages, early, *_decoder(recipe, S, e, T, M, casts), late]
 
 
 def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list[Stage]:
@@ -197,7 +195,7 @@ def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list
         last = _block(S, e, T + M, M, D, heads, 4 * D, casts, apart=True)
         inputs = S * (T + M) * D
         blocks = [_held(recipe, block, inputs)] * (depth - 1) + [_held(recipe, last, inputs)]
-    values = patch_values(recipe)
+    values = geometry(recipe).grid.values
     head = S * M * ((FP32 + e) * D + 8) + casts * D * values
     return [*blocks, Stage(head, 0.0)]
 
@@ -227,41 +225,14 @@ def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
     return block._replace(kept=inputs * FP32 + block.kept)
 
 
-def _latents(recipe: Recipe, images: int, ranks: int) -> Stage:
-    """Made and gathered before the decoder: what a view's latent and its direction keep, the projector's layers,
-    and the directions of all ranks."""
-    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
-    S, kept = images * N, 0
-    if objective.max_mi > 0 or objective.min_mi > 0:
-        kept += 3 * S * D * FP32
-    if objective.max_mi > 0:
-        kept += ranks * S * D * FP32
-        kept += S * 7 * D * FP32 if objective.projector == "mlp" else 0
-    return Stage(kept, 0.0)
-
-
-def _losses(recipe: Recipe, images: int, ranks: int, ops: Ops) -> Stage:
-    """L_rec keeps the gradient of the predictions, or without fusion its error in fp32; the MI terms keep the
-    log-sum-exps of all ranks, and V's layers."""
-    objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
-    S, e, M, T = images * N, number_bytes(recipe), targets(recipe), 1 + visible(recipe)
-    predictions = S * M * patch_values(recipe)
-    patches_of_images = images * patches(recipe) * patch_values(recipe)
-    kept = predictions * (FP32 if ops == "plain" else e)
-    # At the end of forward the predictions are still there, and in bf16 the encoder's tokens in fp32; the plain
-    # reference has the squares of its error and the patches in fp32, then the two factors of its gradient.
-    work = predictions * e + S * T * D * FP32 * (e < FP32)
-    if ops == "plain":
-        work = max(work + predictions * FP32 + patches_of_images * FP32, 2 * predictions * FP32)
-    if objective.max_mi > 0:
-        kept += ranks * S * N * FP32
-        # The panel of weights takes no more than the gradient of all latents.
-        work += {"fused": ranks * S * D, "fake": 0, "plain": 2 * ranks * images * images}[ops] * FP32
-    if objective.min_mi > 0:
-        kept += images * (3 * patches(recipe) + 2 * objective.posterior_width + 4 * D) * FP32
-        height, width = recipe.data.size_hw
-        work += images * height * width * 3 * FP32
-    return Stage(kept, work)
+def _objective(recipe: Recipe, batch: MicroBatch) -> tuple[Stage, Stage]:
+    """What the terms keep from before the decoder, latents first, and from after it."""
+    terms = losses(recipe.objective)
+    costs = [each.cost(batch) for each in terms]
+    # A latent, its direction, and what its own backward reads.
+    shared = 3 * batch.views * batch.width * FP32 if any(each.term.reads_latents for each in terms) else 0
+    early = Stage(shared + sum(cost.kept_early for cost in costs), 0.0)
+    return early, Stage(sum(cost.kept for cost in costs), sum(cost.work for cost in costs))
 
 
 def number_bytes(recipe: Recipe) -> int:

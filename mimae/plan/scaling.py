@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mimae.errors import UserError
-from mimae.plan.advice import Fleet, Row, row
 from mimae.plan.communication import OF_OBJECTIVE
+from mimae.plan.cost import Fleet, Row, row
 from mimae.plan.memory import Layout, Parameters, parameters
 
 if TYPE_CHECKING:

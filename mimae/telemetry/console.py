@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mimae.telemetry.records import LOSSES
+from mimae.objective.terms import LOSSES
 from mimae.text import Output, is_terminal, printable, say
 
 

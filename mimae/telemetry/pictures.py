@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mimae import kernels
+from mimae.model.geometry import Grid
 
 HIDDEN = (202, 208, 220)
 """The colour of a hidden patch: a bluish light grey, since photographs are full of plain greys."""
@@ -59,8 +60,8 @@ def reconstructions(
     shown = _places(visible, originals)
     masked.scatter_(2, shown, originals.gather(2, shown))
     rebuilt = masked.scatter(2, _places(targets, originals), colours.mul(255).round().byte())
-    rows, columns = images.shape[1] // patch, images.shape[2] // patch
-    return _unpatchify(masked, rows, columns, patch), _unpatchify(rebuilt, rows, columns, patch)
+    grid = Grid.of(images.shape[1:3], patch)
+    return _unpatchify(masked, grid), _unpatchify(rebuilt, grid)
 
 
 def reconstruction_grid(
@@ -119,7 +120,8 @@ def _places(ids: Tensor, patches: Tensor) -> Tensor:
     return ids[..., None].expand(-1, -1, -1, patches.shape[-1])
 
 
-def _unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, N, L, 3P^2) -> (B, N, H, W, 3)."""
-    tiles = patches.unflatten(3, (patch, patch, 3)).unflatten(2, (rows, columns))
+def _unpatchify(patches: Tensor, grid: Grid) -> Tensor:
+    """Return the images (B, N, H, W, 3) of patches (B, N, L, 3P^2)."""
+    side = grid.patch_size
+    tiles = patches.unflatten(3, (side, side, 3)).unflatten(2, (grid.rows, grid.columns))
     return tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)

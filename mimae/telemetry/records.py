@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mimae.files import Folder
+from mimae.objective import terms
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
@@ -18,19 +19,17 @@ PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
 """The file of each group of records."""
 
-LOSSES = ("loss", "rec", "max_mi", "min_mi", "fit")
-
 STEP_KEYS = (
-    "step", "epoch", "samples", *LOSSES, "gate", "lr", "grad_norm",
+    "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm",
     "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
 )  # fmt: skip
 
-DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", "saturated", "knn", "val_rec")
+DIAGNOSTICS = ("deviation", "effective_rank", "alignment", "uniformity", *terms.DIAGNOSTICS, "knn", "val_rec")
 
 EPOCH_KEYS = (
     "epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
     "mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu",
-    "mi_lower_nats", "mi_upper_nats", *LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
+    *terms.ESTIMATES, *terms.LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
 )  # fmt: skip
 
 

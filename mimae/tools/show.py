@@ -9,7 +9,8 @@ from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.sources.open import open_source
-from mimae.model import masking
+from mimae.model.geometry import Grid
+from mimae.model.masking import views
 from mimae.telemetry import pictures
 
 
@@ -21,20 +22,17 @@ def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
     count = min(images, sum(share.draws for share in source.shares))
     batch = next(make_loader(data, source, seed=recipe.seed, batch_size=count).epoch(epoch))
     (centres,) = evaluation_batches(data, source, count, batch.source_ids)
-    patch, (height, width) = recipe.model.patch_size, data.size_hw
-    patches = (height // patch) * (width // patch)
-    visible, _ = masking.draw(recipe.masking, recipe.seed, epoch, batch.sample_ids, patches)
-    views = masked(batch.images, visible, patch)
-    labels = ["centre", "sample", *(f"view {view + 1}" for view in range(views.shape[1]))]
-    panels = [centres.images, batch.images, *views.unbind(1)]
+    visible, _ = views(recipe, recipe.seed, epoch, batch.sample_ids)
+    shown = masked(batch.images, visible, recipe.model.patch_size)
+    labels = ["centre", "sample", *(f"view {view + 1}" for view in range(shown.shape[1]))]
+    panels = [centres.images, batch.images, *shown.unbind(1)]
     return pictures.sheet(labels, panels, wide=(1, 2)), batch
 
 
 def masked(images: Tensor, visible: Tensor, patch: int) -> Tensor:
     """images uint8 (B, H, W, 3), visible (B, N, K) -> (B, N, H, W, 3): each view's patches, grey for the others."""
-    batch, height, width, _ = images.shape
-    rows, columns = height // patch, width // patch
-    seen = torch.zeros(batch, visible.shape[1], rows * columns, dtype=torch.bool)
-    seen = seen.scatter_(2, visible.long(), True).unflatten(2, (rows, columns))
+    grid = Grid.of(images.shape[1:3], patch)
+    seen = torch.zeros(len(images), visible.shape[1], grid.patches, dtype=torch.bool)
+    seen = seen.scatter_(2, visible.long(), True).unflatten(2, (grid.rows, grid.columns))
     seen = seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return torch.where(seen[..., None], images[:, None], torch.tensor(pictures.HIDDEN, dtype=torch.uint8))

@@ -13,6 +13,7 @@ from mimae.checkpoints import contents
 from mimae.errors import CheckpointError, UserError
 from mimae.faults import lock
 from mimae.files import Folder
+from mimae.objective.terms import TERMS
 from mimae.telemetry import records
 from mimae.text import printable
 
@@ -35,7 +36,7 @@ def _look(run: Path, folder: Folder) -> dict[str, str]:
         epochs = _number(last, "epoch")
         parts = [f"{last['step']:,}", "" if epochs is None else f"{epochs:.2f} epochs", _ago(run / "metrics.jsonl")]
         told["step"] = ", ".join(filter(None, parts))
-        found = {key: _number(last, key) for key in ("loss", "rec", "max_mi", "min_mi")}
+        found = {key: _number(last, key) for key in ("loss", *(term.name for term in TERMS))}
         losses = [f"{key} {value:.3f}" for key, value in found.items() if value is not None]
         told["losses"] = ", ".join(losses) or "not finite"
         rate, wait = _number(last, "images_per_s"), _number(last, "data_wait")

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from mimae import distributed
 from mimae.checkpoints import dcp
-from mimae.config import recipe as config
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines import fsdp, zero
@@ -27,9 +26,10 @@ from mimae.engines.base import Engine
 from mimae.engines.make import check_machine, setup_of
 from mimae.engines.zero import ZeroEngine
 from mimae.errors import ConfigError, UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.objective import objective
-from mimae.objective.objective import InfoNCE, Losses
+from mimae.objective.infonce import InfoNCE
+from mimae.objective.objective import Losses
 from mimae.optim import adamw
 from mimae.train.tasks.pretrain import engine_of
 from tests.ranks import run_ranks
@@ -74,7 +74,7 @@ def micro_batches(settings: Recipe, step: int) -> Iterator[tuple[Tensor, Tensor,
     ids = torch.arange(BATCH) + BATCH * step
     for part in torch.arange(BATCH).chunk(ACCUMULATE):
         mine = part.chunk(distributed.world_size())[distributed.rank()]
-        yield images[mine], *masking.draw(settings.masking, 0, 0, ids[mine], 6)
+        yield images[mine], *views(settings, 0, 0, ids[mine])
 
 
 def backward(engine: Engine, settings: Recipe, step: int, scale: float = 1.0) -> Losses:
@@ -103,15 +103,15 @@ def train(engine: Engine, settings: Recipe, steps: range) -> tuple[list[float], 
         out = backward(engine, settings, step)
         result = engine.step(1 - step / STEPS)
         norms.append(result.grad_norm.item())
-        engine.model.objective.gate.update(out.rec, result.skipped)
-        losses.append(out.total.item())
+        engine.model.objective.gate.update(out.columns["rec"], result.skipped)
+        losses.append(out.columns["loss"].item())
     return losses, norms
 
 
 def evaluate(engine: Engine, settings: Recipe) -> list[Tensor]:
     """Predictions and features of the same images on every rank, as the loop has them: alone where that is possible."""
     images = torch.randint(0, 256, (3, 8, 12, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
-    visible, hidden = masking.draw(settings.masking, 0, 0, torch.arange(3), 6)
+    visible, hidden = views(settings, 0, 0, torch.arange(3))
     if distributed.rank() > 0 and not engine.is_spread:
         return []
     engine.model.eval()
@@ -391,7 +391,7 @@ def test_a_setting_of_another_engine_is_refused(overrides: list[str], told: str)
 
 
 def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(settings: config.Recipe) -> None:
+    def check(settings: Recipe) -> None:
         check_machine(setup_of(settings), torch.device("cpu"), {})
 
     with pytest.raises(UserError, match=r"engine\.kind=fsdp cannot run .*replicas=2 does not divide the 1 ranks"):

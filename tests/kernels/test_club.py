@@ -14,8 +14,9 @@ from mimae import kernels
 from mimae.kernels import club_grad, club_terms, reference
 from mimae.kernels.club import _club_grad, _club_terms, _merge
 from mimae.kernels.runtime import Impl, launch
-from mimae.objective.objective import CLUB
+from mimae.objective.club import CLUB
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Mutants, mutant_tests
 from tests.oracles import club_oracle
 
 Op = Callable[..., tuple[Tensor, ...]]
@@ -230,3 +231,47 @@ def test_250_repeats_are_bit_equal() -> None:
     once = results(fused_terms, fused_grad, inputs)
     for _ in range(250):
         assert all(torch.equal(a, b) for a, b in zip(once, results(fused_terms, fused_grad, inputs)))
+
+
+MUTANTS = Mutants(
+    "club",
+    __name__,
+    {
+        "sizes": lambda patch: test_against_float64((33, 3, 131)),
+        "eight views": lambda patch: test_against_float64((1, 8, 5)),
+        "nothing": lambda patch: test_latents_that_carry_nothing(),
+    },
+    [
+        ("the mask of 1/s2", "eight views", "tl.where(held, tl.exp(-log), 0)", "tl.exp(-log)"),
+        (
+            "the last images of a share",
+            "sizes",
+            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    """The sums',
+            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    B -= 1\n    """The sums',
+        ),
+        ("the spread of y", "nothing", "club += (N * spread + gain) * inverse", "club += (N + gain) * inverse"),
+        (
+            "the number of views",
+            "eight views",
+            "nll += N * log + square * inverse",
+            "nll += log + square * inverse",
+        ),
+        (
+            "programs past the first",
+            "sizes",
+            "for start in range(0, groups, ROWS):",
+            "for start in range(0, 0 * groups, ROWS):",
+        ),
+        ("the pull through the variance", "sizes", "(pull * y - push)", "(0 * pull * y - push)"),
+        ("the pull through the mean", "sizes", "(pull * y - push)", "(pull * y)"),
+        ("the last view", "eight views", "            errors += error\n", "            errors = error\n"),
+        (
+            "the stride of views",
+            "sizes",
+            "at = (image * N + n) * D + d[None, :]",
+            "at = (image * N + 0 * n) * D + d[None, :]",
+        ),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

@@ -12,6 +12,7 @@ from mimae.kernels import embed_visible
 from mimae.kernels.embed_visible import _embed_visible, _embed_visible_backward
 from mimae.kernels.runtime import Launch, Target, watching
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
@@ -275,3 +276,51 @@ def test_pixels_and_tokens_past_2_31() -> None:
     tokens, *gradients = run(few._replace(images=images, visible=visible, d_tokens=d_tokens), "triton")
     exact = run(few.to(torch.float64), "reference")
     assert_as_accurate([tokens[-8:], *gradients], run(few, "reference"), exact)
+
+
+MUTANTS = Mutants(
+    "embed_visible",
+    __name__,
+    {
+        "usual": lambda patch: test_sizes(USUAL),
+        "steps": lambda patch: test_sizes(Shape(2, 2, 3, 32, 48, 16, 12)),
+    },
+    [
+        (
+            "the first step of the product",
+            "steps",
+            "range(0, PIECES * PADDED, STEP)",
+            "range(STEP, PIECES * PADDED, STEP)",
+        ),
+        (
+            "the line of a pixel",
+            "usual",
+            "feature // (3 * PATCH) * (3 * WIDTH)",
+            "feature // (3 * PATCH) * (3 * PATCH)",
+        ),
+        (
+            "the image of a view",
+            "usual",
+            "origin = _origin(sequence // VIEWS, patch, PATCH, HEIGHT, WIDTH)\n\n",
+            "origin = _origin(sequence * 0, patch, PATCH, HEIGHT, WIDTH)\n\n",
+        ),
+        ("the class token", "usual", "tl.where(is_patch[:, None], of_patch, of_class)", "of_patch"),
+        ("a patch's own position", "usual", "pos + (1 + patch)[:, None]", "pos + (0 * patch)[:, None]"),
+        (
+            "the least piece of fp32",
+            "usual",
+            "tl.where(piece == 1, rest, least)",
+            "tl.where(piece == 1, rest, 0.0)",
+        ),
+        (
+            "rows without pixels in backward",
+            "usual",
+            "gradient = tl.where(is_patch[:, None], gradient.to(tl.float32), 0.0)",
+            "gradient = gradient.to(tl.float32)",
+        ),
+        ("the last part of backward", "usual", "for part in range(parts):", "for part in range(parts - 1):"),
+        ("the channel's mean in backward", "usual", "(total + _offset(mean, channel) * bias_total)", "total"),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mimae.bench.ops.counting import counting
 from mimae.kernels import fill_masked
-from mimae.kernels.fill_masked import _fill_masked, _fill_masked_backward, backward, forward
+from mimae.kernels.fill_masked import _fill_masked, _fill_masked_backward, launch_backward, launch_forward
 from mimae.kernels.places import places
 from mimae.kernels.runtime import INTERPRETED
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
@@ -165,8 +166,8 @@ def test_repeats_are_bit_equal() -> None:
 def test_tokens_and_rows_move_once_and_positions_once_for_32_views() -> None:
     inputs = make(Shape(11, 3, 4, 2, 2, 8))
     with counting() as launches:
-        rows = forward(*inputs[:5])
-        d_tokens, _ = backward(rows, 3, torch.float32, torch.float32)
+        rows = launch_forward(*inputs[:5])
+        d_tokens, _ = launch_backward(rows, 3, torch.float32, torch.float32)
     *_, fill, split = launches
     moved = fill.traffic
     assert moved["tokens"].issued == d_tokens.numel() * 4
@@ -271,3 +272,57 @@ def test_rows_past_2_31_elements() -> None:
     assert rows.numel() > 2**31
     for ours, theirs in zip((rows, d_tokens), run(pair, "reference")[:2], strict=True):
         assert torch.equal(ours[-2:], theirs)
+
+
+MUTANTS_OF_PLACES = Mutants(
+    "places",
+    __name__,
+    {"lists": lambda patch: test_places_invert_a_list()},
+    [
+        (
+            "patches that are not listed",
+            "lists",
+            "tl.full((BLOCK,), -1, tl.int32)",
+            "tl.full((BLOCK,), 0, tl.int32)",
+        ),
+        ("the stride of a view's list", "lists", "ids += view * listed", "ids += view * 0"),
+    ],
+)
+
+test_an_unchanged_copy_of_places_passes, test_a_mutant_of_places_fails = mutant_tests(MUTANTS_OF_PLACES)
+
+
+MUTANTS = Mutants(
+    "fill_masked",
+    __name__,
+    {
+        "usual": lambda patch: test_sizes(USUAL),
+        "shares": lambda patch: test_sizes(Shape(11, 3, 4, 2, 2, 8)),
+    },
+    [
+        ("a position", "usual", "token + positions, mask=held", "token, mask=held"),
+        ("the mask token", "usual", "target = positions + tl.load(", "target = positions + 0 * tl.load("),
+        (
+            "the stride of a view's rows",
+            "usual",
+            "row = view * (1 + shown + targets) + 1 + shown + target_place",
+            "row = view * (1 + shown) + 1 + shown + target_place",
+        ),
+        (
+            "views past a program's first",
+            "shares",
+            "tl.program_id(1).to(tl.int64) * VIEWS",
+            "tl.program_id(1).to(tl.int64) * 0",
+        ),
+        ("which rows are tokens, for the sum", "usual", "tl.where(is_token[:, None], 0.0, gradient)", "gradient"),
+        (
+            "the last tile of a share's rows",
+            "usual",
+            "tl.minimum(first + SHARE, count), ROWS",
+            "tl.minimum(first + SHARE, count) - ROWS, ROWS",
+        ),
+        ("the gradient of a view's first token", "usual", "(place < shown)", "(place < shown) & (place > 0)"),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

@@ -15,8 +15,9 @@ from mimae import kernels
 from mimae.kernels import infonce, infonce_grad, infonce_lse, reference
 from mimae.kernels.infonce import Tiles, _infonce_grad, _infonce_lse
 from mimae.kernels.runtime import H100, Launch, Target, watching
-from mimae.objective.objective import InfoNCE
+from mimae.objective.infonce import InfoNCE
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Check, Mutants, mutant_tests
 from tests.oracles import infonce_oracle
 
 # Lanes past the edge compute with nothing; their results are not stored.
@@ -371,8 +372,8 @@ def launches(b: int, images: int, views: int, width: int, dtype: torch.dtype) ->
     u = torch.empty(images, views, width, dtype=dtype, device="meta")
     tau, lse = torch.empty(1, device="meta"), torch.empty(images, views, views, device="meta")
     with watching(lambda launch: seen.setdefault(launch.kernel.__name__, []).append(launch), H100):
-        infonce.forward(u[:b], u, 0, tau)
-        infonce.backward(u[:b], u, 0, tau, lse)
+        infonce.launch_forward(u[:b], u, 0, tau)
+        infonce.launch_backward(u[:b], u, 0, tau, lse)
     return seen
 
 
@@ -447,3 +448,108 @@ def test_offsets_past_2_to_the_31() -> None:
     lse = torch.full((600_000, 2, 2), 20.0, device=DEVICE)
     for got, wanted in zip(results(u, tau, lse, rows, impl="triton"), results(u, tau, lse, rows), strict=True):
         assert (got - wanted).abs().max() < 2e-2 * wanted.abs().max()
+
+
+def _one_rank(size: str) -> Check:
+    def check(patch: pytest.MonkeyPatch) -> None:
+        use_tiles(patch, 64, 32)
+        test_one_rank_against_float64(ONE_RANK[size])
+
+    return check
+
+
+def _near_views(tau: float) -> Check:
+    def check(patch: pytest.MonkeyPatch) -> None:
+        use_tiles(patch, 64, 32)
+        test_views_that_nearly_agree(tau)
+
+    return check
+
+
+def _a_rank(patch: pytest.MonkeyPatch) -> None:
+    use_tiles(patch, 64, 32)
+    test_rows_of_a_rank_against_float64((37, 3, 9, slice(11, 16)))
+
+
+MUTANTS = Mutants(
+    "infonce",
+    __name__,
+    {
+        "prime": _one_rank("prime, one over a step of D"),
+        "panels": _one_rank("one over a tile of rows and two of columns: two panels, the second of one row"),
+        "a rank's": _a_rank,
+        "own maxima": _near_views(0.0156),
+        "shared exponential": _near_views(0.0281),
+    },
+    [
+        (
+            "the last step of the product",
+            "prime",
+            "for first in range(0, D, DEPTH):",
+            "for first in range(0, D - DEPTH, DEPTH):",
+        ),
+        (
+            "the mask of D",
+            "prime",
+            "(j < rights)[None, :] & (k < D - first)[:, None]",
+            "(j < rights)[None, :] & (k < D)[:, None]",
+        ),
+        (
+            "the mask of columns in a denominator",
+            "prime",
+            "there = (rows < b)[:, None] & (columns < B)[None, :]",
+            "there = (rows < b)[:, None] & (columns < 64)[None, :]",
+        ),
+        (
+            "the sibling of a denominator",
+            "prime",
+            "right = _latents(u, start, other, N, D)\n        tile",
+            "right = _latents(u, start, view, N, D)\n        tile",
+        ),
+        (
+            "the last part of a row's sum",
+            "panels",
+            "for first in range(0, parts, PARTS):\n            part = first + tl.arange(0, PARTS)",
+            "for first in range(0, parts, PARTS):\n            part = first + 1 + tl.arange(0, PARTS)",
+        ),
+        ("the positive in the gradient", "prime", "weights - 32768", "weights"),
+        (
+            "the weights as columns",
+            "prime",
+            "(from_rows[:, None] + from_columns[None, :])",
+            "(from_rows[:, None] + 0 * from_columns[None, :])",
+        ),
+        (
+            "the sibling of a gradient",
+            "a rank's",
+            "right = _latents(u, begin, other, N, D)",
+            "right = _latents(u, begin, view, N, D)",
+        ),
+        (
+            "the second panel",
+            "panels",
+            "for start in range(0, b, height):",
+            "for start in range(0, min(b, height), height):",
+        ),
+        (
+            "half of d_tau, which rows and columns share",
+            "a rank's",
+            "        share *= 0.5\n",
+            "        share *= 1.0\n",
+        ),
+        (
+            "1/tau as forward rounds it",
+            "own maxima",
+            "scores = products * inverse\n            weights",
+            "scores = products / tl.load(tau)\n            weights",
+        ),
+        (
+            "log2 e as forward has it",
+            "shared exponential",
+            "shares = tl.exp2(products * slope - slope + 14)",
+            "shares = tl.exp2(products * (1.442694 * inverse) - slope + 14)",
+        ),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

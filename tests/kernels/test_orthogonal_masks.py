@@ -13,6 +13,7 @@ from torch import Tensor
 from mimae.kernels import orthogonal_masks, philox_words
 from mimae.kernels.orthogonal_masks import LARGEST, _orthogonal_masks
 from tests.kernels.accuracy import DEVICE
+from tests.kernels.mutants import Mutants, mutant_tests
 
 SHAPES = st.integers(1, 16).flatmap(
     lambda L: st.integers(1, L).flatmap(
@@ -126,3 +127,40 @@ def test_lists_past_2_31_entries() -> None:
     assert hidden.numel() > 2**31
     last = orthogonal_masks(0, 0, ids[-64:], 196, 4, 49, impl="reference")
     assert torch.equal(visible[-64:], last[0]) and torch.equal(hidden[-64:], last[1])
+
+
+MUTANTS = Mutants(
+    "orthogonal_masks",
+    __name__,
+    {"named": lambda patch: test_named_shapes((13, 3, 4))},
+    [
+        (
+            "words in their order",
+            "named",
+            "tl.join(first, third), tl.join(second",
+            "tl.join(first, second), tl.join(third",
+        ),
+        ("the upper half of an id", "named", "(sample >> 32).to(tl.uint32)", "(sample >> 63).to(tl.uint32)"),
+        (
+            "the view of a rank",
+            "named",
+            "for view in range(views):\n        sequence = image * views + view",
+            "for view in range(views):\n        sequence = image * views + views - 1 - view",
+        ),
+        (
+            "the last hidden patch",
+            "named",
+            "is_hidden = (patch < patches) &",
+            "is_hidden = (patch < patches - 1) &",
+        ),
+        ("the stride of hidden lists", "named", "sequence * (patches - shown)", "sequence * shown"),
+        (
+            "words past the image's end come last",
+            "named",
+            "tl.where(patch < patches, word.to(tl.uint64), 0xFFFFFFFF)",
+            "word.to(tl.uint64)",
+        ),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mimae.bench.ops.counting import counting
 from mimae.kernels import pixel_loss
-from mimae.kernels.pixel_loss import _pixel_loss, backward, forward
+from mimae.kernels.pixel_loss import _pixel_loss, launch_backward, launch_forward
 from mimae.kernels.runtime import INTERPRETED, Launch, watching
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
@@ -155,7 +156,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 def test_pixels_move_once_an_image_and_predictions_once() -> None:
     inputs = make(Shape(2, 3, 3, 3, 9, 2))
     with counting() as launches:
-        forward(*inputs, normalize=True, scale=1.0, with_gradient=True)
+        launch_forward(*inputs, normalize=True, scale=1.0, with_gradient=True)
     moved = launches[-1].traffic
     assert moved["images"].issued == inputs.images.numel()
     assert moved["target_places"].issued == 2 * 3 * 9 * 4
@@ -177,9 +178,9 @@ def test_backward_at_weight_1_leaves_the_gradient_where_it_lies(weight: float) -
 
 def test_more_values_than_the_programs_of_backward_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs, three blocks and a part of one."""
-    monkeypatch.setattr(sys.modules[backward.__module__], "_SCALING_PROGRAMS", 2)
+    monkeypatch.setattr(sys.modules[launch_backward.__module__], "_SCALING_PROGRAMS", 2)
     values = torch.ones(3 * 2048 + 5, device=DEVICE)
-    backward(values, torch.tensor(2.0, device=DEVICE), 1.5)
+    launch_backward(values, torch.tensor(2.0, device=DEVICE), 1.5)
     assert torch.equal(values, torch.full_like(values, 3))
 
 
@@ -287,7 +288,44 @@ def test_predictions_past_2_31_elements() -> None:
     pair = make(Shape(2, 4, 14, 14, 147, 16), torch.bfloat16)
     inputs = Inputs(*(each.repeat(4096, *[1] * (each.dim() - 1)) if each.dim() > 1 else each for each in pair))
     assert inputs.predictions.numel() > 2**31
-    _, d_predictions = forward(*inputs, normalize=True, scale=1.0, with_gradient=True)
-    backward(d_predictions, torch.tensor(2.0, device=DEVICE), 1.0)
+    _, d_predictions = launch_forward(*inputs, normalize=True, scale=1.0, with_gradient=True)
+    launch_backward(d_predictions, torch.tensor(2.0, device=DEVICE), 1.0)
     exact = run(pair._replace(predictions=pair.predictions.double()), "reference", weight=2.0)[1]
     assert_as_accurate(d_predictions[-2:], run(pair, "reference", weight=2.0)[1], exact)
+
+
+MUTANTS = Mutants(
+    "pixel_loss",
+    __name__,
+    {
+        "usual": lambda patch: test_sizes(USUAL, True),
+        "shares": lambda patch: test_sizes(Shape(1, 2, 3, 3, 9, 1), False),
+        "weight": lambda patch: test_a_mean_and_a_weight(torch.float32),
+    },
+    [
+        ("the unbiased variance", "usual", "/ (SIZE - 1)", "/ SIZE"),
+        (
+            "the mask of a variance",
+            "usual",
+            "tl.where(inside, target - tl.sum(target, 0) / SIZE, 0)",
+            "target - tl.sum(target, 0) / SIZE",
+        ),
+        (
+            "the last patch of a share",
+            "shares",
+            "for patch in range(first, last):",
+            "for patch in range(first, last - 1):",
+        ),
+        ("the last view", "usual", "for view in range(views):", "for view in range(views - 1):"),
+        (
+            "the channel of a value",
+            "usual",
+            "tl.where(channel == 1, green, blue)",
+            "tl.where(channel == 1, blue, green)",
+        ),
+        ("the line pitch", "usual", "line * pitch + byte", "line * (3 * PATCH) + byte"),
+        ("the weight that backward learns of", "weight", "value * factor, mask", "value, mask"),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

@@ -13,6 +13,7 @@ from mimae.kernels import reference, view_latents
 from mimae.kernels.runtime import launch
 from mimae.kernels.view_latents import _merge, _view_latents
 from tests.kernels.accuracy import DEVICE, assert_as_accurate
+from tests.kernels.mutants import Mutants, mutant_tests
 
 Op = Callable[..., tuple[Tensor, ...]]
 fused: Op = partial(view_latents, impl="triton")
@@ -237,3 +238,59 @@ def test_250_repeats_are_bit_equal() -> None:
     once = fused(tokens, first=1)
     for _ in range(250):
         assert all(torch.equal(a, b) for a, b in zip(once, fused(tokens, first=1)))
+
+
+MUTANTS = Mutants(
+    "view_latents",
+    __name__,
+    {
+        "packed": lambda patch: test_packed_by_view((5, 3, 6, 7), 1),
+        "in image order": lambda patch: test_in_image_order((2, 5, 11, 7), 0),
+        "far from zero": lambda patch: test_deviations_of_latents_far_from_zero(),
+        "tiles of pairs": lambda patch: test_more_pairs_than_a_tile_of_them(),
+    },
+    [
+        (
+            "the last tile of tokens",
+            "packed",
+            "for t in range(first, T, ROWS):",
+            "for t in range(first, T - ROWS, ROWS):",
+        ),
+        (
+            "the mask of tokens",
+            "in image order",
+            "mask=pooled[:, None] & inside[None, :], other=0",
+            "mask=inside[None, :], other=0",
+        ),
+        ("the stride of a view", "packed", "(number % N).to(tl.int64) * by_view", "(number % N).to(tl.int64) * 0"),
+        ("how many are pooled", "packed", "latent = total / (T - first)", "latent = total / T"),
+        ("ids of a view", "in image order", "visible + view * T + place", "visible + view // N * N * T + place"),
+        (
+            "deviations between programs",
+            "far from zero",
+            "squares += tl.sum(within + between, 0)",
+            "squares += tl.sum(within, 0)",
+        ),
+        (
+            "programs past the first in the moments",
+            "tiles of pairs",
+            "range(0, programs, ROWS)",
+            "range(0, 1, ROWS)",
+        ),
+        ("the part of d_u along u", "packed", "(of_u - u * radial) / length", "of_u / length"),
+        (
+            "zeros before the first token",
+            "packed",
+            "tl.where((place >= first)[:, None], share[None, :], 0)",
+            "share[None, :]",
+        ),
+        (
+            "a view that shows the token too",
+            "in image order",
+            "tl.sum(times[:, :, None] * share[None, :, :], 1)",
+            "tl.max(times[:, :, None] * share[None, :, :], 1)",
+        ),
+    ],
+)
+
+test_an_unchanged_copy_passes, test_a_mutant_fails = mutant_tests(MUTANTS)

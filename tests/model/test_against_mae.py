@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimae.data.settings import DataSettings
+from mimae.model.geometry import Grid
 from mimae.model.masking import draw, targets
 from mimae.model.mimae import MIMAE
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings, Predict
@@ -78,7 +79,7 @@ def test_loss_and_gradients(
     model = make(image_size, views, normalize, **decoder)
     images = torch.randint(0, 256, (BATCH, *image_size, 3), dtype=torch.uint8)
     masking = MaskingSettings(num_masks=views, ratio=0.75)
-    visible, hidden = draw(masking, 1, 0, torch.arange(BATCH), model.encoder.num_patches)
+    visible, hidden = draw(masking, 1, 0, torch.arange(BATCH), model.encoder.grid)
 
     predict = decoder.get("predict", "hidden")
     loss = model(images, visible, targets(predict, visible, hidden)).loss
@@ -97,7 +98,7 @@ def test_loss_and_gradients(
 def test_shown_order_does_not_matter() -> None:
     model = make((16, 16), 1)
     images = torch.randint(0, 256, (BATCH, 16, 16, 3), dtype=torch.uint8)
-    visible, hidden = draw(MaskingSettings(num_masks=1), 1, 0, torch.arange(BATCH), 16)
+    visible, hidden = draw(MaskingSettings(num_masks=1), 1, 0, torch.arange(BATCH), Grid(4, 4, PATCH))
     loss = model(images, visible, hidden).loss
     shuffled = model(images, visible.flip(2), hidden.roll(3, 2)).loss
     assert loss.item() == pytest.approx(shuffled.item(), rel=1e-12)

@@ -48,7 +48,7 @@ def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float) -
     ours, theirs = ours.to(dtype), theirs.to(dtype)
 
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
-    visible, hidden = draw(recipe.masking, 0, 0, torch.arange(3), ours.encoder.num_patches)
+    visible, hidden = draw(recipe.masking, 0, 0, torch.arange(3), ours.encoder.grid)
     pixels = ((images.to(dtype) / 255 - ours.encoder.mean) / ours.encoder.std).permute(0, 3, 1, 2)
 
     pairs = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mimae.config.load import load_recipe
 from mimae.engines.base import compile_units
 from mimae.model import blocks, decoder
-from mimae.model.masking import draw, targets
+from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
 from tests.rounding import DRAWS, excess, nudge
 
@@ -37,8 +37,7 @@ def make(settings: dict[str, Any], **model: Any) -> tuple[MIMAE, tuple[Tensor, T
     for parameter in made.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     images = torch.randint(0, 256, (3, 12, 20, 3), generator=generator, dtype=torch.uint8)
-    visible, hidden = draw(recipe.masking, 0, 0, torch.arange(3), made.encoder.num_patches)
-    return made, (images, visible, targets(recipe.decoder.predict, visible, hidden))
+    return made, (images, *views(recipe, 0, 0, torch.arange(3)))
 
 
 def gradients(model: MIMAE, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from mimae.config.load import load_recipe
 from mimae.kernels import orthogonal_masks, philox_words
-from mimae.model.masking import draw, targets
-from mimae.model.settings import MaskingSettings
+from mimae.model.geometry import Grid, geometry
+from mimae.model.masking import DRAWS, draw, targets, views
+from mimae.model.settings import MASK_KINDS, MaskingSettings
 
 # L with N and K such that N K <= L; grids need not be square, so any L goes.
 SHAPES = st.integers(2, 60).flatmap(
@@ -59,7 +63,7 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
     of patches, one in each, with K^2/L(L-1) when they are disjoint, with (K/L)^2 when they are not."""
     L, K, images = 8, 2, 40_000
     masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)
-    visible, _ = draw(masking, 5, 0, torch.arange(images), L)
+    visible, _ = draw(masking, 5, 0, torch.arange(images), Grid(1, L, 4))
     shown = torch.zeros(images, 4, L).scatter_(2, visible.long(), 1.0)
     together = torch.einsum("bnl,bnm->nlm", shown, shown) / images
     across = torch.einsum("bl,bm->lm", shown[:, 0], shown[:, 1]) / images
@@ -74,12 +78,52 @@ def test_marginals_and_pairs_are_uniform(kind: str) -> None:
         assert (across - (K / L) ** 2).abs().max() < five_sigma
 
 
+def test_every_kind_of_the_settings_is_listed() -> None:
+    legal = set(get_args(MaskingSettings.model_fields["kind"].annotation))
+    assert MASK_KINDS.keys() == DRAWS.keys() == legal
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("predict", ["hidden", "next_view"])
+def test_a_kind_draws_what_the_geometry_says(kind: str, predict: str) -> None:
+    """The planner and the settings' checks know a kind by its geometry and by whether its views are disjoint."""
+    sections = {
+        "data": {"image_size": [12, 20]},
+        "masking": {"kind": kind, "num_masks": 3, "ratio": 0.72},
+        "model": {"patch_size": 4, "width": 16, "heads": 2},
+        "decoder": {"predict": predict if MASK_KINDS[kind].is_disjoint else "hidden"},
+    }
+    recipe = load_recipe(sections).recipe
+    sizes, ids = geometry(recipe), torch.tensor([7, 2**40, 0, 3])
+    assert (sizes.grid, sizes.visible) == (Grid(3, 5, 4), 4)
+    visible, targets = views(recipe, 5, 2, ids)
+    hidden = draw(recipe.masking, 5, 2, ids, sizes.grid)[1]
+    assert visible.dtype == targets.dtype == torch.int32
+    assert visible.shape == (4, 3, sizes.visible) and targets.shape == (4, 3, sizes.targets)
+    both = torch.cat([visible, hidden], 2)
+    assert torch.equal(both.sort(2).values, torch.arange(15, dtype=torch.int32).expand(4, 3, 15))
+    assert torch.equal(visible, visible.sort(2).values) and torch.equal(hidden, hidden.sort(2).values)
+    assert torch.equal(views(recipe, 5, 2, ids.flip(0))[0], visible.flip(0)), "a mask is its sample's own"
+    assert not torch.equal(views(recipe, 6, 2, ids)[0], visible) and not torch.equal(
+        views(recipe, 5, 3, ids)[0], visible
+    )
+    many = views(recipe, 5, 2, torch.arange(200))[0].flatten(1)
+    most = max(image.unique(return_counts=True)[1].max().item() for image in many)
+    assert (most == 1) == MASK_KINDS[kind].is_disjoint
+
+
+def test_a_grid_leaves_out_what_fills_no_patch() -> None:
+    grid = Grid.of((33, 20), 8)
+    assert (grid.rows, grid.columns, grid.patches, grid.values, grid.size_hw) == (4, 2, 8, 192, (32, 16))
+
+
 def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
-    ids = torch.arange(8)
-    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, 16)[0] for kind in ("orthogonal", "independent")]
+    ids, grid = torch.arange(8), Grid(4, 4, 2)
+    kinds = ("orthogonal", "independent")
+    single = [draw(MaskingSettings(kind=kind, num_masks=1), 3, 1, ids, grid)[0] for kind in kinds]
     assert torch.equal(single[0], single[1])
-    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, 16)[0])
-    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, 16)[0])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 3, 2, ids, grid)[0])
+    assert not torch.equal(single[0], draw(MaskingSettings(num_masks=1), 4, 1, ids, grid)[0])
 
 
 def test_each_view_predicts_what_it_hides_or_what_the_next_one_shows() -> None:

@@ -17,12 +17,15 @@ from mimae.config.load import load_recipe
 from mimae.data.settings import DataSettings
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.make import setup_of
-from mimae.model import masking
+from mimae.model.geometry import Grid
 from mimae.model.groups import groups
+from mimae.model.masking import draw
 from mimae.model.mimae import MIMAE
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
-from mimae.objective import objective
-from mimae.objective.objective import CLUB, Gate, InfoNCE
+from mimae.objective import club, infonce
+from mimae.objective.club import CLUB
+from mimae.objective.gate import Gate
+from mimae.objective.infonce import InfoNCE
 from mimae.objective.settings import ObjectiveSettings
 from mimae.randomness import initialise
 from tests.oracles import club_oracle, infonce_oracle
@@ -99,7 +102,7 @@ def test_moments_merge_as_those_of_the_whole() -> None:
     """Chan's formula on parts whose means lie far apart."""
     parts = [torch.randn(4, 3, dtype=torch.float64) + 100 * i for i in range(3)]
     gathered = torch.cat([torch.stack([p.mean(0), (p - p.mean(0)).square().sum(0)]) for p in parts])
-    mean, variance = objective.global_moments(gathered, 4)
+    mean, variance = club.global_moments(gathered, 4)
     whole = torch.cat(parts)
     assert (mean - whole.mean(0)).abs().max() < 1e-12
     assert (variance - whole.var(0, correction=0)).abs().max() < 1e-10
@@ -154,7 +157,7 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     images = torch.randint(0, 256, (GLOBAL_BATCH, 8, 12, 3), generator=generator, dtype=torch.uint8)
     ids = torch.arange(GLOBAL_BATCH)
     share = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    return images[share], *masking.draw(MaskingSettings(num_masks=3, ratio=2 / 3), 0, 0, ids[share], 6)
+    return images[share], *draw(MaskingSettings(num_masks=3, ratio=2 / 3), 0, 0, ids[share], Grid(2, 3, 4))
 
 
 def _engine_gradients(dtype: torch.dtype, drop_factor: bool = False, draw: int | None = None) -> dict[str, Tensor]:
@@ -166,16 +169,16 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool = False, draw: int |
     world_size = distributed.world_size()
     if drop_factor:
         whole = InfoNCE.backward
-        vars(objective)["InfoNCE"].backward = staticmethod(lambda ctx, grad: whole(ctx, grad / world_size))
+        vars(infonce)["InfoNCE"].backward = staticmethod(lambda ctx, grad: whole(ctx, grad / world_size))
     engine = _engine(dtype)
     if draw is not None:
         nudge(engine.model.parameters(), draw)
     losses = engine.forward(*_batch())
     engine.backward(losses.loss)
     if drop_factor:
-        vars(objective)["InfoNCE"].backward = staticmethod(whole)
+        vars(infonce)["InfoNCE"].backward = staticmethod(whole)
     result = {name: p.grad.clone() for name, p in engine.model.named_parameters()}
-    reported = {f"loss.{k}": v for k, v in losses._asdict().items() if k not in ("loss", "latents")}
+    reported = {f"loss.{key}": value for key, value in losses.columns.items()}
     return result | reported
 
 

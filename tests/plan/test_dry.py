@@ -15,6 +15,7 @@ from mimae.errors import UserError
 from mimae.plan import command, communication, dry, memory
 from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout
+from tests.plan.test_memory import EVERY_TERM
 from tests.plan.test_plan import SMALL
 
 
@@ -37,6 +38,7 @@ def agrees(recipe: Recipe, ranks: int = 8) -> bool:
             ["precision=fp32", "schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=true"], id="one group"
         ),
         pytest.param(["objective.max_mi=0", "decoder.attention=cross"], id="no InfoNCE"),
+        pytest.param([*EVERY_TERM, "masking.kind=independent"], id="every term"),
     ],
 )
 def test_a_step_is_as_planned(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,10 +14,12 @@ from mimae import distributed
 from mimae.bench.machine import resident_peak
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
+from mimae.engines.settings import EngineSettings
 from mimae.errors import UserError
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
-from mimae.plan import advice, command, communication, memory
+from mimae.objective.terms import TERMS
+from mimae.plan import advice, command, communication, cost, memory
 from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout
@@ -25,13 +27,14 @@ from mimae.train.tasks.pretrain import engine_of
 from tests.plan.test_plan import SMALL
 from tests.ranks import run_ranks
 
+EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
+
 
 def saved_bytes(recipe: Recipe) -> int:
     """What autograd keeps of a forward beside parameters, buffers and inputs: each storage once."""
     model, images_count = build(recipe), recipe.schedule.batch_size
     images = torch.zeros(images_count, *recipe.data.size_hw, 3, dtype=torch.uint8)
-    visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(images_count), model.encoder.num_patches)
-    targets = masking.targets(recipe.decoder.predict, visible, hidden)
+    visible, targets = views(recipe, 0, 0, torch.arange(images_count))
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images, visible, targets)}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -56,6 +59,7 @@ def saved_bytes(recipe: Recipe) -> int:
         pytest.param(["decoder.attention=cross", "objective.max_mi=0"], id="cross"),
         pytest.param(["decoder.predict=next_view", "objective.projector=mlp", "model.mlp_width=80"], id="next view"),
         pytest.param(["model.checkpointing=true"], id="checkpointing"),
+        pytest.param(EVERY_TERM, id="every term"),
     ],
 )
 def test_activations_are_what_autograd_keeps(precision: str, changed: list[str]) -> None:
@@ -82,7 +86,7 @@ def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, mill
     assert count.encoder / 1e6 == pytest.approx(millions, abs=6)
     layout = Layout(recipe.engine.kind, 8 * recipe.engine.replicas, recipe.engine.replicas)
     images = recipe.schedule.batch_size // layout.ranks
-    budget = advice.USABLE * GPUS["h100"].memory * 2**30
+    budget = cost.USABLE * GPUS["h100"].memory * 2**30
     assert memory.memory(recipe, layout, images, count=count).total <= budget
 
 
@@ -103,6 +107,18 @@ def test_what_each_engine_spreads() -> None:
     assert states("zero1", 8) == [9 / 8, 10 / 8, 3 / 8]
     assert states("zero2", 8) == [9 / 8, 2 / 8, 3 / 8]
     assert states("zero3", 8) == [2 / 8, 2 / 8, 3 / 8]
+
+
+def test_every_engine_is_known_to_the_planner() -> None:
+    recipe = load_recipe(SMALL, ["schedule.batch_size=16"]).recipe
+    kinds = EngineSettings.model_fields["kind"].annotation
+    count, gpu = memory.parameters(recipe), find_gpu("h100")
+    assert {layout.kind for layout in cost.layouts(16, 8)} == set(get_args(kinds))
+    unknown = Layout("another", 16)
+    with pytest.raises(ValueError, match=r"does not know what engine\.kind=another spreads"):
+        memory.memory(recipe, unknown, 1, count=count)
+    with pytest.raises(ValueError, match=r"does not know what engine\.kind=another sends"):
+        communication.traffic(recipe, unknown, gpu, 8, count)
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
@@ -170,9 +186,9 @@ def test_nodes_share_their_network() -> None:
 
 
 def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
-    fleet = advice.Fleet(find_gpu("h100"), 64, 8, 0.45)
+    fleet = cost.Fleet(find_gpu("h100"), 64, 8, 0.45)
 
-    def take(name: str, fleet: advice.Fleet, *overrides: str) -> str:
+    def take(name: str, fleet: cost.Fleet, *overrides: str) -> str:
         recipe = load_recipe(name, overrides).recipe
         return advice.advise(recipe, fleet, memory.parameters(recipe))[1]
 
@@ -234,11 +250,10 @@ def peak_growth(overrides: list[str]) -> int:
     def train(recipe: Recipe, steps: int) -> None:
         device, count = distributed.setup(), recipe.schedule.batch_size
         engine = engine_of(recipe, device)
-        patches = engine.model.encoder.num_patches
         for _ in range(steps):
             for is_last in (False, True):  # with the gradients of the first micro-batch there in the second
                 images = torch.zeros(count, *recipe.data.size_hw, 3, dtype=torch.uint8)
-                visible, targets = masking.draw(recipe.masking, 0, 0, torch.arange(count), patches)
+                visible, targets = views(recipe, 0, 0, torch.arange(count))
                 with engine.accumulate(is_last):
                     engine.backward(engine.forward(images, visible, targets).loss)
             engine.step(1.0)

@@ -1,4 +1,4 @@
-"""The cost model against torch's own count on the model that runs, and against the method's numbers."""
+"""The planner's FLOPs against the closed formula, against what the model executes, and against the method's numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from mimae import distributed
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
 from mimae.plan.flops import decoder_flops, encoder_flops, image_flops, objective_flops, step_flops
 from mimae.plan.gpus import device_name, peak_flops
+from tests.plan import formula
 
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"image_size": [32, 48]},
@@ -38,11 +42,9 @@ def recipe(**sections: Any) -> Recipe:
 def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
     """FLOPs by module, as torch counts the products that a batch executes."""
     model = build(recipe)
-    B, L = recipe.schedule.batch_size, model.encoder.num_patches
-    height, width = recipe.data.size_hw
-    images = torch.randint(0, 256, (B, height, width, 3), dtype=torch.uint8)
-    visible, hidden = masking.draw(recipe.masking, 0, 0, torch.arange(B), L)
-    targets = masking.targets(recipe.decoder.predict, visible, hidden)
+    B = recipe.schedule.batch_size
+    images = torch.randint(0, 256, (B, *recipe.data.size_hw, 3), dtype=torch.uint8)
+    visible, targets = views(recipe, 0, 0, torch.arange(B))
     # torch knows no count for the CPU's fused attention: let it run as two products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(images, visible, targets).loss
@@ -66,6 +68,34 @@ def test_encoder_and_decoder_are_what_torch_counts(decoder: dict[str, Any]) -> N
     flops = counted(given)
     assert flops["MIMAE.encoder"] == views * encoder_flops(given)
     assert flops["MIMAE.decoder"] == views * decoder_flops(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        pytest.param("vit_base_400ep", ["masking.num_masks=4"], id="ViT-B, four views"),
+        pytest.param("vit_base_400ep", ["decoder.predict=next_view"], id="ViT-B, next view"),
+        pytest.param("vit_base_400ep", ["decoder.attention=cross", "model.checkpointing=true"], id="ViT-B, cross"),
+        pytest.param("quickstart", ["objective.projector=mlp", "schedule.accumulate=2"], id="quickstart, projector"),
+        pytest.param("vit_huge14", ["schedule.batch_size=4096", "model.attention=flex"], id="ViT-H, large batch"),
+    ],
+)
+def test_a_step_has_the_flops_of_the_closed_formula(name: str, overrides: list[str]) -> None:
+    given = load_recipe(name, overrides).recipe
+    assert encoder_flops(given) == formula.encoder_flops(given)
+    assert decoder_flops(given) == formula.decoder_flops(given)
+    assert step_flops(given) == formula.step_flops(given)
+
+
+def test_a_count_asks_no_other_rank() -> None:
+    """In a run the main rank alone counts. Two ranks would share the images, and multiply every pair of views twice."""
+    given = recipe(schedule={"batch_size": 6})
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        assert objective_flops(given) == formula.objective_flops(given)
+        assert distributed.world_size() == 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_v_and_projector_are_what_torch_counts() -> None:

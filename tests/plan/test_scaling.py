@@ -11,10 +11,10 @@ from PIL import Image
 
 from mimae.config.load import load_recipe
 from mimae.errors import UserError
-from mimae.plan import advice, command, communication, memory, scaling
+from mimae.plan import command, communication, cost, memory, scaling
 from mimae.plan.gpus import find_gpu
 
-FLEET = advice.Fleet(find_gpu("h100"), 64, 8, 0.45)
+FLEET = cost.Fleet(find_gpu("h100"), 64, 8, 0.45)
 
 
 def test_latency_counts_hops() -> None:

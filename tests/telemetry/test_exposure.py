@@ -18,7 +18,7 @@ from mimae import distributed
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.plan.communication import bytes_sent
 from mimae.telemetry import exposure
 from mimae.telemetry.exposure import Exposure
@@ -58,7 +58,7 @@ def step(engine: Engine, settings: Recipe, seed: int) -> None:
     for micro in range(ACCUMULATE):
         images = torch.randint(0, 256, (IMAGES, 8, 8, 3), generator=generator, dtype=torch.uint8)
         with engine.accumulate(is_last=micro == ACCUMULATE - 1):
-            losses = engine.forward(images, *masking.draw(settings.masking, 0, 0, ids, 4))
+            losses = engine.forward(images, *views(settings, 0, 0, ids))
             engine.backward(losses.loss / ACCUMULATE)
     engine.step(1.0)
 

@@ -15,7 +15,7 @@ from mimae import cli
 from mimae.config.load import load_recipe
 from mimae.data.loading.loader import make_loader
 from mimae.data.sources.open import open_source
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.telemetry.pictures import HIDDEN
 from mimae.tools.show import masked, show
 from tests.data.conftest import write_images
@@ -41,7 +41,7 @@ def test_the_batch_is_the_first_of_training(folder: Path) -> None:
     sheet = np.asarray(Image.open(io.BytesIO(picture)))
     tiles = [sheet[-14 - 128 :, left : left + 128][:128] for left in (14, 14 + 128 + 14, 2 * (14 + 128) + 14)]
     np.testing.assert_array_equal(tiles[1], batch.images[2].numpy())
-    visible, _ = masking.draw(recipe.masking, 4, 2, batch.sample_ids, 16)
+    visible, _ = views(recipe, 4, 2, batch.sample_ids)
     np.testing.assert_array_equal(tiles[2], masked(batch.images, visible, 32)[2, 0].numpy())
 
 

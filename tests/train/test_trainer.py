@@ -31,7 +31,7 @@ from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
 from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
-from mimae.model import masking
+from mimae.model.masking import views
 from mimae.model.mimae import build
 from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
 from mimae.train import resume
@@ -359,7 +359,7 @@ def test_the_next_views_patches_are_what_is_validated_and_pictured(
     source = open_source(str(images))
     errors = []
     for batch in evaluation_batches(given.data, source, 30, torch.arange(30)):
-        visible, _ = masking.draw(given.masking, given.seed, 0, batch.sample_ids, 16)
+        visible, _ = views(given, given.seed, 0, batch.sample_ids)
         targets = visible[:, [1, 2, 3, 0]]
         with torch.no_grad():
             predictions = model.predict(batch.images, visible, targets)

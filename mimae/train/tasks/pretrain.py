@@ -15,15 +15,15 @@ from mimae.engines.base import Engine, Obstacles
 from mimae.evaluate import share
 from mimae.evaluate.probe import knn_accuracy, shared_labels
 from mimae.kernels import pixel_loss
-from mimae.model import masking
 from mimae.model.groups import groups
+from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, obstacles, outline
 from mimae.objective.objective import Losses
+from mimae.objective.terms import DIAGNOSTICS, ESTIMATES, LOSSES, active
 from mimae.optim.groups import Group
 from mimae.plan.communication import bytes_sent
 from mimae.plan.flops import step_flops
 from mimae.telemetry import pictures
-from mimae.telemetry.records import LOSSES
 from mimae.train.task import Result, Task
 from mimae.train.trainer import Outcome, train
 
@@ -50,8 +50,8 @@ class Pretrain(Task[MIMAE]):
     """Masks in, losses of the objective out; judged by reconstruction and nearest neighbours on data.val_path."""
 
     losses = LOSSES
-    estimates = ("mi_lower_nats", "mi_upper_nats")
-    diagnostics = ("saturated",)
+    estimates = ESTIMATES
+    diagnostics = DIAGNOSTICS
     gauges = ("gate",)
     measures = {"knn": "max", "val_rec": "min"}  # noqa: RUF012
 
@@ -79,15 +79,11 @@ class Pretrain(Task[MIMAE]):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (B, H, W, 3), visible (B, N, K) and targets (B, N, M)."""
-        recipe = self.recipe
-        height, width = (side // recipe.model.patch_size for side in recipe.data.size_hw)
-        visible, hidden = masking.draw(recipe.masking, recipe.seed, batch.epoch, batch.sample_ids, height * width)
-        return batch.images, visible, masking.targets(recipe.decoder.predict, visible, hidden)
+        visible, targets = views(self.recipe, self.recipe.seed, batch.epoch, batch.sample_ids)
+        return batch.images, visible, targets
 
     def result(self, output: Losses) -> Result:
-        keys = (*self.losses[1:], *self.estimates, *self.diagnostics)
-        found = {"loss": output.total} | {key: getattr(output, key) for key in keys}
-        return Result(output.loss, {k: v for k, v in found.items() if v is not None}, output.latents)
+        return Result(output.loss, output.columns, output.latents)
 
     def stepped(self, model: MIMAE, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
         model.objective.gate.update(shown["rec"], skipped)
@@ -149,8 +145,8 @@ class Pretrain(Task[MIMAE]):
     def warning(self, model: MIMAE, step: int, steps: int, steps_per_epoch: int) -> str | None:
         objective = self.recipe.objective
         is_first_past_a_quarter = (step - steps_per_epoch) * 4 < steps <= step * 4
-        uses_mi = objective.max_mi > 0 or objective.min_mi > 0
-        if not (is_first_past_a_quarter and uses_mi and model.objective.gate.weight.item() == 0):
+        is_gated = any(term.is_gated for term in active(objective))
+        if not (is_first_past_a_quarter and is_gated and model.objective.gate.weight.item() == 0):
             return None
         return (
             f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="

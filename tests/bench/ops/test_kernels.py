@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from mimae.bench.ops import kernels as bench
-from mimae.bench.ops.cases import CASES, Case, Size
+from mimae.bench.ops.cases import CASES
+from mimae.bench.ops.cases.case import Case, Size
 from mimae.cli import app
 from mimae.kernels import runtime
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mimae.bench.ops import traffic
-from mimae.bench.ops.cases import CASES, Size, chosen
+from mimae.bench.ops.cases import CASES, chosen
+from mimae.bench.ops.cases.case import Size
 from mimae.bench.ops.offline import PROCESSORS, TARGETS, Binary, compiled, fresh_processes, machine_code
 from mimae.kernels import runtime
 from mimae.kernels.runtime import Launch, Target
@@ -94,7 +95,7 @@ def test_an_interpreting_process_is_told_so() -> None:
 
 def assert_sound(binaries: list[dict]) -> None:
     assert [flaw for binary in binaries for flaw in traffic.flaws(binary)] == []
-    of_hopper = [each for each in binaries if each["capability"] == 90 and traffic.BOUNDS[each["op"]].hopper]
+    of_hopper = [each for each in binaries if each["capability"] == 90 and traffic.bound_of(each["op"]).hopper]
     for op in {each["op"] for each in of_hopper}:
         assert {"HGMMA"} in [set(each["matrix"]) for each in of_hopper if each["op"] == op], op
 

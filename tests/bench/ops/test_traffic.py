@@ -13,9 +13,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mimae.bench.ops import command, traffic
-from mimae.bench.ops.cases import CASES, VIT_B, Case, Size, chosen, recorded
+from mimae.bench.ops.cases import CASES, chosen
+from mimae.bench.ops.cases.case import VIT_B, Bound, Case, Size, recorded
 from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
-from mimae.bench.ops.traffic import BOUNDS, COUNTS, Bound, beyond_bounds, eager, extrapolated, measure
+from mimae.bench.ops.traffic import beyond_bounds, bound_of, eager, extrapolated, measure
 from mimae.cli import app
 from mimae.errors import UserError
 from mimae.kernels import runtime
@@ -201,7 +202,7 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
     assert forward["floor_bytes"] == 1024 * (4 * 147 * (2 * 768 * 2 + 4) + 224 * 224 * 3) + 24 + 4
     assert forward["predicted_h100_us_at_floor"] == pytest.approx(forward["floor_bytes"] / 3.35e6)
 
-    monkeypatch.setitem(BOUNDS, "pixel_loss", Bound(issued=1.001))
+    monkeypatch.setattr(traffic, "bound_of", lambda op: Bound(issued=1.001))
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 1
     assert "beyond its bound: pixel_loss, patch 16: issued bytes over floor" in answer.output
@@ -219,9 +220,9 @@ def test_the_page_in_the_documentation_is_what_its_file_renders_to(tmp_path: Pat
 
 def test_the_published_result_keeps_its_bounds() -> None:
     result = json.loads((ROOT / "bench/results/traffic.json").read_text())
-    assert [line for row in result["traffic"] for line in beyond_bounds(row, BOUNDS[row["op"]])] == []
+    assert [line for row in result["traffic"] for line in beyond_bounds(row, bound_of(row["op"]))] == []
     assert [line for binary in result["machine_code"] for line in traffic.flaws(binary)] == []
-    assert {row["op"] for row in result["traffic"]} == BOUNDS.keys()
+    assert {row["op"] for row in result["traffic"]} == {case.op for case in CASES}
 
 
 def test_triton_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +236,10 @@ def test_an_unknown_op_is_a_mistake_of_the_users() -> None:
         command.traffic(op=["nosuch"])
 
 
-def test_every_pass_is_counted_and_every_op_has_a_bound() -> None:
-    assert {fused.name for case in CASES for fused in case.passes} == COUNTS.keys()
-    assert {case.op for case in CASES} == BOUNDS.keys()
-    assert all(bound != Bound() for bound in BOUNDS.values())
+def test_every_op_has_a_bound_and_names_are_distinct() -> None:
+    assert all(case.bound != Bound() for case in CASES)
+    names = [fused.name for case in CASES for fused in case.passes]
+    assert len(names) == len(set(names)) and len(CASES) == len({case.op for case in CASES})
 
 
 @interpreted
@@ -252,4 +253,4 @@ def test_every_pass_is_counted_and_every_op_has_a_bound() -> None:
 )
 def test_ops_keep_their_bounds(case: Case) -> None:
     """At the first size; `mimae bench traffic` has the others, and the machine code."""
-    assert beyond_bounds(measure(case.op, case.sizes[0]), BOUNDS[case.op]) == []
+    assert beyond_bounds(measure(case.op, case.sizes[0]), case.bound) == []

@@ -71,8 +71,8 @@ def compile_infonce_of_a_rank(rows: int, width: int, dtype: torch.dtype, target:
     u, tau, lse = (torch.empty(shape, device="meta") for shape in ((4096, 4, width), (1,), (4096, 4, 4)))
     u, seen = u.to(dtype), list[Launch]()
     with watching(seen.append, target):
-        infonce.forward(u[:rows], u, 0, tau)
-        infonce.backward(u[:rows], u, 0, tau, lse)
+        infonce.launch_forward(u[:rows], u, 0, tau)
+        infonce.launch_backward(u[:rows], u, 0, tau, lse)
     return [compiled(each, target.capability) for each in seen]
 
 

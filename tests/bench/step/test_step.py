@@ -86,7 +86,7 @@ def test_eager_computes_the_same(overrides: list[str]) -> None:
     visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
 
     loss = ours(images, visible, hidden).loss
-    expected = eager(pixels, noise_of(visible, ours.encoder.num_patches))
+    expected = eager(pixels, noise_of(visible, ours.encoder.grid.patches))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
     loss.backward()
@@ -105,7 +105,7 @@ def test_lightly_computes_the_same() -> None:
     lightly.load(state)
     images, pixels = inputs(recipe, ours)
     visible, hidden = bench.Ours(recipe, state, images, CPU).draw()
-    expected = lightly.double()(pixels, noise_of(visible, ours.encoder.num_patches))
+    expected = lightly.double()(pixels, noise_of(visible, ours.encoder.grid.patches))
     # Its sin-cos positions are computed in single precision.
     assert ours(images, visible, hidden).loss.item() == pytest.approx(expected.item(), rel=1e-7)
 

@@ -1,0 +1,80 @@
+"""How images are cut into patches, and how many of them each view shows and predicts. Needs no torch.
+
+Letters in shapes: N views, L patches, K visible, M targets, P patch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from mimae.data.settings import DataSettings
+from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
+
+
+class Grid(NamedTuple):
+    """The patches of an image, numbered row by row."""
+
+    rows: int
+    columns: int
+    patch_size: int
+    """P, the side of a patch in pixels."""
+
+    @classmethod
+    def of(cls, size_hw: Sequence[int], patch_size: int) -> Grid:
+        """Return the grid of an image of (height, width) pixels; pixels that fill no patch are left out."""
+        height, width = size_hw
+        return cls(height // patch_size, width // patch_size, patch_size)
+
+    @property
+    def patches(self) -> int:
+        """L, the patches of an image."""
+        return self.rows * self.columns
+
+    @property
+    def values(self) -> int:
+        """3P^2, the values of a patch."""
+        return 3 * self.patch_size**2
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.rows * self.patch_size, self.columns * self.patch_size
+
+
+class Geometry(NamedTuple):
+    """The sizes of a training image: its grid of patches, and its views."""
+
+    grid: Grid
+    views: int
+    """N, the views of an image."""
+    visible: int
+    """K, the patches that a view shows."""
+    targets: int
+    """M, the patches that the decoder predicts from a view."""
+
+    @property
+    def hidden(self) -> int:
+        """L - K, the patches that a view hides."""
+        return self.grid.patches - self.visible
+
+
+class Sections(Protocol):
+    """The sections of a recipe that determine its geometry."""
+
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def masking(self) -> MaskingSettings: ...
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def decoder(self) -> DecoderSettings: ...
+
+
+def geometry(recipe: Sections) -> Geometry:
+    """Return the geometry of a recipe."""
+    grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
+    visible = recipe.masking.num_visible(grid.patches)
+    targets = visible if recipe.decoder.predict == "next_view" else grid.patches - visible
+    return Geometry(grid, recipe.masking.num_masks, visible, targets)

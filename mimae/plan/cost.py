@@ -1,0 +1,85 @@
+"""What a step of a recipe costs with each engine: memory, communication, seconds (docs/scaling.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from mimae.errors import UserError
+from mimae.plan.communication import Traffic, exposed, traffic
+from mimae.plan.flops import step_flops
+from mimae.plan.gpus import GPU, peak_flops
+from mimae.plan.memory import Layout, Memory, Parameters, largest, memory
+
+if TYPE_CHECKING:
+    from mimae.config.recipe import Recipe
+
+USABLE = 0.9
+"""Assumed share of a GPU's memory for a step: the rest is the CUDA context, buffers of NCCL, and gaps."""
+
+
+class Fleet(NamedTuple):
+    """The GPUs of a run, and what is assumed of them."""
+
+    gpu: GPU
+    gpus: int
+    per_node: int
+    share: float
+    """Of the peak, that forward and backward reach."""
+
+    @property
+    def budget(self) -> float:
+        return USABLE * self.gpu.memory * 2**30
+
+
+class Row(NamedTuple):
+    """One engine."""
+
+    layout: Layout
+    recipe: Recipe
+    memory: Memory
+    largest: int
+    """Micro-batch of a rank, in images."""
+    traffic: list[Traffic]
+    computing: float
+    """Seconds of a step, as the next."""
+    exposed: float
+    fits: bool
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.computing + self.exposed
+
+    @property
+    def images_per_s(self) -> float:
+        return self.recipe.schedule.batch_size / self.seconds
+
+
+def layouts(ranks: int, per_node: int) -> list[Layout]:
+    """Engines, the simpler first."""
+    spread = [Layout(kind, ranks) for kind in ("fsdp", "zero1", "zero2", "zero3")]
+    nodes = ranks // per_node
+    hybrid = [Layout("fsdp", ranks, nodes)] if nodes > 1 and ranks % per_node == 0 else []
+    offloaded = [Layout("fsdp", ranks, offload="cpu"), Layout("zero3", ranks, offload="nvme")]
+    return [Layout("ddp", ranks), *hybrid, *spread, *offloaded]
+
+
+def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
+    """Every engine with the recipe's micro-batch."""
+    return [row(recipe, layout, fleet, count) for layout in layouts(fleet.gpus, fleet.per_node)]
+
+
+def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
+    """One engine with the recipe's micro-batch. Raises UserError where the GPU cannot compute in its precision."""
+    peak = peak_flops(fleet.gpu.name, recipe.precision)
+    if peak is None:
+        raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
+    forward = step_flops(recipe) / 3 / (fleet.gpus * peak * fleet.share)
+    # Recomputation is one more forward.
+    backward = (3 if recipe.model.checkpointing else 2) * forward
+    images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
+    needed = memory(recipe, layout, images, count=count)
+    sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)
+    waits = exposed(sent, recipe, layout, forward, backward)
+    most = largest(recipe, layout, fleet.budget, count)
+    return Row(layout, recipe, needed, most, sent, forward + backward, waits, needed.total <= fleet.budget)
