@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mimae.files import write_atomically
+from mimae.outside.files import write_atomically
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 """A checkout has them, an installed wheel does not."""

@@ -33,7 +33,7 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
     from mimae.config.load import load_recipe
-    from mimae.text import say
+    from mimae.outside.text import say
     from mimae.train.tasks import pretrain as task
 
     resolved = load_recipe(recipe, overrides, settings)

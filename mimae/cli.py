@@ -25,8 +25,8 @@ from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import pretrain, submit
+from mimae.outside.text import open_standard_streams, say
 from mimae.plan.command import plan
-from mimae.text import open_standard_streams, say
 from mimae.tools.command import convert, doctor, replay, show, status
 
 

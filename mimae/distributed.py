@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimae import messages, place, unpickling
 from mimae.errors import RunError, UserError
+from mimae.ranks import messages, place, unpickling
 
 # The names from torch 2.14 on, and those before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

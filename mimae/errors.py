@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mimae.text import printable
+from mimae.outside.text import printable
 
 EXIT_MISTAKE = 2
 EXIT_SAVED = 75

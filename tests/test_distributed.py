@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mimae import distributed, messages, place
+from mimae import distributed
 from mimae.errors import RunError, UserError
-from tests.ranks import run_ranks
+from mimae.ranks import messages, place
+from tests.rank_processes import run_ranks
 from tests.sockets import listening
 
 

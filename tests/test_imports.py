@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 # module `room.module`, or (`settings`) for the module of that name in every room; the most precise one counts. A new
 # room takes its place here.
 LAYERS = (
-    {"kernels", "text", "errors", "reading", "files", "messages", "place", "config.section"},
+    {"kernels", "outside", "errors", "ranks.place", "ranks.messages", "config.section"},
     {"settings"},
     {"model.geometry", "objective.terms"},
     {"config"},
-    {"randomness", "unpickling"},
+    {"randomness", "ranks"},
     {"distributed"},
     {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
     {"faults", "plan", "transfer"},

@@ -29,9 +29,9 @@ from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
-from mimae.files import write_atomically
 from mimae.optim.schedule import total_steps
 from mimae.optim.settings import ScheduleSettings
+from mimae.outside.files import write_atomically
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 """The recipe of MI-MAE on each data set; those of the other controls add a suffix to its name."""

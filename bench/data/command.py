@@ -38,7 +38,7 @@ def data(
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
-    from mimae.files import write_atomically
+    from mimae.outside.files import write_atomically
 
     source = open_source(path)
     if len(source) < batch:

@@ -34,7 +34,7 @@ def drill(
     from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies
     from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
     from mimae.bench.machine import describe
-    from mimae.files import write_atomically
+    from mimae.outside.files import write_atomically
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -85,7 +85,7 @@ def soak(
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
-    from mimae.files import write_atomically
+    from mimae.outside.files import write_atomically
 
     source = open_source(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ def kernels(
     from mimae.bench.ops.cases import CASES
     from mimae.bench.ops.kernels import BATCHES, contest, crossovers, roof, show, sizes_of
     from mimae.errors import UserError
-    from mimae.files import write_atomically
+    from mimae.outside.files import write_atomically
 
     known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
     unknown = [name for name in op or () if name not in known]

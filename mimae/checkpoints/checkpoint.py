@@ -33,9 +33,8 @@ from mimae.checkpoints.contents import (
 )
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.errors import CheckpointError
-from mimae.files import Folder, sync
-from mimae.files import write_atomically as write_atomically
-from mimae.text import printable, say
+from mimae.outside.files import Folder, sync
+from mimae.outside.text import printable, say
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mimae.errors import CheckpointError
-from mimae.files import Folder
-from mimae.text import printable
+from mimae.outside.files import Folder
+from mimae.outside.text import printable
 
 Manifest = dict[str, dict[str, Any]]
 """`bytes` and `sha256` by the file's name."""

@@ -50,9 +50,9 @@ from torch.utils.dlpack import from_dlpack
 from mimae.checkpoints.contents import is_inside
 from mimae.distributed import Group
 from mimae.errors import CheckpointError
-from mimae.files import Folder
+from mimae.outside.files import Folder
+from mimae.outside.text import printable
 from mimae.randomness import Part
-from mimae.text import printable
 
 State = Mapping[str, "Tensor | Part"]
 """By name what this rank holds: tensors that are the same on every rank, and parts."""

@@ -19,8 +19,8 @@ from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.dcp import State
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.errors import CheckpointError
-from mimae.files import Folder
-from mimae.text import say
+from mimae.outside.files import Folder
+from mimae.outside.text import say
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from mimae.config.recipe import Recipe, Resolved, flat
 from mimae.model.geometry import Grid
 from mimae.model.settings import MASK_KINDS
 from mimae.objective.terms import active
-from mimae.place import number
+from mimae.ranks.place import number
 
 Check = Callable[[Resolved], Iterator[str]]
 """Yields a message for each problem that it finds."""

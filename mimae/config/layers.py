@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel
 
 from mimae.config.texts import expanded, unquoted
-from mimae.reading import read_text
-from mimae.text import printable
+from mimae.outside.reading import read_text
+from mimae.outside.text import printable
 
 LARGEST_FILE = 1 << 16
 """Bytes that a recipe may have."""

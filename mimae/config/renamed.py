@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from mimae.config.layers import Setting, Settings, text
-from mimae.text import say
+from mimae.outside.text import say
 
 
 def _trackers(tensorboard: Any) -> Any:

@@ -58,7 +58,7 @@ def pack(
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
-    from mimae.text import say
+    from mimae.outside.text import say
 
     if target.suffix != ".tar":
         raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")

@@ -25,7 +25,7 @@ def probe(
     from rich.table import Table
 
     from mimae.evaluate.probe import MEASURES, NEIGHBOURS, probe
-    from mimae.files import write_atomically
+    from mimae.outside.files import write_atomically
 
     result = probe(run, train, test, images, baselines)
     write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from mimae.errors import RunError
-from mimae.files import Folder
-from mimae.text import printable
+from mimae.outside.files import Folder
+from mimae.outside.text import printable
 
 BEAT = 2.0
 """Seconds between two moves of the counter."""

@@ -20,7 +20,7 @@ from mimae import distributed
 from mimae.config.recipe import Recipe
 from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.plan.advice import advise
 from mimae.plan.cost import Fleet
 from mimae.plan.gpus import GPU, device_name, find_gpu

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from mimae import distributed
-from mimae.files import Folder
-from mimae.text import say
+from mimae.outside.files import Folder
+from mimae.outside.text import say
 
 FRAMES = 6
 """Frames of a rank's main thread that are read from a file of stacks, which holds all frames of all threads."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mimae.faults.watchdog import read, stacks
-from mimae.text import say
+from mimae.outside.text import say
 
 GRACE = 3.0
 """Seconds after the first rank's stack in which the other ranks may leave theirs."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch.distributed import Store
 
-from mimae import messages
-from mimae.messages import MessageError
+from mimae.ranks import messages
+from mimae.ranks.messages import MessageError
 
 BEAT = 1.0
 """Seconds between two counts of a launcher."""

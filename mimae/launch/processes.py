@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 
-from mimae import messages, place
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
 from mimae.faults.signals import handled
 from mimae.launch import network, notes, slurm
@@ -31,7 +30,8 @@ from mimae.launch.job import Job, check_ranks, default_job
 from mimae.launch.nodes import AGAIN, NodeLost, Nodes, Order, State
 from mimae.launch.notes import Note
 from mimae.launch.rank import ATTEMPT
-from mimae.text import say
+from mimae.outside.text import say
+from mimae.ranks import messages, place
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mimae.errors import EXIT_MISTAKE, UserError
 from mimae.launch import notes
-from mimae.text import say
+from mimae.outside.text import say
 
 ATTEMPT = "MIMAE_ATTEMPT"
 """Name of the variable that counts the starts of a rank, from 0."""

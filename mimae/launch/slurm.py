@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from mimae.errors import UserError
-from mimae.place import number
+from mimae.ranks.place import number
 
 
 def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mimae.config.load import load_recipe
 from mimae.errors import EXIT_SAVED, UserError
-from mimae.files import Folder
+from mimae.outside.files import Folder
 
 GRACE_SECONDS = 180
 """Seconds between SLURM's signal and the end of the job: time to save."""

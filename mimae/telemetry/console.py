@@ -11,7 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mimae.objective.terms import LOSSES
-from mimae.text import Output, is_terminal, printable, say
+from mimae.outside.text import Output, is_terminal, printable, say
 
 
 class Console:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from mimae.files import Folder
-from mimae.text import say
+from mimae.outside.files import Folder
+from mimae.outside.text import say
 
 FILE = "events.jsonl"
 

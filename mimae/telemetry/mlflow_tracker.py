@@ -10,7 +10,7 @@ from typing import Any
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.telemetry.trackers import kept_id
 
 

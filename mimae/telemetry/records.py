@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mimae.files import Folder
 from mimae.objective import terms
+from mimae.outside.files import Folder
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 """Where the seconds of an epoch go; the rest of its wall time is the loop's own."""

@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from mimae.errors import RunError
-from mimae.files import Folder
+from mimae.outside.files import Folder
+from mimae.outside.text import losses, say
 from mimae.telemetry.console import Console
 from mimae.telemetry.environment import environment
 from mimae.telemetry.events import Events
 from mimae.telemetry.records import EPOCH_KEYS, FILES, STEP_KEYS, plain
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.telemetry.trackers import JSONLines, Tracker, open_trackers
-from mimae.text import losses, say
 
 
 class Telemetry:

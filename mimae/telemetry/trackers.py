@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from mimae.errors import UserError
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.telemetry.records import FILES, is_until
 
 GRACE = 30.0

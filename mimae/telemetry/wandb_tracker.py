@@ -14,7 +14,7 @@ import wandb
 import yaml
 from PIL import Image
 
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.telemetry.trackers import kept_id
 
 

@@ -83,8 +83,8 @@ def replay(
     from mimae.config.kept import load_run
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
-    from mimae.files import Folder
-    from mimae.text import say
+    from mimae.outside.files import Folder
+    from mimae.outside.text import say
     from mimae.tools.replay import HERE, logged, replay, report
 
     if not (run / "config.yaml").is_file():

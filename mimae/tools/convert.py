@@ -31,6 +31,7 @@ from mimae.errors import CheckpointError
 from mimae.faults.lock import lock
 from mimae.model.mimae import MIMAE, outline
 from mimae.optim.schedule import total_steps
+from mimae.outside.files import write_atomically
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
 """DeepSpeed's names of a parameter's tensors -> those of a checkpoint, before the parameter's name."""
@@ -72,7 +73,7 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
             checkpoint.sync(path)
         temporary.rename(target)
         checkpoint.sync(folder)
-        checkpoint.write_atomically(folder / "latest_universal", target.name)
+        write_atomically(folder / "latest_universal", target.name)
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:

@@ -23,10 +23,10 @@ from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
-from mimae.files import Folder
 from mimae.optim.schedule import schedule_factor
+from mimae.outside.files import Folder
+from mimae.outside.text import say
 from mimae.telemetry import pictures, records
-from mimae.text import say
 from mimae.tools.show import masked
 from mimae.train.tasks.pretrain import Pretrain
 

@@ -12,10 +12,10 @@ from typing import Any
 from mimae.checkpoints import contents
 from mimae.errors import CheckpointError, UserError
 from mimae.faults import lock
-from mimae.files import Folder
 from mimae.objective.terms import TERMS
+from mimae.outside.files import Folder
+from mimae.outside.text import printable
 from mimae.telemetry import records
-from mimae.text import printable
 
 
 def look(run: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
 from mimae.errors import CheckpointError
 from mimae.model.encoder import Encoder
-from mimae.text import printable
+from mimae.outside.text import printable
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:

@@ -22,9 +22,9 @@ from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.errors import CheckpointError, RunError
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.randomness import Part
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from mimae.engines import zero
 from mimae.optim import adamw
 from mimae.train.tasks.pretrain import engine_of
 from tests.engines.test_engines import WEIGHTS, apart, everything, recipe, saved, train
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 CPU = torch.device("cpu")
 WIDE = ["decoder.width=64", "engine.kind=zero3", "optimizer.clip=null"]

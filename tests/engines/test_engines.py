@@ -32,7 +32,7 @@ from mimae.objective.infonce import InfoNCE
 from mimae.objective.objective import Losses
 from mimae.optim import adamw
 from mimae.train.tasks.pretrain import engine_of
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 STEPS = 20
 BATCH, ACCUMULATE = 24, 2  # micro-batches of 12 images, which 2 and 4 ranks share with more than one on each

@@ -12,7 +12,7 @@ from mimae.engines.replicas import DivergenceError, checksum, differences
 from mimae.engines.zero import ZeroEngine
 from mimae.train.tasks.pretrain import engine_of
 from tests.engines.test_engines import recipe, train
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 KINDS = {
     "ddp": ["engine.kind=ddp"],

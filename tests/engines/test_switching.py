@@ -12,7 +12,7 @@ from PIL import Image
 from mimae import distributed
 from mimae.train.tasks.pretrain import pretrain
 from mimae.train.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, recipe
 
 RANKS = (1, 2, 4, 1)

@@ -29,7 +29,7 @@ from mimae.objective.infonce import InfoNCE
 from mimae.objective.settings import ObjectiveSettings
 from mimae.randomness import initialise
 from tests.oracles import club_oracle, infonce_oracle
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 from tests.rounding import DRAWS, excess, nudge
 
 

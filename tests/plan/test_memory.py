@@ -25,7 +25,7 @@ from mimae.plan.gpus import GPUS, find_gpu, peak_flops
 from mimae.plan.memory import Layout
 from mimae.train.tasks.pretrain import engine_of
 from tests.plan.test_plan import SMALL
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.telemetry.events import Events, read
 
 

@@ -23,7 +23,7 @@ from mimae.plan.communication import bytes_sent
 from mimae.telemetry import exposure
 from mimae.telemetry.exposure import Exposure
 from mimae.train.tasks.pretrain import engine_of
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 CPU = torch.device("cpu")
 ENGINES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ import pytest
 from mimae.config import renamed
 from mimae.config.load import load_recipe
 from mimae.errors import UserError
-from mimae.files import Folder
+from mimae.outside.files import Folder
 from mimae.telemetry import trackers
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.telemetry.telemetry import Telemetry

@@ -26,7 +26,7 @@ from mimae.randomness import materialise
 from mimae.tools import command
 from mimae.tools import convert as universal
 from mimae.train.tasks.pretrain import pretrain
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 from tests.train.test_trainer import assert_bit_equal, images, recipe, tensors
 
 __all__ = ["images"]  # a fixture

@@ -23,7 +23,7 @@ from mimae.model.units import Model
 from mimae.optim.groups import Group, is_matrix
 from mimae.train.task import Result, Task
 from mimae.train.trainer import train
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, tensors
 
 STEPS = 9

@@ -13,7 +13,7 @@ from PIL import Image
 from mimae import distributed
 from mimae.evaluate.share import gather_rows, share
 from mimae.train.tasks.pretrain import Pretrain
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 from tests.train.test_trainer import recipe
 
 

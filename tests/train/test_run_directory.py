@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import mimae
-from mimae import distributed, text
+from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.data.loading.batch import BadSample, BadSamples
 from mimae.errors import UserError
 from mimae.faults.watchdog import Watchdog
-from mimae.files import Folder
+from mimae.outside import text
+from mimae.outside.files import Folder
 from mimae.telemetry import events
 from mimae.train.trainer import Outcome, Trainer
 

@@ -38,7 +38,7 @@ from mimae.train import resume
 from mimae.train.tasks import pretrain as tasks
 from mimae.train.tasks.pretrain import Pretrain, pretrain
 from mimae.train.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
 

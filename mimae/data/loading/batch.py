@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mimae.errors import UserError
-from mimae.files import Folder
-from mimae.text import printable, say
+from mimae.outside.files import Folder
+from mimae.outside.text import printable, say
 
 
 class DataError(UserError):

@@ -19,8 +19,8 @@ from mimae.data.pixels.cut import Cut, Turn, cut_from, finish
 from mimae.data.pixels.decode import BadImage, Encoded, look, region, why
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
+from mimae.outside.text import printable
 from mimae.randomness import Purpose, words
-from mimae.text import printable
 
 _REPLACEMENTS = 64
 """Other samples tried in the place of an unreadable one."""

@@ -17,7 +17,7 @@ from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-unty
 
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import Turn, finish
-from mimae.text import printable
+from mimae.outside.text import printable
 
 MOST_SCANS = 100
 """Scans that a JPEG may have, as libtiff allows; libjpeg writes ten."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mimae.data.settings import INDEX_VERSION
-from mimae.text import printable
+from mimae.outside.text import printable
 
 ENDINGS: dict[int, tuple[str, ...]] = {
     1: ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif"),

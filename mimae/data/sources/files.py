@@ -17,8 +17,8 @@ from mimae.data.loading.batch import DataError
 from mimae.data.sources.endings import ENDINGS, counted, ending_of, is_image, left_out, listed
 from mimae.data.sources.index import SCAN_THREADS, Index, IndexedSource, end_to_end
 from mimae.data.sources.patterns import SHARDS
-from mimae.reading import open_regular
-from mimae.text import printable
+from mimae.outside.reading import open_regular
+from mimae.outside.text import printable
 
 
 class FileSource(IndexedSource):

@@ -24,7 +24,7 @@ import numpy as np
 
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
-from mimae.text import printable
+from mimae.outside.text import printable
 
 T = TypeVar("T")
 

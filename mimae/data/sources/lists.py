@@ -15,8 +15,8 @@ import numpy as np
 from mimae.data.loading.batch import DataError
 from mimae.data.sources.endings import is_image
 from mimae.data.sources.index import Index, end_to_end
-from mimae.reading import UTF_16, open_regular
-from mimae.text import printable
+from mimae.outside.reading import UTF_16, open_regular
+from mimae.outside.text import printable
 
 EXTENSIONS = (".txt", ".tsv", ".csv")
 

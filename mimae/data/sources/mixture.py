@@ -18,8 +18,8 @@ from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
 from mimae.data.sources.base import Source
 from mimae.data.sources.index import end_to_end
-from mimae.reading import read_text
-from mimae.text import printable
+from mimae.outside.reading import read_text
+from mimae.outside.text import printable
 
 EXTENSIONS = (".yaml", ".yml")
 _FORM = """

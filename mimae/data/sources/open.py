@@ -22,7 +22,7 @@ from mimae.data.sources.patterns import SHARDS, is_pattern, matching, shards_in
 from mimae.data.sources.shards import ShardSource, read_headers
 from mimae.data.sources.splits import Use, by_split, choose
 from mimae.data.sources.torchvision_sets import PREFIX, TorchvisionSource, moved
-from mimae.text import printable
+from mimae.outside.text import printable
 
 LEGAL = (
     f"A data path is a folder of images, a list file ({', '.join(lists.EXTENSIONS)}), tar shards or Parquet files "

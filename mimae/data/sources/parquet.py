@@ -23,8 +23,8 @@ import numpy as np
 from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
 from mimae.data.sources.index import STAMPS, Index, IndexedSource, end_to_end, read_all
-from mimae.reading import open_regular
-from mimae.text import printable
+from mimae.outside.reading import open_regular
+from mimae.outside.text import printable
 
 KEPT_BYTES = 256 << 20
 """Bytes of row groups that a process keeps at most, and at least one row group."""

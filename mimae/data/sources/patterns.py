@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mimae.data.loading.batch import DataError
 from mimae.data.sources.endings import is_image
-from mimae.text import printable
+from mimae.outside.text import printable
 
 SHARDS = (".tar", ".parquet")
 """Endings of files that hold many samples."""

@@ -43,7 +43,7 @@ from mimae.data.sources.tar import (
     intact,
     members,
 )
-from mimae.text import printable
+from mimae.outside.text import printable
 
 OPEN_SHARDS = 128
 """Shards that a process holds open at most."""

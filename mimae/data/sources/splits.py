@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from mimae.data.loading.batch import DataError
-from mimae.text import printable
+from mimae.outside.text import printable
 
 Use = Literal["training", "held-out"]
 """What a source is opened for: data.path, or data.val_path and the test set of a probe."""

@@ -23,7 +23,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
-from mimae.text import printable
+from mimae.outside.text import printable
 
 _CHUNK = 256
 """Samples that a process takes at a time, at most."""

@@ -20,7 +20,7 @@ from mimae.engines.base import Engine
 from mimae.engines.replicas import DivergenceError
 from mimae.train.tasks.pretrain import engine_of
 from tests.engines.test_engines import backward, recipe
-from tests.ranks import run_ranks
+from tests.rank_processes import run_ranks
 
 
 def test_every_bit_counts_and_the_bias_of_keys_only_where_rounding_may() -> None:

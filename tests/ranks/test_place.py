@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mimae import place
 from mimae.errors import UserError
-from mimae.place import Place
+from mimae.ranks import place
+from mimae.ranks.place import Place
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 

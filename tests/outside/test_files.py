@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mimae import files
 from mimae.errors import RunError
-from mimae.files import Folder, write_atomically
+from mimae.outside import files
+from mimae.outside.files import Folder, write_atomically
 
 WRITES: dict[str, Callable[[Folder, str], object]] = {
     "append": lambda folder, name: folder.append(name, b"new\n"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from mimae import messages, unpickling
-from mimae.messages import SECRET, MessageError
+from mimae.ranks import messages, unpickling
+from mimae.ranks.messages import SECRET, MessageError
 
 
 class Harm:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mimae.errors import RunError
-from mimae.text import say
+from mimae.outside.text import say
 
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # Without the last one, to open a FIFO waits for its other end.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")

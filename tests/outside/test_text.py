@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mimae import text
-from mimae.text import Output, losses, printable, say
+from mimae.outside import text
+from mimae.outside.text import Output, losses, printable, say
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_full_disk_is_survived_and_noted(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(75)", 75)])
 def test_the_exit_code_stays(end: str, code: int) -> None:
     """Where Python cannot flush stdout at its end, it would exit with 120."""
-    program = f"import sys; from mimae.text import say\nfor _ in range(9): say('x' * 3000)\n{end}"
+    program = f"import sys; from mimae.outside.text import say\nfor _ in range(9): say('x' * 3000)\n{end}"
     for stdout in ("/dev/full", None):
         reader, writer = os.pipe()
         os.close(reader)  # a pipe that nobody reads
@@ -86,7 +86,7 @@ def test_the_exit_code_stays(end: str, code: int) -> None:
 
 def test_standard_streams_that_were_closed_take_no_files_number(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from mimae.text import open_standard_streams, say\n"
+        "import os, sys; from mimae.outside.text import open_standard_streams, say\n"
         "open_standard_streams(); file = open(sys.argv[1], 'w'); say('not for the file')\n"
         "os.write(1, b'nor this'); file.close()"
     )
