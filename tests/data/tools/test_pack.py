@@ -175,8 +175,9 @@ def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 STOPPING = """
 import sys, time
 from pathlib import Path
-from mimae.data import open_source, pack
-from mimae.data.pack import Packing
+from mimae.data.sources.open import open_source
+from mimae.data.tools import pack
+from mimae.data.tools.pack import Packing
 add = pack._add
 def stopping(tar, name, data):
     add(tar, name, data)
