@@ -52,10 +52,11 @@ def ending_of(name: bytes) -> str:
     return ending.lower().decode("utf-8", "replace")[:16] if dot else ""
 
 
-def counted(endings: Counter[str], what: str = "") -> str:
+def counted(endings: Counter[str]) -> str:
     """Return a phrase that counts files by their endings, the most frequent first."""
-    shown = [f"{count:,} {_named(ending)}{what}" for ending, count in endings.most_common(_NAMED)]
-    rest = endings.total() - sum(count for _, count in endings.most_common(_NAMED))
+    first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]
+    shown = [f"{count:,} {_named(ending)}" for ending, count in first]
+    rest = endings.total() - sum(count for _, count in first)
     return ", ".join([*shown, *([f"{rest:,} with other endings"] if rest else [])])
 
 

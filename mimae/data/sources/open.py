@@ -48,8 +48,10 @@ def open_source(
     try:
         place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
         kind = "folder" if place.is_dir() else "file" if place.is_file() else "other" if place.exists() else ""
-    except (OSError, ValueError, RuntimeError) as error:  # Too long, with a zero byte, or ~ of nobody.
-        raise DataError(f"{printable(path[:200])} is no path ({error_text(error)}). {LEGAL}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # Too long for a name, or ~ of nobody.
+        if not is_pattern(path):  # A pattern may be longer than the names that it stands for.
+            raise DataError(f"{printable(path[:200])} is no path ({error_text(error)}). {LEGAL}") from error
+        place, kind = folder / path, ""
     ending = place.suffix.lower()
     if kind == "folder":
         return _open_folder(path, place, settings, use)

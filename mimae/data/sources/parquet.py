@@ -210,9 +210,9 @@ def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
         file = files[found.index(largest)]
         notes.append(
             f"row groups hold up to {largest.largest / 1e6:,.0f} MB of images ({printable(file.name)}), more than the "
-            f"{KEPT_BYTES / 1e6:,.0f} MB that a worker keeps: every worker holds one of them, and reads it again and "
-            f"again with data.shuffle=full. Fewer data.workers and data.shuffle=blocks help; mimae data pack makes "
-            f"shards, which cost nothing of that"
+            f"{KEPT_BYTES / 1e6:,.0f} MB that a worker keeps: each worker takes about {2 * largest.largest / 1e6:,.0f} "
+            f"MB to read one, again and again with data.shuffle=full. Fewer data.workers and data.shuffle=blocks "
+            f"help; mimae data pack makes shards, which cost nothing of that"
         )
     return notes[:1] + notes[-1:] if len(notes) > 1 else notes
 

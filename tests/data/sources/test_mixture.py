@@ -109,3 +109,57 @@ def test_shares_add_up(total: int, weights: list[float]) -> None:
     shares = apportion(total, weights)
     assert sum(shares) == total
     assert all(abs(share - total * w / sum(weights)) < 1 for share, w in zip(shares, weights))
+
+
+@pytest.mark.parametrize("second", ["./photos", "photos/", "photos/../photos"])
+def test_a_source_that_is_named_twice(folder: Path, second: str) -> None:
+    text = f"draws: 8\nsources:\n  ./photos: 1\n  t-0.tar: 1\n  {second}: 3\n"
+    with pytest.raises(DataError, match=rf"{second} \(line 5\) is the source that ./photos \(line 3\) has named"):
+        open_source(mixture(folder, text))
+    with pytest.raises(DataError, match="line 3: draws is given twice"):
+        open_source(mixture(folder, "draws: 8\nsources: {./photos: 1}\ndraws: 9\n"))
+
+
+def test_a_mixture_of_an_earlier_run_keeps_its_meaning(folder: Path) -> None:
+    """The last weight of a path counted, and a folder that looked like a number was one."""
+    write_images(folder, ["8/1.png", "00010/2.png", "00010/3.png"])
+    first = DataSettings(index_version=1)
+    path = mixture(folder, "draws: 8\nsources:\n  ./photos: 1\n  00010: 1\n  ./photos: 3\n")
+    old = open_source(path, settings=first)
+    assert [(share.samples, share.draws) for share in old.shares] == [(3, 6), (1, 2)]
+    assert old.path(3) == f"{folder}/8/1.png"
+
+
+def test_a_folder_is_called_as_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(folder, ["00010/2.png", "yes/3.png", "2020-01-01/4.png"])
+    monkeypatch.setenv("HERE", str(folder))
+    source = open_source(mixture(folder, "draws: 8\nsources: {00010: 1, yes: 1, 2020-01-01: 1, $HERE/photos: 1}"))
+    assert [source.path(i) for i in range(3)] == [f"{folder}/{n}.png" for n in ("00010/2", "yes/3", "2020-01-01/4")]
+    with pytest.raises(DataError, match="line 1: \\$NOWHERE: the environment variable NOWHERE is not set"):
+        open_source(mixture(folder, "{draws: 8, sources: {$NOWHERE: 1}}"))
+
+
+def test_notes_of_the_sources_are_those_of_the_mixture(folder: Path) -> None:
+    (folder / "photos/notes.txt").touch()
+    notes = open_source(mixture(folder, "draws: 4\nsources: {./photos: 1, t-0.tar: 1}")).notes
+    assert notes == (
+        "./photos: left out, since their endings are not those of images: 1 .txt",
+        "no sample has a class, since not all sources have the same ones",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "b: [" + "*a," * 2000 + "]", "holds 22,0"),
+        ("draws: &a [*a]", "nested too deeply"),
+        ("[" * 5000, "nested too deeply"),
+        ("#" * 100_000, "more than the 65,536 bytes"),
+    ],
+)
+def test_mixtures_that_would_exhaust_a_reader(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_source(mixture(folder, text))
+    (folder / "mix.yaml").write_bytes("draws: 1".encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        open_source(str(folder / "mix.yaml"))

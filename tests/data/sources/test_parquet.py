@@ -14,6 +14,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from mimae.data.loading.batch import DataError
+from mimae.data.settings import DataSettings
 from mimae.data.sources import parquet
 from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
@@ -188,3 +189,128 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "a.parquet").touch()
     with pytest.raises(DataError, match=r"pip install 'mimae\[parquet\]'"):
         open_source(str(tmp_path))
+
+
+# Keys, labels and claims
+
+
+def test_keys_name_the_columns(tmp_path: Path) -> None:
+    columns = {"thumb": images([b"t"] * 10), "image": images([*BYTES]), "raw": BYTES, "kind": ["b", "a"] * 5}
+    path = str(write(tmp_path / "a.parquet", {**columns, "n": range(10)}))
+    for key, first in ((None, b"t"), ("image", BYTES[0]), ("image.bytes", BYTES[0]), ("raw", BYTES[0])):
+        assert open_source(path, settings=DataSettings(image_key=key)).read(0) == first
+    for key, labels in (("kind", [1, 0]), ("n", [0, 1])):
+        source = open_source(path, settings=DataSettings(label_key=key))
+        assert source.labels is not None and source.labels.tolist()[:2] == labels
+    assert open_source(path, settings=DataSettings(label_key="kind")).classes == ["a", "b"]
+    with pytest.raises(
+        DataError, match=r"data.image_key=kind is no column of image bytes; legal: thumb, image, raw of"
+    ):
+        open_source(path, settings=DataSettings(image_key="kind"))
+    with pytest.raises(
+        DataError, match=r"data.label_key=thumb is no column of numbers or names; its columns are thumb"
+    ):
+        open_source(path, settings=DataSettings(label_key="thumb"))
+
+
+def test_the_one_column_of_bytes_is_taken(tmp_path: Path) -> None:
+    assert open_source(str(write(tmp_path / "a.parquet", {"pixels": BYTES, "n": range(10)}))).read(3) == BYTES[3]
+    two = write(tmp_path / "b.parquet", {"pixels": BYTES, "depth": BYTES})
+    with pytest.raises(DataError, match=r"no column of image bytes; data\.image_key names one of pixels, depth; its"):
+        open_source(str(two))
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "note"),
+    [
+        (["cat", "dog"] * 5, ["cat", "dog"], None),
+        ([True, False] * 5, None, None),
+        ([0.5] * 10, None, "column label is of type double"),
+        ([-1, 3] * 5, None, "column label is -1 in 5 of 10 rows"),
+        ([None, 3] * 5, None, "column label is null in 5 of 10 rows"),
+        ([None, "cat"] * 5, None, "column label is null in 5 of 10 rows"),
+    ],
+)
+def test_labels_that_are_text_and_labels_that_are_dropped(
+    tmp_path: Path, label: list[Any], classes: list[str] | None, note: str | None
+) -> None:
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": images([*BYTES]), "label": label})))
+    assert (source.labels is None) == (note is not None) and source.classes == classes
+    assert [note in text for text in source.notes] == [True] if note else source.notes == ()
+
+
+def test_class_names_of_several_files(tmp_path: Path) -> None:
+    for name, label in (("a", ["dog", "cat"]), ("b", ["ape", "dog"])):
+        write(tmp_path / f"{name}.parquet", {"image": images([b"x", b"y"]), "label": label})
+    source = open_source(str(tmp_path))
+    assert source.classes == ["ape", "cat", "dog"]
+    assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2]
+    assert open_source(str(tmp_path), settings=DataSettings(index_version=1)).labels is None
+    write(tmp_path / "c.parquet", {"image": images([b"x"]), "label": [1]})
+    with pytest.raises(DataError, match=r"class names .* differ"):
+        open_source(str(tmp_path))
+
+
+def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1000)
+    path = write(tmp_path / "a.parquet", {"image": images([os.urandom(900) for _ in range(8)])})
+    (note,) = open_source(str(path)).notes
+    assert "a.parquet" in note and "mimae data pack" in note and "data.workers" in note
+
+
+def footer(path: Path, change: Any) -> None:
+    """Change the footer's bytes; its length stands behind it."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    new = change(data[-8 - length : -8])
+    path.write_bytes(data[: -8 - length] + new + len(new).to_bytes(4, "little") + b"PAR1")
+
+
+def varint(value: int) -> bytes:
+    """A number as thrift's compact protocol has it."""
+    value, found = value * 2, bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def test_rows_that_a_footer_makes_up(tmp_path: Path) -> None:
+    """700 bytes of file would take gigabytes for an index of half a billion rows."""
+    path = write(tmp_path / "a.parquet", {"image": [b"x"] * 77}, row_group_size=100)
+    assert len(open_source(str(path))) == 77
+    footer(path, lambda data: data.replace(varint(77), varint(443_000_000)))
+    with pytest.raises(DataError, match=r"claims 443,000,000 rows"):
+        open_source(str(path))
+
+
+def test_a_column_that_expands_without_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image of 100 KB stands in the file's dictionary, and 3,000 rows name it."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet, "_kept", parquet._Kept())
+    path = write(tmp_path / "a.parquet", {"image": [bytes(100_000)] * 3000}, row_group_size=3000)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(OSError, match="holds more than the"):
+        open_source(str(path)).read(0)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ((1 << 31).to_bytes(4, "little") + b"PAR1", "claims a footer of 2,147,483,648 bytes"),
+        (b"\0\0\0\0PAR2", "is no Parquet file"),
+    ],
+)
+def test_footers_that_cannot_be(tmp_path: Path, end: bytes, said: str) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"x"] * 3})
+    path.write_bytes(path.read_bytes()[:-8] + end)
+    with pytest.raises(DataError, match=said):
+        open_source(str(path))
+
+
+def test_a_row_larger_than_the_bound(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": images([b"x" * 10, b"y" * 200])})
+    source = open_source(str(path), settings=DataSettings(max_bytes=100))
+    assert source.read(0) == b"x" * 10
+    with pytest.raises(OSError, match=r"200 bytes, more than data.max_bytes = 100"):
+        source.read(1)

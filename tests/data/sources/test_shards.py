@@ -579,3 +579,75 @@ def test_ids_past_the_ends(tmp_path: Path) -> None:
             source.read(i)
         with pytest.raises(IndexError):
             source.path(i)
+
+
+# Which members
+
+
+def test_a_key_names_the_member_that_is_the_image(tmp_path: Path) -> None:
+    members = [(f"{i}.{end}", data) for i in range(2) for end, data in (("input.jpg", b"in"), ("mask.png", b"mask"))]
+    path = write_tar(tmp_path / "a.tar", members)
+    source = open_source(str(path))
+    assert len(source) == 4 and "data.image_key=input.jpg takes 2 of them" in source.notes[0]
+    assert "data.image_key names such an ending" in next(iter(refusals(source).values()))
+    keyed = open_source(str(path), settings=DataSettings(image_key="Input.jpg"))
+    assert [keyed.read(i) for i in range(len(keyed))] == [b"in"] * 2
+    assert keyed.notes == ("left out of the shards, since they are neither images nor classes: 2 .mask.png",)
+    with pytest.raises(DataError, match=r"no image whose name ends in .x.jpg, as data.image_key says"):
+        open_source(str(path), settings=DataSettings(image_key="x.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("key", "labels"),
+    [
+        ("kind.txt", [1, 0]),
+        ("species", [1, 0]),  # A field of the .json.
+        ("number", [7, 3]),
+    ],
+)
+def test_a_key_names_what_holds_the_class(tmp_path: Path, key: str, labels: list[int]) -> None:
+    members = []
+    for i, (name, number) in enumerate((("dog", 7), ("cat", 3))):
+        fields = b'{"species": "%b", "number": %d}' % (name.encode(), number)
+        members += [(f"{i}.png", b"x"), (f"{i}.kind.txt", name.encode()), (f"{i}.json", fields)]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert open_source(str(path)).labels is None
+    source = open_source(str(path), settings=DataSettings(label_key=key))
+    assert source.labels is not None and source.labels.tolist() == labels
+    assert source.classes == (None if key == "number" else ["cat", "dog"])
+
+
+def test_class_names_of_several_shards(tmp_path: Path) -> None:
+    for shard, names in enumerate((["dog", "cat"], ["ape", "dog"])):
+        members = [
+            (f"{i}.{end}", data) for i, n in enumerate(names) for end, data in (("png", b"x"), ("cls", n.encode()))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    source = open_source(str(tmp_path))
+    assert source.classes == ["ape", "cat", "dog"]
+    assert source.labels is not None and source.labels.tolist() == [2, 1, 0, 2]
+    assert open_source(str(tmp_path), settings=DataSettings(index_version=1)).labels is None
+
+
+@pytest.mark.parametrize(
+    ("members", "notes"),
+    [
+        (["a.png", "b.png", "a.cls", "b.cls"], ["2 members with a class do not follow the image"]),
+        (["a.png", "a.cls", "b.png"], ["no sample has a class, since 1 of 2 samples have none"]),
+        (["a.png", "a.cls", "b.png", "b.name"], ["no sample has a class", "neither images nor classes: 1 .name"]),
+        (["a.png", "a.cls", "a.txt", "a.npy", "readme"], ["1 without an ending, 1 .npy, 1 .txt"]),
+        (["a.png"], []),
+    ],
+)
+def test_what_is_not_used_is_told(tmp_path: Path, members: list[str], notes: list[str]) -> None:
+    path = write_tar(tmp_path / "a.tar", [(name, b"1") for name in members])
+    found = open_source(str(path)).notes
+    assert len(found) == len(notes) and all(text in note for text, note in zip(notes, found))
+
+
+def test_endings_of_members_follow_what_is_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.avif", b"a"), ("2.jpg?w=6", b"b"), ("3.heic", b"c")])
+    source = open_source(str(path))
+    assert len(source) == 2 and "1 .heic" in source.notes[0]
+    write_tar(path, [("1.avif", b"a"), ("2.jpg", b"b")])
+    assert len(open_source(str(path), settings=DataSettings(index_version=1))) == 1

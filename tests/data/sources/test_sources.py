@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
+from mimae.data.settings import DataSettings
 from mimae.data.sources import files, index, lists, open
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -353,3 +354,67 @@ def test_index_of_many_files(tmp_path: Path) -> None:
     assert len(first) == len(again) == 100_000
     assert first.fingerprint == again.fingerprint
     assert again.path(99_999) == str(tmp_path / "n00000099" / "n00000099_999.JPEG")
+
+
+# Lists that are written in another way
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "said"),
+    [
+        (".txt", "a.png 0\nb.png 1\n", "a space was seen where a tab has to be"),
+        (".txt", "a.png;0\n", "a semicolon was seen where a tab has to be"),
+        (".txt", "a.png,0\n", "a comma was seen where a tab has to be"),
+        (".csv", "a.png;0\n", "a semicolon was seen where a comma has to be"),
+        (".csv", "a.png\t0\n", "a tab was seen where a comma has to be"),
+        (".tsv", "a.png|0\n", "a bar was seen where a tab has to be"),
+        (".txt", "s3://bucket/a.png\n", "it is an address"),
+        (".txt", "gone 1.png\n", r"paths are relative to the list's folder.*\(a space was seen"),
+        (".csv", "path,label\na.png,0\n", "'0' is a class number and other lines have names .a heading"),
+        (".csv", "path,label\na.png,cat\n", "line 1: 'path' looks like a heading"),
+        (".csv", "path\na.png\n", "line 1: 'path' looks like a heading"),
+        (".csv", "a.png,cat\nb.png,3\n", "line 2: '3' is a class number and other lines have names"),
+        (".csv", "a.png,1.5\n", "'1.5' is not a class number"),
+        (".csv", "a.png,99999999999\n", "'99999999999' is not a class number"),
+        (".txt", "x" * (1 << 17), "a line has more than 65,536 characters"),
+        (".csv", '"' + "x\n" * (1 << 17), "field larger than field limit"),
+    ],
+)
+def test_lists_say_what_was_understood(tmp_path: Path, suffix: str, text: str, said: str) -> None:
+    touch(tmp_path, ["a.png", "b.png"])
+    path = tmp_path / f"list{suffix}"
+    path.write_text(text)
+    with pytest.raises(DataError, match=said) as refusal:
+        open_source(str(path))
+    assert len(str(refusal.value)) < 2000
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_lists_in_utf_16(tmp_path: Path, encoding: str) -> None:
+    touch(tmp_path, ["a.png"])
+    (tmp_path / "list.txt").write_bytes("a.png\t0\n".encode(encoding))
+    with pytest.raises(DataError, match=r"UTF-16.*save (it|the list) as UTF-8"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def test_class_names_in_a_list(tmp_path: Path) -> None:
+    touch(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "list.tsv").write_text("a.png\tdog\nb.png\ta cat\nc.png\tdog\n")
+    source = open_source(str(tmp_path / "list.tsv"))
+    assert source.classes == ["a cat", "dog"]
+    assert source.labels is not None and source.labels.tolist() == [1, 0, 1]
+
+
+def test_notes_are_found_again_with_the_index(tmp_path: Path, scans: list[Path]) -> None:
+    touch(tmp_path, ["1.png", "2.é"])
+    settle(tmp_path)
+    first, again = (open_source(str(tmp_path)) for _ in range(2))
+    assert first.notes == again.notes != () and len(scans) == 1
+
+
+def test_rules_have_indices_of_their_own(tmp_path: Path) -> None:
+    touch(tmp_path, ["1.png", "2.avif"])
+    settle(tmp_path)
+    for _ in range(2):
+        sizes = [len(open_source(str(tmp_path), settings=DataSettings(index_version=v))) for v in (1, 2)]
+        assert sizes == [1, 2]

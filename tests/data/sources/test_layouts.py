@@ -1,0 +1,294 @@
+"""Folders as people have them: other endings, splits side by side, links to one another, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mimae.data.loading.batch import DataError
+from mimae.data.pixels.decode import _formats
+from mimae.data.settings import DataSettings
+from mimae.data.sources.base import Source
+from mimae.data.sources.endings import ENDINGS, is_image
+from mimae.data.sources.open import absolute_path, open_source
+from mimae.data.sources.splits import by_split, split_of
+from tests.data.conftest import encoded, photograph, write_images
+from tests.data.sources.test_shards import write_tar
+
+FIRST = DataSettings(index_version=1)
+"""The rules of runs that name none."""
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names_of(source: Source, folder: Path) -> list[str]:
+    return [os.path.relpath(source.path(i), folder) for i in range(len(source))]
+
+
+# Endings
+
+
+@pytest.mark.parametrize(
+    ("name", "by_first", "now"),
+    [
+        ("a.jpg", True, True),
+        ("a.JPEG", True, True),
+        ("a.avif", False, True),
+        ("a.jfif", False, True),
+        ("a.jpg?w=600", False, True),
+        ("a.jpg?w=600&q=1.5/x", False, True),
+        ("a.jpg:large", False, True),
+        ("Who?.png", True, True),
+        ("a.jpg~", False, False),
+        ("a.jpg.part", False, False),
+        ("a.txt?x=.jpg", True, True),  # What follows the last dot counts first.
+        ("a.txt?jpg", False, False),
+        ("jpg", False, False),
+        ("a.", False, False),
+    ],
+)
+def test_endings_of_images(name: str, by_first: bool, now: bool) -> None:
+    assert (is_image(name.encode(), 1), is_image(name.encode())) == (by_first, now)
+
+
+def test_endings_are_those_of_the_formats_that_are_read() -> None:
+    """Pillow's own list says which endings its formats have."""
+    Image.init()
+    read = {ending[1:] for ending, name in Image.EXTENSION.items() if name in {*_formats(), "MPO"}}
+    assert read - {"pfm"} <= set(ENDINGS[2]), "pfm holds floats, whose range nobody knows"
+    assert set(ENDINGS[1]) < set(ENDINGS[2])
+
+
+def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.AVIF", "3.jpg?w=6", "a.txt", "b/c.txt", "b/4.heic", "noending", ".hidden")
+    source = open_source(str(tmp_path))
+    assert names_of(source, tmp_path) == ["1.png", "2.AVIF", "3.jpg?w=6"]
+    assert source.notes == (
+        "left out, since their endings are not those of images: 2 .txt, 1 without an ending, 1 .heic",
+    )
+    old = open_source(str(tmp_path), settings=FIRST)
+    assert names_of(old, tmp_path) == ["1.png"] and old.notes == ()
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    touch(tmp_path, "00", "01", "deep/x.parquet", "y.tar.gz")
+    with pytest.raises(DataError) as refusal:
+        open_source(str(tmp_path))
+    text = str(refusal.value)
+    assert "2 without an ending" in text and "named by a list file" in text
+    assert f"There are shards in {tmp_path}/deep/; name that folder" in text and "unpack them to .tar" in text
+
+
+def test_labels_that_are_dropped_are_told(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "dog/2.png", "3.png")
+    assert open_source(str(tmp_path)).notes == (
+        "no sample has a class, since 1 images lie beside the folders that would be classes",
+    )
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("imagenet1k-validation-07.tar", "validation"),
+        ("val_3.tar", "validation"),
+        ("TEST.tar", "test"),
+        ("dev", "validation"),
+        ("trains-1.tar", None),
+        ("contest.tar", None),
+        ("train-test-1.tar", None),
+    ],
+)
+def test_the_split_that_a_name_tells(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+def test_one_split_alone_is_none() -> None:
+    assert by_split(["train-0.tar", "extra-0.tar"]) == {}
+
+
+@pytest.fixture
+def split_shards(tmp_path: Path) -> Path:
+    for name in ("train-0", "train-1", "validation-0", "test-0", "test-1"):
+        write_tar(tmp_path / f"{name}-of-2.tar", [(f"{name}.png", name.encode())])
+    return tmp_path
+
+
+def test_shards_of_several_splits(split_shards: Path) -> None:
+    source = open_source(str(split_shards))
+    assert [source.read(i) for i in range(len(source))] == [b"train-0", b"train-1"]
+    (note,) = source.notes
+    assert f"train is used: {split_shards}/train-*.tar. Others, as for data.val_path" in note
+    assert f"validation: {split_shards}/validation-0-of-2.tar" in note and f"test: {split_shards}/test-*.tar" in note
+    held_out = open_source(str(split_shards), use="held-out")
+    assert [held_out.read(i) for i in range(len(held_out))] == [b"validation-0"]
+    assert len(open_source(str(split_shards), settings=FIRST)) == 5
+
+
+def test_a_pattern_is_taken_at_its_word(split_shards: Path) -> None:
+    source = open_source(f"{split_shards}/*.tar")
+    assert len(source) == 5 and source.notes == (
+        "files of several splits are pooled, as the pattern asks: test, train, validation",
+    )
+    assert open_source(f"{split_shards}/train-*.tar").notes == ()
+
+
+def test_splits_without_one_to_train_on(split_shards: Path) -> None:
+    for shard in split_shards.glob("train*"):
+        shard.unlink()
+    with pytest.raises(DataError, match=r"none of them is for training \(train\); name one: .*test-\*.*validation-0"):
+        open_source(str(split_shards))
+
+
+def test_splits_of_parquet_files(tmp_path: Path) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    for name, label in (("train-0", 1), ("test-0", -1)):
+        table = pa.table({"image": pa.array([name.encode()]), "label": [label]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    source = open_source(str(tmp_path))
+    assert source.read(0) == b"train-0" and len(source) == 1
+    assert source.labels is not None and source.labels.tolist() == [1]
+
+
+def test_folders_of_splits(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "meta.txt")
+    source = open_source(str(tmp_path))
+    assert names_of(source, tmp_path) == ["train/cat/1.png", "train/dog/2.png"] and source.classes == ["cat", "dog"]
+    assert "train is used" in source.notes[0] and f"validation: {tmp_path}/val" in source.notes[0]
+    assert names_of(open_source(str(tmp_path), use="held-out"), tmp_path) == ["val/cat/3.png"]
+    assert len(open_source(str(tmp_path), settings=FIRST)) == 3
+
+
+def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
+    """Photographs of trains, and others."""
+    touch(tmp_path, "train/1.png", "test/2.png", "horse/3.png")
+    assert open_source(str(tmp_path)).classes == ["horse", "test", "train"]
+
+
+# Links
+
+
+def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
+    """Twelve folders with links to all others have 13 million paths without a loop; each is entered by one link."""
+    folders = [tmp_path / f"f{i:02}" for i in range(12)]
+    for i, folder in enumerate(folders):
+        touch(folder, f"{i}.png")
+    for folder in folders:
+        for other in folders:
+            if other != folder:
+                (folder / other.name).symlink_to(other)
+    began = time.monotonic()
+    source = open_source(str(tmp_path))
+    assert time.monotonic() - began < 60
+    assert len(folders) < len(source) <= 2 * len(folders)
+    assert any("links to folders that another link had led into" in note for note in source.notes)
+
+
+# What else a path may be
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("s3://bucket/train", "It is an address"),
+        ("https://example.org/a.tar", "It is an address"),
+        ("hf://datasets/x", "It is an address"),
+        ("pipe:cat x.tar", "It is an address"),
+        ("hf://datasets/{a,b}.tar", "It is an address"),
+        ("a.tar::b.tar", "`::` joins shards in other loaders"),
+        ("x.tar.gz", "unpack it, a .tar.gz to a .tar"),
+        ("x" * 5000, "is no path"),
+        ("a\0b", "does not exist|is no path"),
+        ("{0..99999999999}.tar", "0.tar does not exist"),
+        ("{0..99999999999}{3..1}.tar", "counts backwards"),
+        ("{a,b}" * 20 + ".tar", "more than 16 braces"),
+        ("{a," * 2000 + "}" * 2000, "more than 16 braces"),
+        ("{0.." + "9" * 5000 + "}.tar", "does not exist|is no path"),
+    ],
+)
+def test_paths_that_are_none_say_what_was_understood(path: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").touch()
+    with pytest.raises(DataError, match=said) as refusal:
+        open_source(path, tmp_path)
+    assert len(str(refusal.value)) < 20_000
+
+
+def test_a_folder_of_img2dataset(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [("1.jpg", b"1")])
+    touch(tmp_path, "00000.parquet", "00000_stats.json")
+    with pytest.raises(DataError, match=rf"open one kind, as {tmp_path}/\*.tar \(img2dataset"):
+        open_source(str(tmp_path))
+    assert len(open_source(f"{tmp_path}/*.tar")) == 1
+
+
+@pytest.mark.parametrize("path", ["images", "./images", "list.txt", "{00..07}.tar", "torchvision:CIFAR10:cifar:test"])
+def test_absolute_paths_name_the_same_source(path: str, tmp_path: Path) -> None:
+    found = absolute_path(path, tmp_path)
+    assert str(tmp_path) in found and absolute_path(found, Path("/elsewhere")) == found
+    assert absolute_path("photos", tmp_path) == "photos"
+
+
+# Sizes that files claim
+
+
+def test_a_sample_larger_than_the_bound_is_not_read(tmp_path: Path) -> None:
+    """A sparse file of 8 TB takes no place on the disk, and would take all of the memory."""
+    write_images(tmp_path / "i", ["1.png"])
+    with (tmp_path / "i/2.png").open("wb") as file:
+        file.truncate(8 << 40)
+    source = open_source(str(tmp_path / "i"))
+    assert source.read(0)
+    with pytest.raises(OSError, match=r"8,796,093,022,208 bytes, more than data.max_bytes = 400,000,000"):
+        source.read(1)
+    small = open_source(str(tmp_path / "i"), settings=DataSettings(max_bytes=100))
+    with pytest.raises(OSError, match=r"more than data.max_bytes = 100"):
+        small.read(0)
+
+
+def test_a_member_larger_than_the_bound_is_not_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.png", bytes(3000)), ("2.png", bytes(90))])
+    source = open_source(str(path), settings=DataSettings(max_bytes=100))
+    assert len(source.read(1)) == 90
+    with pytest.raises(OSError, match=r"3,000 bytes, more than data.max_bytes = 100"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.yaml", "x.tar", "x.parquet"])
+def test_sparse_files_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(8 << 40)
+    began = time.process_time()
+    try:
+        found = open_source(str(tmp_path / name))
+    except DataError:
+        pass
+    else:
+        with pytest.raises(OSError, match="cut off"):
+            found.read(0)
+    assert time.process_time() - began < 20
+
+
+def test_names_of_files_are_printable_in_what_is_said(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m\n"
+    os.mkdir(folder)
+    with pytest.raises(DataError) as refusal:
+        open_source(os.fsdecode(folder))
+    text = str(refusal.value)
+    assert "caf\\udce9\\x1b[31m\\n holds no images" in text and text.replace("\n", "").isprintable()
+    with open(folder + b"/\x9b.jpg", "wb") as file:
+        file.write(encoded(photograph(0, 8, 8), "JPEG"))
+    assert json.dumps(open_source(os.fsdecode(folder)).notes) == "[]"
