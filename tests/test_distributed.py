@@ -82,7 +82,12 @@ def test_a_second_run_at_the_same_time_is_one_error_and_one_after_another_is_fin
     thread.join()
     distributed.shutdown()
     assert len(raised) == 1 and isinstance(raised[0], UserError) and "one run at a time" in str(raised[0])
-    thread = threading.Thread(target=lambda: (other(), distributed.shutdown()))
+
+    def alone() -> None:
+        other()
+        distributed.shutdown()
+
+    thread = threading.Thread(target=alone)
     thread.start()
     thread.join()
     assert len(raised) == 1
@@ -109,14 +114,14 @@ def test_waiting_for_ranks_that_do_not_come_is_announced_and_ends_in_one_error(
 def exchange() -> dict[str, Any]:
     """Objects of other lengths on each rank, of a part of the ranks too; one that is signed with another secret."""
     rank = distributed.rank()
-    group = dist.new_group([0, 2], backend="gloo")
-    found = {"all": distributed.gather_objects({"rank": rank, "text": "é" * 100 * rank, "none": None})}
+    group: Any = dist.new_group([0, 2], backend="gloo")
+    mine: Any = {"rank": rank, "text": "é" * 100 * rank, "none": None}
+    found: dict[str, Any] = {"all": distributed.gather_objects(mine), "refused": False}
     if rank != 1:
         found["part"] = distributed.gather_objects([rank], group)
     os.environ[messages.SECRET] = "of the job" if rank else "of another"
     try:
         distributed.gather_objects(rank)
-        found["refused"] = False
     except messages.MessageError:
         found["refused"] = True
     return found

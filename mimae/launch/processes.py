@@ -115,7 +115,7 @@ class _Ranks:
         for process in list(self.started.values()):
             process.send_signal(number)
 
-    def end(self, meanwhile: Callable[[], None]) -> None:
+    def end(self, meanwhile: Callable[[], object]) -> None:
         """End the ranks that live: by SIGTERM, or after a while by SIGKILL."""
         self.send(signal.SIGTERM)
         end = time.monotonic() + _STOPPING
@@ -160,7 +160,8 @@ class _Launcher:
         if job.meeting is None:
             # Whatever the user has set for a cluster's network.
             self.environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
-            store, leads, where = dist.HashStore(), True, "this machine"
+            store: dist.Store = dist.HashStore()
+            leads, where = True, "this machine"
             self.store = f"file:{self.folder}/store-"
         else:
             way = network.find_way(job.meeting)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def dispositions() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", WISHES)
 def test_a_wish_is_received_and_the_old_handler_comes_back(number: signal.Signals) -> None:
-    seen = []
+    seen: list[Any] = []
     signal.signal(number, lambda *_: seen.append("old"))
     with handled(lambda received, _: seen.append(received)):
         os.kill(os.getpid(), number)
@@ -34,7 +35,7 @@ def test_a_wish_is_received_and_the_old_handler_comes_back(number: signal.Signal
 @pytest.mark.parametrize("number", WISHES)
 def test_an_ignored_signal_stays_ignored_but_for_ctrl_c(number: signal.Signals) -> None:
     """`nohup` ignores SIGHUP. A script ignores SIGINT of all its background jobs, and whoever sends it means it."""
-    seen = []
+    seen: list[Any] = []
     signal.signal(number, signal.SIG_IGN)
     with handled(lambda received, _: seen.append(received)):
         os.kill(os.getpid(), number)
@@ -44,7 +45,7 @@ def test_an_ignored_signal_stays_ignored_but_for_ctrl_c(number: signal.Signals) 
 
 def test_in_a_thread_the_process_decides() -> None:
     """Python lets the main thread alone set handlers; a run in another one goes without."""
-    seen = []
+    seen: list[Any] = []
     signal.signal(signal.SIGTERM, lambda *_: seen.append("the process's own"))
 
     def run() -> None:

@@ -44,7 +44,9 @@ def pretrain(images: Path, run: Path, workers: int | None = 0, steps: int = 2) -
 
 
 def weights(run: Path, step: int) -> dict[str, Any]:
-    return {k: v.nan_to_num().tolist() for k, v in dcp.load_whole(run / f"checkpoints/step-{step:08d}", "model.").items()}
+    return {
+        k: v.nan_to_num().tolist() for k, v in dcp.load_whole(run / f"checkpoints/step-{step:08d}", "model.").items()
+    }
 
 
 def test_in_a_thread_it_trains_as_in_the_main_one(images: Path, tmp_path: Path) -> None:
