@@ -182,16 +182,15 @@ def _borrowed(device: torch.device, timeout: timedelta | None) -> Iterator[None]
                 f"this process has a process group ({dist.get_backend_config()}) that cannot exchange tensors of the "
                 f"{kind}: make it with init_process_group({wanted!r}), or destroy it before the run"
             ) from error
-    short = []
-    if timeout is not None:
-        options = [(backend, getattr(backend, "options", None)) for backend in backends]
-        short = [(backend, each._timeout) for backend, each in options if each and each._timeout < timeout]
-    for backend, _ in short:
-        backend._set_default_timeout(timeout)  # type: ignore[arg-type]
+    options = [(backend, getattr(backend, "options", None)) for backend in backends]
+    waits = [(backend, each._timeout) for backend, each in options if each is not None]
+    for backend, before in waits:
+        if timeout is not None:
+            backend._set_default_timeout(max(timeout, before))
     try:
         yield
     finally:
-        for backend, before in short:
+        for backend, before in waits:
             backend._set_default_timeout(before)
 
 
@@ -241,7 +240,7 @@ def _timeout() -> timedelta | None:
 def gather_objects(mine: T, group: Group | None = None) -> list[T]:
     """Return the value of each rank, in the order of ranks. Values are JSON's: what a peer sends runs no code, as a
     pickle could. Raises MessageError for a message of somebody else."""
-    message, ranks = messages.pack(mine, f"rank {rank()}"), world_size(group)
+    message, ranks = messages.pack(mine, f"rank {rank()}").encode(), world_size(group)
     if ranks == 1:
         return [messages.unpack(message, f"rank {rank()}")]
     sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)

@@ -56,7 +56,7 @@ class Launched:
         found = subprocess.run(of_ranks, capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.output.read_text()
@@ -66,7 +66,7 @@ class Launched:
         file = self.run / "metrics.jsonl"
         return len(file.read_bytes().splitlines()) if file.exists() else 0
 
-    def end(self, seconds: float = 90) -> tuple[int, str]:
+    def end(self, seconds: float = 180) -> tuple[int, str]:
         code = self.process.wait(seconds)
         return code, self.output.read_text()
 

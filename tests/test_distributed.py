@@ -6,7 +6,7 @@ import os
 import threading
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -84,11 +84,11 @@ def test_a_second_run_at_the_same_time_is_one_error_and_one_after_another_is_fin
     distributed.shutdown()
     assert len(raised) == 1 and isinstance(raised[0], UserError) and "one run at a time" in str(raised[0])
 
-    def again() -> None:
+    def alone() -> None:
         other()
         distributed.shutdown()
 
-    thread = threading.Thread(target=again)
+    thread = threading.Thread(target=alone)
     thread.start()
     thread.join()
     assert len(raised) == 1
@@ -115,14 +115,14 @@ def test_waiting_for_ranks_that_do_not_come_is_announced_and_ends_in_one_error(
 def exchange() -> dict[str, Any]:
     """Objects of other lengths on each rank, of a part of the ranks too; one that is signed with another secret."""
     rank = distributed.rank()
-    group = dist.new_group([0, 2], backend="gloo")
-    found: dict[str, Any] = {"all": distributed.gather_objects({"rank": rank, "text": "é" * 100 * rank, "none": None})}
+    group: Any = dist.new_group([0, 2], backend="gloo")
+    mine: Any = {"rank": rank, "text": "é" * 100 * rank, "none": None}
+    found: dict[str, Any] = {"all": distributed.gather_objects(mine), "refused": False}
     if rank != 1:
-        found["part"] = distributed.gather_objects([rank], cast(distributed.Group, group))
+        found["part"] = distributed.gather_objects([rank], group)
     os.environ[messages.SECRET] = "of the job" if rank else "of another"
     try:
         distributed.gather_objects(rank)
-        found["refused"] = False
     except messages.MessageError:
         found["refused"] = True
     return found

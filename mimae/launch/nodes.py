@@ -126,7 +126,7 @@ class Nodes:
                 if all(seen.state.kind == "left" or time.monotonic() - seen.heard > _FRESH for seen in others):
                     return
                 time.sleep(0.1)
-        except (RuntimeError, MessageError, NodeLost):
+        except RuntimeError:
             pass  # The others see that it is gone.
 
     def _guarded(self, action: Any) -> Any:
@@ -136,7 +136,7 @@ class Nodes:
             raise NodeLost(
                 f"{self.where}, where the nodes meet, holds something else than this job: {error}"
             ) from error
-        except (RuntimeError, ValueError, TypeError) as error:
+        except RuntimeError as error:
             raise NodeLost(
                 f"{self.where}, where the nodes meet, does not answer: the node ended the run, or it, or the network "
                 f"on the way, is down; {AGAIN}"
@@ -184,14 +184,14 @@ class Nodes:
             self._seen[place] = _Seen(token, _printable(name), ranks, beat, state, heard)
 
     def _lead(self) -> None:
-        """Give the next order, if it is time for one. Raises NodeLost, which ends the run for all."""
-        now, order = time.monotonic(), self.order
-        if order.kind == "gather":
+        """Give the next order, if it is time for one; else the present one again, lest somebody overwrote it."""
+        before, now = self.order, time.monotonic()
+        if before.kind == "gather":
             self._gather(now)
-        elif order.kind == "run":
+        elif before.kind == "run":
             self._watch(now)
-        elif order.kind == "end":
-            self._give(order)
+        if self.order == before:
+            self._give(before)
 
     def _gather(self, now: float) -> None:
         order = self.order
@@ -210,8 +210,6 @@ class Nodes:
             missing = [seen.name for seen in self._seen.values() if seen.token in before and seen.token not in came]
             who = f"{', '.join(missing)} did not come" if missing else f"fewer than {self.nodes} nodes came"
             self._lose(f"{who} to {self.where} within {self.wait:.0f} s; {AGAIN}")
-        else:
-            self._give(order)
 
     def _watch(self, now: float) -> None:
         order = self.order
@@ -223,6 +221,7 @@ class Nodes:
                     f"nothing was heard of {seen.name} for {self.wait:.0f} s: it, or the network on the way, is down; "
                     f"{AGAIN}"
                 )
+                return
         states = [seen.state for seen in members]
         wrong = [state for state in states if state.kind in ("mistake", "failed", "left") and state.text]
         if mistakes := [state for state in states if state.kind == "mistake"]:

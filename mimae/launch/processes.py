@@ -101,16 +101,20 @@ class _Ranks:
         """Whether all of them ended well."""
         return all(process.poll() == 0 for process in self.started.values())
 
-    def failure(self, found: Sequence[Note]) -> _Failure | None:
-        """Return the rank that failed, if any did. Of several, one that a signal killed is the cause of the others'
-        errors; else the one whose note is the first."""
+    def has_failed(self) -> bool:
+        """Whether one of them ended, and not well."""
+        return any(process.poll() not in (None, 0) for process in self.started.values())
+
+    def failure(self, found: Sequence[Note]) -> _Failure:
+        """Return the rank that failed. Of several, one that a signal killed is the cause of the others' errors; else
+        the one whose note is the first."""
         times = {note.rank: note.time for note in found}
         failed = [
             _Failure(rank, process.pid, process.returncode)
             for rank, process in self.started.items()
             if process.poll() not in (None, 0)
         ]
-        return min(failed, key=lambda each: (each.code >= 0, times.get(each.rank, 0.0)), default=None)
+        return min(failed, key=lambda each: (each.code >= 0, times.get(each.rank, 0.0)))
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the ranks that live."""
@@ -249,13 +253,14 @@ class _Launcher:
         """Look at the ranks; where one has failed, end the others."""
         if self.ranks.is_done():
             return state._replace(kind="done")
-        found = notes.read(self.folder, state.round)
-        self.failure = self.ranks.failure(found)
-        if self.failure is not None or time.monotonic() - self.looked > 1:
+        has_failed = self.ranks.has_failed()
+        if has_failed or time.monotonic() - self.looked > 1:
             self.hangs.look(self.ranks.pids)
             self.looked = time.monotonic()
-        if self.failure is None:
+        if not has_failed:
             return state
+        found = notes.read(self.folder, state.round)
+        self.failure = self.ranks.failure(found)
         self.ranks.end(meanwhile=partial(nodes.exchange, state))
         if mistakes := [note.text for note in found if note.kind == "mistake"]:
             return state._replace(kind="mistake", text=mistakes[0])

@@ -23,11 +23,10 @@ class MessageError(RuntimeError):
     """A message is not one of this job's."""
 
 
-def pack(value: Any, place: str) -> bytes:
+def pack(value: Any, place: str) -> str:
     """Return a value as a message for `place`, the key or the purpose under which the receiver reads it."""
-    text = json.dumps(value).encode()
-    key = _key()
-    return text if key is None else _mac(key, place, text) + text
+    text, key = json.dumps(value), _key()
+    return text if key is None else _mac(key, place, text.encode()) + text
 
 
 def unpack(message: bytes, place: str) -> Any:
@@ -35,7 +34,7 @@ def unpack(message: bytes, place: str) -> Any:
     key, text = _key(), message
     if key is not None:
         text = message[_MAC:]
-        if not hmac.compare_digest(message[:_MAC], _mac(key, place, text)):
+        if not hmac.compare_digest(message[:_MAC], _mac(key, place, text).encode()):
             raise MessageError(f"the message {place} is not signed with this job's secret ({SECRET})")
     try:
         return json.loads(text)
@@ -49,5 +48,5 @@ def _key() -> bytes | None:
     return secret.encode() if secret else None
 
 
-def _mac(key: bytes, place: str, text: bytes) -> bytes:
-    return hmac.digest(key, place.encode() + b"\0" + text, "sha256").hex().encode()
+def _mac(key: bytes, place: str, text: bytes) -> str:
+    return hmac.digest(key, place.encode() + b"\0" + text, "sha256").hex()

@@ -36,7 +36,8 @@ class Meeting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, restarts: int = 1) -> None:
         self.now = 1000.0
         monkeypatch.setattr(nodes.time, "monotonic", lambda: self.now)
-        self.store, self.count, self.restarts = dist.HashStore(), count, restarts
+        self.store: Any = dist.HashStore()
+        self.count, self.restarts = count, restarts
         self.all = [self.come(i) for i in range(count)]
 
     def come(self, i: int) -> Nodes:
@@ -154,7 +155,7 @@ def test_the_store_listens_on_the_meeting_points_address_alone() -> None:
     store, leads = network.open_store(way, 5)
     other, follows = network.open_store(way, 5)
     assert leads and not follows, "who comes first holds it"
-    other.set("a", b"1")  # type: ignore[arg-type]
+    other.set("a", "1")
     assert store.get("a") == b"1"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 5)

@@ -26,9 +26,9 @@ class Harm:
 def test_a_message_comes_back_and_belongs_to_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET, raising=False)
     value = {"steps": [1, 2.5, None], "name": "é"}
-    assert messages.unpack(messages.pack(value, "a"), "a") == value
+    assert messages.unpack(messages.pack(value, "a").encode(), "a") == value
     monkeypatch.setenv(SECRET, "0123456789abcdef")
-    signed = messages.pack(value, "a")
+    signed = messages.pack(value, "a").encode()
     assert messages.unpack(signed, "a") == value
     with pytest.raises(MessageError, match="the message b is not signed"):
         messages.unpack(signed, "b")
@@ -37,7 +37,7 @@ def test_a_message_comes_back_and_belongs_to_its_place(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("change", ["bit", "none", "short", "unsigned", "other secret"])
 def test_with_a_secret_nothing_else_is_taken(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     monkeypatch.setenv(SECRET, "another secret of a job" if change == "other secret" else "the secret of the job")
-    signed = messages.pack([1], "a")
+    signed = messages.pack([1], "a").encode()
     monkeypatch.setenv(SECRET, "the secret of the job")
     wrong = {"bit": signed[:-2] + b"2]", "none": b"", "short": signed[:10], "unsigned": b"[1]", "other secret": signed}
     with pytest.raises(MessageError, match="not signed with this job's secret"):
