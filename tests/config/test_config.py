@@ -356,7 +356,7 @@ def test_a_section_without_keys_is_no_mistake(small: str) -> None:
         ("masking.num_masks=0", "an integer from 1 to 64"),
         ("masking.num_masks=2.0", "an integer from 1 to 64"),
         ("masking.ratio=1.0", "a number above 0 and below 1"),
-        ("masking.kind=block", "orthogonal or independent"),
+        ("decoder.attention=full", "self or cross"),
         ("compile=false", "auto, on, graphs or off"),
         ("run.dry=1", "true or false"),
         ("ema.decay=.inf", "a number above 0 and below 1, or null"),
@@ -479,7 +479,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
         (  # the next view of one view is itself
             ["decoder.predict=next_view", "masking.num_masks=1", "objective.max_mi=0"],
             ["decoder.predict=next_view", "masking.num_masks=2", "objective.max_mi=0"],
-            ["at least 2 orthogonal masks", "masking.num_masks = 1 (override)"],
+            ["legal are at least 2 orthogonal", "masking.num_masks = 1 (override)"],
         ),
         (
             ["schedule.accumulate=32", "objective.min_mi=0"],

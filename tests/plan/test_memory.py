@@ -16,9 +16,12 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines.settings import EngineSettings
 from mimae.errors import UserError
+from mimae.model.geometry import geometry
 from mimae.model.masking import views
 from mimae.model.mimae import build
-from mimae.objective.terms import TERMS
+from mimae.objective.costs import FP32, MicroBatch
+from mimae.objective.loss import losses
+from mimae.objective.terms import TERMS, Term
 from mimae.plan import advice, command, communication, cost, memory
 from mimae.plan.flops import decoder_flops, encoder_flops
 from mimae.plan.gpus import GPUS, find_gpu, peak_flops
@@ -66,6 +69,18 @@ def test_activations_are_what_autograd_keeps(precision: str, changed: list[str])
     recipe = load_recipe(SMALL, [f"precision={precision}", *changed]).recipe
     planned = memory.kept(recipe, recipe.schedule.batch_size, 1, ops="plain")
     assert planned == pytest.approx(saved_bytes(recipe), rel=0.03)
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if term.weight], ids=lambda term: term.name)
+def test_a_term_keeps_what_it_declares(term: Term) -> None:
+    """Beside the latents, which are made for all terms and for the diagnostics."""
+    off = [f"objective.{each.weight}=0" for each in TERMS if each.weight]
+    large = ["precision=fp32", "schedule.batch_size=64"]
+    without, recipe = (load_recipe(SMALL, [*off, *large, *on]).recipe for on in ([], [f"objective.{term.weight}=0.5"]))
+    (loss,) = (each for each in losses(recipe.objective) if each.term is term)
+    declared = loss.cost(MicroBatch(geometry(recipe), recipe.model.width, 64, 1, FP32, "plain"))
+    more = saved_bytes(recipe) - saved_bytes(without)
+    assert declared.kept + declared.kept_early == pytest.approx(more, rel=0.01, abs=2048)
 
 
 def test_parameters_are_those_of_the_model() -> None:
