@@ -35,6 +35,8 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "data": str,
     "for_good": bool,
     "measures": dict,
+    "better": dict,
+    "sums": (dict, type(None)),
 }
 
 

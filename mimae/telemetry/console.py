@@ -52,7 +52,7 @@ class Console:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Show a record of EPOCH_KEYS."""
         parts = [f"epoch {record['epoch']} done", _losses(record), _rate(record)]
-        parts += [f"{key} {record[key]:.3f}" for key in ("knn", "val_rec") if record[key] is not None]
+        parts += [f"{key} {record[key]:.3f}" for key in ("knn", "val_rec") if record.get(key) is not None]
         if record["mfu"] is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f} %")
         self.message("  ".join(parts))
@@ -83,7 +83,7 @@ class Console:
 
 
 def _losses(record: Mapping[str, Any]) -> str:
-    parts = ", ".join(f"{key} {record[key]:.3f}" for key in LOSSES[1:] if record[key] is not None)
+    parts = ", ".join(f"{key} {record[key]:.3f}" for key in LOSSES[1:] if record.get(key) is not None)
     return f"{_total(record)} ({parts})"
 
 

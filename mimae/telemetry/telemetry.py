@@ -5,7 +5,7 @@ Nothing here reads a tensor: the loop hands over numbers, and only on the steps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,9 +29,20 @@ class Telemetry:
     """
 
     def __init__(
-        self, run: str | Path | Folder, settings: TelemetrySettings, *, is_main: bool, total_steps: int
+        self,
+        run: str | Path | Folder,
+        settings: TelemetrySettings,
+        *,
+        is_main: bool,
+        total_steps: int,
+        step_keys: Sequence[str] = STEP_KEYS,
+        epoch_keys: Sequence[str] = EPOCH_KEYS,
     ) -> None:
-        """`run`: the run's directory. Raises UserError for a tracker that is not installed."""
+        """`run`: the run's directory; `step_keys`, `epoch_keys`: the columns of metrics.jsonl and epochs.jsonl.
+
+        Raises UserError for a tracker that is not installed.
+        """
+        self._step_keys, self._epoch_keys = step_keys, epoch_keys
         self._folder = run if isinstance(run, Folder) else Folder(run)
         self._step = 0
         self._lost: set[str] = set()
@@ -75,21 +86,21 @@ class Telemetry:
             self._text(name, text)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Append a line of STEP_KEYS to metrics.jsonl; keys that `record` lacks are null.
+        """Append a line of the step's columns to metrics.jsonl; keys that `record` lacks are null.
 
         `epoch` counts the epochs done, as a fraction; `samples` the images seen; `data_wait` is the share of
         the wall time since the last log in which the device of this rank waited for data, 0 to 1.
         """
         if self._console is None:
             return
-        line = plain(FILES["train"], STEP_KEYS, record)
+        line = plain(FILES["train"], self._step_keys, record)
         self._step = self.events.step = int(line["step"])
         self._scalars("train", line)
         self._console.step(line)
         self._note_lost_output()
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Append a line of EPOCH_KEYS to epochs.jsonl; keys that `record` lacks are null.
+        """Append a line of the epoch's columns to epochs.jsonl; keys that `record` lacks are null.
 
         `step` is the step at which the epoch ended. After a resume in the middle of an epoch, `images` and
         `seconds` count the part since then. `seconds` is wall time and holds the phases' `seconds_*`. `bytes_sent` is
@@ -98,7 +109,7 @@ class Telemetry:
         """
         if self._console is None:
             return
-        line = plain(FILES["epoch"], EPOCH_KEYS, {"step": self._step, **record})
+        line = plain(FILES["epoch"], self._epoch_keys, {"step": self._step, **record})
         self._scalars("epoch", line)
         self._console.epoch(line)
 
