@@ -203,7 +203,7 @@ def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) ->
     kept |= {*before[len(before) - settings.keep + 1 :]}
     measured = {path: finite_measures(state, settings.best) for path, state in states.items()}
     if judged := {path: value for path, value in measured.items() if value is not None}:
-        better = states[newest].get("better", {"knn": "max"})  # runs of before did not say which way is better
+        better = states.get(newest, {}).get("better", {"knn": "max"})  # Older runs did not say which way is better.
         best = max if better.get(settings.best) == "max" else min
         kept.add(best(judged, key=lambda path: judged[path]))
     for path in {*others} - kept:

@@ -35,6 +35,8 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "data": str,
     "for_good": bool,
     "measures": dict,
+    "better": dict,
+    "sums": (dict, type(None)),
 }
 
 
@@ -66,7 +68,7 @@ def read_latest(run: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises CheckpointError for one that is broken, OSError for a failing disk."""
     state = _read_json(path, "state.json")
-    if wrong := _wrong_with(state):
+    if wrong := wrong_with(state):
         raise CheckpointError(f"{path / 'state.json'} is broken: {wrong}")
     return dict(state)
 
@@ -142,7 +144,7 @@ def _is_broken(file: Path) -> bool:
     return not file.is_file() or file.is_symlink() or found.st_size > _JSON_BYTES
 
 
-def _wrong_with(state: Any) -> str:
+def wrong_with(state: Any) -> str:
     """Return what is wrong with a state, in words; nothing where it is right."""
     if not isinstance(state, dict):
         return f"it holds no state, but {type(state).__name__}"

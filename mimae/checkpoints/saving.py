@@ -16,6 +16,7 @@ import torch
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
+from mimae.checkpoints.contents import wrong_with
 from mimae.checkpoints.dcp import State
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.errors import CheckpointError
@@ -62,12 +63,14 @@ class Saver:
 
         The tensors may change after the next `settle`. Raises where the run is another job's.
         """
+        state = {"step": step, **state}
+        assert not wrong_with(state), wrong_with(state)
         self.finish()
         self._locate()
         if self.staging is not None:
             self.staging.begin()
         # A daemon: a rank that dies does not wait for its peers, which may wait for it.
-        arguments = (step, tensors, {"step": step, **state})
+        arguments = (step, tensors, state)
         self._thread = threading.Thread(target=self._work, args=arguments, daemon=True)
         self._thread.start()
         if self.staging is None:

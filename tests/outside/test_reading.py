@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mimae.errors import UserError, printable
-from mimae.reading import open_regular, read_text
+from mimae.errors import UserError
+from mimae.outside.reading import open_regular, read_text
+from mimae.outside.text import printable
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_texts_that_are_refused(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(OSError) as refusal:
         read_text(tmp_path / "x", 10)
-    assert said in refusal.value.strerror
+    assert said in refusal.value.strerror  # type: ignore[operator]
 
 
 def test_a_text_up_to_its_limit_with_a_mark(tmp_path: Path) -> None:
