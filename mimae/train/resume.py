@@ -119,7 +119,7 @@ def resume(
         records.describe(as_yaml(recipe))
     except OSError as error:
         raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
+    records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
     for fault in passed_over:
         records.events.add("fault", what=fault)
-    records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
     return step, sums

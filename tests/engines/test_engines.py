@@ -27,7 +27,7 @@ from mimae.engines.make import check_machine, setup_of
 from mimae.engines.zero import ZeroEngine
 from mimae.errors import ConfigError, UserError
 from mimae.model.masking import views
-from mimae.objective import objective
+from mimae.objective import infonce
 from mimae.objective.infonce import InfoNCE
 from mimae.objective.objective import Losses
 from mimae.optim import adamw
@@ -128,10 +128,10 @@ def without_the_factor() -> Iterator[None]:
     ranks = distributed.world_size()
     wrong = staticmethod(lambda ctx, grad: whole(ctx, grad / ranks))
     try:
-        vars(objective)["InfoNCE"].backward = wrong
+        vars(infonce)["InfoNCE"].backward = wrong
         yield
     finally:
-        vars(objective)["InfoNCE"].backward = staticmethod(whole)
+        vars(infonce)["InfoNCE"].backward = staticmethod(whole)
 
 
 def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tensor]]:
@@ -333,7 +333,7 @@ def test_a_state_from_before_the_first_step_is_taken_over(tmp_path: Path) -> Non
 
 def patience(replicas: int) -> list[float]:
     """Seconds that the groups of FSDP's mesh wait for a rank, in a run that has 77."""
-    vars(distributed)["_timeout"] = timedelta(seconds=77)
+    vars(distributed)["_timeout"] = lambda: timedelta(seconds=77)
     groups: list[Any] = []
     make = fsdp.init_device_mesh
 

@@ -22,7 +22,6 @@ from tests.train.test_trainer import recipe
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from mimae.train import loop
 from mimae.errors import UserError
 from mimae.train.tasks.pretrain import pretrain
 from tests.train.test_trainer import recipe
