@@ -91,7 +91,8 @@ def test_a_mistake_exits_with_2_and_one_message(
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae: data.path=/nonexistent is not there\n"
     # What one rank finds in its data it alone can tell; settings are the same on all, and one speaks for them.
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae (rank 1): data.path=/nonexistent is not there\n"
     assert launch(monkeypatch, *QUICK, "masking.num_masks=5") == 2

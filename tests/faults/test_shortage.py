@@ -22,7 +22,7 @@ from tests.train.test_loop import recipe
 LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from mimae import loop
+from mimae.train import loop
 from mimae.errors import UserError
 from tests.train.test_loop import recipe
 
