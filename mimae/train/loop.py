@@ -135,6 +135,11 @@ class _Run:
         self._agree()
         moved = moved_from(self.recipe)
         found = checkpoint.find(self.path, self.telemetry.message)
+        if found is not None and found.state["data"] != self.source.fingerprint:
+            before = "" if moved is None else f", which lay at {printable(moved)}"
+            raise RunError(
+                f"data.path={self.recipe.data.path} does not hold the images that {self.path} was started with{before}"
+            )
         if self.is_main:
             try:
                 checkpoint.write_atomically(self.path / "config.yaml", config.dump(self.recipe))
@@ -143,12 +148,6 @@ class _Run:
                 raise RunError(f"run.dir={self.path} cannot be written: {error.strerror}") from error
         step = 0
         if found is not None:
-            if found.state["data"] != self.source.fingerprint:
-                before = "" if moved is None else f", which lay at {printable(moved)}"
-                raise RunError(
-                    f"data.path={self.recipe.data.path} does not hold the images that {self.path} was started "
-                    f"with{before}"
-                )
             self.saver.passed_over = {name for name in checkpoint.names(self.path) if name > found.path.name}
             self.engine.load(found.path)
             step = int(found.state["step"])

@@ -240,13 +240,12 @@ def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Pat
     images_link = tmp_path / "link"
     images_link.symlink_to(images)
     moved = config.load(recipe(images_link, run)).recipe
-    with pytest.raises(UserError, match=r"data\.path"):
-        loop.pretrain(moved)
+    assert loop.pretrain(moved).finished, "the same images lie under another path"
     for path in list(images.rglob("*.png"))[:1]:
         kept = path.read_bytes()
         path.rename(tmp_path / "away.png")
         try:
-            with pytest.raises(UserError, match="no longer holds the images"):
+            with pytest.raises(UserError, match="does not hold the images"):
                 loop.pretrain(recipe(images, run))
         finally:
             path.write_bytes(kept)
