@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import timm
 import torch
 from torch import nn
@@ -27,6 +34,20 @@ def test_vit_base_loads_into_timm_and_computes_the_same() -> None:
     with torch.no_grad():
         ours, theirs = encoder(images)[:, 0], vit.eval().forward_features(pixels)  # type: ignore[operator]
         assert_as_accurate(ours, theirs, vit.double().forward_features(pixels.double()))  # type: ignore[operator]
+
+
+def test_the_readme_makes_a_vit_of_timm_with_the_features_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With timm's own pooling, by the class token that no loss sees, they would be others."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import timm\n.*?)```", readme, re.DOTALL)
+    encoder = Encoder(ModelSettings(size="base", depth=1), (224, 224), *IMAGENET)
+    initialise(encoder, 0)
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=1))
+    images = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    names: dict[str, Any] = {"mimae": SimpleNamespace(load_encoder=lambda run: encoder.eval()), "images": images}
+    with torch.no_grad():
+        exec(snippet, names)
+        assert (names["features"] - encoder.features(images)).abs().max() < 2e-4
 
 
 def tiny() -> Encoder:

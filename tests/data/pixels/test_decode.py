@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimae.data.pixels.augment import Window
-from mimae.data.pixels.decode import BadImage, decode, look
+from mimae.data.pixels.decode import BadImage, brightest, count_scans, decode, look
 from tests.data.conftest import encoded, photograph
 
 HEIGHT, WIDTH = 48, 64
@@ -306,3 +306,93 @@ def test_which_images_are_plain_jpegs(kind: str) -> None:
     takes them otherwise, gets none of the rest."""
     data, orientation = PLAIN[kind]
     assert look(data, LIMIT).orientation == orientation
+
+
+# Small files that would take long or much
+
+
+def with_scans(jpeg: bytes, scans: int) -> bytes:
+    """The last scan of a progressive JPEG again and again, with its tables."""
+    last = jpeg.rindex(b"\xff\xda")
+    table = jpeg.rindex(b"\xff\xc4", 0, last)
+    return jpeg[:-2] + jpeg[table:-2] * scans + b"\xff\xd9"
+
+
+PROGRESSIVE = encoded(PIXELS, "JPEG", progressive=True)
+
+
+def test_scans_are_bounded() -> None:
+    """libjpeg writes ten; each goes through the whole image, however little it says."""
+    assert count_scans(PROGRESSIVE, 1000) == 10
+    pixels_of(with_scans(PROGRESSIVE, 90))
+    with pytest.raises(BadImage, match="at least 101 scans of 3072 pixels each; a JPEG of its size may have 100"):
+        pixels_of(with_scans(PROGRESSIVE, 91))
+    with pytest.raises(BadImage, match="may have 20"):
+        decode(with_scans(PROGRESSIVE, 11), whole, (8, 8), max_pixels=HEIGHT * WIDTH)
+    decode(with_scans(PROGRESSIVE, 10), whole, (8, 8), max_pixels=HEIGHT * WIDTH)
+
+
+def test_what_looks_like_scans_is_none() -> None:
+    """Behind the image a telephone may keep a film, and in its segments a thumbnail: any bytes."""
+    jpeg = encoded(PIXELS, "JPEG", comment=b"\xff\xda" * 400)
+    for data in (jpeg, encoded(PIXELS, "JPEG") + b"\xff\xda" * 400):
+        assert count_scans(data, 1000) == 1
+        pixels_of(data)
+
+
+@given(st.binary(max_size=300), st.integers(0, 600))
+def test_scans_of_any_bytes_are_counted(tail: bytes, cut: int) -> None:
+    assert 0 <= count_scans(PROGRESSIVE[:cut] + tail, 50) <= 50
+
+
+def test_tiles_are_bounded() -> None:
+    """libtiff makes room for a whole tile, of which the image may have 16 pixels."""
+    data = tiff(GREY, tile=(32, 16))
+    pixels_of(data)
+    at = data.index(struct.pack("<HH", 322, 4)) if struct.pack("<HH", 322, 4) in data else data.index(b"\x42\x01")
+    entry = bytearray(data[at : at + 24])
+    entry[0:12] = struct.pack("<HHII", 322, 4, 1, 40_000)
+    entry[12:24] = struct.pack("<HHII", 323, 4, 1, 40_000)
+    with pytest.raises(BadImage, match=r"tiles are of 40000 x 40000 pixels, more than data\.max_pixels"):
+        pixels_of(data[:at] + bytes(entry) + data[at + 24 :])
+
+
+# 12 bits in 16
+
+
+def png_of(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, uint16 (H, W) or (H, W, C)."""
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0), zlib.compress(rows))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_range_of_16_bits_is_a_setting(channels: int) -> None:
+    """12-bit values come out black; with their range, in all of 0 to 255, and not only in 16 steps of it."""
+    values = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 4)).astype(np.uint16)[..., :channels]
+    data = png_of(values[..., 0] if channels == 1 else values)
+    assert decode(data, whole, (HEIGHT, WIDTH), max_pixels=LIMIT).max() <= 16
+    found = decode(data, whole, (HEIGHT, WIDTH), max_pixels=LIMIT, white=4095)
+    expected = np.round(values[..., :3] * (255 / 4095))
+    np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
+    brighter = decode(data, whole, (HEIGHT, WIDTH), max_pixels=LIMIT, white=100)
+    assert brighter.max() == 255, "what is above the range is white"
+
+
+def test_the_range_does_not_touch_8_bits() -> None:
+    np.testing.assert_array_equal(decode(PNG, whole, (HEIGHT, WIDTH), max_pixels=LIMIT, white=100), pixels_of(PNG))
+
+
+@pytest.mark.parametrize(
+    ("data", "brightest_value"),
+    [
+        (encoded(np.full((4, 4), 4095, np.uint16)), 4095),
+        (encoded(PIXELS), None),
+        (png_of(np.full((4, 4, 3), 4095, np.uint16)), 0x0FFF),
+        (tiff(np.full((4, 4, 3), 4095, np.uint16), photometric="rgb"), 0x0FFF),
+    ],
+)
+def test_the_brightest_value_of_16_bits(data: bytes, brightest_value: int | None) -> None:
+    assert brightest(look(data, LIMIT)) == brightest_value

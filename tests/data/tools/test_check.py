@@ -183,3 +183,42 @@ def test_work_of_several_processes_comes_in_order() -> None:
 def test_process_that_dies_is_told_in_words() -> None:
     with pytest.raises(DataError, match=r"halving: a process died.*fewer --workers"):
         list(processes.over(range(5), _half, 3, workers=1, title="halving"))
+
+
+# What a folder holds that nobody would expect
+
+
+def test_dark_images_are_told_with_what_mends_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        values = np.random.default_rng(i).integers(0, 4000, (20, 20)).astype(np.uint16)
+        values[0, 0] = 4000
+        (tmp_path / f"{i}.png").write_bytes(encoded(values))
+    (note,) = summary(check(str(tmp_path), DataSettings(), 1))["notes"]
+    assert "3 images of 16 bits a channel have values up to 4,000" in note
+    assert "16 of 255: data.range=4095 makes it white" in note
+    assert summary(check(str(tmp_path), DataSettings(range=4095), 1), 4095)["notes"] == []
+    command.check(str(tmp_path), workers=1)
+    assert "data.range=4095" in capsys.readouterr().out
+
+
+def test_an_image_of_one_row_takes_no_memory(tmp_path: Path) -> None:
+    """The weights of a resize from two million columns to nine would take gigabytes of 50 million."""
+    (tmp_path / "1.png").write_bytes(encoded(np.zeros((1, 2_000_000), np.uint8)))
+    found = summary(check(str(tmp_path), DataSettings(), 1))
+    assert found["sides"]["width"]["max"] == 2_000_000
+
+
+def test_names_and_reasons_are_printed_without_what_a_terminal_obeys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m"
+    os.mkdir(folder)
+    for name in (b"ok.png", b"\x9b2J\n.png"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(encoded(photograph(0, 16, 16)) if name == b"ok.png" else b"\x1b[2J no image")
+    monkeypatch.setattr(sys, "argv", ["mimae", "data", "check", os.fsdecode(folder), "--workers", "1"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    text = capsys.readouterr().out
+    assert "\\x1b[31m" in text and "\\udce9" in text and "\\x1b" in text
+    assert all(character.isprintable() or character == "\n" for character in text)
