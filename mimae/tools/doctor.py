@@ -26,7 +26,9 @@ Section = dict[str, str]
 OPS = [
     name
     for name in kernels.__all__
-    if (impl := inspect.signature(getattr(kernels, name)).parameters.get("impl")) and impl.default == "auto"
+    if callable(op := getattr(kernels, name))
+    and (impl := inspect.signature(op).parameters.get("impl"))
+    and impl.default == "auto"
 ]
 USABLE = "usable"
 
