@@ -33,9 +33,13 @@ class FileSource(IndexedSource):
 
     def read(self, i: int) -> bytes:
         with open(open_regular(os.path.join(self._folder, self.index.name(i))), "rb") as file:
-            self.check_size(os.fstat(file.fileno()).st_size)
-            data = file.read(self.max_bytes + 1)
-            self.check_size(len(data))  # A file may grow, and those of the system tell no size.
+            size = os.fstat(file.fileno()).st_size
+            self.check_size(size)
+            # Python takes memory for all that is asked for, so the legal maximum is asked for last.
+            data = file.read(size)
+            if len(data) == size and (more := file.read(1)):  # A file may grow, and the system's own say no size.
+                data += more + file.read(self.max_bytes - size)
+                self.check_size(len(data))
             return data
 
 
