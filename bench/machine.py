@@ -20,7 +20,7 @@ PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "nump
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What every result file opens with: `date`, `machine` and `versions`. No names of users or hosts."""
+    """Return the head of every result file: `date`, `machine` and `versions`, without names of users or hosts."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -59,7 +59,7 @@ def resident_bytes(field: str) -> int:
 
 
 def resident_peak(run: Callable[[], object]) -> int | None:
-    """By how many bytes this process's memory grew at most while `run` ran; None where that is not told."""
+    """Return by how many bytes this process's memory grew at most in `run`; None where that is unknown."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
     except OSError:

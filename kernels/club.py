@@ -257,7 +257,7 @@ def _merge(  # type: ignore[no-untyped-def]
     sums, scalars, club, nll, inverse, mu_inverse, groups, programs,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What the programs of `_add_up` left, added in their order: a tile of dimensions, and by the first the scalars."""
+    """Add the partial sums of `_add_up` in their order: a tile of dimensions, and in the first program the scalars."""
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < D
     inverses = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -292,13 +292,13 @@ def _tile(rows: int, width: int, features: int, target: Target) -> _Tile:
 
 
 def _gradient_tile(features: int, target: Target) -> _Tile:
-    """Of the weights' gradient: rows are output channels, columns features, and the step goes over tokens."""
+    """Tile of the weights' gradient: rows are output channels, columns are features, the step is over tokens."""
     columns = 256 if target.capability // 10 in (9, 10) else 128
     return _Tile(128, min(columns, max(16, _power_of_two(features))), 32, 8, 3)
 
 
 def _pieces(product: torch.dtype) -> tuple[torch.dtype, int]:
-    """How an operand is held: three bf16 numbers add up to one of fp32."""
+    """Return the type and number of pieces of an operand: three bf16 numbers add up to one fp32 number."""
     return (torch.bfloat16, 3) if product == torch.float32 else (product, 1)
 
 
@@ -328,7 +328,7 @@ def _centred(pixels):  # type: ignore[no-untyped-def]
 
 @jit
 def _origin(image, patch, PATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the first pixel of a patch lies."""
+    """Return the offset of the first pixel of a patch."""
     ACROSS: tl.constexpr = WIDTH // PATCH
     corner = patch // ACROSS * (PATCH * WIDTH * 3) + patch % ACROSS * (PATCH * 3)
     return image.to(tl.int64) * (HEIGHT * WIDTH * 3) + corner
@@ -336,7 +336,7 @@ def _origin(image, patch, PATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.c
 
 @jit
 def _within(feature, PATCH: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a feature lies from there on; features are ordered (row, column, channel)."""
+    """Return the offset of a feature from there; features are ordered (row, column, channel)."""
     return feature // (3 * PATCH) * (3 * WIDTH) + feature % (3 * PATCH)
 
 
@@ -354,7 +354,7 @@ def _scale_weight(  # type: ignore[no-untyped-def]
     weight, bias, mean, std, scaled, shift,
     FEATURES: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Of one output channel. Zeros fill the last step of the product."""
+    """Scale the weights of one output channel and split them into pieces; zeros fill the last step of the product."""
     column = tl.program_id(0)
     feature = tl.arange(0, SIZE)
     channel = feature % 3
@@ -464,7 +464,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
 def _add_parts(  # type: ignore[no-untyped-def]
     sums, bias_sums, mean, std, d_weight, d_bias, parts, width, FEATURES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Of one output channel."""
+    """Add up the weight gradients of one output channel, and its bias gradient."""
     column = tl.program_id(0)
     feature = tl.arange(0, SIZE)
     total = tl.zeros([SIZE], tl.float32)

@@ -22,11 +22,11 @@ from mimae.kernels.places import check_ids, places
 from mimae.kernels.runtime import Impl, chosen, jit, launch, tl
 
 _VIEWS = 32
-"""Of a program: what the positions are loaded for."""
+"""Views of a program, which share the positions that it loads."""
 _TILE = 2048
 _COLUMNS = 512
 _GRADIENT_ROWS = 256
-"""Of a program in backward, for one sum."""
+"""Rows of a program in backward, for one sum."""
 
 
 def fill_masked(
@@ -205,7 +205,7 @@ def _split(  # type: ignore[no-untyped-def]
     d_rows, d_tokens, sums, count, length, shown,
     WIDTH: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Of SHARE rows, those of tokens to `d_tokens`, the sum of the others to `sums`."""
+    """Write the gradients of SHARE rows: token rows go to `d_tokens`, the sum of the other rows goes to `sums`."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < WIDTH)[None, :]
     token_column = tl.max_contiguous(column, RUN)

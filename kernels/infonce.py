@@ -105,7 +105,7 @@ def _(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 class Tiles(NamedTuple):
-    """Of every product: the tile's rows and columns, the depth of a step; and how it is launched."""
+    """Tile of every product: rows, columns and the depth of a step; and the options of the launch."""
 
     rows: int
     columns: int
@@ -281,7 +281,7 @@ def _number(a, b, N: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-unt
 
 @jit
 def _latents(u, image, view, N: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the latent of an image's view lies."""
+    """Return the offset of the latent of an image's view."""
     return u + (tl.cast(image, tl.int64) * N + view) * D
 
 

@@ -10,11 +10,11 @@ OPS = ("orthogonal_masks",)
 """The ops that csrc/ has; torch knows each as mimae::<op>_native."""
 
 OLDEST_CAPABILITY = (8, 0)
-"""Of the GPUs that kernels are compiled for."""
+"""Compute capability of the oldest GPU that kernels are compiled for."""
 
 
 def _load() -> str | None:
-    """What keeps the extension from serving, or None."""
+    """Return why the extension cannot be used, or None."""
     spec = find_spec("mimae._C")
     if spec is None or spec.origin is None:
         return "mimae._C is not built"

@@ -24,7 +24,7 @@ from mimae.kernels.places import check_ids, places
 from mimae.kernels.runtime import Impl, chosen, jit, launch, tl
 
 _PATCHES = 8
-"""Of a program."""
+"""Patches of a program."""
 _SCALING_PROGRAMS = 1024
 _SCALING_BLOCK = 2048
 
@@ -260,7 +260,7 @@ def _compare(  # type: ignore[no-untyped-def]
 
 @jit
 def _corner(patch, across, pitch, PATCH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a patch begins in its image."""
+    """Return the offset of a patch in its image."""
     return patch // across * (PATCH * pitch) + patch % across * (3 * PATCH)
 
 

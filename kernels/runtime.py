@@ -68,7 +68,7 @@ def _fastest(op: str, device: torch.device) -> Literal["native", "triton", "refe
 
 
 def reason(op: str, device: torch.device) -> str:
-    """What `auto` chooses on a device, and what keeps it from a faster choice, in words."""
+    """Return in words what `auto` chooses on a device, and what keeps it from a faster choice."""
     choice = _fastest(op, device)
     if choice == "native":
         return choice
@@ -104,7 +104,7 @@ def prefer(impl: Impl) -> Iterator[None]:
 
 
 class Target(NamedTuple):
-    """What a launcher may fit its tiles to."""
+    """Properties of a GPU that a launcher may fit its tiles to."""
 
     capability: int
     """Ten times the compute capability: 80, 90, 100."""

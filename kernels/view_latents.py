@@ -234,7 +234,7 @@ def _power_of_2(size: int) -> int:
 
 
 def _warps(row_bytes: int) -> int:
-    """As many threads as there are 16 bytes in a row of a tile: each sums its columns without the others."""
+    """Return as many threads as a row of a tile has pieces of 16 bytes: each thread sums its own columns."""
     return min(16, max(4, row_bytes // 512))
 
 
@@ -343,7 +343,7 @@ def _collect(  # type: ignore[no-untyped-def]
     L: tl.constexpr, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     TOKENS: tl.constexpr, VIEWS: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """In image order: a program writes the gradients of an image's tokens, each the sum over the views that show it."""
+    """Write the gradients of an image's tokens in image order, each the sum over the views that show it."""
     image = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, VIEWS)
     k = tl.arange(0, PLACES)

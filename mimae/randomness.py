@@ -19,7 +19,7 @@ from mimae.kernels import philox_words
 
 
 class Purpose(IntEnum):
-    """What a stream is for; part of its counter, so that no two uses share a word."""
+    """Purpose of a stream; it is part of the counter, so that no two uses share a word."""
 
     MASK = 1
     CROP = 2
@@ -62,17 +62,17 @@ def materialise(module: nn.Module, device: torch.device | str) -> None:
 
 
 class Part(NamedTuple):
-    """What this rank holds of a parameter: a range of its elements, contiguous when it is flattened."""
+    """This rank's part of a parameter: a range of elements, contiguous in the flattened parameter."""
 
     values: Tensor
-    """In the memory of the model; of any shape."""
+    """Elements in the memory of the model, in any shape."""
     start: int
     """Place of the first of them in the whole."""
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole parameter."""
 
     def of(self, whole: Tensor) -> Tensor:
-        """The same elements of another tensor of the whole's shape."""
+        """Return the same elements of another tensor of the whole shape."""
         return whole.flatten()[self.start : self.start + self.values.numel()].view(self.values.shape)
 
 

@@ -1,1 +1,1 @@
-"""What this system is measured against."""
+"""Baselines that this system is measured against."""

@@ -199,7 +199,7 @@ def tuning_trials(file: Path, data: str, folder: Path) -> list[Trial]:
 
 
 def finished(trial: Trial, out: Path) -> bool:
-    """Whether `out` has the trial's result. Raises UserError where it has one of other settings."""
+    """Return whether `out` has the trial's result. Raises UserError where it has a result of other settings."""
     file = out / f"{trial.name}.json"
     if not file.exists():
         return False
@@ -247,7 +247,7 @@ def run_trials(trials: Sequence[Trial], out: Path, runs: Path, jobs: int, runner
 
 
 def record(trial: Trial, result: Result) -> Result:
-    """What a result file holds: no paths, which are those of one machine."""
+    """Return the content of a result file, without the paths of this machine."""
     known = {key: value for key, value in trial._asdict().items() if key != "paths"}
     return {"bench": "controls", **describe(torch.device("cpu")), **known, **result}
 

@@ -35,7 +35,7 @@ PARITY = 128
 
 
 class Turn(NamedTuple):
-    """What a contender did in one turn."""
+    """The work of a contender in one turn."""
 
     images: int
     seconds: float
@@ -123,7 +123,7 @@ def tree_bytes() -> int:
 
 
 def parity(name: str, job: Job) -> dict[str, float]:
-    """How far a loader's pixels are from torchvision's antialiased bicubic on the same windows, of 255."""
+    """Return how far a loader's pixels are from torchvision's antialiased bicubic on the same windows, out of 255."""
     settings = job.settings.model_copy(update={"loader": name, "workers": 0})
     shares = job.source.shares
     count = min(PARITY, len(job.source))
@@ -209,7 +209,7 @@ def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> Non
 
 
 def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any]:
-    """How many GPUs that train `recipe` the rate is enough for, at an assumed share of their peak."""
+    """Return the number of GPUs that the rate can feed while they train `recipe` at an assumed share of their peak."""
     resolved = load_recipe(recipe).recipe
     peak = peak_flops(gpu, resolved.precision)
     if peak is None:

@@ -27,7 +27,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 PEER = "torchvision"
-"""Whose rate the ratios are of."""
+"""The contender whose rate is the denominator of all ratios."""
 
 _FOREVER = 1 << 40
 
@@ -40,7 +40,7 @@ class Made(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What every contender is asked for."""
+    """The work that every contender is asked to do."""
 
     source: Source
     settings: DataSettings

@@ -122,7 +122,7 @@ def _distance(got: dict[str, Tensor], want: dict[str, Tensor], exactly: bool) ->
 
 
 def _seen(name: str, tensor: Tensor, exactly: bool) -> Tensor:
-    """What is compared: of queries', keys' and values' bias not the keys' part, unless bits are."""
+    """Return the tensors that are compared. The keys' part of the qkv bias is left out, unless bits are compared."""
     kept = tensor.double().flatten()
     return kept if exactly or not name.endswith("qkv.bias") or not tensor.ndim else torch.cat(kept.chunk(3)[::2])
 

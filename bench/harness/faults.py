@@ -208,7 +208,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "read-only run": read_only_run,
     "other number of ranks": other_ranks,
 }
-"""By the name in the table."""
+"""Faults by their name in the table."""
 
 MOUNTED = ("full disk", "read-only run")
 """Faults that need mounts."""

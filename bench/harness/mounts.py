@@ -38,7 +38,7 @@ def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Whoever comes to `path` anew cannot write there; what is open for writing stays so."""
+    """Remount `path` read-only: new opens for writing fail, files that are open for writing stay writable."""
     _run("mount", "--bind", str(path), str(path))
     try:
         _run("mount", "-o", "remount,bind,ro", str(path))

@@ -58,7 +58,7 @@ class Damaged:
 
 
 class Account:
-    """What came of each epoch, against what had to come."""
+    """Counts of each epoch: samples that came, against samples that had to come."""
 
     def __init__(self, steps_per_epoch: int, batch_size: int, samples: int) -> None:
         self.expected, self.samples = steps_per_epoch * batch_size, samples

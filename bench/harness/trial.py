@@ -17,7 +17,7 @@ from pathlib import Path
 from mimae.checkpoints import checkpoint
 
 STEPS = 18
-"""Of a run, 4 an epoch."""
+"""Optimizer steps of a run, 4 in each epoch."""
 
 EVERY = 3
 """Steps between checkpoints."""
@@ -26,7 +26,7 @@ PATIENCE = 240.0
 """Seconds for anything that is waited for."""
 
 IS_TRAINING = "; the run is "
-"""What every start says that has steps to do, after the step from which it goes on."""
+"""Pattern of the line that every start with steps to do prints; it holds the step from which the start continues."""
 
 RECIPE = """
 precision: fp32
@@ -144,7 +144,10 @@ class Trial:
         return sorted((self.run / "checkpoints").glob("step-*"))
 
     def keep_in_mind(self) -> None:
-        """What is complete now must not be lost. Raises CheckpointError where it is damaged."""
+        """Record the checkpoints that are complete now, none of which may be lost.
+
+        Raises CheckpointError for a damaged one.
+        """
         if found := self.checkpoints():
             self.expect(int(checkpoint.load(found[-1]).state["step"]))
 
@@ -159,7 +162,7 @@ class Trial:
         self.seen.append(what)
 
     def finish(self, ranks: int | None = None, *overrides: str) -> None:
-        """The same command until the run is finished."""
+        """Repeat the same command until the run is finished."""
         code = self.start(None, *overrides, ranks=ranks).end()
         if code != 0:
             raise NotSeen(f"the run did not go on: exit code {code}\n{self.starts[-1].output[-2000:]}")
@@ -175,7 +178,7 @@ class Trial:
         return bool(found := self.checkpoints()) and found[-1].name == f"step-{STEPS:08d}"
 
     def count_starts(self) -> int:
-        """By hand and by the launcher."""
+        """Return the number of starts, by hand and by the launcher."""
         return sum(len(_begun(start.output)) for start in self.starts)
 
     def lost(self) -> int:
@@ -192,5 +195,5 @@ class Trial:
 
 
 def _begun(output: str) -> list[str]:
-    """What each start said: the one by hand, and those of the launcher's own."""
+    """Output of each start: the one by hand, and those that the launcher made."""
     return re.split(r"(?<=, after a rank was lost)", output)

@@ -69,7 +69,7 @@ class Counted:
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        """By argument; of several that share storage, under the first."""
+        """Bytes by argument; arguments that share storage count under the first of them."""
         return {region.name: region.traffic for region in self._regions}
 
 
@@ -186,7 +186,7 @@ class TorchTraffic(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What a tensor's elements take in memory: of an expanded dimension one."""
+    """Return the bytes that a tensor's elements take in memory; an expanded dimension counts once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride()):
         elements *= size if stride or not size else 1

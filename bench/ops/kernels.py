@@ -39,7 +39,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 the wrong thing."""
 
 _MOST_OF_A_HOST = 0.25
-"""Of its memory, that one tensor of a contender may take."""
+"""Share of the host's memory that one tensor of a contender may take."""
 
 Results = Sequence[Tensor]
 
@@ -51,7 +51,7 @@ class Form(NamedTuple):
     prepared: bool
     """Takes the inputs as `Case.prepare` lays them out for the eager form."""
     impl: Impl = "auto"
-    """Of the ops that it calls, in backward too."""
+    """Implementation of the ops that it calls, in backward too."""
 
 
 def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
@@ -235,7 +235,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def roof(device: torch.device) -> dict[str, float]:
-    """What the device reached in this run: bytes/s of a large copy (read and write), FLOP/s of large products."""
+    """Rates that the device reached in this run: bytes/s of a large copy (read and write), FLOP/s of large products."""
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(10):

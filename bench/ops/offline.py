@@ -31,7 +31,7 @@ from mimae.kernels.runtime import H100, Launch, Target
 
 
 class Processor(NamedTuple):
-    """What the blocks on one streaming multiprocessor share (CUDA C++ Programming Guide, compute capabilities)."""
+    """Resources that the blocks of a streaming multiprocessor share (CUDA C++ Programming Guide)."""
 
     shared: int
     """Bytes of shared memory."""
@@ -41,7 +41,7 @@ class Processor(NamedTuple):
     blocks: int = 32
     registers: int = 65536
     tensor_columns: int = 0
-    """Of tensor memory."""
+    """Columns of tensor memory."""
 
 
 PROCESSORS = {
@@ -51,7 +51,7 @@ PROCESSORS = {
     90: Processor(shared=228 << 10, shared_of_block=227 << 10),
     100: Processor(shared=228 << 10, shared_of_block=227 << 10, tensor_columns=512),
 }
-"""By ten times the compute capability."""
+"""Limits by ten times the compute capability."""
 
 TARGETS = (Target(80, 108), H100, Target(100, 148))
 """A100, H100, B200."""
@@ -59,7 +59,7 @@ TARGETS = (Target(80, 108), H100, Target(100, 148))
 _REGISTERS_AT_ONCE = 256
 """A warp's registers are given out in pieces of this many."""
 _SHARED_OF_SYSTEM = 1024
-"""Of every block, beside what it asks for."""
+"""Shared memory that every block takes in addition to what it asks for, in bytes."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -76,11 +76,11 @@ class Binary(NamedTuple):
     capability: int
     warps: int
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     local_bytes: int
-    """Of a thread: what did not fit the registers."""
+    """Bytes of a thread that did not fit into registers."""
     shared_bytes: int
-    """Of a block."""
+    """Shared memory of a block, in bytes."""
     tensor_columns: int
     matrix: dict[str, int]
     """Matrix instructions by kind: HMMA of one warp, HGMMA of four, UTCHMMA of tensor memory."""
@@ -113,7 +113,7 @@ class Binary(NamedTuple):
 
     @property
     def wide_share(self) -> float:
-        """Of the bytes that the program text's global accesses move, the share in accesses of 128 bits and more."""
+        """Return the share of bytes that the program's global accesses move in accesses of 128 bits and more."""
         moved = sum(width * count for width, count in self.accesses.items())
         return sum(width * count for width, count in self.accesses.items() if width >= 16) / moved if moved else 1.0
 
@@ -175,7 +175,7 @@ def machine_code(
 
 
 def _binaries(op: str, size: Size, target: Target) -> list[Binary]:
-    """Of all kernels of a case, each variant once."""
+    """Return the machine code of all kernels of a case, each variant once."""
     (case,) = chosen([op])
     inputs = case.inputs(size, size.batch, torch.device("meta"))
     found: list[Binary] = []

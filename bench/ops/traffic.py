@@ -29,7 +29,7 @@ H100_BYTES_PER_S = 3.35e12
 """Memory bandwidth of an H100 SXM by its data sheet."""
 
 WIDTH = 150
-"""Of the tables, in characters: narrower ones would cut the figures."""
+"""Width of the tables in characters; narrower tables would cut figures off."""
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ NEGLIGIBLE = 1 << 16
 
 
 def measure(op: str, size: Size) -> Row:
-    """What a case moves at a production size. Runs where triton interprets."""
+    """Return the bytes that a case moves at a production size. Needs Triton's interpreter."""
     (case,) = chosen([op])
     inputs = case.inputs(size, size.batch, META)
     passes = [_measure_pass(case, each, size, inputs) for each in case.passes]
@@ -78,7 +78,7 @@ def _measure_pass(case: Case, fused: Pass, size: Size, inputs: Inputs) -> Row:
 
 
 def _count(fused: Pass, inputs: Inputs, target: Target) -> tuple[list[Launch], dict[str, Traffic]]:
-    """What a pass moves: `kernel.argument` -> bytes."""
+    """Return the bytes that a pass moves, by `kernel.argument`."""
     with counting(target) as launches:
         fused.run(inputs)
     moved: dict[str, Traffic] = {}
@@ -140,7 +140,7 @@ def _extra(launches: Sequence[Launch], inputs: Inputs, results: Sequence[Tensor]
 
 
 def eager(case: Case, size: Size) -> Row:
-    """What the eager form moves, forward and backward."""
+    """Return the bytes that the eager form moves, forward and backward."""
     with FakeTensorMode():
         inputs = case.prepare(size, case.inputs(size, size.batch, CPU))
         leaves = [inputs[name].requires_grad_() for name in case.trained]
@@ -181,7 +181,7 @@ def eager_ratio(row: Row) -> float:
 
 
 def beyond_bounds(row: Row, bound: Bound) -> list[str]:
-    """What of a row lies beyond its bounds, in words."""
+    """Return in words which figures of a row exceed their bounds."""
     found = []
 
     def judge(where: str, what: str, value: float, limit: float | None, sign: int = 1) -> None:
@@ -198,7 +198,7 @@ def beyond_bounds(row: Row, bound: Bound) -> list[str]:
 
 
 def flaws(binary: Row) -> list[str]:
-    """What a kernel's machine code must not have, in words."""
+    """Return in words what a kernel's machine code has and must not have."""
     found = []
     if binary["local_bytes"]:
         found.append(f"{binary['local_bytes']} bytes of a thread spilled")

@@ -42,10 +42,10 @@ ENGINES = {
     "zero2": ["engine.kind=zero2"],
     "zero3": ["engine.kind=zero3"],
 }
-"""By name, with the overrides of a recipe."""
+"""Overrides of a recipe by the name of the engine."""
 
 MODEL = ["model.size=small", "decoder.width=256", "decoder.depth=4", "decoder.heads=4", "data.image_size=112"]
-"""Whose weights, gradients and moments are more than its activations."""
+"""Overrides that make a model whose weights, gradients and moments exceed its activations."""
 
 PATIENCE = 300.0
 """Seconds in which a rank has to answer."""
@@ -75,7 +75,7 @@ def _started(recipes: Mapping[str, Recipe], ranks: int) -> Iterator[dict[str, li
 
 
 def _answers(name: str, pipes: Sequence[Connection]) -> list[float]:
-    """What each rank of an engine sends next. Raises UserError where one of them has ended."""
+    """Return the next message of each rank of an engine. Raises UserError where one of them has ended."""
     try:
         if all(pipe.poll(PATIENCE) for pipe in pipes):
             return [pipe.recv() for pipe in pipes]
@@ -86,7 +86,7 @@ def _answers(name: str, pipes: Sequence[Connection]) -> list[float]:
 
 
 def measure(recipes: Mapping[str, Recipe], ranks: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """By engine: seconds of a step of the slowest rank in each round, bytes of the largest."""
+    """Return by engine the seconds of a step on the slowest rank in each round, and the bytes of the largest rank."""
     found: dict[str, dict[str, Any]] = {}
     with _started(recipes, ranks) as pipes:
         for name, of_ranks in pipes.items():
@@ -145,7 +145,7 @@ def _steps(engine: Engine, recipe: Recipe, ranks: int, steps: int) -> None:
 
 
 def sent_bytes(recipe: Recipe, ranks: int) -> float:
-    """What a rank sends in a step, by the planner."""
+    """Return the bytes that a rank sends in a step, as the planner counts them."""
     layout = Layout(recipe.engine.kind, ranks, 1, recipe.engine.offload)
     sent = traffic(recipe, layout, find_gpu("h100"), ranks, parameters(recipe))
     return sum(each.bytes for each in sent if each.kind != "host")

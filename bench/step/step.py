@@ -56,7 +56,7 @@ ROUND_SECONDS = 2.0
 """A contender's turn in a round lasts about this long, and one step at least."""
 
 SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
-"""Of the square matrices whose product shows the matrix rate of a device."""
+"""Sides of the square matrices whose product shows the matrix rate of a device."""
 
 PRODUCT_SECONDS = 0.1
 """A matrix product is repeated for about this long to find its best time, and twice at least."""
@@ -69,7 +69,7 @@ KINDS = {
     "copies": r"copy_|::(clone|cat|stack|gather|scatter|repeat|roll|index|sort|contiguous)|slice_backward",
     "elementwise": r"gelu|::(add|sub|mul|div|exp|pow|neg|r?sqrt|addcmul|sum|mean|var|var_mean|fill|zero)_?$",
 }
-"""What an operator counts as in the profile: the first pattern that is found in its name, else `other`."""
+"""Groups of operators in the profile: the first pattern found in an operator's name counts, else `other`."""
 
 
 class Contender(ABC):
@@ -222,7 +222,7 @@ class Contest(NamedTuple):
     variants: Mapping[str, Recipe]
 
     def contender(self, name: str) -> tuple[str, Recipe]:
-        """Whose implementation a name stands for, and on which recipe."""
+        """Return the implementation that a name stands for, and its recipe."""
         return (OURS, self.variants[name]) if name in self.variants else (name, self.recipe)
 
 

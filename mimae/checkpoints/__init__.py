@@ -1,1 +1,1 @@
-"""What is kept of a run, and how it is written and verified."""
+"""Checkpoints: what is kept of a run, and how it is written and verified."""

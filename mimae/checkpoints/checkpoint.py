@@ -51,12 +51,12 @@ class Checkpoint(NamedTuple):
 
 
 def unfinished(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written; `commit` gives it its name."""
+    """Return the temporary path of a step's checkpoint; `commit` gives it its final name."""
     return run / "checkpoints" / f".step-{step:08d}.tmp"
 
 
 def finished(temporary: Path) -> Path:
-    """What `commit` makes of an `unfinished` one."""
+    """Return the final path that `commit` gives to an `unfinished` checkpoint."""
     return temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
 
 

@@ -55,7 +55,7 @@ from mimae.outside.text import printable
 from mimae.randomness import Part
 
 State = Mapping[str, "Tensor | Part"]
-"""By name what this rank holds: tensors that are the same on every rank, and parts."""
+"""Tensors and parts that this rank holds, by name; whole tensors are equal on every rank."""
 
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
@@ -68,7 +68,7 @@ _DESCRIPTIONS = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
-"""By module, all that a `.metadata` may name."""
+"""Names that a `.metadata` may use, by module."""
 
 _DESCRIPTION_BYTES = 1 << 30
 """The most that a `.metadata` may have: hundreds of ranks with a million pieces of tensors are far below."""
@@ -144,7 +144,7 @@ def num_bytes(state: State) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """What DCP's exception, which holds every rank's with its traceback, says first."""
+    """Return the first cause of DCP's exception, which holds the errors and tracebacks of every rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {cause}"
@@ -161,7 +161,7 @@ class Staging:
         self._done.set()
 
     def begin(self) -> None:
-        """What the device has been given until now comes before the copies."""
+        """Order the copies after all work that the device has been given so far."""
         self._done.clear()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -185,7 +185,7 @@ class Staging:
 
     @property
     def is_settled(self) -> bool:
-        """Whether `settle` would not wait."""
+        """Return whether `settle` would return at once."""
         return self._done.is_set()
 
     def settle(self) -> None:

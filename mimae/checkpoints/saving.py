@@ -95,7 +95,7 @@ class Saver:
 
     @property
     def is_settled(self) -> bool:
-        """Whether `settle` would not wait."""
+        """Return whether `settle` would return at once."""
         return self.staging is None or self.staging.is_settled
 
     def _work(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
@@ -162,7 +162,7 @@ class Saver:
         self._together(action if self.rank == 0 else lambda: None)
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """What it returns on every rank. Raises CheckpointError on all of them where it failed on one."""
+        """Return the function's result on every rank. Raises CheckpointError on all ranks where it failed on one."""
         results, wrong = list[T](), ""
         try:
             results.append(action())

@@ -1,1 +1,1 @@
-"""What a run is asked to do: the recipe tree, its YAML layers and its checks."""
+"""Recipes: the tree of settings, its YAML layers and its checks."""

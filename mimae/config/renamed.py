@@ -15,7 +15,7 @@ def _trackers(tensorboard: Any) -> Any:
 
 
 RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {"telemetry.tensorboard": ("telemetry.trackers", _trackers)}
-"""By old key the new one, and what the new one's value is."""
+"""New key by old key, and the function that converts the value."""
 
 
 def under_new_names(given: Settings) -> Settings:

@@ -20,7 +20,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     on_resume: ClassVar[Resume] = "fixed"
-    """For the keys of this section that say nothing else, see `setting`."""
+    """Default for the keys of this section that do not say otherwise, see `setting`."""
 
     @classmethod
     def resume_of(cls, key: str) -> Resume:

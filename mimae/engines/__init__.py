@@ -1,1 +1,1 @@
-"""How a model is spread over ranks, and how a step is taken there."""
+"""Engines: how a model is spread over ranks, and how a step is taken there."""

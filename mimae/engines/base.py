@@ -1,4 +1,4 @@
-"""What the loop knows about sharding, and nothing else."""
+"""The interface of engines, which is all that the trainer knows about sharding."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import Part
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""Of glibc's malloc.h."""
+"""Parameter numbers of `mallopt` in glibc's malloc.h."""
 
 
 class Setup(NamedTuple):
-    """What an engine needs to know of a run."""
+    """Settings of a run that an engine needs."""
 
     engine: EngineSettings
     optimizer: OptimizerSettings
@@ -50,7 +50,7 @@ Start = Callable[[Model, Mapping[str, Part]], None]
 """Fills this rank's parts of a model's parameters with the start weights."""
 
 Obstacles = dict[str, str | None]
-"""By `key=value` of the settings: why this machine cannot do what it asks, in words; None where it can."""
+"""Reasons, by `key=value` of the settings, why this machine cannot do what the key asks; None where it can."""
 
 
 class Engine(ABC, Generic[M]):
@@ -62,13 +62,16 @@ class Engine(ABC, Generic[M]):
     """
 
     spreads: ClassVar[frozenset[Literal["optimizer", "gradients", "weights"]]]
-    """What is divided among the ranks; each rank holds the rest whole. Where weights are, a forward is a collective."""
+    """State that is divided among the ranks; each rank holds the rest whole.
+
+    If weights are divided, a forward is a collective.
+    """
 
     compiles: ClassVar[bool] = True
-    """Whether the model's units can be compiled."""
+    """True if the model's units can be compiled."""
 
     parts: dict[str, Part]
-    """Of every parameter, by name."""
+    """This rank's part of every parameter, by name."""
 
     group: distributed.Group | None = None
     """The ranks that together hold each parameter; None: all of them."""
@@ -143,7 +146,7 @@ class Engine(ABC, Generic[M]):
 
     @property
     def is_spread(self) -> bool:
-        """Whether a forward of `model` is a collective, in which every rank has to take part."""
+        """Return whether a forward of `model` is a collective, in which every rank has to take part."""
         return "weights" in self.spreads
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -170,7 +173,7 @@ class Engine(ABC, Generic[M]):
         return result
 
     def state(self) -> State:
-        """What this rank holds of the state by name, in the memory of the run: model.*, optimizer.*, ema.*"""
+        """Return this rank's share of the state by name, in the memory of the run: model.*, optimizer.*, ema.*"""
         return self._weights() | _named("optimizer", self._optimizer_state())
 
     @torch.no_grad()
@@ -192,7 +195,7 @@ class Engine(ABC, Generic[M]):
         replicas.compare(self._copies() | self._buffers(), self.shard)
 
     def _copies(self) -> dict[str, Tensor]:
-        """What ranks of the same `shard` hold alike, beside buffers."""
+        """Return the tensors, other than buffers, that ranks of the same `shard` hold in equal copies."""
         return {name: part.values for name, part in self.parts.items()} | {f"ema.{n}": t for n, t in self.ema.items()}
 
     def _buffers(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def differences(sums: Tensor, shards: list[int], names: list[str]) -> str:
-    """What to tell of checksums (ranks, tensors) and the shards of the ranks; nothing where all agree."""
+    """Return a report on checksums (ranks, tensors) and the shards of the ranks; empty where all agree."""
     told = []
     for shard in dict.fromkeys(shards):
         ranks = [rank for rank, other in enumerate(shards) if other == shard]

@@ -14,7 +14,7 @@ Compile = Literal["auto", "on", "graphs", "off"]
 
 
 class EngineSettings(Section):
-    """How the model is spread over ranks. Weights do not depend on it, but for rounding: a run may change it."""
+    """Spreading of the model over ranks. Weights depend on it by rounding only, so a resumed run may change it."""
 
     on_resume: ClassVar[Resume] = "rounding"
 

@@ -47,7 +47,7 @@ LIVE = 3
 
 
 class _Place(NamedTuple):
-    """Where this rank's part of a parameter lies: elements of one of its flat partitions, by number."""
+    """Place of this rank's part of a parameter: elements of one of its flat partitions, by number."""
 
     partition: int
     first: int

@@ -35,7 +35,7 @@ from mimae.transfer.export import load_encoder
 
 MEASURES = ("linear", "few_labels", "knn")
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Of the squared weights, from strong to weak: each fit starts at the one before."""
+"""Penalties of the squared weights, from strong to weak: each fit starts at the previous one."""
 
 FOLDS = 5
 DRAWS = 5

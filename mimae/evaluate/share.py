@@ -21,7 +21,7 @@ class Share(NamedTuple):
     ids: Tensor
     """int64, as many on every rank: a forward may be a collective, of which each rank has to make as many."""
     own: int
-    """How many of them, the first ones, are this rank's own. What fills up the rest is another rank's."""
+    """Number of leading images that are this rank's own; the others fill up the batch and belong to another rank."""
 
 
 def share(ids: Tensor) -> Share:

@@ -1,1 +1,1 @@
-"""What keeps a run alive: lock, signals, watchdog, non-finite steps and memory shortage."""
+"""Protection of a run: lock, signals, watchdog, non-finite steps and memory shortage."""

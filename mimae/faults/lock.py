@@ -47,7 +47,7 @@ class Owner(NamedTuple):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it is on a host of which flock may say nothing."""
+        """Return whether the owner is on another host, about which flock may know nothing."""
         return self.boot != _boot()
 
 
@@ -67,7 +67,7 @@ def _read(folder: Folder, name: str) -> Owner | None:
 
 
 def moves(file: Path) -> bool:
-    """Whether an owner writes to a lock file; waits PATIENCE seconds to see that none does."""
+    """Return whether an owner writes to a lock file; wait up to PATIENCE seconds for a sign of it."""
     before, end = read(file), time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(BEAT / 4)

@@ -60,12 +60,12 @@ def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Itera
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error is of memory that is not there."""
+    """Return whether an error means that memory ran out."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _WORDS.search(str(error)) is not None
 
 
 def held(device: torch.device) -> str:
-    """What this process holds, and of how much."""
+    """Return in words the memory that this process holds, and its limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         mine, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mimae.errors import RunError
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-"""What an operator, SLURM before the end of a job's time, a terminal that closes, and Ctrl-C send."""
+"""Signals from an operator, from SLURM before a job's time ends, from a terminal that closes, and from Ctrl-C."""
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Watchdog:
         self._long, self._short = first_step_timeout, step_timeout
         self._limit, self._set = 0.0, 0.0
         self.due = ""
-        """What is waited for."""
+        """Description of what is waited for."""
         self._file: IO[bytes] | None = None
         if distributed.world_size() > 1:
             # Where it cannot be written the run goes on: whether that matters, its checkpoints say.

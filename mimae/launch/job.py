@@ -1,4 +1,4 @@
-"""What is to be started: the ranks of this machine, and where the other machines are met."""
+"""The job to start: the ranks of this machine, and the meeting point with other machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
 PORT = 29_400
-"""Where nodes meet when --rendezvous or SLURM names a host alone."""
+"""Port at which nodes meet when --rendezvous or SLURM names only a host."""
 
 SHORTEST = 16
 """Characters that a secret has at least."""

@@ -20,7 +20,7 @@ _SIOCGIFADDR = 0x8915
 
 
 class Way(NamedTuple):
-    """How this node reaches the meeting point."""
+    """Route from this node to the meeting point."""
 
     host: str
     """The meeting point's address, as a number."""

@@ -44,5 +44,5 @@ def ask_to_stop(folder: Path) -> None:
 
 
 def is_asked_to_stop(folder: Path) -> bool:
-    """Whether the ranks were asked to save and stop."""
+    """Return whether the ranks were asked to save and stop."""
     return (folder / "stop").exists()

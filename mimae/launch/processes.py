@@ -98,11 +98,11 @@ class _Ranks:
         return {rank: process.pid for rank, process in self.started.items()}
 
     def is_done(self) -> bool:
-        """Whether all of them ended well."""
+        """Return whether all of them ended with exit code 0."""
         return all(process.poll() == 0 for process in self.started.values())
 
     def has_failed(self) -> bool:
-        """Whether one of them ended, and not well."""
+        """Return whether one of them ended with another exit code than 0."""
         return any(process.poll() not in (None, 0) for process in self.started.values())
 
     def failure(self, found: Sequence[Note]) -> _Failure:

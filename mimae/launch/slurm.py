@@ -47,7 +47,7 @@ def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> 
 
 
 def has_terminal() -> bool:
-    """Whether this process has a controlling terminal, wherever its output goes."""
+    """Return whether this process has a controlling terminal, wherever its output goes."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:

@@ -26,7 +26,7 @@ SHORTEST = GRACE_SECONDS // 60 + 2
 
 
 class Pretraining(NamedTuple):
-    """What SLURM runs on each node: the launcher of its ranks."""
+    """The command that SLURM runs on each node: the launcher of its ranks."""
 
     recipe: str
     overrides: tuple[str, ...]

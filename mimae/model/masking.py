@@ -46,7 +46,7 @@ def _independent(
 
 
 DRAWS: dict[str, Draw] = {"orthogonal": _orthogonal, "independent": _independent}
-"""How masks are drawn, by masking.kind."""
+"""Functions that draw masks, by masking.kind."""
 
 
 def draw(masking: MaskingSettings, seed: int, epoch: int, sample_ids: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

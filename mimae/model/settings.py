@@ -20,10 +20,10 @@ SIZES = {
 
 
 class MaskKind(NamedTuple):
-    """What the checks of settings have to know of a kind of masks; `masking.DRAWS` says how they are drawn."""
+    """Properties of a mask kind that the checks of settings need; `masking.DRAWS` holds how it is drawn."""
 
     is_disjoint: bool
-    """Whether the views of an image share no patch; N K must then be at most L."""
+    """True if the views of an image share no patch; N K must then be at most L."""
 
 
 MASK_KINDS = {"orthogonal": MaskKind(is_disjoint=True), "independent": MaskKind(is_disjoint=False)}

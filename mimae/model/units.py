@@ -1,4 +1,4 @@
-"""What engines ask of a model that they train."""
+"""The interface of a model that engines train."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ which keep more."""
 
 
 class MicroBatch(NamedTuple):
-    """What the costs depend on: a micro-batch of one rank."""
+    """Sizes that the costs depend on: a micro-batch of one rank."""
 
     geometry: Geometry
     width: int
@@ -41,21 +41,21 @@ class Sent(NamedTuple):
 
     kind: Literal["all-gather", "all-reduce"]
     numbers: int
-    """Of the whole tensors of all calls."""
+    """Bytes of the whole tensors of all calls."""
     calls: int
     is_beside: bool = False
-    """Whether it runs beside the decoder; other collectives are waited for."""
+    """True if it runs while the decoder computes; the step waits for other collectives."""
 
 
 class Cost(NamedTuple):
     """Bytes of a micro-batch on a rank, and what it sends. Parameters are not part of it: they are counted."""
 
     kept: float = 0.0
-    """What autograd keeps from after the decoder until backward."""
+    """Bytes that autograd keeps from the decoder's end until backward."""
     kept_early: float = 0.0
-    """What autograd keeps from before the decoder until backward, without the latents that all terms share."""
+    """Bytes that autograd keeps from before the decoder until backward, without the latents that all terms share."""
     work: float = 0.0
-    """What is needed beside, at the end of forward."""
+    """Bytes that are needed in addition at the end of forward."""
     sent: tuple[Sent, ...] = ()
     averaged: int = 0
     """Columns that are averaged over the ranks, in one call with the loss (`Result.means`)."""

@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a term adds to the loss and to the records."""
+    """Output of a term: its share of the loss, and its columns of the records."""
 
     summands: list[Tensor]
     """Local scalars with their graph, weight and gate included, to be added up in this order."""

@@ -12,7 +12,7 @@ from mimae.objective.settings import ObjectiveSettings
 
 
 class Term(NamedTuple):
-    """What everyone but the objective itself has to know of a term."""
+    """Declaration of a term, for everyone except the objective itself."""
 
     name: str
     """The column of its loss in the records."""
@@ -21,15 +21,15 @@ class Term(NamedTuple):
     weight: str | None
     """Its weight's key in the section `objective`; None: it is always computed, with weight 1."""
     compares: tuple[Literal["views", "images"], ...] = ()
-    """What it needs at least two of: views of an image, or images of a micro-batch."""
+    """Items that it compares and needs at least two of: views of an image, or images of a micro-batch."""
     reads_latents: bool = False
-    """Whether it has a gradient through the latents of the views."""
+    """True if it has a gradient through the latents of the views."""
     is_gated: bool = False
-    """Whether its weight is 0 until the gate opens."""
+    """True if its weight is 0 until the gate opens."""
     losses: tuple[str, ...] = ()
     """Further losses, columns of metrics.jsonl and epochs.jsonl."""
     estimates: tuple[str, ...] = ()
-    """What the loss says in other units, columns of epochs.jsonl."""
+    """Columns of epochs.jsonl that give the loss in other units."""
     diagnostics: tuple[str, ...] = ()
     """Signs of health, columns of epochs.jsonl."""
     group: str | None = None

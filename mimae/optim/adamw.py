@@ -94,7 +94,7 @@ class ApexAdamW(AdamW):
 
 
 class _Verdict:
-    """What FusedAdam asks a GradScaler: whether the gradients are not finite, and their scale."""
+    """Stand-in for a GradScaler as FusedAdam asks it: whether gradients are not finite, and their scale."""
 
     def __init__(self, skipped: Tensor) -> None:
         self.skipped = skipped
@@ -135,7 +135,7 @@ class DeepSpeedAdamW(AdamW):
 
 
 def has_op(name: str) -> bool:
-    """Whether DeepSpeed was built with an op; its first use would build it else, silently and for minutes."""
+    """Return whether DeepSpeed was built with an op; its first use would build it, silently and for minutes."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, aloud
     built = import_module("deepspeed.git_version_info")
     here = import_module("deepspeed.accelerator").get_accelerator().device_name()

@@ -12,7 +12,7 @@ MAIN = "main"
 
 
 class Group(NamedTuple):
-    """How a parameter is stepped. Parameters of equal groups are stepped together."""
+    """Options by which a parameter is stepped. Parameters of equal groups are stepped together."""
 
     peak: float
     """Learning rate at factor 1 of the schedule, with every scale of the group in it."""
@@ -20,7 +20,7 @@ class Group(NamedTuple):
     clip: str = MAIN
     """The set of parameters with which its gradient norm is taken and clipped."""
     adapt: bool = False
-    """Whether LARS adapts its rate to the norm of each weight."""
+    """True if LARS adapts the rate to the norm of each weight."""
 
 
 Rule = Callable[[str, torch.Size], Group]

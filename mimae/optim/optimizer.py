@@ -17,7 +17,7 @@ from mimae.randomness import Part
 
 
 class StepResult(NamedTuple):
-    """What a step did, on the device: nothing here has been read by the host."""
+    """Result of a step on the device: the host has read nothing of it."""
 
     grad_norm: Tensor
     """Norm of the gradient before clipping, of the main set."""

@@ -1,4 +1,4 @@
-"""How long a run is, and the learning rate of each step."""
+"""The length of a run, and the learning rate of each step."""
 
 from __future__ import annotations
 

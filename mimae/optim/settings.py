@@ -44,7 +44,7 @@ class OptimizerSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """How long, and how much at a time."""
+    """Length of the run, batch size and learning-rate schedule."""
 
     epochs: int = Field(400, ge=1, description="passes over the data")
     warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then as shape says")

@@ -1,4 +1,4 @@
-"""What the optimizer asks of an implementation."""
+"""The interface of an implementation of an optimizer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What comes from outside and goes there: text on terminals, files of a run, files of strangers."""
+"""Safe ways to the outside: text on terminals, files of a run, files of strangers."""

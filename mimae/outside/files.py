@@ -37,11 +37,11 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         """Name a directory; it is opened at the first use."""
         self.path = Path(path)
-        """Where the directory is; `locate` brings it up to date."""
+        """Path of the directory; `locate` brings it up to date."""
         self.tell: Callable[[str], None] = say
         """Reports a rename or a deletion to people."""
         self.moves = 0
-        """How often the directory was renamed or made anew, as far as `locate` knows."""
+        """Number of times that the directory was renamed or made anew, as far as `locate` knows."""
         self._fd: int | None = None
         self._lasting: dict[str, bytes] = {}
         self._locating = threading.Lock()

@@ -38,7 +38,7 @@ DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces at a time (its default), the first time 1 MiB."""
 
 LATENTS, SCORES, SUMS = OF_OBJECTIVE = "latents, moments", "log-sum-exps", "sums and losses"
-"""What the losses need of all ranks."""
+"""Names of the traffic that the losses need from all ranks."""
 _LABELS: dict[tuple[Literal["all-gather", "all-reduce"], bool], str] = {
     ("all-gather", True): LATENTS,
     ("all-gather", False): SCORES,
@@ -51,12 +51,12 @@ Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "host"]
 
 
 class Traffic(NamedTuple):
-    """What a rank sends in an optimizer step for one purpose."""
+    """Traffic of a rank in an optimizer step for one purpose."""
 
     what: str
     kind: Kind
     ranks: int
-    """Of a group."""
+    """Number of ranks in the group."""
     calls: int
     bytes: float
     seconds: float

@@ -1,4 +1,4 @@
-"""What a step of a recipe costs with each engine: memory, communication, seconds (docs/scaling.md)."""
+"""Cost of a step with each engine: memory, communication, seconds (docs/scaling.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fleet(NamedTuple):
     gpus: int
     per_node: int
     share: float
-    """Of the peak, that forward and backward reach."""
+    """Assumed share of the peak that forward and backward reach."""
 
     @property
     def budget(self) -> float:
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Return the seconds of a step."""
         return self.computing + self.exposed
 
     @property

@@ -58,7 +58,7 @@ class Collective(NamedTuple):
     kind: str
     ranks: int
     bytes: int
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
 
     @property
     def sent(self) -> float:
@@ -70,7 +70,7 @@ class Counted(NamedTuple):
     """The second step of a rank; bytes."""
 
     parts: dict[str, Part]
-    """What it holds of each parameter, by name."""
+    """Shares of the parameters that it holds, by name."""
     shares: int
     """Ranks that hold a whole one together; place of this one among them is `place`."""
     place: int
@@ -78,7 +78,7 @@ class Counted(NamedTuple):
     gradients: int
     optimizer: int
     kept: int
-    """By the last micro-batch's forward, with the weights that it leaves gathered."""
+    """Bytes kept by the last micro-batch's forward, with the weights that it leaves gathered."""
     peak: int
     collectives: list[Collective]
     losses: Losses
@@ -180,7 +180,7 @@ def _count(recipe: Recipe, ranks: int) -> Counted:
 
 
 def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tuple[int, int, Losses]:
-    """As the loop takes it -> bytes of gradients, bytes kept by the last forward, losses."""
+    """Take a step as the trainer does; return bytes of gradients, bytes kept by the last forward, and losses."""
     accumulate = recipe.schedule.accumulate
     images = recipe.schedule.batch_size // (ranks * accumulate)
     # The loop has the next batch on the device too.
@@ -201,7 +201,7 @@ def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tu
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
+    """Return the bytes of their storages, each counted once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({s._cdata: s.nbytes() for s in (each.untyped_storage() for each in local)}.values())
 
@@ -269,7 +269,7 @@ def compare(counted: Counted, planned: Memory, held: float, sent: Sequence[Traff
 
 
 def _key(traffic: Traffic) -> tuple[str, str, int]:
-    """As collectives are counted."""
+    """Return the key under which a collective is counted."""
     return traffic.phase, traffic.kind, traffic.ranks
 
 
@@ -304,7 +304,7 @@ def schedule(collectives: Sequence[Collective]) -> list[str]:
 
 
 def _times(calls: Sequence[Any], period: int) -> int:
-    """How often the first `period` calls come one after the other."""
+    """Return how often the first `period` calls are repeated one after the other."""
     times = 1
     while calls[times * period : (times + 1) * period] == calls[:period]:
         times += 1

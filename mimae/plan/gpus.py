@@ -1,4 +1,4 @@
-"""What GPUs can do at best: matrix products, memory, and the links to their neighbours."""
+"""Peak rates of GPUs: matrix products, memory, and the links to their neighbours."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GPU(NamedTuple):
     """A GPU to plan for, in the machine that it is mostly sold in."""
 
     name: str
-    """As torch gives it."""
+    """Name as torch reports it."""
     memory: float
     """GiB that torch reports, rounded down."""
     link: float
@@ -81,7 +81,7 @@ GPUS = {
     "v100": GPU("Tesla V100-SXM2-32GB", 31, 150, 6.2),
     "v100-pcie": GPU("Tesla V100-PCIE-32GB", 31, 16, 3.1),
 }
-"""By the names that `mimae plan --gpu` takes."""
+"""GPUs by the names that `mimae plan --gpu` takes."""
 
 
 def find_gpu(name: str) -> GPU:

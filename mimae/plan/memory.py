@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     @property
     def settings(self) -> str:
-        """As overrides of a recipe."""
+        """Return the layout as overrides of a recipe."""
         said = [f"engine.kind={self.kind}"]
         said += [f"engine.replicas={self.replicas}"] if self.replicas > 1 else []
         said += [f"engine.offload={self.offload}"] if self.offload != "none" else []
@@ -49,18 +49,18 @@ class Parameters(NamedTuple):
     root: int
     """Outside of all blocks: what `fsdp` gathers as one unit."""
     block: int
-    """Of the largest block."""
+    """Parameters of the largest block."""
 
 
 class Stage(NamedTuple):
     """A part of forward, in bytes on a rank."""
 
     kept: float
-    """By autograd, until its backward."""
+    """Bytes that autograd keeps until its backward."""
     work: float
-    """Beside what is kept, at the peak of its backward, or of its forward where that is more."""
+    """Bytes in addition to what is kept, at the peak of its backward, or of its forward where that is more."""
     parameters: int = 0
-    """Of the block that it is, which `fsdp` gathers for it."""
+    """Parameters of its block, which `fsdp` gathers for it."""
 
 
 class Memory(NamedTuple):
@@ -88,7 +88,7 @@ def parameters(recipe: Recipe) -> Parameters:
 
 
 def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, ops: Ops = "fused") -> Memory:
-    """At the peak of a step with micro-batches of `images` on each rank."""
+    """Return the memory at the peak of a step with micro-batches of `images` on each rank."""
     weights, gradients, optimizer, buffers = _states(recipe, layout, count)
     stages = _stages(recipe, images, layout.ranks, ops)
     height, width = recipe.data.size_hw
@@ -226,7 +226,7 @@ def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
 
 
 def _objective(recipe: Recipe, batch: MicroBatch) -> tuple[Stage, Stage]:
-    """What the terms keep from before the decoder, latents first, and from after it."""
+    """Return the bytes that the terms keep from before the decoder, latents first, and from after it."""
     terms = losses(recipe.objective)
     costs = [each.cost(batch) for each in terms]
     # A latent, its direction, and what its own backward reads.

@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of a step: data is made beside it."""
+        """Return the seconds of a step; data is made while it runs."""
         return max(self.row.seconds, self.data)
 
     @property
@@ -63,7 +63,7 @@ class Point(NamedTuple):
         return self.row.computing / self.seconds
 
     def terms(self) -> dict[str, float]:
-        """Seconds of a step by the keys of TERMS, hidden ones too; data is made beside all others."""
+        """Return the seconds of a step by the keys of TERMS, hidden ones too; data is made during all others."""
         found = dict.fromkeys(TERMS, 0.0) | {"computing": self.row.computing, "data": self.data}
         for each in self.row.traffic:
             if each.what in OF_OBJECTIVE:

@@ -29,7 +29,7 @@ _LEGAL = {
     "pathlib._local": {"PosixPath"},
     "traceback": {"FrameSummary", "StackSummary"},
 }
-"""By module, the names that DCP's plans, results and errors need; besides these, exceptions of Python's own."""
+"""Names that DCP's plans, results and errors need, by module; Python's own exceptions are legal too."""
 
 
 class Unpickler(pickle.Unpickler):

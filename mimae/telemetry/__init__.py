@@ -1,1 +1,1 @@
-"""What a run reports: records, progress, pictures and clocks."""
+"""Telemetry of a run: records, progress, pictures and clocks."""

@@ -12,7 +12,7 @@ import torch
 from mimae.telemetry.records import PHASES
 
 IN_PHASE = "in the phase "
-"""How the note begins that an error gets in a phase."""
+"""Prefix of the note that is added to an exception raised inside a phase."""
 
 
 class Phases:

@@ -1,4 +1,4 @@
-"""What a run shows to people: a line per logged step, or a progress bar on a terminal."""
+"""Output of a run for people: a line per logged step, or a progress bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run runs on: versions, platform, GPUs, the commit of the checkout."""
+"""Environment of a run: versions, platform, GPUs, the commit of the checkout."""
 
 from __future__ import annotations
 

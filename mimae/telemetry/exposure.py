@@ -23,7 +23,7 @@ Span = tuple[int, int]
 """Start and end, in nanoseconds."""
 
 _OPS = ("aten::", "mimae::", "fsdp::", "## Call CompiledFxGraph")
-"""What computes on a CPU: none of these waits for a collective."""
+"""Operators that compute on a CPU; none of them waits for a collective."""
 
 
 class Exposure:

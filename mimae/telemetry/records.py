@@ -14,7 +14,7 @@ from mimae.objective import terms
 from mimae.outside.files import Folder
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
-"""Where the seconds of an epoch go; the rest of its wall time is the loop's own."""
+"""Phases that the seconds of an epoch are divided into; the trainer's own work is the rest of the wall time."""
 
 FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
 """The file of each group of records."""

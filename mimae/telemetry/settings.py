@@ -10,7 +10,7 @@ from mimae.config.section import Resume, Section
 
 
 class TelemetrySettings(Section):
-    """How often a run reports, and where."""
+    """Frequency and destinations of a run's reports."""
 
     on_resume: ClassVar[Resume] = "free"
 

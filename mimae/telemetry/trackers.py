@@ -40,7 +40,7 @@ class Tracker(Protocol):
     """Takes what a run tells. Whatever a method raises costs the tracker that call, and the run nothing."""
 
     name: str
-    """What it is called when it fails."""
+    """Name of the tracker in messages."""
 
     def rewind(self, step: int) -> None:
         """Begin, or go on, after `step`; called before anything else."""
@@ -242,4 +242,4 @@ TRACKERS: dict[str, _Opener] = {
     "wandb": _aside("wandb", "wandb_tracker", "WandB"),
     "mlflow": _aside("mlflow", "mlflow_tracker", "MLflow"),
 }
-"""What opens a tracker, by its name in `telemetry.trackers`."""
+"""Functions that open a tracker, by its name in `telemetry.trackers`."""

@@ -39,7 +39,7 @@ KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optim
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 Adam = Literal["torch", "deepspeed"]
-"""Whose AdamW goes on: torch's counts steps in a tensor, DeepSpeed's in an int."""
+"""Owner of the AdamW that continues: torch counts steps in a tensor, DeepSpeed in an int."""
 
 _VERSION = "0.19.8"
 """The DeepSpeed whose format this is."""
@@ -199,13 +199,13 @@ def root_of(folder: Path) -> Path | None:
 
 
 def _buffers(model: MIMAE) -> dict[str, Tensor]:
-    """Those that are state."""
+    """Return the buffers that are part of the state."""
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def _read(file: Path) -> Any:
-    """What torch saved, its tensors mapped from the file. Raises CheckpointError."""
+    """Return what torch saved, with tensors mapped from the file. Raises CheckpointError."""
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of a file that is torn or something else: any

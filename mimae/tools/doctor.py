@@ -21,7 +21,7 @@ from mimae.model import attention
 from mimae.optim.adamw import IMPLEMENTATIONS
 
 Section = dict[str, str]
-"""What was asked about -> what was found, in words."""
+"""Findings in words, by the subject."""
 
 OPS = [
     name
@@ -73,7 +73,7 @@ def _in_a_line(error: object) -> str:
 
 
 def _version(*distributions: str) -> str:
-    """That of the first of these distributions that is installed."""
+    """Return the version of the first of these distributions that is installed."""
     for name in distributions:
         try:
             return metadata.version(name)

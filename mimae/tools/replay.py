@@ -44,7 +44,7 @@ HERE = (
 
 
 class Findings(NamedTuple):
-    """What a step did. Names are in the order of the model, samples in that of the batch."""
+    """Findings of a step. Names are in the order of the model, samples in the order of the batch."""
 
     losses: dict[str, float]
     grad_norm: float
@@ -222,7 +222,7 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
 
 
 def report(findings: Findings, logged: dict[str, Any] | None) -> str:
-    """What was found, in words; `logged`: the line of metrics.jsonl, where the run wrote one of this step."""
+    """Return the findings in words; `logged`: the run's line of metrics.jsonl for this step, if there is one."""
     lines = []
     for key, value in (findings.losses | {"grad_norm": findings.grad_norm}).items():
         then = "" if logged is None else f"   in the run {_number(logged.get(key))}"

@@ -1,4 +1,4 @@
-"""Where a run stands, from the files of its directory alone: `mimae status RUN`."""
+"""State of a run, from the files of its directory only: `mimae status RUN`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is due once a step is over."""
+"""Actions that are due once a step is over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mimae.checkpoints.settings import CheckpointSettings
 
 
 class Due(NamedTuple):
-    """To save, to keep what is saved for good, to stop."""
+    """Actions: to save, to keep the saved checkpoint for good, to stop."""
 
     save: bool = False
     for_good: bool = False

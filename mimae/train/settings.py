@@ -10,7 +10,7 @@ from mimae.config.section import PATH, Resume, Section
 
 
 class RunSettings(Section):
-    """Where a run lives, and when it is taken for hung."""
+    """Directory of a run, and the times after which it counts as hung."""
 
     on_resume: ClassVar[Resume] = "free"
 

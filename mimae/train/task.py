@@ -29,7 +29,7 @@ __all__ = ["Group", "Result", "Task"]
 
 
 class Result(NamedTuple):
-    """What the trainer reads of one micro-batch."""
+    """Result of one micro-batch, as the trainer reads it."""
 
     loss: Tensor
     """The local loss, which carries the graph."""
@@ -40,7 +40,7 @@ class Result(NamedTuple):
 
 
 class Task(ABC, Generic[M]):
-    """What a run learns. Every rank has one."""
+    """A task: what a run learns. Every rank has one."""
 
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     """Keys of `Result.shown`: columns of metrics.jsonl and, as means, of epochs.jsonl."""
@@ -69,7 +69,7 @@ class Task(ABC, Generic[M]):
 
     @property
     def views(self) -> int:
-        """How often a step sees each image of its batch."""
+        """Number of times that a step sees each image of its batch."""
         return 1
 
     @property

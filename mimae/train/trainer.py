@@ -44,7 +44,7 @@ from mimae.train.task import Result, Task
 
 
 class Outcome(NamedTuple):
-    """How a call of `train` ended."""
+    """Outcome of a call of `train`."""
 
     run: Path
     step: int
@@ -58,7 +58,7 @@ class Step(NamedTuple):
     losses: dict[str, Tensor]
     """Means over its micro-batches."""
     latents: Tensor | None
-    """Of its last micro-batch."""
+    """Latents of the last micro-batch."""
     result: StepResult
 
 
@@ -295,11 +295,11 @@ class Trainer(Generic[M]):
 
     @property
     def _is_last(self) -> bool:
-        """Whether no step comes after this one."""
+        """Return whether this step is the last one."""
         return self.recipe.run.dry or self.step >= self.steps
 
     def _is_time(self, every: int) -> bool:
-        """Whether what happens at the end of so many epochs (0: never) and of the run is due at the end of this one."""
+        """Return whether an action of every `every` epochs (0: never), and of the run's end, is due."""
         return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
 
     def _record(self, step: Step) -> dict[str, Any]:

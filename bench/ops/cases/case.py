@@ -26,13 +26,13 @@ class Size(NamedTuple):
     width: int
     batch: int
     precision: torch.dtype = torch.bfloat16
-    """Of the matrix products. What autocast keeps in fp32 (norms, positions, latents) is fp32."""
+    """Data type of the matrix products. Tensors that autocast keeps in fp32 (norms, positions, latents) are fp32."""
     decoder_width: int = 512
     side: int = 224
     patch: int = 16
     views: int = 4
     loss_weight: float = 1.0
-    """In backward: under gradient accumulation, one over its steps."""
+    """Factor of the loss in backward: one over the steps of gradient accumulation."""
 
     @property
     def patches(self) -> int:
@@ -44,11 +44,11 @@ class Size(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a case is counted."""
+    """Conditions under which a case is counted."""
 
     batch: int
     processors: int = 1
-    """Of the GPU that the launchers see: grids that fill it are small."""
+    """Number of multiprocessors of the GPU that launchers see; it is small, so that grids that fill it are small."""
     width: int | None = None
     """Latent width, where not that of the size."""
 
@@ -58,7 +58,7 @@ def _images_and_programs(size: Size, batch: int, launches: Sequence[Launch]) -> 
 
 
 class Count(NamedTuple):
-    """How a pass is counted."""
+    """Method by which a pass is counted."""
 
     points: Sequence[Point]
     terms: Callable[[Size, int, Sequence[Launch]], list[float]] = _images_and_programs
@@ -68,7 +68,7 @@ class Count(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What a case has to keep; None: it is stated only."""
+    """Bound that a case has to keep; None: the figure is only reported."""
 
     issued: float | None = None
     """Issued bytes of a pass, over its floor."""
@@ -89,11 +89,11 @@ class Pass(NamedTuple):
     run: Callable[[Inputs], Sequence[Tensor]]
     """Launches the kernels; all that it returns has to be written."""
     reads: Callable[[Inputs], Sequence[Tensor]]
-    """What has to be read."""
+    """Return the tensors that have to be read."""
     counted: Count
-    """How its traffic is counted."""
+    """Method by which its traffic is counted."""
     flops: Callable[[Size, int], float] = lambda size, batch: 0.0
-    """Of the matrix products of a batch, a multiply-add as two."""
+    """FLOPs of the matrix products of a batch; a multiply-add counts as two."""
 
 
 class Case(NamedTuple):
@@ -102,10 +102,10 @@ class Case(NamedTuple):
     op: str
     sizes: Sequence[Size]
     inputs: Callable[[Size, int, torch.device], Inputs]
-    """Of a batch; of noise, reproducible after `torch.manual_seed`."""
+    """Make the inputs of a batch from noise, reproducible after `torch.manual_seed`."""
     passes: Sequence[Pass]
     prepare: Callable[[Size, Inputs], Inputs]
-    """The same inputs in the form of `eager`."""
+    """Return the same inputs in the form that `eager` takes."""
     eager: Callable[[Inputs], Sequence[Tensor]]
     """Differentiable in what `trained` names, through the results that have a gradient in `upstream`."""
     public: Callable[[Inputs], Sequence[Tensor]]
@@ -139,7 +139,7 @@ VIT_B = Size("ViT-B/16", 768, 1024)
 VIT_L = Size("ViT-L/16", 1024, 1024)
 MODELS = (VIT_B, VIT_L)
 LARGE_BATCHES = tuple(size._replace(name=f"{size.name} B=4096", batch=4096) for size in MODELS)
-"""For the ops whose work grows with the square of the batch in their usual forms."""
+"""Sizes for ops whose usual forms do work that grows with the square of the batch."""
 
 
 # Inputs that several ops share

@@ -1,1 +1,1 @@
-"""What runs learn: each task in a file of its own."""
+"""Tasks, each in a file of its own."""
