@@ -8,7 +8,6 @@ Beyond that row groups are read many times over, and the set is better packed in
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -22,7 +21,9 @@ import numpy as np
 
 from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
+from mimae.data.sources.columns import find_columns, is_text
 from mimae.data.sources.index import STAMPS, Index, IndexedSource, end_to_end, read_all
+from mimae.data.sources.pages import unpacked_size
 from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
@@ -38,9 +39,9 @@ MOST_FOOTER = 64 << 20
 MOST_EXPANDED = 1000
 """Bytes that a byte of a compressed column becomes at most, beyond KEPT_BYTES; images hardly compress."""
 
-_ROWS_AT_ONCE = 64
-_IMAGES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")
-_LABELS = ("label", "labels", "cls", "fine_label")
+_ROWS_AT_ONCE = 1 << 14
+_ROUNDING = 1 << 20
+"""Bytes by which pages may be larger than their footer says: writers count differently."""
 
 
 class ParquetSource(IndexedSource):
@@ -113,27 +114,62 @@ def _row_group(path: Path, stamp: tuple[int, int], number: int, image_key: str |
         raise OSError("the file has changed since the run began")
     try:
         with _open(path) as file:
-            column = _columns(file, DataSettings(image_key=image_key)).image
-            limit, read = KEPT_BYTES + 2 * _chunk(file, number, column).total_uncompressed_size, 0
-            pieces = []
-            for batch in file.iter_batches(_ROWS_AT_ONCE, [number], [column], use_threads=False):
-                pieces.append(_leaf(batch, column))
-                read += pieces[-1].nbytes
-                if read > limit:
-                    raise OSError(f"row group {number} holds more than the {limit:,} bytes that its footer tells of")
-            return pa.chunked_array(pieces)
+            column = find_columns(file, DataSettings(image_key=image_key)).image
+            told = _chunk_bytes(file, number, column)
+            _check_pages(path, file, [number], column)
+            return _read(file, [number], column, KEPT_BYTES + 2 * told)
     except pa.ArrowException as error:
         raise OSError(" ".join(str(error).split())) from error
 
 
+def _read(file: Any, groups: list[int], dotted: str, limit: int) -> Any:
+    """A column of row groups, read piece by piece: a dictionary of one value may stand for millions of rows.
+
+    Raises OSError where it takes more than `limit` bytes.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    largest = max((_chunk_bytes(file, group, dotted) for group in groups), default=0)
+    # A value is no larger than its column in the file, unpacked.
+    at_once = max(1, min(_ROWS_AT_ONCE, KEPT_BYTES // max(1, largest)))
+    pieces, read = [], 0
+    for batch in file.iter_batches(at_once, groups, [dotted], use_threads=False):
+        pieces.append(_leaf(batch, dotted))
+        read += pieces[-1].nbytes
+        if read > limit:
+            raise OSError(f"column {dotted} expands to more than the {limit:,} bytes that its size in the file allows")
+    if pieces:
+        return pa.chunked_array(pieces)
+    return _leaf(file.schema_arrow.empty_table().select([dotted.partition(".")[0]]), dotted)
+
+
 def _chunk(file: Any, group: int, dotted: str) -> Any:
-    """What the footer tells of a column in a row group. Raises OSError where that cannot be."""
+    """What the footer tells of a column in a row group."""
     columns = file.metadata.row_group(group)
-    chunk = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
+    return next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
+
+
+def _chunk_bytes(file: Any, group: int, dotted: str) -> int:
+    """The bytes that a column in a row group has, unpacked, by the footer. Raises OSError where that cannot be."""
+    chunk = _chunk(file, group, dotted)
     packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
     if packed < 0 or unpacked < 0 or unpacked > KEPT_BYTES + MOST_EXPANDED * packed:
-        raise OSError(f"row group {group} claims that {packed:,} bytes of images become {unpacked:,}")
-    return chunk
+        raise OSError(f"row group {group} claims that {packed:,} bytes of column {dotted} become {unpacked:,}")
+    return int(unpacked)
+
+
+def _check_pages(path: Path, file: Any, groups: Sequence[int], dotted: str) -> None:
+    """Raise OSError where the pages of a column claim more than the footer does."""
+    with open(open_regular(path), "rb", buffering=0) as raw:
+        for group in groups:
+            if not file.metadata.row_group(group).num_rows:
+                continue
+            chunk, told = _chunk(file, group, dotted), _chunk_bytes(file, group, dotted)
+            start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+            start = min(start, chunk.data_page_offset)
+            claimed = unpacked_size(raw.fileno(), start, chunk.total_compressed_size)
+            if claimed > 2 * told + _ROUNDING:
+                raise OSError(f"the pages of column {dotted} claim {claimed:,} bytes, its footer {told:,}")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -222,17 +258,6 @@ def _need_pyarrow() -> None:
         raise DataError("Parquet files are read by pyarrow, which is not installed: pip install 'mimae[parquet]'")
 
 
-class _Columns(NamedTuple):
-    """Dotted names of the columns; the class names if the file tells them."""
-
-    image: str
-    path: str | None
-    label: str | None
-    classes: list[str] | None
-    dropped: str = ""
-    """Why a column that seems to hold classes is not used."""
-
-
 class _Footer(NamedTuple):
     """What the index takes from one file; `rows` and `bytes` are of its row groups."""
 
@@ -265,21 +290,21 @@ def _read_footer(path: Path, settings: DataSettings) -> _Footer:
 
     stamp = _stamp(path)
     with _open(path) as file:
-        columns = _columns(file, settings)
+        columns = find_columns(file, settings)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         rows = np.array([group.num_rows for group in groups], np.int64)
         sizes = np.array([group.total_byte_size for group in groups], np.int64)
         _check_rows(file.metadata.num_rows, rows, stamp[1])
-        largest = max((_chunk(file, i, columns.image).total_uncompressed_size for i in range(len(groups))), default=0)
+        largest = max((_chunk_bytes(file, i, columns.image) for i in range(len(groups))), default=0)
         names, lengths = b"", np.zeros(file.metadata.num_rows, np.int64)
         if columns.path is not None:
-            column = _read_column(file, columns.path)
+            column = _read_column(path, file, columns.path)
             given = pc.fill_null(column.cast(pa.large_binary()), b"")
             lengths = pc.binary_length(given).to_numpy().astype(np.int64)
             names = b"".join(given.to_pylist())
         labels, texts, dropped = None, None, columns.dropped
         if columns.label is not None:
-            labels, texts, dropped = _classes(_read_column(file, columns.label), columns.label)
+            labels, texts, dropped = _classes(_read_column(path, file, columns.label), columns.label)
     return _Footer(names, lengths, labels, columns.classes, rows, sizes, stamp, texts, dropped, largest)
 
 
@@ -291,20 +316,11 @@ def _check_rows(total: int, rows: np.ndarray, size: int) -> None:
         raise ValueError(f"its footer claims {total:,} rows in {size:,} bytes, which cannot be images")
 
 
-def _read_column(file: Any, dotted: str) -> Any:
-    """A small column of all rows, read piece by piece. Raises OSError where it takes more than KEPT_BYTES."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-
-    pieces, read = [], 0
-    for batch in file.iter_batches(1 << 14, columns=[dotted], use_threads=False):
-        pieces.append(_leaf(batch, dotted))
-        read += pieces[-1].nbytes
-        if read > max(KEPT_BYTES, 100 * file.metadata.num_rows):
-            raise OSError(f"its column {dotted} takes more than {read:,} bytes")
-    schema = file.schema_arrow
-    return (
-        pa.chunked_array(pieces) if pieces else _leaf(schema.empty_table().select([dotted.partition(".")[0]]), dotted)
-    )
+def _read_column(path: Path, file: Any, dotted: str) -> Any:
+    """A small column of all rows. Raises OSError where it is none."""
+    groups = list(range(file.metadata.num_row_groups))
+    _check_pages(path, file, groups, dotted)
+    return _read(file, groups, dotted, max(KEPT_BYTES, 100 * file.metadata.num_rows))
 
 
 def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:
@@ -313,7 +329,7 @@ def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | Non
 
     if column.null_count:
         return None, None, f"column {name} is null in {column.null_count:,} of {len(column):,} rows"
-    if _is_text(column.type):
+    if is_text(column.type):
         coded = column.combine_chunks().dictionary_encode()
         coded = coded.combine_chunks() if hasattr(coded, "combine_chunks") else coded
         return coded.indices.to_numpy().astype(np.int64), coded.dictionary.to_pylist(), ""
@@ -325,84 +341,6 @@ def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | Non
     if len(labels) and labels.min() < 0:  # How Hugging Face marks samples without a class.
         return None, None, f"column {name} is {labels.min()} in {int((labels < 0).sum()):,} of {len(labels):,} rows"
     return labels, None, ""
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as kinds  # type: ignore[import-untyped]
-
-    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
-
-
-def _columns(file: Any, settings: DataSettings) -> _Columns:
-    """Which columns hold images and classes: by their keys, else by Hugging Face's own notes in the file, else by type
-    and name. Raises ValueError."""
-    import pyarrow.types as kinds  # type: ignore[import-untyped]
-
-    schema = file.schema_arrow
-    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    # Every level may be null, or something else.
-    features = {k: v for k, v in _inner(_inner(notes, "info"), "features").items() if isinstance(v, dict)}
-
-    def feature(kind: str) -> list[str]:
-        return [name for name, value in features.items() if value.get("_type") == kind]
-
-    def is_bytes(kind: Any) -> bool:
-        return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind)
-
-    structs = [
-        field.name
-        for field in schema
-        if kinds.is_struct(field.type)
-        and any(inner.name == "bytes" and is_bytes(inner.type) for inner in field.type.fields)
-    ]
-    every = [field.name for field in schema if is_bytes(field.type)]
-    plain = [name for name in every if name in _IMAGES]
-    noted = [name for name in feature("Image") if name in structs]
-    images = noted + structs + plain
-    if not images and len(every) == 1:
-        images = every  # Nothing else can be meant.
-    if settings.image_key is not None:
-        images = [
-            name for name in (settings.image_key, settings.image_key.removesuffix(".bytes")) if name in structs + every
-        ]
-    if not images:
-        raise ValueError(_no_images(schema, structs + every, settings.image_key))
-
-    def is_class(name: str) -> bool:
-        kind = schema.field(name).type
-        return kinds.is_integer(kind) or (settings.index_version > 1 and (_is_text(kind) or kinds.is_boolean(kind)))
-
-    names = (*feature("ClassLabel"), *_LABELS) if settings.label_key is None else (settings.label_key,)
-    present = [name for name in names if name in schema.names]
-    label = [name for name in present if is_class(name)]
-    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    if settings.label_key is not None and not label:
-        raise ValueError(
-            f"data.label_key={settings.label_key} is no column of numbers or names; its columns are {listed}"
-        )
-    dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
-    classes = features.get(label[0], {}).get("names") if label else None
-    column = label[0] if label else None
-    if images[0] not in structs:
-        return _Columns(images[0], None, column, classes, dropped)
-    inner = {field.name: field.type for field in schema.field(images[0]).type.fields}
-    path = f"{images[0]}.path" if "path" in inner and kinds.is_string(inner["path"]) else None
-    return _Columns(f"{images[0]}.bytes", path, column, classes, dropped)
-
-
-def _no_images(schema: Any, legal: list[str], image_key: str | None) -> str:
-    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    if image_key is not None:
-        return (
-            f"data.image_key={image_key} is no column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
-        )
-    advice = f"; data.image_key names one of {', '.join(legal)}" if legal else ""
-    return f"it has no column of image bytes{advice}; its columns are {listed}"
-
-
-def _inner(value: Any, key: str) -> dict[str, Any]:
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _leaf(table: Any, dotted: str) -> Any:

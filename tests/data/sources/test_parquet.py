@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
-from mimae.data.sources import parquet
+from mimae.data.sources import pages, parquet
 from mimae.data.sources.open import open_source
 from tests.data.conftest import settle
 
@@ -290,8 +293,36 @@ def test_a_column_that_expands_without_measure(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(parquet, "_kept", parquet._Kept())
     path = write(tmp_path / "a.parquet", {"image": [bytes(100_000)] * 3000}, row_group_size=3000)
     assert path.stat().st_size < 20_000
-    with pytest.raises(OSError, match="holds more than the"):
+    with pytest.raises(OSError, match="column image expands to more than the"):
         open_source(str(path)).read(0)
+
+
+def test_class_names_that_expand_without_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1 << 20)
+    columns = {"image": [b"x"] * 300, "label": ["n" * 50_000] * 300}
+    path = write(tmp_path / "a.parquet", columns, row_group_size=300)
+    with pytest.raises(DataError, match="column label expands to more than the 1,048,576 bytes"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_page_that_claims_more_than_its_footer(tmp_path: Path, compression: str) -> None:
+    """Room for a page is made before it is unpacked."""
+    path = write(tmp_path / "a.parquet", {"image": [b"abc"] * 10}, compression=compression, use_dictionary=False)
+    data = path.read_bytes()
+    assert data[4] == data[6] == 0x15, "a page's header begins with its type and its size, as integers"
+    size = data[7:].index(next(byte for byte in data[7:] if byte < 128)) + 1
+    path.write_bytes(data[:7] + varint(2_000_000_000) + data[7 + size :])
+    with pytest.raises(OSError, match=r"pages of column image claim|no page at"):
+        open_source(str(path)).read(0)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_of_pages_end_in_anything_but_an_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "pages"
+    path.write_bytes(data)
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        assert pages.unpacked_size(file.fileno(), 0, len(data)) >= 0
 
 
 @pytest.mark.parametrize(
