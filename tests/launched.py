@@ -14,7 +14,7 @@ from typing import ClassVar
 
 RECIPE = """
 base: quickstart
-data: {val_path: null, workers: 0}
+data: {val_path: null, workers: 0, loader: torch}
 schedule: {batch_size: 8, epochs: 900, max_steps: %d}
 checkpoint: {every_steps: 5}
 telemetry: {tensorboard: false, images_every_epochs: 0, probe_every_epochs: 0, log_every_steps: 1}

@@ -143,7 +143,7 @@ def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tm
     launched.wait_for(lambda: launched.step() >= before + 2)
     ranks = launched.ranks()
     launched.process.kill()
-    launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), seconds=30)
+    launched.wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
     assert "saved at step" in launched.end()[1].partition("resuming")[2]
 
 
