@@ -156,6 +156,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "build",
+            "scikit-learn",
             "deepspeed",
             "transformers",
             "pyarrow",
