@@ -62,7 +62,7 @@ def pack(
     from mimae.outside.text import say
 
     if target.suffix != ".tar":
-        raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, which writes DIR/NAME-00000.tar and so on")
+        raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
     opened = open_source(source, settings=DataSettings(image_key=image_key, label_key=label_key))
     for note in opened.notes:
         say(note)

@@ -31,8 +31,8 @@ class DataSettings(Section):
     val_path: PathText | None = setting(
         None,
         resume="free",
-        description="held-out images, in any form that `data.path` accepts; null: no held-out images; it becomes null when "
-        "`data.path` is replaced and `data.val_path` is not given",
+        description="held-out images, in any form that `data.path` accepts; null: none; replacing `data.path` resets "
+        "it to null unless it is given too",
     )
     shuffle: Literal["full", "blocks"] = Field(
         "full",
@@ -41,27 +41,27 @@ class DataSettings(Section):
     )
     loader: Literal["auto", "dali_gpu", "dali_cpu", "torch"] = Field(
         "auto",
-        description="decoder that decodes and crops the images, see [data.md](data.md#loaders); auto: the fastest one, as "
-        "measured when a run starts",
+        description="backend that decodes and crops the images, see [data.md](data.md#loaders); auto: the fastest one, "
+        "as measured when a run starts",
     )
     image_key: str | None = Field(
         None,
         min_length=1,
-        description="where the images are stored: a column of Parquet files, or the extension of members of a tar shard "
-        "(input.jpg); null: found by type and name",
+        description="where the images are stored: a column of Parquet files, or the extension of members of a tar "
+        "shard (input.jpg); null: found by type and name",
     )
     label_key: str | None = Field(
         None,
         min_length=1,
-        description="where the classes are stored: a column of Parquet files, the extension of members of a tar shard, or "
-        "a field of their .json; null: found by name",
+        description="where the classes are stored: a column of Parquet files, the extension of members of a tar shard, "
+        "or a field of their .json; null: found by name",
     )
     index_version: int = Field(
         INDEX_VERSION,
         ge=1,
         le=INDEX_VERSION,
-        description="version of the rules that decide which files of a source become samples; a run keeps the version it "
-        "was started with; 1: fewer extensions, no splits, see [data.md](data.md#what-is-an-image)",
+        description="version of the rules that decide which files of a source become samples; a run keeps the version "
+        "it was started with; 1: fewer extensions, no splits, see [data.md](data.md#what-is-an-image)",
     )
     range: int | None = Field(
         None,
@@ -73,7 +73,7 @@ class DataSettings(Section):
         224, description="size of a sample in pixels: the side of a square, or [height, width]"
     )
     crop_scale: tuple[float, float] | None = Field(
-        (0.2, 1.0), description="range of the random crop's area as a fraction of the image; null: the largest central crop"
+        (0.2, 1.0), description="area of the random crop as a fraction of the image; null: the largest central crop"
     )
     flip: bool = Field(True, description="flip each training sample horizontally with probability 1/2")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="mean of red, green and blue in [0, 1]")
@@ -94,10 +94,10 @@ class DataSettings(Section):
         "times as large for photographs); null: no cache",
     )
     cache_dir: PathText | None = setting(
-        None, resume="free", description="folder of the cache, ideally on a local disk of the node; null: /dev/shm (RAM)"
+        None, resume="free", description="folder of the cache, ideally on a local disk; null: /dev/shm (RAM)"
     )
     max_bad_fraction: float = setting(
-        0.01, resume="free", ge=0, le=1, description="largest fraction of unreadable samples; the run stops when it is exceeded"
+        0.01, resume="free", ge=0, le=1, description="fraction of unreadable samples above which the run stops"
     )
     max_bytes: int = Field(
         400_000_000,
@@ -106,7 +106,7 @@ class DataSettings(Section):
         description="largest size of an encoded image in bytes; larger ones are refused before they are read",
     )
     max_pixels: int = Field(
-        50_000_000, ge=1, le=PILLOW_LIMIT, description="largest number of pixels of an image; larger ones are refused before they are decoded"
+        50_000_000, ge=1, le=PILLOW_LIMIT, description="largest number of pixels of an image, checked before decoding"
     )
 
     @property

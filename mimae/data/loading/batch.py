@@ -45,7 +45,7 @@ class Batch:
     images: Tensor
     """uint8 (B, H, W, 3), contiguous."""
     sample_ids: Tensor
-    """int64 (B,): slot ids, which determine crop, flip and mask. A slot id modulo the source's size is a sample's id."""
+    """int64 (B,): slots, which determine crop, flip and mask. A slot modulo the source's size is the sample's id."""
     source_ids: Tensor
     """int64 (B,): ids of the samples whose pixels these are; they differ where a bad sample was replaced."""
     epoch: int
@@ -127,7 +127,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _line(sample: BadSample) -> bytes:
-    """Return the sample as a line of JSON without terminal control characters. Parsing it gives the path's same bytes."""
+    """Return the sample as a line of JSON without terminal control characters. Parsing it restores the path."""
     text = json.dumps(sample._asdict(), ensure_ascii=False)
     return ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n").encode()
 

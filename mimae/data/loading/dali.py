@@ -41,7 +41,7 @@ def build(
     *,
     ahead: bool = False,
 ) -> Any:
-    """Return a pipeline that decodes regions of JPEGs and, with a `size`, resizes (bicubic, antialiased) and mirrors them.
+    """Build a pipeline that decodes regions of JPEGs and, with a `size`, resizes (bicubic, antialiased) and flips them.
 
     `feed` returns the inputs of a batch of at most `samples` samples. The output is uint8 (h, w, 3) per sample in the
     order of the inputs. On a GPU the output stays in its memory. With `ahead` the next batch is made while the current
@@ -236,7 +236,7 @@ class _InHalves:
         refused = self._others([sample for sample in samples if sample.place not in made], images, clock)
         if len(held) > 1 and not made and not refused:
             raise DataError(
-                f"data.loader=dali_gpu decoded none of {len(held)} images that the CPU decodes: free memory of the GPU, "
+                f"data.loader=dali_gpu decoded none of {len(held)} images that the CPU decodes: free GPU memory, "
                 f"or set data.loader to dali_cpu or torch"
             )
         return refused
@@ -269,9 +269,10 @@ def _build_or_refuse(
 
 
 class DaliGpuBackend:
-    """Backend whose workers read images, check them and draw windows; a pipeline in this process decodes on the rank's GPU.
+    """Backend that decodes on the rank's GPU.
 
-    With the device "cpu" the same pipeline runs on the CPU.
+    Workers read images, check them and draw windows. A pipeline in this process makes the samples on the GPU. With the
+    device "cpu" the same pipeline runs on the CPU.
     """
 
     def __init__(
@@ -289,9 +290,9 @@ class DaliGpuBackend:
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """Yield the batches of `requests` in order, none larger than the first. An unfinished earlier iteration is ended.
+        """Yield the batches of `requests` in order, none larger than the first.
 
-        Raises DataError.
+        An unfinished earlier iteration is ended. Raises DataError.
         """
         if self._running is not None:
             self._running.close()

@@ -82,9 +82,9 @@ def make_loader(
 def evaluation_batches(
     settings: DataSettings, source: Source, batch_size: int, ids: Sequence[int] | Tensor | None = None
 ) -> Iterator[Batch]:
-    """Yield every sample (or those of `ids`) once, in order: the central crop, not flipped. The last batch may be smaller.
+    """Yield every sample (or those of `ids`) once, in order: the central crop, not flipped.
 
-    Use `source_ids` to look up labels: unreadable images are replaced here too.
+    The last batch may be smaller. Use `source_ids` to look up labels: unreadable images are replaced here too.
     """
     chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})

@@ -71,7 +71,7 @@ def _pass(seed: int, number: int, first: int, share: Share, by_blocks: bool) -> 
 
 
 def _keys(seed: int, number: int, ids: Tensor, word: int) -> Tensor:
-    """Return words `word` and `word` + 1 of the random streams of `ids` as one int64 that sorts like the unsigned key."""
+    """Return words `word` and `word` + 1 of the random streams of `ids` as int64 that sorts like the unsigned key."""
     key = words(seed, Purpose.ORDER, number, ids, 2, word)
     # With the top bit inverted, signed order equals the unsigned order.
     return ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]

@@ -71,7 +71,7 @@ class Decoder(Protocol):
     """Largest number of samples per call."""
 
     def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
-        """Write samples to their places in `images` uint8 (B, H, W, 3). Returns the samples that failed, with the error."""
+        """Write samples to their places in `images` uint8 (B, H, W, 3). Returns those that failed, with the errors."""
 
 
 class EachDecoder:

@@ -58,7 +58,7 @@ def _tensors(made: Any) -> Iterator[Tensor]:
 
 
 def has_room(batch_bytes: int, workers: int, ranks: int) -> bool:
-    """Return whether shared memory can hold the batches in flight of all ranks of this machine; if not, print it once."""
+    """Return whether shared memory can hold the batches in flight of this machine's ranks; if not, print so once."""
     need = batch_bytes * workers * IN_FLIGHT * ranks
     room = free()
     if room is None or need <= room:

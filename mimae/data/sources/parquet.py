@@ -1,9 +1,9 @@
-"""Parquet files as Hugging Face writes them: a column of image bytes and, where there is one, a column of classes.
+"""Parquet files as Hugging Face writes them: a column of image bytes and, optionally, a column of classes.
 
-A row group is read whole, piece by piece, and a process keeps KEPT_BYTES of them. Samples are cheap while what is gone
-through in random order fits in there: the whole set in a full shuffle, a group of 16,384 samples with
-`data.shuffle=blocks`.
-Beyond that row groups are read many times over, and the set is better packed into tar shards (`mimae data pack`).
+A row group is read as a whole, piece by piece, and a process caches KEPT_BYTES of row groups. Reading is cheap if the
+samples that are read in random order fit into this cache: the whole set with a full shuffle, or a group of 16,384
+samples with `data.shuffle=blocks`. Otherwise row groups are read many times, and it is better to pack the set into tar
+shards (`mimae data pack`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
 KEPT_BYTES = 256 << 20
-"""Bytes of row groups that a process keeps at most, and at least one row group."""
+"""Largest number of bytes of row groups that a process caches; it always caches at least one row group."""
 
 MOST_ROWS = 1_000_000
-"""Rows of a file that may take less than a byte each: what a footer claims costs memory before anything is read."""
+"""Number of rows up to which a file may have less than one byte per row. The index allocates memory for the number of
+rows that a footer claims, before any row is read."""
 
 MOST_FOOTER = 64 << 20
-"""Bytes of a footer."""
+"""Largest size of a footer in bytes."""
 
 MOST_EXPANDED = 1000
-"""Bytes that a byte of a compressed column becomes at most, beyond KEPT_BYTES; images hardly compress."""
+"""Largest expansion of a compressed column larger than KEPT_BYTES, as a factor; images hardly compress."""
 
 _ROWS_AT_ONCE = 64
 _IMAGES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")
@@ -44,10 +45,10 @@ _LABELS = ("label", "labels", "cls", "fine_label")
 
 
 class ParquetSource(IndexedSource):
-    """The rows of Parquet files, in the order of the files and of their rows."""
+    """The rows of Parquet files, file by file and row by row."""
 
     def __init__(self, name: str, files: Sequence[Path], index: Index, settings: DataSettings) -> None:
-        _need_pyarrow()  # An index from the cache has not asked for it.
+        _need_pyarrow()  # An index from the cache was loaded without pyarrow.
         super().__init__(name, index, settings.max_bytes)
         self._files, self._image_key = list(files), settings.image_key
 
@@ -69,7 +70,7 @@ class ParquetSource(IndexedSource):
         rows = _kept.get(self._files[file], (changed, size), number, self._image_key)
         data = rows[i - int(places["starts"][group])]
         if not data.is_valid:
-            raise OSError("the row holds no image bytes")
+            raise OSError("the row has no image bytes")
         buffer = data.as_buffer()
         self.check_size(buffer.size)
         return buffer.to_pybytes()
@@ -81,7 +82,7 @@ class ParquetSource(IndexedSource):
 
 
 class _Kept:
-    """The row groups that were read last, up to KEPT_BYTES of them."""
+    """Cache of the most recently used row groups, up to KEPT_BYTES."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[Path, tuple[int, int], int, str | None], Any] = OrderedDict()
@@ -89,7 +90,7 @@ class _Kept:
         self._lock = threading.Lock()
 
     def get(self, path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
-        """The column of images of a row group. Raises OSError."""
+        """Return the image column of a row group. Raises OSError."""
         key = (path, stamp, number, image_key)
         with self._lock:
             if key not in self._groups:
@@ -106,7 +107,7 @@ _kept = _Kept()
 
 
 def _row_group(path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
-    """The column of images of a row group, read piece by piece: what its pages expand to is known only then."""
+    """Read the image column of a row group, piece by piece: only then it is known how far its pages expand."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     if _stamp(path) != stamp:
@@ -120,14 +121,14 @@ def _row_group(path: Path, stamp: tuple[int, int], number: int, image_key: str |
                 pieces.append(_leaf(batch, column))
                 read += pieces[-1].nbytes
                 if read > limit:
-                    raise OSError(f"row group {number} holds more than the {limit:,} bytes that its footer tells of")
+                    raise OSError(f"row group {number} has more than the {limit:,} bytes that its footer allows")
             return pa.chunked_array(pieces)
     except pa.ArrowException as error:
         raise OSError(" ".join(str(error).split())) from error
 
 
 def _chunk(file: Any, group: int, dotted: str) -> Any:
-    """What the footer tells of a column in a row group. Raises OSError where that cannot be."""
+    """Return the footer's metadata of a column in a row group. Raises OSError if it is implausible."""
     columns = file.metadata.row_group(group)
     chunk = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
     packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
@@ -150,9 +151,9 @@ def _open(path: Path) -> Any:
         file.seek(max(0, size - 8))
         end = file.read(8)
     if len(end) < 8 or not end.endswith((b"PAR1", b"PARE")):
-        raise OSError("it is no Parquet file, which ends in PAR1; is it whole?")
+        raise OSError("it is not a Parquet file: it does not end in PAR1; is it complete?")
     if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size):
-        raise OSError(f"it claims a footer of {footer:,} bytes; it has {size:,}, of which {MOST_FOOTER:,} may be one")
+        raise OSError(f"its footer claims {footer:,} bytes; the file has {size:,}, a footer at most {MOST_FOOTER:,}")
     # Read through a buffer, so that not all of a column's bytes are there beside what they become.
     return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
@@ -184,7 +185,7 @@ def read_footers(files: Sequence[Path], settings: DataSettings) -> Index:
 
 
 def _labels(files: Sequence[Path], found: Sequence[_Footer]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the classes of all files, where each has them, and their names. Raises DataError where they differ."""
+    """Return the classes, if every file has them, and their names. Raises DataError if the files' classes differ."""
     classes = found[0].classes
     labels = [file.labels for file in found if file.labels is not None]
     whole = len(labels) == len(found)
@@ -212,7 +213,7 @@ def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
             f"row groups hold up to {largest.largest / 1e6:,.0f} MB of images ({printable(file.name)}), more than the "
             f"{KEPT_BYTES / 1e6:,.0f} MB that a worker keeps: each worker takes about {2 * largest.largest / 1e6:,.0f} "
             f"MB to read one, again and again with data.shuffle=full. Fewer data.workers and data.shuffle=blocks "
-            f"help; mimae data pack makes shards, which cost nothing of that"
+            f"help; tar shards (mimae data pack) avoid it"
         )
     return notes[:1] + notes[-1:] if len(notes) > 1 else notes
 
@@ -223,7 +224,7 @@ def _need_pyarrow() -> None:
 
 
 class _Columns(NamedTuple):
-    """Dotted names of the columns; the class names if the file tells them."""
+    """Dotted names of the columns, and the class names if the file has them."""
 
     image: str
     path: str | None
@@ -234,7 +235,7 @@ class _Columns(NamedTuple):
 
 
 class _Footer(NamedTuple):
-    """What the index takes from one file; `rows` and `bytes` are of its row groups."""
+    """The part of the index that comes from one file. `rows` and `bytes` have one entry per row group."""
 
     names: bytes
     lengths: np.ndarray
@@ -244,10 +245,10 @@ class _Footer(NamedTuple):
     bytes: np.ndarray
     stamp: tuple[int, int]
     texts: list[str] | None
-    """What `labels` are places in, where classes are names in the file."""
+    """Class names that `labels` index, if the file stores its classes as names."""
     dropped: str
     largest: int
-    """Bytes of images in its largest row group."""
+    """Size of the images in the largest row group in bytes."""
 
 
 def _footer_or_reason(settings: DataSettings, path: Path) -> _Footer | str:
@@ -284,15 +285,15 @@ def _read_footer(path: Path, settings: DataSettings) -> _Footer:
 
 
 def _check_rows(total: int, rows: np.ndarray, size: int) -> None:
-    """Raise ValueError where the numbers of rows that a footer claims cannot be."""
+    """Raise ValueError if the numbers of rows that a footer claims are impossible."""
     if (rows < 0).any() or total != sum(rows.tolist()):
-        raise ValueError(f"its footer claims {total:,} rows and row groups that do not add up to them")
+        raise ValueError(f"its footer claims {total:,} rows, but its row groups do not add up to that")
     if total > max(MOST_ROWS, size):
         raise ValueError(f"its footer claims {total:,} rows in {size:,} bytes, which cannot be images")
 
 
 def _read_column(file: Any, dotted: str) -> Any:
-    """A small column of all rows, read piece by piece. Raises OSError where it takes more than KEPT_BYTES."""
+    """Read a small column of all rows, piece by piece. Raises OSError if it takes more than KEPT_BYTES."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     pieces, read = [], 0
@@ -308,7 +309,7 @@ def _read_column(file: Any, dotted: str) -> Any:
 
 
 def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:
-    """Return the classes in a column, their names where they are text, and why they are not used."""
+    """Return the classes in a column, their names if they are text, and the reason if they are not used."""
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     if column.null_count:
@@ -322,7 +323,7 @@ def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | Non
         if not kinds.is_boolean(column.type)
         else np.array(column.to_pylist(), np.int64)
     )
-    if len(labels) and labels.min() < 0:  # How Hugging Face marks samples without a class.
+    if len(labels) and labels.min() < 0:  # Hugging Face marks samples without a class by -1.
         return None, None, f"column {name} is {labels.min()} in {int((labels < 0).sum()):,} of {len(labels):,} rows"
     return labels, None, ""
 
@@ -334,13 +335,16 @@ def _is_text(kind: Any) -> bool:
 
 
 def _columns(file: Any, settings: DataSettings) -> _Columns:
-    """Which columns hold images and classes: by their keys, else by Hugging Face's own notes in the file, else by type
-    and name. Raises ValueError."""
+    """Return the columns of images and classes. Raises ValueError.
+
+    They are found by `data.image_key` and `data.label_key`, else by Hugging Face's metadata in the file, else by type
+    and name.
+    """
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     schema = file.schema_arrow
     notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    # Every level may be null, or something else.
+    # At every level the value may be null or of another type.
     features = {k: v for k, v in _inner(_inner(notes, "info"), "features").items() if isinstance(v, dict)}
 
     def feature(kind: str) -> list[str]:
@@ -360,7 +364,7 @@ def _columns(file: Any, settings: DataSettings) -> _Columns:
     noted = [name for name in feature("Image") if name in structs]
     images = noted + structs + plain
     if not images and len(every) == 1:
-        images = every  # Nothing else can be meant.
+        images = every  # The only column of bytes must hold the images.
     if settings.image_key is not None:
         images = [
             name for name in (settings.image_key, settings.image_key.removesuffix(".bytes")) if name in structs + every
@@ -378,7 +382,7 @@ def _columns(file: Any, settings: DataSettings) -> _Columns:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if settings.label_key is not None and not label:
         raise ValueError(
-            f"data.label_key={settings.label_key} is no column of numbers or names; its columns are {listed}"
+            f"data.label_key={settings.label_key} is not a column of numbers or names; the columns are {listed}"
         )
     dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
     classes = features.get(label[0], {}).get("names") if label else None
@@ -394,7 +398,8 @@ def _no_images(schema: Any, legal: list[str], image_key: str | None) -> str:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if image_key is not None:
         return (
-            f"data.image_key={image_key} is no column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
+            f"data.image_key={image_key} is not a column of image bytes; "
+            f"legal: {', '.join(legal) or 'none'} of {listed}"
         )
     advice = f"; data.image_key names one of {', '.join(legal)}" if legal else ""
     return f"it has no column of image bytes{advice}; its columns are {listed}"
@@ -406,10 +411,10 @@ def _inner(value: Any, key: str) -> dict[str, Any]:
 
 
 def _leaf(table: Any, dotted: str) -> Any:
-    """The one column of a table that was read by a dotted name, out of its struct."""
+    """Return the single column of a table that was read by a dotted name, taken out of its struct."""
     import pyarrow.compute as pc  # type: ignore[import-untyped]
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     column = table.column(0)
-    # The name of the column itself may have dots, and that of a field in it too.
+    # The names of the column and of the field may both contain dots.
     return pc.struct_field(column, dotted.rpartition(".")[2]) if kinds.is_struct(column.type) else column
