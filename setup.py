@@ -1,4 +1,4 @@
-"""What `pip install` reads: the packages, their folders, their requirements, and how the extension is built.
+"""The input of `pip install`: the packages, their folders, their requirements, and how the extension is built.
 
 The extension mimae._C (csrc/) is built where torch is importable: with `pip install --no-build-isolation`, or in a
 checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 builds its CUDA part too, which needs nvcc. Where

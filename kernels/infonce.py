@@ -115,8 +115,11 @@ class Tiles(NamedTuple):
 
 
 def _tiles(rows: Tensor, columns: Tensor) -> Tiles:
-    """As large as the registers allow, for the fewest bytes to a product. fp32 is three products of tf32, whose
-    operands take registers; but on Hopper and Blackwell every operand of a product passes through them."""
+    """Return the largest tiles that the registers allow, since they move the fewest bytes per product.
+
+    An fp32 product is three tf32 products, whose operands take registers; on Hopper and Blackwell every operand of a
+    product passes through registers anyway.
+    """
     generation = target_of(columns).capability // 10
     if columns.dtype == torch.float32:
         return Tiles(128, 128, 32, 8, 3) if generation in (9, 10) else Tiles(64, 64, 16, 4, 4)

@@ -1,5 +1,7 @@
-"""What triton's interpreter gets wrong about bfloat16, mended: it keeps bf16 as raw 16-bit integers, multiplies them as
-such in `tl.dot`, and truncates where a GPU rounds to nearest even. Imported only under TRITON_INTERPRET=1.
+"""Corrections of Triton's interpreter for bfloat16.
+
+The interpreter keeps bf16 as raw 16-bit integers, multiplies these integers in `tl.dot`, and truncates where a GPU
+rounds to nearest even. This module is imported only under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

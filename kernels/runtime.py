@@ -1,4 +1,4 @@
-"""What every fused op stands on: triton where it is installed, the choice of implementation, the launch.
+"""The base of every fused op: Triton where it is installed, the choice of implementation, the launch.
 
 All launches go through `launch`, so that one place can watch them: `watching` hands each to a benchmark that counts its
 traffic or compiles it for a GPU that is not there.

@@ -32,9 +32,9 @@ from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
 
 TOLERANCE = 1e-4
-"""Of the norm of each section (weights, optimizer, averages), on another number of ranks: sums are rounded in another
-order. The bias of attention's keys is left out: it moves all logits of a query alike, so that its gradient is nothing
-but rounding, which Adam makes steps of."""
+"""Tolerance, relative to the norm of each section (weights, optimizer, averages), for another number of ranks, which
+sums in another order. The bias of attention's keys is left out: it moves all logits of a query alike, so its gradient is
+only rounding, and Adam turns that into steps."""
 
 IMAGES = 100
 

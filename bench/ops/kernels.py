@@ -35,8 +35,8 @@ _BUSY_CYCLES = 4_000_000
 SQUARE_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-"""Of a norm, by the precision of the products. Whether an op is right its tests say; this keeps a benchmark from timing
-the wrong thing."""
+"""Tolerance relative to a norm, by the precision of the products. The tests of an op prove that it is right; this check
+only keeps a benchmark from timing the wrong thing."""
 
 _MOST_OF_A_HOST = 0.25
 """Share of the host's memory that one tensor of a contender may take."""

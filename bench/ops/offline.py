@@ -1,4 +1,4 @@
-"""What the compiler makes of a kernel for a GPU that is not there: registers, spills, shared memory, instructions.
+"""Machine code of a kernel for a GPU that is not there: registers, spills, shared memory, instructions.
 
 `compiled` takes a launch as `runtime.watching` records it, of meta tensors at any size, specialises it by triton's own
 rules of a launch (dtypes, integers that are 1, alignment) and reads the machine code. Where TRITON_INTERPRET is set

@@ -1,4 +1,4 @@
-"""What a run needs to go on: verified before it is used, and never by running pickled code.
+"""Checkpoints: all that a run needs to continue, verified before use, and read without running pickled code.
 
     RUN/checkpoints/step-00001234/   tensors by name in DCP's format (see `dcp`): model.*, optimizer.*, ema.*
                                      state.json, manifest.json (size and SHA-256 of every file)

@@ -1,4 +1,4 @@
-"""What checkpoint directories are called and what their JSON files say, verified before anything is used. No torch.
+"""Names of checkpoint directories and contents of their JSON files, verified before anything is used. No torch.
 
 A checkpoint may come from a stranger, or be damaged: every name, size and number in it is looked at first, and only
 regular files inside of it are opened.

@@ -1,1 +1,1 @@
-"""Images in, micro-batches out."""
+"""Data loading: from image sources to micro-batches on the device."""

@@ -1,4 +1,4 @@
-"""The arguments of `mimae data check` and `mimae data pack`."""
+"""Command-line arguments of `mimae data check` and `mimae data pack`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import typer
 
 def check(
     path: Annotated[str, typer.Argument(help="a data path, as data.path")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with every sample by path")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with the path of every listed sample")] = False,
     max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
     image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
     label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
     white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
 ) -> None:
-    """Look at every sample of a data set.
+    """Read and decode every sample of a data set.
 
-    Reports counts, sizes, formats, what is broken and why, and duplicates; exits with 1 where a sample is broken.
+    Reports counts, sizes, formats, broken samples with the reason, and duplicates. The exit code is 1 if any sample is
+    broken.
     """
 
     from mimae.data.loading.workers import default_workers
@@ -41,7 +42,7 @@ def check(
 def pack(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a data path, as data.path")],
     target: Annotated[Path, typer.Argument(metavar="DST.tar", help="DIR/NAME.tar, for DIR/NAME-00000.tar, ...")],
-    samples: Annotated[int, typer.Option(help="samples of a shard", min=1)] = 5000,
+    samples: Annotated[int, typer.Option(help="samples per shard", min=1)] = 5000,
     shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
     max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
@@ -49,9 +50,9 @@ def pack(
     label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
     white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
 ) -> None:
-    """Write tar shards of a data set.
+    """Write a data set as tar shards.
 
-    A packing that was stopped goes on. The order and the labels stay.
+    The order and the labels are kept. If packing was interrupted, run the same command again to resume it.
     """
     from mimae.data.loading.batch import DataError
     from mimae.data.loading.workers import default_workers
@@ -61,7 +62,7 @@ def pack(
     from mimae.outside.text import say
 
     if target.suffix != ".tar":
-        raise DataError(f"{target} is no name for shards: legal is DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
+        raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
     opened = open_source(source, settings=DataSettings(image_key=image_key, label_key=label_key))
     for note in opened.notes:
         say(note)
@@ -71,4 +72,4 @@ def pack(
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
     print(f"{span}: {written} written, {len(shards) - written} already there")
     if left_out:
-        print(f"left out, since they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")
+        print(f"left out because they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")

@@ -1,4 +1,4 @@
-"""The settings of the data: which images, cut to which size, by how many workers."""
+"""Data settings: which images are read, how samples are cropped and resized, and how many workers do it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mimae.config.section import PATH, Section, setting
 Side = Annotated[int, Field(ge=1, le=16384)]
 
 INDEX_VERSION = 2
-"""The newest rules by which a source's files become samples."""
+"""Version of the newest rules that decide which files of a source become samples."""
 
 PathText = Annotated[str, Field(min_length=1, json_schema_extra=PATH)]
 
 PILLOW_LIMIT = 178_956_970
-"""Pixels above which Pillow itself refuses to open an image, whatever `max_pixels` says."""
+"""Largest number of pixels for which Pillow opens an image; `max_pixels` cannot be larger."""
 
 
 class DataSettings(Section):
-    """Where the images come from and how a sample is cut from its image."""
+    """Where the images come from and how a sample is cropped from its image."""
 
     path: PathText = setting(
         "photos",
@@ -31,81 +31,82 @@ class DataSettings(Section):
     val_path: PathText | None = setting(
         None,
         resume="free",
-        description="held-out images, as path; null: none, as where another `data.path` is given without it",
+        description="held-out images, in any form that `data.path` accepts; null: none; replacing `data.path` resets "
+        "it to null unless it is given too",
     )
     shuffle: Literal["full", "blocks"] = Field(
         "full",
-        description="order of an epoch: any sample anywhere, or blocks (shards, row groups, runs of files) "
-        "shuffled, and samples within groups of blocks: for storage that is slow at random reads",
+        description="order of an epoch; full: one permutation of all samples; blocks: shuffle the blocks (shards, row "
+        "groups, runs of files), then the samples within groups of blocks, for storage with slow random reads",
     )
     loader: Literal["auto", "dali_gpu", "dali_cpu", "torch"] = Field(
         "auto",
-        description="what decodes and cuts the images, see [data.md](data.md#loaders); auto: the fastest one, by "
-        "measurement when a run starts",
+        description="backend that decodes and crops the images, see [data.md](data.md#loaders); auto: the fastest one, "
+        "as measured when a run starts",
     )
     image_key: str | None = Field(
         None,
         min_length=1,
-        description="what holds the images: a column of Parquet files, the ending of a shard's members (input.jpg); "
-        "null: found by type and name",
+        description="where the images are stored: a column of Parquet files, or the extension of members of a tar "
+        "shard (input.jpg); null: found by type and name",
     )
     label_key: str | None = Field(
         None,
         min_length=1,
-        description="what holds the classes: a column of Parquet files, the ending of a shard's members or a field of "
-        "their .json; null: found by name",
+        description="where the classes are stored: a column of Parquet files, the extension of members of a tar shard, "
+        "or a field of their .json; null: found by name",
     )
     index_version: int = Field(
         INDEX_VERSION,
         ge=1,
         le=INDEX_VERSION,
-        description="rules by which the files of a source become its samples; a run keeps the ones it was started "
-        "with; 1: fewer endings, no splits, see [data.md](data.md#what-is-an-image)",
+        description="version of the rules that decide which files of a source become samples; a run keeps the version "
+        "it was started with; 1: fewer extensions, no splits, see [data.md](data.md#what-is-an-image)",
     )
     range: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="value of a 16-bit pixel that becomes white, as 4095 for 12 bits; null: 65535",
+        description="value of a 16-bit pixel that is mapped to 255, for example 4095 for 12-bit data; null: 65535",
     )
     image_size: Side | tuple[Side, Side] = Field(
-        224, description="pixels of a sample: one side of a square, or [height, width]"
+        224, description="size of a sample in pixels: the side of a square, or [height, width]"
     )
     crop_scale: tuple[float, float] | None = Field(
-        (0.2, 1.0), description="area of the random crop as a share of the image; null: the centre, uncropped"
+        (0.2, 1.0), description="area of the random crop as a fraction of the image; null: the largest central crop"
     )
-    flip: bool = Field(True, description="mirror half of the training samples left to right")
+    flip: bool = Field(True, description="flip each training sample horizontally with probability 1/2")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="mean of red, green and blue in [0, 1]")
     std: tuple[float, float, float] = Field(
-        (0.229, 0.224, 0.225), description="deviation of red, green and blue in [0, 1]"
+        (0.229, 0.224, 0.225), description="standard deviation of red, green and blue in [0, 1]"
     )
     workers: int | None = setting(
         None,
         resume="free",
         ge=0,
         le=1024,
-        description="decoding processes of a rank; null: one per core; 0: none",
+        description="worker processes per rank; null: one per core; 0: load in the training process",
     )
     cache: Literal["encoded", "decoded"] | None = setting(
         None,
         resume="rounding",
-        description="keep what was read once: encoded as it is, or decoded as pixels (of photographs some six times as "
-        "much); null: no",
+        description="cache each sample after its first read: encoded: the file's bytes; decoded: its pixels (about six "
+        "times as large for photographs); null: no cache",
     )
     cache_dir: PathText | None = setting(
-        None, resume="free", description="folder of the cache, best on a disk of the node; null: in RAM, /dev/shm"
+        None, resume="free", description="folder of the cache, ideally on a local disk; null: /dev/shm (RAM)"
     )
     max_bad_fraction: float = setting(
-        0.01, resume="free", ge=0, le=1, description="share of unreadable samples past which the run stops"
+        0.01, resume="free", ge=0, le=1, description="fraction of unreadable samples above which the run stops"
     )
     max_bytes: int = Field(
         400_000_000,
         ge=1,
         le=2_000_000_000,
-        description="bytes past which an encoded image is refused before it is read",
+        description="largest size of an encoded image in bytes; larger ones are refused before they are read",
     )
     max_pixels: int = Field(
-        50_000_000, ge=1, le=PILLOW_LIMIT, description="pixels past which an image is refused before decoding"
+        50_000_000, ge=1, le=PILLOW_LIMIT, description="largest number of pixels of an image, checked before decoding"
     )
 
     @property

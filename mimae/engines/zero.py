@@ -144,8 +144,10 @@ class ZeroEngine(Engine[M]):
         return tensor.detach() if tensor.numel() else self._file(partition, tensor.ds_id)
 
     def _file(self, partition: int, name: str) -> Tensor:
-        """What DeepSpeed keeps of a partition in a file, as memory that the file stands for: what one writes the other
-        reads, and the host holds no more of it than it has room for."""
+        """Return DeepSpeed's file of a partition as memory that is mapped from the file.
+
+        Reads and writes go to the file, and the host keeps no more of it in memory than it has room for.
+        """
         swapper, length = self.zero.optimizer_swapper, self.zero.fp16_partitioned_groups_flat_numel[partition]
         path = f"{swapper.swap_folder}/{name}.tensor.swp"
         return torch.from_file(path, shared=True, size=swapper._io_aligned_numel(length))[:length]

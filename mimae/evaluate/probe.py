@@ -1,4 +1,4 @@
-"""What a frozen encoder's features are worth: a linear probe, a probe with few labels, nearest neighbours.
+"""Probes of a frozen encoder's features: a linear probe, a probe with few labels, nearest neighbours.
 
 A feature is the mean of the patch tokens of the whole image. Every measure sees features that are
 standardised by the mean and the deviation of the training set; the test set is looked at once, to count what

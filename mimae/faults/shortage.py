@@ -88,8 +88,10 @@ def _limit() -> int:
 
 
 def advice(recipe: Recipe, ranks: int, per_node: int) -> str:
-    """What the planner counts for the recipe on so many ranks and for what would take less, and on GPUs that it knows
-    the engine that it would take."""
+    """Return the planner's counts for the recipe on `ranks` ranks and for settings that take less memory.
+
+    On GPUs that the planner knows, name the engine that it would choose.
+    """
     count = parameters(recipe)
     engine, schedule = recipe.engine, recipe.schedule
     images = max(1, schedule.batch_size // (ranks * schedule.accumulate))

@@ -38,7 +38,7 @@ class NodeLost(Exception):
 
 
 class State(NamedTuple):
-    """What a launcher does in a round: `ready`, `running`, `done`, `failed`, `mistake` (the user's) or `left`."""
+    """State of a launcher in a round: `ready`, `running`, `done`, `failed`, `mistake` (the user's) or `left`."""
 
     kind: str
     round: int
@@ -46,8 +46,7 @@ class State(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What all launchers are to do: `gather` for a round, `run` it, or `end` (`done`, `failed`, `mistake` or
-    `lost`)."""
+    """Order for all launchers: `gather` for a round, `run` it, or `end` (`done`, `failed`, `mistake` or `lost`)."""
 
     kind: str
     round: int = 0

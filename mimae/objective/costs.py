@@ -1,4 +1,4 @@
-"""What a term of the objective costs a rank, as the planner asks for it. Needs no torch.
+"""The costs of a term of the objective on a rank, as the planner asks for them. Needs no torch.
 
 FLOPs are not declared: the planner counts the products that a forward executes.
 """

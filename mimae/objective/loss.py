@@ -1,4 +1,4 @@
-"""What a term of the objective computes: the protocol between `Objective` and the modules that `TERMS` names.
+"""The computation of a term of the objective: the protocol between `Objective` and the modules that `TERMS` names.
 
 Letters in shapes: B images of this rank, N views, K visible, M targets, D width, P patch size.
 """

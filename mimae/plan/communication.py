@@ -1,4 +1,4 @@
-"""What a rank sends in an optimizer step, by engine, and the seconds that nothing hides (docs/scaling.md).
+"""Traffic of a rank in an optimizer step, by engine, and the seconds that nothing hides (docs/scaling.md).
 
 Rings: of n bytes an all-reduce sends 2 n (W-1)/W, an all-gather and a reduce-scatter n (W-1)/W. A call waits for its
 hops too: all W-1 of the ring, with an all-reduce those of a tree, up and down.
@@ -189,8 +189,10 @@ def _sent(what: str, kind: Kind, bytes: float, calls: int, group: _Group, phase:
 
 
 def _of_objective(recipe: Recipe, every: _Group) -> list[Traffic]:
-    """What the terms send, and the losses. What depends on the encoder alone is gathered beside the decoder; the rest
-    is waited for."""
+    """Return the traffic of the terms and of the losses.
+
+    Values that depend only on the encoder are gathered while the decoder computes; the step waits for the rest.
+    """
     accumulate = recipe.schedule.accumulate
     images = recipe.schedule.batch_size // (accumulate * every.ranks)
     batch = MicroBatch(geometry(recipe), recipe.model.width, images, every.ranks, number_bytes(recipe))

@@ -1,4 +1,4 @@
-"""What a recipe costs in floating-point operations: the products of a forward, counted by torch on fake tensors.
+"""Floating-point operations of a recipe: the products of a forward, counted by torch on fake tensors.
 
 A multiply-add counts as two; norms, softmax, activations and the optimizer are not counted, nor is what checkpointing
 recomputes. What is counted is the model that runs, so a new term or layer needs no formula here. The closed formula of

@@ -1,4 +1,4 @@
-"""What torch's own collectives of objects may unpickle: descriptions of tensors, and errors.
+"""The types that torch's own collectives of objects may unpickle: descriptions of tensors, and errors.
 
 DCP exchanges its plans in pickles. A peer that is none must not run code with them, so a run has torch read them by a
 list of legal classes. mimae's own objects travel as JSON (`messages`).

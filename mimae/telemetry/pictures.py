@@ -37,7 +37,7 @@ def reconstructions(
     std: Sequence[float],
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What each view shows and what the decoder makes of it, as uint8 (B, N, H, W, 3) both, on the CPU.
+    """Return what each view shows and what the decoder predicts for it, as uint8 (B, N, H, W, 3) both, on the CPU.
 
     images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space
     of the reconstruction target. The first has the visible patches on grey; the second the predictions at the

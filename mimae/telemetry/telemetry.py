@@ -1,4 +1,4 @@
-"""What a run tells: records and pictures to its trackers, events, and lines for people.
+"""The reports of a run: records and pictures for its trackers, events, and lines for people.
 
 Nothing here reads a tensor: the loop hands over numbers, and only on the steps that it logs.
 """

@@ -1,4 +1,4 @@
-"""What this machine has, and what the parts of the system can use of it: `mimae doctor`.
+"""`mimae doctor`: reports what this machine has, and what the parts of the system can use of it.
 
 A package that is installed may still be broken: whatever goes wrong in asking it becomes a line of the report.
 """

@@ -87,7 +87,7 @@ def test_a_run_keeps_the_numbering_that_it_was_started_with(
 def test_what_was_left_out_is_told_at_the_start(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "images/a/notes.txt").touch()
     pretrain(tiny("data.path=images", "run.dry=true"))
-    assert "left out, since their endings are not those of images: 1 .txt" in capsys.readouterr().out
+    assert "left out, since their extensions are not those of images: 1 .txt" in capsys.readouterr().out
 
 
 def test_held_out_images_are_those_of_their_split(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""What describes an op to the benches and to their tests: one `Case` for each op, with all that is asked of it.
+"""The description of an op for the benches and their tests: one `Case` for each op, with all that is asked of it.
 
 Letters in shapes: B images, N views, L patches, K visible, M targets, D width, Dd decoder width, P patch size.
 """

@@ -1,1 +1,1 @@
-"""How samples become micro-batches: order, loaders and the copy to the device."""
+"""From samples to micro-batches: sample order, loaders and the copy to the device."""

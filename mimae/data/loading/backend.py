@@ -1,4 +1,4 @@
-"""The decoder backends that `data.loader` names: which of them can run here, and which is the fastest."""
+"""Decoder backends, selected by `data.loader`: which of them can run here, and which one is the fastest."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 SECONDS = 2.0
-"""How long a backend is measured, once its processes have started and all images have been read."""
+"""Seconds for which a backend is measured, after its processes have started and all images have been read once."""
 
 IMAGES = 512
-"""Images that backends are measured on, over and over."""
+"""Number of images on which backends are measured, repeatedly."""
 
 _AT_ONCE = 64
 
 
 class DecoderBackend(Protocol):
-    """Decodes and cuts the images of requested micro-batches."""
+    """Decodes, crops and resizes the images of requested micro-batches."""
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """The batches of `requests` in their order; an earlier run that is not done ends. Raises DataError."""
+        """Yield the batches of `requests` in order; an unfinished earlier iteration is ended. Raises DataError."""
 
     def close(self) -> None:
-        """Ends what works for it."""
+        """Stop the backend's worker processes."""
 
 
 def make_backend(settings: DataSettings, source: Source, seed: int, *, by_pipe: bool = False) -> DecoderBackend:
-    """Make the backend that `settings.loader` names ("auto": "torch"). Raises DataError where it cannot run.
+    """Return the backend that `settings.loader` names ("auto" means "torch"). Raises DataError if it cannot run.
 
-    `by_pipe`: its workers use no shared memory.
+    With `by_pipe` the workers send batches through pipes instead of shared memory.
     """
     name = "torch" if settings.loader == "auto" else settings.loader
     if (reason := OBSTACLES[name](_device())) is not None:
@@ -74,7 +74,7 @@ OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
     "dali_cpu": _no_dali,
     "dali_gpu": _no_gpu,
 }
-"""For each backend by its name: a function that says why it cannot run on a device and what to do; None if it can."""
+"""For each backend's name, a function that returns why it cannot run on a device and what to do, or None if it can."""
 
 
 class Choice(NamedTuple):
@@ -82,16 +82,16 @@ class Choice(NamedTuple):
 
     loader: str
     rates: dict[str, float]
-    """Images per second of each backend that can run here; empty where there is only one."""
-    failed: dict[str, str] = {}  # noqa: RUF012 -- a default of a named tuple, which nobody changes
-    """Why a backend that should run here does not, by its name."""
+    """Images per second of each backend that can run here; empty if there is only one."""
+    failed: dict[str, str] = {}  # noqa: RUF012 -- the default of a named tuple is never changed
+    """Error message of each backend that failed although it should run here, by the backend's name."""
 
 
 def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> Choice:
-    """Return the backend that makes most images per second here.
+    """Return the backend that makes the most images per second here.
 
-    Each backend is run as it would be in training, on images from all over `source`. Raises DataError where none of
-    them runs, for instance because no image can be read.
+    Each backend runs as it would in training, on images spread evenly over `source`. Raises DataError if none of them
+    runs, for instance because no image can be read.
     """
     names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
     if len(names) == 1:
@@ -109,9 +109,9 @@ def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> 
 
 
 def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> float:
-    """Images per second of `settings.loader`, counted from when each of its processes has made a batch.
+    """Return the images per second of `settings.loader`, measured after each of its processes has made a batch.
 
-    By then all images have been read: on slow storage the first backend would else be measured with a cold cache.
+    By then all images have been read once. Otherwise the first backend would be measured with a cold page cache.
     """
     ids = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().long()
     parts = ids.split(min(_AT_ONCE, samples))
@@ -124,7 +124,7 @@ def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> fl
         for _ in range(max(workers + 1, len(parts))):
             next(batches)
         start, images = time.perf_counter(), 0
-        # No fewer images where they are small: those made ahead would be most of what is counted.
+        # The loop counts time and not images: with few small images, most of those counted would be prefetched ones.
         while (elapsed := time.perf_counter() - start) < SECONDS:
             images += len(next(batches).sample_ids)
         return images / elapsed

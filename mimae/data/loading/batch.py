@@ -1,4 +1,4 @@
-"""What a loader hands to the training loop, and the account of the samples that it could not read."""
+"""Micro-batches that a loader gives to the training loop, and the list of samples that it could not read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mimae.outside.text import printable, say
 
 
 class DataError(UserError):
-    """The data cannot be used as asked; the text says what was found, what is legal and what to do."""
+    """The data cannot be used as requested. The message says what was found, what is allowed and what to do."""
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be read: its id, its file and why."""
+    """A sample that could not be read: its id, its path and the reason."""
 
     id: int
     path: str
@@ -31,7 +31,7 @@ class BadSample(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Seconds that went into a batch in the process that made it, by the wall clock; 0 where not told apart."""
+    """Wall-clock seconds that the process which made a batch spent on each part; 0 if the part was not measured."""
 
     read: float = 0.0
     decode: float = 0.0
@@ -40,14 +40,14 @@ class Spent(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. Images stay uint8 until the first op that computes with them."""
+    """One micro-batch of one rank. Images stay uint8 until the first operation that computes with them."""
 
     images: Tensor
     """uint8 (B, H, W, 3), contiguous."""
     sample_ids: Tensor
-    """int64 (B,): the slots' ids, which crop, flip and mask go by; modulo the size of the source, their samples'."""
+    """int64 (B,): slots, which determine crop, flip and mask. A slot modulo the source's size is the sample's id."""
     source_ids: Tensor
-    """int64 (B,): whose pixels they are; another sample's where a bad one was replaced."""
+    """int64 (B,): ids of the samples whose pixels these are; they differ where a bad sample was replaced."""
     epoch: int
     step: int
     """Optimizer step within the epoch."""
@@ -55,7 +55,7 @@ class Batch:
     spent: Spent = field(default_factory=Spent)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; from pinned memory the copy runs beside the host."""
+        """Return the batch on `device`. From pinned memory the copy is asynchronous to the host."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
@@ -64,7 +64,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; called by torch's DataLoader."""
+        """Return the batch in page-locked memory. torch's DataLoader calls this method."""
         return replace(
             self,
             images=self.images.pin_memory(),
@@ -74,9 +74,9 @@ class Batch:
 
 
 class BadSamples:
-    """The list of unreadable samples of a run, shared by its ranks through one file, each id once.
+    """List of the unreadable samples of a run, each id once. All ranks share it through one file.
 
-    `total` is the size of the data set; past `max_fraction` of it the run has to stop.
+    `total` is the size of the data set. The run stops when more than `max_fraction` of it is listed.
     """
 
     def __init__(self, path: Path, total: int, max_fraction: float) -> None:
@@ -86,15 +86,15 @@ class BadSamples:
         self._is_lost = False
 
     def record(self, bad: Iterable[BadSample]) -> None:
-        """Appends the samples that no rank has listed yet. Raises DataError past the legal share."""
+        """Append the samples that no rank has listed yet. Raises DataError if more than `max_fraction` are listed."""
         new = [sample for sample in bad if sample.id not in self._known]
         if not new:
             return
         try:
             self._append(new)
-        except OSError as error:  # A full disk costs lines of the list, not the run.
+        except OSError as error:  # A full disk loses lines of the list but does not stop the run.
             if not self._is_lost:
-                say(f"{self.path} cannot be written: {error.strerror}; the run goes on")
+                say(f"{self.path} cannot be written: {error.strerror}; the run continues")
             self._is_lost = True
         self._known.update(sample.id for sample in new)
         if len(self._known) > self.max_fraction * self.total:
@@ -106,9 +106,9 @@ class BadSamples:
             )
 
     def _append(self, new: list[BadSample]) -> None:
-        """Add the samples that no rank has listed yet. Raises OSError."""
+        """Append the samples that no rank has listed yet. Raises OSError."""
         with _opened(self.path) as file:
-            # Under the lock, reading what others wrote and appending are one step: no id is listed twice.
+            # The lock makes reading the other ranks' lines and appending atomic, so no id is listed twice.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
             self._known.update(_ids(file))
@@ -121,19 +121,19 @@ class BadSamples:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Return a file of the run, to be read and added to. Raises OSError for a link, which is not followed."""
+    """Open a file of the run for reading and appending. Links are not followed: they raise OSError."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     return os.fdopen(Folder(path.parent).open(path.name, flags), "a+b")
 
 
 def _line(sample: BadSample) -> bytes:
-    """The sample as JSON in which nothing is left that a terminal would obey; parsed, its path has the same bytes."""
+    """Return the sample as a line of JSON without terminal control characters. Parsing it restores the path."""
     text = json.dumps(sample._asdict(), ensure_ascii=False)
     return ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n").encode()
 
 
 def _ids(lines: Iterable[bytes]) -> Iterator[int]:
-    """The ids of a list; a line that a full disk or a crash tore counts for nothing."""
+    """Yield the ids of a list. Lines that a full disk or a crash truncated are skipped."""
     for line in lines:
         try:
             yield json.loads(line)["id"]

@@ -1,4 +1,4 @@
-"""Loading with NVIDIA DALI: regions of JPEGs decoded on the CPU, or whole samples made on the GPU."""
+"""Loading with NVIDIA DALI: decode regions of JPEGs on the CPU, or decode and resize samples on the GPU."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 Feed = tuple[list[np.ndarray], ...]
-"""What a pipeline is given, each sample by sample: encoded images, uint8; starts and shapes of the regions, int32
-(rows, columns); whether columns and rows are mirrored, int32 (2,)."""
+"""Inputs of a pipeline, each a list with one array per sample: encoded images, uint8; starts and shapes of the regions,
+int32 (rows, columns); whether columns and rows are mirrored, int32 (2,)."""
 
 
 def build(
@@ -41,10 +41,11 @@ def build(
     *,
     ahead: bool = False,
 ) -> Any:
-    """A pipeline that decodes regions of JPEGs, and with a `size` resizes (bicubic, antialiased) and mirrors them.
+    """Build a pipeline that decodes regions of JPEGs and, with a `size`, resizes (bicubic, antialiased) and flips them.
 
-    Each batch of what `feed` returns, at most `samples` of them, comes out as uint8 (h, w, 3) per sample, in the order
-    in which it went in. On a GPU they stay there. With `ahead` the next batch is made while one is used.
+    `feed` returns the inputs of a batch of at most `samples` samples. The output is uint8 (h, w, 3) per sample in the
+    order of the inputs. On a GPU the output stays in its memory. With `ahead` the next batch is made while the current
+    one is used.
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -52,7 +53,7 @@ def build(
     gpu = device.type == "cuda"
     pipeline = Pipeline(samples, threads, device.index if gpu else None, prefetch_queue_depth=1 + ahead, seed=0)
     with pipeline:
-        # What is not resized here is not mirrored either.
+        # Without a resize the pipeline does not mirror either.
         kinds = [types.UINT8, types.INT32, types.INT32, *([] if size is None else [types.INT32])]
         data, start, shape, *mirror = fn.external_source(source=feed, num_outputs=len(kinds), dtype=kinds, ndim=1)
         pixels = fn.decoders.image_slice(
@@ -62,7 +63,7 @@ def build(
             shape=shape,
             axis_names="HW",
             output_type=types.RGB,
-            # The region lies in the pixels as they are stored.
+            # The region is given in stored pixels, before the EXIF orientation is applied.
             adjust_orientation=False,
         )
         if size is not None:
@@ -75,25 +76,28 @@ def build(
 
 @lru_cache(1)
 def _keep_in_forks() -> None:
-    """Sees to it that no process forked from this one frees its pipelines: that would wait for threads, or join
-    them, which a fork does not copy. From here on, what is garbage at a fork stays so there."""
+    """Prevent processes forked from this one from freeing its pipelines.
+
+    Freeing a pipeline waits for its threads or joins them, and a fork does not copy threads. From now on, objects that
+    are garbage at a fork are never collected in the child.
+    """
     os.register_at_fork(after_in_child=gc.freeze)
 
 
 def feed_of(data: Iterable[np.ndarray], cuts: np.ndarray) -> Feed:
-    """What a pipeline is given of encoded images and their cuts, int32 (n, 6): window, columns, rows."""
+    """Return the inputs of a pipeline for encoded images and their cuts, int32 (n, 6): window, columns, rows."""
     return list(data), list(cuts[:, :2]), list(cuts[:, 2:4]), list(cuts[:, 4:])
 
 
 def row(cut: Cut) -> list[int]:
-    """A cut as integers: window, columns, rows."""
+    """Return a cut as six integers: window, columns, rows."""
     return [*cut.window, cut.turn.columns, cut.turn.rows]
 
 
 class RegionDecoder:
-    """Decodes samples in parts: the regions of plain JPEGs by a pipeline of one thread, what it cannot as EachDecoder.
+    """Decodes the regions of plain JPEGs with a pipeline of one thread, and all other images with EachDecoder.
 
-    Pixels are EachDecoder's, bit for bit: the decoders agree, and the resize is the same.
+    The pixels equal those of EachDecoder bit for bit: the decoders agree, and both resize with `finish`.
     """
 
     at_once = 16
@@ -116,9 +120,9 @@ class RegionDecoder:
         return self._others([sample for sample in samples if sample.encoded.orientation is None], images, clock)
 
     def _regions(self, found: list[tuple[Sample, Cut]]) -> Any:
-        """The regions as they are stored; None where one of them cannot be decoded."""
+        """Return the regions in stored orientation, or None if one of them cannot be decoded."""
         if self._pipeline is None:
-            # Here and not sooner: a pipeline must not cross a fork.
+            # Built here and not in __init__: a pipeline must not be copied by a fork.
             feeds = self._feeds
             self._pipeline = build(lambda: feeds.pop()[:3], self.at_once, 1, torch.device("cpu"))
         data = (np.frombuffer(sample.encoded.data, np.uint8) for sample, _ in found)
@@ -128,15 +132,15 @@ class RegionDecoder:
                 (regions,) = self._pipeline.run()
             return regions
         except RuntimeError:
-            pass  # It names no sample, and the pipeline itself goes on.
-        # Left to itself, what the error holds on to is freed much later; a worker has little else to go through.
+            pass  # The error names no sample, and the pipeline remains usable.
+        # Otherwise the memory that the error refers to would be freed much later. A worker has few objects to scan.
         gc.collect()
         return None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the lines off stderr that native code writes on damaged images: in a worker, which has no other output."""
+    """Suppress the lines that native code writes to stderr on damaged images; only in workers, which print nothing."""
     if get_worker_info() is None:
         yield
         return
@@ -155,33 +159,33 @@ _BLACK = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((1, 1, 3), np.uint8)), np
 
 @dataclass(frozen=True)
 class Held:
-    """A micro-batch on its way to the pipeline of its rank."""
+    """A micro-batch that a worker sends to the pipeline of its rank."""
 
     batch: Batch
-    """Of its images only those that are made already, in their order."""
+    """The batch; `images` has only the samples that the worker has decoded, in order."""
     places: Tensor
-    """int64 (n,): of those that are not."""
+    """int64 (n,): places in the batch of the n samples that are still encoded."""
     data: Tensor
-    """uint8: their encoded images, end to end."""
+    """uint8: their encoded images, concatenated."""
     sizes: Tensor
-    """int64 (n,): bytes of each."""
+    """int64 (n,): size of each encoded image in bytes."""
     cuts: Tensor
-    """int32 (n, 6), as `row` has them."""
+    """int32 (n, 6): their cuts, in the form of `row`."""
 
     def feed(self) -> Feed:
-        """What the pipeline is given: it needs at least one image, so where there is none a black one."""
+        """Return the inputs of the pipeline. It needs at least one image, so an empty list becomes one black image."""
         if not len(self.places):
             return feed_of([_BLACK], np.array([[0, 0, 1, 1, 0, 0]], np.int32))
         return feed_of([part.numpy() for part in self.data.split(self.sizes.tolist())], self.cuts.numpy())
 
 
 def _for_pipeline(samples: Sequence[Sample]) -> list[tuple[Sample, Cut]]:
-    """Plain JPEGs, but for those that lie on their side: a pipeline's samples have one shape."""
+    """Return the plain JPEGs that are not rotated by 90 degrees: all samples of a pipeline have the same shape."""
     return [(sample, cut) for sample in samples if (cut := sample.cut) and not cut.turn.swap]
 
 
 class _Hold:
-    """Keeps images as they are that the pipeline can make samples of; makes the pixels of all others."""
+    """Collects the images that the pipeline can decode, and decodes all others."""
 
     def __init__(self, samples: int) -> None:
         self.at_once = samples
@@ -196,7 +200,7 @@ class _Hold:
 
 
 def hold(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> Held:
-    """The worker's part of a micro-batch: all but the pixels of plain JPEGs. Raises DataError."""
+    """Return the worker's part of a micro-batch: everything except the pixels of plain JPEGs. Raises DataError."""
     decoder = _Hold(len(request.ids))
     batch = make_batch(settings, source, seed, request, decoder)
     places = torch.tensor([sample.place for sample, _ in decoder.held], dtype=torch.int64)
@@ -213,8 +217,11 @@ def hold(settings: DataSettings, source: Source, seed: int, request: BatchReques
 
 
 class _InHalves:
-    """Makes the micro-batch of which the pipeline failed: by a pipeline again, half by half, so that an image which it
-    cannot decode costs no other one its pixels. That image is for EachDecoder."""
+    """Decodes a micro-batch again after the pipeline failed on it.
+
+    It splits the batch in halves, recursively, so that an image that the pipeline cannot decode does not change the
+    pixels of the others. EachDecoder decodes that image.
+    """
 
     def __init__(self, samples: int, device: torch.device, size: tuple[int, int]) -> None:
         self.at_once = samples
@@ -229,13 +236,13 @@ class _InHalves:
         refused = self._others([sample for sample in samples if sample.place not in made], images, clock)
         if len(held) > 1 and not made and not refused:
             raise DataError(
-                f"data.loader=dali_gpu made none of {len(held)} images that the CPU decodes: give the GPU more free "
-                f"memory, or set data.loader to dali_cpu or torch"
+                f"data.loader=dali_gpu decoded none of {len(held)} images that the CPU decodes: free GPU memory, "
+                f"or set data.loader to dali_cpu or torch"
             )
         return refused
 
     def _made(self, held: list[tuple[Sample, Cut]], images: Tensor) -> set[int]:
-        """Writes samples to `images`; returns the places of those that the pipeline can decode."""
+        """Write samples to `images`. Returns the places of those that the pipeline can decode."""
         data = (np.frombuffer(sample.encoded.data, np.uint8) for sample, _ in held)
         self._feeds.append(feed_of(data, np.array([row(cut) for _, cut in held], np.int32)))
         try:
@@ -251,20 +258,21 @@ class _InHalves:
 def _build_or_refuse(
     feed: Callable[[], Feed], samples: int, device: torch.device, size: tuple[int, int], *, ahead: bool
 ) -> Any:
-    """The pipeline of a rank. Raises DataError."""
+    """Return the pipeline of a rank. Raises DataError if DALI cannot build it."""
     try:
         return build(feed, samples, default_workers(), device, size, ahead=ahead)
     except RuntimeError as error:
         raise DataError(
-            f"data.loader=dali_gpu cannot run here: DALI makes no pipeline on {device} "
+            f"data.loader=dali_gpu cannot run here: DALI cannot build a pipeline on {device} "
             f"({' '.join(str(error).split())[:300]}); set data.loader to dali_cpu or torch"
         ) from None
 
 
 class DaliGpuBackend:
-    """Workers read, check and draw windows; a pipeline in this process makes the samples on the rank's GPU.
+    """Backend that decodes on the rank's GPU.
 
-    With the device "cpu" the same pipeline runs there.
+    Workers read images, check them and draw windows. A pipeline in this process makes the samples on the GPU. With the
+    device "cpu" the same pipeline runs on the CPU.
     """
 
     def __init__(
@@ -282,9 +290,9 @@ class DaliGpuBackend:
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
-        """The batches of `requests` in their order, none larger than the first; an earlier run that is not done ends.
+        """Yield the batches of `requests` in order, none larger than the first.
 
-        Raises DataError.
+        An unfinished earlier iteration is ended. Raises DataError.
         """
         if self._running is not None:
             self._running.close()
@@ -292,7 +300,7 @@ class DaliGpuBackend:
         return self._running
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stop the workers."""
         if self._running is not None:
             self._running.close()
         self._running = None
@@ -308,7 +316,7 @@ class DaliGpuBackend:
             except StopIteration:
                 raise
             except Exception as error:
-                # Due after the batches that went before; and DALI would wrap it in words of its own.
+                # It is raised after the batches before it; DALI would wrap it in an error of its own type.
                 failures.append(error)
                 raise StopIteration from None
             return waiting[-1].feed()
@@ -327,7 +335,7 @@ class DaliGpuBackend:
                 except StopIteration:
                     break
                 except RuntimeError:
-                    # It names no sample, and the pipeline goes on with the next batch.
+                    # The error names no sample, and the pipeline continues with the next batch.
                     tensors = None
                 held = waiting.popleft()
                 if tensors is None:
@@ -347,7 +355,7 @@ class DaliGpuBackend:
         return make_batch(self._settings, self._source, self._seed, request, decoder).to(self._device)
 
     def _finished(self, held: Held, pixels: Tensor) -> Batch:
-        """The micro-batch with the pipeline's pixels; without a copy if they are all of it."""
+        """Return the micro-batch with the pipeline's pixels, without a copy if the pipeline made all of them."""
         batch = held.batch
         total = len(batch.sample_ids)
         if len(held.places) == total:
@@ -361,8 +369,10 @@ class DaliGpuBackend:
 
 
 class _InUse:
-    """Keeps pixels on a GPU until the work on them that was queued has run: DALI owns their memory, and knows nothing
-    of torch's streams."""
+    """Keeps references to pixels on a GPU until the queued work on them has run.
+
+    DALI owns their memory and does not know torch's streams.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -370,7 +380,7 @@ class _InUse:
         self._last: Tensor | None = None
 
     def add(self, pixels: Tensor) -> None:
-        """Notes pixels that nothing works on yet; all work on those before them has been queued."""
+        """Register new pixels, which no queued work uses yet. All work on the pixels before them has been queued."""
         if self._device.type != "cuda":
             return
         if self._last is not None:
@@ -383,6 +393,6 @@ class _InUse:
             done.synchronize()
 
     def wait(self) -> None:
-        """Until all work on them has run: they are about to go back to DALI."""
+        """Wait until all work on the pixels has run; their memory is then returned to DALI."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).synchronize()

@@ -1,4 +1,4 @@
-"""The batches of a run: the plan of an epoch, carried out by a loader; batches in order for evaluation."""
+"""Batches of a run: the training loader, which carries out the plan of an epoch, and batches for evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_lo
 
 
 class Loader:
-    """The micro-batches of one rank, epoch by epoch. Needs (epoch, step) and nothing else to resume."""
+    """Micro-batches of one rank, epoch by epoch. To resume it needs only (epoch, step)."""
 
     def __init__(self, plan: Plan, backend: DecoderBackend, order: Callable[[int], Tensor]) -> None:
         self.plan = plan
@@ -32,24 +32,24 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Number of optimizer steps of an epoch."""
         return self.plan.steps_per_epoch
 
     def dropped(self, epoch: int) -> Tensor:
-        """The slots that the epoch leaves out, int64: the tail of its order that fills no batch."""
+        """Return the slots that the epoch drops, int64: the tail of its order that fills no batch."""
         return self.plan.dropped(self._order(epoch))
 
     def samples(self, epoch: int, step: int) -> Tensor:
-        """The slots of the global batch of a step, int64, over all ranks and micro-batches."""
+        """Return the slots of a step's global batch (all ranks and micro-batches), int64 (batch_size,)."""
         batch = self.plan.batch_size
         return self._order(epoch)[step * batch : (step + 1) * batch]
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The micro-batches of the epoch from `first_step` on, `accumulate` of them per step."""
+        """Yield the micro-batches of the epoch from `first_step` on, `accumulate` per step."""
         return self._backend.batches(self.plan.requests(self._order(epoch), epoch, first_step))
 
     def close(self) -> None:
-        """Ends what works for the loader."""
+        """Stop the loader's worker processes."""
         self._backend.close()
 
 
@@ -63,15 +63,15 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """The training batches of `source`: `batch_size` images per step, over all ranks and micro-batches.
+    """Return the loader of training batches of `source`: `batch_size` images per step over all ranks and micro-batches.
 
-    `settings.loader` names what makes them; "auto" is "torch" until somebody has measured (`fastest`). Raises DataError
-    where the batch does not divide or the source has no full one, and where the loader cannot run.
+    `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `fastest`. Raises
+    DataError if the batch does not divide evenly, if the source has no full batch, or if the backend cannot run.
     """
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
     order = partial(epoch_order, seed, shares=shares, by_blocks=settings.shuffle == "blocks")
-    # The samples and their ids; encoded images, which dali_gpu hands over, take less.
+    # Pixels and ids of the samples; the encoded images that workers of dali_gpu send are smaller.
     height, width = settings.size_hw
     batch_bytes = plan.micro_batch * (3 * height * width + 16)
     workers = default_workers() if settings.workers is None else settings.workers
@@ -82,9 +82,9 @@ def make_loader(
 def evaluation_batches(
     settings: DataSettings, source: Source, batch_size: int, ids: Sequence[int] | Tensor | None = None
 ) -> Iterator[Batch]:
-    """Every sample once (or those of `ids`), in order, the last batch smaller: its centre, unmirrored.
+    """Yield every sample (or those of `ids`) once, in order: the central crop, not flipped.
 
-    Labels go by `source_ids`: an unreadable image is replaced here too.
+    The last batch may be smaller. Use `source_ids` to look up labels: unreadable images are replaced here too.
     """
     chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})

@@ -1,4 +1,4 @@
-"""Which samples make up which micro-batch: a pure function of seed, epoch and step, for any rank count."""
+"""Assignment of samples to micro-batches: a pure function of seed, epoch and step, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from mimae.data.loading.batch import DataError
 from mimae.randomness import Purpose, words
 
 GROUP = 16_384
-"""Samples that are shuffled together where storage wants its blocks read together."""
+"""Size of the shuffle window, in samples, for `data.shuffle=blocks`."""
 
 
 class Share(NamedTuple):
-    """The share of an epoch that a source has: its `samples`, of which `draws` are due each epoch."""
+    """A source's share of an epoch: it has `samples` samples, and `draws` samples are drawn from it per epoch."""
 
     samples: int
     draws: int
     blocks: np.ndarray
-    """int64 (m + 1,): where the runs of samples begin that lie together in storage, and `samples`."""
+    """int64 (m + 1,): first id of each block (run of samples stored together), followed by `samples`."""
 
 
 def epoch_order(seed: int, epoch: int, shares: Sequence[Share], *, by_blocks: bool = False) -> Tensor:
-    """The slots of an epoch in their order, int64 (sum of draws,); ids of the shares follow one another.
+    """Return the slots of an epoch in order, int64 (sum of draws,). The shares' ids are consecutive.
 
-    Each share is gone through pass after pass, every pass in an order of its own, and an epoch takes up where the last
-    one left: within a pass each sample comes exactly once. The draws of a share lie evenly spread over the epoch. A
-    slot of the epoch's r-th pass over a share (from 0) is r M + id, M the number of all samples: crops and masks, which
-    go by the slot, differ when a sample comes again. One share with as many draws as samples is one pass an epoch.
+    Each share is read in passes. A pass contains each of its samples exactly once, in a new random order. An epoch
+    continues where the previous one stopped. The draws of a share are spread evenly over the epoch.
+
+    In the epoch's r-th pass over a share (r counts from 0) the slot of a sample is r M + id, where M is the number of
+    all samples. Crops and masks depend on the slot, so they differ when a sample is repeated within an epoch. A single
+    share with as many draws as samples gives one pass per epoch.
     """
     first, slots, places = 0, [], []
     total = sum(share.samples for share in shares)
@@ -51,11 +53,11 @@ def epoch_order(seed: int, epoch: int, shares: Sequence[Share], *, by_blocks: bo
 
 
 def _pass(seed: int, number: int, first: int, share: Share, by_blocks: bool) -> Tensor:
-    """Ids first .. first + samples - 1 in the order of a pass, int64: sorted by (64-bit key of words 0 and 1, id);
-    method 1.
+    """Return the ids first .. first + samples - 1 in the order of a pass, int64 (samples,).
 
-    By blocks, these are sorted by the like key of words 2 and 3 of their first ids and fill groups of GROUP samples,
-    the last block of a group running over; samples are sorted within their group.
+    This is method 1: the ids are sorted by (64-bit key of words 0 and 1, id). With `by_blocks`, the blocks are first
+    sorted by the key of words 2 and 3 of their first ids. They fill groups of GROUP samples; the last block of a group
+    may exceed it. Then the samples are sorted within their group.
     """
     ids = torch.arange(first, first + share.samples)
     order = torch.sort(_keys(seed, number, ids, 0), stable=True).indices
@@ -69,16 +71,16 @@ def _pass(seed: int, number: int, first: int, share: Share, by_blocks: bool) -> 
 
 
 def _keys(seed: int, number: int, ids: Tensor, word: int) -> Tensor:
-    """Words `word` and `word` + 1 of the streams of `ids` as one number, int64 and sorting as unsigned."""
+    """Return words `word` and `word` + 1 of the random streams of `ids` as int64 that sorts like the unsigned key."""
     key = words(seed, Purpose.ORDER, number, ids, 2, word)
-    # With its top bit turned over, an unsigned number sorts as a signed one.
+    # With the top bit inverted, signed order equals the unsigned order.
     return ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]
 
 
 class BatchRequest(NamedTuple):
-    """A request for one micro-batch: the ids of its samples, int64 (B,), and its place in the run.
+    """Request for one micro-batch: the ids of its samples, int64 (B,), and its epoch and step.
 
-    The ids travel to a worker in every request, so they are NumPy's: a tensor would go through shared memory.
+    The ids are a NumPy array because each request is sent to a worker: a tensor would use shared memory.
     """
 
     epoch: int
@@ -88,10 +90,10 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the order of an epoch's `samples` slots is dealt to steps, micro-batches and ranks.
+    """Distribution of an epoch's `samples` slots over steps, micro-batches and ranks.
 
-    Step s covers positions [s G, (s + 1) G) of the epoch's order, G = `batch_size`; its micro-batch a the
-    a-th of `accumulate` equal parts of them, and rank r the r-th of `world_size` equal parts of that.
+    Step s covers positions [s G, (s + 1) G) of the epoch's order, where G = `batch_size`. Its micro-batch a is the
+    a-th of `accumulate` equal parts of these positions, and rank r gets the r-th of `world_size` equal parts of that.
     """
 
     samples: int
@@ -114,16 +116,16 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last partial batch is dropped."""
+        """Number of optimizer steps of an epoch; the last partial batch is dropped."""
         return self.samples // self.batch_size
 
     @property
     def micro_batch(self) -> int:
-        """Samples of a micro-batch of one rank."""
+        """Number of samples in a micro-batch of one rank."""
         return self.batch_size // (self.accumulate * self.world_size)
 
     def requests(self, order: Tensor, epoch: int, first_step: int = 0) -> Iterator[BatchRequest]:
-        """This rank's micro-batches of the epoch from `first_step` on."""
+        """Yield the requests for this rank's micro-batches of the epoch from `first_step` on."""
         size = self.micro_batch
         for step in range(first_step, self.steps_per_epoch):
             for micro in range(self.accumulate):
@@ -131,5 +133,5 @@ class Plan:
                 yield BatchRequest(epoch, step, order[start : start + size].numpy())
 
     def dropped(self, order: Tensor) -> Tensor:
-        """The ids that the epoch leaves out: the tail of its order."""
+        """Return the slots that the epoch drops: the tail of its order that fills no batch."""
         return order[self.steps_per_epoch * self.batch_size :]

@@ -1,4 +1,4 @@
-"""Work on many items by several processes, with a bar where somebody is looking."""
+"""Parallel work on many items in several processes, with a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def over(items: Sequence[T], work: Callable[[S, T], R], shared: S, *, workers: int, title: str) -> Iterator[R]:
-    """`work(shared, item)` for each item, in their order. Raises DataError where a process dies."""
+    """Yield `work(shared, item)` for each item, in order. Raises DataError if a process dies."""
     console = Console(stderr=True)
     count = max(1, min(workers, len(items)))
     with ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(), work, shared)) as pool:
@@ -37,24 +37,24 @@ def over(items: Sequence[T], work: Callable[[S, T], R], shared: S, *, workers: i
             )
         except BrokenProcessPool as error:
             raise DataError(
-                f"{title}: a process died, most often for want of memory; start again with fewer --workers"
+                f"{title}: a process died, most often because memory ran out; start again with fewer --workers"
             ) from error
 
 
 _job: tuple[Callable[[Any, Any], Any], Any] | None = None
-"""What this process does, and what it shares with the others: handed over once and not with each item."""
+"""Function and shared argument of this process. They are sent once per process and not with each item."""
 
 
 def _begin(parent: int, work: Callable[[Any, Any], Any], shared: Any) -> None:
     global _job
     _job = (work, shared)
-    # Ctrl-C ends a worker without a word; the parent's are enough.
+    # Ctrl-C ends a worker silently; the parent reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however it went."""
+    """End this process when its parent has ended, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""From a request to a micro-batch: samples are read, unreadable ones replaced, and a decoder makes the pixels."""
+"""From a request to a micro-batch: read the samples, replace unreadable ones, and decode the pixels."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from mimae.outside.text import printable
 from mimae.randomness import Purpose, words
 
 _REPLACEMENTS = 64
-"""Other samples tried in the place of an unreadable one."""
+"""Number of other samples that are tried in place of an unreadable one."""
 
 
 class Clock:
-    """Adds up the seconds that go into each part of the work."""
+    """Sum of the seconds spent on each part of the work."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(Spent._fields, 0.0)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Counts the time of the block to `part`, a field of Spent."""
+        """Add the time of the `with` block to `part`, a field of Spent."""
         start = time.perf_counter()
         try:
             yield
@@ -42,22 +42,22 @@ class Clock:
             self._seconds[part] += time.perf_counter() - start
 
     def spent(self) -> Spent:
-        """The seconds so far."""
+        """Return the seconds so far."""
         return Spent(**self._seconds)
 
 
 class Sample(NamedTuple):
-    """An image with a legal header, and how it becomes the micro-batch's sample `place`."""
+    """An image with a valid header, and how sample number `place` of the micro-batch is cut from it."""
 
     place: int
     encoded: Encoded
     window: Callable[[int, int], Window]
-    """(height, width) of the upright image -> where the sample is cut from it."""
+    """Maps (height, width) of the upright image to the crop window."""
     flip: bool
 
     @property
     def cut(self) -> Cut | None:
-        """The cut from the pixels as they are stored, of a plain JPEG; None for what Pillow has to decode."""
+        """The cut in stored (not yet rotated) pixels of a plain JPEG; None for images that Pillow has to decode."""
         _, image, orientation, _ = self.encoded
         if orientation is None:
             return None
@@ -65,17 +65,17 @@ class Sample(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Makes the pixels of samples."""
+    """Decodes the pixels of samples."""
 
     at_once: int
-    """Samples that it is given at a time, at most."""
+    """Largest number of samples per call."""
 
     def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
-        """Writes samples to their places in `images` uint8 (B, H, W, 3); returns those that it cannot, and why."""
+        """Write samples to their places in `images` uint8 (B, H, W, 3). Returns those that failed, with the errors."""
 
 
 class EachDecoder:
-    """Decodes samples one by one: plain JPEGs by libjpeg-turbo, others and those that fail there by Pillow."""
+    """Decodes samples one by one: plain JPEGs with libjpeg-turbo; other images, and JPEGs that fail, with Pillow."""
 
     at_once = 1
 
@@ -94,20 +94,20 @@ class EachDecoder:
 
 
 def _region(sample: Sample) -> tuple[Tensor, Turn]:
-    """What the sample sees of its image, uint8 (h, w, 3) and not resized, with the turn that is still due."""
+    """Return the sample's crop, uint8 (h, w, 3) and not resized, and the turn that is still to be applied."""
     if cut := sample.cut:
         top, left, height, width = cut.window
         try:
             pixels = simplejpeg.decode_jpeg(sample.encoded.data, "RGB", strict=True)
         except ValueError:
-            pass  # Pillow has the last word on what is an image.
+            pass  # Pillow decides below whether this is an image.
         else:
             return torch.from_numpy(pixels[top : top + height, left : left + width]), cut.turn
     return torch.from_numpy(region(sample.encoded, sample.window)), Turn(columns=sample.flip)
 
 
 def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
-    """The micro-batch of a request. Raises DataError where a sample cannot even be replaced."""
+    """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
     images = torch.empty((len(request.ids), *settings.size_hw, 3), dtype=torch.uint8)
     slots, clock = _slots(settings, source, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
@@ -136,7 +136,7 @@ def _slots(settings: DataSettings, source: Source, seed: int, request: BatchRequ
 
 
 class _Slot:
-    """One place of a micro-batch: its window and flip are its own, whichever image fills it."""
+    """One place of a micro-batch. Its window and flip stay the same when its image is replaced."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class _Slot:
         self.source_id = -1
 
     def sample(self, clock: Clock) -> Sample:
-        """The next image of the slot with a legal header. Raises DataError where there is none."""
+        """Return the slot's next image with a valid header. Raises DataError if there is none."""
         for candidate in self.candidates:
             self.source_id = candidate
             try:
@@ -168,16 +168,16 @@ class _Slot:
         tried = "\n".join(f"  {printable(path)}: {reason}" for _, path, reason in self.bad[-5:])
         raise DataError(
             f"sample {self.bad[0].id} of {printable(self.source.name)} cannot be read, nor any of {_REPLACEMENTS} "
-            f"samples tried in its place; the last:\n{tried}\nCheck that data.path holds readable images."
+            f"samples tried in its place; the last ones:\n{tried}\nCheck that data.path contains readable images."
         )
 
     def refuse(self, error: BadImage | OSError) -> None:
-        """Notes that the present image cannot be used."""
+        """Record that the slot's current image cannot be used."""
         self.bad.append(BadSample(self.source_id, self.source.path(self.source_id), why(error)))
 
 
 def _chain(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
-    """The slot's own sample, then those that take its place, drawn from its stream."""
+    """Yield the slot's own sample id, then replacement ids drawn from the sample's random stream."""
     yield sample_id % n
     for word in words(seed, Purpose.REPLACEMENT, epoch, torch.tensor([sample_id]), _REPLACEMENTS)[0].tolist():
         yield below(word, n)

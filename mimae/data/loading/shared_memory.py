@@ -1,7 +1,7 @@
-"""The way of results from worker processes: through shared memory, or through a pipe where that has no room.
+"""Transfer of results from worker processes: through shared memory, or through a pipe if shared memory is full.
 
-torch puts a tensor into shared memory in a thread of the worker; where it fails there, the result is lost and whoever
-waits for it waits for ever. Here the worker itself does it, and has another way.
+torch moves a tensor to shared memory in a thread of the worker. If that fails, the result is lost and its reader waits
+forever. Here the worker's main thread moves it, and can fall back to a pipe.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 FOLDER = "/dev/shm"
-"""Where shared memory lies; a container has 64 MB of it by default."""
+"""Folder of the shared memory; a Docker container has 64 MB of it by default."""
 
 IN_FLIGHT = 3
-"""Results of a worker that lie in shared memory at most: two made ahead and the one that is made."""
+"""Largest number of a worker's results in shared memory: two that are finished and the one in progress."""
 
 
 class Packed(NamedTuple):
-    """A result on its way through a pipe."""
+    """A result that is sent through a pipe."""
 
     data: bytes
 
     def unpacked(self) -> Any:
-        """Return the result; in pinned memory where torch would have put it there."""
+        """Return the result, in pinned memory if torch would have pinned it."""
         say_once()
         made = pickle.loads(self.data)
         return made.pin_memory() if torch.cuda.is_available() and hasattr(made, "pin_memory") else made
@@ -44,7 +44,7 @@ def handed_over(made: Any, by_pipe: bool) -> Any:
             for tensor in _tensors(made):
                 tensor.share_memory_()
             return made
-        except (RuntimeError, OSError):  # No room, and nothing lost: the tensors are as they were.
+        except (RuntimeError, OSError):  # Shared memory is full. The tensors are unchanged.
             pass
     return Packed(pickle.dumps(made, pickle.HIGHEST_PROTOCOL))
 
@@ -58,7 +58,7 @@ def _tensors(made: Any) -> Iterator[Tensor]:
 
 
 def has_room(batch_bytes: int, workers: int, ranks: int) -> bool:
-    """Return whether shared memory holds the batches in flight of all ranks of this machine; if not, say so once."""
+    """Return whether shared memory can hold the batches in flight of this machine's ranks; if not, print so once."""
     need = batch_bytes * workers * IN_FLIGHT * ranks
     room = free()
     if room is None or need <= room:
@@ -71,7 +71,7 @@ def has_room(batch_bytes: int, workers: int, ranks: int) -> bool:
 
 
 def free() -> int | None:
-    """Return the bytes that shared memory has left; None where that is not known."""
+    """Return the free bytes of shared memory; None if they are not known."""
     with suppress(OSError):
         system = os.statvfs(FOLDER)
         return system.f_frsize * system.f_bavail
@@ -84,9 +84,9 @@ def _said() -> list[str]:
 
 
 def say_once(why: str = f"{FOLDER} has no room for a batch: ") -> None:
-    """Say on stderr that batches go through pipes; once a process, and by one rank of a machine."""
+    """Print to stderr that batches go through pipes, once per process and only on one rank of a machine."""
     if not _said() and os.environ.get("LOCAL_RANK", "0") == "0":
         _said().append(why)
-        line = f"{why}batches go through pipes, which takes more of the CPUs. More room: docker run --shm-size=8g"
+        line = f"{why}batches go through pipes, which takes more CPU time. For more room: docker run --shm-size=8g"
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Why the device waits for data: the evidence of a stretch of training, the cause that it speaks for, the remedy."""
+"""Diagnosis of why the device waits for data: measurements over a period of training, the likely cause, the remedy."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from mimae.data.loading.workers import default_workers
 from mimae.data.settings import DataSettings
 
 LIMIT = 0.02
-"""Share of the time past which waiting for data is worth a word."""
+"""Fraction of the time above which waiting for data is reported."""
 
 WORTH = 60.0
-"""Seconds of waiting for data below which nothing is told: no change of settings pays for them."""
+"""Seconds of waiting for data below which nothing is reported, because no change of settings would pay off."""
 
 WARM_UP = 1
-"""Readings at the start of a process whose waits tell nothing: until the one after the first step workers start and
-blocks are compiled."""
+"""Number of readings at the start of a process that are ignored: before the reading after the first step, workers start
+and blocks are compiled."""
 
 _BUSY = 0.6
-"""Share of their time that workers spend on batches, past which it is they that are too slow."""
+"""Fraction of their time that workers spend on batches, above which the workers are the bottleneck."""
 
 
 class Feed(NamedTuple):
-    """How batches came to a rank for some time."""
+    """Measurements of a rank's data loading over some period."""
 
     seconds: float
     stalled: float
-    """Seconds in which the device had nothing to do for want of a batch."""
+    """Seconds in which the device was idle because it had no batch."""
     waited: float
-    """Seconds in which the training process asked the loader for a batch that was not there."""
+    """Seconds in which the training process waited for the loader's next batch."""
     spent: Spent
-    """What went into the batches, all processes of the rank together."""
+    """Seconds spent on the batches, summed over all processes of the rank."""
     workers: int
     cores: int
-    """Cores that the rank may use."""
+    """Number of cores that the rank may use."""
     loader: str
     cache: str | None
 
 
 def diagnose(feed: Feed) -> str:
-    """One line: the share of the time that the device waited for data, the likely cause, and what to change."""
+    """Return one line: the fraction of time that the device waited for data, the likely cause, and what to change."""
     cause, remedy = _cause(feed)
     return f"the device waited for data {feed.stalled / feed.seconds:.1%} of the time: {cause}; {remedy}"
 
 
 def _cause(feed: Feed) -> tuple[str, str]:
     made, workers, cores = sum(feed.spent), feed.workers, feed.cores
-    # Batches that were made ahead, before this stretch, are counted where they are used.
+    # Batches that were prefetched before this period are counted in the period that uses them.
     busy = min(1.0, made / (max(workers, 1) * feed.seconds))
     if feed.waited < feed.stalled / 2:
         return (
@@ -61,7 +61,7 @@ def _cause(feed: Feed) -> tuple[str, str]:
         return "the training process makes the batches itself", f"set data.workers=null, here {cores}"
     if made == 0:
         return (
-            f"the loader does not tell what its {workers} workers on {cores} cores do",
+            f"the loader does not report what its {workers} workers on {cores} cores do",
             "try more data.workers, data.cache=encoded or another data.loader",
         )
     if busy < _BUSY and feed.loader == "dali_gpu":
@@ -99,7 +99,7 @@ def _cause(feed: Feed) -> tuple[str, str]:
 
 
 class Stalls:
-    """Follows how much of the training the device waits for data, to say why at the end of an epoch."""
+    """Tracks how long the device waits for data during training, and gives the cause at the end of an epoch."""
 
     def __init__(self, settings: DataSettings) -> None:
         self._settings = settings
@@ -108,11 +108,14 @@ class Stalls:
         self._readings = 0
 
     def made(self, spent: Spent) -> None:
-        """Counts what went into a batch."""
+        """Add the seconds that were spent on a batch."""
         self._spent += spent
 
     def read(self, stalled: float, waited: float, *, counts: bool = True) -> None:
-        """Takes a reading of the seconds so far, as in Feed; what came since the last one is left out or `counts`."""
+        """Take a reading of the total seconds `stalled` and `waited` (see Feed).
+
+        The time since the previous reading is included only if `counts`.
+        """
         reading = np.array([time.perf_counter(), stalled, waited, *self._spent])
         if counts and self._readings >= WARM_UP:
             self._sum += reading - self._last
@@ -120,8 +123,11 @@ class Stalls:
         self._readings += 1
 
     def verdict(self) -> str | None:
-        """Return the diagnosis since the last one, where the device waited for more than LIMIT of the time, and for
-        WORTH seconds at least; short epochs are taken together until then."""
+        """Return the diagnosis of the period since the previous verdict, or None.
+
+        There is one if the device waited for more than LIMIT of the time and for at least WORTH seconds. Short epochs
+        are accumulated until then.
+        """
         seconds, stalled, waited, *spent = self._sum.tolist()
         is_slow = stalled > LIMIT * seconds
         if is_slow and stalled < WORTH:

@@ -1,4 +1,4 @@
-"""The way of the batches to the device: each is copied while the device still works on the one before it."""
+"""Copy of batches to the device: each batch is copied while the device still works on the previous one."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from mimae.data.loading.batch import Batch
 
 
 class Lane(Protocol):
-    """A queue of the device's work for copies, beside the one that computes."""
+    """A device queue for copies, separate from the queue that computes."""
 
     def after_computing(self) -> None:
-        """Copies given from now on begin when the computing given so far is done."""
+        """Make copies that are queued from now on wait for all computation queued so far."""
 
     def before_computing(self) -> None:
-        """Computing given from now on begins when the copies given so far are done."""
+        """Make computation that is queued from now on wait for all copies queued so far."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Gives a copy to the queue; returns at once where `source` lies in pinned memory."""
+        """Queue a copy. Returns at once if `source` is in pinned memory."""
 
 
 class Transfer:
-    """Brings batches to `device`; those made on the host are there one ahead of the one in use.
+    """Moves batches to `device`. Batches from the host are copied one batch ahead of the one in use.
 
-    They go to two buffers on the device in turn: a batch is for the work that is given to the device before the next
-    one is asked for. Batches that are made on the device, and all where it is the CPU, are handed through.
+    They are copied to two device buffers in turn, so a batch is valid only for work that is queued before the next
+    batch is requested. Batches that are made on the device, and all batches if it is the CPU, are passed through.
     """
 
     def __init__(self, device: torch.device, lane: Lane | None = None) -> None:
         self._device = device
         self._lane = _CudaLane(device) if lane is None and device.type == "cuda" else lane
-        # Kept for good: an allocator takes memory back that two streams used only when both are done with it, and a
-        # host that runs ahead would take more and more.
+        # Allocated once: the caching allocator reuses memory that two streams used only when both are done with it, so
+        # a host that runs ahead would allocate more and more.
         self._buffers: list[tuple[Tensor, ...]] = [(), ()]
         self.waited = 0.0
-        """Seconds by the host's clock in which a batch was asked for and not there, since this was made."""
+        """Total seconds, by the host's clock, that the host waited for the loader's next batch."""
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches on the device, in their order. An error is raised when the batch that it belongs to is due."""
+        """Yield the batches on the device, in order. An error is raised in place of the batch that it belongs to."""
         source = iter(batches)
         batch = self._next(source)
         if self._lane is not None and batch is not None and batch.images.device.type == "cpu":
@@ -51,16 +51,16 @@ class Transfer:
             return
         while batch is not None:
             yield batch.to(self._device)
-            # Not ahead: its memory may be the loader's, for the next batch.
+            # Not prefetched: the loader may own the batch's memory and reuse it for the next batch.
             batch = self._next(source)
 
     def _copied(self, lane: Lane, first: Batch, source: Iterator[Batch]) -> Iterator[Batch]:
-        """`first` and the batches of `source`, each handed out when the copy of the one behind it is under way."""
+        """Yield `first` and the batches of `source`, each after the copy of the next one has been queued."""
         coming: Batch | Exception | None = self._begin(lane, first)
         while coming is not None:
             if isinstance(coming, Exception):
                 raise coming
-            # Before the next copy is given: this batch has not to wait for that one.
+            # This comes before the next copy is queued: this batch must not wait for that copy.
             lane.before_computing()
             batch = coming
             try:
@@ -78,7 +78,7 @@ class Transfer:
             self.waited += time.perf_counter() - began
 
     def _begin(self, lane: Lane, made: Batch) -> Batch:
-        """Gives the copy of a batch to the lane, into the buffers of the last but one."""
+        """Queue the copy of a batch into the buffers of the batch before the previous one."""
         tensors = (made.images, made.sample_ids, made.source_ids)
         self._buffers.reverse()
         if [buffer.shape for buffer in self._buffers[0]] != [tensor.shape for tensor in tensors]:
@@ -91,7 +91,7 @@ class Transfer:
 
 
 class _CudaLane:
-    """A stream of the device beside the current one."""
+    """A CUDA stream for copies, separate from the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Worker processes on torch's DataLoader: they make whole micro-batches, ahead and in order, for every loader."""
+"""Worker processes, built on torch's DataLoader, that prefetch whole micro-batches in order for every loader."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Made = TypeVar("Made")
 
 
 class Workers(Generic[Made]):
-    """Worker processes that call `make(request)` for each request and give the results in the requests' order.
+    """Worker processes that call `make(request)` for each request. The results come in the order of the requests.
 
-    `workers` is their number; None: one per core of this rank; 0: the calling process does the work.
-    Results come through shared memory; with `by_pipe`, or where it has no room for one, through a pipe.
+    `workers` is the number of processes; None: one per core of this rank; 0: the calling process does the work.
+    Results are sent through shared memory, or through a pipe with `by_pipe` or if shared memory is full.
     The processes live until `close`.
     """
 
@@ -34,7 +34,7 @@ class Workers(Generic[Made]):
         self._requests = _Requests()
         self._running: Generator[Made, None, None] | None = None
         with warnings.catch_warnings():
-            # On more workers than cores; where training waits for them, `stalls` says so.
+            # torch warns about more workers than cores; `stalls` reports it if training waits for them.
             warnings.filterwarnings("ignore", "This DataLoader will create")
             self._loader: DataLoader | None = DataLoader(
                 _MicroBatches(make, by_pipe),
@@ -45,12 +45,12 @@ class Workers(Generic[Made]):
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=workers > 0,
                 worker_init_fn=_Guard(os.getpid()),
-                # Its own generator, so that a loader leaves torch's global one alone.
+                # A separate generator, so that the loader does not change torch's global random state.
                 generator=torch.Generator(),
             )
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Made]:
-        """What is made of `requests`, in their order; an earlier run that is not done ends. Raises DataError."""
+        """Yield the results for `requests` in order. An unfinished earlier iteration is ended. Raises DataError."""
         if self._loader is None:
             raise ValueError("the loader is closed")
         if self._running is not None:
@@ -60,10 +60,10 @@ class Workers(Generic[Made]):
         return self._running
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stop the workers."""
         if self._running is not None:
             self._running.close()
-        # The workers end with the last reference to the DataLoader, which a frame of an error may hold.
+        # The workers end with the last reference to the DataLoader, and an error's traceback may hold one.
         iterator: Any = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
@@ -76,8 +76,8 @@ class Workers(Generic[Made]):
                     raise made
                 yield made.unpacked() if isinstance(made, Packed) else made
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # The latter two where it died while it handed a batch over.
-            # An error that a living worker hands over names its process too, but not by "(pid".
+            # ConnectionError and EOFError mean that a worker died while it sent a batch.
+            # An error from a living worker names its process too, but without "(pid".
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             reason = str(error) or "its pipe closed"
@@ -87,8 +87,11 @@ class Workers(Generic[Made]):
             ) from error.with_traceback(None)
 
     def _iterator(self) -> Iterator[Made | DataError]:
-        """The DataLoader's iterator, without torch's SIGCHLD handler: that one raises a worker's death wherever
-        the main thread is (in the middle of a save, say); the next batch notices it too, within seconds."""
+        """Return the DataLoader's iterator without torch's SIGCHLD handler.
+
+        That handler raises an error for a dead worker wherever the main thread is, for instance during a save. The
+        next batch detects the death too, within seconds.
+        """
         assert self._loader is not None
         if threading.current_thread() is not threading.main_thread():
             return iter(self._loader)
@@ -105,9 +108,12 @@ class Workers(Generic[Made]):
 
 
 def default_workers() -> int:
-    """Cores that this rank may use: of its affinity and of what SLURM allots, over the ranks that share them."""
+    """Return the number of cores that this rank may use.
+
+    It is the smaller of the CPU affinity and SLURM's allocation, divided by the number of ranks that share them.
+    """
     per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or "1"
-    tasks = int(re.split("[(,]", per_node)[0])  # 8(x4),2 where nodes differ.
+    tasks = int(re.split("[(,]", per_node)[0])  # For example 8(x4),2 if nodes differ.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
     cores = len(os.sched_getaffinity(0))
     of_task = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
@@ -118,7 +124,7 @@ def default_workers() -> int:
 
 
 class _Requests(Sampler[BatchRequest]):
-    """What the DataLoader hands to its workers: the requests of the present run."""
+    """Sampler that gives the DataLoader the requests of the current iteration."""
 
     requests: Iterable[BatchRequest] = ()
 
@@ -130,7 +136,7 @@ class _Requests(Sampler[BatchRequest]):
 
 
 class _MicroBatches(Dataset[Any]):
-    """What is made of a request; what stops the run comes back as a value: torch would bury it in a traceback."""
+    """Maps a request to its result. A DataError is returned as a value, because torch would wrap it in a traceback."""
 
     def __init__(self, make: Callable[[BatchRequest], Any], by_pipe: bool) -> None:
         self.make, self.by_pipe = make, by_pipe
@@ -148,8 +154,11 @@ def _as_is(made: Any) -> Any:
 
 
 class _Guard:
-    """Prepares a worker. A signal to the whole job is the parent's to answer: workers go on until it ends them, so
-    that the batches that it still wants come. They end when it does, however it ends."""
+    """Prepares a worker process.
+
+    Only the parent reacts to signals that are sent to the whole job. Workers continue until the parent stops them, so
+    that it gets the batches that it still needs. They exit when the parent does, for whatever reason.
+    """
 
     def __init__(self, parent: int) -> None:
         self.parent = parent

@@ -1,1 +1,1 @@
-"""What happens to one image: decoding, cropping, flipping and resizing."""
+"""Processing of a single image: decoding, cropping, flipping and resizing."""

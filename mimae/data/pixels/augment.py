@@ -1,4 +1,4 @@
-"""Where a sample is cut from its image: pure functions of (seed, epoch, sample_id) and its size."""
+"""Crop windows and flips: pure functions of (seed, epoch, sample_id) and the image's size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOG_RATIO = (math.log(RATIO[0]), math.log(RATIO[1]))
 
 
 class Window(NamedTuple):
-    """A rectangle of an image, in pixels of the image as seen upright."""
+    """A rectangle of an image, in pixels of the upright image."""
 
     top: int
     left: int
@@ -25,21 +25,21 @@ class Window(NamedTuple):
 
 
 def crop_words(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """The words that `random_window` cuts the samples `ids` (B,) by: int64 (B, 40)."""
+    """Return the random words that `random_window` uses for the samples `ids` (B,): int64 (B, 40)."""
     return words(seed, Purpose.CROP, epoch, ids, 4 * ATTEMPTS)
 
 
 def flips(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """Which of the samples `ids` (B,) are mirrored: bool (B,)."""
+    """Return which of the samples `ids` (B,) are flipped horizontally: bool (B,)."""
     return words(seed, Purpose.FLIP, epoch, ids, 1)[:, 0] < 1 << 31
 
 
 def random_window(words: Sequence[int], height: int, width: int, scale: tuple[float, float]) -> Window:
-    """RandomResizedCrop's window in an image of height x width pixels.
+    """Return RandomResizedCrop's window in an image of height x width pixels (torchvision's algorithm).
 
-    The area is uniform in `scale` as a share of the image's, width / height log-uniform in 3/4 to 4/3, the
-    place uniform. Attempt t takes words 4t to 4t + 3 for area, ratio, top and left; after ten that do not
-    fit, the window is the largest central one of a legal ratio (torchvision's algorithm).
+    The area as a fraction of the image's area is uniform in `scale`, width / height is log-uniform in [3/4, 4/3], and
+    the position is uniform. Attempt t uses words 4t to 4t + 3 for area, ratio, top and left. After ten attempts that
+    do not fit, the window is the largest central one with a ratio in this range.
     """
     for attempt in range(ATTEMPTS):
         area_word, ratio_word, top_word, left_word = words[4 * attempt : 4 * attempt + 4]
@@ -52,7 +52,7 @@ def random_window(words: Sequence[int], height: int, width: int, scale: tuple[fl
 
 
 def centre_window(height: int, width: int, size: tuple[int, int]) -> Window:
-    """The largest central window of an image with the shape of `size` (height, width)."""
+    """Return the largest central window of an image with the aspect ratio of `size` (height, width)."""
     out_h, out_w = size
     return _centred(
         height,
@@ -63,7 +63,7 @@ def centre_window(height: int, width: int, size: tuple[int, int]) -> Window:
 
 
 def below(word: int, n: int) -> int:
-    """The word as an integer in [0, n)."""
+    """Map a random 32-bit word to an integer in [0, n)."""
     return (word * n) >> 32
 
 

@@ -1,4 +1,4 @@
-"""A sample's way from stored pixels to its own: where it lies in them, how it is resized, turned and mirrored."""
+"""From stored pixels to a sample: the region to cut out, the resize, and the turn that makes it upright."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mimae.data.pixels.augment import Window
 
 
 class Turn(NamedTuple):
-    """Makes pixels upright: the last row first, the last column first, then rows and columns exchanged."""
+    """Operations that make pixels upright: reverse the rows, reverse the columns, then transpose."""
 
     rows: bool = False
     columns: bool = False
@@ -29,11 +29,11 @@ _TURNS = {
     7: Turn(rows=True, columns=True, swap=True),
     8: Turn(columns=True, swap=True),
 }
-"""By EXIF orientation."""
+"""Turn for each EXIF orientation."""
 
 
 class Cut(NamedTuple):
-    """A sample in pixels that lie as they are stored: its rectangle there, and how what was cut is turned."""
+    """A sample in stored pixels: its rectangle, and the turn to apply to the pixels that were cut out."""
 
     window: Window
     turn: Turn
@@ -42,27 +42,27 @@ class Cut(NamedTuple):
 def cut_from(
     height: int, width: int, orientation: int, window: Callable[[int, int], Window], *, flip: bool = False
 ) -> Cut:
-    """The cut of `window(height, width)`, which is for the upright image, from a stored one of height x width pixels.
+    """Return the cut from a stored image of height x width pixels. `window` gives the window in the upright image.
 
-    A flip mirrors the upright sample left to right.
+    With `flip` the upright sample is mirrored left to right.
     """
     rows, columns, swap = _TURNS[orientation]
     top, left, h, w = window(width, height) if swap else window(height, width)
     if swap:
         top, left, h, w = left, top, w, h
     place = Window(height - top - h if rows else top, width - left - w if columns else left, h, w)
-    # Columns of the upright sample are rows of the stored one where the sides are exchanged.
+    # If the sides are swapped, columns of the upright sample are rows of the stored one.
     return Cut(place, Turn(rows ^ (flip and swap), columns ^ (flip and not swap), swap))
 
 
 def finish(region: Tensor, size: tuple[int, int], turn: Turn) -> Tensor:
-    """A region uint8 (h, w, 3) as it is stored -> the sample uint8 (*size, 3): resized, then turned.
+    """Resize a stored region uint8 (h, w, 3), then turn it: the sample uint8 (*size, 3).
 
-    The resize is torch's on integers, bicubic and antialiased.
+    The resize is torch's bicubic, antialiased one on integers.
     """
     if turn.swap:
         size = size[::-1]
-    # Of this form of "channels last" torch resizes without a copy.
+    # torch resizes this "channels last" view without a copy.
     nhwc = torch.nn.functional.interpolate(region[None].permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
     pixels = nhwc[0].permute(1, 2, 0)
     mirrored = [axis for axis, wanted in enumerate((turn.rows, turn.columns)) if wanted]

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the pixels of a sample: whatever the bytes hold, pixels or BadImage."""
+"""From the bytes of an image file to the pixels of a sample. Any bytes give either pixels or BadImage."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mimae.data.pixels.cut import Turn, finish
 from mimae.outside.text import printable
 
 MOST_SCANS = 100
-"""Scans that a JPEG may have, as libtiff allows; libjpeg writes ten."""
+"""Largest number of scans of a JPEG, the limit of libtiff; libjpeg writes ten."""
 
 MOST_SCANNED = 20
-"""Scans that a JPEG of `max_pixels` may have, a smaller one more: each scan goes through all of the image."""
+"""Largest number of scans of a JPEG of `max_pixels`. Smaller ones may have more: each scan decodes the whole image."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
 _CHANNELS_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 277, 322, 323
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-"""A marker of a JPEG between its entropy-coded bytes."""
+"""A JPEG marker, as opposed to entropy-coded bytes."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,25 +44,25 @@ _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 class BadImage(Exception):
-    """The bytes are no image that can be used; the text is one line saying why."""
+    """The bytes are not a usable image. The message is one line that says why."""
 
 
 class Encoded(NamedTuple):
-    """An image whose header has been read and found legal, and none of its pixels."""
+    """An image with a valid header whose pixels are not decoded yet."""
 
     data: bytes
     image: Image.Image
-    """As Pillow opens it."""
+    """The image as Pillow opened it."""
     orientation: int | None
-    """EXIF's (1 to 8), of a plain JPEG: any decoder reads it alike. None: Pillow decodes it, in every loader."""
+    """EXIF orientation (1 to 8) of a plain JPEG, which all decoders decode alike. None: every loader uses Pillow."""
     white: int | None = None
-    """The 16-bit value that becomes 255; None: 65535."""
+    """The 16-bit value that is mapped to 255; None: 65535."""
 
 
 def look(data: bytes, max_pixels: int, white: int | None = None) -> Encoded:
-    """Reads and checks the header: at most `max_pixels`, and 1, 3 or 4 channels (or grey with alpha).
+    """Read and check the header: at most `max_pixels` pixels, and 1, 3 or 4 channels (or grey with alpha).
 
-    A plain JPEG is of 8 bits, grey or YCbCr, and does not end too early. Raises BadImage.
+    A JPEG is plain if it has 8 bits per channel, is grey or YCbCr, and is not truncated. Raises BadImage.
     """
     with _bad_image():
         image = _open(data, max_pixels)
@@ -70,9 +70,9 @@ def look(data: bytes, max_pixels: int, white: int | None = None) -> Encoded:
 
 
 def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray:
-    """`window(height, width)` of the upright image as Pillow decodes it: uint8 RGB, not resized.
+    """Return `window(height, width)` of the upright image, decoded by Pillow: uint8 RGB (h, w, 3), not resized.
 
-    Alpha is dropped, 16-bit values are scaled, of an animation the first frame counts. Raises BadImage.
+    Alpha is dropped, 16-bit values are scaled, and only the first frame of an animation is used. Raises BadImage.
     """
     with _bad_image():
         image = _upright(_loaded(encoded), _orientation(encoded.image))
@@ -88,24 +88,24 @@ def decode(
     max_pixels: int,
     white: int | None = None,
 ) -> np.ndarray:
-    """`window` of the upright image, resized to `size` (height, width): uint8 RGB. Raises BadImage.
+    """Return `window` of the upright image, resized to `size` (height, width): uint8 RGB (*size, 3). Raises BadImage.
 
-    The image is checked as by `look`, the resize sees the window alone.
+    The image is checked as by `look`. The resize uses only pixels inside the window.
     """
     return finish(torch.from_numpy(region(look(data, max_pixels, white), window)), size, Turn()).numpy()
 
 
 def whole(data: bytes, max_pixels: int, white: int | None = None) -> Image.Image:
-    """All of the image, upright and RGB, checked as by `look`. Raises BadImage."""
+    """Return the whole image, upright and RGB, checked as by `look`. Raises BadImage."""
     with _bad_image():
         encoded = Encoded(data, _open(data, max_pixels), None, white)
         return _rgb(_upright(_loaded(encoded), _orientation(encoded.image)), white)
 
 
 def brightest(encoded: Encoded) -> int | None:
-    """Return the largest value in an image of 16 bits a channel, and None for images of fewer bits. Raises BadImage.
+    """Return the largest value in an image of 16 bits per channel, or None for images of fewer bits. Raises BadImage.
 
-    Pillow keeps the upper 8 bits of such an image in colour; the lower ones are taken to be ones.
+    Pillow keeps only the upper 8 bits of a 16-bit colour image. The lower 8 bits are assumed to be ones.
     """
     with _bad_image():
         image = encoded.image
@@ -115,12 +115,12 @@ def brightest(encoded: Encoded) -> int | None:
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Return whether an image whose pixels are not decoded yet is in colour, or has alpha, with 16 bits a channel."""
+    """Return whether an image, not yet decoded, has colour or alpha with 16 bits per channel."""
     return image.mode not in _GREY_16 and any(";16" in repr(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _loaded(encoded: Encoded) -> Image.Image:
-    """The image with its pixels decoded. Where they are to be scaled, those of a PNG in colour keep all 16 bits."""
+    """Return the image with its pixels decoded. With `encoded.white`, a colour PNG is scaled from its full 16 bits."""
     image = encoded.image
     if encoded.white is not None and image.format == "PNG" and is_deep_colour(image):
         pixels = decode_png(torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
@@ -132,13 +132,13 @@ def _loaded(encoded: Encoded) -> Image.Image:
 
 
 def format_of(data: bytes, max_pixels: int) -> str:
-    """The name of the format, by the header alone, which is checked as by `look`. Raises BadImage."""
+    """Return the name of the format. Only the header is read; it is checked as by `look`. Raises BadImage."""
     with _bad_image():
         return str(_open(data, max_pixels).format)
 
 
 def why(error: BadImage | OSError) -> str:
-    """One line on why a sample cannot be had: its bytes are no image, or its source could not read them."""
+    """Return one line that says why a sample cannot be used: its bytes are not an image, or they could not be read."""
     return printable(str(error) if isinstance(error, BadImage) else f"the file cannot be read: {_reason(error)}")
 
 
@@ -148,10 +148,12 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def _bad_image() -> Iterator[None]:
-    """Whatever is raised becomes BadImage: on damaged files decoders raise OSError, SyntaxError, struct.error,
-    MemoryError and nearly anything else."""
+    """Convert any exception to BadImage.
+
+    On damaged files decoders raise OSError, SyntaxError, struct.error, MemoryError and almost anything else.
+    """
     try:
-        # Pillow warns without naming the image; what cannot be used is reported with its name by the caller.
+        # Pillow's warnings do not name the image. The caller reports unusable images by name.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -162,7 +164,7 @@ def _bad_image() -> Iterator[None]:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The image with its header read and checked, its pixels not yet decoded."""
+    """Return the image with its header read and checked and its pixels not yet decoded."""
     if not data:
         raise BadImage("the file is empty")
     try:
@@ -172,7 +174,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             _check_channels(_tiff_channels(data), "TIFF")
         jpeg = "; as a JPEG it is damaged, or of 12 bits a channel" if data.startswith(b"\xff\xd8") else ""
         raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit, which no max_pixels is above
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which max_pixels cannot exceed
         raise BadImage(f"{str(error).partition(' exceeds')[0]}, more than data.max_pixels = {max_pixels}") from None
     if image.width * image.height > max_pixels:
         raise BadImage(
@@ -181,9 +183,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         )
     channels = len(image.getbands())
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # Pillow shows some TIFFs of five or six channels as RGB or CMYK.
+        # Pillow presents some TIFFs of five or six channels as RGB or CMYK.
         channels = image.tag_v2.get(_CHANNELS_TAG, channels)
-        # libtiff makes room for a whole tile, however small the image is.
+        # libtiff allocates memory for a whole tile, even if the image is small.
         tile = image.tag_v2.get(_TILE_WIDTH_TAG, 0), image.tag_v2.get(_TILE_HEIGHT_TAG, 0)
         if tile[0] * tile[1] > max_pixels:
             raise BadImage(f"its tiles are of {tile[0]} x {tile[1]} pixels, more than data.max_pixels = {max_pixels}")
@@ -191,7 +193,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if image.format in ("JPEG", "MPO"):
         pixels = max(1, image.width * image.height)
         most = min(MOST_SCANS, MOST_SCANNED * max_pixels // pixels)
-        # Bytes that look like a scan's marker may lie in a thumbnail, or in a film behind the image.
+        # Bytes that look like a scan marker may be part of a thumbnail, or of a video stored after the image.
         if data.count(_SCAN) > most and (scans := count_scans(data, most + 1)) > most:
             raise BadImage(f"at least {scans} scans of {pixels} pixels each; a JPEG of its size may have {most}")
     return image
@@ -205,14 +207,14 @@ def count_scans(data: bytes, most: int) -> int:
         if kind == 0xD9:  # The end of the image.
             break
         scans += kind == 0xDA
-        if kind not in (0x01, 0xD8):  # All others have a length, which is skipped.
+        if kind not in (0x01, 0xD8):  # All other segments have a length and are skipped.
             at += int.from_bytes(data[at : at + 2], "big")
     return scans
 
 
 @lru_cache(1)
 def _formats() -> tuple[str, ...]:
-    """Formats of image collections that this Pillow reads. It reads others by starting programs, EPS by Ghostscript."""
+    """Return the supported formats that this Pillow reads. Others, such as EPS, would make it start programs."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -251,7 +253,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _scaled(values: np.ndarray, white: int) -> np.ndarray:
-    """16-bit values as uint8, `white` and all above it as 255."""
+    """Scale 16-bit values to uint8, with `white` and all larger values becoming 255."""
     return np.minimum((values.astype(np.uint32) * 255 + white // 2) // white, 255).astype(np.uint8)
 
 

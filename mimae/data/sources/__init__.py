@@ -1,1 +1,1 @@
-"""Where samples come from: folders, lists, shards, Parquet, mixtures and built-in sets."""
+"""Sources of samples: folders, lists, shards, Parquet files, mixtures and embedded sets."""

@@ -1,4 +1,4 @@
-"""What a source is: a fixed order of encoded images, in which a sample's place is its id."""
+"""Interface of a source: encoded images in a fixed order. The position of a sample is its id."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What the source was opened by."""
+        """The data path with which the source was opened."""
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 (n,): the class of each sample, where the source knows it."""
+        """int64 (n,): the class of each sample; None if the source has no classes."""
 
     @property
     def classes(self) -> list[str] | None:
-        """The names of the classes, where they have any."""
+        """The names of the classes; None if they have no names."""
 
     @property
     def shares(self) -> tuple[Share, ...]:
-        """What an epoch is drawn from, its sizes adding up to the source's; but in mixtures the source alone."""
+        """The sources that an epoch is drawn from; their sizes sum to this one's. Only mixtures have several."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Printable lines on what was left out, and on what is not as one would expect."""
+        """Printable lines about files that were left out and about unexpected findings."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names and labels in their order: two sources with equal ones number alike."""
+        """SHA-256 of the names and labels in order. Sources with equal fingerprints have the same sample ids."""
 
     def __len__(self) -> int: ...
 
     def path(self, i: int) -> str:
-        """Where sample i lies, for people and for lists of bad samples."""
+        """Return the location of sample i, for messages and lists of bad samples."""
 
     def read(self, i: int) -> bytes:
-        """The encoded image of sample i. Raises OSError."""
+        """Return the encoded image of sample i. Raises OSError."""

@@ -1,8 +1,9 @@
-"""A source's samples kept in RAM or on a disk of the node, encoded or as pixels, by all processes of the node.
+"""Cache of a source's samples, encoded or as pixels, in RAM or on a local disk, shared by all processes of a node.
 
-A cache is a folder with two files. `data` holds samples one after the other, as they first came; `index` a header and,
-for each sample, 16 bytes: where it lies, its length and its CRC. A sample is appended under a lock and then entered in
-the index. Nothing found is trusted: what does not have its CRC is read from the source again, and kept anew.
+A cache is a folder with two files. `data` contains the samples in the order in which they were first read. `index`
+contains a header and 16 bytes per sample: its offset in `data`, its length and its CRC. A sample is appended under a
+lock and then entered in the index. Every read is verified: if the CRC does not match, the sample is read from the
+source again and appended again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 SPARE = 0.1
-"""Share of its file system that a cache leaves free: in RAM the loaders' batches lie there too."""
+"""Fraction of its file system that a cache leaves free: the loaders' batches are in /dev/shm too."""
 
 _RAM = Path("/dev/shm")
 _VERSION = 1
@@ -40,7 +41,7 @@ _ENTRY = struct.Struct("<qII")
 
 
 class _Entry(NamedTuple):
-    """What the index has of a sample; zeros where it is not kept."""
+    """A sample's entry in the index; all zeros if the sample is not in the cache."""
 
     at: int
     length: int
@@ -48,14 +49,15 @@ class _Entry(NamedTuple):
 
 
 class Cached:
-    """A source that is asked for each sample once, as long as the cache has room.
+    """A source with a cache in front of it. Each sample is read from the source once, as long as the cache has room.
 
-    With `data.cache=decoded` samples come as upright RGB in an uncompressed format, kept or not: what a run sees does
-    not go by what the cache holds. What is no image comes as it is.
+    With `data.cache=decoded` every sample is returned as upright RGB in an uncompressed format, even if it is not
+    cached, so that a run's pixels do not depend on the content of the cache. Bytes that are not an image are returned
+    unchanged.
     """
 
     def __init__(self, settings: DataSettings, source: Source) -> None:
-        """Opens the cache of the source, or makes an empty one. Raises DataError where its folder cannot be used."""
+        """Open the cache of the source, or create an empty one. Raises DataError if its folder cannot be used."""
         self._source, self._max_pixels, self._white = source, settings.max_pixels, settings.range
         self._decoded = settings.cache == "decoded"
         self._folder = folder = cache_folder_of(settings, source)
@@ -72,7 +74,7 @@ class Cached:
         except OSError as error:
             raise DataError(
                 f"data.cache={settings.cache} cannot use {folder}: {error.strerror or error}; "
-                f"give data.cache_dir a folder that can be written to, or set data.cache=null"
+                f"set data.cache_dir to a writable folder, or set data.cache=null"
             ) from error
 
     @property
@@ -115,18 +117,18 @@ class Cached:
         if self._decoded:
             try:
                 data = _pixels(data, self._max_pixels, self._white)
-            except BadImage:  # Whoever decodes it will say why.
+            except BadImage:  # The decoder reports the reason.
                 return data
         if self._filling and data:
             self._keep(i, data, entry)
         return data
 
     def _find(self, i: int) -> tuple[_Entry, bytes | None]:
-        """What the index has of a sample, and its bytes where they are as they were kept."""
+        """Return the sample's entry in the index, and its bytes if their CRC matches."""
         entry = _Entry(0, 0, 0)
-        with suppress(OSError):  # A disk that fails is a cache that is empty.
+        with suppress(OSError):  # A failing disk is treated as an empty cache.
             entry = self._entry(i)
-            # A length that a damaged index makes up would be more than memory holds.
+            # A length from a damaged index could exceed memory, so it is checked against the file's size.
             if 0 < entry.length <= os.fstat(self._data.fileno()).st_size - entry.at and entry.at >= 0:
                 data = os.pread(self._data.fileno(), entry.length, entry.at)
                 if zlib.crc32(data, i) == entry.crc:
@@ -137,11 +139,11 @@ class Cached:
         return _Entry(*_ENTRY.unpack(os.pread(self._index.fileno(), _ENTRY.size, _HEADER + i * _ENTRY.size)))
 
     def _keep(self, i: int, data: bytes, found: _Entry) -> None:
-        """Appends a sample, unless another process just has: then its entry is no longer as `found`."""
+        """Append a sample, unless another process has done so: then its entry no longer equals `found`."""
         try:
             if _room(self._folder) < len(data):
                 raise OSError(errno.ENOSPC, f"{SPARE:.0%} of the file system stay free")
-            # Opened anew: for processes that share an open file by a fork, a lock on it is one lock.
+            # The file is opened again: processes that share an open file after a fork also share its lock.
             with open(self._folder / "data", "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if not os.path.samestat(os.fstat(file.fileno()), os.fstat(self._data.fileno())):
@@ -156,10 +158,10 @@ class Cached:
                 os.pwrite(self._index.fileno(), entry, _HEADER + i * _ENTRY.size)
         except OSError as error:
             self._filling = False
-            self._say_once(f"the cache {self._folder} takes no more samples, and the run goes on: {error.strerror}")
+            self._say_once(f"the cache {self._folder} takes no more samples, and the run continues: {error.strerror}")
 
     def _say_once(self, line: str) -> None:
-        """Prints a line, unless another process has."""
+        """Print a line, unless another process has already printed it."""
         with suppress(OSError):
             try:
                 os.close(os.open(self._folder / _FULL, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -169,12 +171,12 @@ class Cached:
 
 
 def cached(settings: DataSettings, source: Source) -> Source:
-    """The source with the cache that `data.cache` asks for."""
+    """Return the source, with a cache in front of it if `data.cache` is set."""
     return source if settings.cache is None else Cached(settings, source)
 
 
 def cache_note(settings: DataSettings, source: Source) -> str:
-    """A line on the cache that a loader has opened: where it is, how large, how to be rid of it."""
+    """Return a line about the cache that a loader has opened: its folder, its size and how to remove it."""
     folder = cache_folder_of(settings, source)
     size, room = (folder / "data").stat().st_size, max(_room(folder), 0)
     return (
@@ -184,32 +186,32 @@ def cache_note(settings: DataSettings, source: Source) -> str:
 
 
 def cache_folder_of(settings: DataSettings, source: Source) -> Path:
-    """Where the cache of a source is. Sources that number alike in two places, as resized copies do, have two."""
+    """Return the folder of a source's cache. Copies in other places (resized ones, say) have caches of their own."""
     if settings.cache_dir is None and not _RAM.is_dir():
         raise DataError(
             f"data.cache={settings.cache} keeps samples in {_RAM}, which this system does not have; "
-            f"give data.cache_dir a folder on a disk of this machine"
+            f"set data.cache_dir to a folder on a disk of this machine"
         )
     base = _RAM if settings.cache_dir is None else Path(settings.cache_dir).expanduser().absolute()
     starts = np.cumsum([0, *(share.samples for share in source.shares[:-1])]).tolist()
     what = "\0".join([source.fingerprint, *map(source.path, starts)])
     key = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    # Pixels are kept as they were scaled.
+    # Decoded pixels depend on data.range.
     scaled = f"-{settings.range}" if settings.cache == "decoded" and settings.range is not None else ""
     return base / f"mimae-cache-{os.getuid()}" / f"{key}-{settings.cache}{scaled}"
 
 
 def _make_own(folder: Path) -> None:
-    """Makes a folder that this user alone writes to: /dev/shm is everybody's. Raises OSError."""
+    """Make a folder that only this user can write to, because /dev/shm is world-writable. Raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{folder} is not yours alone to write to")
+        raise OSError(f"{folder} can be written by other users")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among processes that open or make the cache."""
+    """Hold the lock that serializes opening and creating the cache."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -219,7 +221,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open_index(folder: Path, header: bytes, size: int) -> io.FileIO:
-    """The index with this header and size. In the place of another one, or of none, an empty one for empty data."""
+    """Open the index. If it is missing or has another header or size, replace it and the data by empty ones."""
     with suppress(FileNotFoundError):
         index = open(folder / "index", "r+b", buffering=0)  # noqa: SIM115
         if os.pread(index.fileno(), _HEADER, 0) == header and os.fstat(index.fileno()).st_size == size:
@@ -234,12 +236,12 @@ def _open_index(folder: Path, header: bytes, size: int) -> io.FileIO:
 
 
 def _room(folder: Path) -> float:
-    """Bytes that may still be written on the folder's file system."""
+    """Return the number of bytes that may still be written to the folder's file system."""
     system = os.statvfs(folder)
     return system.f_frsize * (system.f_bavail - SPARE * system.f_blocks)
 
 
 def _pixels(data: bytes, max_pixels: int, white: int | None) -> bytes:
-    """The image as upright RGB in PPM: a header and the pixels. Raises BadImage."""
+    """Return the image as upright RGB in PPM format: a header and the pixels. Raises BadImage."""
     image = whole(data, max_pixels, white)
     return b"P6\n%d %d\n255\n" % image.size + image.tobytes()

@@ -1,4 +1,4 @@
-"""Which names are those of images, by their endings, in each version of the rules; and a word on those that are not."""
+"""File extensions of images in each version of the rules, and notes about files with other extensions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ENDINGS: dict[int, tuple[str, ...]] = {
         *("bmp", "dib", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
     ),
 }
-"""Endings of images by `data.index_version`: the newest are those of the formats that `pixels.decode` reads."""
+"""Extensions of images by `data.index_version`. The newest version has those of all formats that are decoded."""
 
 _KNOWN = {version: frozenset(ending.encode() for ending in endings) for version, endings in ENDINGS.items()}
 _AFTER = b"?:!@&#;%"
-"""Characters that addresses put behind an ending, as in a.jpg?w=600 and a.jpg:large."""
+"""Characters that follow an extension in names made from URLs, as in a.jpg?w=600 and a.jpg:large."""
 
 _NAMED = 6
-"""Endings that a note names."""
+"""Number of extensions that a note names."""
 
 
 def is_image_ending(ending: bytes, version: int = INDEX_VERSION) -> bool:
-    """Return whether what follows a dot in a name is the ending of an image."""
+    """Return whether the part of a name after a dot is the extension of an image."""
     if version > 1:
         for at, byte in enumerate(ending):
             if byte in _AFTER:
@@ -36,43 +36,43 @@ def is_image_ending(ending: bytes, version: int = INDEX_VERSION) -> bool:
 
 
 def is_image(name: bytes, version: int = INDEX_VERSION) -> bool:
-    """Return whether a file of this name is taken for an image."""
+    """Return whether a file of this name is treated as an image."""
     _, dot, ending = name.rpartition(b".")
     if dot and is_image_ending(ending, version):
         return True
     if version == 1 or b"?" not in name:
         return False
-    _, dot, ending = name.partition(b"?")[0].rpartition(b".")  # The query has dots of its own.
+    _, dot, ending = name.partition(b"?")[0].rpartition(b".")  # The query may contain dots.
     return bool(dot) and is_image_ending(ending, version)
 
 
 def ending_of(name: bytes) -> str:
-    """Return the ending of a name that is no image's, in small letters, for counting; "" where it has none."""
+    """Return the lower-case extension of a name that is not an image's, for counting; "" if it has none."""
     _, dot, ending = name.rpartition(b"/")[2].rpartition(b".")
     return ending.lower().decode("utf-8", "replace")[:16] if dot else ""
 
 
 def counted(endings: Counter[str]) -> str:
-    """Return a phrase that counts files by their endings, the most frequent first."""
+    """Return a phrase that counts files by extension, the most frequent first."""
     first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]
     shown = [f"{count:,} {_named(ending)}" for ending, count in first]
     rest = endings.total() - sum(count for _, count in first)
-    return ", ".join([*shown, *([f"{rest:,} with other endings"] if rest else [])])
+    return ", ".join([*shown, *([f"{rest:,} with other extensions"] if rest else [])])
 
 
 def _named(ending: str) -> str:
-    return f".{printable(ending)}" if ending else "without an ending"
+    return f".{printable(ending)}" if ending else "without an extension"
 
 
 def left_out(endings: Counter[str]) -> list[str]:
-    """Return a note on the files that are no images by their endings; no note where there are none."""
+    """Return a note about files whose extensions are not those of images, or no note if there are none."""
     if not endings:
         return []
-    return [f"left out, since their endings are not those of images: {counted(endings)}"]
+    return [f"left out, since their extensions are not those of images: {counted(endings)}"]
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Return the first few names, and how many more there are."""
+    """Return a phrase with the first few names and the number of the others."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(printable, names[:most])) + more

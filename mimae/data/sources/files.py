@@ -1,4 +1,4 @@
-"""Images in files of their own, found in a folder."""
+"""Sources whose images are separate files, and the scan of a folder for images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mimae.outside.text import printable
 
 
 class FileSource(IndexedSource):
-    """Images in files of their own: a folder's in the order of their paths' bytes, a list's in its own."""
+    """Images that are separate files: of a folder, in byte order of their paths, or of a list, in its order."""
 
     def __init__(self, name: str, folder: Path, index: Index, max_bytes: int) -> None:
         super().__init__(name, index, max_bytes)
@@ -35,16 +35,16 @@ class FileSource(IndexedSource):
         with open(open_regular(os.path.join(self._folder, self.index.name(i))), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             self.check_size(size)
-            # Python takes memory for all that is asked for, so the legal maximum is asked for last.
+            # Python allocates the requested number of bytes, so the maximum is only requested if the file is longer.
             data = file.read(size)
-            if len(data) == size and (more := file.read(1)):  # A file may grow, and the system's own say no size.
+            if len(data) == size and (more := file.read(1)):  # Files can grow, and those in /proc report size 0.
                 data += more + file.read(self.max_bytes - size)
                 self.check_size(len(data))
             return data
 
 
 def scan_folder(root: Path, version: int) -> Index:
-    """Indexes every image below `root`, one listing per folder, many at a time. Raises DataError."""
+    """Index every image below `root`. Folders are listed in parallel, each of them once. Raises DataError."""
     listings = _list_folders(os.fsencode(root), version)
     names, lengths, per_class = bytearray(), array("q"), dict[bytes, int]()
     for prefix, run in _walk({prefix: listing.entries for prefix, listing in listings.items()}):
@@ -59,7 +59,7 @@ def scan_folder(root: Path, version: int) -> Index:
     if version > 1:
         _refuse_shards(root, len(lengths), listings)
     labels, classes, notes = None, None, left_out(others)
-    # Images beside the class folders have no class, and half a labelling is none.
+    # Images outside of the class folders have no class, and then no image gets one.
     if b"" not in per_class:
         folders_in_order = sorted(per_class)
         number = {name: i for i, name in enumerate(folders_in_order)}
@@ -67,9 +67,9 @@ def scan_folder(root: Path, version: int) -> Index:
         classes = [os.fsdecode(name) for name in folders_in_order]
     elif len(per_class) > 1:
         beside = per_class[b""]
-        notes.append(f"no sample has a class, since {beside:,} images lie beside the folders that would be classes")
+        notes.append(f"no sample has a class, since {beside:,} images are next to the folders that would be classes")
     if again := sum(listing.again for listing in listings.values()):
-        notes.append(f"left out: {again:,} links to folders that another link had led into")
+        notes.append(f"left out: {again:,} links to folders that were already reached by another link")
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
     return Index(
         np.frombuffer(bytes(names), np.uint8),
@@ -82,25 +82,25 @@ def scan_folder(root: Path, version: int) -> Index:
 
 
 def _no_images(root: Path, listings: dict[bytes, _Listing], others: Counter[str], version: int) -> str:
-    """Say what lies in a folder without images, and how it is named if it can be used."""
+    """Return an error message for a folder without images: what it contains, and which path would work instead."""
     folders = f"{len(listings)} folder{'s' if len(listings) > 1 else ''}"
     text = (
-        f"{printable(str(root))} holds no images: {folders} looked through, hidden ones left out. "
-        f"Images end in {', '.join(ENDINGS[version])}; tar shards and Parquet files lie in a folder of their own."
+        f"{printable(str(root))} contains no images: {folders} searched, hidden ones left out. "
+        f"Extensions of images are {', '.join(ENDINGS[version])}; tar shards and Parquet files need a separate folder."
     )
     if others:
-        text += f" It holds files of other kinds: {counted(others)}."
+        text += f" It contains files of other kinds: {counted(others)}."
     if shards := [os.path.join(os.fsencode(root), prefix) for prefix, each in listings.items() if each.shards]:
         text += f" There are shards in {listed(map(os.fsdecode, shards))}; name that folder."
     if others[""]:
-        text += " Images without an ending are named by a list file, one path per line."
+        text += " For images without an extension, write a list file with one path per line."
     if others["gz"] or others["tgz"] or others["zst"]:
-        text += " Compressed shards leave no random access: unpack them to .tar."
+        text += " Compressed shards do not allow random access: unpack them to .tar."
     return text
 
 
 def beside_shards(root: Path, version: int) -> list[str]:
-    """Return notes on the files that lie beside the shards of a folder. Raises DataError where they are images."""
+    """Return notes about the other files in a folder of shards. Raises DataError if there are images among them."""
     listings = _list_folders(os.fsencode(root), version)
     images = sum(len(run) for _, run in _walk({prefix: listing.entries for prefix, listing in listings.items()}))
     _refuse_shards(root, images, listings)
@@ -111,7 +111,7 @@ def beside_shards(root: Path, version: int) -> list[str]:
 
 
 def _refuse_shards(root: Path, images: int, listings: dict[bytes, _Listing]) -> None:
-    """Raise DataError where shards and images lie together: nobody can tell which of the two are meant."""
+    """Raise DataError if a folder contains both shards and images, because it is unclear which of them are meant."""
     found = [(prefix, name) for prefix, listing in listings.items() for name in listing.shards]
     if not found or not images:
         return
@@ -125,7 +125,7 @@ def _refuse_shards(root: Path, images: int, listings: dict[bytes, _Listing]) -> 
         if not entry.endswith(b"/")
     )
     raise DataError(
-        f"{printable(str(root))} holds {len(found):,} shard{'s' if len(found) > 1 else ''} "
+        f"{printable(str(root))} contains {len(found):,} shard{'s' if len(found) > 1 else ''} "
         f"({listed(os.fsdecode(p + n) for p, n in found)}) and {images:,} image{'s' if images > 1 else ''} "
         f"({printable(picture)}{', ...' if images > 1 else ''}), and only one kind can be meant: "
         f"write {printable(pattern)} for the shards, or move them elsewhere for the images"
@@ -133,25 +133,25 @@ def _refuse_shards(root: Path, images: int, listings: dict[bytes, _Listing]) -> 
 
 
 class _Listing(NamedTuple):
-    """What lies right in a folder."""
+    """The content of one folder, without its subfolders' content."""
 
     entries: list[bytes]
-    """In the order of paths' bytes: `name/` for a folder, names joined by NUL for images."""
+    """Entries in byte order of the paths: `name/` for a folder, names joined by NUL for a run of images."""
     links: frozenset[bytes]
-    """Those folders among the entries that are links."""
+    """The folders among the entries that are links."""
     others: Counter[str]
-    """Files that are no images, by their endings."""
+    """Number of files that are not images, by extension."""
     shards: list[bytes]
-    """Names of tar shards and Parquet files, which count as others too."""
+    """Names of tar shards and Parquet files, which `others` counts too."""
     again: int = 0
-    """Links that were not followed."""
+    """Number of links that were not followed."""
 
 
 def _list_folders(root: bytes, version: int) -> dict[bytes, _Listing]:
-    """Lists `root` and every folder below it, by path relative to `root` ("" or "a/b/").
+    """List `root` and every folder below it. The keys are paths relative to `root` ("" or "a/b/").
 
-    A link is not followed to a folder above it; by newer rules a folder is entered by one link at most, so that folders
-    linked to one another come to an end.
+    A link to one of its parent folders is not followed. From version 2 on, each folder is entered through at most one
+    link, so that the scan ends when folders link to one another.
     """
     listings: dict[bytes, _Listing] = {}
     entered: set[tuple[int, int]] = set()
@@ -193,7 +193,7 @@ def _cannot_list(folder: bytes, error: OSError) -> DataError:
 
 
 def _list(root: bytes, prefix: bytes, version: int) -> _Listing:
-    """Lists one folder."""
+    """List one folder."""
     folder = os.path.join(root, prefix)
     found, links, others, shards = [], set(), Counter[str](), []
     try:
@@ -229,12 +229,12 @@ _SHARDS = tuple(ending.encode() for ending in SHARDS)
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # A link to itself; with an image's ending it will be listed as a bad sample.
+    except OSError:  # A link to itself. With the extension of an image it becomes a bad sample.
         return False
 
 
 def _walk(listings: dict[bytes, list[bytes]]) -> Iterator[tuple[bytes, list[bytes]]]:
-    """Runs of images with their folder, in the order of the whole paths' bytes."""
+    """Yield runs of images with their folder, in byte order of the full paths."""
     stack = [(b"", iter(listings[b""]))]
     while stack:
         prefix, entries = stack[-1]

@@ -1,7 +1,7 @@
-"""The index of a source: its samples' names in their order, cached until what it was made from changes.
+"""The index of a source: the names of its samples in order, cached until the indexed files or folders change.
 
-Names are kept as one block of bytes with int64 offsets: ten million files take no Python object each, and
-workers share the pages with the process that forked them.
+Names are stored as one block of bytes with int64 offsets. So ten million files do not need a Python object each, and
+workers share the memory pages with the process that forked them.
 """
 
 from __future__ import annotations
@@ -32,47 +32,47 @@ _VERSION = 3
 _SETTLED_NS = 2_000_000_000
 _PLACE = "place."
 STAMPS = "stamps"
-"""The key of `places` for when files were changed last and how large they were."""
+"""Key of `places` for the modification times and sizes of the files."""
 SCAN_THREADS = 16
-"""File systems across a network answer many questions at once as fast as one."""
+"""Number of threads for file system calls: network file systems answer parallel requests as fast as a single one."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of a source in their order, and the files and folders whose change makes it stale."""
+    """The samples of a source in order, and the files and folders whose modification makes the index stale."""
 
     names: np.ndarray
-    """uint8: the paths relative to the source's folder, or names inside its shards, one after the other."""
+    """uint8: paths relative to the source's folder, or member names inside its shards, concatenated."""
     offsets: np.ndarray
-    """int64 (n + 1,): where each name begins, and the last one ends."""
+    """int64 (n + 1,): start of each name in `names`, and the end of the last one."""
     labels: np.ndarray | None
     classes: list[str] | None
     watched: list[bytes]
-    """Paths of what was read to make the index: every folder, the list file, or every shard."""
+    """Paths that were read to make the index: every folder, the list file, or every shard."""
     places: dict[str, np.ndarray] = field(default_factory=dict)
-    """Where the bytes lie, in the terms of the kind of source; empty for files of their own."""
+    """Locations of the samples' bytes, in a form that depends on the kind of source; empty for separate files."""
     notes: list[str] = field(default_factory=list)
-    """Lines on what was left out or not understood."""
+    """Lines about files that were left out or not understood."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def name(self, i: int) -> bytes:
-        """The name of sample i."""
+        """Return the name of sample i."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()
 
 
 def cache_folder() -> Path:
-    """Where indices and the embedded photographs are kept: $XDG_CACHE_HOME/mimae, or ~/.cache/mimae."""
+    """Return the folder for indices and the embedded photographs: $XDG_CACHE_HOME/mimae or ~/.cache/mimae."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
 
 
 def indexed(places: Sequence[Path], rules: str, build: Callable[[], Index]) -> Index:
-    """The index of `places`, from the cache where nothing that it was made from has changed since.
+    """Return the index of `places`, from the cache if no file or folder that it was made from has changed since.
 
-    `rules` tells apart the indices that different settings make of the same places.
+    `rules` distinguishes the indices that different settings produce for the same places.
     """
     text = b"\0".join([*map(os.fsencode, places), b"%d" % _VERSION, rules.encode("utf-8", "surrogatepass")])
     key = hashlib.sha256(text).hexdigest()[:32]
@@ -86,28 +86,31 @@ def indexed(places: Sequence[Path], rules: str, build: Callable[[], Index]) -> I
 
 
 def read_all(kind: str, files: Sequence[Path], read: Callable[[Path], T | str]) -> list[T]:
-    """`read` of each file, of many at once; text is why a file cannot be used. Raises DataError with all such."""
+    """Return `read(file)` for each file, computed in parallel.
+
+    A result of type str is the reason why a file cannot be used. Raises DataError that lists all such files.
+    """
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         found = list(pool.map(read, files))
     if refused := [f"  {printable(f'{file}: {one}')}" for file, one in zip(files, found) if isinstance(one, str)]:
         listed = "\n".join(refused[:10])
         raise DataError(
             f"{len(refused)} of {len(files)} {kind} cannot be used:\n{listed}\n"
-            f"Mend them, or leave them out of data.path."
+            f"Repair them, or leave them out of data.path."
         )
     return [one for one in found if not isinstance(one, str)]
 
 
 def end_to_end(lengths: np.ndarray) -> np.ndarray:
-    """int64 (n + 1,): where each of things of these lengths begins, one after the other, and the last one ends."""
+    """Return the offsets of consecutive items of these lengths, int64 (n + 1,): each start, and the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 class IndexedSource:
-    """What the sources that have an index share. A kind of source adds `path` and `read`."""
+    """Base class of sources that have an index. Subclasses add `path` and `read`."""
 
     RUN = 256
-    """Samples of a block, where storage has none of its own."""
+    """Number of samples in a block, for storage that has no blocks of its own."""
 
     def __init__(self, name: str, index: Index, max_bytes: int) -> None:
         self.name, self.index, self.max_bytes = name, index, max_bytes
@@ -117,7 +120,7 @@ class IndexedSource:
         return tuple(self.index.notes)
 
     def check_size(self, size: int) -> None:
-        """Raise OSError for an encoded image that is larger than data.max_bytes."""
+        """Raise OSError if an encoded image is larger than data.max_bytes."""
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than data.max_bytes = {self.max_bytes:,}")
 
@@ -131,7 +134,7 @@ class IndexedSource:
 
     @property
     def blocks(self) -> np.ndarray:
-        """int64 (m + 1,): the first ids of the runs of samples that lie together in storage, and their end."""
+        """int64 (m + 1,): first id of each block (run of samples stored together), and the number of samples."""
         return np.append(np.arange(0, len(self), self.RUN), len(self))
 
     @property
@@ -141,7 +144,7 @@ class IndexedSource:
     @cached_property
     def fingerprint(self) -> str:
         digest, index = hashlib.sha256(), self.index
-        # A copy elsewhere has other times of change and is the same source.
+        # A copy of the files has other modification times but is the same source.
         places = [block for key, block in sorted(index.places.items()) if key != STAMPS]
         for block in (index.names, index.offsets, index.labels, *places):
             if block is not None:
@@ -153,7 +156,7 @@ class IndexedSource:
 
 
 def _stamps(watched: list[bytes]) -> np.ndarray:
-    """int64 (n, 2): time of change in ns, and for files the size, of each path. Raises OSError."""
+    """Return each path's modification time in ns and, for files, size: int64 (n, 2). Raises OSError."""
 
     def stamp(path: bytes) -> tuple[int, int]:
         status = os.stat(path)
@@ -164,7 +167,7 @@ def _stamps(watched: list[bytes]) -> np.ndarray:
 
 
 def _load(path: Path) -> Index | None:
-    """The cached index, if there is one and it is fresh."""
+    """Return the cached index, or None if there is none or it is stale."""
     try:
         with np.load(path, allow_pickle=False) as file:
             watched = bytes(file["watched"]).split(b"\0")
@@ -179,12 +182,12 @@ def _load(path: Path) -> Index | None:
                 {key.removeprefix(_PLACE): file[key] for key in file if key.startswith(_PLACE)},
                 _texts(file, "notes") or [],
             )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, torn, or a folder is gone.
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # Missing, damaged, or a folder is gone.
         return None
 
 
 def _save(path: Path, index: Index, started_ns: int) -> None:
-    """Writes the index to the cache; a cache that cannot be written is done without."""
+    """Write the index to the cache. Errors are ignored: a run does not need the cache."""
     blocks = {"names": index.names, "offsets": index.offsets, "watched": _bytes(b"\0".join(index.watched))}
     blocks |= {_PLACE + key: block for key, block in index.places.items()}
     if index.labels is not None:
@@ -194,7 +197,7 @@ def _save(path: Path, index: Index, started_ns: int) -> None:
             blocks[key] = _bytes("\0".join(texts).encode("utf-8", "surrogatepass"))
     with suppress(OSError):
         stamps = _stamps(index.watched)
-        # A folder that changed this lately may change again without its time showing it.
+        # A folder that changed this recently may change again within the resolution of its modification time.
         if stamps[:, 0].max() > started_ns - _SETTLED_NS:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""List files: a path per line and, after a tab (in .csv a comma), its class as a number or a name."""
+"""List files: one path per line and, after a tab (in .csv a comma), its class as a number or a name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTENSIONS = (".txt", ".tsv", ".csv")
 
 _LONGEST_LINE = 1 << 16
 _LOOKED_FOR = 100
-"""Paths of a list of which at least one has to exist."""
+"""Number of paths at the start of a list, of which at least one has to exist."""
 
 _SEPARATORS = ((" ", "a space"), (";", "a semicolon"), ("\t", "a tab"), (",", "a comma"), ("|", "a bar"))
 
@@ -77,23 +77,23 @@ def _rows(path: Path, comma: bool) -> Iterator[tuple[int, list[str]]]:
 def _no_path(row: list[str], where: str, comma: bool) -> str:
     zero = " (a zero byte, as in UTF-16: save the list as UTF-8)" if any("\0" in field for field in row) else ""
     return (
-        f"{where}: {[field[:80] for field in row[:4]]!r} is not a path, alone or with a class after a "
+        f"{where}: {[field[:80] for field in row[:4]]!r} is not a path, optionally followed by a class after a "
         f"{'comma' if comma else 'tab'}{zero}"
     )
 
 
 class _Labels:
-    """The classes of a list as they come in: numbers on all lines, or names on all lines, or on none."""
+    """Collects the classes of a list: numbers on all lines, names on all lines, or no classes."""
 
     def __init__(self) -> None:
         self._codes, self._known = array("q"), dict[str, int]()
         self._bare, self._is_number = 0, False
 
     def add(self, text: str | None, where: str) -> None:
-        """Take the label of the next line. Raises DataError where it does not go with those before it."""
+        """Add the label of the next line. Raises DataError if its kind differs from that of the lines before."""
         self._bare += text is None
         if self._bare and (self._codes or text is not None):
-            raise DataError(f"{where}: classes stand on some lines and not on others")
+            raise DataError(f"{where}: some lines have a class and others do not")
         if text is None:
             return
         code = self._known.get(text)
@@ -102,14 +102,14 @@ class _Labels:
             if self._known and is_number != self._is_number:
                 raise DataError(
                     f"{where}: {text!r} is a class {'number' if is_number else 'name'} and other lines have "
-                    f"{'names' if is_number else 'numbers'} (a heading in the first line has to go)"
+                    f"{'names' if is_number else 'numbers'} (remove a heading in the first line)"
                 )
             self._is_number = is_number
             code = self._known[text] = len(self._known)
         self._codes.append(code)
 
     def numbered(self) -> tuple[np.ndarray | None, list[str] | None]:
-        """Return the classes int64 (n,), and their names where they have names, in alphabetical order."""
+        """Return the classes, int64 (n,), and their names in alphabetical order, or None if they have no names."""
         if not self._codes:
             return None, None
         names = None if self._is_number else sorted(self._known)
@@ -118,7 +118,7 @@ class _Labels:
 
 
 def _is_number(text: str, where: str) -> bool:
-    """Return whether a label is a class number; if not, it is a name. Raises DataError for other numbers."""
+    """Return whether a label is a class number; otherwise it is a name. Raises DataError for other numbers."""
     if text.isascii() and text.strip().isdigit():
         if len(text.strip()) < 11 and int(text) < 1 << 31:
             return True
@@ -132,7 +132,7 @@ def _is_number(text: str, where: str) -> bool:
 
 
 def _check_paths(path: Path, index: Index, comma: bool) -> None:
-    """Raise DataError where the list seems to be written in another way than it was read."""
+    """Raise DataError if the list seems to have another format than the one it was read in."""
     first = [os.fsdecode(index.name(i)) for i in range(min(len(index), _LOOKED_FOR))]
     exists = [_exists(path.parent, name) for name in first]
     if not any(exists):
@@ -149,9 +149,9 @@ def _check_paths(path: Path, index: Index, comma: bool) -> None:
 
 
 def _advice(path: Path, name: str, comma: bool) -> str:
-    """Say how the line would have to be written to mean what it seems to mean."""
+    """Return advice on how to write the line so that it means what was probably intended."""
     if "://" in name or name.startswith("pipe:"):
-        return "it is an address, and images are read from files of this machine: download them, or mount their store"
+        return "it is a URL, but images are read from local files: download them, or mount their storage"
     rule = "in .csv a class follows after a comma, in .txt and .tsv after a tab"
     seen = [(separator, word) for separator, word in _SEPARATORS if separator in name]
     for separator, word in seen:

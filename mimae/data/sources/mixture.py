@@ -1,4 +1,4 @@
-"""Sources mixed by weight. An epoch is a stated number of draws, and each source is gone through pass after pass."""
+"""Mixtures of sources by weight. An epoch is a given number of draws, and each source is read pass after pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FORM = """
 
 
 class Mixture:
-    """Several sources as one: the ids of each follow those of the one before it."""
+    """Several sources as one. The ids of each source follow those of the source before it."""
 
     def __init__(self, name: str, sources: Sequence[Source], draws: Sequence[int]) -> None:
         self.name, self._sources, self._draws = name, list(sources), list(draws)
@@ -38,7 +38,7 @@ class Mixture:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Where all sources have classes, and the same ones."""
+        """int64 (n,): the class of each sample; None unless all sources have the same classes."""
         labels = [source.labels for source in self._sources if source.labels is not None]
         alike = all(source.classes == self._sources[0].classes for source in self._sources)
         return np.concatenate(labels) if alike and len(labels) == len(self._sources) else None
@@ -84,7 +84,7 @@ class Mixture:
 
 
 def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source], version: int) -> Mixture:
-    """The mixture that a YAML file lists; `open_part(path, folder)` opens what it names. Raises DataError."""
+    """Return the mixture that a YAML file describes. `open_part(path, folder)` opens its sources. Raises DataError."""
     shown = printable(str(file))
     content = _read(file, shown)
     total, weights = content["draws"], content["sources"]
@@ -94,27 +94,27 @@ def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source]
         raise DataError(f"{shown}: sources: {repr(weights)[:80]} is not a list of `path: weight`")
     for path, weight, _ in weights.pairs:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise DataError(f"{shown}: sources: the weight of {path} is {weight!r}; legal are numbers above 0")
+            raise DataError(f"{shown}: sources: the weight of {path} is {weight!r}; weights are numbers above 0")
     paths, numbers = _distinct(weights, file, version)
     draws = apportion(total, numbers)
     if none := [path for path, share in zip(paths, draws) if not share]:
-        raise DataError(f"{shown}: of {total} draws none is for {', '.join(none)}; raise draws or its weight")
-    # Before any is opened: a mixture that names itself would have no end.
+        raise DataError(f"{shown}: none of {total} draws is for {', '.join(none)}; raise draws or its weight")
+    # This is checked before any source is opened: a mixture that names itself would recurse forever.
     for place in (file.parent / path for path in paths):
         if place.suffix.lower() in EXTENSIONS and place.is_file():
-            raise DataError(f"{shown}: a mixture holds no other mixtures; list their sources here")
+            raise DataError(f"{shown}: a mixture cannot contain other mixtures; list their sources here")
     sources = [open_part(path, file.parent) for path in paths]
     return Mixture(name, sources, draws)
 
 
 class _Weights(NamedTuple):
-    """The sources of a mixture as they are written: path, weight, line."""
+    """The sources of a mixture as written in its file: path, weight, line number."""
 
     pairs: list[tuple[str, Any, int]]
 
 
 def _read(file: Path, shown: str) -> dict[str, Any]:
-    """What a mixture's file holds under `draws` and `sources`. Raises DataError."""
+    """Return the content of a mixture's file under `draws` and `sources`. Raises DataError."""
     try:
         node = compose(read_text(file, LARGEST_FILE), yaml.SafeLoader)
     except OSError as error:
@@ -127,12 +127,12 @@ def _read(file: Path, shown: str) -> dict[str, Any]:
             raise DataError(f"{shown}, line {key.start_mark.line + 1}: {key.value} is given twice")
         content[str(key.value)] = _pairs(value) if isinstance(value, yaml.MappingNode) else _value(value)
     if content.keys() != {"draws", "sources"}:
-        raise DataError(f"{shown} is no mixture; one is, for example:{_FORM}")
+        raise DataError(f"{shown} is not a mixture; an example of one is:{_FORM}")
     return content
 
 
 def _pairs(node: yaml.MappingNode) -> _Weights:
-    """The pairs of a mapping; a path is taken as it is written: 00010 is a folder and no number."""
+    """Return the pairs of a mapping. Paths are taken literally: 00010 is a folder and not a number."""
     return _Weights([(str(key.value), _value(value), key.start_mark.line + 1) for key, value in node.value])
 
 
@@ -144,9 +144,9 @@ def _value(node: yaml.Node) -> Any:
 
 
 def _distinct(weights: _Weights, file: Path, version: int) -> tuple[list[str], list[float]]:
-    """Return the paths, with `~` and variables replaced, and their weights. Raises DataError where two are one.
+    """Return the paths, with `~` and variables expanded, and their weights. Raises DataError if two are equal.
 
-    By the first rules the last weight of a path counts, and paths that look like numbers are numbers.
+    In version 1 the last weight of a path counts, and paths that look like numbers are numbers.
     """
     if version == 1:
         last = {str(_value(yaml.ScalarNode(_tag(path), path))): weight for path, weight, _ in weights.pairs}
@@ -161,7 +161,7 @@ def _distinct(weights: _Weights, file: Path, version: int) -> tuple[list[str], l
         if place in seen:
             first, at = seen[place]
             raise DataError(
-                f"{printable(str(file))}: {path} (line {line}) is the source that {first} (line {at}) has named; "
+                f"{printable(str(file))}: {path} (line {line}) is the same source as {first} (line {at}); "
                 f"name it once, with the sum of the weights"
             )
         seen[place] = path, line
@@ -173,7 +173,7 @@ def _tag(scalar: str) -> str:
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole shares by weight: rounded down, and one more for the largest remainders."""
+    """Divide `total` into integer shares by weight: round down, then add one to those with the largest remainders."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: shares[k] - exact[k])

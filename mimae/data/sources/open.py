@@ -1,4 +1,4 @@
-"""Which kind of source a data path names, and the source itself."""
+"""Opening of data paths: decide which kind of source a path names, and open it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mimae.outside.text import printable
 
 LEGAL = (
     f"A data path is a folder of images, a list file ({', '.join(lists.EXTENSIONS)}), tar shards or Parquet files "
-    f"(one, a folder of them, or a pattern as train-{{000..099}}.tar or train-*.tar), a mixture (.yaml), "
+    f"(one, a folder of them, or a pattern such as train-{{000..099}}.tar or train-*.tar), a mixture (.yaml), "
     f"torchvision:NAME:ROOT, or one of the embedded sets {', '.join(photos.SPLITS)}."
 )
 
@@ -37,10 +37,10 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 def open_source(
     path: str, folder: Path = Path(), settings: DataSettings | None = None, use: Use = "training"
 ) -> Source:
-    """Open the source that `path`, relative to `folder`, names; docs/data.md has the forms. Raises DataError.
+    """Open the source at `path`, which is relative to `folder`; docs/data.md lists the forms. Raises DataError.
 
-    Embedded sets are called by their names, a folder called so ./photos. Where splits lie together, `use` tells which
-    one is meant.
+    The name of an embedded set means that set; write ./photos for a folder of that name. If a folder contains several
+    splits, `use` selects one.
     """
     settings = settings or DataSettings()
     if path.startswith(PREFIX):
@@ -48,9 +48,9 @@ def open_source(
     try:
         place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
         kind = "folder" if place.is_dir() else "file" if place.is_file() else "other" if place.exists() else ""
-    except (OSError, ValueError, RuntimeError) as error:  # Too long for a name, or ~ of nobody.
+    except (OSError, ValueError, RuntimeError) as error:  # The name is too long, or ~ names an unknown user.
         if not is_pattern(path):  # A pattern may be longer than the names that it stands for.
-            raise DataError(f"{printable(path[:200])} is no path ({error_text(error)}). {LEGAL}") from error
+            raise DataError(f"{printable(path[:200])} is not a path ({error_text(error)}). {LEGAL}") from error
         place, kind = folder / path, ""
     ending = place.suffix.lower()
     if kind == "folder":
@@ -63,16 +63,16 @@ def open_source(
     if kind == "file" and ending in SHARDS:
         return _open_shards(path, [place], settings)
     if kind:
-        raise DataError(f"{printable(str(place))} is none of these. {_advice(path, place)}{LEGAL}")
+        raise DataError(f"{printable(str(place))} is none of the supported kinds. {_advice(path, place)}{LEGAL}")
     given = str(Path(path).expanduser())
     if is_pattern(given) and not _is_address(path):
         shards = matching(given, folder.absolute())
         groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
-        note = f"files of several splits are pooled, as the pattern asks: {', '.join(map(str, groups))}"
+        note = f"the pattern matches files of several splits, and all are used: {', '.join(map(str, groups))}"
         return _open_shards(path, shards, settings, [note] if groups else [])
     parent = next(p for p in place.parents if p.exists())
     raise DataError(
-        f"{printable(str(place))} does not exist ({printable(str(parent))} is the part of it that does). "
+        f"{printable(str(place))} does not exist ({printable(str(parent))} is the part of it that exists). "
         f"{_advice(path, place)}{LEGAL}"
     )
 
@@ -89,25 +89,25 @@ def _is_address(path: str) -> bool:
 
 
 def error_text(error: Exception) -> str:
-    """Return what an error of the system says, in one printable line."""
+    """Return the message of a system error as one printable line."""
     return printable((error.strerror if isinstance(error, OSError) else None) or str(error))
 
 
 def _advice(path: str, place: Path) -> str:
-    """Say what a path that cannot be opened was taken for, and what to write in its place; "" for any other."""
+    """Return advice on what to write instead of a path that cannot be opened; "" if there is none."""
     if _is_address(path):
-        return "It is an address, and mimae reads files of this machine: download the data, or mount their store. "
+        return "It is a URL, but mimae reads local files: download the data, or mount their storage. "
     if "::" in path:
-        return "`::` joins shards in other loaders; here a pattern does, as {a,b}.tar, or a mixture. "
+        return "`::` joins shards in other loaders; here use a pattern, such as {a,b}.tar, or a mixture. "
     if place.suffix.lower() in _COMPRESSED:
-        return "A compressed file leaves no random access: unpack it, a .tar.gz to a .tar. "
+        return "A compressed file does not allow random access: unpack it, for example a .tar.gz to a .tar. "
     if " " in path and any(os.path.exists(each) for each in path.split()):
-        return "It was taken for one path, spaces and all; several sources make a mixture. "
+        return "It was read as one path that contains spaces; to use several sources, write a mixture. "
     return ""
 
 
 def _open_folder(name: str, place: Path, settings: DataSettings, use: Use) -> Source:
-    """The images in a folder, or the shards."""
+    """Open the images or the shards in a folder."""
     version = settings.index_version
     shards = shards_in(place, version)
     if version == 1:
@@ -128,7 +128,7 @@ def _open_images(name: str, place: Path, settings: DataSettings) -> FileSource:
 
 
 def _one_split(name: str, place: Path, source: FileSource, settings: DataSettings, use: Use) -> Source:
-    """`source`, or the folder of one split where the folders that it has for classes are splits."""
+    """Return `source`, or the source of one split if the folders that it treats as classes are splits."""
     groups = by_split(source.classes or [])
     if not groups or None in groups or any(len(names) > 1 for names in groups.values()):
         return source
@@ -139,19 +139,19 @@ def _one_split(name: str, place: Path, source: FileSource, settings: DataSetting
 
 
 def _open_shards(name: str, shards: list[Path], settings: DataSettings, notes: Sequence[str] = ()) -> Source:
-    """The samples of shards that have been found."""
+    """Open shards that have been found."""
     kinds = {ending: [shard for shard in shards if shard.suffix.lower() == ending] for ending in SHARDS}
     other = [shard for shard in shards if shard.suffix.lower() not in SHARDS]
     if other:
         advice = _advice(name, other[0])
-        raise DataError(f"{printable(name)} names {printable(str(other[0]))} and others of its kind. {advice}{LEGAL}")
+        raise DataError(f"{printable(name)} matches {printable(str(other[0]))}, which is not a shard. {advice}{LEGAL}")
     if all(kinds.values()):
         found = " and ".join(f"{len(files):,} {ending} ({listed([files[0].name])})" for ending, files in kinds.items())
         folders = {shard.parent for shard in shards}
         place = folders.pop() if len(folders) == 1 else Path("FOLDER")
         raise DataError(
-            f"{printable(name)} names files of several kinds, {found}; open one kind, as {printable(str(place))}/*.tar "
-            f"(img2dataset keeps its images there, and in Parquet files what it knows about them), or mix them"
+            f"{printable(name)} has files of several kinds, {found}; open one kind, as {printable(str(place))}/*.tar "
+            f"(img2dataset stores images in .tar and metadata in .parquet), or use a mixture"
         )
     rules = f"{settings.index_version} {settings.image_key!r} {settings.label_key!r}"
     source: ShardSource | ParquetSource

@@ -90,7 +90,7 @@ class _Kept:
         self._lock = threading.Lock()
 
     def get(self, path: Path, stamp: tuple[int, int], number: int, image_key: str | None) -> Any:
-        """The column of images of a row group. Raises OSError."""
+        """Return the column of images of a row group. Raises OSError."""
         key = (path, stamp, number, image_key)
         with self._lock:
             if key not in self._groups:
@@ -144,7 +144,7 @@ def _read(file: Any, groups: list[int], dotted: str, limit: int) -> Any:
 
 
 def _chunk(file: Any, group: int, dotted: str) -> Any:
-    """What the footer tells of a column in a row group."""
+    """Facts of the footer about a column in a row group."""
     columns = file.metadata.row_group(group)
     return next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
 
@@ -197,7 +197,7 @@ def _open(path: Path) -> Any:
 
 
 def read_footers(files: Sequence[Path], settings: DataSettings) -> Index:
-    """The index of Parquet files. Raises DataError."""
+    """Return the index of Parquet files. Raises DataError."""
     _need_pyarrow()
     found = read_all("Parquet files", files, partial(_footer_or_reason, settings))
     if not sum(len(file.lengths) for file in found):
@@ -259,7 +259,7 @@ def _need_pyarrow() -> None:
 
 
 class _Footer(NamedTuple):
-    """What the index takes from one file; `rows` and `bytes` are of its row groups."""
+    """Entries of the index from one file; `rows` and `bytes` have a value per row group."""
 
     names: bytes
     lengths: np.ndarray
@@ -269,7 +269,7 @@ class _Footer(NamedTuple):
     bytes: np.ndarray
     stamp: tuple[int, int]
     texts: list[str] | None
-    """What `labels` are places in, where classes are names in the file."""
+    """Names that `labels` are indices of, if classes are names in the file."""
     dropped: str
     largest: int
     """Bytes of images in its largest row group."""

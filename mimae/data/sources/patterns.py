@@ -1,4 +1,4 @@
-"""Which files a pattern of shards names: {000..127} counts, {a,b} lists, and * ? [...] match what is there."""
+"""Patterns of shards: {000..127} counts, {a,b} lists, and * ? [...] match existing files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from mimae.data.sources.endings import is_image
 from mimae.outside.text import printable
 
 SHARDS = (".tar", ".parquet")
-"""Endings of files that hold many samples."""
+"""Extensions of files that contain many samples."""
 
 MOST_FILES = 1_000_000
-"""Files that a pattern names at most."""
+"""Largest number of files that a pattern may name."""
 
 _MOST_BRACES = 16
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 
 
 def shards_in(folder: Path, version: int) -> list[Path]:
-    """Return the shards right in a folder, by the bytes of their names; by the first rules none where images or other
-    folders lie beside them."""
+    """Return the shards directly in a folder, in byte order of their names.
+
+    In version 1 there are none if the folder also contains images or folders.
+    """
     found = []
     try:
         with os.scandir(folder) as entries:
@@ -35,11 +37,11 @@ def shards_in(folder: Path, version: int) -> list[Path]:
                     continue
                 if version == 1 and (is_image(os.fsencode(name), version) or _is_folder(entry)):
                     return []
-                # Opening a pipe would wait for who writes into it.
+                # Opening a pipe would wait for a writer.
                 if name.endswith(SHARDS) and not _is_folder(entry) and (entry.is_symlink() or entry.is_file()):
                     found.append(folder / entry.name)
     except OSError:
-        return []  # What cannot be listed is told of where the folder's images are looked for.
+        return []  # A folder that cannot be listed is reported by the scan for images.
     return sorted(found, key=os.fsencode)
 
 
@@ -51,20 +53,22 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether the path, which does not exist as it stands, may name several files."""
+    """Return whether the path, which does not exist literally, may name several files."""
     return bool(_BRACES.search(path)) or glob.has_magic(path)
 
 
 def matching(given: str, folder: Path) -> list[Path]:
-    """The files that a pattern names, relative to `folder`, whose own name stands for itself: braces in their order,
-    what matches sorted by bytes. Raises DataError."""
+    """Return the files that a pattern, relative to `folder`, names. Raises DataError.
+
+    The name of `folder` is taken literally. Braces expand in their order, and matches are sorted by bytes.
+    """
     pattern = printable(os.path.join(folder, given))
     if given.count("{") > _MOST_BRACES:
         raise DataError(f"{pattern} has more than {_MOST_BRACES} braces, which name too many files")
     files: dict[str, None] = {}
     for choice in _expand(given):
         if len(files) > MOST_FILES:
-            raise DataError(f"{pattern} names more than {MOST_FILES:,} files; give larger ones, or a folder")
+            raise DataError(f"{pattern} names more than {MOST_FILES:,} files; use larger files, or a folder")
         path = os.path.join(folder, choice)
         found = [path]
         if glob.has_magic(choice):
@@ -74,7 +78,7 @@ def matching(given: str, folder: Path) -> list[Path]:
             raise DataError(f"{pattern}: nothing matches {printable(path)}")
         for name in found:
             if not os.path.isfile(name):
-                raise DataError(f"{pattern}: {printable(name)} does not exist, or is no file")
+                raise DataError(f"{pattern}: {printable(name)} does not exist, or is not a file")
             if name in files:
                 raise DataError(f"{pattern} names {printable(name)} twice")
             files[name] = None
@@ -82,7 +86,7 @@ def matching(given: str, folder: Path) -> list[Path]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """The pattern once for every choice in its braces, from left to right."""
+    """Yield the pattern for every choice in its braces, expanded from left to right."""
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -96,5 +100,5 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _count(first: str, last: str) -> Iterator[str]:
-    """The numbers from `first` to `last`, as wide as the first is written, one after the other: there may be many."""
+    """Yield the numbers from `first` to `last`, padded to the width of `first`. There may be many: this is lazy."""
     return (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))

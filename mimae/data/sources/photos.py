@@ -1,7 +1,7 @@
-"""The embedded images: square crops of the photographs that scikit-image carries in its wheel.
+"""The embedded images: square crops of the photographs that are part of scikit-image's wheel.
 
-They are written once to the cache as image files and then read like any folder, so that a first run needs
-no download and goes the way of every other run.
+They are written to the cache once, as image files, and then read like any folder. So a first run needs no download and
+uses the same code as every other run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mimae.data.sources.index import cache_folder
 from mimae.randomness import Purpose, words
 
 SPLITS = {"photos": "train", "photos-test": "test"}
-"""Names of the embedded sets, and the folder of each."""
+"""Folder of each embedded set, by its name."""
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -48,7 +48,7 @@ _SIDES = (40, 100)
 
 
 def folder(name: str) -> Path:
-    """The folder of the embedded set `name`, written first where it is not there yet. Raises DataError."""
+    """Return the folder of the embedded set `name`; write it first if it does not exist. Raises DataError."""
     home = cache_folder() / _VERSION
     if not home.is_dir():
         _write(home)
@@ -62,7 +62,7 @@ def _write(home: Path) -> None:
     except OSError as error:
         raise DataError(
             f"cannot write the embedded photographs to {home}: {error.strerror}. "
-            f"Set XDG_CACHE_HOME to a folder that can be written."
+            f"Set XDG_CACHE_HOME to a writable folder."
         ) from error
     try:
         for number, (name, file) in enumerate(PHOTOGRAPHS.items()):
@@ -70,7 +70,7 @@ def _write(home: Path) -> None:
         try:
             temporary.rename(home)
         except OSError:
-            # Another process was first; its crops are the same.
+            # Another process was faster; its crops are the same.
             if not home.is_dir():
                 raise
     finally:
@@ -78,18 +78,18 @@ def _write(home: Path) -> None:
 
 
 def _carried(file: str) -> Path:
-    """A file of scikit-image's data folder; never fetched, as its own functions would."""
+    """Return a file in scikit-image's data folder. It is never downloaded, as scikit-image's own functions would do."""
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
         raise DataError("the embedded photographs come from scikit-image, which is not installed")
     path = Path(found.submodule_search_locations[0]) / "data" / file
     if not path.is_file():
-        raise DataError(f"this version of scikit-image carries no {file} for the embedded photographs")
+        raise DataError(f"this version of scikit-image has no {file}, which the embedded photographs need")
     return path
 
 
 def _cut(number: int, photograph: Path, home: Path, name: str) -> None:
-    """Cuts one photograph: training crops from the left 60 % of its width, test crops from the right 40 %."""
+    """Cut one photograph: training crops from the left 60 % of its width, test crops from the right 40 %."""
     with Image.open(photograph) as image:
         image.load()
     border = image.width * 6 // 10

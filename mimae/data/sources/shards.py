@@ -1,9 +1,9 @@
-"""Tar shards in WebDataset's form: an index from one pass over their headers, then random access by `os.pread`.
+"""Tar shards in WebDataset's format: an index from one pass over the headers, then random access with `os.pread`.
 
-Members that follow one another and share a key (the name up to the first dot of its last part) are one sample: its
-image the first member with the ending of an image, its class the number or the name in its `.cls`, or in its `.json`
-under `label` or `cls`. What is wrong with one sample, or with the end of a shard, becomes a sample that cannot be read
-and is reported like any other; a shard that has members and gives nothing is refused by name.
+Consecutive members with the same key (the name up to the first dot of its last part) form one sample. Its image is the
+first member with the extension of an image. Its class is the number or name in its `.cls`, or in its `.json` under
+`label` or `cls`. A defect of one sample, or of the end of a shard, becomes an unreadable sample, which is reported like
+any other. A shard that has members but no sample is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from mimae.data.sources.tar import (
 from mimae.outside.text import printable
 
 OPEN_SHARDS = 128
-"""Shards that a process holds open at most."""
+"""Largest number of shards that a process keeps open."""
 
 _LONGEST_NAME = 200
-"""Characters of a class name."""
+"""Largest number of characters of a class name; longer ones are cut."""
 
 _REASONS = {
     CUT: "the shard ends in the middle of it",
     DUPLICATE: "an earlier sample of the shard has the same key",
-    OUTSIDE: "its name leads out of the shard",
+    OUTSIDE: "its name points outside of the shard",
     LINK: "it is a link or a device, not a file",
-    DOTS: "its name has two dots: what follows the first is no ending of an image, and its sample has no other image; "
-    "data.image_key names such an ending",
-    NO_END: "the shard is cut off at byte {at}; what followed is lost",
-    DAMAGED: "the shard is damaged at byte {at}, where a header should be; what follows is lost",
-    JOINED: "the shard goes on behind its end mark at byte {at} (joined archives?); what follows is not read",
+    DOTS: "its name has two dots: the part after the first is not the extension of an image, and its sample has no "
+    "other image; set data.image_key to the part after the first dot",
+    NO_END: "the shard is cut off at byte {at}; the rest is lost",
+    DAMAGED: "the shard is damaged at byte {at}, where a header should be; the rest is lost",
+    JOINED: "the shard continues after its end mark at byte {at} (joined archives?); the rest is not read",
 }
 
 
 class ShardSource(IndexedSource):
-    """The samples of tar shards, in the order of the shards and of their members."""
+    """The samples of tar shards, shard by shard, in the order of their members."""
 
     def __init__(self, name: str, shards: Sequence[Path], index: Index, settings: DataSettings) -> None:
         super().__init__(name, index, settings.max_bytes)
@@ -87,7 +87,7 @@ class ShardSource(IndexedSource):
             raise OSError(_REASONS[flaw].format(at=at))
         size = int(places["size"][i])
         self.check_size(size)
-        # Held until the bytes are there: the cache may let go of it, another thread's close would be too early.
+        # This reference keeps the file open during the read, even if the cache drops it in another thread.
         opened = _opened(self._shards[shard], *map(int, places[STAMPS][shard]))
         data = os.pread(opened.fd, size, at)
         if len(data) < size:
@@ -101,14 +101,14 @@ class ShardSource(IndexedSource):
 
 
 class _Opened:
-    """An open file, closed when nobody holds it any more. Reads at given places, so processes may share it."""
+    """An open file, closed with its last reference. It is read at explicit offsets, so processes may share it."""
 
     def __init__(self, path: bytes) -> None:
-        # A pipe would wait for who writes into it.
+        # O_NONBLOCK: opening a pipe would wait for a writer.
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
-        # Not there if it could not be opened.
+        # `fd` is missing if the file could not be opened.
         if hasattr(self, "fd"):
             os.close(self.fd)
 
@@ -126,12 +126,12 @@ def _opened(path: bytes, changed: int, size: int) -> _Opened:
 
 
 def read_headers(shards: Sequence[Path], settings: DataSettings) -> Index:
-    """The index of shards, their headers read once. Raises DataError with every shard that is none."""
+    """Read the headers of shards and return their index. Raises DataError that lists all files that are not shards."""
     rules = _Rules.of(settings)
     found = read_all("shards", shards, partial(_scan, rules))
-    # One shard may be empty, as when nothing of it could be packed.
+    # Single shards may be empty: `mimae data pack` writes such a shard if none of its samples can be used.
     if not any(len(shard.at) for shard in found):
-        raise DataError(f"{printable(str(shards[0].parent))}: the shards hold no images")
+        raise DataError(f"{printable(str(shards[0].parent))}: the shards contain no images")
     starts = end_to_end(np.array([len(shard.at) for shard in found]))
     flaw = np.concatenate([_flaws(shard) for shard in found])
     labels, classes, notes = _labels(found, flaw)
@@ -153,7 +153,7 @@ def read_headers(shards: Sequence[Path], settings: DataSettings) -> Index:
 
 
 class _Rules(NamedTuple):
-    """What makes a member an image or a class, by its ending: all that follows the first dot."""
+    """Rules that decide by a member's extension (everything after the first dot) whether it is an image or a class."""
 
     version: int
     image_key: bytes | None
@@ -172,7 +172,7 @@ class _Rules(NamedTuple):
 
 
 class _Samples:
-    """The samples of one shard, a column each."""
+    """The samples of one shard, stored by column."""
 
     def __init__(self, stamp: tuple[int, int]) -> None:
         self.stamp = stamp
@@ -181,13 +181,13 @@ class _Samples:
         self.labels, self.keys = array("q"), array("q")
         self.flaw = array("b")
         self.classes: dict[str, int] = {}
-        """Class names in the order in which they came; the k-th stands in `labels` as -2 - k."""
+        """Code of each class name, in order of appearance; `labels` contains code k as -2 - k."""
         self.others, self.dotted = Counter[str](), Counter[str]()
         self.orphans: list[bytes] = []
-        """Names of members that hold a class and do not follow an image."""
+        """Names of members that contain a class but do not follow an image."""
 
     def label(self, value: int | str | None) -> int:
-        """Return how a class number or name, or none, stands in `labels`."""
+        """Return the value that represents a class number, a class name or no class in `labels`."""
         if isinstance(value, str):
             return -2 - self.classes.setdefault(value, len(self.classes))
         return -1 if value is None else value
@@ -202,7 +202,7 @@ class _Samples:
 
 
 def _flaws(samples: _Samples) -> np.ndarray:
-    """int8 (n,): with those samples marked that repeat the key of an earlier one."""
+    """Return the flaws, int8 (n,), with DUPLICATE for samples that repeat the key of an earlier one."""
     flaw = np.array(samples.flaw, np.int8)
     keys = np.array(samples.keys)
     order = np.argsort(keys, kind="stable")
@@ -212,12 +212,12 @@ def _flaws(samples: _Samples) -> np.ndarray:
 
 
 def _labels(found: Sequence[_Samples], flaw: np.ndarray) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
-    """Return the classes and their names, where every sample that can be read has one; and why they are not used."""
+    """Return the classes and their names, if every readable sample has a class, and notes on why they are not used."""
     labels = np.concatenate([shard.labels for shard in found])
     fine, notes = labels[flaw == FINE], list[str]()
     if orphans := [name for shard in found for name in shard.orphans]:
         notes.append(
-            f"{len(orphans):,} members with a class do not follow the image that they belong to, and are left out, as "
+            f"{len(orphans):,} members with a class do not follow their image and are left out, for example "
             f"{printable(os.fsdecode(orphans[0]))}"
         )
     if (labels == -1).all():
@@ -230,24 +230,24 @@ def _labels(found: Sequence[_Samples], flaw: np.ndarray) -> tuple[np.ndarray | N
         names = sorted({name for shard in found for name in shard.classes})
         number = {name: i for i, name in enumerate(names)}
         labels = np.concatenate([_numbered(shard, number) for shard in found])
-    # A sample without is never seen; it has to count for some class, so for one that there is.
+    # Samples without a class are unreadable and never used. They get the smallest class so that the numbers are valid.
     return np.where(labels < 0, labels[labels >= 0].min(), labels), names, notes
 
 
 def _numbered(shard: _Samples, number: dict[str, int]) -> np.ndarray:
-    """int64 (n,): the classes of a shard whose classes have names."""
+    """Return the class numbers of a shard whose classes have names, int64 (n,)."""
     of_code = np.array([-1, *(number[name] for name in shard.classes)], np.int64)
     return of_code[np.minimum(-1 - np.array(shard.labels, np.int64), len(shard.classes)).clip(0)]
 
 
 def _left_out(shards: Sequence[Path], found: Sequence[_Samples]) -> list[str]:
-    """Return notes on the members that are neither images nor classes."""
+    """Return notes about members that are neither images nor classes."""
     notes = []
     if dotted := sum((shard.dotted for shard in found), Counter[str]()):
         ending, count = dotted.most_common(1)[0]
         notes.append(
             f"{dotted.total():,} samples cannot be used, since their images have names with two dots: "
-            f"data.image_key={printable(ending)} takes {count:,} of them"
+            f"data.image_key={printable(ending)} selects {count:,} of them"
         )
     if others := sum((shard.others for shard in found), Counter[str]()):
         notes.append(f"left out of the shards, since they are neither images nor classes: {counted(others)}")
@@ -255,7 +255,7 @@ def _left_out(shards: Sequence[Path], found: Sequence[_Samples]) -> list[str]:
 
 
 def _scan(rules: _Rules, path: Path) -> _Samples | str:
-    """The samples of a shard, or why it gives none."""
+    """Return the samples of a shard, or the reason why it has none."""
     try:
         opened = _Opened(os.fsencode(path))
         status = os.fstat(opened.fd)
@@ -274,7 +274,7 @@ def _scan(rules: _Rules, path: Path) -> _Samples | str:
             if rules.image_key is None
             else f" whose name ends in .{rules.image_key.decode()}, as data.image_key says"
         )
-        return f"it holds no image{legal}; its first members are {', '.join(first)}"
+        return f"it contains no image{legal}; its first members are {', '.join(first)}"
     return samples
 
 
@@ -284,14 +284,14 @@ def _no_tar(reader: Reader) -> str | None:
         return "it is empty, 0 bytes"
     for magic, name in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz")):
         if head.startswith(magic):
-            return f"it is compressed ({name}), which leaves no random access; unpack it"
+            return f"it is compressed ({name}), which does not allow random access; unpack it"
     if len(head) < BLOCK or (head.strip(b"\0") and not intact(head)):
-        return f"it is no tar file (it begins with {head[:16]!r})"
+        return f"it is not a tar file (it begins with {head[:16]!r})"
     return None
 
 
 def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
-    """Appends the samples that the members make up; returns the names of the first few members."""
+    """Append the samples that the members form. Returns the names of the first few members."""
     first: list[str] = []
     key, image, labelled = b"", b"", b""
     label: int | str | None = None
@@ -315,7 +315,7 @@ def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
         if len(first) < 3:
             first.append(os.fsdecode(name))
         dot = name.find(b".", name.rfind(b"/") + 1)
-        if dot <= name.rfind(b"/") + 1:  # No ending, or a hidden file.
+        if dot <= name.rfind(b"/") + 1:  # No extension, or a hidden file.
             if dot < 0 and member.flaw == FINE:
                 _count(samples.others, b"")
             continue
@@ -324,7 +324,7 @@ def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
             key, label, image, labelled, dotted = name[:dot], None, b"", b"", []
         ending = name[dot + 1 :].lower()
         if rules.is_image(ending):
-            # Another image beside the first is part of the sample that nobody asked for, but not by the same name.
+            # A second image of a sample is ignored, unless it has the first one's name: that is a duplicate.
             if image in (b"", name):
                 samples.add(name, key, member.at, member.size, member.flaw or (OUTSIDE if _leads_out(name) else FINE))
                 image = name
@@ -344,7 +344,7 @@ _MOST_ENDINGS = 1000
 
 
 def _count(endings: Counter[str], ending: bytes) -> None:
-    """Count a member by its ending. Names that are all endings, as 0.123.x, must not fill the memory."""
+    """Count a member by its extension. Their number is limited, since names like 0.123.x could fill the memory."""
     text = ending.decode("utf-8", "replace")[:16]
     if text in endings or len(endings) < _MOST_ENDINGS:
         endings[text] += 1
@@ -359,7 +359,7 @@ def _leads_out(name: bytes) -> bool:
 
 
 def _label(data: bytes, ending: bytes, rules: _Rules) -> int | str | None:
-    """The class number or name in a label's member; None where there is none. By the first rules names are none."""
+    """Return the class number or name in a label's member, or None if it has none. Version 1 ignores names."""
     value: Any = None
     with suppress(ValueError, RecursionError):
         if ending == b"json":

@@ -1,4 +1,4 @@
-"""Training, validation and test files that lie together: which of them a path means."""
+"""Choice of a split if training, validation and test files are in the same folder."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from mimae.data.loading.batch import DataError
 from mimae.outside.text import printable
 
 Use = Literal["training", "held-out"]
-"""What a source is opened for: data.path, or data.val_path and the test set of a probe."""
+"""Purpose of a source: "training" is data.path; "held-out" is data.val_path and the test set of a probe."""
 
 WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words by which files and folders name a split, as on the Hugging Face hub."""
+"""Words in names of files and folders that denote a split, as on the Hugging Face hub."""
 
 _SPLITS = {word: split for split, words in WORDS.items() for word in words}
 _ORDER: dict[Use, tuple[str, ...]] = {"training": ("train",), "held-out": ("validation", "test")}
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that one of the words in a name stands for; None where none does, or several do."""
+    """Return the split that the words in a name denote; None if they denote none or several."""
     found = {_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}
     return found.pop() if len(found) == 1 else None
 
 
 def by_split(names: Sequence[str]) -> dict[str | None, list[str]]:
-    """Return the names of each split, those that name none under None; {} where fewer than two splits are named."""
+    """Group names by split, with None for names without a split. Returns {} if they have fewer than two splits."""
     groups: dict[str | None, list[str]] = {}
     for name in names:
         groups.setdefault(split_of(name), []).append(name)
@@ -40,26 +40,26 @@ def by_split(names: Sequence[str]) -> dict[str | None, list[str]]:
 
 
 def choose(place: str, groups: dict[str | None, list[str]], use: Use) -> tuple[list[str], str]:
-    """Return the names of the split that is meant, and a note that says so. Raises DataError where none is.
+    """Return the names of the split to use, and a note about the choice. Raises DataError if no split fits.
 
-    `place` is the folder in which they lie.
+    `place` is the folder that contains them.
     """
     split = next((split for split in _ORDER[use] if split in groups), None)
     others = {other: names for other, names in groups.items() if other != split}
     listed = ", ".join(f"{other or 'others'}: {_pattern(place, names, groups)}" for other, names in others.items())
     if split is None:
         raise DataError(
-            f"{printable(place)} holds several splits and none of them is for {use} ({' or '.join(_ORDER[use])}); "
+            f"{printable(place)} contains several splits and none of them is for {use} ({' or '.join(_ORDER[use])}); "
             f"name one: {listed}"
         )
     return groups[split], (
-        f"{printable(place)} holds several splits; {split} is used: {_pattern(place, groups[split], groups)}. "
-        f"Others, as for data.{'val_path' if use == 'training' else 'path'}: {listed}"
+        f"{printable(place)} contains several splits; {split} is used: {_pattern(place, groups[split], groups)}. "
+        f"Others, for example for data.{'val_path' if use == 'training' else 'path'}: {listed}"
     )
 
 
 def _pattern(place: str, names: list[str], groups: dict[str | None, list[str]]) -> str:
-    """Return a path that names these files and no others, as far as a pattern can."""
+    """Return a path or pattern that matches these files only, or a phrase if there is no such pattern."""
     if len(names) == 1:
         return printable(os.path.join(place, names[0]))
     prefix, ending = os.path.commonprefix(names), os.path.splitext(names[0])[1]  # noqa: RUF071 -- of characters

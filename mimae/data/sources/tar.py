@@ -1,4 +1,4 @@
-"""The members of a tar archive, from one pass over its headers: ustar, GNU and pax."""
+"""Members of a tar archive (ustar, GNU or pax), found in one pass over its headers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import NamedTuple
 
 BLOCK = 512
 LONGEST = 1 << 20
-"""Bytes that a name or a label takes at most."""
+"""Largest size of a name or a label in bytes."""
 
 FINE, CUT, DUPLICATE, OUTSIDE, LINK, DOTS, NO_END, DAMAGED, JOINED = range(9)
-"""What may be wrong with a member, with a sample that is made of it, or with the end of an archive."""
+"""Flaws of a member, of the sample that it forms, or of the end of an archive."""
 
 _LEAST_AHEAD, _MOST_AHEAD = 4096, 1 << 20
 _LARGEST = (1 << 63) - 1
 _DIGITS = 18
-"""Of a decimal number at most, which then fits."""
+"""Largest number of digits of a decimal number, so that it fits into 63 bits."""
 _PADDING = 1 << 20
-"""Zeros that archivers fill their last record up with at most, an archive without members apart: that has one record of
-_EMPTY bytes. More are what a file system leaves of what was never written."""
+"""Largest number of zero bytes with which archivers pad an archive. An archive without members has one record of _EMPTY
+bytes. More zeros mean that a file system did not write the data."""
 _EMPTY = 20 * BLOCK
 
 
 class Member(NamedTuple):
-    """A file of the archive; links and devices have the flaw of being one."""
+    """A member of the archive. Links and devices have the flaw LINK."""
 
     name: bytes
     at: int
@@ -34,22 +34,25 @@ class Member(NamedTuple):
 
 
 class End(NamedTuple):
-    """Where an archive ends that should not end there."""
+    """The place where an archive ends unexpectedly, and why."""
 
     at: int
     flaw: int
 
 
 class Reader:
-    """Small reads at rising places. It reads ahead, the further the closer the places lie together: one read for many
-    small members, and not much of a large image for its header."""
+    """Reader of small pieces at ascending offsets.
+
+    It reads ahead, and further ahead if the offsets are close together. So it needs one read for many small members,
+    and reads little of a large image to get its header.
+    """
 
     def __init__(self, fd: int, end: int) -> None:
         self.fd, self.end = fd, end
         self._start, self._data, self._ahead = 0, b"", _LEAST_AHEAD
 
     def read(self, at: int, size: int) -> bytes:
-        """`size` bytes from `at` on, fewer at the end of the file. Raises OSError."""
+        """Return `size` bytes from offset `at` on, or fewer at the end of the file. Raises OSError."""
         offset = at - self._start
         if offset < 0 or offset + size > len(self._data):
             near = offset <= len(self._data) + self._ahead
@@ -59,7 +62,7 @@ class Reader:
 
 
 def members(reader: Reader) -> Iterator[Member | End]:
-    """The members of a ustar, GNU or pax archive, and last an End if it does not end as it should."""
+    """Yield the members of a ustar, GNU or pax archive, and finally an End if it does not end as it should."""
     at = 0
     name: bytes | None = None
     size: int | None = None
@@ -94,7 +97,7 @@ def members(reader: Reader) -> Iterator[Member | End]:
             size = int(told) if told.isdigit() else size
         elif kind not in b"Kg":
             regular = kind in b"07\0"
-            # Links carry no data, whatever size they tell.
+            # Links have no data, whatever size their header claims.
             length = 0 if kind in b"123456" else length if size is None else size
             cut = data + length > reader.end
             yield Member(name or _name(header), data, length, LINK if not regular else CUT if cut else FINE)
@@ -106,15 +109,15 @@ def members(reader: Reader) -> Iterator[Member | End]:
 
 
 def intact(header: bytes) -> bool:
-    """Whether the header's sum is the one that it tells, its own eight bytes counted as spaces."""
+    """Return whether the header's checksum is right; its own eight bytes count as spaces."""
     field = header[148:156]
     told = _number(field)
-    # Adler-32's lower half is one more than the sum of the bytes, modulo 65521, at a tenth of the time of sum().
+    # The lower half of Adler-32 is the sum of the bytes plus one, modulo 65521. It takes a tenth of the time of sum().
     return told is not None and zlib.adler32(header) & 0xFFFF == (told - 8 * 32 + sum(field) + 1) % 65521
 
 
 def _number(field: bytes) -> int | None:
-    """A number of a header, below 2^63: octal digits or, where the first bit is set, base 256."""
+    """Parse a number of a header, below 2^63: octal digits or, if the first bit is set, base 256. None if invalid."""
     if field[0] & 0x80:
         number = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
         return number if number <= _LARGEST else None
@@ -124,13 +127,13 @@ def _number(field: bytes) -> int | None:
 
 def _name(header: bytes) -> bytes:
     name = header[:100].partition(b"\0")[0]
-    # GNU's own headers have other things in the place of ustar's prefix.
+    # GNU headers use the bytes of ustar's prefix for other fields.
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
 def _records(data: bytes) -> dict[bytes, bytes]:
-    """The `length key=value` records of a pax header; what is damaged counts for nothing."""
+    """Return the `length key=value` records of a pax header. Records after a damaged one are ignored."""
     records = {}
     while data:
         length, _, _ = data.partition(b" ")

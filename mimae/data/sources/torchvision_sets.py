@@ -1,4 +1,4 @@
-"""The data sets that torchvision knows by name, where the user has them: torchvision:NAME:ROOT, or :SPLIT after it."""
+"""torchvision's named data sets, stored locally: torchvision:NAME:ROOT or torchvision:NAME:ROOT:SPLIT."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SETS: frozenset[str] = frozenset(
         *("SEMEION", "STL10", "SUN397", "SVHN", "StanfordCars", "USPS", "VOCDetection", "VOCSegmentation", "WIDERFace"),
     )
 )
-"""Sets that run no code which lies in a file: they unpickle nothing but files whose checksums torchvision knows, or by
-`torch.load(..., weights_only=True)`. LSUN, for one, unpickles a file of the working directory."""
+"""Sets that do not execute code from files: they only unpickle files whose checksums torchvision knows, or use
+`torch.load(..., weights_only=True)`. LSUN, for example, is missing: it unpickles a file in the working directory."""
 
 _LABELS = ("targets", "labels", "_labels")
 _FILES = ("samples", "imgs", "_samples")
 
 
 class TorchvisionSource:
-    """A torchvision data set of images and classes. Its images come decoded; they are encoded again, without loss."""
+    """A torchvision data set of images and classes. It returns decoded images, which are encoded again losslessly."""
 
     def __init__(self, name: str, folder: Path = Path()) -> None:
         self.name = name
@@ -50,7 +50,7 @@ class TorchvisionSource:
             labels = np.asarray(found[0], np.int64) if found else None
         except (ValueError, TypeError):  # Boxes, segmentations, captions.
             return None
-        # Some mark what has no class by -1.
+        # Some sets mark samples without a class by -1.
         return labels if labels is not None and labels.ndim == 1 and (labels >= 0).all() else None
 
     @property
@@ -89,13 +89,13 @@ class TorchvisionSource:
         file = io.BytesIO()
         try:
             self._data[i][0].save(file, "PNG", compress_level=1)
-        except Exception as error:  # What a file of the set holds decides what is raised.
+        except Exception as error:  # A damaged file of the set can raise any exception.
             raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
         return file.getvalue()
 
 
 def _files(data: Any) -> Iterator[bytes]:
-    """The paths of a set's images, relative to its folder, where it lists (path, class)."""
+    """Yield the paths of a set's images, relative to its folder, if the set has a list of (path, class)."""
     root = os.fsencode(getattr(data, "root", ""))
     for sample in next((getattr(data, name) for name in _FILES if hasattr(data, name)), ()):
         if isinstance(sample, tuple) and isinstance(sample[0], str | Path):
@@ -103,14 +103,14 @@ def _files(data: Any) -> Iterator[bytes]:
 
 
 def _open(name: str, folder: Path) -> tuple[Any, str]:
-    """The set, and which part of it that is, whether the name says so or leaves it to torchvision."""
+    """Return the set and a description of its split, including one that is torchvision's default."""
     from torchvision import datasets  # type: ignore[import-untyped]
 
     place, kind, split = _parts(name)
     root = folder / Path(place).expanduser()
     known = [each for each in datasets.__all__ if each in SETS]
     if kind not in known:
-        why = "may run code that lies in a file" if kind in datasets.__all__ else "is none that torchvision has"
+        why = "may execute code from a file" if kind in datasets.__all__ else "is not a set of torchvision"
         raise DataError(f"{name}: {kind} {why}; legal are {', '.join(sorted(known))}")
     make = getattr(datasets, kind)
     takes = inspect.signature(make).parameters
@@ -124,25 +124,25 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
     try:
         return make(str(root), **options), str({key: part.arguments.get(key) for key in ("train", "split")})
     except ImportError as error:
-        raise DataError(f"{name}: torchvision's {kind} needs what is not installed: {error}") from error
+        raise DataError(f"{name}: torchvision's {kind} needs a package that is not installed: {error}") from error
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{name}: torchvision cannot open {kind} under {root} ({' '.join(str(error).split())}). "
-            f"It has to be there already, in torchvision's own form: torchvision.datasets.{kind}(..., download=True)"
+            f"The set must exist there, in torchvision's own layout: torchvision.datasets.{kind}(..., download=True)"
         ) from error
 
 
 def moved(name: str, folder: Path) -> str:
-    """Return the name of the same set with an absolute ROOT; a relative one is relative to `folder`."""
+    """Return the name of the same set with an absolute ROOT. A relative ROOT is relative to `folder`."""
     place, kind, split = _parts(name)
     return f"{PREFIX}{kind}:{(folder / Path(place).expanduser()).absolute()}" + (f":{split}" if split else "")
 
 
 def _parts(name: str) -> tuple[str, str, str | None]:
-    """torchvision:NAME:ROOT[:SPLIT] -> root, name, split."""
+    """Split torchvision:NAME:ROOT[:SPLIT] into (root, name, split). Raises DataError."""
     match = _FORM.fullmatch(name)
     if match is None:
         raise DataError(
-            f"{name}: legal is torchvision:NAME:ROOT or torchvision:NAME:ROOT:SPLIT, as torchvision:CIFAR10:data"
+            f"{name}: legal is torchvision:NAME:ROOT or torchvision:NAME:ROOT:SPLIT, e.g. torchvision:CIFAR10:data"
         )
     return match[2], match[1], match[3]

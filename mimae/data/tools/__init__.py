@@ -1,1 +1,1 @@
-"""Commands that look at a data set or write a new one."""
+"""Commands that check a data set or pack it into shards."""

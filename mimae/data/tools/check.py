@@ -1,4 +1,4 @@
-"""`mimae data check`: looks at every sample of a source, with the eyes of the loader."""
+"""`mimae data check`: checks every sample of a source with the rules of the loader."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
 from mimae.outside.text import printable
 
 _CHUNK = 256
-"""Samples that a process takes at a time, at most."""
+"""Largest number of samples that a process takes at a time."""
 
 _SHOWN = 10
 
 _SIZES = [("height", "i4"), ("width", "i4"), ("bytes", "i8")]
 SAMPLE = np.dtype([("ok", "?"), ("format", "S8"), *_SIZES, ("digest", "V16"), ("look", "u8"), ("brightest", "i4")])
-"""What is kept of a sample; `look` is its perceptual hash, `brightest` its largest 16-bit value, -1 for 8 bits."""
+"""Record of one sample. `look` is its perceptual hash, `brightest` its largest 16-bit value or -1 for 8-bit images."""
 
 _DARK = 1 << 15
-"""16-bit values below which the brightest pixel of all images would be dark grey."""
+"""A set of 16-bit images whose largest value is below this looks dark."""
 
 _SIDE = 4096
-"""Pixels of a side from which on the perceptual hash looks at some of them: resizing very long images is costly."""
+"""Longest side in pixels for the perceptual hash. Longer images are subsampled, because their resize is costly."""
 
 
 class Report(NamedTuple):
-    """What `check` found."""
+    """Result of `check`."""
 
     source: Source
     samples: np.ndarray
-    """SAMPLE (n,)."""
+    """SAMPLE (n,): one record per sample."""
     broken: list[BadSample]
     exact: list[list[int]]
-    """Ids of samples with equal bytes, group by group."""
+    """Groups of ids of samples with equal bytes."""
     near: list[list[int]]
-    """Ids of samples that look alike, group by group; not those that are alike in every byte."""
+    """Groups of ids of samples that look alike; of samples with equal bytes only the first is considered."""
 
 
 def check(path: str, settings: DataSettings, workers: int) -> Report:
-    """Reads and decodes every sample of the source at `path`. Raises DataError."""
+    """Read and decode every sample of the source at `path`. Raises DataError."""
     source = open_source(path, settings=settings)
     samples, broken = np.zeros(len(source), SAMPLE), list[BadSample]()
     size = max(1, min(_CHUNK, len(source) // (8 * workers)))
@@ -66,13 +66,13 @@ def check(path: str, settings: DataSettings, workers: int) -> Report:
         broken += bad
     ok = np.flatnonzero(samples["ok"])
     exact = same(samples["digest"][ok], ok)
-    # Of images alike in every byte one stands for all.
+    # One image represents all images with the same bytes.
     others = np.setdiff1d(ok, [i for group in exact for i in group[1:]])
     return Report(source, samples, broken, exact, near_duplicates(samples["look"][others], others))
 
 
 def _look_at(shared: tuple[Source, DataSettings], ids: range) -> tuple[np.ndarray, list[BadSample]]:
-    """Looks at a chunk of samples."""
+    """Check a chunk of samples."""
     source, settings = shared
     samples, bad = np.zeros(len(ids), SAMPLE), []
     for row, i in enumerate(ids):
@@ -85,7 +85,7 @@ def _look_at(shared: tuple[Source, DataSettings], ids: range) -> tuple[np.ndarra
 
 
 def _sample(data: bytes, settings: DataSettings) -> tuple[Any, ...]:
-    """A row of SAMPLE. Raises BadImage for what the loader would replace."""
+    """Return a sample's record (SAMPLE). Raises BadImage for images that the loader would replace."""
     encoded = look(data, settings.max_pixels, settings.range)
     deepest = brightest(encoded)
     pixels = torch.from_numpy(region(look(data, settings.max_pixels, settings.range), _whole))
@@ -113,22 +113,22 @@ def _whole(height: int, width: int) -> Window:
 
 
 def _dark(brightest: np.ndarray, white: int | None) -> list[str]:
-    """A note where images of 16 bits use a small part of them."""
+    """Return a note if 16-bit images use only a small part of the range."""
     deep = brightest[brightest >= 0]
     if white is not None or not len(deep) or deep.max() >= _DARK:
         return []
     most = int(deep.max())
     return [
-        f"{len(deep):,} images of 16 bits a channel have values up to {most:,}, so that their brightest pixel becomes "
-        f"{(most * 255 + 32767) // 65535} of 255: data.range={(1 << most.bit_length()) - 1} makes it white (of images "
-        f"in colour in PNG; convert others)"
+        f"{len(deep):,} images of 16 bits per channel have values up to {most:,}, so that their brightest pixel is "
+        f"{(most * 255 + 32767) // 65535} of 255: data.range={(1 << most.bit_length()) - 1} makes it white (colour "
+        f"images have to be PNG; convert others)"
     ]
 
 
 def summary(report: Report, white: int | None = None) -> dict[str, Any]:
-    """The report as JSON has it: counts, sizes, and the broken and doubled samples by path.
+    """Return the report for JSON: counts, sizes, and the paths of broken and duplicate samples.
 
-    `white`: data.range.
+    `white` is data.range.
     """
     source, good = report.source, report.samples[report.samples["ok"]]
     labels = None if source.labels is None else Counter(source.labels.tolist())
@@ -165,11 +165,11 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(side, "{min} to {max}, median {median}".format(**spread) if spread else "")
     classes = found["classes"]
     table.add_row(
-        "classes", "{count:,}, of {smallest:,} to {largest:,} samples".format(**classes) if classes else "not told"
+        "classes", "{count:,}, of {smallest:,} to {largest:,} samples".format(**classes) if classes else "unknown"
     )
     for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
         spare = sum(len(group) - 1 for group in found[key])
-        table.add_row(row, f"{spare:,}, beside the {len(found[key]):,} they repeat" if spare else "none")
+        table.add_row(row, f"{spare:,}, in addition to the {len(found[key]):,} they repeat" if spare else "none")
     console = Console(soft_wrap=True)
     console.print(table)
     for note in found["notes"]:

@@ -1,4 +1,4 @@
-"""Samples that come more than once: by equal bytes, or by a hash of how they look that copies keep."""
+"""Detection of duplicate samples: by equal bytes, or by a perceptual hash that modified copies keep."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import itertools
 import numpy as np
 
 NEAR = 3
-"""Bits of 64 in which the hashes of two images that look alike differ at most."""
+"""Largest number of the 64 bits in which the hashes of two similar images differ."""
 
 _PLAIN = 6
-"""Bits that a hash needs of either kind: plain images all have nearly the same hash."""
+"""Smallest number of ones and of zeros in a usable hash: uniform images all have nearly the same hash."""
 
 
 def perceptual_hash(small: np.ndarray) -> int:
-    """64 bits, of an image resized to uint8 (8, 9, 3): whether each pixel's luma is above that of its right neighbour.
+    """Return the 64-bit dHash of an image resized to uint8 (8, 9, 3).
 
-    Another size, format, quality, brightness or contrast of the same image keeps nearly all of them (dHash).
+    A bit says whether a pixel's luma is larger than that of its right neighbour. Copies of an image in another size,
+    format, quality, brightness or contrast keep nearly all bits.
     """
     luma = small.astype(np.int64) @ (299, 587, 114)
     return int.from_bytes(np.packbits(luma[:, :-1] > luma[:, 1:]).tobytes(), "big")
 
 
 def same(digests: np.ndarray, ids: np.ndarray) -> list[list[int]]:
-    """The groups of at least two `ids` with equal digests, each in rising order."""
+    """Return the groups of at least two `ids` with equal digests, each in ascending order."""
     return _groups(np.unique(digests, return_inverse=True)[1], ids)
 
 
 def near_duplicates(hashes: np.ndarray, ids: np.ndarray) -> list[list[int]]:
-    """The groups of at least two `ids` (n,) linked by hashes uint64 (n,) at most NEAR bits apart; plain ones left out.
+    """Return the groups of at least two `ids` (n,) that are linked by hashes uint64 (n,) at most NEAR bits apart.
 
-    Two such hashes have at least one of their four 16-bit parts in common, so only hashes with an equal part are
-    compared.
+    Hashes of uniform images are left out. Two hashes that differ in at most three bits have at least one of their four
+    16-bit parts in common, so only hashes with an equal part are compared.
     """
     ones = np.bitwise_count(hashes)
     told = (ones >= _PLAIN) & (ones <= 64 - _PLAIN)
@@ -41,7 +42,7 @@ def near_duplicates(hashes: np.ndarray, ids: np.ndarray) -> list[list[int]]:
         part = (values >> np.uint64(shift)) & np.uint64(0xFFFF)
         order = np.argsort(part, kind="stable")
         part, at = part[order], np.arange(len(order))
-        # Each with the next of those that have its part, then with the second next, as long as there is one.
+        # Compare each hash with the next one that has the same part, then with the one after that, and so on.
         for step in itertools.count(1):
             at = at[at + step < len(order)]
             at = at[part[at] == part[at + step]]
@@ -55,7 +56,7 @@ def near_duplicates(hashes: np.ndarray, ids: np.ndarray) -> list[list[int]]:
 
 
 def _root(root: np.ndarray, i: int) -> int:
-    """The representative of i's group, the way to it made shorter."""
+    """Return the representative of i's group and shorten the path to it (union-find)."""
     while root[i] != i:
         root[i] = root[root[i]]
         i = int(root[i])
@@ -63,7 +64,7 @@ def _root(root: np.ndarray, i: int) -> int:
 
 
 def _groups(numbers: np.ndarray, ids: np.ndarray) -> list[list[int]]:
-    """The `ids` of each number that comes at least twice, groups in the order of their first ids."""
+    """Return the `ids` of each number that occurs at least twice; groups are ordered by their first ids."""
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     groups = [group.tolist() for group in np.split(ids[order], starts[1:]) if len(group) > 1]

@@ -1,8 +1,8 @@
-"""`mimae data pack`: a source as tar shards, its images as they are or made smaller.
+"""`mimae data pack`: writes a source as tar shards, with its images unchanged or resized.
 
-Shard k holds samples k S to (k + 1) S - 1. Each is written beside its name and moved there when it is whole, so that a
-stopped packing goes on with the shards that are missing; what they are packed from, and how, stands in a file beside
-them and has to be the same then.
+Shard k contains samples k S to (k + 1) S - 1. Each shard is written under a temporary name and renamed when it is
+complete, so that an interrupted packing resumes with the missing shards. A JSON file next to the shards records the
+source and the options; both have to be the same when packing resumes.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from mimae.data.pixels.decode import BadImage, format_of, whole, why
 from mimae.data.sources.base import Source
 
 QUALITY = 95
-"""Of the JPEGs that images are resized to."""
+"""JPEG quality of resized images."""
 
 _LONGEST_SIDE = 65_500
-"""Of an image that libjpeg writes."""
+"""Longest side in pixels of an image that libjpeg can write."""
 
 _ENDINGS = {"PNG": "png", "WEBP": "webp", "TIFF": "tif", "GIF": "gif", "BMP": "bmp"}
-"""Of all others jpg: it says that the member is an image, and a reader goes by the bytes."""
+"""Extension by image format. All other formats get jpg: it marks the member as an image, and readers use the bytes."""
 
 
 class Packing(NamedTuple):
-    """What is packed and how."""
+    """A source to pack, the target and the options."""
 
     source: Source
     target: Path
-    """DIR/NAME.tar, for the shards DIR/NAME-00000.tar and so on."""
+    """DIR/NAME.tar, which stands for the shards DIR/NAME-00000.tar and so on."""
     samples: int
-    """Of a shard."""
+    """Number of samples per shard."""
     shortest: int | None
-    """Pixels of the shortest side; images that are no larger stay as they are, and with None all do."""
+    """Shortest side of resized images in pixels. Images that are not larger stay unchanged; with None all do."""
     max_pixels: int
     white: int | None = None
-    """data.range, for images that are made smaller."""
+    """data.range, for images that are resized."""
 
     def shard(self, number: int) -> Path:
-        # As wide as the last one, so that their names sort as they follow one another.
+        # All numbers have the width of the last one, so that the names sort in order.
         width = max(5, len(str(self.numbers()[-1])))
         return self.target.with_name(f"{self.target.stem}-{number:0{width}}.tar")
 
     def left_out(self, number: int) -> Path:
-        """The list of the samples that a shard leaves out, until all shards are there."""
+        """Return the path of the list of samples that a shard leaves out. It exists until all shards are complete."""
         return self.target.with_name(f".{self.shard(number).name}.jsonl")
 
     def numbers(self) -> range:
@@ -60,10 +60,10 @@ class Packing(NamedTuple):
 
 
 def pack(packing: Packing, workers: int) -> tuple[int, int]:
-    """Writes the shards that are missing; returns how many these were, and how many samples all shards leave out.
+    """Write the missing shards. Returns their number and the number of samples that all shards leave out.
 
-    Samples that cannot be used keep their number out of the shards and are listed in DIR/NAME.bad_samples.jsonl. Raises
-    DataError.
+    Unusable samples are left out, the others keep their numbers, and DIR/NAME.bad_samples.jsonl lists what was left
+    out. Raises DataError.
     """
     try:
         packing.target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,13 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
         return len(missing), _gather(packing)
     except OSError as error:
         raise DataError(
-            f"packing into {packing.target.parent} failed: {error.strerror or error}. Whole shards stay; the same "
-            f"command goes on with the others"
+            f"packing into {packing.target.parent} failed: {error.strerror or error}. Complete shards are kept; the "
+            f"same command writes the others"
         ) from error
 
 
 def _same_as_before(packing: Packing) -> None:
-    """Writes down what is packed, or refuses to go on with anything else. Raises DataError, OSError."""
+    """Record the source and the options, or check that they equal the recorded ones. Raises DataError, OSError."""
     note = packing.target.with_suffix(".json")
     now = {
         "source": packing.source.fingerprint,
@@ -99,16 +99,14 @@ def _same_as_before(packing: Packing) -> None:
             changed = [key for key in now if key != "range" and before[key] != now[key]]
             changed += ["range"] if before.get("range") != packing.white else []
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{note} is there already and no note of a packing; choose another name") from error
+            raise DataError(f"{note} exists and is not the record of a packing; choose another name") from error
         if changed:
             raise DataError(
-                f"{note} tells of other shards under this name ({', '.join(changed)} differ); choose another name, or "
+                f"{note} records other shards under this name ({', '.join(changed)} differ); choose another name, or "
                 f"remove it and its shards"
             )
     elif taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
-        raise DataError(
-            f"{taken[0]} is there already and {note.name}, which would tell what it holds, is not; choose another name"
-        )
+        raise DataError(f"{taken[0]} exists but {note.name}, the record of its content, does not; choose another name")
     else:
         _write(note, json.dumps(now, indent=2) + "\n")
 
@@ -130,13 +128,13 @@ def _write_shard(packing: Packing, number: int) -> None:
                     _add(tar, f"{i:09}.cls", b"%d" % source.labels[i])
         file.flush()
         os.fsync(file.fileno())
-    # Before the shard, whose being there says that both are.
+    # The list is written first: if the shard exists, so does the list.
     _write(packing.left_out(number), _lines(bad))
     temporary.replace(shard)
 
 
 def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
-    """The ending and the bytes of a sample. Raises BadImage."""
+    """Return the extension and the bytes of a sample. Raises BadImage."""
     try:
         data = packing.source.read(i)
     except OSError as error:
@@ -150,7 +148,7 @@ def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
         return ending, data
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if max(size) > _LONGEST_SIDE:
-        raise BadImage(f"made smaller it has {size[1]} x {size[0]} pixels; a JPEG has {_LONGEST_SIDE:,} a side at most")
+        raise BadImage(f"resized it has {size[1]} x {size[0]} pixels; a side of a JPEG has at most {_LONGEST_SIDE:,}")
     file = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=QUALITY)
     return "jpg", file.getvalue()
@@ -163,10 +161,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _gather(packing: Packing) -> int:
-    """Joins the lists of the shards into one, in the order of ids; returns its length."""
+    """Merge the lists of the shards into one, in the order of ids. Returns its length."""
     joined = packing.target.with_suffix(".bad_samples.jsonl")
     parts = {number: part for number in packing.numbers() if (part := packing.left_out(number)).exists()}
-    # With what was joined before, but for the shards that are written anew.
+    # Keep the entries that were merged before, except those of shards that were written again.
     before = (
         [sample for sample in _read(joined) if sample.id // packing.samples not in parts] if joined.exists() else []
     )
@@ -186,12 +184,12 @@ def _lines(bad: list[BadSample]) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """Of this process alone, so that two packings of one target do not write into one file."""
+    """Return a temporary path of this process, so that two packings of one target do not write to the same file."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _sweep(packing: Packing) -> None:
-    """Removes what stopped packings have left half written."""
+    """Remove the unfinished files of interrupted packings."""
     for left in packing.target.parent.glob(f".{glob.escape(packing.target.stem)}*.*.tmp"):
         pid = left.name.split(".")[-2]
         try:
@@ -199,7 +197,7 @@ def _sweep(packing: Packing) -> None:
                 os.kill(int(pid), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
-        except PermissionError:  # Another user's, and running.
+        except PermissionError:  # The process belongs to another user and is running.
             pass
 
 

@@ -275,7 +275,7 @@ def test_removed_while_it_is_in_use(kept: Kept, tmp_path: Path, capfd: pytest.Ca
     assert kept.cache.read(1) == kept.source.source.read(1) and not kept.source.reads
     other = Cached(settings(tmp_path), kept.source)
     assert kept.cache.read(2) == kept.source.source.read(2)
-    assert "takes no more samples, and the run goes on: it was removed" in capfd.readouterr().err
+    assert "takes no more samples, and the run continues: it was removed" in capfd.readouterr().err
     assert kept.data.stat().st_size == 0
     assert other.read(2) == kept.source.source.read(2)
 
@@ -349,7 +349,7 @@ def test_folders_that_cannot_be_used_are_told(folder: Path, tmp_path: Path) -> N
     place = cache_folder_of(settings(tmp_path), source).parent
     place.mkdir(parents=True)
     place.chmod(0o777)
-    with pytest.raises(DataError, match="is not yours alone to write to"):
+    with pytest.raises(DataError, match="can be written by other users"):
         Cached(settings(tmp_path), source)
 
 

@@ -73,7 +73,7 @@ def test_other_files_are_counted_by_ending(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert names_of(source, tmp_path) == ["1.png", "2.AVIF", "3.jpg?w=6"]
     assert source.notes == (
-        "left out, since their endings are not those of images: 2 .txt, 1 without an ending, 1 .heic",
+        "left out, since their extensions are not those of images: 2 .txt, 1 without an extension, 1 .heic",
     )
     old = open_source(str(tmp_path), settings=FIRST)
     assert names_of(old, tmp_path) == ["1.png"] and old.notes == ()
@@ -84,7 +84,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         open_source(str(tmp_path))
     text = str(refusal.value)
-    assert "2 without an ending" in text and "named by a list file" in text
+    assert "2 without an extension" in text and "named by a list file" in text
     assert f"There are shards in {tmp_path}/deep/; name that folder" in text and "unpack them to .tar" in text
 
 

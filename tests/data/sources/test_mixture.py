@@ -143,7 +143,7 @@ def test_notes_of_the_sources_are_those_of_the_mixture(folder: Path) -> None:
     (folder / "photos/notes.txt").touch()
     notes = open_source(mixture(folder, "draws: 4\nsources: {./photos: 1, t-0.tar: 1}")).notes
     assert notes == (
-        "./photos: left out, since their endings are not those of images: 1 .txt",
+        "./photos: left out, since their extensions are not those of images: 1 .txt",
         "no sample has a class, since not all sources have the same ones",
     )
 

@@ -589,7 +589,7 @@ def test_a_key_names_the_member_that_is_the_image(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     source = open_source(str(path))
     assert len(source) == 4 and "data.image_key=input.jpg takes 2 of them" in source.notes[0]
-    assert "data.image_key names such an ending" in next(iter(refusals(source).values()))
+    assert "set data.image_key to the part after the first dot" in next(iter(refusals(source).values()))
     keyed = open_source(str(path), settings=DataSettings(image_key="Input.jpg"))
     assert [keyed.read(i) for i in range(len(keyed))] == [b"in"] * 2
     assert keyed.notes == ("left out of the shards, since they are neither images nor classes: 2 .mask.png",)
@@ -635,7 +635,7 @@ def test_class_names_of_several_shards(tmp_path: Path) -> None:
         (["a.png", "b.png", "a.cls", "b.cls"], ["2 members with a class do not follow the image"]),
         (["a.png", "a.cls", "b.png"], ["no sample has a class, since 1 of 2 samples have none"]),
         (["a.png", "a.cls", "b.png", "b.name"], ["no sample has a class", "neither images nor classes: 1 .name"]),
-        (["a.png", "a.cls", "a.txt", "a.npy", "readme"], ["1 without an ending, 1 .npy, 1 .txt"]),
+        (["a.png", "a.cls", "a.txt", "a.npy", "readme"], ["1 without an extension, 1 .npy, 1 .txt"]),
         (["a.png"], []),
     ],
 )

@@ -218,4 +218,4 @@ def test_the_verb(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == f"{out}/t-00000.tar to t-00001.tar: 2 written, 0 already there\n"
     assert Image.open(io.BytesIO(open_source(str(out)).read(0))).size == (24, 16)
     assert launch(str(folder), str(out)) == 2
-    assert "is no name for shards: legal is DIR/NAME.tar" in capsys.readouterr().err
+    assert "cannot name the shards: give DIR/NAME.tar" in capsys.readouterr().err
