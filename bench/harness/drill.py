@@ -33,8 +33,8 @@ from mimae.config.load import load_recipe
 
 TOLERANCE = 1e-4
 """Tolerance, relative to the norm of each section (weights, optimizer, averages), for another number of ranks, which
-sums in another order. The bias of attention's keys is left out: it moves all logits of a query alike, so its gradient is
-only rounding, and Adam turns that into steps."""
+sums in another order. The bias of attention's keys is left out: it moves all logits of a query alike, so its gradient
+is only rounding, and Adam turns that into steps."""
 
 IMAGES = 100
 
