@@ -88,7 +88,7 @@ class BuildNative(build_ext):
         ]
 
     def call(self, command):
-        """Runs a compiler. Returns what went wrong, or None; what the compiler says goes into a file."""
+        """Run a compiler. Returns what went wrong, or None; what the compiler says goes into a file."""
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         except OSError:

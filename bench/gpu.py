@@ -49,7 +49,7 @@ STAGES = (
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Runs a stage: its exit code (None: it ran out of time), its result, its last lines."""
+    """Run a stage: its exit code (None: it ran out of time), its result, its last lines."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", *stage.arguments, *(["--json", str(file)] if stage.writes else [])]
@@ -77,7 +77,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def run_all(stages: Sequence[Stage], file: Path, machine: dict[str, Any]) -> list[str]:
-    """Runs the stages in order and writes `file` after each; returns the names of those that did not end well."""
+    """Run the stages in order and write `file` after each; return the names of those that did not end well."""
     report: dict[str, Any] = {"bench": "gpu", **machine, "stages": {}}
     failed = []
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def resident_peak(run: Callable[[], object]) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that was asked of it."""
+    """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -412,7 +412,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     VIEWS: tl.constexpr, SHOWN: tl.constexpr, PATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `share` rows of d_token x' and of d_token, the latter among the programs of the first features."""
+    """Sum over `share` rows of d_token x' and of d_token, the latter among the programs of the first features."""
     FEATURES: tl.constexpr = 3 * PATCH * PATCH
     ACROSS: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
     down = tl.cdiv(width, ROWS)

@@ -133,7 +133,7 @@ def _ceil(size: int, divisor: int) -> int:
 
 
 def launch_forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches `infonce_lse`."""
+    """Launch `infonce_lse`."""
     (b, N, D), B = rows.shape, columns.shape[0]
     tiles = _tiles(rows, columns)
     blocks, column_blocks = _ceil(b, tiles.rows), _ceil(B, tiles.columns)
@@ -188,7 +188,7 @@ def launch_forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> t
 
 
 def launch_backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches `infonce_grad`."""
+    """Launch `infonce_grad`."""
     (b, N, D), B = rows.shape, columns.shape[0]
     tiles = _tiles(rows, columns)
     blocks, column_blocks, width_blocks = _ceil(b, tiles.rows), _ceil(B, tiles.columns), _ceil(D, tiles.columns)
@@ -501,7 +501,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _add(result, tile, rows, d_start, N: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Adds a tile to the first `rows` latents of the view at `result`, from dimension d_start on."""
+    """Add a tile to the first `rows` latents of the view at `result`, from dimension d_start on."""
     HALF: tl.constexpr = tile.shape[1] // 2
     i = tl.arange(0, tile.shape[0])
     halves = _halves(tile)
@@ -532,7 +532,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Adds the panel's part to the gradient of ROWS x WIDTH of a view: its weights as rows, times the latents of their
+    """Add the panel's part to the gradient of ROWS x WIDTH of a view: its weights as rows, times the latents of their
     columns; on one rank also its weights as columns, times the latents of the panel's rows."""
     width_blocks: tl.constexpr = (D + WIDTH - 1) // WIDTH
     number = tl.program_id(0)

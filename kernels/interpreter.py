@@ -12,7 +12,7 @@ import torch
 
 
 def mend_bfloat16() -> None:
-    """Gives the interpreter's builder the GPU's bf16 casts, and `tl.dot` of bf16 operands."""
+    """Give the interpreter's builder the GPU's bf16 casts, and `tl.dot` of bf16 operands."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -13,7 +13,7 @@ from mimae.kernels.runtime import jit, launch, tl
 
 
 def check_ids(name: str, ids: Tensor, like: Tensor, patches: int) -> None:
-    """Raises ValueError unless `ids` (B, N, K) can list distinct patches of the views of `like` (B, N, ...)."""
+    """Raise ValueError unless `ids` (B, N, K) can list distinct patches of the views of `like` (B, N, ...)."""
     if ids.dim() != 3 or ids.shape[:2] != like.shape[:2]:
         raise ValueError(f"{name} is (B, N, ids) with B, N = {tuple(like.shape[:2])}, not {tuple(ids.shape)}")
     if ids.dtype not in (torch.int32, torch.int64) or ids.device != like.device:

@@ -150,7 +150,7 @@ def target_of(tensor: Tensor) -> Target:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 2, **arguments: Any) -> None:
-    """Runs `kernel` over `grid` on the device of its tensors and its current stream. Parameters go by name."""
+    """Run `kernel` over `grid` on the device of its tensors and its current stream. Parameters go by name."""
     options = {"num_warps": warps, "num_stages": stages}
     if _watch is not None:
         _watch(Launch(kernel, grid, arguments, options))

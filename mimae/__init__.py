@@ -22,7 +22,7 @@ _LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.export"}
 
 
 def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
-    """Pretrains as a recipe says, and resumes a run that was interrupted.
+    """Pretrain as a recipe says, and resume a run that was interrupted.
 
     Args:
         recipe: a path, the name of a shipped recipe, a mapping of sections, or a Recipe.

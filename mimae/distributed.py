@@ -258,7 +258,7 @@ def gather_objects(mine: T, group: Group | None = None) -> list[T]:
 
 
 def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
-    """Starts to gather (b, ...) of each rank and returns at once. The result, when called: (W b, ...) in the order of
+    """Start to gather (b, ...) of each rank and return at once. The result, when called: (W b, ...) in the order of
     ranks, without gradient; what computes before the call runs beside the gathering."""
     tensor = tensor.detach().contiguous()
     if world_size() == 1:

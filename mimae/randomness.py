@@ -51,7 +51,7 @@ def parameter_uniform(seed: int, name: str, start: int, count: int, device: torc
 
 
 def materialise(module: nn.Module, device: torch.device | str) -> None:
-    """Gives the parameters of a module built on the meta device memory on `device`, unset, and moves its buffers,
+    """Give the parameters of a module built on the meta device memory on `device`, unset, and move its buffers,
     which hold constants, there. Building so spares the default initialisation. Raises ValueError for a buffer on the
     meta device, whose constants would be lost."""
     if lost := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
@@ -86,7 +86,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
-    """Fills every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
+    """Fill every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
     counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
 
     Modules that want another start define `initial_values() -> {parameter: constant}` for their own ones.

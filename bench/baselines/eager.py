@@ -93,7 +93,7 @@ class EagerMIMAE(nn.Module):
             self.log_temperature = nn.Parameter(torch.zeros(1))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes the weights of a `MIMAE.state_dict()`."""
+        """Take the weights of a `MIMAE.state_dict()`."""
         own = {}
         for name, value in self.state_dict().items():
             prefix = next((prefix for prefix in _STATE if name.startswith(prefix)), None)

@@ -64,7 +64,7 @@ class TransformersMAE(nn.Module):
         return self.mae.decoder.decoder_layers
 
     def load(self, state: State) -> None:
-        """Takes the weights of a `MIMAE.state_dict()`."""
+        """Take the weights of a `MIMAE.state_dict()`."""
         taken = {name: value for ours, tensor in state.items() for name, value in _to_transformers(ours, tensor)}
         _load(self.mae, taken, keep=("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"))
 
@@ -116,7 +116,7 @@ class LightlyMAE(nn.Module):
         return self.decoder.decoder_blocks
 
     def load(self, state: State) -> None:
-        """Takes the weights of a `MIMAE.state_dict()`."""
+        """Take the weights of a `MIMAE.state_dict()`."""
         taken = {_to_lightly(name): tensor for name, tensor in state.items() if not name.startswith("objective.")}
         _load(self, taken, keep=("backbone.vit.pos_embed", "backbone.mask_token", "decoder.decoder_pos_embed"))
 

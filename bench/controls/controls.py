@@ -153,7 +153,7 @@ def stretched(schedule: ScheduleSettings, samples: int, stretch: float) -> list[
 
 
 def hold_out(source: Source, folder: Path) -> list[str]:
-    """Splits a labelled source into list files, four fifths to train on and a stratified fifth to judge by.
+    """Split a labelled source into list files, four fifths to train on and a stratified fifth to judge by.
 
     Returns the overrides that name them. The split is a function of the labels alone.
     """
@@ -216,7 +216,7 @@ def finished(trial: Trial, out: Path) -> bool:
 
 
 def run_trials(trials: Sequence[Trial], out: Path, runs: Path, jobs: int, runner: Runner) -> None:
-    """Runs those trials that `out` has no result of, `jobs` at a time, and writes each result as it comes.
+    """Run those trials that `out` has no result of, `jobs` at a time, and write each result as it comes.
 
     A trial that fails does not stop the others; UserError tells of the failed ones at the end. Raises
     Stopped.
@@ -278,7 +278,7 @@ class Processes:
         }
 
     def _wait(self, arguments: list[str], log: Any) -> None:
-        """Runs a verb to its end. Raises Stopped where it saved on a signal, UserError where it failed."""
+        """Run a verb to its end. Raises Stopped where it saved on a signal, UserError where it failed."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with self.lock:
             if self.stopping:

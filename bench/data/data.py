@@ -46,7 +46,7 @@ class Turn(NamedTuple):
 
 
 def turn(name: str, job: Job, seconds: float) -> Turn:
-    """Opens a contender, lets it use up what it made while it opened, and counts for `seconds`."""
+    """Open a contender, let it use up what it made while it opened, and count for `seconds`."""
     with ExitStack() as stack:
         feed = CONTENDERS[name](job, stack)
         stack.callback(feed.close)  # type: ignore[attr-defined]  # a generator, whose workers end with it
@@ -192,7 +192,7 @@ def measure(
 
 
 def _summarise(result: dict[str, Any], peer: list[dict[str, Any]] | None) -> None:
-    """Adds medians over the turns, ratios to the peer of the same round, and the shares of the work."""
+    """Add medians over the turns, ratios to the peer of the same round, and the shares of the work."""
     turns = result["turns"]
     result["images_per_s"] = statistics.median(made["images"] / made["seconds"] for made in turns)
     result["images_per_cpu_s"] = statistics.median(made["images"] / made["cpu_seconds"] for made in turns)

@@ -42,7 +42,7 @@ IMAGES = 100
 def drill(
     faults: Sequence[str], ranks: int, seed: int, jobs: int, overrides: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
-    """Runs one trial for each fault, named as in FAULTS, on 2 to `ranks` ranks, `jobs` at a time; a row for each."""
+    """Run one trial for each fault, named as in FAULTS, on 2 to `ranks` ranks, `jobs` at a time; a row for each."""
     images = folder / "images"
     images.mkdir()
     generator = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def drill(
 
 
 def _judge(named: tuple[str, Trial], wanted: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    """Harms a run, has it finished, and compares."""
+    """Harm a run, have it finished, and compare."""
     fault, trial = named
     began, failed, distance = time.monotonic(), None, None
     try:
@@ -153,7 +153,7 @@ def no_copies(overrides: Sequence[str]) -> str | None:
 
 
 def end(number: int, _: FrameType | None) -> None:
-    """Ends the drill with all that it started; nothing more may interrupt that."""
+    """End the drill with all that it started; nothing more may interrupt that."""
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt

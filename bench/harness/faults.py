@@ -101,7 +101,7 @@ def fill_the_disk(trial: Trial) -> None:
         filler = folder / "filler"
 
         def has_failed() -> bool:
-            """Fills the disk again: a save that was under way may have removed an old checkpoint."""
+            """Fill the disk again: a save that was under way may have removed an old checkpoint."""
             with suppress(OSError), filler.open("ab", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
@@ -239,7 +239,7 @@ def _half_written(trial: Trial) -> list[Path]:
 
 
 def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
-    """Kills a run with two checkpoints or more, and changes a file of the newest."""
+    """Kill a run with two checkpoints or more, and change a file of the newest."""
     trial.step = max(trial.step, 2 * EVERY + 2)  # by then the second one is written
     kill_all(trial)
     *_, before, newest = trial.checkpoints()

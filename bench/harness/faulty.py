@@ -25,7 +25,7 @@ SYNC = 0.4
 
 
 def pace(run: Any, folder: Path, first: bool) -> None:
-    """Goes slowly, and waits for as long as the file `hold` is there."""
+    """Go slowly, and wait for as long as the file `hold` is there."""
     if first:
         (folder / f"rank-{distributed.rank()}").write_text(str(os.getpid()))
     time.sleep(PACE)
@@ -47,7 +47,7 @@ def slow_save(run: Any, folder: Path, first: bool) -> None:
 
 
 def nan(run: Any, folder: Path, first: bool) -> None:
-    """Makes the gradients of one rank NaN, step after step; through the loss, which every engine has."""
+    """Make the gradients of one rank NaN, step after step; through the loss, which every engine has."""
     if first and distributed.rank() == int(FAULT["rank"]):
         backward = run.engine.backward
         run.engine.backward = lambda loss: backward(loss * float("nan"))
@@ -55,7 +55,7 @@ def nan(run: Any, folder: Path, first: bool) -> None:
 
 
 def drift(run: Any, folder: Path, first: bool) -> None:
-    """Changes a weight of one rank, once, in what its optimizer steps."""
+    """Change a weight of one rank, once, in what its optimizer steps."""
     if first and distributed.rank() == int(FAULT["rank"]):
         held = next(part.values for part in run.engine.parts.values() if part.values.numel())
         held.detach().view(-1)[0] += 1

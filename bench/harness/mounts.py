@@ -13,7 +13,7 @@ _CLONE_NEWNS = 0x20000
 
 
 def obstacle() -> str | None:
-    """Gives this process, and those that it starts, mounts of their own, which go with them; or says why not. Before
+    """Give this process, and those that it starts, mounts of their own, which go with them; or say why not. Before
     any thread is started."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):

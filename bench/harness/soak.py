@@ -67,7 +67,7 @@ class Account:
         self.reasons: Counter[str] = Counter()
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch; a slot with another sample's pixels has to have its own sample on the list."""
+        """Count a batch; a slot with another sample's pixels has to have its own sample on the list."""
         named = {bad.id for bad in batch.bad}
         own = batch.sample_ids % self.samples
         moved = own[own != batch.source_ids].tolist()
@@ -78,7 +78,7 @@ class Account:
         self.reasons.update(" ".join(bad.reason.split()[:4]) for bad in batch.bad)
 
     def end_epoch(self) -> None:
-        """Closes an epoch: every slot once."""
+        """Close an epoch: every slot once."""
         self.epochs += 1
         self.lost += self.expected - len(self.seen)
         self.repeated += sum(self.seen.values()) - len(self.seen)
@@ -88,7 +88,7 @@ class Account:
 def soak(
     settings: DataSettings, source: Source, batch_size: int, minutes: float, share: float, restart_seconds: float
 ) -> dict[str, Any]:
-    """Runs for `minutes`, ending and resuming the loader about every `restart_seconds`; returns the account."""
+    """Run for `minutes`, ending and resuming the loader about every `restart_seconds`; return the account."""
     damaged = Damaged(source, share)
     start = time.perf_counter()
     curve: list[tuple[float, float]] = []

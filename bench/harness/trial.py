@@ -68,7 +68,7 @@ class Start:
         return self.file.read_text(errors="replace")
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Raises NotSeen where the process ends first, or time does."""
+        """Raise NotSeen where the process ends first, or time does."""
         end = time.monotonic() + PATIENCE
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -76,7 +76,7 @@ class Start:
             time.sleep(0.02)
 
     def end(self) -> int:
-        """Waits for its end, and returns the exit code."""
+        """Wait for its end, and return the exit code."""
         try:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -111,7 +111,7 @@ class Trial:
         """(characters that its starts had said by then, step of the newest checkpoint that was whole)."""
 
     def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
-        """Calls `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
+        """Call `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
         module, environment = "mimae", {}
@@ -128,7 +128,7 @@ class Trial:
             return self.starts[-1]
 
     def reach(self, start: Start) -> None:
-        """Waits for the fault's step, and then for a moment that is drawn."""
+        """Wait for the fault's step, and then for a moment that is drawn."""
         start.wait_for(lambda: self.steps_done() >= self.step, f"step {self.step}")
         time.sleep(self.draw.uniform(0, 0.3))
 
@@ -156,7 +156,7 @@ class Trial:
         self.expected.append((sum(len(start.output) for start in self.starts), step))
 
     def prove(self, holds: bool, what: str) -> None:
-        """Raises NotSeen where the fault's trace is not there."""
+        """Raise NotSeen where the fault's trace is not there."""
         if not holds:
             raise NotSeen(f"{what}: not so\n{self.starts[-1].output[-2000:]}")
         self.seen.append(what)
@@ -168,7 +168,7 @@ class Trial:
             raise NotSeen(f"the run did not go on: exit code {code}\n{self.starts[-1].output[-2000:]}")
 
     def close(self) -> None:
-        """Ends what still runs; nothing is started any more."""
+        """End what still runs; nothing is started any more."""
         with self.lock:
             self.is_closed = True
         for start in self.starts:

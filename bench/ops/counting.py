@@ -53,7 +53,7 @@ class Counted:
                 self._regions.append(_Region(name, base, value.untyped_storage().nbytes()))
 
     def count(self, access: str, pointers: Any, mask: Any) -> None:
-        """Adds a load or store of the elements at `pointers` (triton's handles) where `mask` holds."""
+        """Add a load or store of the elements at `pointers` (triton's handles) where `mask` holds."""
         item = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         # Some of the interpreter's masks are integers.
         held = numpy.broadcast_to(mask.data, pointers.data.shape).ravel().astype(bool)
@@ -93,7 +93,7 @@ class _Region:
 
 @contextmanager
 def counting(target: Target = H100) -> Iterator[list[Counted]]:
-    """Counts the launches inside, which the interpreter runs, in order; launchers see `target`. Matrix products, whose
+    """Count the launches inside, which the interpreter runs, in order; launchers see `target`. Matrix products, whose
     results move nothing by themselves, are left out. Raises RuntimeError where triton does not interpret.
     """
     if not runtime.INTERPRETED:

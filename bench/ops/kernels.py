@@ -156,7 +156,7 @@ def _between(start: Any, end: Any) -> float:
 
 
 def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Checks and times the contenders of an op; one that fails, or runs out of memory, has the reason for a time."""
+    """Check and time the contenders of an op; one that fails, or runs out of memory, has the reason for a time."""
     torch.manual_seed(0)
     first = case.inputs(size, batch, device)
     used = numbers([value for value in first.values() if isinstance(value, Tensor)])
@@ -280,7 +280,7 @@ def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) 
 
 
 def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> None:
-    """Prints a contest as a table."""
+    """Print a contest as a table."""
     matrix = contest["flops"] > 0
     unit = "TFLOP/s" if matrix else "GB/s"
     limit = roof[f"{contest['precision']}_flops_per_s" if matrix else "copy_bytes_per_s"]

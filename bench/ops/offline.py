@@ -124,7 +124,7 @@ class Binary(NamedTuple):
 
 
 def compiled(launch: Launch, capability: int) -> Binary:
-    """Compiles a recorded launch for `capability`, one of PROCESSORS. Raises RuntimeError where triton interprets."""
+    """Compile a recorded launch for `capability`, one of PROCESSORS. Raises RuntimeError where triton interprets."""
     if runtime.INTERPRETED:
         raise RuntimeError("this process interprets kernels: compile in one without TRITON_INTERPRET")
     from triton.backends.compiler import GPUTarget

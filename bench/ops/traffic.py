@@ -90,7 +90,7 @@ def _count(fused: Pass, inputs: Inputs, target: Target) -> tuple[list[Launch], d
 
 
 def check_tiles(small: Sequence[Launch], production: Sequence[Launch], adaptive: Sequence[str]) -> None:
-    """Raises RuntimeError where a kernel that was counted is not the one that production launches."""
+    """Raise RuntimeError where a kernel that was counted is not the one that production launches."""
 
     def variant(launch: Launch) -> tuple[str, dict[str, Any]]:
         name, kinds = launch.kernel.__name__, inspect.get_annotations(launch.kernel.fn)
@@ -211,7 +211,7 @@ def flaws(binary: Row) -> list[str]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Prints a result as tables."""
+    """Print a result as tables."""
     traffic = Table(
         title="megabytes between memory and processors, counted in the interpreter at small sizes; for an H100's grid",
         caption="least: each input and each result once; its time is a prediction, at 3.35 TB/s",

@@ -97,7 +97,7 @@ class Contender(ABC):
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Compiles each transformer block."""
+        """Compile each transformer block."""
 
     def step(self) -> None:
         """A training step; does not wait for the device."""
@@ -105,7 +105,7 @@ class Contender(ABC):
         self.update()
 
     def warm_up(self) -> float:
-        """Takes the first steps, which compile and allocate, and returns about the seconds of a later one."""
+        """Take the first steps, which compile and allocate, and return about the seconds of a later one."""
         if self.compiled:
             self.compile_blocks()
             self.timed(3)
@@ -227,7 +227,7 @@ class Contest(NamedTuple):
 
 
 def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Checks, times and profiles the contenders.
+    """Check, time and profile the contenders.
 
     One that runs out of memory is left out, with the reason, unless it is this system on the contest's recipe.
     """
@@ -351,7 +351,7 @@ def _miniature(recipe: Recipe) -> Recipe:
 
 
 def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch.device) -> None:
-    """Adds `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
+    """Add `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the contests left to this process
     for contest, result in held:
@@ -409,7 +409,7 @@ def roof(recipe: Recipe, device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def check_baselines(recipe: Recipe) -> None:
-    """Raises UserError for a method that the other implementations do not have."""
+    """Raise UserError for a method that the other implementations do not have."""
     masking, decoder = recipe.masking, recipe.decoder
     if masking.kind != "orthogonal" and masking.num_masks > 1:
         raise UserError(f"the eager baseline has orthogonal masks alone, masking.kind is {masking.kind}")
@@ -421,7 +421,7 @@ def check_baselines(recipe: Recipe) -> None:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Prints a result as tables."""
+    """Print a result as tables."""
     machine = result["machine"]
     console.print(
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "

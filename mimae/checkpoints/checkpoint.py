@@ -166,7 +166,7 @@ def commit(
     passed_over: set[str],
     say: Callable[[str], None] = say,
 ) -> None:
-    """Makes a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
+    """Make a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
     whole. Then points `latest` to it and removes those that are not kept.
 
     `passed_over`: names of those that this run found damaged and went back behind; the new one's is taken out."""
@@ -193,7 +193,7 @@ def commit(
 
 
 def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) -> None:
-    """Removes what is not kept, and what is damaged; the run has gone back behind names after the newest one, and
+    """Remove what is not kept, and what is damaged; the run has gone back behind names after the newest one, and
     behind those passed over. Raises OSError, before anything is removed, where it cannot be read which are kept."""
     others = [newest.parent / name for name in names(newest.parent.parent) if name != newest.name]
     counted = [path for path in [*others, newest] if path <= newest and path.name not in passed_over]

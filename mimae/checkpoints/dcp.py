@@ -189,7 +189,7 @@ class Staging:
         return self._done.is_set()
 
     def settle(self) -> None:
-        """Waits until what is to be copied may change."""
+        """Wait until what is to be copied may change."""
         self._done.wait()
 
 

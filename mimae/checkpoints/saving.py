@@ -59,7 +59,7 @@ class Saver:
         self._failed = False
 
     def start(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
-        """Begins the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
+        """Begin the checkpoint of `step`, once the one before is written; `state`: what is not a tensor, as JSON.
 
         The tensors may change after the next `settle`. Raises where the run is another job's.
         """
@@ -77,18 +77,18 @@ class Saver:
             self._thread.join()
 
     def settle(self) -> None:
-        """Waits until the tensors of a save that is under way may change: they do in the optimizer's step alone."""
+        """Wait until the tensors of a save that is under way may change: they do in the optimizer's step alone."""
         if self.staging is not None:
             self.staging.settle()
 
     def finish(self) -> bool:
-        """Waits for the save that is under way; whether the last one succeeded, on every rank the same."""
+        """Wait for the save that is under way; whether the last one succeeded, on every rank the same."""
         if self._thread is not None:
             self._thread.join()
         return not self._failed
 
     def close(self) -> None:
-        """Waits for the save that is under way, at most GRACE seconds: peers may be gone. A process that ends beside a
+        """Wait for the save that is under way, at most GRACE seconds: peers may be gone. A process that ends beside a
         thread that is in torch is aborted."""
         if self._thread is not None:
             self._thread.join(GRACE)
@@ -136,7 +136,7 @@ class Saver:
         )
 
     def _write(self, step: int, tensors: State, state: Mapping[str, Any]) -> None:
-        """Raises on every rank what fails on one."""
+        """Raise on every rank what fails on one."""
 
         def begin() -> str:
             if self.inside:

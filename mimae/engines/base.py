@@ -80,7 +80,7 @@ class Engine(ABC, Generic[M]):
     """Ranks with the same number hold the same `_copies`."""
 
     def __init__(self, model: M, setup: Setup, device: torch.device, rule: Rule, start: Start) -> None:
-        """Takes over a `model` on the meta device, which gets its weights from `start`; `rule` gives the optimizer's
+        """Take over a `model` on the meta device, which gets its weights from `start`; `rule` gives the optimizer's
         groups.
 
         Needs an initialised process group, of one rank too. In this order units are checkpointed (by the model, around
@@ -142,7 +142,7 @@ class Engine(ABC, Generic[M]):
 
     @abstractmethod
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
-        """Spreads `model` in place, fills it and sets `parts`; returns what forward calls, and the optimizer."""
+        """Spread `model` in place, fill it and set `parts`; return what forward calls, and the optimizer."""
 
     @property
     def is_spread(self) -> bool:
@@ -158,7 +158,7 @@ class Engine(ABC, Generic[M]):
         """Around one micro-batch; the last one ends the reduction of gradients over ranks."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` to the accumulated one."""
+        """Add the gradient of `loss` to the accumulated one."""
         loss.backward()
 
     def step(self, factor: float) -> StepResult:
@@ -178,7 +178,7 @@ class Engine(ABC, Generic[M]):
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Goes on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
+        """Go on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
         what it lacks."""
         reader = dcp.Reader(path)
         has_stepped = any(name.startswith("optimizer.") for name in reader.described.state_dict_metadata)
@@ -191,7 +191,7 @@ class Engine(ABC, Generic[M]):
         return _named("model", self._buffers()) | _named("model", self.parts) | _named("ema", averages)
 
     def check_copies(self) -> None:
-        """Raises DivergenceError on every rank where copies of weights, or of averages, differ. A collective."""
+        """Raise DivergenceError on every rank where copies of weights, or of averages, differ. A collective."""
         replicas.compare(self._copies() | self._buffers(), self.shard)
 
     def _copies(self) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ class Engine(ABC, Generic[M]):
         return {key: self._as_part(key, value) for key, value in self.optimizer.empty_state().items()}
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
-        """Takes over what was loaded; nothing, where no step had been taken."""
+        """Take over what was loaded; nothing, where no step had been taken."""
         if optimizer:
             self.optimizer.load_state_dict({k: v.values if isinstance(v, Part) else v for k, v in optimizer.items()})
 

@@ -21,7 +21,7 @@ class DivergenceError(RuntimeError):
 
 
 def compare(tensors: Mapping[str, Tensor], shard: int) -> None:
-    """Raises DivergenceError on every rank where ranks of the same `shard` hold other `tensors`: by name, the same
+    """Raise DivergenceError on every rank where ranks of the same `shard` hold other `tensors`: by name, the same
     names on all ranks. A collective; by the sum of all bits, which sees every single change."""
     mine = torch.stack([torch.tensor(shard), *(checksum(tensor).cpu() for tensor in tensors.values())])
     everyone = distributed.all_gather(mine[None])

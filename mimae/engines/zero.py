@@ -290,7 +290,7 @@ def _whole(part: Part) -> Tensor:
 
 
 def _scale(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Clips the gradients of the group that DeepSpeed is about to step."""
+    """Clip the gradients of the group that DeepSpeed is about to step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

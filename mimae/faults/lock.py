@@ -112,7 +112,7 @@ class Lock(Hold):
             os.pwrite(self._file.fileno(), b" " * _WIDTH, 0)  # keeps its room on a disk that fills up
 
     def __call__(self) -> Path:
-        """Raises RunError where another job has taken the directory, having found this one silent."""
+        """Raise RunError where another job has taken the directory, having found this one silent."""
         if (other := self._other()) is not None:
             raise RunError(
                 f"run.dir={self.folder.path} was taken over by {other} while this process stood still; this one ends "

@@ -39,7 +39,7 @@ class MemoryShortage(RunError):
 
 @contextmanager
 def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
-    """Raises MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
+    """Raise MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -129,7 +129,7 @@ def _gpu() -> GPU | None:
 
 
 def _snapshot(run: Path, device: torch.device) -> str:
-    """Writes what holds the memory, and says where."""
+    """Write what holds the memory, and say where."""
     name = f"memory/rank-{distributed.rank()}"
     try:
         if device.type == "cuda":

@@ -34,7 +34,7 @@ class Pretraining(NamedTuple):
     restarts: int
 
     def __call__(self) -> int:
-        """Returns the launcher's exit code; after a signal the job's first node has it queued again."""
+        """Return the launcher's exit code; after a signal the job's first node has it queued again."""
         from mimae.launch import processes
 
         code = processes.pretrain(

@@ -312,7 +312,7 @@ def _times(calls: Sequence[Any], period: int) -> int:
 
 
 def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
-    """Counts a step on the first rank and on the last, whose shares may be smaller, prints both beside the plan, and
+    """Count a step on the first rank and on the last, whose shares may be smaller, print both beside the plan, and
     says whether all agrees within TOLERANCE. Raises UserError for engines that cannot run so."""
     ranks, engine = layout.ranks, recipe.engine
     if engine.kind != "fsdp" or engine.offload != "none":

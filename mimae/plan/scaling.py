@@ -102,7 +102,7 @@ def _fitting(recipe: Recipe, batch: int, layout: Layout, fleet: Fleet, count: Pa
 
 
 def report(recipe: Recipe, fleet: Fleet, name: str, path: Path) -> str:
-    """Draws both kinds of scaling into `path`; the figures as text. `name` heads the picture. Raises UserError where
+    """Draw both kinds of scaling into `path`; the figures as text. `name` heads the picture. Raises UserError where
     there is nothing to draw."""
     engine = "fsdp, a replica a node" if recipe.engine.replicas > 1 else recipe.engine.kind
     if engine not in ENGINES:

@@ -78,7 +78,7 @@ class Phases:
         return self._on_cuda and name not in self._HOST
 
     def _settle_done(self) -> None:
-        """Adds the phases that the device is done with."""
+        """Add the phases that the device is done with."""
         while self._pending and self._pending[0][3].query():
             name, outer, start, end = self._pending.popleft()
             self._add(name, outer, start.elapsed_time(end) / 1000)

@@ -46,7 +46,7 @@ _VERSION = "0.19.8"
 
 
 def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
-    """Writes FOLDER/TAG of a run's newest whole checkpoint, or of one checkpoint directory; returns it.
+    """Write FOLDER/TAG of a run's newest whole checkpoint, or of one checkpoint directory; return it.
 
     Raises CheckpointError where there is none, no step was taken in it, FOLDER is a run or has TAG, or it does not fit:
     nothing is left that looks whole.
@@ -126,7 +126,7 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
 
 
 def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
-    """Makes a checkpoint in RUN, which has a config.yaml, of FOLDER's last universal one, or of the one that FOLDER is;
+    """Make a checkpoint in RUN, which has a config.yaml, of FOLDER's last universal one, or of the one that FOLDER is;
     returns it. Without an average there, that of the run begins with the weights, which `say` is told.
 
     Raises CheckpointError where it is not one of the run's model, is no newer than what RUN has, or does not fit.
@@ -167,7 +167,7 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[str, Tensor]) -> Path:
-    """Makes a checkpoint of whole tensors."""
+    """Make a checkpoint of whole tensors."""
     state = {
         "samples": step * recipe.schedule.batch_size,
         "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),

@@ -65,7 +65,7 @@ class Findings(NamedTuple):
 
 
 def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findings:
-    """Runs optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it; writes
+    """Run optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it; write
     nothing. Raises UserError."""
     device = distributed.setup()
     try:
@@ -116,7 +116,7 @@ class _Replay:
         return Findings(shown, norm, weights, gradients, next(iter(module), None), rec, self._picture(batches, rec))
 
     def _load(self, step: int, say: Callable[[str], None]) -> int:
-        """Takes the newest whole state before a step; returns the steps that it has behind it."""
+        """Take the newest whole state before a step; return the steps that it has behind it."""
         for done, path in _states(Path(self.recipe.run.dir), step):
             try:
                 found = checkpoint.load(path)
@@ -161,7 +161,7 @@ class _Replay:
         return losses
 
     def _step(self, step: int, losses: dict[str, Tensor]) -> float:
-        """Takes the step; returns the norm of its gradient."""
+        """Take the step; return the norm of its gradient."""
         factor = schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch, self.task.peak)
         result = self.engine.step(factor)
         self.task.stepped(self.model, losses, result.skipped)
