@@ -154,7 +154,7 @@ def _open(path: Path) -> Any:
         raise OSError("it is not a Parquet file: it does not end in PAR1; is it complete?")
     if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size):
         raise OSError(f"its footer claims {footer:,} bytes; the file has {size:,}, a footer at most {MOST_FOOTER:,}")
-    # Read through a buffer, so that not all of a column's bytes are there beside what they become.
+    # Reading through a buffer avoids holding all compressed bytes of a column in addition to the decompressed ones.
     return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
@@ -162,7 +162,7 @@ def _open(path: Path) -> Any:
 
 
 def read_footers(files: Sequence[Path], settings: DataSettings) -> Index:
-    """The index of Parquet files. Raises DataError."""
+    """Return the index of Parquet files. Raises DataError."""
     _need_pyarrow()
     found = read_all("Parquet files", files, partial(_footer_or_reason, settings))
     if not sum(len(file.lengths) for file in found):

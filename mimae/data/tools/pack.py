@@ -106,9 +106,7 @@ def _same_as_before(packing: Packing) -> None:
                 f"remove it and its shards"
             )
     elif taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
-        raise DataError(
-            f"{taken[0]} exists but {note.name}, the record of its content, does not; choose another name"
-        )
+        raise DataError(f"{taken[0]} exists but {note.name}, the record of its content, does not; choose another name")
     else:
         _write(note, json.dumps(now, indent=2) + "\n")
 
