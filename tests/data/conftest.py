@@ -1,4 +1,4 @@
-"""What the tests of the data share: a cache of their own, and images that fit in a line."""
+"""Fixtures and helpers of the data tests: a separate cache folder, and images that are made in one line."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOADERS = ("torch", "dali_cpu", "dali_gpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, so that no test sees another's index or writes to the user's home."""
+    """Use an empty cache folder, so that no test sees another test's index or writes to the user's home."""
     home = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     return home / "mimae"
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:
-    """Smooth random colours with some grain, uint8 (height, width, 3): neither flat nor pure noise."""
+    """Return smooth random colours with some noise, uint8 (height, width, 3): neither uniform nor pure noise."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int64)
@@ -36,14 +36,14 @@ def photograph(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def encoded(pixels: np.ndarray, format: str = "PNG", **options: object) -> bytes:
-    """The pixels as an image file."""
+    """Encode pixels as an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format, **options)
     return file.getvalue()
 
 
 def write_images(folder: Path, names: list[str], height: int = 24, width: int = 32) -> None:
-    """One PNG per name, each with pixels of its own."""
+    """Write one PNG per name, each with different pixels."""
     for seed, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_images(folder: Path, names: list[str], height: int = 24, width: int = 
 
 
 def settle(folder: Path) -> None:
-    """Makes `folder`, and what is below it, look as if nobody had touched it for an hour."""
+    """Set the modification times of `folder` and everything below it to an hour ago."""
     for path in [folder, *folder.rglob("*")]:
         status = os.stat(path)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 3_600_000_000_000))
@@ -60,7 +60,7 @@ def settle(folder: Path) -> None:
 def loader_on_cpu(
     name: str, settings: DataSettings, source: Source, *, seed: int, batch_size: int, **plan: int
 ) -> Loader:
-    """The loader called `name`; of dali_gpu the same class and pipeline, on the CPU."""
+    """Return the loader called `name`. For dali_gpu this is the same class and pipeline, on the CPU."""
     if name != "dali_gpu":
         named = settings.model_copy(update={"loader": name})
         return make_loader(named, source, seed=seed, batch_size=batch_size, **plan)

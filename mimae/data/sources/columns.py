@@ -89,7 +89,7 @@ def _no_images(schema: Any, legal: list[str], image_key: str | None) -> str:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if image_key is not None:
         return (
-            f"data.image_key={image_key} is no column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
+            f"data.image_key={image_key} is not a column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
         )
     advice = f"; data.image_key names one of {', '.join(legal)}" if legal else ""
     return f"it has no column of image bytes{advice}; its columns are {listed}"

@@ -70,7 +70,7 @@ class ParquetSource(IndexedSource):
         rows = _kept.get(self._files[file], (changed, size), number, self._image_key)
         data = rows[i - int(places["starts"][group])]
         if not data.is_valid:
-            raise OSError("the row holds no image bytes")
+            raise OSError("the row has no image bytes")
         buffer = data.as_buffer()
         self.check_size(buffer.size)
         return buffer.to_pybytes()
@@ -186,10 +186,10 @@ def _open(path: Path) -> Any:
         file.seek(max(0, size - 8))
         end = file.read(8)
     if len(end) < 8 or not end.endswith((b"PAR1", b"PARE")):
-        raise OSError("it is no Parquet file, which ends in PAR1; is it whole?")
+        raise OSError("it is not a Parquet file: it does not end in PAR1; is it complete?")
     if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size):
-        raise OSError(f"it claims a footer of {footer:,} bytes; it has {size:,}, of which {MOST_FOOTER:,} may be one")
-    # Read through a buffer, so that not all of a column's bytes are there beside what they become.
+        raise OSError(f"its footer claims {footer:,} bytes; the file has {size:,}, a footer at most {MOST_FOOTER:,}")
+    # Reading through a buffer avoids holding all compressed bytes of a column in addition to the decompressed ones.
     return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 

@@ -119,7 +119,7 @@ def _dark(brightest: np.ndarray, white: int | None) -> list[str]:
         return []
     most = int(deep.max())
     return [
-        f"{len(deep):,} images of 16 bits per channel have values up to {most:,}, so that their brightest pixel is "
+        f"{len(deep):,} images of 16 bits per channel have values up to {most:,}: their brightest pixel becomes "
         f"{(most * 255 + 32767) // 65535} of 255: data.range={(1 << most.bit_length()) - 1} makes it white (colour "
         f"images have to be PNG; convert others)"
     ]
@@ -167,7 +167,7 @@ def show(found: dict[str, Any]) -> None:
     table.add_row(
         "classes", "{count:,}, of {smallest:,} to {largest:,} samples".format(**classes) if classes else "unknown"
     )
-    for key, row in (("exact_duplicates", "alike in every byte"), ("near_duplicates", "alike to the eye")):
+    for key, row in (("exact_duplicates", "identical bytes"), ("near_duplicates", "similar images")):
         spare = sum(len(group) - 1 for group in found[key])
         table.add_row(row, f"{spare:,}, in addition to the {len(found[key]):,} they repeat" if spare else "none")
     console = Console(soft_wrap=True)
@@ -175,8 +175,8 @@ def show(found: dict[str, Any]) -> None:
     for note in found["notes"]:
         console.print(note, markup=False, highlight=False)
     _list(console, "broken", [f"{bad['path']}: {bad['reason']}" for bad in found["broken"]])
-    _list(console, "alike in every byte", [" = ".join(group) for group in found["exact_duplicates"]])
-    _list(console, "alike to the eye", [" ~ ".join(group) for group in found["near_duplicates"]])
+    _list(console, "identical bytes", [" = ".join(group) for group in found["exact_duplicates"]])
+    _list(console, "similar images", [" ~ ".join(group) for group in found["near_duplicates"]])
 
 
 def _list(console: Console, title: str, lines: Sequence[str]) -> None:

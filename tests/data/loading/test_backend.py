@@ -1,4 +1,4 @@
-"""Which loader can run, what is said where it cannot, and which one `auto` is."""
+"""Which loaders can run, the error if one cannot, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_where_one_can_run_nothing_is_measured(images: str, no_dali: None, monke
 
 
 def test_the_fastest_by_its_rate(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured for real, then with a loader that each batch holds up: the other one is taken."""
+    """The first measurement is real. In the second one a loader sleeps for each batch, so the other one is chosen."""
     monkeypatch.setattr(backends, "SECONDS", 0.2)
     settings, source = DataSettings(image_size=8, workers=0), open_source(images)
     can_run = {name for name, obstacle in OBSTACLES.items() if obstacle(backends._device()) is None}
@@ -70,7 +70,7 @@ def test_the_fastest_by_its_rate(images: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 class SlowAtFirst:
-    """A source on storage that takes its time for what it has not read yet."""
+    """A source on storage that is slow for samples that were not read before."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._known = source, set[int]()
@@ -89,14 +89,14 @@ class SlowAtFirst:
 
 
 def test_no_loader_is_measured_on_a_cold_cache(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of six images in the first batch: the other four would take 0.4 s of the 0.3 s that are measured."""
+    """The first batch has two of six images: the first reads of the others would take 0.4 s of the 0.3 s measured."""
     monkeypatch.setattr(backends, "SECONDS", 0.3)
     source = SlowAtFirst(open_source(images))
     assert backends._rate(DataSettings(image_size=8, workers=0, loader="torch"), source, 0, 2) > 60
 
 
 def test_a_loader_that_fails_is_left_out_and_told(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a driver too old for DALI; where none runs, the error of the first one counts."""
+    """A loader fails, as with a driver that is too old for DALI. If all fail, the error of the first one is raised."""
     source, runs = open_source(images), {"torch"}
 
     def rate(settings: DataSettings, *given: Any) -> float:

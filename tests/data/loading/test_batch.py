@@ -1,4 +1,4 @@
-"""The account of bad samples: each once, over all ranks and restarts, and an end when there are too many."""
+"""The list of bad samples: each id once over all ranks and restarts, and an error if there are too many."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def listed(path: Path) -> list[int]:
 
 
 def test_each_bad_sample_is_listed_once(tmp_path: Path) -> None:
-    """By two ranks in turn, within a batch, and by a run that resumes."""
+    """Samples are recorded by two ranks in turn, twice within a batch, and by a run that resumes."""
     path = tmp_path / "bad_samples.jsonl"
     one, other = (BadSamples(path, 100, 1.0) for _ in range(2))
     one.record([])
@@ -61,7 +61,7 @@ def test_ranks_that_write_at_once(tmp_path: Path) -> None:
 
 
 def test_run_stops_past_the_legal_share(tmp_path: Path) -> None:
-    """2 % of 200 are 4, whoever found them; the fifth is one too many, and is still listed."""
+    """The limit is 2 % of 200, which is 4, over all ranks. The fifth one raises an error, and is still listed."""
     path = tmp_path / "bad_samples.jsonl"
     one, other = (BadSamples(path, 200, 0.02) for _ in range(2))
     one.record([bad(1), bad(2)])
@@ -72,7 +72,7 @@ def test_run_stops_past_the_legal_share(tmp_path: Path) -> None:
     assert "5 of 200 samples cannot be read, more than data.max_bad_fraction = 0.02 allows" in text
     assert "/images/5.jpg: truncated" in text and str(path) in text
     assert listed(path) == [1, 2, 3, 4, 5]
-    one.record([bad(1)])  # Nothing new, nothing to stop for.
+    one.record([bad(1)])  # Nothing new, so no error.
 
 
 def test_none_is_legal_with_a_share_of_0(tmp_path: Path) -> None:

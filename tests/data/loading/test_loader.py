@@ -1,4 +1,4 @@
-"""Micro-batches as the training loop gets them: the right pixels under the right ids, whatever the images hold."""
+"""Micro-batches as the training loop gets them: the right pixels with the right ids, whatever the images contain."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 
 SETTINGS = DataSettings(image_size=(16, 24), workers=0)
 TURNED = {2: 3, 3: 6}
-"""Samples of the folder with an EXIF orientation: upside down, on its side."""
+"""EXIF orientation of samples in the folder: one upside down, one rotated by 90 degrees."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twenty images: JPEGs, of them two turned and one grey, and a PNG."""
+    """Twenty images: JPEGs, of which two are rotated and one is grey, and a PNG."""
     for i in range(20):
         (tmp_path / f"{i:02}.jpg").write_bytes(encoded(photograph(i, 40, 60), "JPEG", quality=95))
     for i, orientation in TURNED.items():
@@ -52,7 +52,7 @@ def resized(image: Image.Image) -> np.ndarray:
 
 
 def expected_sample(source: Source, seed: int, epoch: int, slot: int, pixels_of: int) -> np.ndarray:
-    """The sample without the loader: whole image upright, cut, resized, mirrored."""
+    """Make the sample without the loader: decode the whole upright image, crop, resize and flip it."""
     image = ImageOps.exif_transpose(Image.open(source.path(pixels_of))).convert("RGB")
     row = crop_words(seed, epoch, torch.tensor([slot]))[0].tolist()
     top, left, h, w = random_window(row, image.height, image.width, (0.2, 1.0))
@@ -61,8 +61,10 @@ def expected_sample(source: Source, seed: int, epoch: int, slot: int, pixels_of:
 
 
 def assert_same(name: str, found: torch.Tensor, expected: np.ndarray, pixels_of: int) -> None:
-    """The same bits; but for rounding where the stored pixels are resized before they are turned, and where DALI
-    resizes, whose weights are of single precision."""
+    """Assert equal pixels, except for rounding.
+
+    Rounding differs if the stored pixels are resized before they are turned, and if DALI resizes, since its weights
+    have single precision."""
     difference = np.abs(found.numpy().astype(int) - expected)
     exact = name != "dali_gpu" and pixels_of not in TURNED
     assert difference.max() <= (0 if exact else 4) and difference.mean() < 0.5
@@ -71,7 +73,7 @@ def assert_same(name: str, found: torch.Tensor, expected: np.ndarray, pixels_of:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", LOADERS)
 def test_epoch_of_micro_batches(folder: Path, name: str, workers: int) -> None:
-    """Two ranks, two micro-batches a step: every sample of the order once, its pixels cut by its own id."""
+    """With two ranks and two micro-batches per step, every sample of the order occurs once, cropped by its own id."""
     source = open_source(str(folder))
     settings = SETTINGS.model_copy(update={"workers": workers})
     loaders = [
@@ -108,7 +110,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_resume_and_unfinished_epochs(folder: Path, name: str) -> None:
-    """An epoch left half-way, another begun, the first resumed: the same batches, with workers still at it."""
+    """An epoch is left half-way, another one begun, then the first one resumed, with workers busy: same batches."""
     source = open_source(str(folder))
     first = loader_on_cpu(name, SETTINGS, source, seed=0, batch_size=4, accumulate=2)
     whole = list(first.epoch(5))
@@ -118,7 +120,7 @@ def test_resume_and_unfinished_epochs(folder: Path, name: str) -> None:
     begun = loader.epoch(5)
     assert same(next(begun), whole[0])
     other = loader.epoch(6)
-    assert next(begun, None) is None  # It ended when the other began: its batches would be the other's.
+    assert next(begun, None) is None  # It ended when the other one began; else these were the other one's batches.
     assert [batch.epoch for batch in other] == [6] * 10
     rest = list(loader.epoch(5, first_step=3))
     assert len(rest) == 4 and all(map(same, rest, whole[6:]))
@@ -128,7 +130,7 @@ def test_resume_and_unfinished_epochs(folder: Path, name: str) -> None:
 
 
 def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
-    """Dropout or noise of a model must not depend on how often an epoch was begun."""
+    """A model's dropout or noise must not depend on how often an epoch was begun."""
     loader = make_loader(SETTINGS, open_source(str(folder)), seed=0, batch_size=4)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -143,8 +145,9 @@ def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", LOADERS)
 def test_bad_samples_are_replaced_by_the_chain(folder: Path, name: str, workers: int) -> None:
-    """Four broken in four ways, one below a sound header: each costs itself alone, and its slot keeps its own crop and
-    flip."""
+    """Four samples are broken in four ways, one of them below a valid header.
+
+    Only these samples are replaced, and their slots keep their own crop and flip."""
     source = open_source(str(folder))
     (folder / "05.jpg").write_bytes(b"no image")
     (folder / "11.jpg").unlink()
@@ -170,7 +173,7 @@ def test_bad_samples_are_replaced_by_the_chain(folder: Path, name: str, workers:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", LOADERS)
 def test_data_of_which_nothing_can_be_read(tmp_path: Path, name: str, workers: int) -> None:
-    """An error with a few of the reasons; from a worker too without torch's traceback."""
+    """The error shows a few of the reasons. If it comes from a worker, it has no traceback of torch."""
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(b"no image")
     settings = SETTINGS.model_copy(update={"workers": workers})
@@ -180,11 +183,11 @@ def test_data_of_which_nothing_can_be_read(tmp_path: Path, name: str, workers: i
     assert "Traceback" not in str(failure.value)
     assert "0.jpg: no header of an image" in str(failure.value)
     loader.close()
-    assert not multiprocessing.active_children()  # Though the error still lives, with its traceback.
+    assert not multiprocessing.active_children()  # They have ended although the error and its traceback exist.
 
 
 def without_tables(jpeg: bytes) -> bytes:
-    """A JPEG without its quantization tables, of which no decoder makes a pixel; header and end are sound."""
+    """Return a JPEG without quantization tables, which no decoder can decode. Its header and end are valid."""
     return jpeg[: jpeg.index(b"\xff\xdb")] + jpeg[jpeg.index(b"\xff\xc0") :]
 
 
@@ -199,7 +202,7 @@ def test_evaluation_is_in_order_and_of_the_centre(folder: Path) -> None:
         list(range(8, 16)),
         [16, 17, 18, 19],
     ]
-    # 40 x 60 has the shape of 16 x 24; upright, 03.jpg is 60 x 40 and loses its top and bottom.
+    # 40 x 60 has the aspect ratio of 16 x 24; 03.jpg is upright 60 x 40 and loses its top and bottom.
     np.testing.assert_array_equal(batches[0].images[1], resized(Image.open(source.path(1))))
     window = centre_window(60, 40, (16, 24))
     assert window == (16, 0, 27, 40)
@@ -225,13 +228,13 @@ def test_evaluation_of_chosen_samples(folder: Path) -> None:
         ({}, 12),
         ({"LOCAL_WORLD_SIZE": "4"}, 3),
         ({"SLURM_CPUS_PER_TASK": "6"}, 6),
-        ({"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "5"}, 2),  # More than the process may use.
+        ({"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "5"}, 2),  # SLURM allots more than the process may use.
         ({"LOCAL_WORLD_SIZE": "16"}, 1),
-        # A task per rank, bound to its cores or not; a task for all four ranks of the node.
+        # One task per rank, bound to its cores or not; then one task for all four ranks of the node.
         ({"SLURM_TASKS_PER_NODE": "4(x8)", "SLURM_CPUS_PER_TASK": "3", "LOCAL_WORLD_SIZE": "4"}, 3),
         ({"SLURM_TASKS_PER_NODE": "4(x8),2", "SLURM_CPUS_ON_NODE": "8"}, 2),
         ({"SLURM_TASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "8", "LOCAL_WORLD_SIZE": "4"}, 2),
-        # One task of a step in an allocation for four.
+        # A step with one task in an allocation for four tasks.
         ({"SLURM_TASKS_PER_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "1", "LOCAL_WORLD_SIZE": "4"}, 3),
     ],
 )
@@ -246,14 +249,14 @@ def test_default_workers(monkeypatch: pytest.MonkeyPatch, environment: dict[str,
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str) -> None:
-    """SIGINT and SIGTERM are for the parent to answer; a killed worker is an error in words, at a batch."""
+    """Only the parent reacts to SIGINT and SIGTERM. A killed worker raises a readable error at the next batch."""
     settings = SETTINGS.model_copy(update={"workers": 2})
     loader = loader_on_cpu(name, settings, open_source(str(folder)), seed=0, batch_size=1)
     batches = loader.epoch(0)
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    # As from a scheduler: another process than the parent sends it.
+    # As from a scheduler: a process other than the parent sends the signal.
     for name in ("INT", "TERM"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     for _ in range(5):
@@ -264,7 +267,7 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
         list(batches)
     loader.close()
     for worker in workers:
-        worker.join(10)  # told to end, the other one may take a moment
+        worker.join(10)  # The other worker was asked to end and may take a moment.
     assert not multiprocessing.active_children()
 
 
@@ -277,7 +280,7 @@ def test_an_error_in_a_worker_is_not_its_death() -> None:
     with pytest.raises(RuntimeError, match="of its own"):
         next(loader.batches([BatchRequest(0, 0, np.zeros(1, np.int64))]))
     loader.close()
-    gc.collect()  # The error's traceback holds torch's iterator, and that the worker.
+    gc.collect()  # The error's traceback refers to torch's iterator, which refers to the worker.
     assert not multiprocessing.active_children()
 
 
@@ -316,7 +319,7 @@ def alive(pid: int) -> bool:
 
 
 def test_workers_end_with_their_parent(folder: Path) -> None:
-    """However it ends: killed, or leaving by an exception with the loader open."""
+    """Workers end with the parent, whether it is killed or exits by an exception with the loader open."""
     parents = {
         end: subprocess.Popen(
             [sys.executable, "-c", ORPHANS, str(folder), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""All loaders alike: windows, pixels, replaced samples, what a run sees through kills and changes of ranks."""
+"""All loaders agree: windows, pixels, replaced samples, and the samples of a run with kills and changes of ranks."""
 
 from __future__ import annotations
 
@@ -56,14 +56,16 @@ def epoch(name: str, settings: DataSettings, path: str, batch_size: int, number:
 
 
 def ramps(height: int, width: int) -> np.ndarray:
-    """Pixels that say where they are: red the column, green the row."""
+    """Return pixels that encode their position: red is the column, green is the row."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.full_like(rows, 90)], -1).astype(np.uint8)
 
 
 def line(values: np.ndarray, length: int) -> tuple[float, float]:
-    """Start and length of the window in which `values` (n,) are resized coordinates: sample i shows the place
-    start + (i + 1/2) length / n - 1/2. The outer ones are left out: there filters end at the window's edge."""
+    """Return start and length of the window from its resized coordinates `values` (n,).
+
+    Value i is start + (i + 1/2) length / n - 1/2. The outer values are left out, because filters are cut at the
+    window's edge."""
     n = len(values)
     inner = slice(n // 6, n - n // 6)
     slope, at = np.polyfit((np.arange(n) + 0.5)[inner], values[inner], 1)
@@ -72,8 +74,10 @@ def line(values: np.ndarray, length: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_window_and_flip_as_the_pixels_show_them(tmp_path: Path, name: str) -> None:
-    """Images of ramps, in each orientation and as a PNG: the cut is found by least squares in the sample's own pixels,
-    to the integer, and is that of its seed, epoch and id. Sides differ, so that exchanged ones show."""
+    """Images of ramps, in each orientation and as a PNG, have the windows of their seed, epoch and id.
+
+    Least squares on the sample's pixels gives the window, exact to the integer. Height and width differ, so that a swap
+    would be seen."""
     upright = ramps(180, 240)
     files = [
         encoded(np.ascontiguousarray(turn(upright)), "JPEG", quality=100, subsampling=0, exif=turned_by(orientation))
@@ -98,15 +102,15 @@ def test_window_and_flip_as_the_pixels_show_them(tmp_path: Path, name: str) -> N
 # Pixels
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")
-"""Of scikit-image: 300 to 1411 pixels wide."""
+"""Photographs of scikit-image, 300 to 1411 pixels wide."""
 
 BOUNDS = {"torch": (0.06, 60), "dali_cpu": (0.06, 60), "dali_gpu": (0.2, 55)}
-"""Mean absolute difference and PSNR (dB); docs/data.md has them."""
+"""Mean absolute difference and PSNR (dB), as in docs/data.md."""
 
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_pixels_are_near_those_of_torchvision(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Random crops of photographs beside torchvision's on Pillow's images, with the same windows."""
+    """Random crops of photographs are compared with torchvision's on Pillow's images, with the same windows."""
     spec = find_spec("skimage")
     assert spec is not None and spec.submodule_search_locations
     home = Path(spec.submodule_search_locations[0]) / "data"
@@ -135,7 +139,7 @@ def test_pixels_are_near_those_of_torchvision(tmp_path: Path, name: str, capsys:
 
 
 def test_odd_images_are_used_or_replaced_alike(tmp_path: Path) -> None:
-    """Every format and every kind of damage: the same reasons, the same replacements, nearly the same pixels."""
+    """For every format and kind of damage, reasons and replacements are equal, and the pixels nearly equal."""
     odd = [data for data, _ in (*LOSSLESS.values(), *REFUSED.values())]
     jpegs = [encoded(photograph(i, 50, 70), "JPEG", exif=turned_by(i % 8 + 1)) for i in range(16)]
     odd.append(without_tables(jpegs[0]))
@@ -155,7 +159,7 @@ def flat(seen: list[Batch]) -> Tensor:
 
 
 def test_a_part_with_a_bad_image_and_those_after_it(tmp_path: Path) -> None:
-    """40 samples are three parts; the decoder goes on with what follows a failure, in the same process."""
+    """40 samples are decoded in three parts. After a failure the decoder continues with the rest in this process."""
     files = [encoded(photograph(i, 50, 70), "JPEG") for i in range(40)]
     files[3] = without_tables(files[3])
     path = write(tmp_path / "images", files)
@@ -165,8 +169,10 @@ def test_a_part_with_a_bad_image_and_those_after_it(tmp_path: Path) -> None:
 
 
 def test_a_bad_image_costs_the_others_of_its_batch_no_bit(tmp_path: Path) -> None:
-    """The pipeline that resizes fails as a whole, and whoever made the batch then would round otherwise: with another
-    number of ranks, whose batches are others, samples would change. 11 images: halves of unequal size."""
+    """A failure of the resizing pipeline must not change the other samples of its batch.
+
+    The pipeline fails for a whole batch, and another decoder would round differently. Then samples would change with
+    the number of ranks, which changes the batches. 11 images give halves of unequal size."""
     files = [encoded(photograph(i, 50, 70), "JPEG") for i in range(11)]
     settings = DataSettings(image_size=24, workers=0)
     (sound,) = epoch("dali_gpu", settings, write(tmp_path / "sound", files), 11)
@@ -178,7 +184,7 @@ def test_a_bad_image_costs_the_others_of_its_batch_no_bit(tmp_path: Path) -> Non
 
 
 def test_a_pipeline_that_cannot_be_made_or_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver too old, memory that is gone: an error in words, and no run that does all on one core unseen."""
+    """If the driver is too old or memory is short, there is a readable error, not a silent fallback to one core."""
     path = write(tmp_path / "images", [encoded(photograph(i, 50, 70), "JPEG") for i in range(4)])
     settings = DataSettings(image_size=24, workers=0)
 
@@ -203,7 +209,7 @@ def test_a_pipeline_that_cannot_be_made_or_makes_nothing(tmp_path: Path, monkeyp
 
 
 def test_what_the_pipeline_owns_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a batch of JPEGs and a PNG too, whose images are a copy that may not have been made yet."""
+    """This includes a batch of JPEGs and a PNG, whose images are a copy that may not have been made yet."""
     kept: list[Tensor] = []
     monkeypatch.setattr(dali._InUse, "add", lambda self, pixels: kept.append(pixels))
     jpegs = [encoded(photograph(i, 50, 70), "JPEG") for i in range(3)]
@@ -217,7 +223,7 @@ def _collect() -> None:
 
 
 def test_forks_do_not_free_pipelines(tmp_path: Path) -> None:
-    """Left in a cycle of garbage, as by an error's traceback: to free it where its threads are not aborts or waits."""
+    """A pipeline in a garbage cycle, as from an error's traceback, is not freed in a fork: that would hang."""
     jpeg = np.frombuffer(encoded(photograph(0, 50, 70), "JPEG"), np.uint8)
     cut = np.array([[0, 0, 9, 9, 0, 0]], np.int32)
     gc.disable()
@@ -238,7 +244,7 @@ def test_forks_do_not_free_pipelines(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_over_bad_images(tmp_path: Path) -> None:
-    """2,000 images without tables through DALI's decoder: what each costs is gone when it is reported."""
+    """DALI's decoder fails on 2,000 images without tables. The memory of each is freed when it is reported."""
     good = encoded(photograph(0, 200, 200), "JPEG")
     source = open_source(write(tmp_path / "images", [without_tables(good), good]))
     decoder, settings = RegionDecoder(), DataSettings(image_size=8)
@@ -259,7 +265,7 @@ def test_memory_over_bad_images(tmp_path: Path) -> None:
 
 @pytest.fixture
 def jpegs(tmp_path: Path) -> str:
-    """23 JPEGs, the 6th broken below its header."""
+    """23 JPEGs; the 6th is broken below its header."""
     files = [encoded(photograph(i, 40, 50), "JPEG") for i in range(23)]
     files[5] = without_tables(files[5])
     return write(tmp_path / "jpegs", files)
@@ -267,7 +273,7 @@ def jpegs(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_each_once_through_changes_of_ranks(jpegs: str, name: str) -> None:
-    """1 -> 2 -> 1 ranks in one epoch: every slot once with its own pixels, and the reported tail."""
+    """With 1 -> 2 -> 1 ranks in one epoch, every slot occurs once with its own pixels, except for the reported tail."""
     settings, source = DataSettings(image_size=8, workers=0), open_source(jpegs)
     whole = loader_on_cpu(name, settings, source, seed=9, batch_size=4)
     expected = {i: image for batch in whole.epoch(1) for i, image in zip(batch.sample_ids.tolist(), batch.images)}
@@ -284,7 +290,7 @@ def test_each_once_through_changes_of_ranks(jpegs: str, name: str) -> None:
 
 
 def _train(name: str, place: str, first: int, told: Connection) -> None:
-    """A run that tells of each step and waits for the word to go on."""
+    """A run that prints each step and waits for input before it continues."""
     settings = DataSettings(image_size=8, workers=1)
     loader = loader_on_cpu(name, settings, open_source(place), seed=9, batch_size=2)
     tell(loader.epoch(3, first), told)
@@ -295,14 +301,14 @@ def _train(name: str, place: str, first: int, told: Connection) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS[1:])  # torch: test_sources_agree.py
 def test_each_once_through_kills(jpegs: str, name: str) -> None:
-    """Killed after 4 steps and again after 7, while worker and pipeline are ahead."""
+    """The run is killed after 4 steps and again after 7, while worker and pipeline have prefetched batches."""
     seen = ids_through_kills(_train, name, jpegs)
     assert len(seen) == len(set(seen)) == 22
 
 
 @pytest.mark.slow
 def test_losses_differ_less_than_with_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 steps on each loader: dali_cpu's losses are torch's, dali_gpu's nearer to them than another seed's by far."""
+    """After 48 steps dali_cpu's losses equal torch's, and dali_gpu's are much closer to them than another seed's."""
     path = write(tmp_path / "images", [encoded(photograph(i, 60, 80), "JPEG") for i in range(32)])
     monkeypatch.setitem(backends.OBSTACLES, "dali_gpu", lambda device: None)
     monkeypatch.setattr(backends, "DaliGpuBackend", partial(DaliGpuBackend, device=CPU))

@@ -1,4 +1,4 @@
-"""The order of an epoch and how it is dealt: exactly once, and the same for every number of ranks."""
+"""The order of an epoch and its distribution: each sample exactly once, for every number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def one(n: int) -> list[Share]:
-    """A plain source: one share, all of it due each epoch."""
+    """Return the shares of a plain source: one share, drawn completely in each epoch."""
     return [Share(n, n, np.array([0, n]))]
 
 
@@ -29,7 +29,7 @@ def test_order_is_a_permutation(seed: int, epoch: int, n: int) -> None:
 
 
 def test_order_sorts_by_unsigned_key() -> None:
-    """Against Python's unbounded integers: half of the keys have the top bit set, int64's sign."""
+    """The order equals one with Python's unbounded integers. Half of the keys have int64's sign bit set."""
     n, seed, epoch = 500, 77, 3
     keys = []
     for i in range(n):
@@ -45,7 +45,7 @@ def test_order_sorts_by_unsigned_key() -> None:
     [(0, 0, [6, 9, 2, 7, 0, 5, 4, 8, 3, 1]), (4_000_000_000, 7, [3, 2, 5, 9, 7, 6, 8, 4, 0, 1])],
 )
 def test_known_orders(seed: int, epoch: int, order: list[int]) -> None:
-    """Frozen: a run that a later version resumes must see what it has not seen yet."""
+    """These orders are frozen: a run that a later version resumes must see exactly the remaining samples."""
     assert epoch_order(seed, epoch, one(10)).tolist() == order
 
 
@@ -54,7 +54,7 @@ def test_known_orders(seed: int, epoch: int, order: list[int]) -> None:
 
 @st.composite
 def blocked(draw: st.DrawFn) -> Share:
-    """A source of uneven blocks, empty ones among them."""
+    """Return the shares of a source with uneven blocks, some of them empty."""
     sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
     ends = np.concatenate([[0], np.cumsum(sizes)])
     return Share(int(ends[-1]), int(ends[-1]), ends)
@@ -69,7 +69,7 @@ def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blocked(), SEEDS, st.integers(0, 5))
 def test_blocks_are_read_together(group: int, share: Share, seed: int, epoch: int) -> None:
-    """Each sample once; and between the first and the last sample of a block come no more than its group holds."""
+    """Each sample occurs once, and the samples of a block are spread over at most the size of its group."""
     order = epoch_order(seed, epoch, [share], by_blocks=True)
     assert order.sort().values.tolist() == list(range(share.samples))
     place = order.argsort().numpy()
@@ -84,7 +84,7 @@ def test_one_group_is_the_full_order() -> None:
 
 
 def test_blocks_and_samples_are_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over the epochs every block begins one, and samples leave their place within their block."""
+    """Over the epochs every block comes first once, and samples change their place within their block."""
     monkeypatch.setattr(order_module, "GROUP", 1)
     share = Share(40, 40, np.arange(0, 41, 10))
     orders = [epoch_order(0, epoch, [share], by_blocks=True).view(4, 10) for epoch in range(30)]
@@ -94,7 +94,7 @@ def test_blocks_and_samples_are_shuffled(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_known_order_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frozen, as the known orders."""
+    """These orders are frozen too."""
     monkeypatch.setattr(order_module, "GROUP", 4)
     share = Share(10, 10, np.array([0, 3, 5, 10]))
     assert epoch_order(1, 2, [share], by_blocks=True).tolist() == [3, 4, 0, 1, 2, 8, 6, 9, 7, 5]
@@ -112,7 +112,7 @@ def mixtures(draw: st.DrawFn) -> list[Share]:
 @settings(max_examples=40)
 @given(mixtures(), SEEDS, st.booleans())
 def test_every_pass_over_a_share_is_whole(shares: list[Share], seed: int, by_blocks: bool) -> None:
-    """The draws of a share, epoch after epoch, are its passes one after the other: each sample once in each of them."""
+    """The draws of a share, concatenated over epochs, are its passes: each sample occurs once in each pass."""
     total, epochs = sum(share.samples for share in shares), 5
     drawn = np.concatenate([epoch_order(seed, epoch, shares, by_blocks=by_blocks) for epoch in range(epochs)]) % total
     first = 0
@@ -127,13 +127,13 @@ def test_every_pass_over_a_share_is_whole(shares: list[Share], seed: int, by_blo
 
 @given(mixtures(), SEEDS, st.integers(0, 4))
 def test_slots_of_an_epoch_differ(shares: list[Share], seed: int, epoch: int) -> None:
-    """A sample that comes again in an epoch has another slot, so another crop and other masks."""
+    """A sample that is repeated in an epoch has another slot, so another crop and other masks."""
     slots = epoch_order(seed, epoch, shares)
     assert len(slots.unique()) == len(slots) == sum(share.draws for share in shares)
 
 
 def test_parts_are_spread_evenly() -> None:
-    """Three to one by weight: in every stretch of 8 draws 6 and 2, so a batch holds what the weights say."""
+    """With weights of three to one, any 8 consecutive draws have 6 and 2, so that batches follow the weights."""
     shares = [Share(100, 60, np.array([0, 100])), Share(7, 20, np.array([0, 7]))]
     of_second = epoch_order(0, 3, shares).view(10, 8) % 107 >= 100
     assert of_second.sum(1).tolist() == [2] * 10
@@ -141,7 +141,7 @@ def test_parts_are_spread_evenly() -> None:
 
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[int, int, int, int]:
-    """(samples, batch_size, accumulate, world_size) that divide."""
+    """Draw (samples, batch_size, accumulate, world_size) that divide evenly."""
     accumulate, world_size = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     batch_size = accumulate * world_size * draw(st.integers(1, 4))
     return draw(st.integers(batch_size, 5 * batch_size)), batch_size, accumulate, world_size
@@ -149,7 +149,7 @@ def plans(draw: st.DrawFn) -> tuple[int, int, int, int]:
 
 @given(plans(), SEEDS)
 def test_global_batch_is_the_same_for_every_deal(plan: tuple[int, int, int, int], seed: int) -> None:
-    """Step s is positions [s G, (s + 1) G) of the order, in order over micro-batches and then ranks."""
+    """Step s has positions [s G, (s + 1) G) of the order, in order over micro-batches and then ranks."""
     samples, batch_size, accumulate, world_size = plan
     order = epoch_order(seed, 1, one(samples))
     ranks = [Plan(samples, batch_size, accumulate, rank, world_size) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""Batches come from worker processes with and without room in shared memory, and the same ones."""
+"""Worker processes return the same batches with and without room in shared memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch() -> Batch:
 
 
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors do not get into shared memory, as where it is full."""
+    """Tensors cannot be moved to shared memory, as if it were full."""
 
     def full(self: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
@@ -57,7 +57,7 @@ def test_a_batch_is_packed_where_there_is_no_room(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_are_the_same_without_shared_memory(images: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers are forked, and have no room either: without another way the first batch would never come."""
+    """The forked workers have no room either. Without the fallback the first batch would never arrive."""
     found = []
     for full in (False, True):
         if full:
@@ -72,7 +72,7 @@ def test_batches_are_the_same_without_shared_memory(images: str, name: str, monk
 def test_room_is_looked_at_before_the_start(
     images: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two batches made ahead and one being made, 4 x 3,072 + ids bytes each, of two workers."""
+    """Two workers have two finished batches and one in progress each, of 4 x 3,072 bytes and the ids."""
     need = 2 * 3 * 4 * (3 * 32 * 32 + 16)
     for room in (need, need - 1):
         monkeypatch.setattr(os, "statvfs", lambda path, room=room: SimpleNamespace(f_frsize=1, f_bavail=room))
@@ -92,7 +92,7 @@ def test_ranks_of_a_machine_share_the_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_workers_that_cannot_start_are_told_in_words(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their locks lie in shared memory too."""
+    """The locks of worker processes are in shared memory too."""
     import multiprocessing.synchronize
 
     def full(*given: object, **more: object) -> None:

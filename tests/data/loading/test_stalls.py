@@ -1,4 +1,4 @@
-"""Waiting for data: what is told of it, and the cause that the evidence speaks for."""
+"""Waiting for data: when it is reported, and the cause that the measurements indicate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mimae.data.loading.batch import Spent
 from mimae.data.loading.stalls import Feed, Stalls, diagnose
 from mimae.data.settings import DataSettings
 
-# 100 s on 8 cores with 8 workers that are busy throughout, decoding most of the time; for 10 s the device waited.
+# 100 s on 8 cores with 8 workers that are always busy, mostly decoding; the device waited for 10 s.
 FEED = Feed(100.0, 10.0, 10.0, Spent(50.0, 600.0, 150.0), workers=8, cores=8, loader="torch", cache=None)
 
 
@@ -25,7 +25,7 @@ FEED = Feed(100.0, 10.0, 10.0, Spent(50.0, 600.0, 150.0), workers=8, cores=8, lo
             ["the copies to the device are slow", "late for 1.0 s", "data.loader=dali_gpu"],
         ),
         ({"workers": 0, "spent": Spent(1, 8, 1)}, ["the training process makes the batches itself", "here 8"]),
-        ({"spent": Spent()}, ["does not tell", "8 workers on 8 cores", "data.workers"]),
+        ({"spent": Spent()}, ["does not report", "8 workers on 8 cores", "data.workers"]),
         ({"spent": Spent(600, 150, 50)}, ["storage is slow (75% of", "set data.cache=encoded", "data.shuffle=blocks"]),
         ({"spent": Spent(600, 150, 50), "cache": "encoded"}, ["storage is slow", "read from the cache"]),
         ({"workers": 4, "spent": Spent(20, 300, 70)}, ["too few workers (4, busy 98%", "8 cores", "data.workers=8"]),
@@ -55,10 +55,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
-    """The first reading, and readings that do not count, tell nothing; then each epoch is judged by itself, once."""
+    """The first reading and excluded readings are ignored. Then each epoch is judged separately, once."""
     stalls = Stalls(DataSettings())
     clock[0] += 150
-    stalls.read(150.0, 150.0)  # waited all of the time: workers started
+    stalls.read(150.0, 150.0)  # waited all the time: workers started
     assert stalls.verdict() is None
     clock[0] += 5000
     stalls.made(Spent(50.0, 7500.0, 2000.0))
@@ -77,9 +77,9 @@ def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
 
 
 def test_a_run_of_minutes_is_told_nothing_and_many_short_epochs_are_judged_together(clock: list[float]) -> None:
-    """Readings after the first step and at the end of each epoch; batches made ahead are more than the stretch holds.
+    """Readings are taken after the first step and at the end of each epoch, with more prefetched batches than time.
 
-    No setting gives back more than the seconds that were lost: below a minute of them there is nothing to say."""
+    No setting can save more than the seconds that were lost, so below a minute of them nothing is reported."""
     stalls = Stalls(DataSettings(workers=1))
     stalls.read(5.0, 5.0)
     lines = []

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: the right pixels at the right time, whichever of the two queues is faster."""
+"""Copies of batches to the device: the right pixels at the right time, whichever of the two queues is faster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Queue:
-    """Work in its order, begun when the work that it waits for is done."""
+    """A queue that does its work in order. Each piece begins when the work that it waits for is done."""
 
     def __init__(self) -> None:
         self.work: deque[Callable[[], object] | tuple[Queue, int]] = deque()
@@ -36,7 +36,7 @@ class Queue:
         self.give((other, other.given))
 
     def advance(self) -> bool:
-        """Does one piece of work, if there is one that may begin."""
+        """Do one piece of work, if there is one that may begin."""
         if not self.work:
             return False
         first = self.work[0]
@@ -51,7 +51,7 @@ class Queue:
 
 
 class Device:
-    """A device with two queues: as a lane it takes copies, and it computes by remembering the pixels it sees."""
+    """A device with two queues. As a lane it takes copies; to compute it stores the pixels that it sees."""
 
     def __init__(self) -> None:
         self.computing, self.copies = Queue(), Queue()
@@ -73,7 +73,7 @@ class Device:
         self.computing.give(lambda: self.seen.append([int(images[0, 0, 0, 0]), int(ids[0]), int(source_ids[0])]))
 
     def run(self, *queues: Queue) -> None:
-        """Works until nothing may begin, on the first queue as long as it can go on."""
+        """Work until nothing may begin, on the first queue as long as possible."""
         while any(queue.advance() for queue in queues):
             pass
 
@@ -85,7 +85,7 @@ def batch(number: int, size: int = 2) -> Batch:
 
 @pytest.mark.parametrize("eager", ["copies", "computing", "late"])
 def test_each_step_sees_its_own_batch(eager: str) -> None:
-    """Copies as soon as they may begin, computing first, and a host that gives everything before anything is done."""
+    """Three schedules: copies as soon as possible, computing first, and a host that queues everything first."""
     device = Device()
     order = (device.copies, device.computing) if eager == "copies" else (device.computing, device.copies)
     for moved in Transfer(CPU, device)(map(batch, range(6))):
@@ -100,7 +100,7 @@ def test_each_step_sees_its_own_batch(eager: str) -> None:
 
 
 def test_the_next_copy_runs_beside_the_step() -> None:
-    """The point of it all: with the device still at step 0, batch 1 is there; batch 2 is not, it has no place yet."""
+    """While the device is still at step 0, batch 1 has been copied. Batch 2 has not, since it has no free buffer."""
     device = Device()
     moving = Transfer(CPU, device)(map(batch, range(3)))
     first = next(moving)
@@ -115,7 +115,7 @@ def test_the_next_copy_runs_beside_the_step() -> None:
 
 
 def test_left_in_the_middle_with_another_size_after_it() -> None:
-    """An epoch that a later one ends, with its last copy not done: the next one's batches are right all the same."""
+    """If a later epoch ends an earlier one before its last copy is done, the later one's batches are still right."""
     device = Device()
     transfer = Transfer(CPU, device)
     for number, moved in enumerate(transfer(map(batch, range(4)))):
@@ -170,14 +170,14 @@ def test_on_the_cpu_nothing_is_copied_or_made_ahead(monkeypatch: pytest.MonkeyPa
     for number, moved in enumerate(transfer(making())):
         assert asked == list(range(number + 1))
         assert moved.step == number
-        now += 100.0  # The step: no waiting.
+        now += 100.0  # This is the step and no waiting.
     assert transfer.waited == 15.0
     one = batch(0)
     assert next(transfer([one])).images is one.images
 
 
 def test_batches_made_on_the_device_are_handed_through() -> None:
-    """`meta` in the place of a GPU: what is there already is not copied, nor asked for ahead."""
+    """With `meta` in place of a GPU, batches on the device are neither copied nor prefetched."""
     device, asked = Device(), []
 
     def making() -> Iterator[Batch]:
@@ -192,7 +192,7 @@ def test_batches_made_on_the_device_are_handed_through() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_each_step_sees_its_own_batch(tmp_path: Path) -> None:
-    """Steps longer than copies, and a host that runs ahead: sums of all pixels as on the host, two batches' memory."""
+    """With steps longer than copies and a host that runs ahead, the sums are right, with memory for two batches."""
     write_images(tmp_path, [f"{i:02}.png" for i in range(24)], 64, 64)
     settings = DataSettings(image_size=64, workers=1)
     loader = make_loader(settings, open_source(str(tmp_path)), seed=0, batch_size=4)

@@ -84,14 +84,14 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         open_source(str(tmp_path))
     text = str(refusal.value)
-    assert "2 without an extension" in text and "named by a list file" in text
+    assert "2 without an extension" in text and "write a list file" in text
     assert f"There are shards in {tmp_path}/deep/; name that folder" in text and "unpack them to .tar" in text
 
 
 def test_labels_that_are_dropped_are_told(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "dog/2.png", "3.png")
     assert open_source(str(tmp_path)).notes == (
-        "no sample has a class, since 1 images lie beside the folders that would be classes",
+        "no sample has a class, since 1 images are next to the folders that would be classes",
     )
 
 
@@ -130,7 +130,7 @@ def test_shards_of_several_splits(split_shards: Path) -> None:
     source = open_source(str(split_shards))
     assert [source.read(i) for i in range(len(source))] == [b"train-0", b"train-1"]
     (note,) = source.notes
-    assert f"train is used: {split_shards}/train-*.tar. Others, as for data.val_path" in note
+    assert f"train is used: {split_shards}/train-*.tar. Others, for example for data.val_path" in note
     assert f"validation: {split_shards}/validation-0-of-2.tar" in note and f"test: {split_shards}/test-*.tar" in note
     held_out = open_source(str(split_shards), use="held-out")
     assert [held_out.read(i) for i in range(len(held_out))] == [b"validation-0"]
@@ -140,7 +140,7 @@ def test_shards_of_several_splits(split_shards: Path) -> None:
 def test_a_pattern_is_taken_at_its_word(split_shards: Path) -> None:
     source = open_source(f"{split_shards}/*.tar")
     assert len(source) == 5 and source.notes == (
-        "files of several splits are pooled, as the pattern asks: test, train, validation",
+        "the pattern matches files of several splits, and all are used: test, train, validation",
     )
     assert open_source(f"{split_shards}/train-*.tar").notes == ()
 
@@ -195,7 +195,7 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert time.monotonic() - began < 60
     assert len(folders) < len(source) <= 2 * len(folders)
-    assert any("links to folders that another link had led into" in note for note in source.notes)
+    assert any("links to folders that were already reached by another link" in note for note in source.notes)
 
 
 # What else a path may be
@@ -204,20 +204,20 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("s3://bucket/train", "It is an address"),
-        ("https://example.org/a.tar", "It is an address"),
-        ("hf://datasets/x", "It is an address"),
-        ("pipe:cat x.tar", "It is an address"),
-        ("hf://datasets/{a,b}.tar", "It is an address"),
+        ("s3://bucket/train", "It is a URL"),
+        ("https://example.org/a.tar", "It is a URL"),
+        ("hf://datasets/x", "It is a URL"),
+        ("pipe:cat x.tar", "It is a URL"),
+        ("hf://datasets/{a,b}.tar", "It is a URL"),
         ("a.tar::b.tar", "`::` joins shards in other loaders"),
-        ("x.tar.gz", "unpack it, a .tar.gz to a .tar"),
-        ("x" * 5000, "is no path"),
-        ("a\0b", "does not exist|is no path"),
+        ("x.tar.gz", "unpack it, for example a .tar.gz to a .tar"),
+        ("x" * 5000, "is not a path"),
+        ("a\0b", "does not exist|is not a path"),
         ("{0..99999999999}.tar", "0.tar does not exist"),
         ("{0..99999999999}{3..1}.tar", "counts backwards"),
         ("{a,b}" * 20 + ".tar", "more than 16 braces"),
         ("{a," * 2000 + "}" * 2000, "more than 16 braces"),
-        ("{0.." + "9" * 5000 + "}.tar", "does not exist|is no path"),
+        ("{0.." + "9" * 5000 + "}.tar", "does not exist|is not a path"),
     ],
 )
 def test_paths_that_are_none_say_what_was_understood(path: str, said: str, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_names_of_files_are_printable_in_what_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         open_source(os.fsdecode(folder))
     text = str(refusal.value)
-    assert "caf\\udce9\\x1b[31m\\n holds no images" in text and text.replace("\n", "").isprintable()
+    assert "caf\\udce9\\x1b[31m\\n contains no images" in text and text.replace("\n", "").isprintable()
     with open(folder + b"/\x9b.jpg", "wb") as file:
         file.write(encoded(photograph(0, 8, 8), "JPEG"))
     assert json.dumps(open_source(os.fsdecode(folder)).notes) == "[]"

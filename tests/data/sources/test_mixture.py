@@ -84,18 +84,18 @@ def test_epochs_of_draws(folder: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot read the mixture"),
-        ("[1]", r"is no mixture; one is, for example:\n  draws:"),
-        ("sources: {a: 1}", "is no mixture"),
-        ("draws: 4\nsources: {a: 1}\nweights: 3", "is no mixture"),
+        ("[1]", r"is not a mixture; an example of one is:\n  draws:"),
+        ("sources: {a: 1}", "is not a mixture"),
+        ("draws: 4\nsources: {a: 1}\nweights: 3", "is not a mixture"),
         ("draws: 0.5\nsources: {a: 1}", r"draws: 0.5 is not a number of samples"),
         ("draws: 4\nsources: [a, b]", "is not a list of `path: weight`"),
-        ("draws: 4\nsources: {a: 0}", "the weight of a is 0; legal are numbers above 0"),
+        ("draws: 4\nsources: {a: 0}", "the weight of a is 0; weights are numbers above 0"),
         ("draws: 4\nsources: {a: .inf}", "the weight of a is inf"),
         ("draws: 4\nsources: {a: yes}", "the weight of a is True"),
-        ("draws: 4\nsources: {a: 1, b: 1000}", "of 4 draws none is for a"),
+        ("draws: 4\nsources: {a: 1, b: 1000}", "none of 4 draws is for a"),
         ("draws: 4\nsources: {nowhere: 1}", "nowhere does not exist"),
-        ("draws: 4\nsources: {mix.yaml: 1}", "a mixture holds no other mixtures"),
-        ("draws: 4\nsources: {inner.yaml: 1}", "a mixture holds no other mixtures"),
+        ("draws: 4\nsources: {mix.yaml: 1}", "a mixture cannot contain other mixtures"),
+        ("draws: 4\nsources: {inner.yaml: 1}", "a mixture cannot contain other mixtures"),
     ],
 )
 def test_mixtures_that_cannot_be_used(folder: Path, text: str, message: str) -> None:
@@ -114,7 +114,7 @@ def test_shares_add_up(total: int, weights: list[float]) -> None:
 @pytest.mark.parametrize("second", ["./photos", "photos/", "photos/../photos"])
 def test_a_source_that_is_named_twice(folder: Path, second: str) -> None:
     text = f"draws: 8\nsources:\n  ./photos: 1\n  t-0.tar: 1\n  {second}: 3\n"
-    with pytest.raises(DataError, match=rf"{second} \(line 5\) is the source that ./photos \(line 3\) has named"):
+    with pytest.raises(DataError, match=rf"{second} \(line 5\) is the same source as ./photos \(line 3\)"):
         open_source(mixture(folder, text))
     with pytest.raises(DataError, match="line 3: draws is given twice"):
         open_source(mixture(folder, "draws: 8\nsources: {./photos: 1}\ndraws: 9\n"))

@@ -79,7 +79,7 @@ def test_rows_without_bytes(tmp_path: Path) -> None:
     rows: list[bytes | None] = [b"0", None, b"2", b""]
     source = open_source(str(write(tmp_path / "a.parquet", {"image": images(rows, [None, "web/1.png", None, None])})))
     assert [source.read(i) for i in (0, 2, 3)] == [b"0", b"2", b""]
-    with pytest.raises(OSError, match="holds no image bytes"):
+    with pytest.raises(OSError, match="has no image bytes"):
         source.read(1)
     assert [source.path(i) for i in (0, 1)] == [
         f"{tmp_path}/a.parquet, row 0",
@@ -207,11 +207,11 @@ def test_keys_name_the_columns(tmp_path: Path) -> None:
         assert source.labels is not None and source.labels.tolist()[:2] == labels
     assert open_source(path, settings=DataSettings(label_key="kind")).classes == ["a", "b"]
     with pytest.raises(
-        DataError, match=r"data.image_key=kind is no column of image bytes; legal: thumb, image, raw of"
+        DataError, match=r"data.image_key=kind is not a column of image bytes; legal: thumb, image, raw of"
     ):
         open_source(path, settings=DataSettings(image_key="kind"))
     with pytest.raises(
-        DataError, match=r"data.label_key=thumb is no column of numbers or names; its columns are thumb"
+        DataError, match=r"data.label_key=thumb is not a column of numbers or names; its columns are thumb"
     ):
         open_source(path, settings=DataSettings(label_key="thumb"))
 
@@ -328,8 +328,8 @@ def test_no_bytes_of_pages_end_in_anything_but_an_error(tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ((1 << 31).to_bytes(4, "little") + b"PAR1", "claims a footer of 2,147,483,648 bytes"),
-        (b"\0\0\0\0PAR2", "is no Parquet file"),
+        ((1 << 31).to_bytes(4, "little") + b"PAR1", "its footer claims 2,147,483,648 bytes"),
+        (b"\0\0\0\0PAR2", "is not a Parquet file"),
     ],
 )
 def test_footers_that_cannot_be(tmp_path: Path, end: bytes, said: str) -> None:

@@ -104,7 +104,7 @@ def test_installed_wheel_carries_every_photograph() -> None:
 
 def test_photograph_that_is_not_carried(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "PHOTOGRAPHS", {"text": "text.png", "skin": "skin.jpg"})
-    with pytest.raises(DataError, match=r"carries no skin.jpg"):
+    with pytest.raises(DataError, match=r"has no skin.jpg"):
         open_source("photos")
     assert list(cache.iterdir()) == []  # Nothing half done is taken for the whole next time.
 

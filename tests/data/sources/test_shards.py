@@ -175,7 +175,7 @@ def test_samples_that_cannot_be_read(tmp_path: Path) -> None:
     source = open_source(str(path))
     # By the number of the sample: good.png and twin.png are good the first time and bad the second.
     expected = {
-        **dict.fromkeys((1, 2, 3), "its name leads out of the shard"),
+        **dict.fromkeys((1, 2, 3), "its name points outside of the shard"),
         **dict.fromkeys((4, 5), "two dots"),
         **dict.fromkeys((6, 7, 8), "it is a link or a device"),
         **dict.fromkeys((9, 11), "an earlier sample of the shard has the same key"),
@@ -226,7 +226,7 @@ def test_shard_that_is_damaged_inside(tmp_path: Path) -> None:
     _, path, data = pair(tmp_path)
     path.write_bytes(data[:2560] + b"x" + data[2561:])
     found = refusals(open_source(str(path)))
-    assert found == {str(path): "the shard is damaged at byte 2560, where a header should be; what follows is lost"}
+    assert found == {str(path): "the shard is damaged at byte 2560, where a header should be; the rest is lost"}
 
 
 def damaged_pair(tmp_path: Path, first: bytes) -> dict[str, str]:
@@ -281,7 +281,7 @@ def test_joined_archives(tmp_path: Path) -> None:
     """cat a.tar b.tar: every reader of tar stops at the first end mark, and half of the data would be missing."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data + data)
-    assert "goes on behind its end mark at byte 5120" in refusals(open_source(str(path)))[str(path)]
+    assert "continues after its end mark at byte 5120" in refusals(open_source(str(path)))[str(path)]
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -308,8 +308,8 @@ def test_any_damage_is_an_entry_or_a_refusal(tmp_path: Path, data: st.DataObject
     [
         (b"", "is empty, 0 bytes"),
         (b"\x1f\x8b" + bytes(600), r"is compressed \(gzip\).*unpack it"),
-        (b"not a tar at all", "is no tar file"),
-        (b"A" * 1024, "is no tar file"),
+        (b"not a tar at all", "is not a tar file"),
+        (b"A" * 1024, "is not a tar file"),
         (None, "holds no image; its first members are a.npy, b.tar\n"),
     ],
 )
@@ -330,7 +330,7 @@ def test_shards_without_members(tmp_path: Path) -> None:
     write_tar(path, [])
     assert open_source(str(tmp_path)).shares[0].blocks.tolist() == [0, 2, 2]
     whole.unlink()
-    with pytest.raises(DataError, match=f"{tmp_path}: the shards hold no images"):
+    with pytest.raises(DataError, match=f"{tmp_path}: the shards contain no images"):
         open_source(str(path))
 
 
@@ -405,7 +405,7 @@ def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
         ("t-{10..08}.tar", "counts backwards"),
         ("t-{08,*}.tar", "names .*t-08.tar twice"),
         ("{t-08.tar,a.parquet}", r"several kinds, 1 .tar \(t-08.tar\) and 1 .parquet \(a.parquet\); open one kind"),
-        ("*.md", "names .*README.md"),
+        ("*.md", "matches .*README.md, which is not a shard"),
     ],
 )
 def test_patterns_that_cannot_be_used(tmp_path: Path, pattern: str, message: str) -> None:
@@ -588,7 +588,7 @@ def test_a_key_names_the_member_that_is_the_image(tmp_path: Path) -> None:
     members = [(f"{i}.{end}", data) for i in range(2) for end, data in (("input.jpg", b"in"), ("mask.png", b"mask"))]
     path = write_tar(tmp_path / "a.tar", members)
     source = open_source(str(path))
-    assert len(source) == 4 and "data.image_key=input.jpg takes 2 of them" in source.notes[0]
+    assert len(source) == 4 and "data.image_key=input.jpg selects 2 of them" in source.notes[0]
     assert "set data.image_key to the part after the first dot" in next(iter(refusals(source).values()))
     keyed = open_source(str(path), settings=DataSettings(image_key="Input.jpg"))
     assert [keyed.read(i) for i in range(len(keyed))] == [b"in"] * 2
@@ -632,7 +632,7 @@ def test_class_names_of_several_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "notes"),
     [
-        (["a.png", "b.png", "a.cls", "b.cls"], ["2 members with a class do not follow the image"]),
+        (["a.png", "b.png", "a.cls", "b.cls"], ["2 members with a class do not follow their image"]),
         (["a.png", "a.cls", "b.png"], ["no sample has a class, since 1 of 2 samples have none"]),
         (["a.png", "a.cls", "b.png", "b.name"], ["no sample has a class", "neither images nor classes: 1 .name"]),
         (["a.png", "a.cls", "a.txt", "a.npy", "readme"], ["1 without an extension, 1 .npy, 1 .txt"]),

@@ -157,7 +157,7 @@ def test_list_of_paths_alone_may_name_any_place(tmp_path: Path) -> None:
         ("", "names no image"),
         ("\n\n", "names no image"),
         ("a.png\t-1\n", r"line 1: '-1' is not a class number"),
-        ("a.png\t1\nb.png\n", "line 2: classes stand on some lines and not on others"),
+        ("a.png\t1\nb.png\n", "line 2: some lines have a class and others do not"),
         ("a.png\t1\t2\n", "line 1: .* is not a path"),
         ("\t1\n", "line 1: .* is not a path"),
         ("x.png\ny.png\n", "none of its first 2 paths exists, the first being .*x.png.* relative to"),
@@ -180,21 +180,21 @@ def test_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         open_source(str(missing))
     text = str(refusal.value)
-    assert f"{missing} does not exist ({tmp_path} is the part of it that does)" in text
+    assert f"{missing} does not exist ({tmp_path} is the part of it that exists)" in text
     assert "a folder of images, a list file (.txt, .tsv, .csv), tar shards or Parquet files" in text
     assert "a mixture (.yaml), torchvision:NAME:ROOT, or one of the embedded sets photos, photos-test" in text
 
 
 def test_file_that_is_no_list(tmp_path: Path) -> None:
     touch(tmp_path, ["train.bin"])
-    with pytest.raises(DataError, match=r"train.bin is none of these. A data path is"):
+    with pytest.raises(DataError, match=r"train.bin is none of the supported kinds. A data path is"):
         open_source(str(tmp_path / "train.bin"))
 
 
 @pytest.mark.parametrize("names", [[], ["a/readme.md", "a/b/x.mp4", ".hidden/1.png"]])
 def test_folder_without_images(tmp_path: Path, names: list[str]) -> None:
     touch(tmp_path, names)
-    with pytest.raises(DataError, match=r"holds no images: \d folders? looked through.*jpg, jpeg, png") as refusal:
+    with pytest.raises(DataError, match=r"contains no images: \d folders? searched.*jpg, jpeg, png") as refusal:
         open_source(str(tmp_path))
     assert str(tmp_path) in str(refusal.value)
 
@@ -368,9 +368,9 @@ def test_index_of_many_files(tmp_path: Path) -> None:
         (".csv", "a.png;0\n", "a semicolon was seen where a comma has to be"),
         (".csv", "a.png\t0\n", "a tab was seen where a comma has to be"),
         (".tsv", "a.png|0\n", "a bar was seen where a tab has to be"),
-        (".txt", "s3://bucket/a.png\n", "it is an address"),
+        (".txt", "s3://bucket/a.png\n", "it is a URL"),
         (".txt", "gone 1.png\n", r"paths are relative to the list's folder.*\(a space was seen"),
-        (".csv", "path,label\na.png,0\n", "'0' is a class number and other lines have names .a heading"),
+        (".csv", "path,label\na.png,0\n", "'0' is a class number and other lines have names .remove a heading"),
         (".csv", "path,label\na.png,cat\n", "line 1: 'path' looks like a heading"),
         (".csv", "path\na.png\n", "line 1: 'path' looks like a heading"),
         (".csv", "a.png,cat\nb.png,3\n", "line 2: '3' is a class number and other lines have names"),

@@ -96,7 +96,7 @@ def test_set_that_needs_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(make, "__getitem__", None, raising=False)
     monkeypatch.setattr(datasets, "PCAM", make)
-    with pytest.raises(DataError, match="PCAM needs what is not installed: No module named 'av'"):
+    with pytest.raises(DataError, match="PCAM needs a package that is not installed: No module named 'av'"):
         open_source("torchvision:PCAM:x")
 
 
@@ -104,9 +104,9 @@ def test_set_that_needs_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "message"),
     [
         ("torchvision:CIFAR10", "legal is torchvision:NAME:ROOT or"),
-        ("torchvision:CIFAR11:x", "CIFAR11 is none that torchvision has; legal are .*CIFAR10, "),
-        ("torchvision:LSUN:.", "LSUN may run code that lies in a file; legal are"),
-        ("torchvision:DatasetFolder:.", "DatasetFolder may run code"),
+        ("torchvision:CIFAR11:x", "CIFAR11 is not a set of torchvision; legal are .*CIFAR10, "),
+        ("torchvision:LSUN:.", "LSUN may execute code from a file; legal are"),
+        ("torchvision:DatasetFolder:.", "DatasetFolder may execute code"),
         ("torchvision:CIFAR10:nowhere", r"cannot open CIFAR10 under nowhere .*download=True"),
         ("torchvision:CIFAR10:x:val", "CIFAR10 has no part 'val'; legal is train or test"),
         ("torchvision:SVHN:x:val", "cannot open SVHN under x"),

@@ -194,7 +194,7 @@ def test_dark_images_are_told_with_what_mends_them(tmp_path: Path, capsys: pytes
         values[0, 0] = 4000
         (tmp_path / f"{i}.png").write_bytes(encoded(values))
     (note,) = summary(check(str(tmp_path), DataSettings(), 1))["notes"]
-    assert "3 images of 16 bits a channel have values up to 4,000" in note
+    assert "3 images of 16 bits per channel have values up to 4,000" in note
     assert "16 of 255: data.range=4095 makes it white" in note
     assert summary(check(str(tmp_path), DataSettings(range=4095), 1), 4095)["notes"] == []
     command.check(str(tmp_path), workers=1)

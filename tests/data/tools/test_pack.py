@@ -148,7 +148,7 @@ def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:
     pack.pack(packing(folder), workers=1)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for other in (packing(folder, samples=4), packing(folder, shortest=8)):
-        with pytest.raises(DataError, match=r"t.json tells of other shards under this name \((samples_of|shortest)"):
+        with pytest.raises(DataError, match=r"t.json records other shards under this name \((samples_of|shortest)"):
             pack.pack(other, workers=1)
     (folder / "0" / "new.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"\(source, samples differ\)"):
@@ -167,7 +167,7 @@ def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pack, "_add", full)
-    with pytest.raises(DataError, match=r"failed: No space left on device.*same command goes on"):
+    with pytest.raises(DataError, match=r"failed: No space left on device.*same command writes the others"):
         pack.pack(packing(folder), workers=1)
     assert not list((folder.parent / "out").glob("t-*.tar"))
 
