@@ -73,7 +73,7 @@ def find_columns(file: Any, settings: DataSettings) -> Columns:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if settings.label_key is not None and not label:
         raise ValueError(
-            f"data.label_key={settings.label_key} is no column of numbers or names; its columns are {listed}"
+            f"data.label_key={settings.label_key} is not a column of numbers or names; its columns are {listed}"
         )
     dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
     classes = features.get(label[0], {}).get("names") if label else None
@@ -89,7 +89,8 @@ def _no_images(schema: Any, legal: list[str], image_key: str | None) -> str:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if image_key is not None:
         return (
-            f"data.image_key={image_key} is not a column of image bytes; legal: {', '.join(legal) or 'none'} of {listed}"
+            f"data.image_key={image_key} is not a column of image bytes; legal: {', '.join(legal) or 'none'} of "
+            f"{listed}"
         )
     advice = f"; data.image_key names one of {', '.join(legal)}" if legal else ""
     return f"it has no column of image bytes{advice}; its columns are {listed}"
