@@ -157,7 +157,7 @@ def test_a_closed_session_saves_a_run_and_leaves_a_nohup_run_alone(tmp_path: Pat
     assert code == 75 and "saved at step" in output and "Traceback" not in output, output
 
     launched = Launched(tmp_path, 100_000, by=["-c", NOHUP, *OURS])
-    launched.wait_for(lambda: launched.step() >= 2)
+    launched.wait_for(lambda: "resuming" in launched.output.read_text())
     os.killpg(launched.process.pid, signal.SIGHUP)
     before = launched.step()
     launched.wait_for(lambda: launched.step() >= before + 3)
