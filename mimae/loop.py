@@ -16,6 +16,7 @@ from mimae.checkpoint import CheckpointSettings
 from mimae.config import Recipe
 from mimae.data import BadSamples, Batch, Loader, Source, evaluation_batches, fastest, make_loader, open_source
 from mimae.data.cache import cache_note
+from mimae.data.order import spread_ids
 from mimae.data.stalls import Stalls
 from mimae.data.transfer import Transfer
 from mimae.engines import Engine, check_machine, make_engine
@@ -404,7 +405,7 @@ class _Run:
 
     def _evaluation_batches(self, source: Source, limit: int) -> Iterator[Batch]:
         """Batches spread evenly over a source, at most `limit` images."""
-        ids = torch.linspace(0, len(source) - 1, min(limit, len(source))).round().long().unique()
+        ids = spread_ids(len(source), limit)
         for batch in evaluation_batches(self.recipe.data, source, min(64, len(ids)), ids):
             yield batch.to(self.device)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -399,6 +400,18 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
     epochs = lines(tmp_path / "two" / "epochs.jsonl")
     assert all(record["bytes_sent"] > 0 and 0 < record["exposed_communication"] < 1 for record in epochs)
+
+
+def test_the_checks_ask_a_huge_source_for_images_that_it_has(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last id, 2^24 + 3, is no float32."""
+    asked = list[int]()
+    monkeypatch.setattr(loop, "evaluation_batches", lambda data, source, size, ids: asked.extend(ids.tolist()) or [])
+    run: Any = SimpleNamespace(recipe=recipe(images, tmp_path))
+    huge: Any = range(2**24 + 4)  # it is asked for its length alone
+    list(loop._Run._evaluation_batches(run, huge, loop.VALIDATION_IMAGES))
+    assert (len(asked), asked[0], asked[-1]) == (loop.VALIDATION_IMAGES, 0, len(huge) - 1)
 
 
 def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

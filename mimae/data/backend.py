@@ -12,7 +12,7 @@ import torch
 
 from mimae.data.batch import Batch, DataError
 from mimae.data.dali_loader import DaliGpuLoader, RegionDecoder
-from mimae.data.order import Job
+from mimae.data.order import Job, spread_ids
 from mimae.data.samples import EachDecoder, make_batch
 from mimae.data.settings import DataSettings
 from mimae.data.sources import Source
@@ -109,8 +109,7 @@ def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> fl
 
     By then all images have been read: on slow storage the first loader would else be measured with a cold cache.
     """
-    ids = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().long()
-    parts = ids.split(min(_AT_ONCE, samples))
+    parts = spread_ids(len(source), IMAGES).split(min(_AT_ONCE, samples))
     workers = default_workers() if settings.workers is None else settings.workers
     backend = make_backend(settings, source, seed)
     try:

@@ -75,6 +75,14 @@ def _keys(seed: int, number: int, ids: Tensor, word: int) -> Tensor:
     return ((key[:, 0] - (1 << 31)) << 32) | key[:, 1]
 
 
+def spread_ids(samples: int, count: int) -> Tensor:
+    """Return `count` ids in [0, samples), or all where there are fewer: int64, ascending, distinct, evenly spread from
+    the first to the last. Integers throughout: float32 has none of its own above 2^24, and rounds past the end."""
+    count = min(count, samples)
+    gaps = max(count - 1, 1)
+    return (2 * torch.arange(count) * (samples - 1) + gaps) // (2 * gaps)
+
+
 class Job(NamedTuple):
     """One micro-batch to be made: the ids of its samples, int64 (B,), and its place in the run.
 
