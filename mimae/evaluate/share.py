@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import evaluation_batches
+from mimae.data.loading.order import spread_ids
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.distributed import all_gather, rank, world_size
@@ -33,8 +34,7 @@ def share(ids: Tensor) -> Share:
 
 def evenly(source: Source, limit: int) -> Tensor:
     """Return the ids of at most `limit` samples, spread evenly over a source."""
-    places = torch.linspace(0, len(source) - 1, min(limit, len(source)))
-    return places.round().long().clamp(max=len(source) - 1).unique()  # fp32 may round past the end
+    return spread_ids(len(source), limit)
 
 
 def batches(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mimae import distributed
-from mimae.evaluate.share import gather_rows, share
+from mimae.evaluate.share import evenly, gather_rows, share
 from mimae.train.tasks.pretrain import Pretrain
 from tests.rank_processes import run_ranks
 from tests.train.test_trainer import recipe
@@ -91,3 +91,10 @@ def test_shares_are_as_long_and_hold_each_id_once(tmp_path: Path) -> None:
         assert lengths == {-(-count // 3)}
         assert sorted(own) == [10 * i for i in range(count)]
         assert all(rank[count][2] == own for rank in ranks), "rows are gathered in the order of ranks"
+
+
+def test_a_huge_source_is_asked_for_images_that_it_has() -> None:
+    """The last id, 2^24 + 3, is no float32."""
+    huge: Any = range(2**24 + 4)  # only its length is asked for
+    ids = evenly(huge, 2048).tolist()
+    assert (len(ids), ids[0], ids[-1]) == (2048, 0, len(huge) - 1)

@@ -12,7 +12,7 @@ import torch
 
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.dali import DaliGpuBackend, RegionDecoder
-from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.order import BatchRequest, spread_ids
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.settings import DataSettings
@@ -113,8 +113,7 @@ def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> fl
 
     By then all images have been read once. Otherwise the first backend would be measured with a cold page cache.
     """
-    ids = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).round().long()
-    parts = ids.split(min(_AT_ONCE, samples))
+    parts = spread_ids(len(source), IMAGES).split(min(_AT_ONCE, samples))
     workers = default_workers() if settings.workers is None else settings.workers
     backend = make_backend(settings, source, seed)
     try:

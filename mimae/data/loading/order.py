@@ -135,3 +135,14 @@ class Plan:
     def dropped(self, order: Tensor) -> Tensor:
         """Return the slots that the epoch drops: the tail of its order that fills no batch."""
         return order[self.steps_per_epoch * self.batch_size :]
+
+
+def spread_ids(samples: int, count: int) -> Tensor:
+    """Return `count` ids in [0, samples), or all of them where there are fewer: int64, ascending, distinct and evenly
+    spread from the first to the last.
+
+    The arithmetic is in integers: float32 cannot represent every integer above 2^24, and would round past the end.
+    """
+    count = min(count, samples)
+    gaps = max(count - 1, 1)
+    return (2 * torch.arange(count) * (samples - 1) + gaps) // (2 * gaps)

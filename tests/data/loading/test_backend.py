@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from mimae.data.loading import backend as backends
 from mimae.data.loading.backend import OBSTACLES, fastest, make_backend
 from mimae.data.loading.batch import DataError
+from mimae.data.loading.order import BatchRequest
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -67,6 +70,26 @@ def test_the_fastest_by_its_rate(images: str, monkeypatch: pytest.MonkeyPatch) -
         )
         assert fastest(settings, source, 0, 4).loader != slow
         monkeypatch.setattr(backends, "_rate", rate)
+
+
+def test_loaders_are_measured_on_images_that_a_huge_source_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last id, 2^24 + 3, is no float32."""
+    asked = set[int]()
+
+    class Recorder:
+        def batches(self, jobs: Iterable[BatchRequest]) -> Iterator[Any]:
+            for job in jobs:
+                asked.update(job.ids.tolist())
+                yield SimpleNamespace(sample_ids=job.ids)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(backends, "SECONDS", 0.0)
+    monkeypatch.setattr(backends, "make_backend", lambda *given: Recorder())
+    huge: Any = range(2**24 + 4)  # it is asked for its length alone
+    backends._rate(DataSettings(workers=0), huge, 0, 64)
+    assert len(asked) == backends.IMAGES and min(asked) == 0 and max(asked) == len(huge) - 1
 
 
 class SlowAtFirst:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mimae.data.loading import order as order_module
 from mimae.data.loading.batch import DataError
-from mimae.data.loading.order import Plan, Share, epoch_order
-from mimae.kernels.philox import philox4x32
+from mimae.data.loading.order import Plan, Share, epoch_order, spread_ids
+from mimae.kernels import philox4x32
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -182,3 +182,18 @@ def test_batch_that_does_not_divide() -> None:
 def test_fewer_samples_than_a_batch() -> None:
     with pytest.raises(DataError, match=r"epoch of 31 samples has no full batch of 32.* at most 31"):
         Plan(31, 32, accumulate=1, rank=0, world_size=1)
+
+
+@given(st.integers(1, 2**40), st.integers(1, 600))
+def test_spread_ids_reach_from_the_first_to_the_last_in_equal_steps(samples: int, count: int) -> None:
+    ids = spread_ids(samples, count).tolist()
+    assert len(ids) == min(samples, count)
+    assert ids[0] == 0 and (len(ids) == 1 or ids[-1] == samples - 1)
+    steps = {after - before for before, after in itertools.pairwise(ids)}
+    assert all(step >= 1 for step in steps) and (not steps or max(steps) - min(steps) <= 1)
+
+
+def test_spread_ids_past_the_integers_of_float32() -> None:
+    """2^24 + 4 samples: the last id, 2^24 + 3, is no float32, and the nearest one is past the end."""
+    assert torch.linspace(0, 2**24 + 3, 8)[-1].long() == 2**24 + 4
+    assert spread_ids(2**24 + 4, 8).tolist() == [round(k * (2**24 + 3) / 7) for k in range(8)]
