@@ -21,7 +21,7 @@ from mimae.errors import ConfigError
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/users/somebody")
     monkeypatch.setenv("SCRATCH", "/scratch/job 7")
     monkeypatch.delenv("NOWHERE", raising=False)
     return tmp_path
@@ -55,8 +55,8 @@ def test_the_keys_of_text_and_of_paths() -> None:
         ("!x &y", "!x &y"),
         ("'null'", "null"),
         ("  /data/a ", "/data/a"),
-        ("~/images", "/home/somebody/images"),
-        ("~", "/home/somebody"),
+        ("~/images", "/users/somebody/images"),
+        ("~", "/users/somebody"),
         ("a~b", "a~b"),
         ("$SCRATCH/images", "/scratch/job 7/images"),
         ("${SCRATCH}x", "/scratch/job 7x"),
@@ -86,11 +86,11 @@ def test_paths_of_recipes_and_of_python_are_expanded(here: Path) -> None:
     (here / "x.yaml").write_text("data: {path: $SCRATCH/a, val_path: ~/b}\nrun: {dir: '${SCRATCH}/run'}\n")
     found = load_recipe("x.yaml").recipe
     assert (found.data.path, found.data.val_path, found.run.dir) == (
-        *("/scratch/job 7/a", "/home/somebody/b"),
+        *("/scratch/job 7/a", "/users/somebody/b"),
         "/scratch/job 7/run",
     )
     assert (
-        load_recipe({"data": {"path": "~/a"}}, settings={"run": {"dir": "~/r"}}).recipe.data.path == "/home/somebody/a"
+        load_recipe({"data": {"path": "~/a"}}, settings={"run": {"dir": "~/r"}}).recipe.data.path == "/users/somebody/a"
     )
     (here / "deeper").mkdir()
     os.environ["SCRATCH"] = str(here)
