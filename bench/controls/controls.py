@@ -28,7 +28,10 @@ from mimae.config.recipe import FREE_KEYS, flat
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
-from mimae.evaluate.probe import FOLDS, MEASURES, NEIGHBOURS, ranks_in_class
+from mimae.evaluate.knn import NEIGHBOURS
+from mimae.evaluate.linear import FOLDS
+from mimae.evaluate.probe import MEASURES
+from mimae.evaluate.samples import ranks_in_class
 from mimae.optim.schedule import total_steps
 from mimae.optim.settings import ScheduleSettings
 from mimae.outside.files import write_atomically

@@ -24,7 +24,8 @@ def probe(
     from rich.console import Console
     from rich.table import Table
 
-    from mimae.evaluate.probe import MEASURES, NEIGHBOURS, probe
+    from mimae.evaluate.knn import NEIGHBOURS
+    from mimae.evaluate.probe import MEASURES, probe
     from mimae.outside.files import write_atomically
 
     result = probe(run, train, test, images, baselines)

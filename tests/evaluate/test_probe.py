@@ -22,19 +22,11 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
-from mimae.evaluate import command, probe
-from mimae.evaluate.probe import (
-    Linear,
-    LogisticRegression,
-    balanced_subset,
-    few_label_probe,
-    knn_accuracy,
-    linear_probe,
-    nearest_neighbours,
-    ranks_in_class,
-    shared_labels,
-    standardise,
-)
+from mimae.evaluate import command, linear, probe
+from mimae.evaluate.features import extract, pixels
+from mimae.evaluate.knn import knn_accuracy, nearest_neighbours
+from mimae.evaluate.linear import Linear, LogisticRegression, few_label_probe, linear_probe
+from mimae.evaluate.samples import balanced_subset, ranks_in_class, shared_labels, standardise
 from mimae.train.tasks.pretrain import pretrain
 
 
@@ -94,7 +86,7 @@ def test_the_fit_is_the_minimum_of_the_penalised_cross_entropy() -> None:
 
     optimum = minimize(loss_and_gradient, np.zeros(24), jac=True, method="BFGS", options={"gtol": 1e-9}).fun
     fitted = fit(features, labels, 3, penalty)
-    assert optimum <= loss(fitted.weight[0].double(), fitted.bias[0].double()).item() < optimum + 10 * probe.TOLERANCE
+    assert optimum <= loss(fitted.weight[0].double(), fitted.bias[0].double()).item() < optimum + 10 * linear.TOLERANCE
     assert optimum < 0.8  # log 3 = 1.1 at zero
 
 
@@ -139,14 +131,14 @@ def test_every_fit_reaches_the_minimum_of_scikit_learn(width: int, labelled: int
     with 200, which are fewer than the features of the last case."""
     train, labels = graded(3000, width, seed=1)
     ids = balanced_subset(labels, labelled or len(labels), seed=3)
-    features, labels, penalties = train[ids], labels[ids], probe.PENALTIES
+    features, labels, penalties = train[ids], labels[ids], linear.PENALTIES
     many = len(penalties)
     together = LogisticRegression(
         features.expand(many, -1, -1), labels.expand(many, -1), torch.ones(many, len(ids)), classes=10
     ).fit(torch.tensor(penalties))
     for weight, bias, penalty in zip(*together, penalties, strict=True):
         least = loss_of(by_sklearn(features, labels, penalty), features, labels, penalty)
-        assert loss_of(Linear(weight, bias), features, labels, penalty) < least + 10 * probe.TOLERANCE, penalty
+        assert loss_of(Linear(weight, bias), features, labels, penalty) < least + 10 * linear.TOLERANCE, penalty
 
 
 def accuracy_by_sklearn(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, penalty: float) -> float:
@@ -162,8 +154,8 @@ def test_every_draw_scores_as_with_scikit_learn(width: int, monkeypatch: pytest.
     train, labels = graded(3000, width, seed=1)
     test, test_labels = graded(1000, width, seed=2)
     draws = [balanced_subset(labels, 200, draw) for draw in range(5)]
-    for penalty in probe.PENALTIES:
-        monkeypatch.setattr(probe, "PENALTIES", (penalty,))
+    for penalty in linear.PENALTIES:
+        monkeypatch.setattr(linear, "PENALTIES", (penalty,))
         few = few_label_probe(train, labels, test, test_labels, 10)
         theirs = [accuracy_by_sklearn(train[ids], labels[ids], test, test_labels, penalty) for ids in draws]
         assert few == pytest.approx(theirs, abs=0.015), penalty
@@ -173,8 +165,8 @@ def test_every_draw_scores_as_with_scikit_learn(width: int, monkeypatch: pytest.
 def test_all_labels_score_as_with_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     train, labels = graded(3000, 96, seed=1)
     test, test_labels = graded(1000, 96, seed=2)
-    for penalty in probe.PENALTIES:
-        monkeypatch.setattr(probe, "PENALTIES", (penalty,))
+    for penalty in linear.PENALTIES:
+        monkeypatch.setattr(linear, "PENALTIES", (penalty,))
         ours, _ = linear_probe(train, labels, test, test_labels, 10)
         assert ours == pytest.approx(accuracy_by_sklearn(train, labels, test, test_labels, penalty), abs=0.015), penalty
 
@@ -233,7 +225,7 @@ def test_few_labels_with_more_features_than_samples_keeps_the_unreduced_optimum(
     accuracies = few_label_probe(train, labels, test, test_labels, 4)
     whole = [
         fit(train, labels, 4, penalty).right(test[None], test_labels[None]).float().mean().item()
-        for penalty in probe.PENALTIES
+        for penalty in linear.PENALTIES
     ]
     assert all(min(abs(accuracy - other) for other in whole) <= 0.01 for accuracy in accuracies)
 
@@ -351,9 +343,9 @@ def opened(folder: Path) -> Source:
 
 def test_pixels_of_large_images_are_averaged_to_32() -> None:
     images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
-    features = probe.pixels(images).view(2, 3, 32, 32)
+    features = pixels(images).view(2, 3, 32, 32)
     assert features[1, 2, 0, 1].item() == pytest.approx(images[1, :2, 3:6, 2].float().mean().item())
-    assert torch.equal(probe.pixels(images[:, :8, :8]), images[:, :8, :8].permute(0, 3, 1, 2).flatten(1).float())
+    assert torch.equal(pixels(images[:, :8, :8]), images[:, :8, :8].permute(0, 3, 1, 2).flatten(1).float())
 
 
 def test_an_unreadable_image_has_no_features(tmp_path: Path) -> None:
@@ -361,7 +353,7 @@ def test_an_unreadable_image_has_no_features(tmp_path: Path) -> None:
     (folder / "green" / "1.png").write_bytes(b"no image")
     source = opened(folder)
     data = DataSettings(path=str(folder), image_size=8, workers=0)
-    features, ids = probe.extract({"pixels": probe.pixels}, data, source, torch.arange(9), torch.device("cpu"))
+    features, ids = extract({"pixels": pixels}, data, source, torch.arange(9), torch.device("cpu"))
     bad = next(i for i in range(9) if source.path(i).endswith("green/1.png"))
     assert ids.tolist() == [i for i in range(9) if i != bad]
     assert features["pixels"].shape == (8, 192)

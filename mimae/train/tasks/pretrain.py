@@ -13,7 +13,8 @@ from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import evaluation_batches
 from mimae.engines.base import Engine, Obstacles
 from mimae.evaluate import share
-from mimae.evaluate.probe import knn_accuracy, shared_labels
+from mimae.evaluate.knn import knn_accuracy
+from mimae.evaluate.samples import shared_labels
 from mimae.kernels import pixel_loss
 from mimae.model.groups import groups
 from mimae.model.masking import views
