@@ -382,7 +382,7 @@ def _columns(file: Any, settings: DataSettings) -> _Columns:
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if settings.label_key is not None and not label:
         raise ValueError(
-            f"data.label_key={settings.label_key} is not a column of numbers or names; the columns are {listed}"
+            f"data.label_key={settings.label_key} is not a column of numbers or names; its columns are {listed}"
         )
     dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
     classes = features.get(label[0], {}).get("names") if label else None
