@@ -137,7 +137,7 @@ def test_pixels_are_near_those_of_torchvision(tmp_path: Path, name: str, capsys:
     assert mean < BOUNDS[name][0] and psnr > BOUNDS[name][1]
 
 
-# What cannot be read
+# Unreadable samples
 
 
 def test_odd_images_are_used_or_replaced_alike(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_memory_over_bad_images(tmp_path: Path) -> None:
     assert used[-1][0] - used[8][0] < 8 and used[-1][1] <= used[8][1]
 
 
-# What a run sees
+# Samples of a run
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
     assert any("links to folders that were already reached by another link" in note for note in source.notes)
 
 
-# What else a path may be
+# Other paths
 
 
 @pytest.mark.parametrize(
