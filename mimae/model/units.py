@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,6 +15,6 @@ class Model(nn.Module):
     evaluations: ClassVar[tuple[str, ...]] = ()
     """Names of its other forwards, which evaluation calls."""
 
+    @abstractmethod
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks in the order in which they compute. Each is compiled, and spread over ranks, by itself."""
-        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The settings of the data: what is legal, at its borders."""
+"""Data settings: the limits of legal values."""
 
 from __future__ import annotations
 

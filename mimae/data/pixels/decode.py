@@ -172,7 +172,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*"):
             _check_channels(_tiff_channels(data), "TIFF")
-        jpeg = "; as a JPEG it is damaged, or of 12 bits a channel" if data.startswith(b"\xff\xd8") else ""
+        jpeg = "; as a JPEG it is damaged, or has 12 bits per channel" if data.startswith(b"\xff\xd8") else ""
         raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
     except Image.DecompressionBombError as error:  # Pillow's own limit, which max_pixels cannot exceed
         raise BadImage(f"{str(error).partition(' exceeds')[0]}, more than data.max_pixels = {max_pixels}") from None

@@ -64,7 +64,8 @@ def assert_same(name: str, found: torch.Tensor, expected: np.ndarray, pixels_of:
     """Assert equal pixels, except for rounding.
 
     Rounding differs if the stored pixels are resized before they are turned, and if DALI resizes, since its weights
-    have single precision."""
+    have single precision.
+    """
     difference = np.abs(found.numpy().astype(int) - expected)
     exact = name != "dali_gpu" and pixels_of not in TURNED
     assert difference.max() <= (0 if exact else 4) and difference.mean() < 0.5
@@ -147,7 +148,8 @@ def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
 def test_bad_samples_are_replaced_by_the_chain(folder: Path, name: str, workers: int) -> None:
     """Four samples are broken in four ways, one of them below a valid header.
 
-    Only these samples are replaced, and their slots keep their own crop and flip."""
+    Only these samples are replaced, and their slots keep their own crop and flip.
+    """
     source = open_source(str(folder))
     (folder / "05.jpg").write_bytes(b"no image")
     (folder / "11.jpg").unlink()

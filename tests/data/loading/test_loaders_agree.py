@@ -65,7 +65,8 @@ def line(values: np.ndarray, length: int) -> tuple[float, float]:
     """Return start and length of the window from its resized coordinates `values` (n,).
 
     Value i is start + (i + 1/2) length / n - 1/2. The outer values are left out, because filters are cut at the
-    window's edge."""
+    window's edge.
+    """
     n = len(values)
     inner = slice(n // 6, n - n // 6)
     slope, at = np.polyfit((np.arange(n) + 0.5)[inner], values[inner], 1)
@@ -77,7 +78,8 @@ def test_window_and_flip_as_the_pixels_show_them(tmp_path: Path, name: str) -> N
     """Images of ramps, in each orientation and as a PNG, have the windows of their seed, epoch and id.
 
     Least squares on the sample's pixels gives the window, exact to the integer. Height and width differ, so that a swap
-    would be seen."""
+    would be seen.
+    """
     upright = ramps(180, 240)
     files = [
         encoded(np.ascontiguousarray(turn(upright)), "JPEG", quality=100, subsampling=0, exif=turned_by(orientation))
@@ -135,7 +137,7 @@ def test_pixels_are_near_those_of_torchvision(tmp_path: Path, name: str, capsys:
     assert mean < BOUNDS[name][0] and psnr > BOUNDS[name][1]
 
 
-# What cannot be read
+# Unreadable samples
 
 
 def test_odd_images_are_used_or_replaced_alike(tmp_path: Path) -> None:
@@ -172,7 +174,8 @@ def test_a_bad_image_costs_the_others_of_its_batch_no_bit(tmp_path: Path) -> Non
     """A failure of the resizing pipeline must not change the other samples of its batch.
 
     The pipeline fails for a whole batch, and another decoder would round differently. Then samples would change with
-    the number of ranks, which changes the batches. 11 images give halves of unequal size."""
+    the number of ranks, which changes the batches. 11 images give halves of unequal size.
+    """
     files = [encoded(photograph(i, 50, 70), "JPEG") for i in range(11)]
     settings = DataSettings(image_size=24, workers=0)
     (sound,) = epoch("dali_gpu", settings, write(tmp_path / "sound", files), 11)
@@ -200,7 +203,7 @@ def test_a_pipeline_that_cannot_be_made_or_makes_nothing(tmp_path: Path, monkeyp
             raise RuntimeError("out of memory")
 
     for made, text in (
-        (refuse, r"no pipeline on cpu \(Critical error: no driver\); set"),
+        (refuse, r"cannot build a pipeline on cpu \(Critical error: no driver\); set"),
         (Failing, "the CPU decodes"),
     ):
         monkeypatch.setattr(dali, "build", made)
@@ -260,7 +263,7 @@ def test_memory_over_bad_images(tmp_path: Path) -> None:
     assert used[-1][0] - used[8][0] < 8 and used[-1][1] <= used[8][1]
 
 
-# What a run sees
+# Samples of a run
 
 
 @pytest.fixture

@@ -79,7 +79,8 @@ def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
 def test_a_run_of_minutes_is_told_nothing_and_many_short_epochs_are_judged_together(clock: list[float]) -> None:
     """Readings are taken after the first step and at the end of each epoch, with more prefetched batches than time.
 
-    No setting can save more than the seconds that were lost, so below a minute of them nothing is reported."""
+    No setting can save more than the seconds that were lost, so below a minute of them nothing is reported.
+    """
     stalls = Stalls(DataSettings(workers=1))
     stalls.read(5.0, 5.0)
     lines = []

@@ -1,4 +1,4 @@
-"""Crop windows and flips: torchvision's algorithm, from counted words instead of a generator."""
+"""Crop windows and flips: torchvision's algorithm, with counter-based random words instead of a generator."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def inside(window: Window, height: int, width: int) -> bool:
 
 
 @given(WORDS, SIDES, SIDES, st.sampled_from([(0.2, 1.0), (0.001, 0.002), (1.0, 1.0)]))
-@example([2**32 - 1] * 4 * ATTEMPTS, 3, 4, (0.2, 1.0))  # The greatest words give the last places.
-@example([0] * 4 * ATTEMPTS, 1, 1, (0.001, 0.002))  # The least area of the least image.
+@example([2**32 - 1] * 4 * ATTEMPTS, 3, 4, (0.2, 1.0))  # The largest words give the last positions.
+@example([0] * 4 * ATTEMPTS, 1, 1, (0.001, 0.002))  # The smallest area of the smallest image.
 def test_window_lies_in_the_image(words: list[int], height: int, width: int, scale: tuple[float, float]) -> None:
     assert inside(random_window(words, height, width, scale), height, width)
 
 
 @given(SIDES, SIDES, st.tuples(SIDES, SIDES))
 def test_centre_window_touches_two_sides(height: int, width: int, size: tuple[int, int]) -> None:
-    """The largest window of the wanted shape: it spans the image one way, and is centred the other way."""
+    """The largest window of the wanted aspect ratio spans the image in one direction and is centred in the other."""
     window = centre_window(height, width, size)
     assert inside(window, height, width)
     assert window.height == height or window.width == width
     assert abs((height - window.height) - 2 * window.top) <= 1
     assert abs((width - window.width) - 2 * window.left) <= 1
-    # The shape is the wanted one to the rounding of its shorter side.
+    # The aspect ratio is right up to rounding of the shorter side.
     wanted = size[0] / size[1]
     assert abs(window.height - window.width * wanted) <= max(1.0, wanted) or min(window[2:]) == 1
 
 
 def oracle(words: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> Window | None:
-    """The first attempt that fits, all ten computed at once in NumPy; None where none does."""
+    """Return the first attempt that fits, or None; all ten are computed at once in NumPy."""
     area, ratio, top, left = (words.reshape(ATTEMPTS, 4).T + 0.5) / 2.0**32
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = (3 / 4) * (16 / 9) ** ratio
@@ -66,7 +66,7 @@ def oracle(words: np.ndarray, height: int, width: int, scale: tuple[float, float
 
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(375, 500), (100, 240), (64, 64)],  # A photograph, one where many attempts fail, a small square.
+    [(375, 500), (100, 240), (64, 64)],  # A photograph, an image for which many attempts fail, a small square.
 )
 def test_windows_against_oracle(height: int, width: int) -> None:
     words = crop_words(9, 2, torch.arange(300))
@@ -78,14 +78,14 @@ def test_windows_against_oracle(height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(30, 900), (900, 30), (7, 1000), (1, 3000)])
 def test_fallback_is_torchvisions(height: int, width: int) -> None:
-    """Of an extreme image no window of 20 % or more fits, so every draw ends in the central one."""
+    """No window of 20 % or more fits into an extreme image, so every draw gives the central one."""
     top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.2, 1.0], [3 / 4, 4 / 3])
     words = crop_words(0, 0, torch.arange(5)).tolist()
     assert {random_window(row, height, width, (0.2, 1.0)) for row in words} == {Window(top, left, h, w)}
 
 
 def test_windows_are_distributed_as_torchvisions() -> None:
-    """Mean area, log ratio and place of 4,000 draws each, within 4.5 deviations of their difference."""
+    """Mean area, log ratio and position of 4,000 draws each agree within 4.5 deviations of their difference."""
     n, height, width = 4000, 375, 500
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_windows_are_distributed_as_torchvisions() -> None:
 def test_known_windows(
     seed: int, epoch: int, sample_id: int, height: int, width: int, window: tuple[int, int, int, int]
 ) -> None:
-    """Frozen: these five numbers name one window for ever, in every loader."""
+    """This window is frozen: these five numbers give the same window forever, in every loader."""
     words = crop_words(seed, epoch, torch.tensor([sample_id]))[0].tolist()
     assert random_window(words, height, width, (0.2, 1.0)) == window
 

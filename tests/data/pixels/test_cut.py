@@ -1,4 +1,4 @@
-"""Cutting pixels as they are stored gives what cutting the upright image gives, for each orientation."""
+"""Cutting stored pixels gives the same result as cutting the upright image, for each orientation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def region(pixels: np.ndarray, window: Window) -> torch.Tensor:
 def test_the_same_pixels_as_from_the_upright_image(
     orientation: int, flip: bool, corner: tuple[int, int], shape: tuple[int, int]
 ) -> None:
-    """Not resized, hence exact: a window that were off by one row, or a wrong turn, differs in grain."""
+    """Without a resize the pixels are exact: a window that is off by one row, or a wrong turn, changes the noise."""
     window = Window(*corner, min(shape[0], 40 - corner[0]), min(shape[1], 60 - corner[1]))
     sizes = []
 
@@ -49,8 +49,10 @@ def test_the_same_pixels_as_from_the_upright_image(
 @pytest.mark.parametrize("orientation", TURNED)
 @pytest.mark.parametrize("flip", [False, True])
 def test_resized_before_it_is_turned(orientation: int, flip: bool) -> None:
-    """To a size that is not square, down in rows and up in columns: the same to rounding, as torch rounds between its
-    two passes, whose order is that of the stored sides."""
+    """A resize to a size that is not square, down in rows and up in columns, agrees up to rounding.
+
+    torch rounds between its two passes, whose order is that of the stored sides.
+    """
     window, size = Window(3, 5, 31, 22), (20, 32)
     stored = TURNED[orientation](UPRIGHT)
     cut = cut_from(stored.shape[0], stored.shape[1], orientation, lambda h, w: window, flip=flip)

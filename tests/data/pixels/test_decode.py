@@ -1,4 +1,4 @@
-"""Bytes in, upright RGB pixels out: what image collections really hold, made here with Pillow."""
+"""From bytes to upright RGB pixels, for the kinds of files that real image collections contain, made with Pillow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole(height: int, width: int) -> Window:
 
 
 def pixels_of(data: bytes) -> np.ndarray:
-    """The image uncut and not resized: PIXELS' own size, so that a decoder's error has nowhere to hide."""
+    """Decode an image without a crop or resize, in PIXELS' own size, so that no error of a decoder is hidden."""
     return decode(data, whole, (HEIGHT, WIDTH), max_pixels=LIMIT)
 
 
@@ -46,7 +46,7 @@ def three(grey: np.ndarray) -> np.ndarray:
 
 
 def with_alpha(pixels: np.ndarray) -> np.ndarray:
-    """Alpha from 0 to 255 across the image: an alpha that were applied would darken the left."""
+    """Return alpha from 0 to 255 across the image: if alpha were applied, the left would be darker."""
     alpha = np.broadcast_to(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, WIDTH))
     return np.dstack([pixels, alpha])
 
@@ -90,7 +90,7 @@ def lossless() -> dict[str, tuple[bytes, np.ndarray]]:
 
 
 def png_of_16_bits() -> bytes:
-    """A 16-bit RGB PNG, which Pillow reads and does not write."""
+    """Return a 16-bit RGB PNG, which Pillow can read but not write."""
     rows = b"".join(b"\0" + row.tobytes() for row in (PIXELS.astype(int) * 257).astype(">u2"))
     return png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0), zlib.compress(rows))
 
@@ -112,13 +112,13 @@ def test_lossless_formats_give_the_pixels_that_were_written(kind: str) -> None:
 
 
 def test_grey_of_16_bits_is_scaled_and_rounded() -> None:
-    """v / 257 to the nearest: neither clipped at 255 nor cut to the high byte."""
+    """Values v become v / 257, rounded to the nearest: neither clipped at 255 nor truncated to the high byte."""
     values = np.arange(0, 65536, 21)[: HEIGHT * WIDTH].reshape(HEIGHT, WIDTH).astype(np.uint16)
     np.testing.assert_array_equal(pixels_of(encoded(values))[..., 0], np.rint(values / 257).astype(np.uint8))
 
 
 def smooth() -> np.ndarray:
-    """Without grain, which JPEG does not keep."""
+    """The pixels have no noise, because JPEG does not keep it."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return np.stack([3 * x, 5 * y, 255 - 2 * x - y], -1).astype(np.uint8)
 
@@ -161,11 +161,11 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a, -1),
 }
-"""How the stored rows lie for each EXIF orientation, so that turning back gives the upright image."""
+"""The stored rows for each EXIF orientation, such that turning them gives the upright image."""
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])  # Pillow itself turns TIFF, and only that.
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])  # Pillow itself turns TIFF, but no other format.
 def test_exif_orientation(format: str, orientation: int) -> None:
     exif = turned_by(orientation)
     options = {"lossless": True} if format == "WEBP" else {}
@@ -196,18 +196,18 @@ def test_bytes_after_the_image_do_no_harm() -> None:
 
 
 def bad_header(kind: bytes, width: int, height: int) -> bytes:
-    """A 1-bit PNG that claims a size, with next to no pixels behind it."""
+    """Return a 1-bit PNG that claims a size but has almost no pixel data."""
     return png(struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), zlib.compress(kind))
 
 
 JPEG = encoded(PIXELS, "JPEG")
 PNG = encoded(PIXELS)
 TWELVE_BITS = b"\xff\xd8\xff\xdb\0\x43\0" + bytes([8] * 64) + b"\xff\xc1\0\x0b\x0c" + bytes([0, 64, 0, 96, 1, 1, 17, 0])
-"""The head of a grey JPEG of 12 bits a channel: a table, and a frame of precision 12."""
+"""Return the header of a grey JPEG of 12 bits per channel: a table, and a frame of precision 12."""
 
 REFUSED = {
-    "12 bits": (TWELVE_BITS, "12 bits a channel"),
-    # Pillow would have Ghostscript run it.
+    "12 bits": (TWELVE_BITS, "12 bits per channel"),
+    # Pillow would run Ghostscript on it.
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "begins with"),
     "empty": (b"", "empty"),
     "text": (b"This is not an image.\n", "begins with b'This is not an i'"),
@@ -235,11 +235,11 @@ REFUSED = {
 def test_what_is_no_image_is_refused_in_one_line(kind: str) -> None:
     data, reason = REFUSED[kind]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Pillow's word on a large image would name no file.
+        warnings.simplefilter("error")  # Pillow's warning about a large image would name no file.
         with pytest.raises(BadImage, match=reason) as refusal:
             pixels_of(data)
     assert len(str(refusal.value).splitlines()) == 1
-    assert "0x" not in str(refusal.value)  # No address of an object: the reason is the same in every process.
+    assert "0x" not in str(refusal.value)  # The reason contains no object address, so it is the same in every process.
 
 
 def test_limit_is_inclusive() -> None:
@@ -253,7 +253,7 @@ def test_limit_is_inclusive() -> None:
     st.sampled_from([JPEG, PNG, LOSSLESS["webp"][0], LOSSLESS["tiff lzw"][0], LOSSLESS["animated gif"][0]]), st.data()
 )
 def test_damage_gives_pixels_or_a_reason(good: bytes, data: st.DataObject) -> None:
-    """Whatever the bytes, decode returns an image of the size asked for or raises BadImage: nothing else."""
+    """For any bytes, decode either returns an image of the requested size or raises BadImage."""
     damaged = bytearray(good[: data.draw(st.integers(0, len(good)))])
     for place in data.draw(st.lists(st.integers(0, max(len(damaged) - 1, 0)), max_size=8 if damaged else 0)):
         damaged[place] = data.draw(st.integers(0, 255))
@@ -270,13 +270,16 @@ def test_damage_gives_pixels_or_a_reason(good: bytes, data: st.DataObject) -> No
     [
         (Window(3, 5, 200, 150), (64, 64)),  # Down, and out of proportion.
         (Window(0, 0, 30, 40), (96, 80)),  # Up, and not square.
-        (Window(10, 20, 64, 48), (64, 48)),  # As it is.
+        (Window(10, 20, 64, 48), (64, 48)),  # Unchanged.
         (Window(0, 0, 240, 1), (32, 32)),  # A column.
     ],
 )
 def test_resize_is_antialiased_bicubic_of_the_window_alone(window: Window, size: tuple[int, int]) -> None:
-    """Against Pillow's, which is another implementation and rounds between the two passes. Bilinear differs by 0.4 on
-    average; pixels from outside the window show at its edges by 8 where it is enlarged."""
+    """The resize is compared with Pillow's, another implementation, which rounds between the two passes.
+
+    Bilinear would differ by 0.4 on average. In enlargements, pixels from outside of the window would change its edges
+    by 8.
+    """
     image = photograph(3, 240, 320)
     found = decode(encoded(image), lambda height, width: window, size, max_pixels=LIMIT)
     top, left, height, width = window
@@ -302,8 +305,10 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_which_images_are_plain_jpegs(kind: str) -> None:
-    """Those that every decoder reads alike, with their orientation; a decoder that takes other files than Pillow, or
-    takes them otherwise, gets none of the rest."""
+    """Plain JPEGs are those that every decoder decodes alike; they have an orientation.
+
+    All other files are not given to decoders that might accept other files than Pillow or decode them differently.
+    """
     data, orientation = PLAIN[kind]
     assert look(data, LIMIT).orientation == orientation
 
@@ -312,7 +317,7 @@ def test_which_images_are_plain_jpegs(kind: str) -> None:
 
 
 def with_scans(jpeg: bytes, scans: int) -> bytes:
-    """The last scan of a progressive JPEG again and again, with its tables."""
+    """Repeat the last scan of a progressive JPEG, with its tables."""
     last = jpeg.rindex(b"\xff\xda")
     table = jpeg.rindex(b"\xff\xc4", 0, last)
     return jpeg[:-2] + jpeg[table:-2] * scans + b"\xff\xd9"
@@ -322,7 +327,7 @@ PROGRESSIVE = encoded(PIXELS, "JPEG", progressive=True)
 
 
 def test_scans_are_bounded() -> None:
-    """libjpeg writes ten; each goes through the whole image, however little it says."""
+    """libjpeg writes ten scans. Each scan decodes the whole image, even if it has little data."""
     assert count_scans(PROGRESSIVE, 1000) == 10
     pixels_of(with_scans(PROGRESSIVE, 90))
     with pytest.raises(BadImage, match="at least 101 scans of 3072 pixels each; a JPEG of its size may have 100"):
@@ -333,7 +338,7 @@ def test_scans_are_bounded() -> None:
 
 
 def test_what_looks_like_scans_is_none() -> None:
-    """Behind the image a telephone may keep a film, and in its segments a thumbnail: any bytes."""
+    """A phone may store a video after the image, and a thumbnail in its segments; both may contain any bytes."""
     jpeg = encoded(PIXELS, "JPEG", comment=b"\xff\xda" * 400)
     for data in (jpeg, encoded(PIXELS, "JPEG") + b"\xff\xda" * 400):
         assert count_scans(data, 1000) == 1
@@ -346,7 +351,7 @@ def test_scans_of_any_bytes_are_counted(tail: bytes, cut: int) -> None:
 
 
 def test_tiles_are_bounded() -> None:
-    """libtiff makes room for a whole tile, of which the image may have 16 pixels."""
+    """libtiff allocates a whole tile, even if the image has only 16 pixels of it."""
     data = tiff(GREY, tile=(32, 16))
     pixels_of(data)
     at = data.index(struct.pack("<HH", 322, 4)) if struct.pack("<HH", 322, 4) in data else data.index(b"\x42\x01")
@@ -361,7 +366,7 @@ def test_tiles_are_bounded() -> None:
 
 
 def png_of(values: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel, uint16 (H, W) or (H, W, C)."""
+    """Encode pixels uint16 (H, W) or (H, W, C) as a PNG of 16 bits per channel."""
     channels = 1 if values.ndim == 2 else values.shape[2]
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -370,7 +375,7 @@ def png_of(values: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_range_of_16_bits_is_a_setting(channels: int) -> None:
-    """12-bit values come out black; with their range, in all of 0 to 255, and not only in 16 steps of it."""
+    """12-bit values become black. With `data.range` they use all of 0 to 255, and not only 16 steps of it."""
     values = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 4)).astype(np.uint16)[..., :channels]
     data = png_of(values[..., 0] if channels == 1 else values)
     assert decode(data, whole, (HEIGHT, WIDTH), max_pixels=LIMIT).max() <= 16

@@ -1,4 +1,4 @@
-"""The cache of samples: what it serves is what the source has, whoever fills it and whatever becomes of its files."""
+"""The cache of samples returns what the source has, whichever process fills it and whatever happens to its files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGES = 12
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve images of two sizes in PNG and JPEG, one turned by its EXIF block, one grey, one that is none."""
+    """Twelve files of two image sizes in PNG and JPEG: one rotated by EXIF, one grey, one that is not an image."""
     folder = tmp_path / "images"
     write_images(folder, [f"{i:02}.png" for i in range(IMAGES)])
     exif = Image.Exif()
@@ -50,7 +50,7 @@ def settings(tmp_path: Path, cache: str | None = "encoded", **more: Any) -> Data
 
 
 class Counted:
-    """A source that counts how often each sample is asked for."""
+    """A source that counts how often each sample is read."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.reads = source, Counter[int]()
@@ -76,7 +76,7 @@ def test_each_sample_is_asked_for_once_by_all_who_open_the_cache(folder: Path, t
     assert counted.reads == Counter(range(IMAGES))
     assert Cached(settings(tmp_path), counted).read(7) == source.read(7)
     assert counted.reads[7] == 1
-    # Each lies there once: bytes of the samples and nothing else.
+    # The file contains the bytes of each sample once and nothing else.
     data = cache_folder_of(settings(tmp_path), source) / "data"
     assert data.stat().st_size == sum(len(source.read(i)) for i in range(IMAGES))
     with pytest.raises(IndexError):
@@ -91,13 +91,16 @@ def test_it_is_the_source_but_for_reading(folder: Path, tmp_path: Path) -> None:
     assert wrapped.shares[0][:2] == source.shares[0][:2]
     assert cached(settings(tmp_path, None), source) is source
     with pytest.raises(TypeError):
-        pickle.dumps(wrapped)  # In another process its open files would be other files.
+        pickle.dumps(wrapped)  # In another process the file descriptors would refer to other files.
 
 
 @pytest.mark.parametrize("kind", ["encoded", "decoded"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_without_a_cache(folder: Path, tmp_path: Path, kind: str, workers: int) -> None:
-    """While it fills and from it, with bad samples and their replacements. All decoded by Pillow, so bit for bit."""
+    """Batches are equal while the cache fills and from it, with bad samples and replacements.
+
+    All images are decoded by Pillow, so equality is bit for bit.
+    """
     (folder / "03.jpg").rename(folder / "03.tiff")
     turned = ImageOps.exif_transpose(Image.open(folder / "03.tiff"))
     turned.save(folder / "03.tiff", "TIFF")
@@ -114,7 +117,7 @@ def test_batches_are_those_without_a_cache(folder: Path, tmp_path: Path, kind: s
 
 
 def test_decoded_samples_are_upright_pixels(folder: Path, tmp_path: Path) -> None:
-    """First and later the same; by the eye of another reader the image as EXIF turns it; what is none as it is."""
+    """The first and later reads are equal. Other readers see the image upright; bytes of no image are unchanged."""
     source = open_source(str(folder))
     wrapped = Cached(settings(tmp_path, "decoded"), source)
     for i in (0, 3, 4):
@@ -133,7 +136,7 @@ def test_evaluation_leaves_the_cache_alone(folder: Path, tmp_path: Path) -> None
 
 
 def test_two_sets_that_number_alike_have_two_caches(folder: Path, tmp_path: Path) -> None:
-    """A copy under the same names, as of resized images, has the same fingerprint and other pixels."""
+    """A copy under the same names, for example of resized images, has the same fingerprint but other pixels."""
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "00.png").write_bytes(encoded(photograph(99, 8, 8)))
     one, other = open_source(str(folder)), open_source(str(tmp_path / "copy"))
@@ -152,7 +155,7 @@ def read_all(wrapped: Cached, start: int, results: Any) -> None:
 
 
 def test_many_processes_fill_it_at_once(folder: Path, tmp_path: Path) -> None:
-    """Six, forked from one that has it open, half of them in each other's order: each sample once, none torn."""
+    """Six processes, forked from one that has the cache open, fill it in two orders: each sample once, none damaged."""
     source = open_source(str(folder))
     wrapped = Cached(settings(tmp_path), source)
     fork = multiprocessing.get_context("fork")
@@ -199,7 +202,7 @@ def test_only_one_at_a_time_appends(folder: Path, tmp_path: Path) -> None:
 
 
 class Kept(NamedTuple):
-    """A filled cache, its source, and its two files."""
+    """A filled cache, its source and its two files."""
 
     source: Counted
     cache: Cached
@@ -224,18 +227,18 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
         file.write(content)
 
 
-ENTRY = 32 + 2 * 16  # Of sample 2.
+ENTRY = 32 + 2 * 16  # The entry of sample 2.
 
 
 @pytest.mark.parametrize(
     ("at", "content"),
     [
-        (ENTRY, b"\1"),  # another place
-        (ENTRY, b"\xff" * 8),  # a place before the file
-        (ENTRY, b"\xff" * 7 + b"\x7f"),  # one behind every file
+        (ENTRY, b"\1"),  # another offset
+        (ENTRY, b"\xff" * 8),  # an offset before the file
+        (ENTRY, b"\xff" * 7 + b"\x7f"),  # an offset after the end of any file
         (ENTRY + 8, b"\xff" * 4),  # 4 GB
         (ENTRY + 12, b"\0" * 4),  # another CRC
-        (ENTRY, b"\0" * 8 + b"\1"),  # another place and length, as of an entry that is being written
+        (ENTRY, b"\0" * 8 + b"\1"),  # another offset and length, as if the entry were being written
     ],
 )
 def test_a_damaged_entry_is_read_again_and_mended(kept: Kept, at: int, content: bytes) -> None:
@@ -249,7 +252,7 @@ def test_a_damaged_entry_is_read_again_and_mended(kept: Kept, at: int, content: 
 def test_damaged_and_lost_data_are_read_again_and_mended(kept: Kept) -> None:
     size = kept.data.stat().st_size
     overwrite(kept.data, 10, b"damaged")
-    os.truncate(kept.data, size - 1)  # the last to come
+    os.truncate(kept.data, size - 1)  # cuts the sample that was added last
     for _ in range(2):
         for i in range(IMAGES):
             assert kept.cache.read(i) == kept.source.source.read(i)
@@ -269,7 +272,7 @@ def test_an_index_of_another_kind_is_replaced_with_its_data(kept: Kept, tmp_path
 
 
 def test_removed_while_it_is_in_use(kept: Kept, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What it holds is served as long as it is open; nothing is put where another run now keeps its own."""
+    """A removed cache serves its samples while it is open. It writes nothing to a cache that another run made since."""
     overwrite(kept.entries, ENTRY, b"\1")
     shutil.rmtree(kept.data.parent)
     assert kept.cache.read(1) == kept.source.source.read(1) and not kept.source.reads
@@ -284,7 +287,7 @@ def test_removed_while_it_is_in_use(kept: Kept, tmp_path: Path, capfd: pytest.Ca
 
 
 class Room:
-    """A file system of 1000 blocks of 100 bytes, of which some are free."""
+    """A file system of 1000 blocks of 100 bytes, some of which are free."""
 
     f_frsize, f_blocks = 100, 1000
 
@@ -295,7 +298,7 @@ class Room:
 def test_a_full_disk_ends_the_filling_with_one_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A tenth stays free. Two readers, and one line; a run that finds room again goes on filling."""
+    """A tenth of the file system stays free. Two readers print one line. A run with room again fills the cache."""
     counted = Counted(open_source(str(folder)))
     monkeypatch.setattr(os, "statvfs", lambda _: Room(101))  # 100 bytes above a tenth: less than an image.
     readers = [Cached(settings(tmp_path), counted) for _ in range(2)]
@@ -319,7 +322,7 @@ def test_a_full_disk_ends_the_filling_with_one_line(
 def test_a_write_that_is_cut_short_leaves_nothing(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Files of at most 1,000 bytes, as by a quota: in a process of its own, whose limit it is."""
+    """Files have at most 1,000 bytes, as with a quota. The limit is set in a separate process."""
     source = open_source(str(folder))
     wrapped = Cached(settings(tmp_path), source)
 

@@ -1,4 +1,4 @@
-"""Folders as people have them: other endings, splits side by side, links to one another, and what is said of them."""
+"""Real folders: other extensions, splits next to each other, links to one another, and the notes about them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.data.conftest import encoded, photograph, write_images
 from tests.data.sources.test_shards import write_tar
 
 FIRST = DataSettings(index_version=1)
-"""The rules of runs that name none."""
+"""Settings of runs that name no version of the rules."""
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -50,7 +50,7 @@ def names_of(source: Source, folder: Path) -> list[str]:
         ("Who?.png", True, True),
         ("a.jpg~", False, False),
         ("a.jpg.part", False, False),
-        ("a.txt?x=.jpg", True, True),  # What follows the last dot counts first.
+        ("a.txt?x=.jpg", True, True),  # The part after the last dot is checked first.
         ("a.txt?jpg", False, False),
         ("jpg", False, False),
         ("a.", False, False),
@@ -61,7 +61,7 @@ def test_endings_of_images(name: str, by_first: bool, now: bool) -> None:
 
 
 def test_endings_are_those_of_the_formats_that_are_read() -> None:
-    """Pillow's own list says which endings its formats have."""
+    """The extensions agree with Pillow's own list of its formats' extensions."""
     Image.init()
     read = {ending[1:] for ending, name in Image.EXTENSION.items() if name in {*_formats(), "MPO"}}
     assert read - {"pfm"} <= set(ENDINGS[2]), "pfm holds floats, whose range nobody knows"
@@ -174,7 +174,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
 
 
 def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
-    """Photographs of trains, and others."""
+    """One class has photographs of trains."""
     touch(tmp_path, "train/1.png", "test/2.png", "horse/3.png")
     assert open_source(str(tmp_path)).classes == ["horse", "test", "train"]
 
@@ -183,7 +183,7 @@ def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
 
 
 def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
-    """Twelve folders with links to all others have 13 million paths without a loop; each is entered by one link."""
+    """Twelve folders with links to all others have 13 million paths without a loop. Each is entered by one link."""
     folders = [tmp_path / f"f{i:02}" for i in range(12)]
     for i, folder in enumerate(folders):
         touch(folder, f"{i}.png")
@@ -198,7 +198,7 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
     assert any("links to folders that were already reached by another link" in note for note in source.notes)
 
 
-# What else a path may be
+# Other paths
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_absolute_paths_name_the_same_source(path: str, tmp_path: Path) -> None:
 
 
 def test_a_sample_larger_than_the_bound_is_not_read(tmp_path: Path) -> None:
-    """A sparse file of 8 TB takes no place on the disk, and would take all of the memory."""
+    """A sparse file of 8 TB takes no space on the disk, but reading it would take all memory."""
     write_images(tmp_path / "i", ["1.png"])
     with (tmp_path / "i/2.png").open("wb") as file:
         file.truncate(8 << 40)

@@ -1,4 +1,4 @@
-"""Mixtures: several sources under one numbering, drawn from by weight."""
+"""Mixtures: several sources with consecutive ids, drawn from by weight."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_sources_follow_one_another(folder: Path) -> None:
     assert source.path(1) == f"{folder}/t-0.tar/y.png" and source.read(1) == b"y"
     assert [(share.samples, share.draws) for share in source.shares] == [(2, 8), (3, 2)]
     assert source.read(4) == (folder / "photos/b/3.png").read_bytes()
-    assert source.labels is None  # The shards have numbers and the folder has names.
+    assert source.labels is None  # The shards have class numbers and the folder has class names.
     for i in (-1, 5):
         with pytest.raises(IndexError):
             source.read(i)
@@ -63,7 +63,7 @@ def test_sets_of_torchvision_lie_beside_the_file_too(folder: Path) -> None:
 
 
 def test_epochs_of_draws(folder: Path) -> None:
-    """Six draws an epoch of three images: each twice, cut differently each time; the next epoch goes on."""
+    """Six draws per epoch of three images: each twice, cropped differently each time. The next epoch continues."""
     path = mixture(folder, "draws: 9\nsources: {./photos: 2, photos/a: 1}")
     source = open_source(path)
     loader = make_loader(DataSettings(image_size=8, workers=0), source, seed=1, batch_size=3)
@@ -121,7 +121,7 @@ def test_a_source_that_is_named_twice(folder: Path, second: str) -> None:
 
 
 def test_a_mixture_of_an_earlier_run_keeps_its_meaning(folder: Path) -> None:
-    """The last weight of a path counted, and a folder that looked like a number was one."""
+    """In version 1 the last weight of a path counts, and a folder name that looks like a number is a number."""
     write_images(folder, ["8/1.png", "00010/2.png", "00010/3.png"])
     first = DataSettings(index_version=1)
     path = mixture(folder, "draws: 8\nsources:\n  ./photos: 1\n  00010: 1\n  ./photos: 3\n")

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face and others write them: the rows' bytes, and what cannot be used is named."""
+"""Parquet files as Hugging Face and others write them: the rows' bytes, and errors for what cannot be used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BYTES = [b"row %d" % i * 30 for i in range(10)]
 
 
 def images(rows: list[bytes | None], names: list[str | None] | None = None) -> pa.Array:
-    """Hugging Face's form of an image: a struct of bytes and a path."""
+    """Return images in Hugging Face's form: structs of bytes and a path."""
     names = names or [f"é{i}.png" for i in range(len(rows))]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.array([{"bytes": data, "path": name} for data, name in zip(rows, names)], kind)
@@ -42,7 +42,7 @@ def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None =
 
 
 CLASSES = noted(picture={"_type": "Image"}, kind={"_type": "ClassLabel", "names": ["cat", "dog"]})
-"""Notes that name columns which no other rule would find."""
+"""Hugging Face's metadata names columns that no other rule would find."""
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"compression": "none"}, {"row_group_size": 100}])
@@ -66,7 +66,7 @@ def test_files_of_hugging_face(tmp_path: Path, options: dict[str, Any]) -> None:
         ({"text": ["x"] * 10, "jpg": BYTES, "cls": list(range(10))}, list(range(10))),
         ({"image": pa.array(BYTES, pa.large_binary()), "label": [0.5] * 10}, None),
         ({"image": images([*BYTES]), "label": [None] * 10}, None),
-        ({"image": images([*BYTES]), "label": [-1] * 10}, None),  # Hugging Face's word for a class that is not told.
+        ({"image": images([*BYTES]), "label": [-1] * 10}, None),  # Hugging Face's mark for an unknown class.
     ],
 )
 def test_columns_are_found_by_type_and_name(tmp_path: Path, columns: dict[str, Any], labels: list[int] | None) -> None:
@@ -138,7 +138,7 @@ def test_file_that_changes_or_is_damaged_under_the_run(tmp_path: Path, monkeypat
 
 
 def test_process_keeps_a_bounded_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two row groups of 4,000 bytes and a little more: the third puts the first out, and order is by use."""
+    """With room for two row groups of 4,000 bytes, the third one evicts the least recently used one."""
     monkeypatch.setattr(parquet, "KEPT_BYTES", 9000)
     monkeypatch.setattr(parquet, "_kept", parquet._Kept())
     reads: list[int] = []
@@ -262,7 +262,7 @@ def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def footer(path: Path, change: Any) -> None:
-    """Change the footer's bytes; its length stands behind it."""
+    """Change the footer's bytes; its length is stored after it."""
     data = path.read_bytes()
     length = int.from_bytes(data[-8:-4], "little")
     new = change(data[-8 - length : -8])
@@ -270,7 +270,7 @@ def footer(path: Path, change: Any) -> None:
 
 
 def varint(value: int) -> bytes:
-    """A number as thrift's compact protocol has it."""
+    """Encode a number as in thrift's compact protocol."""
     value, found = value * 2, bytearray()
     while value > 127:
         found.append(value & 127 | 128)
@@ -279,7 +279,7 @@ def varint(value: int) -> bytes:
 
 
 def test_rows_that_a_footer_makes_up(tmp_path: Path) -> None:
-    """700 bytes of file would take gigabytes for an index of half a billion rows."""
+    """A file of 700 bytes would take gigabytes for an index of half a billion rows."""
     path = write(tmp_path / "a.parquet", {"image": [b"x"] * 77}, row_group_size=100)
     assert len(open_source(str(path))) == 77
     footer(path, lambda data: data.replace(varint(77), varint(443_000_000)))
@@ -288,7 +288,7 @@ def test_rows_that_a_footer_makes_up(tmp_path: Path) -> None:
 
 
 def test_a_column_that_expands_without_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image of 100 KB stands in the file's dictionary, and 3,000 rows name it."""
+    """The file's dictionary has one image of 100 KB, to which 3,000 rows refer."""
     monkeypatch.setattr(parquet, "KEPT_BYTES", 1 << 20)
     monkeypatch.setattr(parquet, "_kept", parquet._Kept())
     path = write(tmp_path / "a.parquet", {"image": [bytes(100_000)] * 3000}, row_group_size=3000)

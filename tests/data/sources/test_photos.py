@@ -1,4 +1,4 @@
-"""The embedded photographs: cut once, from two halves that share no pixel, and read like any folder."""
+"""The embedded photographs: cropped once, from two parts that share no pixel, and read like any folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def original(file: str) -> np.ndarray:
 
 
 def places(photograph: np.ndarray, crop: np.ndarray) -> list[tuple[int, int]]:
-    """Every (top, left) at which the photograph shows the crop."""
+    """Return every (top, left) at which the photograph contains the crop."""
     h, w = crop.shape[:2]
     windows = np.lib.stride_tricks.sliding_window_view(photograph[: -h + 1 or None], w, 1)
-    # The first row of the crop first: it settles nearly every place.
+    # Compare the first row of the crop first: it excludes nearly every position.
     row = np.moveaxis(crop[0], 0, -1)
     candidates = np.argwhere((windows == row).reshape(*windows.shape[:2], -1).all(-1))
     return [(y, x) for y, x in candidates.tolist() if (photograph[y : y + h, x : x + w] == crop).all()]
@@ -33,7 +33,7 @@ def places(photograph: np.ndarray, crop: np.ndarray) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Only a colour photograph and the lowest grey one, so that the test is quick."""
+    """Use only a colour photograph and the grey one with the smallest height, so that the test is fast."""
     few = {"chelsea": "chelsea.png", "text": "text.png"}
     monkeypatch.setattr(photos, "PHOTOGRAPHS", few)
     return few
@@ -51,7 +51,7 @@ def test_crops_of_the_two_sets(two: dict[str, str], cache: Path) -> None:
         for i in range(0, len(source), len(source) // 8):
             crop = np.asarray(Image.open(source.path(i)))
             photograph = original(two[Path(source.path(i)).parent.name])
-            assert crop.ndim == photograph.ndim  # Grey stays grey: a loader has to cope with it.
+            assert crop.ndim == photograph.ndim  # Grey images stay grey: a loader has to handle them.
             sides.add(crop.shape[:2])
             width = photograph.shape[1]
             assert any(
@@ -62,7 +62,10 @@ def test_crops_of_the_two_sets(two: dict[str, str], cache: Path) -> None:
 
 
 def test_known_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frozen: results on the photographs are compared across versions. (The first of all, so numbered alike.)"""
+    """The crops are frozen, because results on them are compared across versions.
+
+    The tested photographs are the first ones, so their ids are those of the full set.
+    """
     monkeypatch.setattr(photos, "PHOTOGRAPHS", {"astronaut": "astronaut.png"})
     for name, shape, place in (("photos", (96, 96, 3), (96, 105)), ("photos-test", (48, 48, 3), (279, 357))):
         crop = np.asarray(Image.open(open_source(name).path(7)))
@@ -77,7 +80,7 @@ def test_they_are_written_once(two: dict[str, str], monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_that_write_them_at_once(two: dict[str, str], cache: Path) -> None:
-    """Both find a whole set, and neither leaves anything behind."""
+    """Both processes find a complete set, and neither leaves temporary files."""
     found: list[int] = []
     start = threading.Barrier(2)
 
@@ -95,18 +98,18 @@ def test_processes_that_write_them_at_once(two: dict[str, str], cache: Path) -> 
 
 
 def test_installed_wheel_carries_every_photograph() -> None:
-    """Sixteen classes, no download: also when a newer scikit-image is taken into the constraints."""
+    """There are sixteen classes without a download, also if the constraints are raised to a newer scikit-image."""
     assert len(photos.PHOTOGRAPHS) == 16
     for file in photos.PHOTOGRAPHS.values():
         height, width = original(file).shape[:2]
-        assert height >= 100 and width * 4 // 10 >= 100  # Room for the largest crop in the narrower part.
+        assert height >= 100 and width * 4 // 10 >= 100  # The narrower part has room for the largest crop.
 
 
 def test_photograph_that_is_not_carried(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "PHOTOGRAPHS", {"text": "text.png", "skin": "skin.jpg"})
     with pytest.raises(DataError, match=r"has no skin.jpg"):
         open_source("photos")
-    assert list(cache.iterdir()) == []  # Nothing half done is taken for the whole next time.
+    assert list(cache.iterdir()) == []  # No unfinished set is left that the next run could use.
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tar shards: every sample of WebDataset's form found again, by every dialect of tar, and what is wrong is named."""
+"""Tar shards: every sample of WebDataset's format is found, in every dialect of tar, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contents(source: Source) -> list[tuple[str, bytes]]:
 
 
 def refusals(source: Source) -> dict[str, str]:
-    """The samples that cannot be read, by path, and why."""
+    """Return the reasons of the samples that cannot be read, by path."""
     found = {}
     for i in range(len(source)):
         try:
@@ -57,8 +57,7 @@ def refusals(source: Source) -> dict[str, str]:
 
 
 def test_samples_are_groups_of_members_with_one_key(tmp_path: Path) -> None:
-    """WebDataset's rule: the key ends at the first dot of the last part of the name; neighbours of one key belong
-    together."""
+    """The key ends at the first dot of the last part of the name; consecutive members with one key form a sample."""
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -68,11 +67,11 @@ def test_samples_are_groups_of_members_with_one_key(tmp_path: Path) -> None:
             ("x/1.png", b"another image of the same sample"),
             ("y/1.JPEG", b"second"),  # The folder is part of the key.
             ("y/1.json", b'{"label": 5, "caption": "a dog"}'),
-            ("v1.0/2.txt", b"a caption"),  # A dot in the folder ends no key.
+            ("v1.0/2.txt", b"a caption"),  # A dot in the folder does not end the key.
             ("v1.0/2.webp", b"third"),
             ("v1.0/2.json", b'{"label": 9}'),
-            ("v1.0/2.cls", b"4\n"),  # .cls before .json.
-            ("stats.json", b'{"label": 1}'),  # No image, no sample.
+            ("v1.0/2.cls", b"4\n"),  # .cls has priority over .json.
+            ("stats.json", b'{"label": 1}'),  # No sample without an image.
             ("README", b""),
             ("._hidden.png", b"x"),
         ],
@@ -107,7 +106,7 @@ NAMES = st.lists(st.one_of(KEYS, st.just("d" * 90)), min_size=1, max_size=4).map
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 def test_members_are_those_that_tarfile_reads(tmp_path: Path, written: list[tuple[str, bytes]], format: int) -> None:
-    """Names past 100 bytes need L or x headers; sizes about a block of 512 end on it, before and after."""
+    """Names of more than 100 bytes need L or x headers. Sizes are below, equal to and above a block of 512 bytes."""
     path = write_tar(tmp_path / "a.tar", [(f"{name}.png", data) for name, data in written], format)
     assert contents(open_source(str(path))) == [(f"{path}/{name}.png", data) for name, data in written]
 
@@ -133,9 +132,9 @@ def with_sum(header: bytearray) -> bytes:
 @pytest.mark.parametrize(
     ("magic", "size"),
     [
-        (b"\0" * 8, b"00000000005\0"),  # The seventh edition's, without a magic word.
+        (b"\0" * 8, b"00000000005\0"),  # The format of Unix's seventh edition, without a magic word.
         (b"ustar  \0", b"\x80" + b"\0" * 10 + b"\5"),  # Base 256, as GNU writes sizes from 8 GiB on.
-        (b"ustar\00000", b"         5 \0"),  # Spaces for zeros.
+        (b"ustar\00000", b"         5 \0"),  # Spaces instead of zeros.
     ],
 )
 def test_dialects_of_headers(tmp_path: Path, magic: bytes, size: bytes) -> None:
@@ -147,7 +146,7 @@ def test_dialects_of_headers(tmp_path: Path, magic: bytes, size: bytes) -> None:
 
 
 def test_pax_size_wins(tmp_path: Path) -> None:
-    """A size that the ustar field cannot hold stands in the pax header; the field then counts for nothing."""
+    """A size that the ustar field cannot represent is in the pax header, and the field is ignored."""
     info = member("a.png", 5, pax_headers={"size": "5", "path": "b.png"})
     plain = info.create_pax_header(info.get_info(), "utf-8")
     header = bytearray(plain[-512:])
@@ -157,7 +156,7 @@ def test_pax_size_wins(tmp_path: Path) -> None:
     assert contents(open_source(str(path))) == [(f"{path}/b.png", b"pixel")]
 
 
-# One bad sample costs that sample
+# A bad sample affects no other sample
 
 
 def test_samples_that_cannot_be_read(tmp_path: Path) -> None:
@@ -173,14 +172,14 @@ def test_samples_that_cannot_be_read(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(b"abc"))
         tar.addfile(member("folder.png", 0, type=tarfile.DIRTYPE))
     source = open_source(str(path))
-    # By the number of the sample: good.png and twin.png are good the first time and bad the second.
+    # By sample number: good.png and twin.png are good the first time and bad the second time.
     expected = {
         **dict.fromkeys((1, 2, 3), "its name points outside of the shard"),
         **dict.fromkeys((4, 5), "two dots"),
         **dict.fromkeys((6, 7, 8), "it is a link or a device"),
         **dict.fromkeys((9, 11), "an earlier sample of the shard has the same key"),
     }
-    names.remove("good.seg.png")  # A mask, beside its image.
+    names.remove("good.seg.png")  # A mask in the sample of an image.
     assert [source.path(i) for i in range(len(source))] == [f"{path}/{name}" for name in names]
     for i in range(len(source)):
         if i in expected:
@@ -191,7 +190,7 @@ def test_samples_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def pair(tmp_path: Path) -> tuple[Path, Path, bytes]:
-    """A whole shard, and one to be damaged with its bytes: two samples of 700 bytes and their classes."""
+    """A complete shard, and one to be damaged with its bytes: two samples of 700 bytes and their classes."""
     members = [(f"{i}.{ending}", data) for i in range(2) for ending, data in (("png", bytes(700)), ("cls", b"1"))]
     whole = write_tar(tmp_path / "whole.tar", members)
     return whole, tmp_path / "x.tar", whole.read_bytes()
@@ -210,7 +209,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path, bytes]:
     ],
 )
 def test_shard_that_is_cut_off(tmp_path: Path, cut: int, samples: int, reasons: list[str]) -> None:
-    """What is there is used, and the loss has an entry of its own under the shard's name."""
+    """The remaining samples are used, and the loss has a separate entry under the shard's name."""
     whole, path, data = pair(tmp_path)
     path.write_bytes(data[:cut])
     source = open_source(str(tmp_path / "{whole,x}.tar"))
@@ -218,7 +217,7 @@ def test_shard_that_is_cut_off(tmp_path: Path, cut: int, samples: int, reasons: 
     assert len(source) == 2 + samples + 1
     assert [text.partition(";")[0] for text in found.values()] == reasons
     assert list(found)[-1] == str(path) and str(whole) not in " ".join(found)
-    # Classes survive, as long as the samples that can be read have theirs.
+    # Classes are kept if all readable samples have one.
     assert (source.labels is not None) == (cut not in (4200, 3780))
 
 
@@ -230,7 +229,7 @@ def test_shard_that_is_damaged_inside(tmp_path: Path) -> None:
 
 
 def damaged_pair(tmp_path: Path, first: bytes) -> dict[str, str]:
-    """What cannot be read of a shard of two samples, with `first` before its second image's header at 2560."""
+    """Return what cannot be read of a shard of two samples, with `first` before its second image's header at 2560."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data[:2560] + first + data[2560:])
     source = open_source(str(path))
@@ -246,7 +245,7 @@ def test_size_that_no_file_has(tmp_path: Path, size: bytes) -> None:
     assert reason.startswith("the shard is damaged at byte 2560")
 
 
-@pytest.mark.parametrize("digits", [20, 5000])  # Past int64; past what int() takes.
+@pytest.mark.parametrize("digits", [20, 5000])  # More than int64; more than int() accepts.
 def test_pax_size_that_no_file_has(tmp_path: Path, digits: int) -> None:
     info = member("a.png", 5, pax_headers={"size": "9" * digits})
     (reason,) = damaged_pair(tmp_path, info.create_pax_header(info.get_info(), "utf-8")).values()
@@ -254,20 +253,20 @@ def test_pax_size_that_no_file_has(tmp_path: Path, digits: int) -> None:
 
 
 def test_pax_record_of_a_length_that_no_number_has(tmp_path: Path) -> None:
-    """A damaged record counts for nothing."""
+    """A damaged record is ignored."""
     header = bytearray(member("x", 5000, type=tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT))
     assert damaged_pair(tmp_path, with_sum(header) + (b"9" * 4990 + b" path=b.p").ljust(5120, b"\0")) == {}
 
 
 def test_folder_with_a_size_ends_no_shard(tmp_path: Path) -> None:
-    """Some archivers give folders and links the size of what they are on the disk; no data follow."""
+    """Some archivers write the size on disk of folders and links; no data follow."""
     header = bytearray(member("folder", 0, type=tarfile.DIRTYPE).tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = b"%011o\0" % (1 << 20)
     assert damaged_pair(tmp_path, with_sum(header)) == {}
 
 
 def test_zeros_that_no_archiver_writes(tmp_path: Path) -> None:
-    """What a file system leaves of a shard whose end was never written, or nothing of it."""
+    """A file system returns zeros for the end of a shard that was never written, or for all of it."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data[:5120] + bytes(1 << 20))
     assert refusals(open_source(str(path))) == {}
@@ -278,7 +277,7 @@ def test_zeros_that_no_archiver_writes(tmp_path: Path) -> None:
 
 
 def test_joined_archives(tmp_path: Path) -> None:
-    """cat a.tar b.tar: every reader of tar stops at the first end mark, and half of the data would be missing."""
+    """After `cat a.tar b.tar` every reader of tar stops at the first end mark, so half of the data would be missing."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data + data)
     assert "continues after its end mark at byte 5120" in refusals(open_source(str(path)))[str(path)]
@@ -287,7 +286,7 @@ def test_joined_archives(tmp_path: Path) -> None:
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_is_an_entry_or_a_refusal(tmp_path: Path, data: st.DataObject) -> None:
-    """No damage makes the scan hang, crash, or point outside of the file."""
+    """Damage never makes the scan hang, crash, or point outside of the file."""
     _, path, whole = pair(tmp_path)
     damaged = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
     for place in data.draw(st.lists(st.integers(0, 5200), max_size=6)):
@@ -310,7 +309,7 @@ def test_any_damage_is_an_entry_or_a_refusal(tmp_path: Path, data: st.DataObject
         (b"\x1f\x8b" + bytes(600), r"is compressed \(gzip\).*unpack it"),
         (b"not a tar at all", "is not a tar file"),
         (b"A" * 1024, "is not a tar file"),
-        (None, "holds no image; its first members are a.npy, b.tar\n"),
+        (None, "contains no image; its first members are a.npy, b.tar\n"),
     ],
 )
 def test_shard_that_gives_nothing_is_refused_by_name(tmp_path: Path, data: bytes | None, reason: str) -> None:
@@ -325,7 +324,7 @@ def test_shard_that_gives_nothing_is_refused_by_name(tmp_path: Path, data: bytes
 
 
 def test_shards_without_members(tmp_path: Path) -> None:
-    """As an archiver leaves them that found nothing: nothing is lost, unless there is nothing at all."""
+    """An archiver that finds no files writes such shards. They are valid, unless all shards are empty."""
     whole, path, _ = pair(tmp_path)
     write_tar(path, [])
     assert open_source(str(tmp_path)).shares[0].blocks.tolist() == [0, 2, 2]
@@ -335,7 +334,7 @@ def test_shards_without_members(tmp_path: Path) -> None:
 
 
 def test_shard_that_cannot_be_opened_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(Root may open anything, so the refusal is made here.)"""
+    """A file that cannot be opened is refused. Root may open any file, so the test raises the error itself."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data)
     open_file = os.open
@@ -351,7 +350,7 @@ def test_shard_that_cannot_be_opened_is_refused_by_name(tmp_path: Path, monkeypa
 
 
 def test_shard_that_goes_or_changes_while_it_is_read(tmp_path: Path) -> None:
-    """Its index no longer fits: another file under the same name must not give its bytes."""
+    """The index no longer fits, so the bytes of another file under the same name must not be returned."""
     _, path, data = pair(tmp_path)
     path.write_bytes(data)
     source = open_source(str(path))
@@ -359,7 +358,7 @@ def test_shard_that_goes_or_changes_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         source.read(0)
     write_tar(path, [("other.png", b"x" * 700), ("more.png", b"y" * 2000)])
-    assert path.stat().st_size == len(data)  # Archives are padded to 10 KiB: sizes tell little.
+    assert path.stat().st_size == len(data)  # Archives are padded to 10 KiB, so sizes may be equal.
     with pytest.raises(OSError, match="has changed since"):
         source.read(0)
     fresh = open_source(str(path))
@@ -382,7 +381,7 @@ def four(folder: Path) -> None:
     ("pattern", "expected"),
     [
         ("t-{08..10}.tar", ["t-08", "t-09", "t-10"]),
-        ("t-{10,08}.tar", ["t-10", "t-08"]),  # In the order that is asked for.
+        ("t-{10,08}.tar", ["t-10", "t-08"]),  # In the requested order.
         ("{t-*,v-[0-9]}.tar", ["t-08", "t-09", "t-10", "v-0"]),
         ("t-?{8..9}.tar", ["t-08", "t-09"]),
         ("", ["t-08", "t-09", "t-10", "v-0"]),
@@ -425,7 +424,7 @@ def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
 
 
 def test_entries_beside_shards_that_are_none(tmp_path: Path) -> None:
-    """A link to itself, which cannot be asked what it is, and a pipe, which would wait for who writes into it."""
+    """A link to itself has no type that could be queried, and opening a pipe would wait for a writer."""
     four(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "x.tar")
@@ -433,7 +432,7 @@ def test_entries_beside_shards_that_are_none(tmp_path: Path) -> None:
 
 
 def test_folder_whose_listing_fails_midway_holds_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the shards would be another data set."""
+    """Half of the shards would be a different data set."""
     four(tmp_path)
     scan = os.scandir
 
@@ -452,7 +451,7 @@ def test_folder_whose_listing_fails_midway_holds_no_shards(tmp_path: Path, monke
 
 @pytest.mark.parametrize("beside", ["1.png", "folder/1.png"])
 def test_images_win_over_shards_beside_them(tmp_path: Path, beside: str) -> None:
-    """As when ImageNet was unpacked where its archives lie: in runs that began by the first rules."""
+    """ImageNet may be unpacked next to its archives. Runs that were started with version 1 use the images."""
     four(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / beside).write_bytes(b"image")
@@ -517,7 +516,7 @@ def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> N
 
 
 def entries(path: Path, count: int) -> None:
-    """A shard of `count` images of 3 bytes, with classes, written by hand: tarfile takes minutes for a million."""
+    """Return a shard of `count` images of 3 bytes, with classes, without tarfile, which takes minutes for a million."""
     header = bytearray(member("0000000.jpg", 3).tobuf(tarfile.USTAR_FORMAT))
     label = bytearray(member("0000000.cls", 1).tobuf(tarfile.USTAR_FORMAT))
     with path.open("wb") as file:
@@ -530,7 +529,7 @@ def entries(path: Path, count: int) -> None:
 
 @pytest.mark.slow
 def test_index_of_many_samples(tmp_path: Path) -> None:
-    """100,000 samples in four shards: a column each, no object each."""
+    """100,000 samples in four shards are stored in columns and not as objects."""
     for number in range(4):
         entries(tmp_path / f"{number}.tar", 25_000)
     settle(tmp_path)
@@ -549,7 +548,7 @@ def open_files() -> int:
 
 
 def test_reads_hold_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More shards than may be open, read at random by four threads at once: right bytes, no file left behind."""
+    """Four threads read more shards than may be open at random: the bytes are right, and no file stays open."""
     count = shards.OPEN_SHARDS + 20
     for number in range(count):
         write_tar(tmp_path / f"{number:03}.tar", [(f"{i}.png", b"%d %d" % (number, i)) for i in range(3)])
@@ -565,7 +564,7 @@ def test_reads_hold_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_source_travels_to_another_process(tmp_path: Path) -> None:
-    """By pickle, where processes are not forked."""
+    """Processes that are not forked get the source by pickle."""
     four(tmp_path)
     source = open_source(str(tmp_path))
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)

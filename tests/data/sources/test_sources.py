@@ -1,4 +1,4 @@
-"""Folders and lists: a fixed order of samples, found again from the cache until something changes."""
+"""Folders and lists: a fixed order of samples, which is read from the cache until something changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.data.conftest import settle, write_images
 
 
 def touch(folder: Path, names: list[str]) -> None:
-    """Empty files: an index never opens them."""
+    """Make empty files: an index never opens them."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -31,11 +31,11 @@ def names_of(source: Source, folder: Path) -> list[str]:
 
 
 def test_folder_of_class_folders(tmp_path: Path) -> None:
-    """Every image with one of the known endings in any case; its class is its first folder, however deep it lies."""
+    """Images have one of the known extensions in any case. The class of an image is its first folder, at any depth."""
     touch(tmp_path, ["b/2.jpg", "b/10.JPEG", "a/x/y/1.png", "a/3.webp", "a.b/4.TIF", "a.b/5.gif", "a.b/6.bmp"])
     touch(tmp_path, ["a/notes.txt", "a/jpg", ".git/7.png", "a/._8.png", "empty/readme.md"])
     source = open_source(str(tmp_path))
-    # By the bytes of the whole path: "." comes before "/", "1" before "2".
+    # Byte order of the whole path: "." is before "/", "1" before "2".
     assert names_of(source, tmp_path) == [
         "a.b/4.TIF",
         "a.b/5.gif",
@@ -85,10 +85,10 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     touch(root, ["a/1.png", "b/2.png"])
     touch(tmp_path, ["elsewhere/3.png"])
     (root / "c").symlink_to(tmp_path / "elsewhere")
-    (root / "a" / "up").symlink_to(root)  # A loop: root is above.
-    (root / "b" / "self").symlink_to(root / "b")  # And so is b.
-    (root / "d").symlink_to(root / "a")  # No loop: a once more, under another name.
-    (root / "b" / "gone.png").symlink_to(tmp_path / "nowhere")  # A sample that will be reported as bad.
+    (root / "a" / "up").symlink_to(root)  # A loop: root is a parent.
+    (root / "b" / "self").symlink_to(root / "b")  # A loop too.
+    (root / "d").symlink_to(root / "a")  # No loop: `a` again, under another name.
+    (root / "b" / "gone.png").symlink_to(tmp_path / "nowhere")  # This sample will be reported as bad.
     (root / "b" / "ring.png").symlink_to("ring.png")
     assert names_of(open_source(str(root)), root) == [
         "a/1.png",
@@ -127,7 +127,7 @@ def test_fingerprint_is_of_names_and_labels(tmp_path: Path) -> None:
     ("suffix", "text"),
     [
         (".txt", "b.png\t1\na.png\t0\nsub/c, d.png\t5\n"),
-        (".tsv", "\ufeffb.png\t1\r\n\r\na.png\t0\r\nsub/c, d.png\t5"),  # Windows: a mark, CR LF, a blank line.
+        (".tsv", "\ufeffb.png\t1\r\n\r\na.png\t0\r\nsub/c, d.png\t5"),  # Windows: a BOM, CR LF, a blank line.
         (".csv", 'b.png,1\na.png,0\n"sub/c, d.png",5\n'),
     ],
 )
@@ -172,7 +172,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> N
     assert str(path) in str(refusal.value)
 
 
-# Paths that hold no images
+# Paths without images
 
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_folder_without_images(tmp_path: Path, names: list[str]) -> None:
 
 
 def test_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its images would be missing without a word. (Root may list any folder, so the refusal is made here.)"""
+    """Otherwise its images would be missing silently. Root may list any folder, so the test raises the error itself."""
     touch(tmp_path, ["a/1.png", "b/2.png"])
     scandir = os.scandir
 
@@ -215,7 +215,7 @@ def test_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
-    """Reading a pipe would wait for ever, and /dev/zero never end; by a list or a link either can be named."""
+    """Reading a pipe would wait forever, and /dev/zero never ends. A list or a link can name both."""
     write_images(tmp_path, ["1.png"])
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "2.png").symlink_to("pipe")
@@ -233,7 +233,7 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The places that were indexed afresh, in their order."""
+    """The places that were indexed again, in order."""
     done: list[Path] = []
     for module, name in ((open, "scan_folder"), (lists, "read_list")):
         build = getattr(module, name)
@@ -285,12 +285,12 @@ def test_change_of_a_list_is_seen(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns
     assert len(open_source(str(path))) == 1
     path.write_text("1.png\n2.png\n")
-    os.utime(path, ns=(before, before))  # Even one that keeps the time: the size gives it away.
+    os.utime(path, ns=(before, before))  # Even a change that keeps the time is detected by the size.
     assert len(open_source(str(path))) == 2
 
 
 def test_folder_still_being_filled_is_not_cached(tmp_path: Path, scans: list[Path]) -> None:
-    """Two changes within one tick of a file system's clock leave the same time behind."""
+    """Two changes within one tick of a file system's clock have the same modification time."""
     touch(tmp_path, ["1.png"])
     open_source(str(tmp_path))
     stamp = tmp_path.stat().st_mtime_ns
@@ -341,7 +341,7 @@ def test_a_cache_is_never_seen_half_written(tmp_path: Path, cache: Path, monkeyp
 
 @pytest.mark.slow
 def test_index_of_many_files(tmp_path: Path) -> None:
-    """100,000 names in 100 folders, indexed and found again."""
+    """100,000 names in 100 folders are indexed and read from the cache."""
     for number in range(100):
         folder = tmp_path / f"n{number:08}"
         folder.mkdir()
@@ -356,7 +356,7 @@ def test_index_of_many_files(tmp_path: Path) -> None:
     assert again.path(99_999) == str(tmp_path / "n00000099" / "n00000099_999.JPEG")
 
 
-# Lists that are written in another way
+# Lists in another format
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same images in other containers: the same batches bit for bit, each sample once, whatever happens to the run."""
+"""Equal images in different containers give equal batches bit for bit, each sample once, also if a run is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHUFFLES = ("full", "blocks")
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, str]:
-    """23 images as a folder, a list, three shards and two Parquet files, in one order; the 6th is broken."""
+    """23 images as a folder, a list, three shards and two Parquet files, in the same order; the 6th is broken."""
     files = [encoded(photograph(i, 30 + i, 40)) for i in range(COUNT)]
     files[5] = files[5][:400]
     labels = [int(i >= 11) for i in range(COUNT)]
@@ -62,7 +62,7 @@ def settings(shuffle: str = "full", workers: int = 0) -> DataSettings:
 
 
 def test_batches_are_equal_bit_for_bit(places: dict[str, str]) -> None:
-    """Over two epochs, a broken image replaced among them. Reasons are equal too, paths are each source's own."""
+    """Batches are equal over two epochs with a broken image. Reasons are equal too; paths depend on the source."""
     seen = []
     for place in places.values():
         source = open_source(place)
@@ -80,7 +80,7 @@ def test_batches_are_equal_bit_for_bit(places: dict[str, str]) -> None:
 
 
 def test_blocks_follow_the_storage(places: dict[str, str]) -> None:
-    """Shards, row groups; for files runs of a fixed length. One list of blocks gives one order, whatever it is of."""
+    """Blocks are shards, row groups, or runs of files of a fixed length. Equal blocks give an equal order."""
     blocks = {kind: open_source(place).shares[0].blocks.tolist() for kind, place in places.items()}
     assert blocks["tar"] == [0, 9, 10, COUNT]
     assert blocks["parquet"] == [0, 5, 10, 14, 19, COUNT]
@@ -89,12 +89,12 @@ def test_blocks_follow_the_storage(places: dict[str, str]) -> None:
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of four samples, so that blocks of a few samples differ from a full shuffle."""
+    """Use groups of four samples, so that blocks of a few samples differ from a full shuffle."""
     monkeypatch.setattr("mimae.data.loading.order.GROUP", 4)
 
 
 def slots(source: Source, shuffle: str, ranks: int, epoch: int, first: int, steps: int) -> list[int]:
-    """The slots of some steps of an epoch, over all ranks, as they are dealt to a job of its own."""
+    """Return the slots of some steps of an epoch, over all ranks of a separate job."""
     found = []
     for rank in range(ranks):
         loader = make_loader(settings(shuffle), source, seed=9, batch_size=4, rank=rank, world_size=ranks)
@@ -109,7 +109,7 @@ def slots(source: Source, shuffle: str, ranks: int, epoch: int, first: int, step
 def test_each_once_through_changes_of_ranks(
     places: dict[str, str], tmp_path: Path, small_groups: None, kind: str, shuffle: str
 ) -> None:
-    """1 -> 2 -> 1 ranks in one epoch, the bad sample's slot among them: every slot once, and the reported tail."""
+    """With 1 -> 2 -> 1 ranks in one epoch, every slot but the reported tail occurs once, also a bad sample's."""
     if kind == "mixture":
         (tmp_path / "mix.yaml").write_text("draws: 23\nsources: {tar: 2, folder/cat: 1}")
         places["mixture"] = str(tmp_path / "mix.yaml")
@@ -124,7 +124,7 @@ def test_each_once_through_changes_of_ranks(
 
 
 def _train(place: str, shuffle: str, first: int, told: Connection) -> None:
-    """A run that tells of each step and waits for the word to go on."""
+    """A run that prints each step and waits for input before it continues."""
     order.GROUP = 4
     loader = make_loader(settings(shuffle, workers=1), open_source(place), seed=9, batch_size=2)
     tell(loader.epoch(3, first), told)
@@ -135,13 +135,13 @@ def _train(place: str, shuffle: str, first: int, told: Connection) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_each_once_through_kills(places: dict[str, str], shuffle: str) -> None:
-    """Killed after 4 steps and again after 7, while the worker is ahead: what goes on from there sees all the rest."""
+    """The run is killed after 4 steps and again after 7, with prefetched batches. The resumed run sees all the rest."""
     seen = ids_through_kills(_train, places["tar"], shuffle)
     assert len(seen) == len(set(seen)) == 22
 
 
 def test_memory_and_files_over_bad_images(tmp_path: Path) -> None:
-    """300 bad images of five kinds: what each costs is gone when it is reported."""
+    """With 300 bad images of five kinds, the memory of each is freed when it is reported."""
     good = encoded(photograph(0, 200, 200), "JPEG")
     kinds = (b"", b"<html>", good[:-300], good[:200], encoded(np.zeros((2000, 2000), np.uint8)), good)
     source = open_source(str(write_tar(tmp_path / "a.tar", [(f"{i}.jpg", data) for i, data in enumerate(kinds)])))

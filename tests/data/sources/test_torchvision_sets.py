@@ -1,4 +1,4 @@
-"""torchvision's named sets, in small: written here in their own form, so that nothing is fetched."""
+"""torchvision's named sets: small ones are written in their own layout, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETS = {"train": 7, "test": 4}
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CIFAR10 of eleven images."""
+    """Write a CIFAR10 of eleven images."""
     folder = tmp_path / datasets.CIFAR10.base_folder
     folder.mkdir()
     listed = {}
@@ -65,7 +65,7 @@ def test_fingerprint_is_of_the_set_and_not_of_the_place(root: Path, tmp_path: Pa
 
 
 class Named:
-    """A set that lists its files, with boxes in the place of classes."""
+    """A set that lists its files and has boxes instead of classes."""
 
     def __init__(self, root: str, split: str = "train+unlabeled") -> None:
         self.root = root
@@ -119,7 +119,7 @@ def test_sets_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_legal_set_unpickles_what_it_has_not_verified() -> None:
-    """Their own code says so. CIFAR's batches have to have the checksums that torchvision knows."""
+    """The source code of the sets shows it. CIFAR's batches must have the checksums that torchvision knows."""
     for name in LEGAL_SETS.intersection(datasets.__all__):
         sources = {inspect.getsource(inspect.getmodule(base)) for base in getattr(datasets, name).__mro__[:-1]}  # type: ignore[arg-type]
         for source in sources:

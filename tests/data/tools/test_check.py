@@ -1,4 +1,4 @@
-"""`mimae data check`: what the loader would replace is broken, and what comes twice is found."""
+"""`mimae data check`: samples that the loader would replace are broken, and duplicates are found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.data.conftest import encoded, photograph, write_images
 
 
 def copy_of(pixels: np.ndarray, size: tuple[int, int], quality: int) -> bytes:
-    """A smaller JPEG of an image, as the web makes them."""
+    """Make a smaller JPEG of an image, as on the web."""
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -74,12 +74,12 @@ def test_summary(folder: Path, workers: int) -> None:
     for name, reason in {"cut": "truncated", "empty": "empty", "gone": "No such file", "large": "max_pixels"}.items():
         assert any(name in file and reason in text for file, text in broken.items())
     assert found["exact_duplicates"] == [[f"{folder}/a/1.png", f"{folder}/b/1 again.png"]]
-    # Plain images are all alike to such a hash, so it says nothing of them.
+    # Uniform images all have similar hashes, so they are left out.
     assert found["near_duplicates"] == [[f"{folder}/a/1.png", f"{folder}/a/2.jpg"]]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code."""
+    """The exit code says whether a sample is broken."""
     monkeypatch.setattr(sys, "argv", ["mimae", "data", "check", *arguments])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -109,7 +109,7 @@ def test_duplicates_alone_are_no_failure(tmp_path: Path, monkeypatch: pytest.Mon
 def test_title_is_the_name_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither rich's markup nor what is no UTF-8 disturbs it."""
+    """Names with rich's markup or with invalid UTF-8 are printed."""
     name = "[red]x" + os.fsdecode(b"\xe9")
     write_images(tmp_path / name, ["0.png"], 16, 16)
     monkeypatch.chdir(tmp_path)
@@ -136,7 +136,7 @@ def test_same_groups_what_is_equal(values: list[int]) -> None:
 
 @given(st.data())
 def test_near_duplicates_are_the_linked_ones(data: st.DataObject) -> None:
-    """Against all pairs: hashes around a few centres, so that many pairs lie at the limit."""
+    """The groups equal those of all pairs, for hashes around few centres, so that many pairs are near the limit."""
     centres = data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
     flips = st.lists(st.integers(0, 63), max_size=4).map(lambda bits: sum(1 << bit for bit in set(bits)))
     values = [data.draw(st.sampled_from(centres)) ^ data.draw(flips) for _ in range(data.draw(st.integers(1, 14)))]
@@ -154,7 +154,7 @@ def test_near_duplicates_are_the_linked_ones(data: st.DataObject) -> None:
 
 
 def test_hash_keeps_to_the_picture() -> None:
-    """Smaller, compressed, darker: a few bits. Another picture, or the same mirrored: many."""
+    """A smaller, compressed or darker copy differs in a few bits; another picture or a mirrored copy in many."""
     first, second = photograph(3, 200, 300), photograph(4, 200, 300)
 
     def look(pixels: np.ndarray) -> int:
@@ -185,7 +185,7 @@ def test_process_that_dies_is_told_in_words() -> None:
         list(processes.over(range(5), _half, 3, workers=1, title="halving"))
 
 
-# What a folder holds that nobody would expect
+# Unexpected files in a folder
 
 
 def test_dark_images_are_told_with_what_mends_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_dark_images_are_told_with_what_mends_them(tmp_path: Path, capsys: pytes
 
 
 def test_an_image_of_one_row_takes_no_memory(tmp_path: Path) -> None:
-    """The weights of a resize from two million columns to nine would take gigabytes of 50 million."""
+    """Very long images are subsampled: the weights of a resize from 50 million columns to nine would take gigabytes."""
     (tmp_path / "1.png").write_bytes(encoded(np.zeros((1, 2_000_000), np.uint8)))
     found = summary(check(str(tmp_path), DataSettings(), 1))
     assert found["sides"]["width"]["max"] == 2_000_000

@@ -1,4 +1,4 @@
-"""`mimae data pack`: the same samples as shards, whole or not at all, whatever stops it."""
+"""`mimae data pack`: the shards have the same samples, and are complete or absent whenever packing is interrupted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_shards_hold_the_same_bytes_and_labels(folder: Path) -> None:
 
 
 def test_images_are_resized_to_a_shortest_side(folder: Path) -> None:
-    """Turned as EXIF asks; antialiased; and those that are small enough keep their bytes."""
+    """Resized images are rotated by EXIF and antialiased. Images that are small enough keep their bytes."""
     large = photograph(50, 300, 200)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -70,7 +70,7 @@ def test_images_are_resized_to_a_shortest_side(folder: Path) -> None:
 
 @pytest.mark.parametrize("shortest", [None, 8])
 def test_samples_that_cannot_be_used_are_left_out_and_listed(folder: Path, shortest: int | None) -> None:
-    """Those after them keep their numbers. Without resizing only headers are looked at."""
+    """Later samples keep their numbers. Without resizing only headers are checked."""
     (folder / "0" / "3.png").write_bytes(b"no image")
     (folder / "1" / "4.png").write_bytes(encoded(photograph(0, 40, 60))[:2000])
     (folder / "2" / "2.png").unlink()
@@ -88,7 +88,7 @@ def test_samples_that_cannot_be_used_are_left_out_and_listed(folder: Path, short
     kept = [i for i in range(7) if i not in bad]
     packed = open_source(str(out))
     assert [int(Path(packed.path(i)).stem) for i in range(len(packed))] == kept
-    # Done already: nothing is written, and the list stays.
+    # Packing is complete: nothing is written, and the list stays.
     assert pack.pack(job, workers=1) == (0, len(bad))
 
 
@@ -99,7 +99,7 @@ def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.
     out = folder.parent / "out"
     pack.pack(job, workers=1)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    # As after a kill while the second shard was written and the others were there, their lists not yet joined.
+    # As if killed while the second shard was written, with the other shards complete and their lists not merged.
     (out / "t-00001.tar").unlink()
     with subprocess.Popen("true") as process:
         pass
@@ -111,13 +111,13 @@ def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.
 
 
 def test_list_forgets_what_a_shard_written_anew_holds(folder: Path) -> None:
-    """A network's moment of weakness, say: the images are there again when their shard is."""
+    """Samples that were unreadable for a moment, as on a network, are packed when their shard is written again."""
     job, out = packing(folder), folder.parent / "out"
     image = (folder / "2" / "5.png").read_bytes()
     for name in ("0/0.png", "2/5.png"):
         (folder / name).write_bytes(b"no image")
     assert pack.pack(job, workers=1) == (3, 2)
-    (out / "t-00002.tar").unlink()  # Of the last sample, 2/5.png.
+    (out / "t-00002.tar").unlink()  # The shard of the last sample, 2/5.png.
     (folder / "2" / "5.png").write_bytes(image)
     assert pack.pack(job, workers=1) == (1, 1)
     (line,) = (out / "t.bad_samples.jsonl").read_text().splitlines()
@@ -155,10 +155,10 @@ def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:
         pack.pack(packing(folder), workers=1)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "t.json").write_text("[]")
-    with pytest.raises(DataError, match="no note of a packing"):
+    with pytest.raises(DataError, match="is not the record of a packing"):
         pack.pack(packing(folder), workers=1)
     (out / "t.json").unlink()
-    with pytest.raises(DataError, match=r"t-00000.tar is there already and t.json"):
+    with pytest.raises(DataError, match=r"t-00000.tar exists but t.json"):
         pack.pack(packing(folder), workers=1)
 
 
@@ -191,14 +191,14 @@ pack.pack(Packing(open_source(source), Path(out) / "t.tar", 3, None, 1000000), w
 
 
 def test_killed_while_it_writes(folder: Path) -> None:
-    """In the middle of the second shard: the first is whole, nothing else looks whole, no process stays."""
+    """After a kill in the second shard, only the first shard exists as complete, and no process stays."""
     out = folder.parent / "out"
     command = [sys.executable, "-c", STOPPING, str(folder), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "000000004.png\n"
         process.send_signal(signal.SIGKILL)
-        # Ends with the last process that could write to it.
+        # This ends when the last process that could write to it has ended.
         process.stdout.read()
     assert [path.name for path in out.glob("t-*.tar")] == ["t-00000.tar"]
     assert pack.pack(packing(folder), workers=1) == (2, 0)
