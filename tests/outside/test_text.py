@@ -79,7 +79,11 @@ def test_the_exit_code_stays(end: str, code: int) -> None:
         os.close(reader)  # a pipe that nobody reads
         target = writer if stdout is None else os.open(stdout, os.O_WRONLY)
         done = subprocess.run(
-            [sys.executable, "-c", program], stdout=target, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
+            [sys.executable, "-c", program],
+            stdout=target,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
         )
         assert (done.returncode, done.stderr) == (code, b"")
 
