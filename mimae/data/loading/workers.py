@@ -67,6 +67,10 @@ class Workers(Generic[Made]):
         iterator: Any = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
+            for worker in getattr(iterator, "_workers", ()):
+                # One that was stopped takes no other signal, and the process would wait for it at its end.
+                if worker.is_alive():
+                    worker.kill()
         self._running = self._loader = None
 
     def _run(self) -> Generator[Made, None, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -293,6 +294,19 @@ def test_closing_ends_the_workers(folder: Path) -> None:
     assert len(multiprocessing.active_children()) == 2
     loader.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_does_not_outlive_the_loader(folder: Path) -> None:
+    """As one whose job was suspended: it takes no signal but SIGKILL. torch waits five seconds for it."""
+    loader = make_loader(SETTINGS.model_copy(update={"workers": 1}), open_source(str(folder)), seed=0, batch_size=4)
+    next(loader.epoch(0))
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    loader.close()
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 ORPHANS = """
