@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,30 @@ from mimae.telemetry.clock import Pace, Phases
 from mimae.telemetry.records import PHASES
 
 _SECONDS = ("seconds", *(f"seconds_{phase}" for phase in PHASES))
+
+
+class Sums(NamedTuple):
+    """Sums of an epoch, as a checkpoint keeps them."""
+
+    steps: int
+    images: int
+    seconds: dict[str, float]
+    waited: float
+    losses: dict[str, float]
+
+
+def read_sums(state: Any) -> Sums:
+    """Return the sums that a checkpoint keeps. Raises ValueError for anything else."""
+    try:
+        return Sums(
+            int(state["steps"]),
+            int(state["images"]),
+            {key: float(state["seconds"][key]) for key in _SECONDS},
+            float(state["waited"]),
+            {key: math.nan if value is None else float(value) for key, value in state["losses"].items()},
+        )
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"the sums of its epoch are broken ({type(error).__name__}: {error})") from error
 
 
 class EpochSums:
@@ -69,12 +93,9 @@ class EpochSums:
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what `state` gave."""
-        self._steps, self._images = int(state["steps"]), int(state["images"])
-        self._seconds = {key: float(state["seconds"][key]) for key in _SECONDS}
-        self._waited = float(state["waited"])
-        sums = {key: math.nan if value is None else float(value) for key, value in state["losses"].items()}
-        self._losses = {key: torch.tensor(value, device=device) for key, value in sums.items()}
+        """Continue from what `state` returned. Raises ValueError for anything else."""
+        self._steps, self._images, self._seconds, self._waited, losses = read_sums(state)
+        self._losses = {key: torch.tensor(value, device=device) for key, value in losses.items()}
 
     def _read_pace(self) -> None:
         """Add the seconds since the last reading."""

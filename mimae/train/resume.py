@@ -17,6 +17,7 @@ from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
 from mimae.telemetry.telemetry import Telemetry
+from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
 
 
@@ -96,6 +97,11 @@ def resume(
             raise RunError(f"data.path={recipe.data.path} does not hold the images that {run} was started with{before}")
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {steps}")
+        if "sums" in found.state:
+            try:
+                read_sums(found.state["sums"])
+            except ValueError as error:
+                raise CheckpointError(f"{found.path}: {error}") from error
         engine.load(found.path)
 
     def pass_over(fault: str) -> None:
