@@ -84,23 +84,32 @@ def whole_parts(module: nn.Module) -> dict[str, Part]:
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
+class Uniform(NamedTuple):
+    """An initial value that is uniform in ±`bound`."""
+
+    bound: float
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Fill every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
     counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
 
-    Modules that want another start define `initial_values() -> {parameter: constant}` for their own ones.
+    Modules that want another start define `initial_values() -> {parameter: constant or Uniform}` for their own ones.
     Counter-based, so a model built on the meta device, or in parts, gets the weights of a whole one; `parts` are
     what this rank holds of each parameter, everything where they are not given.
     """
     parts = parts or whole_parts(module)
     for owner_name, owner in module.named_modules():
-        constants = owner.initial_values() if hasattr(owner, "initial_values") else {}
+        own = owner.initial_values() if hasattr(owner, "initial_values") else {}
         for leaf, _ in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{leaf}" if owner_name else leaf
             values, start, shape = parts[name]
-            if leaf in constants:
-                values.fill_(constants[leaf])
+            given = own.get(leaf)
+            if isinstance(given, Uniform):
+                _fill_uniform(values, given.bound, seed, name, start)
+            elif given is not None:
+                values.fill_(given)
             elif leaf.endswith("bias"):
                 values.zero_()
             elif isinstance(owner, _NORMS):
@@ -110,8 +119,12 @@ def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = 
                 # The inverse of the normal distribution needs one word per element, whatever the sharding.
                 values.copy_((0.02 * math.sqrt(2.0) * torch.erfinv(2 * u - 1)).view(values.shape))
             elif leaf == "weight":
-                u = parameter_uniform(seed, name, start, values.numel(), values.device)
-                bound = math.sqrt(6.0 / (shape[0] + shape[1:].numel()))
-                values.copy_(((2 * u - 1) * bound).view(values.shape))
+                _fill_uniform(values, math.sqrt(6.0 / (shape[0] + shape[1:].numel())), seed, name, start)
             else:
                 raise ValueError(f"no rule to initialise the parameter {name} of a {type(owner).__name__}")
+
+
+def _fill_uniform(values: Tensor, bound: float, seed: int, name: str, start: int) -> None:
+    """Fill elements of the parameter `name`, from `start` on, with uniforms in ±`bound`."""
+    u = parameter_uniform(seed, name, start, values.numel(), values.device)
+    values.copy_(((2 * u - 1) * bound).view(values.shape))

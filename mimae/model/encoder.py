@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
 from mimae.model.geometry import Grid
-from mimae.model.settings import ModelSettings
+from mimae.model.settings import ModelSettings, PatchBias
+from mimae.randomness import Uniform
 
 
 def sincos_positions(width: int, grid: Grid) -> Tensor:
@@ -37,10 +38,16 @@ def sincos_positions(width: int, grid: Grid) -> Tensor:
 class PatchProjection(nn.Module):
     """Owns the patch projection under timm's name `patch_embed.proj` and runs the fused embedding."""
 
-    def __init__(self, width: int, patch: int) -> None:
+    def __init__(self, width: int, patch: int, bias: PatchBias = "zero") -> None:
         super().__init__()
+        # Where weights are sharded their own shape does not say how many inputs there are.
+        self.initial = {"bias": Uniform((3 * patch**2) ** -0.5)} if bias == "uniform" else {}
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
+
+    def initial_values(self) -> dict[str, Uniform]:
+        """Return what does not begin by the rules of `randomness.initialise`."""
+        return self.initial
 
     def forward(self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return kernels.embed_visible(images, visible, self.weight, self.bias, pos, cls, mean, std)
@@ -64,7 +71,8 @@ class Encoder(nn.Module):
         self.settings = settings
         self.grid = Grid.of(image_size, settings.patch_size)
         self.width = settings.width
-        self.patch_embed = nn.ModuleDict({"proj": PatchProjection(settings.width, settings.patch_size)})
+        projection = PatchProjection(settings.width, settings.patch_size, settings.patch_bias)
+        self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, self.grid)[None])
         self.blocks = nn.ModuleList(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class MIMAE(Model):
-    """The model that is pretrained. With N=1 and no MI terms it is MAE, exactly."""
+    """The model that is pretrained. With N=1 and no MI terms its loss and gradients are MAE's, exactly."""
 
     evaluations = ("predict", "features")
 

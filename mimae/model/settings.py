@@ -32,6 +32,8 @@ MASK_KINDS = {"orthogonal": MaskKind(is_disjoint=True), "independent": MaskKind(
 Predict = Literal["hidden", "next_view"]
 """Which patches each view's decoder predicts, see `targets`."""
 
+PatchBias = Literal["zero", "uniform"]
+
 
 class MaskingSettings(Section):
     """Views per image and what each of them shows."""
@@ -42,10 +44,14 @@ class MaskingSettings(Section):
     )
     num_masks: int = Field(4, ge=1, le=64, description="views per image, N")
     ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that a view hides")
+    rounding: Literal["nearest", "down"] = Field(
+        "nearest", description="how the number of patches that a view shows is made whole; down: as in MAE's code"
+    )
 
     def num_visible(self, num_patches: int) -> int:
-        """K, the patches that a view shows: round(L (1 - ratio)), at least 1 and at most L - 1."""
-        return min(max(round(num_patches * (1 - self.ratio)), 1), num_patches - 1)
+        """K, the patches that a view shows: L (1 - ratio), made whole by `rounding`, at least 1 and at most L - 1."""
+        shown = num_patches * (1 - self.ratio)
+        return min(max(int(shown) if self.rounding == "down" else round(shown), 1), num_patches - 1)
 
 
 class ModelSettings(Section):
@@ -63,6 +69,11 @@ class ModelSettings(Section):
     )
     attention: Literal["auto", "sdpa", "xformers", "flex"] = setting(
         "auto", resume="rounding", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
+    )
+    patch_bias: PatchBias = Field(
+        "zero",
+        description="where the bias of the patch projection begins; uniform: in ±1/sqrt(3 P^2), P the side of a patch, "
+        "as in MAE's code",
     )
     checkpointing: bool = Field(
         False, description="recompute each block's activations in backward: less memory, a third more compute"

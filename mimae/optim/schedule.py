@@ -20,9 +20,10 @@ def schedule_factor(schedule: ScheduleSettings, step: int, steps_per_epoch: int,
     floor.
     """
     total = total_steps(schedule, steps_per_epoch)
-    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total)
+    warmup = schedule.warmup_epochs * steps_per_epoch
+    warmup = min(warmup if schedule.warmup_from_zero else round(warmup), total)
     if step < warmup:
-        return (step + 1) / warmup
+        return (step if schedule.warmup_from_zero else step + 1) / warmup
     if schedule.shape == "constant":
         return 1.0
     if schedule.shape == "steps":

@@ -31,6 +31,7 @@ class OptimizerSettings(Section):
         None, gt=0, description="peak learning rate of V, per 256 views (see scale_by); null: as learning_rate"
     )
     weight_decay: float = Field(0.05, ge=0, description="weight decay, on matrices only, none on V")
+    decay_tokens: bool = Field(False, description="weight decay on class and mask token too, as in MAE's code")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
     momentum: float = Field(0.9, ge=0, lt=1, description="decay rate of LARS's gradients")
     clip: float | None = Field(
@@ -48,6 +49,11 @@ class ScheduleSettings(Section):
 
     epochs: int = Field(400, ge=1, description="passes over the data")
     warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then as shape says")
+    warmup_from_zero: bool = Field(
+        False,
+        description="the first step has rate 0, as in MAE's code, and a warm-up need not be whole steps; false: step s "
+        "of a warm-up of w steps, from 1 on, has s/w of the peak",
+    )
     shape: Literal["cosine", "linear", "steps", "constant"] = Field(
         "cosine",
         description="the learning rate after warm-up; cosine, linear: down to floor; steps: times drop_factor at each "

@@ -15,7 +15,7 @@ from torch import nn
 
 from mimae.model.encoder import Encoder
 from mimae.model.settings import ModelSettings
-from mimae.randomness import initialise, materialise, parameter_uniform
+from mimae.randomness import Part, initialise, materialise, parameter_uniform, whole_parts
 from tests.kernels.accuracy import assert_as_accurate
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -102,3 +102,26 @@ def test_views_are_independent_sequences_of_their_own_patches() -> None:
     changed[:, :4, 8:] = 0  # patch 2, which the second view of the first image alone shows
     moved = (encoder(changed, visible) - tokens).abs().amax((2, 3)) > 1e-4
     assert moved.tolist() == [[False, True], [False, False]]
+
+
+def test_the_bias_of_the_patch_projection_may_begin_as_a_convolutions_does() -> None:
+    """Uniform in ±1/sqrt(inputs), torch's default, which MAE's code leaves as it is; nothing else moves. A rank that
+    holds a part of it gets that part."""
+    settings = {"size": "tiny", "patch_size": 4, "width": 768, "depth": 1, "heads": 2}
+    plain, encoder = (
+        Encoder(ModelSettings(**settings, patch_bias=bias), (8, 12), *IMAGENET) for bias in ("zero", "uniform")
+    )
+    initialise(plain, 0)
+    initialise(encoder, 0)
+    different = [n for n, p in encoder.named_parameters() if not torch.equal(p, plain.get_parameter(n))]
+    assert different == ["patch_embed.proj.bias"] and not plain.get_parameter(different[0]).any()
+    bias = encoder.get_parameter(different[0])
+    convolution = nn.Conv2d(3, 768, 4)
+    assert isinstance(convolution.bias, nn.Parameter)
+    for given in (bias, convolution.bias):
+        assert 0.99 * 48**-0.5 < given.abs().max() <= 48**-0.5
+        assert abs(given.mean()) < 0.1 * 48**-0.5 and abs(given.std() * (3 * 48) ** 0.5 - 1) < 0.05
+    parts = whole_parts(encoder)
+    parts[different[0]] = Part(torch.empty(100), 300, bias.shape)
+    initialise(encoder, 0, parts)
+    assert torch.equal(parts[different[0]].values, bias[300:400])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -143,3 +144,21 @@ def test_too_many_views_are_refused() -> None:
         orthogonal_masks(0, 0, torch.arange(2), 16, 5, 4)
     with pytest.raises(ValidationError):
         MaskingSettings(ratio=1.0)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.75, 0.8, 0.9])
+def test_rounding_down_shows_as_many_patches_as_mae(ratio: float) -> None:
+    """MAE's code keeps int(L (1 - ratio)) patches; transformers' port of it says how many that are. Of 25 patches at
+    ratio 0.8 both keep 4, since 1 - 0.8 is a little below 0.2; an image of 2 patches shows 1 here, and none there."""
+    modeling = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
+    port = SimpleNamespace(config=SimpleNamespace(mask_ratio=ratio), random_masking=None)
+    masking, differ = MaskingSettings(num_masks=1, ratio=ratio, rounding="down"), 0
+    for patches in range(2, 200):
+        kept, _, _ = modeling.ViTMAEEmbeddings.random_masking(port, torch.zeros(1, patches, 1))
+        assert masking.num_visible(patches) == max(kept.shape[1], 1)
+        nearest = MaskingSettings(num_masks=1, ratio=ratio).num_visible(patches)
+        assert nearest == min(max(round(patches * (1 - ratio)), 1), patches - 1)
+        differ += nearest != masking.num_visible(patches)
+    assert differ > 50
+    visible, hidden = draw(masking, 0, 0, torch.arange(3), Grid(1, 199, 4))
+    assert (visible.shape[2], hidden.shape[2]) == (masking.num_visible(199), 199 - masking.num_visible(199))

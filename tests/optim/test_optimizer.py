@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from mimae.config.load import load_recipe
 from mimae.model.groups import groups
+from mimae.model.mimae import build
 from mimae.optim.adamw import IMPLEMENTATIONS
 from mimae.optim.groups import Group
 from mimae.optim.optimizer import Optimizer
@@ -34,19 +37,28 @@ class Model(nn.Module):
         self.objective = nn.ModuleDict({"posterior": nn.Linear(2, 4)})
 
 
-def optimizer(model: nn.Module, impl: str = "torch") -> Optimizer:
+def optimizer(model: nn.Module, impl: str = "torch", decay_tokens: bool = False) -> Optimizer:
     settings = OptimizerSettings(
-        impl=impl, learning_rate=RATE, posterior_learning_rate=POSTERIOR_RATE, weight_decay=DECAY, betas=BETAS
+        impl=impl,
+        learning_rate=RATE,
+        posterior_learning_rate=POSTERIOR_RATE,
+        weight_decay=DECAY,
+        decay_tokens=decay_tokens,
+        betas=BETAS,
     )
     return Optimizer(whole_parts(model), settings, groups(settings, 256, 1), next(model.parameters()).device)
 
 
-def by_formula(start: dict[str, Tensor], steps: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+def by_formula(
+    start: dict[str, Tensor],
+    steps: list[tuple[float, dict[str, Tensor]]],
+    decayed: tuple[str, ...] = ("layer.weight",),  # a token is no matrix, and V is not decayed
+) -> dict[str, Tensor]:
     """Weights after AdamW (Loshchilov and Hutter 2019) in float64; steps: (share of the peak rate, gradients)."""
     weights = {}
     for name, weight in start.items():
         w, m, v = weight.double(), torch.zeros_like(weight.double()), torch.zeros_like(weight.double())
-        decay = DECAY if name == "layer.weight" else 0.0  # a token is no matrix, and V is not decayed
+        decay = DECAY if name in decayed else 0.0
         rate = POSTERIOR_RATE if "posterior" in name else RATE
         for t, (factor, gradients) in enumerate(steps, 1):
             g = gradients[name].double()
@@ -337,3 +349,27 @@ def test_each_set_is_clipped_to_its_own_norm() -> None:
     moved = {name: (before[name] - p).detach() for name, p in model.named_parameters()}
     assert torch.allclose(moved["weight"], torch.tensor([[0.6, 0.8]]), atol=1e-5)
     assert torch.allclose(moved["bias"], torch.tensor([0.5]), atol=1e-6)
+
+
+def test_tokens_are_decayed_where_asked_for() -> None:
+    model = Model()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps = some_steps(model)[4:]
+    take(model, optimizer(model, decay_tokens=True), steps)
+    for name, expected in by_formula(start, steps, ("layer.weight", "mask_token")).items():
+        assert torch.dist(model.get_parameter(name).double(), expected) < 1e-6 * expected.norm(), name
+
+
+@pytest.mark.parametrize("decay_tokens", [False, True])
+def test_with_tokens_the_groups_are_those_of_mae(decay_tokens: bool) -> None:
+    """MAE's code leaves the groups to timm, which decays every parameter of more than one dimension."""
+    recipe = load_recipe("quickstart_mae", [f"optimizer.decay_tokens={decay_tokens}"]).recipe
+    model = build(recipe)
+    ours_of = Optimizer(
+        whole_parts(model), recipe.optimizer, groups(recipe.optimizer, 128, 1), CPU
+    ).stepper.optimizer.param_groups
+    ours = {p for group in ours_of if group["weight_decay"] for p in group["params"]}
+    theirs = {p for group in param_groups_weight_decay(model) if group["weight_decay"] for p in group["params"]}
+    tokens = {model.encoder.cls_token, model.decoder.mask_token}
+    assert ours == (theirs if decay_tokens else theirs - tokens) and tokens <= theirs
+    assert {group["weight_decay"] for group in ours_of} == {0.0, 0.05}

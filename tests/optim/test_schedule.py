@@ -10,6 +10,7 @@ import pytest
 from mimae.config.load import load_recipe
 from mimae.errors import ConfigError
 from mimae.optim.schedule import schedule_factor, total_steps
+from mimae.optim.settings import ScheduleSettings
 
 PER_EPOCH = 50
 
@@ -67,3 +68,26 @@ def test_constant_stays() -> None:
 def test_a_key_of_another_shape_is_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         rates(**settings)
+
+
+def mae_share(epoch: float, warmup_epochs: float, epochs: float) -> float:
+    """The share of the peak rate at a fractional epoch in MAE's code, which sets it before each step."""
+    if epoch < warmup_epochs:
+        return epoch / warmup_epochs
+    return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs))) / 2
+
+
+@pytest.mark.parametrize(("warmup", "per_epoch"), [(2.0, 50), (0.7, 5), (0.0, 7)])
+def test_a_warmup_from_zero_has_the_rates_of_mae(warmup: float, per_epoch: int) -> None:
+    """As quickstart_mae has it; of 3.5 steps, which is no whole number; and none at all."""
+    schedule = ScheduleSettings(epochs=6, warmup_epochs=warmup, warmup_from_zero=True)
+    for step in range(6 * per_epoch):
+        share = schedule_factor(schedule, step, per_epoch, 1.0)
+        assert share == pytest.approx(mae_share(step / per_epoch, warmup, 6), rel=1e-12, abs=1e-12), step
+
+
+def test_a_warmup_is_of_whole_steps_and_its_first_step_is_taken() -> None:
+    schedule = ScheduleSettings(epochs=6, warmup_epochs=0.8)  # 4 steps of 5 an epoch
+    shares = [schedule_factor(schedule, step, 5, 1.0) for step in range(30)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[5:] == pytest.approx([mae_share(step, 4, 30) for step in range(5, 30)])

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimae import distributed
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
+from mimae.model.geometry import geometry
 from mimae.model.masking import views
 from mimae.model.mimae import build
 from mimae.plan.flops import decoder_flops, encoder_flops, image_flops, objective_flops, step_flops
@@ -195,3 +196,12 @@ def test_tf32_has_its_own_peak() -> None:
 
 def test_the_cpu_has_a_name() -> None:
     assert device_name(torch.device("cpu")) == "CPU"
+
+
+@pytest.mark.parametrize(("rounding", "shown"), [("nearest", 5), ("down", 4)])
+def test_the_plan_counts_the_patches_that_masks_show(rounding: str, shown: int) -> None:
+    """A fifth of 24 patches is 4.8."""
+    rounded = recipe(masking={"ratio": 0.8, "rounding": rounding})
+    visible, _ = views(rounded, 0, 0, torch.arange(2))
+    assert geometry(rounded).visible == visible.shape[2] == shown
+    assert counted(rounded)["MIMAE.encoder"] == 5 * 3 * encoder_flops(rounded)
