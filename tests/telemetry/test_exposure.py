@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -91,41 +92,48 @@ def of_engine(name: str) -> dict[str, Any]:
     return found | {"counts": [names[f"c10d::{op}"] for op in ops]}
 
 
-def late(beside: Callable[[], None]) -> float | None:
-    """This rank's exposed share of a gathering to which rank 0 comes 0.3 s late; rank 1 does something `beside` it."""
+def late(beside: Callable[[Path], None], arrived: Path) -> float | None:
+    """This rank's exposed share of a gathering to which rank 0 comes 0.3 s late, when `arrived` is there; rank 1 does
+    something `beside` it."""
     measure = Exposure(CPU)
     distributed.all_sum(torch.zeros(1))
     with measure.measured(True):
         if distributed.rank() == 0:
             time.sleep(0.3)
         gathered = distributed.start_all_gather(torch.ones(1))
-        if distributed.rank() == 1:
-            beside()
+        if distributed.rank() == 0:
+            arrived.touch()
+        else:
+            beside(arrived)
         gathered()
     return measure.read()
 
 
-def compute() -> None:
-    end, a = time.monotonic() + 0.4, torch.ones(512, 512)
+def compute(arrived: Path) -> None:
+    """Until 0.2 s after the other rank has come, however long that takes on a busy machine."""
+    end, a = math.inf, torch.ones(512, 512)
     while time.monotonic() < end:
         a @ a
+        if end == math.inf and arrived.exists():
+            end = time.monotonic() + 0.2
 
 
-def late_ranks() -> dict[str, Any]:
-    return {"idle": late(lambda: None), "busy": late(compute)}
+def late_ranks(folder: Path) -> dict[str, Any]:
+    return {"idle": late(lambda _: None, folder / "idle"), "busy": late(compute, folder / "busy")}
 
 
 def engines(*names: str) -> dict[str, Any]:
     return {name: of_engine(name) for name in names}
 
 
-def both() -> dict[str, Any]:
-    return late_ranks() | engines("ddp", "fsdp")
+def both(folder: Path) -> dict[str, Any]:
+    return late_ranks(folder) | engines("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, tmp_path_factory.mktemp("ranks"), both)
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(2, folder, both, folder)
 
 
 def check(found: list[dict[str, Any]], name: str, counts: list[int]) -> None:
