@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -97,18 +98,27 @@ class Workers(Generic[Made]):
         next batch detects the death too, within seconds.
         """
         assert self._loader is not None
-        if threading.current_thread() is not threading.main_thread():
-            return iter(self._loader)
+        is_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         try:
             iterator = iter(self._loader)
         except OSError as error:
+            _forget_half_made(error)
             raise DataError(
                 f"no decoding processes can be started ({error.strerror or error}); they need some room in "
                 f"{shared_memory.FOLDER} (docker run --shm-size=1g), or data.workers=0"
             ) from error
-        signal.signal(signal.SIGCHLD, handler)
+        if is_main:  # No other thread may set signal handlers.
+            signal.signal(signal.SIGCHLD, handler)
         return iterator
+
+
+def _forget_half_made(error: OSError) -> None:
+    """Mark the iterator that torch could not finish as shut down; its end would print a traceback of its own."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if type(made).__name__ == "_MultiProcessingDataLoaderIter":
+            vars(made).setdefault("_shutdown", True)
 
 
 def default_workers() -> int:
