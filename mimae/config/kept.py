@@ -25,7 +25,8 @@ def newer_keys(run: Path) -> list[str]:
     """Return the fixed keys that a run's config.yaml lacks, since they are newer than the run.
 
     The default of a new key is what every run did before the key existed, and what the run goes on with. Its
-    config.yaml stays without the key. The version of the rules by which files become samples is none of them, see `load_run`.
+    config.yaml stays without the key. The version of the rules by which files become samples is an exception, see
+    `load_run`.
     """
     origins = load_recipe(run / "config.yaml").origins
     return [key for key, origin in origins.items() if origin == "default" and key not in (*FREE_KEYS, VERSION_KEY)]
