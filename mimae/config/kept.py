@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import FREE_KEYS, Recipe
 
 VERSION_KEY = "data.index_version"
 
@@ -19,6 +19,27 @@ def load_run(run: Path, overrides: Sequence[str] = (), settings: Mapping[str, An
     """
     found = load_recipe(run / "config.yaml", overrides, settings)
     return found.recipe if found.origins[VERSION_KEY] != "default" else with_version(found.recipe, 1)
+
+
+def newer_keys(run: Path) -> list[str]:
+    """Return the fixed keys that a run's config.yaml lacks, since they are newer than the run.
+
+    The default of a new key is what every run did before the key existed, and what the run goes on with. Its
+    config.yaml stays without the key. The version of the rules by which files become samples is an exception, see
+    `load_run`.
+    """
+    origins = load_recipe(run / "config.yaml").origins
+    return [key for key, origin in origins.items() if origin == "default" and key not in (*FREE_KEYS, VERSION_KEY)]
+
+
+def with_keys_of(recipe: Recipe, other: Recipe, keys: Sequence[str]) -> Recipe:
+    """Return the recipe with the values that `other` has for some dotted keys."""
+    for section, _, name in (key.rpartition(".") for key in keys):
+        value = {name: getattr(getattr(other, section) if section else other, name)}
+        recipe = recipe.model_copy(
+            update={section: getattr(recipe, section).model_copy(update=value)} if section else value
+        )
+    return recipe
 
 
 def with_version(recipe: Recipe, version: int) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from mimae.config.layers import text
 from mimae.config.recipe import Recipe, Resolved, resume_of, sections
 from mimae.config.section import Section
@@ -9,9 +11,9 @@ from mimae.config.texts import escaped, text_keys
 from mimae.config.words import legal
 
 
-def as_yaml(recipe: Recipe) -> str:
-    """Return the recipe as YAML that loads again to an equal recipe."""
-    return "\n".join(line for _, line in _lines(recipe)) + "\n"
+def as_yaml(recipe: Recipe, without: Container[str] = ()) -> str:
+    """Return the recipe as YAML that loads again to an equal recipe; the keys in `without` are left out."""
+    return "\n".join(line for key, line in _lines(recipe) if key not in without) + "\n"
 
 
 def explain(resolved: Resolved) -> str:

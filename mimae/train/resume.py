@@ -9,7 +9,7 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
-from mimae.config.kept import load_run
+from mimae.config.kept import load_run, newer_keys
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, Recipe, flat
 from mimae.data.loading.backend import fastest
@@ -109,6 +109,7 @@ def resume(
         records.message(fault)
 
     moved = moved_from(recipe)
+    without = newer_keys(run) if (run / "config.yaml").exists() else []
     found = checkpoint.use(run, take, pass_over)
     step, sums, name = 0, None, None
     if found is not None:
@@ -122,7 +123,7 @@ def resume(
         records.message(f"the images are at {recipe.data.path}, and were at {moved}{same}")
     records.rewind(step)
     try:
-        records.describe(as_yaml(recipe))
+        records.describe(as_yaml(recipe, without))
     except OSError as error:
         raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
     records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)

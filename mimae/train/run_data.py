@@ -1,23 +1,40 @@
-"""The data of a run: where they lie, wherever the run is taken up from, and by which rules they are numbered."""
+"""What a run keeps of its start when it is taken up again: where its data lie, by which rules they are numbered, and
+the defaults of keys that are newer than the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mimae.config.kept import load_run, with_version
-from mimae.config.recipe import Recipe
+from mimae.config.kept import load_run, newer_keys, with_keys_of, with_version
+from mimae.config.layers import text
+from mimae.config.recipe import Recipe, flat
 from mimae.data.sources.open import absolute_path
 
 
 def as_kept(recipe: Recipe) -> Recipe:
-    """Return the recipe as the run keeps it: with absolute paths of data, and the numbering of its first start."""
+    """Return the recipe as the run keeps it: with absolute paths of data, the numbering of its first start, and without
+    keys that are newer than the run."""
     run = Path(recipe.run.dir)
     if (run / "config.yaml").exists():
-        recipe = with_version(recipe, load_run(run).data.index_version)
+        old = load_run(run)
+        recipe = with_version(with_keys_of(recipe, old, newer_keys(run)), old.data.index_version)
     paths = {
         key: absolute_path(path) for key in ("path", "val_path") if (path := getattr(recipe.data, key)) is not None
     }
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+
+
+def not_taken_up(asked: Recipe, recipe: Recipe) -> str | None:
+    """Return in words what was asked for and is newer than the run, which goes on with `recipe`; None if nothing is."""
+    run, wanted, used = Path(recipe.run.dir), flat(asked), flat(recipe)
+    newer = newer_keys(run) if (run / "config.yaml").exists() else []
+    others = [f"{key}={text(used[key])} (not {text(wanted[key])})" for key in newer if wanted[key] != used[key]]
+    if not others:
+        return None
+    return (
+        f"{run} is older than some keys of its recipe and goes on as it was started, with {', '.join(others)}; "
+        "another run.dir begins a new run"
+    )
 
 
 def moved_from(recipe: Recipe) -> str | None:

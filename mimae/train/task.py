@@ -54,7 +54,9 @@ class Task(ABC, Generic[M]):
     """Keys of `evaluate`, columns of epochs.jsonl, and which value is the best: checkpoint.best may name each."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = self.asked = recipe
+        """What the run goes on with, and what was asked for: a run keeps some of what it was started with, so that
+        `recipe` is another one once training begins."""
 
     @cached_property
     def source(self) -> Source:

@@ -38,7 +38,7 @@ from mimae.telemetry.telemetry import Telemetry
 from mimae.train import resume
 from mimae.train.due import Due
 from mimae.train.epoch import EpochSums
-from mimae.train.run_data import as_kept
+from mimae.train.run_data import as_kept, not_taken_up
 from mimae.train.start import check_process, hints
 from mimae.train.task import Result, Task
 
@@ -136,6 +136,8 @@ class Trainer(Generic[M]):
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
         """The micro-batches that are left of the epoch; None between two epochs."""
+        if note := not_taken_up(task.asked, recipe):
+            self.telemetry.message(note)
         self.step, kept = resume.resume(recipe, self.steps, self.source, self.engine, self.saver, self.telemetry)
         self.first = self.logged_at = self.step
         self.pace = Pace(self.phases, task.views)

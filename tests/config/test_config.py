@@ -87,7 +87,14 @@ def test_controls_differ_from_their_base_in_what_they_control_only(base: str, sa
     assert changed("_cross") == {"decoder.attention": "cross"}
     mae, ours = recipe("_mae"), recipe("")
     length = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs"}
-    assert changed("_mae").keys() == no_mi.keys() | {"masking.num_masks"} | length
+    own = {
+        "masking.rounding": "down",
+        "model.patch_bias": "uniform",
+        "optimizer.decay_tokens": True,
+        "schedule.warmup_from_zero": True,
+    }
+    assert changed("_mae").keys() == no_mi.keys() | {"masking.num_masks"} | length | own.keys()
+    assert own.items() <= changed("_mae").items(), "what MAE's code does otherwise"
     assert mae.masking.num_masks == 1 and mae.schedule.batch_size == 4 * ours.schedule.batch_size
     assert steps(mae) == steps(ours) and warmup_steps(mae) == warmup_steps(ours)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimae.config.kept import load_run
 from mimae.config.load import load_recipe
@@ -16,6 +17,7 @@ from mimae.data.loading.batch import DataError
 from mimae.errors import UserError
 from mimae.train.run_data import as_kept
 from mimae.train.tasks.pretrain import Pretrain, pretrain
+from mimae.transfer.export import load_encoder
 from tests.data.conftest import write_images
 
 TINY: dict[str, Any] = {
@@ -82,6 +84,38 @@ def test_a_run_keeps_the_numbering_that_it_was_started_with(
     assert "index_version: 1" in file.read_text()
     pretrain(tiny("data.path=images", "run.dir=new", "run.dry=true"))
     assert "5 images of" in capsys.readouterr().out
+
+
+def test_a_run_that_is_older_than_a_key_goes_on_as_it_was_started(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shipped recipe may set a key that it did not have when the run was started: the command that started the run
+    still resumes it, time after time, and no weight changes. A run that knows the key refuses another value."""
+    later = {
+        "masking.rounding": "down",
+        "model.patch_bias": "uniform",
+        "optimizer.decay_tokens": "true",
+        "schedule.warmup_from_zero": "true",
+    }
+    asked = ["data.path=images", "schedule.warmup_epochs=1", *(f"{key}={value}" for key, value in later.items())]
+    assert pretrain(tiny(*asked[:2], "run.dir=whole")).finished
+    pretrain(tiny(*asked[:2], "run.dry=true"))
+    with pytest.raises(UserError, match=r"optimizer\.decay_tokens: False in the run, True now"):
+        pretrain(tiny(*asked))
+    file = here / "run/config.yaml"
+    names = tuple(f"  {key.partition('.')[2]}:" for key in later)
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith(names)))
+    for dry in ("true", "false"):
+        capsys.readouterr()
+        pretrain(tiny(*asked, f"run.dry={dry}"))
+        said = capsys.readouterr().out
+        assert "run is older than some keys of its recipe and goes on as it was started, with masking.rounding=" in said
+        assert "optimizer.decay_tokens=false (not true)" in said
+        assert not [name for name in names if f"\n{name}" in file.read_text()]
+    weights, wanted = (load_encoder(run).state_dict() for run in ("run", "whole"))
+    assert [name for name in wanted if not torch.equal(weights[name], wanted[name])] == []
+    assert pretrain(tiny(*asked[:2])).finished, "with the older recipe as well"
+    assert pretrain(tiny(*asked)).finished
 
 
 def test_what_was_left_out_is_told_at_the_start(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,10 +56,6 @@ class Pretrain(Task[MIMAE]):
     gauges = ("gate",)
     measures = {"knn": "max", "val_rec": "min"}  # noqa: RUF012
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self._rule = groups(recipe.optimizer, recipe.schedule.batch_size, recipe.masking.num_masks)
-
     @property
     def views(self) -> int:
         return self.recipe.masking.num_masks
@@ -76,7 +72,7 @@ class Pretrain(Task[MIMAE]):
         return outline(self.recipe)
 
     def group(self, name: str, shape: torch.Size) -> Group:
-        return self._rule(name, shape)
+        return groups(self.recipe.optimizer, self.recipe.schedule.batch_size, self.views)(name, shape)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (B, H, W, 3), visible (B, N, K) and targets (B, N, M)."""

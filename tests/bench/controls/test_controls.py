@@ -20,6 +20,8 @@ from PIL import Image
 from mimae.bench.controls import command, controls
 from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
 from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml
+from mimae.config.recipe import Recipe
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 
@@ -73,9 +75,10 @@ def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: s
         assert terms[kind]["objective.max_mi"] == terms[kind]["objective.min_mi"] == 0
     assert terms["max_mi"]["objective.max_mi"] > 0 == terms["max_mi"]["objective.min_mi"]
     assert terms["mi_mae"]["objective.min_mi"] > 0
-    schedule = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs"}
+    schedule = {"schedule.batch_size", "schedule.epochs", "schedule.warmup_epochs", "schedule.warmup_from_zero"}
+    own = {"masking.rounding", "model.patch_bias", "optimizer.decay_tokens"}
     allowed = {
-        "mae": {"masking.num_masks", "objective.max_mi", "objective.min_mi", *schedule},
+        "mae": {"masking.num_masks", "objective.max_mi", "objective.min_mi", *schedule, *own},
         "independent": {"masking.kind", "objective.max_mi", "objective.min_mi"},
         "orthogonal": {"objective.max_mi", "objective.min_mi"},
         "max_mi": {"objective.min_mi"},
@@ -232,6 +235,15 @@ def test_a_result_of_other_settings_is_not_taken_for_this_trials(tmp_path: Path)
         controls.run_trials([trial("a", {"masking.ratio": 0.6})], tmp_path, tmp_path / "runs", 1, runner)
 
 
+def test_a_result_that_is_older_than_a_key_has_its_default(tmp_path: Path) -> None:
+    controls.run_trials([trial("a")], tmp_path, tmp_path / "runs", 1, lambda trial, run: result(0.8, 0.7, 0.75))
+    assert controls.finished(trial("a", {"masking.rounding": "nearest"}), tmp_path)
+    with pytest.raises(UserError, match=r"masking.rounding was 'nearest', is 'down'"):
+        controls.finished(trial("a", {"masking.rounding": "down"}), tmp_path)
+    with pytest.raises(UserError, match=r"probe.tolerance was None, is 1e-06"):
+        controls.finished(trial("a", {"probe.tolerance": 1e-6}), tmp_path)
+
+
 @pytest.fixture
 def verbs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Replaces the verbs that a runner starts by Python code."""
@@ -251,6 +263,16 @@ def test_a_failed_process_is_told_by_the_end_of_its_log(tmp_path: Path, verbs: C
     with pytest.raises(UserError) as failure:
         Processes(threads=1)(trial("a"), tmp_path / "runs" / "a")
     assert str(failure.value) == f"exit code 1, the end of {tmp_path}/runs/a.log:\n  7\n  8\n  verb pretrain"
+
+
+def test_a_run_of_other_settings_is_not_judged(tmp_path: Path, verbs: Callable[[str], None]) -> None:
+    """`mimae pretrain` goes on with a run that is older than a key, and leaves it as it was started."""
+    verbs("")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(as_yaml(Recipe(), without=["masking.rounding"]))
+    older = trial("a", {"masking.rounding": "down", "data.loader": "auto", "probe.tolerance": 1e-6})
+    with pytest.raises(UserError, match=r"trained with other settings: masking.rounding was 'nearest', is 'down'"):
+        Processes(threads=1)(older, tmp_path / "a")
 
 
 def test_a_signal_ends_what_runs_and_lets_nothing_new_start(tmp_path: Path, verbs: Callable[[str], None]) -> None:
@@ -311,6 +333,15 @@ def test_the_table_has_means_and_spreads_over_seeds() -> None:
         "| 4. N orthogonal masks, no MI | 2 | +0.030 ± 0.000, clear | +0.010 ± 0.014 | -0.050 ± 0.000, clear |" in lines
     )
     assert not any(line.startswith("| 2. MAE") for line in lines), "a control that did not run has no row"
+
+
+def test_results_of_earlier_versions_are_told_from_those_of_now() -> None:
+    now = {"masking.rounding": "down", "probe.tolerance": 1e-6}
+    new, old = ([controls.record(trial("a", s, "mae"), result(0.5, 0.3, 0.4))] for s in (now, {}))
+    for early in (controls.render(old, new), controls.render(new, old)):
+        assert early.count("were not fitted to the end") == 1
+    assert "by this system's own rules" in controls.render(old, new)
+    assert "own rules" not in controls.render(new, old) and "fitted" not in controls.render(new, new)
 
 
 def test_every_trial_of_a_tuning_is_listed_with_its_overrides() -> None:
