@@ -5,12 +5,16 @@ Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
 from mimae.model.geometry import Grid
+from mimae.model.images import Images, batch_of
+from mimae.model.positions import resampled
 from mimae.model.settings import ModelSettings, PatchBias
 from mimae.randomness import Uniform
 
@@ -86,12 +90,44 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
         -> tokens (B, N, 1+K, D) after the final norm."""
-        if visible is None:
-            every = torch.arange(self.grid.patches, device=images.device, dtype=torch.int32)
-            visible = every.expand(images.shape[0], 1, -1)
-        tokens = self.patch_embed["proj"](images, visible, self.pos_embed[0], self.cls_token[0, 0], self.mean, self.std)
-        return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing))
+        return self.norm(run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing))
 
-    def features(self, images: Tensor) -> Tensor:
-        """images (B, H, W, 3) uint8 -> (B, D): mean of the patch tokens of the whole image."""
-        return self(images)[:, 0, 1:].mean(1)
+    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """-> the tokens (B, N, 1+K, D) that enter the first block; `forward` says what it takes. Positions are
+        interpolated for images of another size than the encoder's."""
+        grid = Grid.of(images.shape[1:3], self.settings.patch_size)
+        if visible is None:
+            every = torch.arange(grid.patches, device=images.device, dtype=torch.int32)
+            visible = every.expand(images.shape[0], 1, -1)
+        positions = resampled(self.pos_embed, self.grid, grid)[0]
+        return self.patch_embed["proj"](images, visible, positions, self.cls_token[0, 0], self.mean, self.std)
+
+    def tokens(self, images: Images) -> Tensor:
+        """-> (B, 1 + L, D) after the final norm, of whole images: the class token, then the patches row by row.
+
+        images: uint8 (B, H, W, 3), one or several images as tensors, arrays or Pillow's; see `batch_of`. They are
+        taken at their own size, a multiple of the patch size, which may be another than the encoder's.
+        """
+        return self(batch_of(images, self.mean.device))[:, 0]
+
+    def features(self, images: Images) -> Tensor:
+        """-> (B, D): the mean of the patch tokens of whole images, which `tokens` describes."""
+        return self.tokens(images)[:, 1:].mean(1)
+
+    def maps(self, images: Images, blocks: Sequence[int]) -> list[Tensor]:
+        """-> for each of `blocks`, what it gives for the patches, (B, D, rows, columns), before the final norm.
+
+        Blocks count from 0, or from the last one as -1. Images are as in `tokens`. Raises ValueError for other blocks.
+        """
+        depth = len(self.blocks)
+        if wrong := [block for block in blocks if not -depth <= block < depth]:
+            raise ValueError(f"block {wrong[0]} of {depth}: legal is 0 to {depth - 1}, or -1 for the last")
+        batch = batch_of(images, self.mean.device)
+        grid = Grid.of(batch.shape[1:3], self.settings.patch_size)
+        tokens, found = self.embed(batch)[:, 0], dict[int, Tensor]()
+        wanted = [block % depth for block in blocks]
+        for number, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            tokens = block(tokens)
+            if number in wanted:
+                found[number] = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid.rows, grid.columns))
+        return [found[number] for number in wanted]
