@@ -129,6 +129,7 @@ setup(
         "mimae.kernels": ["py.typed"],
         "mimae.bench.controls": ["*.yaml"],
         "mimae.configs": ["*.yaml"],
+        "mimae.report": ["page.css", "page.js"],
     },
     entry_points={"console_scripts": ["mimae = mimae.cli:main"]},
     install_requires=[

@@ -27,6 +27,7 @@ from mimae.evaluate.command import probe
 from mimae.launch.command import pretrain, submit
 from mimae.outside.text import open_standard_streams, say
 from mimae.plan.command import plan
+from mimae.report.command import compare, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
 
 
@@ -53,6 +54,9 @@ app = _group(
     doctor=doctor,
     submit=submit,
     status=status,
+    report=report,
+    watch=watch,
+    compare=compare,
     replay=replay,
     convert=convert,
     probe=probe,

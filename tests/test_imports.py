@@ -30,7 +30,7 @@ LAYERS = (
     {"train"},
     {"tools", "configs"},
     {"launch"},
-    {"bench"},
+    {"bench", "report"},
     {"cli"},
     {"__main__"},
 )

@@ -83,7 +83,7 @@ def test_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
         for path in sorted((CHECKOUT / folder).rglob("*")):
             inside = path.relative_to(CHECKOUT / folder)
             linked = folder == "mimae" and f"mimae/{inside.parts[0]}" in PACKAGED.values()
-            if path.suffix in (".py", ".yaml") and not linked:
+            if path.suffix in (".py", ".yaml", ".css", ".js") and not linked:
                 expected.add(f"{place}/{inside.as_posix()}")
     assert "mimae/configs/quickstart.yaml" in expected
     extension = {"mimae/_C.abi3.so"} if shutil.which("c++") else set()

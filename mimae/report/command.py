@@ -1,0 +1,89 @@
+"""The arguments of the verbs that look at runs: `mimae report`, `watch`, `compare` and `profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunPath = Annotated[Path, typer.Argument(help="the run's directory")]
+
+
+def report(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="the page [default: RUN/report.html]")] = None,
+) -> None:
+    """Write a page of a run: curves, pictures, speed, memory, faults, recipe.
+
+    One file, which needs no network. Also of a run that is under way.
+    """
+    from mimae.errors import UserError
+    from mimae.outside.files import Folder, write_atomically
+    from mimae.outside.text import say
+    from mimae.report.page import page
+    from mimae.report.runs import read
+
+    made = page(read(run))
+    try:
+        if out is None:
+            Folder(run).replace("report.html", made)
+        else:
+            write_atomically(out, made)
+    except OSError as error:
+        raise UserError(f"{out or run / 'report.html'} cannot be written: {error.strerror}") from error
+    say(out or run / "report.html")
+
+
+def watch(
+    run: RunPath,
+    every: Annotated[float, typer.Option(help="seconds between two looks", min=0.2)] = 2.0,
+) -> None:
+    """Watch a run in the terminal, from its files, until it is finished.
+
+    Where stdout is no terminal, the view is printed once.
+    """
+    from mimae.report.watch import watch
+
+    watch(run, every)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="directories of runs", metavar="RUN...")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="a file that --save wrote, or a run: exits with 1 past a regression")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="a share; what is worse by less is no regression", min=0.0, max=1.0)
+    ] = 0.05,
+    save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="keep these runs as a baseline")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="also a page with their curves")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compare runs: settings first, then curves, speed, memory, measures.
+
+    Runs that differ in the seed alone count as one, with their spread. With --baseline the exit code is 1 if a figure
+    is worse by the tolerance or more and by more than noise explains.
+    """
+    import json
+
+    from mimae.errors import UserError
+    from mimae.outside.files import write_atomically
+    from mimae.outside.text import say
+    from mimae.report import compare
+
+    summaries = [compare.summary(run) for run in runs]
+    reference = compare.load(baseline) if baseline is not None else []
+    found = compare.contrast(summaries, reference, tolerance=tolerance)
+    try:
+        if save is not None:
+            compare.save(save, summaries)
+        if out is not None:
+            write_atomically(out, compare.as_page(found))
+    except OSError as error:
+        raise UserError(f"{error.filename or save or out} cannot be written: {error.strerror}") from error
+    say(json.dumps(compare.as_dict(found), indent=1) if as_json else compare.as_text(found))
+    if baseline is not None:
+        if not as_json:
+            say("\n" + compare.verdict(found, tolerance))
+        raise typer.Exit(1 if found.regressions else 0)

@@ -1,0 +1,290 @@
+"""Runs beside each other: what differs in their settings, then curves and figures; and a stored baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mimae import __version__
+from mimae.errors import UserError
+from mimae.outside.files import write_atomically
+from mimae.outside.reading import read_text
+from mimae.outside.text import printable
+from mimae.report import plots, runs
+from mimae.report.curves import thinned
+from mimae.report.figures import Change, Figure, compare, figures, from_json, spread, to_json
+from mimae.report.html import Html, join, table, tag
+from mimae.report.page import document
+from mimae.report.plots import Line
+
+_OWN = ("seed", "run.dir")
+"""Settings that every run has for itself."""
+
+_AT = (0.1, 0.25, 0.5, 1.0)
+"""Shares of the steps that all runs have, at which their curves are compared."""
+
+_BASELINE_BYTES = 1 << 24
+
+
+class Summary(NamedTuple):
+    """What is compared of a run, and kept in a baseline."""
+
+    name: str
+    settings: dict[str, str]
+    machine: dict[str, str]
+    figures: dict[str, Figure]
+    run: runs.Run | None = None
+    """None for a run of which only the baseline is left."""
+
+
+class Group(NamedTuple):
+    """Runs that differ in the seed alone."""
+
+    name: str
+    members: list[Summary]
+
+    def figure(self, key: str) -> list[Figure]:
+        return [member.figures[key] for member in self.members if key in member.figures]
+
+
+class Comparison(NamedTuple):
+    """Groups of runs; the first is what the others are held against."""
+
+    groups: list[Group]
+    differences: list[tuple[str, list[str]]]
+    """Settings, and facts of the machine, that are not the same in all groups; "" where a group has none."""
+    keys: list[str]
+    """Names of the figures, in order."""
+    changes: dict[tuple[str, str], Change]
+    """By group and figure."""
+
+    @property
+    def regressions(self) -> list[tuple[str, str, Change]]:
+        return [(group, key, change) for (group, key), change in self.changes.items() if change.is_regression]
+
+
+def summary(path: Path) -> Summary:
+    """Read what is compared of a run. Raises UserError."""
+    run = runs.read(path)
+    settings = {each.key: each.value for each in run.settings}
+    machine = {key: str(value) for key, value in runs.leaves(run.environment) if key != "git.commit"}
+    return Summary(run.name, settings, machine, figures(run), run)
+
+
+def contrast(summaries: Sequence[Summary], reference: Sequence[Summary] = (), *, tolerance: float) -> Comparison:
+    """Compare runs: with the runs of a baseline, or with the first of them and those that differ from it in the seed
+    alone."""
+    groups = [*([Group("baseline", list(reference))] if reference else []), *_groups(summaries)]
+    first, *rest = groups
+    keys = list(dict.fromkeys(key for group in groups for member in group.members for key in member.figures))
+    changes = {
+        (group.name, key): compare(first.figure(key), group.figure(key), tolerance)
+        for group in rest
+        for key in keys
+        if first.figure(key) and group.figure(key)
+    }
+    return Comparison(groups, _differences(groups), keys, changes)
+
+
+def save(path: Path, summaries: Sequence[Summary]) -> None:
+    """Keep runs as a baseline. Raises UserError for runs that differ in more than the seed, OSError."""
+    if differing := _differences(_groups(summaries)):
+        keys = ", ".join(key for key, _ in differing[:5])
+        raise UserError(f"a baseline is of runs that differ in the seed alone; these differ in {keys}")
+    kept = [
+        {
+            "name": each.name,
+            "settings": each.settings,
+            "machine": each.machine,
+            "figures": {key: to_json(figure) for key, figure in each.figures.items()},
+        }
+        for each in summaries
+    ]
+    write_atomically(path, json.dumps({"mimae": __version__, "baseline": kept}, indent=1) + "\n")
+
+
+def load(path: Path) -> list[Summary]:
+    """Read a baseline: a file that `save` wrote, or a run. Raises UserError."""
+    if path.is_dir():
+        return [summary(path)]
+    try:
+        found = json.loads(read_text(path, _BASELINE_BYTES))["baseline"]
+        return [
+            Summary(
+                str(each["name"]),
+                {str(key): str(value) for key, value in each["settings"].items()},
+                {str(key): str(value) for key, value in each["machine"].items()},
+                {str(key): from_json(value) for key, value in each["figures"].items()},
+            )
+            for each in found
+        ]
+    except OSError as error:
+        raise UserError(f"the baseline {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no baseline ({type(error).__name__}); mimae compare RUN... --save FILE writes one"
+        ) from error
+
+
+def as_text(found: Comparison) -> str:
+    """Return a comparison for a terminal."""
+    parts = []
+    names = [group.name for group in found.groups]
+    if found.differences:
+        rows = [[key, *values] for key, values in found.differences]
+        parts.append("What differs\n" + _aligned([["", *names], *rows]))
+    else:
+        parts.append("The settings are the same but for the seed, and so is the machine.")
+    if curves := _at_steps(found.groups):
+        parts.append("Losses on the way (means over a group's runs and 5 % of the steps)\n" + _aligned(curves))
+    rows = [["", *names]]
+    for key in found.keys:
+        rows.append([key, *(_cell(found, group, key, place > 0) for place, group in enumerate(found.groups))])
+    parts.append("Figures (mean ± deviation over runs; the change from the first column)\n" + _aligned(rows))
+    return "\n\n".join(parts)
+
+
+def verdict(found: Comparison, tolerance: float) -> str:
+    """Return whether something is worse than the baseline, in words."""
+    if not found.regressions:
+        return f"no figure is worse than the baseline by {tolerance:.0%} or more, beyond its noise"
+    told = [
+        f"  {key} of {group}: worse by {change.worse:.1%}, and noise explains {change.error:.1%} ({change.by})"
+        for group, key, change in found.regressions
+    ]
+    return "\n".join(["worse than the baseline:", *told])
+
+
+def as_dict(found: Comparison) -> dict[str, Any]:
+    """Return a comparison as JSON has it."""
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "runs": [member.name for member in group.members],
+                "figures": {key: [each.value for each in group.figure(key)] for key in found.keys},
+            }
+            for group in found.groups
+        ],
+        "differences": dict(found.differences),
+        "changes": [{"group": group, "figure": key, **each._asdict()} for (group, key), each in found.changes.items()],
+    }
+
+
+def as_page(found: Comparison) -> str:
+    """Return a comparison as one page, with the curves of all runs over each other."""
+    names = tuple(group.name for group in found.groups)
+    known = [
+        (f"{group.name}/{member.name}" if len(group.members) > 1 else group.name, member.run)
+        for group in found.groups
+        for member in group.members
+        if member.run is not None
+    ][:8]
+    columns = list(dict.fromkeys(key for _, run in known for key in (*run.losses, "lr", "grad_norm", "images_per_s")))
+    drawn = [
+        plots.lines(key, [Line(name, thinned(run.steps["step"], run.steps[key])) for name, run in known], unit="")
+        for key in columns
+    ]
+    drawn += [
+        plots.lines(
+            key,
+            [Line(name, thinned(run.epochs["epoch"] + 1, run.epochs[key])) for name, run in known],
+            x_label="epoch",
+        )
+        for key in dict.fromkeys(key for _, run in known for key in (*run.directions, "mem_peak_bytes", "mfu"))
+    ]
+    rows = [
+        (key, *(_cell(found, group, key, place > 0) for place, group in enumerate(found.groups))) for key in found.keys
+    ]
+    body = join(
+        tag("header", tag("h1", " · ".join(names)), tag("p", "runs beside each other", class_="state")),
+        tag("section", tag("h2", "What differs"), _differing(found, names)),
+        tag("section", tag("h2", "Figures"), table(("figure", *names), rows, numeric=len(names))),
+        tag("section", tag("h2", "Curves"), *drawn),
+    )
+    return document("comparison", body)
+
+
+def _groups(summaries: Sequence[Summary]) -> list[Group]:
+    """Put runs together that differ in the seed alone."""
+    found: dict[str, list[Summary]] = {}
+    for each in summaries:
+        same = json.dumps([pair for pair in sorted(each.settings.items()) if pair[0] not in _OWN])
+        found.setdefault(same, []).append(each)
+    names: dict[str, int] = {}
+    groups = []
+    for members in found.values():
+        name = members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1} seeds)"
+        names[name] = names.get(name, 0) + 1
+        groups.append(Group(name if names[name] == 1 else f"{name} #{names[name]}", members))
+    return groups
+
+
+def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    found = []
+    for read in (lambda each: each.settings, lambda each: each.machine):
+        keys = dict.fromkeys(key for group in groups for key in read(group.members[0]))
+        for key in keys:
+            values = [read(group.members[0]).get(key, "") for group in groups]
+            if key not in _OWN and len(set(values)) > 1:
+                found.append((key, values))
+    return found
+
+
+def _at_steps(groups: Sequence[Group]) -> list[list[str]]:
+    """Return the rows of a table of losses at shares of the steps that all runs have."""
+    known = [group for group in groups if all(member.run is not None for member in group.members)]
+    members = [member.run for group in known for member in group.members if member.run is not None]
+    last = min((run.step for run in members), default=0)
+    if len(known) < 2 or not last:
+        return []
+    keys = [key for key in members[0].losses if all(run.steps.has(key) for run in members)]
+    rows = [["", *(group.name for group in known)]]
+    for key in keys:
+        for step in (last * share for share in _AT):
+            near = [
+                np.mean([_near(member.run, key, step, last) for member in group.members if member.run is not None])
+                for group in known
+            ]
+            rows.append([f"{key} at step {step:,.0f}", *(f"{mean:.4g}" for mean in near)])
+    return rows
+
+
+def _near(run: runs.Run, key: str, step: float, last: int) -> float:
+    """Return the mean of a column over 5 % of the steps up to `step`."""
+    steps = run.steps["step"]
+    near = run.steps[key][(steps <= step) & (steps > step - max(last / 20, 1))]
+    near = near[np.isfinite(near)]
+    return float(near.mean()) if len(near) else math.nan
+
+
+def _cell(found: Comparison, group: Group, key: str, is_changed: bool) -> str:
+    values = group.figure(key)
+    if not values:
+        return "–"
+    factor, unit = (2**-20, " MiB") if key.endswith("_bytes") else (1.0, "")
+    told = f"{factor * float(np.mean([each.value for each in values])):.5g}"
+    deviation = spread(values)
+    told += f" ± {factor * deviation:.2g}" if math.isfinite(deviation) else ""
+    change = found.changes.get((group.name, key)) if is_changed else None
+    if change is None:
+        return told + unit
+    word = "worse" if change.worse > 0 else "better"
+    return f"{told}{unit} ({abs(change.worse):.1%} {word}{', regression' if change.is_regression else ''})"
+
+
+def _differing(found: Comparison, names: tuple[str, ...]) -> Html:
+    if not found.differences:
+        return tag("p", "The settings are the same but for the seed, and so is the machine.")
+    return table(("key", *names), [(key, *values) for key, values in found.differences])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)

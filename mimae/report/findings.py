@@ -1,0 +1,131 @@
+"""What a person should know of a run at first sight, from its records: each in a sentence, the gravest first."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mimae.outside.text import printable
+from mimae.report.runs import Run
+from mimae.telemetry.records import PHASES
+
+Weight = Literal["bad", "warn", "good"]
+
+SLOW = 0.05
+"""A share of the wall time that is worth a sentence."""
+
+
+class Finding(NamedTuple):
+    weight: Weight
+    text: str
+
+
+def findings(run: Run) -> list[Finding]:
+    """Return what is worth a person's attention; one sentence where nothing is."""
+    found = [*_faults(run), *_waits(run), *_learning(run)]
+    order = ("bad", "warn", "good")
+    return sorted(found, key=lambda finding: order.index(finding.weight)) or [
+        Finding("good", "Nothing stands out: no faults, no skipped steps, little waiting.")
+    ]
+
+
+def _faults(run: Run) -> list[Finding]:
+    kinds = Counter(event["kind"] for event in run.events)
+    found = []
+    last = run.events[-1] if run.events else {}
+    if last.get("kind") == "error":
+        details = last["details"]
+        said = printable(f"{details.get('error', '?')}: {details.get('message', '')}")
+        found.append(Finding("bad", f"The run ended by an error: {said[:300]}"))
+    if kinds["skipped"]:
+        found.append(
+            Finding("bad", f"{_times(kinds['skipped'], 'step was', 'steps were')} skipped: a gradient was not finite.")
+        )
+    steps = run.steps
+    if lost := [key for key in run.losses if steps.has(key) and not math.isfinite(steps[key][-1])]:
+        found.append(Finding("bad", f"Not finite at the last logged step: {', '.join(lost)}."))
+    if kinds["save failed"]:
+        found.append(Finding("bad", f"{_times(kinds['save failed'], 'save', 'saves')} of a checkpoint failed."))
+    if kinds["fault"]:
+        found.append(Finding("warn", f"{_times(kinds['fault'], 'fault', 'faults')}: see the table of events."))
+    if kinds["resume"]:
+        found.append(Finding("good", f"The run was resumed {_times(kinds['resume'], 'time', 'times')}."))
+    if run.bad_samples:
+        found.append(
+            Finding("warn", f"{_times(len(run.bad_samples), 'sample', 'samples')} could not be read and were replaced.")
+        )
+    return found
+
+
+def _waits(run: Run) -> list[Finding]:
+    """Return where the wall time goes that is no computing."""
+    epochs = run.epochs
+    seconds = np.nansum(epochs["seconds"])
+    if not seconds > 0:
+        return []
+
+    def share(key: str) -> float:
+        return float(np.nansum(epochs[key]) / seconds)
+
+    found = []
+    waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
+    if waiting > SLOW:
+        # The diagnosis of the run itself, where it lasted long enough for one.
+        causes = [str(e["details"]["what"]) for e in run.events if "waited for data" in str(e["details"].get("what"))]
+        cause = f" Its own diagnosis: {printable(causes[-1])}." if causes else " mimae bench data compares loaders."
+        found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))
+    saving = share("seconds_checkpoint")
+    if saving > SLOW:
+        found.append(
+            Finding(
+                "warn",
+                f"{saving:.0%} of the time went into saving: save less often (checkpoint.every_steps, every_epochs).",
+            )
+        )
+    rest = 1 - sum(share(f"seconds_{phase}") for phase in PHASES)
+    if epochs.has("seconds_forward") and rest > SLOW:
+        found.append(
+            Finding(
+                "warn",
+                f"{rest:.0%} of the time lies outside of the step's phases: logging, pictures, and the checks at the "
+                "end of an epoch (telemetry.probe_every_epochs, images_every_epochs).",
+            )
+        )
+    exposed = epochs.last("exposed_communication")
+    if exposed > SLOW:
+        found.append(
+            Finding("warn", f"In {exposed:.0%} of a step ranks communicate and nothing computes: docs/scaling.md.")
+        )
+    rates = epochs["images_per_s"][np.isfinite(epochs["images_per_s"])]
+    if len(rates) >= 4 and rates[-1] < 0.85 * np.median(rates):
+        found.append(
+            Finding(
+                "warn",
+                f"The last epoch ran at {rates[-1]:,.0f} images/s, {1 - rates[-1] / np.median(rates):.0%} below the "
+                f"median epoch: another program on the machine, or a device that slows itself down when it is hot.",
+            )
+        )
+    memory = epochs["mem_peak_bytes"][np.isfinite(epochs["mem_peak_bytes"])]
+    if len(memory) >= 6 and memory[-1] > 1.2 * memory[len(memory) // 2]:
+        found.append(Finding("warn", "Peak memory rose by more than a fifth in the second half of the epochs: a leak?"))
+    return found
+
+
+def _learning(run: Run) -> list[Finding]:
+    found = []
+    gate = run.steps.last("gate")
+    if gate == 0 and run.recipe is not None and run.recipe.objective.gate_loss is not None:
+        found.append(
+            Finding("warn", "The gate of the MI terms is still closed: L_rec never fell below objective.gate_loss.")
+        )
+    rank = run.epochs.last("effective_rank")
+    if rank < 2:
+        found.append(Finding("bad", f"Latents have collapsed: their effective rank is {rank:.2f}."))
+    return found
+
+
+def _times(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

@@ -1,0 +1,340 @@
+"""report.html: one run on one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mimae import __version__
+from mimae.objective.terms import LOSSES
+from mimae.outside.files import Folder
+from mimae.report import plots
+from mimae.report.curves import POINTS, thinned
+from mimae.report.findings import findings
+from mimae.report.html import Html, join, table, tag
+from mimae.report.plots import Line
+from mimae.report.runs import Picture, Run, leaves, number
+from mimae.telemetry.records import PHASES
+
+PICTURES = 24
+"""The most pictures on a page."""
+
+PICTURE_BYTES = 3 << 20
+"""The most that all of them have; as text they have a third more."""
+
+_PICTURE_FILE, _PIXELS = 1 << 26, 1 << 26
+_ROWS = 100
+
+MEANINGS = {
+    "loss": "what is minimised: the sum of the weighted terms",
+    "rec": "reconstruction: squared error of the hidden patches",
+    "max_mi": "InfoNCE: falls as the views of an image agree",
+    "min_mi": "CLUB per dimension: falls as a latent forgets what only its own input explains",
+    "fit": "likelihood of the network V that CLUB needs; it trains V alone",
+    "gate": "weight of the MI terms: 0 closed, 1 open",
+    "accuracy": "share of right answers",
+    "deviation": "mean deviation of the latents over images; near 0 they have collapsed",
+    "effective_rank": "directions that the latents use; 1 is a collapse",
+    "alignment": "squared distance between views of an image; lower is closer",
+    "uniformity": "spread of latents over the sphere; lower is more even",
+    "saturated": "share of V's log-variances at their bounds; CLUB is no bound there",
+    "knn": "accuracy of nearest neighbours on held-out images",
+    "val_rec": "reconstruction loss on held-out images",
+    "grad_norm": "norm of the whole gradient before clipping",
+    "exposed_communication": "share of a step in which ranks communicate and nothing computes",
+    "mfu": "share of the device's peak that the model's own FLOPs reach",
+}
+"""What a column says, for its plot."""
+
+_EPOCH_COMMON = frozenset(
+    {*("epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes"),
+     *("mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu", *LOSSES)}
+)  # fmt: skip
+
+
+def page(run: Run) -> str:
+    """Return the page of a run."""
+    parts = [
+        _section("Training", *_training(run)),
+        _section("Information plane", _plane(run)),
+        _section("Health and measures", *_health(run)),
+        _section("Reconstructions through training", *_pictures(run)),
+        _section("Speed and memory", *_speed(run)),
+        _section("Probe", *_probe(run)),
+        _section("Events", *_events(run)),
+        _section("Samples that could not be read", *_bad_samples(run)),
+        _section("Environment", *_environment(run)),
+        _section("Recipe", *_recipe(run)),
+    ]
+    return document(run.name, join(*_head(run), *parts))
+
+
+def document(title: str, body: Html) -> str:
+    """Return a whole page around its body."""
+    files = resources.files("mimae.report")
+    style, script = (Html(files.joinpath(name).read_text("utf-8")) for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The page has no address to fetch from, and runs no script but its own, whatever a run put into it.
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", style),
+    )
+    foot = tag(
+        "footer",
+        f"Written by mimae {__version__}. Where a curve has a band, the line is the mean of a stretch of records, and "
+        "the band goes from its least to its most.",
+    )
+    main = tag("main", body)
+    return f"<!doctype html>\n{tag('html', head, tag('body', main, foot, tag('script', script)), lang='en')}\n"
+
+
+def _section(title: str, *content: Html) -> Html:
+    shown = join(*content)
+    name = title.lower().replace(" ", "-")
+    return tag("section", tag("h2", title), shown, id=name) if shown else Html()
+
+
+def _head(run: Run) -> Iterator[Html]:
+    yield tag("header", tag("h1", run.name), tag("p", run.state, class_="state"))
+    steps, epochs = run.steps, run.epochs
+    tiles = []
+    for key in ("loss", "accuracy"):
+        if steps.has(key):
+            tiles.append((key, f"{steps.last(key):.4g}", "at the last logged step"))
+    for key, way in run.directions.items():
+        values = epochs[key][np.isfinite(epochs[key])]
+        if len(values):
+            best = values.max() if way == "max" else values.min()
+            tiles.append((key, f"{best:.4g}", f"best of {len(values)} checks"))
+    if steps.has("images_per_s"):
+        tiles.append(("images/s", plots.readable(float(np.nanmedian(steps["images_per_s"]))), "median"))
+    if steps.has("data_wait"):
+        tiles.append(("waiting for data", f"{np.nanmean(steps['data_wait']):.1%}", "of the time"))
+    if epochs.has("mfu"):
+        tiles.append(("MFU", f"{epochs.last('mfu'):.1%}", "last epoch"))
+    if steps.has("mem_peak_bytes"):
+        tiles.append(("peak memory", _bytes(np.nanmax(steps["mem_peak_bytes"])), "of the main rank"))
+    if epochs.has("seconds"):
+        tiles.append(("time", _duration(float(np.nansum(epochs["seconds"]))), "of all epochs"))
+    yield tag(
+        "ul", *(tag("li", tag("span", name), tag("strong", value), tag("small", of)) for name, value, of in tiles),
+        class_="tiles",
+    )  # fmt: skip
+    yield tag("ul", *(tag("li", each.text, class_=each.weight) for each in findings(run)), class_="findings")
+
+
+def _curve(run: Run, key: str, title: str = "", unit: str = "", *, zero: bool = False, factor: float = 1.0) -> Html:
+    """Return the plot of a column of metrics.jsonl."""
+    curve = thinned(run.steps["step"], run.steps[key] * factor)
+    title = title or key
+    return plots.lines(title, [Line(title, curve)], unit=unit, zero=zero, note=MEANINGS.get(key, ""))
+
+
+def _epoch_curve(
+    run: Run, key: str, title: str = "", unit: str = "", *, zero: bool = False, factor: float = 1.0
+) -> Html:
+    """Return the plot of a column of epochs.jsonl."""
+    curve = thinned(run.epochs["epoch"] + 1, run.epochs[key] * factor)
+    title, note = title or key, MEANINGS.get(key, "")
+    return plots.lines(title, [Line(title, curve)], unit=unit, x_label="epoch", zero=zero, note=note)
+
+
+def _training(run: Run) -> Iterator[Html]:
+    for key in run.losses:
+        yield _curve(run, key)
+    yield _curve(run, "lr", "learning rate")
+    yield _curve(run, "grad_norm", "gradient norm")
+
+
+def _plane(run: Run) -> Html:
+    epochs = run.epochs
+    shared, own = epochs["mi_lower_nats"], epochs["mi_upper_nats"]
+    known = np.isfinite(shared) & np.isfinite(own)
+    if known.sum() < 2:
+        return Html()
+    places = np.flatnonzero(known)[np.linspace(0, known.sum() - 1, min(known.sum(), POINTS)).astype(int)]
+    most = ""
+    if run.recipe is not None:
+        batch = run.recipe.schedule.batch_size // run.recipe.schedule.accumulate
+        most = f" The bound on shared information cannot exceed log {batch:,} = {math.log(batch):.2f} nats."
+    names = [f"epoch {epochs['epoch'][place] + 1:g}" for place in places]
+    return plots.path(
+        "shared against input information",
+        *(own[places], shared[places], names),
+        "estimate of what latents keep of their own input, nats (CLUB)",
+        "bound on what views share, nats (InfoNCE)",
+        "Each point is an epoch, from faint to strong. A run does well when it moves up (views agree on more) and left "
+        f"(latents keep less that only their input explains).{most}",
+    )
+
+
+def _health(run: Run) -> Iterator[Html]:
+    known = {*_EPOCH_COMMON, *run.losses, *("mi_lower_nats", "mi_upper_nats")}
+    for key in run.epochs.keys:
+        if key not in known and not key.startswith(("seconds_", "rank_")):
+            yield _epoch_curve(run, key)
+
+
+def _speed(run: Run) -> Iterator[Html]:
+    yield _curve(run, "images_per_s", "throughput", "images/s", zero=True)
+    yield _curve(run, "data_wait", "waiting for data", "% of the time", zero=True, factor=100)
+    yield _phases(run)
+    yield _epoch_curve(run, "mem_peak_bytes", "peak memory", "GiB", zero=True, factor=2**-30)
+    yield _epoch_curve(run, "mem_reserved_bytes", "reserved memory", "GiB", zero=True, factor=2**-30)
+    yield _epoch_curve(run, "mfu", "MFU", "%", zero=True, factor=100)
+    yield _epoch_curve(run, "exposed_communication", "exposed communication", "%", zero=True, factor=100)
+
+
+def _phases(run: Run) -> Html:
+    """Return the stacked bars of the phases, at most 60."""
+    epochs = run.epochs
+    if not epochs.has("seconds_forward"):
+        return Html()
+    seconds = np.where(epochs["seconds"] > 0, epochs["seconds"], np.nan)
+    known = [phase for phase in PHASES if epochs.has(f"seconds_{phase}")]
+    shares = {phase: 100 * epochs[f"seconds_{phase}"] / seconds for phase in known}
+    shares["other"] = np.maximum(0.0, 100 - np.sum([np.nan_to_num(share) for share in shares.values()], axis=0))
+    curves = {name: thinned(epochs["epoch"] + 1, share, 60) for name, share in shares.items()}
+    x = next(iter(curves.values())).x
+    note = "Other: logging, pictures, and the checks between two epochs."
+    parts = {name: curve.y for name, curve in curves.items()}
+    return plots.bars("where the time goes", x, parts, unit="% of an epoch", x_label="epoch", note=note)
+
+
+def _pictures(run: Run) -> Iterator[Html]:
+    shown = [(picture, found) for picture in _evenly(run.pictures) if (found := _jpeg(run, picture)) is not None]
+    while len(shown) > 1 and sum(len(found) for _, found in shown) > PICTURE_BYTES:
+        shown = [*shown[:-1:2], shown[-1]]
+    if not shown or len(shown[0][1]) > PICTURE_BYTES:
+        return
+    images = [
+        tag(
+            "img",
+            src=f"data:image/jpeg;base64,{base64.b64encode(found).decode()}",
+            alt=f"Originals, views and their reconstructions after step {picture.step:,}",
+            hidden=None if place == len(shown) - 1 else True,
+            data_step=f"{picture.step:,}",
+        )
+        for place, (picture, found) in enumerate(shown)
+    ]
+    slider = tag("input", type="range", min=0, max=len(shown) - 1, value=len(shown) - 1, id="when")
+    label = tag("label", "after step ", tag("output", f"{shown[-1][0].step:,}", for_="when"), for_="when")
+    frame = tag("div", *images, class_="wide", tabindex=0)
+    yield tag("div", label, slider if len(shown) > 1 else "", frame, class_="slides")
+    if len(shown) < len(run.pictures):
+        yield tag("p", f"{len(shown)} of {len(run.pictures):,} pictures; all are in the run's images/.", class_="note")
+
+
+def _evenly(pictures: list[Picture]) -> list[Picture]:
+    places = np.linspace(0, len(pictures) - 1, min(len(pictures), PICTURES)).round().astype(int)
+    return [pictures[place] for place in dict.fromkeys(places.tolist())]
+
+
+def _jpeg(run: Run, picture: Picture) -> bytes | None:
+    """Return a picture small enough for a page; None for what is no picture."""
+    try:
+        with Image.open(io.BytesIO(Folder(run.path).read(picture.name, _PICTURE_FILE)), formats=["PNG"]) as image:
+            if image.width * image.height > _PIXELS:
+                return None
+            small = image.convert("RGB")
+            small.thumbnail((1400, 1400), Image.Resampling.BOX)
+            made = io.BytesIO()
+            small.save(made, "JPEG", quality=80, subsampling=0)
+            return made.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _probe(run: Run) -> Iterator[Html]:
+    features = run.probe.get("features")
+    if not isinstance(features, dict):
+        return
+    rows = {str(name): scores for name, scores in features.items() if isinstance(scores, dict)}
+    measures = [key for key in ("linear", "few_labels", "knn") if any(key in scores for scores in rows.values())]
+    shown = [(name, *(_figure(scores.get(key)) for key in measures)) for name, scores in rows.items()]
+    few = f"{run.probe.get('few_labels', 'few')} labels"
+    titles = {"linear": "linear probe", "few_labels": few, "knn": "nearest neighbours"}
+    yield table(("frozen features", *(titles[key] for key in measures)), shown[:_ROWS], numeric=len(measures))
+
+
+def _events(run: Run) -> Iterator[Html]:
+    saves = [event for event in run.events if event["kind"] == "save"]
+    if saves:
+        spent = [number(event["details"].get("seconds")) for event in saves]
+        took = f", {np.nanmean(spent):.2g} s each" if np.isfinite(spent).any() else ""
+        yield tag("p", f"{len(saves):,} checkpoints were saved{took}.")
+    others = [event for event in run.events if event["kind"] != "save"]
+    if others:
+        rows = [(_time(each), _step(each), each["kind"], _in_words(each["details"])) for each in others[-_ROWS:]]
+        yield table(("time (UTC)", "step", "what", "details"), rows)
+    if len(others) > _ROWS:
+        yield tag("p", f"The last {_ROWS} of {len(others):,}; events.jsonl has all.", class_="note")
+
+
+def _bad_samples(run: Run) -> Iterator[Html]:
+    if run.bad_samples:
+        yield table(("path", "reason"), [tuple(sample) for sample in run.bad_samples[:_ROWS]])
+    if len(run.bad_samples) > _ROWS:
+        yield tag("p", f"The first {_ROWS} of {len(run.bad_samples):,}; bad_samples.jsonl has all.", class_="note")
+
+
+def _environment(run: Run) -> Iterator[Html]:
+    facts = [*leaves(run.environment), *leaves(run.start, "init")]
+    rows = [(key, str(value)[:500]) for key, value in facts if value is not None and value != []]
+    if rows:
+        yield table(("what", "value"), rows[:_ROWS])
+
+
+def _recipe(run: Run) -> Iterator[Html]:
+    if run.recipe_fault:
+        yield tag("p", f"config.yaml cannot be read: {run.recipe_fault}")
+    changed = [each for each in run.settings if each.value != each.default]
+    same = [each for each in run.settings if each.value == each.default]
+    if changed:
+        rows: list[tuple[object, ...]] = [(tag("code", each.key), *each[1:]) for each in changed]
+        yield table(("key", "value", "default"), rows)
+    if same:
+        rows = [(tag("code", each.key), each.value) for each in same]
+        title = tag("summary", f"{len(same)} keys with their defaults")
+        yield tag("details", title, table(("key", "value"), rows))
+
+
+def _in_words(details: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in details.items() if value is not None)[:500]
+
+
+def _time(event: Mapping[str, Any]) -> str:
+    return str(event.get("time", ""))[:19].replace("T", " ")
+
+
+def _step(event: Mapping[str, Any]) -> str:
+    step = number(event.get("step"))
+    return f"{step:,.0f}" if math.isfinite(step) else ""
+
+
+def _figure(value: Any) -> str:
+    found = number(value)
+    return f"{found:.3f}" if math.isfinite(found) else "–"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

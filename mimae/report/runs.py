@@ -1,0 +1,246 @@
+"""Reading a run directory: records, events, pictures, environment and recipe, whatever state its files are in.
+
+A run may come from a stranger, from an older version, or be under way. A line that is torn or no record is left out; a
+value that is no number is NaN; a file that is missing or broken is empty. Only what is no run at all is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimae.checkpoints import contents
+from mimae.config.layers import text
+from mimae.config.load import load_recipe
+from mimae.config.recipe import Recipe, flat
+from mimae.errors import CheckpointError, ConfigError, UserError
+from mimae.outside.files import Folder
+from mimae.telemetry import events, records
+
+Floats = NDArray[np.float64]
+
+_MOST_COLUMNS = 200
+_LARGEST = 1e200
+_SMALL = 1 << 22
+"""Bytes that a JSON file of a run may have here."""
+
+_PICTURE = re.compile(r"step-(\d{1,15})\.png")
+
+
+class Table:
+    """Records as columns of float64, in the order of the file; NaN where a record has no number."""
+
+    def __init__(self, found: Iterable[Mapping[str, Any]]) -> None:
+        """`found`: records with a `step`. Of two records of a step the later one counts; the order is that of steps."""
+        by_step = {record["step"]: record for record in found if 0 <= record["step"] < 2**53}
+        rows = [by_step[step] for step in sorted(by_step)]
+        self._length = len(rows)
+        self.keys = list(dict.fromkeys(key for row in (*rows[:1], *rows[-1:]) for key in row))[:_MOST_COLUMNS]
+        """The columns, named by the first and the last record."""
+        self._columns = {key: np.array([number(row.get(key)) for row in rows]) for key in self.keys}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, key: str) -> Floats:
+        """Return a column; all NaN for one that is not there."""
+        return self._columns.get(key, np.full(len(self), np.nan))
+
+    def has(self, key: str) -> bool:
+        """Return whether a column holds any number."""
+        return bool(np.isfinite(self[key]).any())
+
+    def last(self, key: str) -> float:
+        """Return the last number of a column; NaN where it has none."""
+        found = self[key][np.isfinite(self[key])]
+        return float(found[-1]) if len(found) else math.nan
+
+
+def number(value: Any) -> float:
+    """Return a value of JSON as a number; NaN for anything else, and for what no sum could hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return math.nan
+    return float(value)
+
+
+class Value(NamedTuple):
+    """A value of the recipe, as text."""
+
+    key: str
+    value: str
+    default: str
+
+
+class BadSample(NamedTuple):
+    path: str
+    reason: str
+
+
+class Picture(NamedTuple):
+    step: int
+    name: str
+    """Path inside of the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as far as its files tell. Read once: a run that is under way goes on without it."""
+
+    path: Path
+    steps: Table
+    """metrics.jsonl."""
+    epochs: Table
+    """epochs.jsonl."""
+    events: list[dict[str, Any]]
+    planned: int | None
+    """Steps that the run is to have; None where no checkpoint says it."""
+    directions: Mapping[str, str]
+    """"max" or "min" by measure: which of its values is the best."""
+    recipe: Recipe | None
+    settings: list[Value]
+    recipe_fault: str = ""
+    """Why the recipe could not be read."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    """init.json: the weights that the run began with."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    bad_samples: list[BadSample] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+    @cached_property
+    def name(self) -> str:
+        return self.path.resolve().name or str(self.path)
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return int(self.steps["step"][-1]) if len(self.steps) else 0
+
+    @property
+    def losses(self) -> list[str]:
+        """The task's own columns of metrics.jsonl: losses by term, and gauges."""
+        return [key for key in self.steps.keys if key not in _COMMON_STEP]
+
+    @property
+    def state(self) -> str:
+        """In what state the run was when it was read."""
+        step, last = f"{self.step:,}", self.events[-1] if self.events else {}
+        whole = "" if self.planned is None or self.planned <= self.step else f" of {self.planned:,}"
+        kind = last.get("kind")
+        if kind == "finish":
+            return f"finished after {step} steps"
+        if kind == "error":
+            return f"ended by an error after step {step}{whole}"
+        if not len(self.steps):
+            return "no step logged yet"
+        if kind == "signal" or any(event["kind"] == "signal" for event in self.events[-2:]):
+            return f"stopped on a signal after step {step}{whole}"
+        return f"at step {step}{whole} when this was read"
+
+
+_COMMON_STEP = frozenset(
+    {*("step", "epoch", "samples", "lr", "grad_norm", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes")}
+)
+
+
+def read(path: Path, tail: int | None = None) -> Run:
+    """Read a run, or of its records the last `tail` bytes alone. Raises UserError where there is none."""
+    try:
+        if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
+            raise UserError(f"{path} is not the directory of a run: it has neither config.yaml nor metrics.jsonl")
+        folder = Folder(path)
+        recipe, settings, fault = _recipe(path)
+        planned, directions = _checkpoint(path)
+        return Run(
+            path=path,
+            steps=Table(_records(folder, records.FILES["train"], tail)),
+            epochs=Table(_records(folder, records.FILES["epoch"], tail)),
+            events=list(events.read(folder)),
+            planned=planned,
+            directions=directions,
+            recipe=recipe,
+            settings=settings,
+            recipe_fault=fault,
+            environment=_json(folder, "environment.json"),
+            start=_json(folder, "init.json"),
+            probe=_json(folder, "probe.json"),
+            bad_samples=_bad_samples(folder),
+            pictures=_pictures(path),
+        )
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "", depth: int = 3) -> list[tuple[str, Any]]:
+    """Return the values of nested mappings by dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        found += leaves(value, name, depth - 1) if isinstance(value, dict) and depth else [(name, value)]
+    return found
+
+
+def _records(folder: Folder, name: str, tail: int | None) -> Iterator[dict[str, Any]]:
+    return records.read(folder, name) if tail is None else records.read(folder, name, tail, tail=True)
+
+
+def _recipe(path: Path) -> tuple[Recipe | None, list[Value], str]:
+    try:
+        found = load_recipe(path / "config.yaml")
+    except ConfigError as error:
+        return None, [], str(error)
+    values, defaults = flat(found.recipe), flat(Recipe())
+    return (
+        found.recipe,
+        [Value(key, text(value), text(defaults.get(key))) for key, value in values.items()],
+        "",
+    )
+
+
+def _checkpoint(path: Path) -> tuple[int | None, dict[str, str]]:
+    """Return what the newest checkpoint that can be read says of the whole run: its steps, and its measures."""
+    for name in contents.names(path):
+        with suppress(CheckpointError, OSError):
+            state = contents.read_state(path / "checkpoints" / name)
+            better = {str(key): str(way) for key, way in state.get("better", {}).items() if way in ("max", "min")}
+            return state.get("steps"), better
+    return None, {}
+
+
+def _json(folder: Folder, name: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(folder.read(name, _SMALL))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _bad_samples(folder: Folder) -> list[BadSample]:
+    found = []
+    with suppress(OSError):
+        for line in folder.read("bad_samples.jsonl", 1 << 26, tail=True).splitlines():
+            with suppress(ValueError, RecursionError):
+                sample = json.loads(line)
+                if isinstance(sample, dict):
+                    found.append(BadSample(str(sample.get("path", "?")), str(sample.get("reason", "?"))))
+    return found
+
+
+def _pictures(path: Path) -> list[Picture]:
+    try:
+        names = os.listdir(path / "images")
+    except OSError:
+        return []
+    found = ((_PICTURE.fullmatch(name), name) for name in names)
+    return sorted(Picture(int(match[1]), f"images/{name}") for match, name in found if match)
