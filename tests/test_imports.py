@@ -24,7 +24,7 @@ LAYERS = (
     {"config"},
     {"randomness", "ranks"},
     {"distributed"},
-    {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry"},
+    {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry", "weights"},
     {"faults", "plan", "transfer"},
     {"evaluate"},
     {"train"},
