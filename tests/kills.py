@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from mimae.data.loading.batch import Batch
+from tests.rank_processes import own_process
 
 
 def tell(batches: Iterable[Batch], told: Connection) -> None:
@@ -20,14 +21,11 @@ def tell(batches: Iterable[Batch], told: Connection) -> None:
 
 def ids_through_kills(train: Callable[..., None], *args: Any) -> list[int]:
     """The ids of 11 steps of `train(*args, first_step, told)`, killed after 4 of them and again after 7."""
-    # Not forks of this process: a thread of DALI's or torch's may hold a lock at the fork, and such a child waits for
-    # ever.
-    context = multiprocessing.get_context("spawn")
     seen: list[int] = []
     step = 0
     for end in (4, 7, 11):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=train, args=(*args, step, theirs))
+        ours, theirs = Pipe()
+        process = own_process(train, *args, step, theirs)
         process.start()
         theirs.close()
         while step < end:

@@ -289,7 +289,7 @@ def test_a_step_takes_the_memory_that_is_planned(
     # What is freed goes back at once: the process is as large as its tensors.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     recipe = sized([*overrides, "schedule.accumulate=2"])
-    (measured,) = run_ranks(1, tmp_path, peak_growth, overrides)
+    (measured,) = run_ranks(1, tmp_path, peak_growth, overrides, fresh=True)
     layout = Layout(recipe.engine.kind, 1)
     images, count = recipe.schedule.batch_size, memory.parameters(recipe)
     planned = memory.memory(recipe, layout, images, count=count, ops="plain").total
