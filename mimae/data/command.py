@@ -8,15 +8,21 @@ from typing import Annotated
 
 import typer
 
+MaxPixels = Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)]
+Workers = Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)]
+ImageKey = Annotated[str | None, typer.Option(help="as data.image_key")]
+LabelKey = Annotated[str | None, typer.Option(help="as data.label_key")]
+White = Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)]
+
 
 def check(
     path: Annotated[str, typer.Argument(help="a data path, as data.path")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with the path of every listed sample")] = False,
-    max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
-    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
-    image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
-    label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
-    white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
+    max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    white: White = None,
 ) -> None:
     """Read and decode every sample of a data set.
 
@@ -44,11 +50,11 @@ def pack(
     target: Annotated[Path, typer.Argument(metavar="DST.tar", help="DIR/NAME.tar, for DIR/NAME-00000.tar, ...")],
     samples: Annotated[int, typer.Option(help="samples per shard", min=1)] = 5000,
     shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)] = None,
-    workers: Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)] = None,
-    image_key: Annotated[str | None, typer.Option(help="as data.image_key")] = None,
-    label_key: Annotated[str | None, typer.Option(help="as data.label_key")] = None,
-    white: Annotated[int | None, typer.Option("--range", help="as data.range", min=1, max=65535)] = None,
+    max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    white: White = None,
 ) -> None:
     """Write a data set as tar shards.
 

@@ -64,26 +64,13 @@ def reconstructions(
     return _unpatchify(masked, grid), _unpatchify(rebuilt, grid)
 
 
-def reconstruction_grid(
-    images: Tensor,
-    visible: Tensor,
-    targets: Tensor,
-    predictions: Tensor,
-    *,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    normalize: bool,
-) -> bytes:
-    """A PNG with a row for each image: the original, then each view and its reconstruction.
+def reconstruction_grid(images: Tensor, masked: Tensor, rebuilt: Tensor) -> bytes:
+    """Return a PNG with a row for each image: the original, then each view and its reconstruction.
 
-    Takes what `reconstructions` takes.
+    `masked` and `rebuilt` are the results of `reconstructions` for `images`.
     """
-    masked, rebuilt = reconstructions(
-        images, visible, targets, predictions, patch=patch, mean=mean, std=std, normalize=normalize
-    )
     labels, panels = ["original"], [images.cpu()]
-    for view in range(visible.shape[1]):
+    for view in range(masked.shape[1]):
         labels += [f"view {view + 1}", f"reconstruction {view + 1}"]
         panels += [masked[:, view], rebuilt[:, view]]
     return sheet(labels, panels, wide=range(1, len(panels), 2))

@@ -92,7 +92,7 @@ def test_the_grid_holds_every_panel_enlarged(batch: tuple[Tensor, Tensor, Tensor
     images, visible, hidden = batch
     predictions = torch.randn((*hidden.shape, 3 * PATCH**2), generator=torch.Generator().manual_seed(1))
     masked, rebuilt = reconstructions(images, visible, hidden, predictions, **options(True))
-    png = reconstruction_grid(images, visible, hidden, predictions, **options(True))
+    png = reconstruction_grid(images, masked, rebuilt)
     sheet = np.asarray(Image.open(io.BytesIO(png)))
     found: list[tuple[int, int]] = []
     for panel in (images[1], masked[1, 0], rebuilt[1, 0], masked[1, 1], rebuilt[1, 1]):

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,12 +32,13 @@ from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
 from mimae.model.masking import views
 from mimae.model.mimae import build
+from mimae.telemetry.pictures import reconstructions
 from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
 from mimae.train import resume
 from mimae.train.tasks import pretrain as tasks
 from mimae.train.tasks.pretrain import Pretrain, pretrain
 from mimae.train.trainer import Trainer
-from tests.rank_processes import run_ranks
+from tests.rank_processes import own_process, run_ranks
 
 STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
 
@@ -149,7 +149,7 @@ def _die_in_save(images: Path, run: Path, step: int) -> None:
 
 def _killed(function: Callable[..., None], *args: Any) -> None:
     """Runs `function` in a process of its own, which has to die by SIGKILL."""
-    process = mp.get_context("spawn").Process(target=function, args=args)
+    process = own_process(function, *args)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -344,11 +344,11 @@ def test_the_next_views_patches_are_what_is_validated_and_pictured(
     given = recipe(images, tmp_path, "decoder.predict=next_view", "decoder.attention=cross", "schedule.epochs=1")
     drawn: list[Tensor] = []
 
-    def grid(_: Tensor, visible: Tensor, targets: Tensor, *rest: Any, **options: Any) -> bytes:
+    def draw(images: Tensor, visible: Tensor, targets: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
         drawn.extend((visible, targets))
-        return b""
+        return reconstructions(images, visible, targets, *rest, **options)
 
-    monkeypatch.setattr(tasks.pictures, "reconstruction_grid", grid)
+    monkeypatch.setattr(tasks.pictures, "reconstructions", draw)
     assert pretrain(given).finished
     assert torch.equal(drawn[1], drawn[0][:, [1, 2, 3, 0]])
 

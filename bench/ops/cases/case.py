@@ -118,8 +118,13 @@ class Case(NamedTuple):
 
 
 def named(inputs: Inputs, names: Sequence[str]) -> Inputs:
-    """Some of the inputs, as keyword arguments."""
+    """Return some of the inputs, as keyword arguments."""
     return {name: inputs[name] for name in names}
+
+
+def pick(*names: str) -> Callable[[Inputs], list[Tensor]]:
+    """Return a function that picks these tensors from the inputs."""
+    return lambda inputs: [inputs[name] for name in names]
 
 
 def numbers(tensors: Sequence[Tensor]) -> int:

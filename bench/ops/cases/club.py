@@ -20,6 +20,8 @@ from mimae.bench.ops.cases.case import (
     Point,
     Size,
     by_view,
+    named,
+    pick,
 )
 from mimae.kernels.club import launch_backward, launch_forward
 from mimae.objective import club
@@ -73,8 +75,8 @@ CLUB = Case(
         Pass(
             "club_terms",
             counted=Count((Point(48, 1), Point(48, 2), Point(96, 2), Point(64, 4))),
-            run=lambda inputs: launch_forward(*(inputs[name] for name in _CLUB_ARGUMENTS)),
-            reads=lambda inputs: [inputs[name] for name in _CLUB_ARGUMENTS],
+            run=lambda inputs: launch_forward(**named(inputs, _CLUB_ARGUMENTS)),
+            reads=pick(*_CLUB_ARGUMENTS),
         ),
         Pass(
             "club_grad",

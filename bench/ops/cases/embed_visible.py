@@ -25,6 +25,7 @@ from mimae.bench.ops.cases.case import (
     floats,
     images_and_masks,
     named,
+    pick,
     places,
 )
 from mimae.kernels.embed_visible import launch_backward, launch_forward
@@ -59,7 +60,7 @@ def _projection_flops(size: Size, batch: int) -> float:
 
 def _prepare_convolution(size: Size, inputs: Inputs) -> Inputs:
     keep, _ = places(inputs)
-    as_is = {name: inputs[name] for name in ("weight", "bias", "pos", "cls", "product")}
+    as_is = named(inputs, ("weight", "bias", "pos", "cls", "product"))
     return {**as_is, "images": floats(inputs), "keep": keep, "d_tokens": by_view(inputs["d_tokens"])}
 
 
@@ -73,7 +74,7 @@ def _convolution(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _embed(inputs: Inputs) -> Sequence[Tensor]:
-    arguments = named(inputs, ("images", "visible", "weight", "bias", "pos", "cls", "mean", "std"))
+    arguments = named(inputs, _EMBEDDING_ARGUMENTS)
     with torch.autocast(inputs["images"].device.type, inputs["product"], enabled=inputs["product"] != torch.float32):
         return [kernels.embed_visible(**arguments)]
 
@@ -88,7 +89,7 @@ EMBED_VISIBLE = Case(
             # More processors than large tiles would get small ones.
             counted=Count((Point(1, 6), Point(2, 6), Point(5, 6), Point(6, 6))),
             run=lambda inputs: [launch_forward(**named(inputs, (*_EMBEDDING_ARGUMENTS, "product")))],
-            reads=lambda inputs: [inputs[name] for name in _EMBEDDING_ARGUMENTS],
+            reads=pick(*_EMBEDDING_ARGUMENTS),
             flops=_projection_flops,
         ),
         Pass(
@@ -96,7 +97,7 @@ EMBED_VISIBLE = Case(
             # A part of the rows for 18 processors, at ViT-L for 24.
             counted=Count((Point(1, 24), Point(2, 24), Point(1, 48), Point(2, 48))),
             run=_embedding_gradients,
-            reads=lambda inputs: [inputs[name] for name in ("d_tokens", "images", "visible", "mean", "std")],
+            reads=pick("d_tokens", "images", "visible", "mean", "std"),
             flops=_projection_flops,
         ),
     ),

@@ -22,6 +22,7 @@ from mimae.bench.ops.cases.case import (
     by_view,
     images_and_masks,
     named,
+    pick,
     places,
 )
 from mimae.kernels.fill_masked import launch_backward, launch_forward
@@ -45,7 +46,7 @@ _ROW_ARGUMENTS = ("tokens", "visible", "targets", "mask_token", "pos")
 
 def _prepare_restoring(size: Size, inputs: Inputs) -> Inputs:
     _, restore = places(inputs)
-    as_is = {name: inputs[name] for name in ("mask_token", "pos")}
+    as_is = named(inputs, ("mask_token", "pos"))
     d_class, d_others = by_view(inputs["d_rows"]).split([1, restore.shape[1]], 1)
     d_rows = torch.cat([d_class, d_others.gather(1, restore[:, :, None].expand_as(d_others))], 1)
     return {**as_is, "restore": restore, "tokens": by_view(inputs["tokens"]), "d_rows": d_rows}
@@ -61,7 +62,7 @@ def _restored(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _fill(inputs: Inputs) -> Sequence[Tensor]:
-    return [kernels.fill_masked(**named(inputs, ("tokens", "visible", "targets", "mask_token", "pos")))]
+    return [kernels.fill_masked(**named(inputs, _ROW_ARGUMENTS))]
 
 
 FILL_MASKED = Case(
@@ -73,8 +74,8 @@ FILL_MASKED = Case(
             "fill_masked",
             # 32 views, of 8 images, share the positions.
             counted=Count((Point(1), Point(2), Point(3), Point(9))),
-            run=lambda inputs: [launch_forward(*(inputs[name] for name in _ROW_ARGUMENTS))],
-            reads=lambda inputs: [inputs[name] for name in _ROW_ARGUMENTS],
+            run=lambda inputs: [launch_forward(**named(inputs, _ROW_ARGUMENTS))],
+            reads=pick(*_ROW_ARGUMENTS),
         ),
         Pass(
             "fill_masked backward",
@@ -82,7 +83,7 @@ FILL_MASKED = Case(
             run=lambda inputs: launch_backward(
                 inputs["d_rows"], inputs["tokens"].shape[2], inputs["tokens"].dtype, inputs["mask_token"].dtype
             ),
-            reads=lambda inputs: [inputs["d_rows"]],
+            reads=pick("d_rows"),
         ),
     ),
     prepare=_prepare_restoring,

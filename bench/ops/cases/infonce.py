@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mimae.bench.ops.cases.case import (
-    LARGE_BATCHES,
-    Bound,
-    Case,
-    Count,
-    Inputs,
-    Pass,
-    Point,
-    Size,
-)
+from mimae.bench.ops.cases.case import LARGE_BATCHES, Bound, Case, Count, Inputs, Pass, Point, Size, pick
 from mimae.kernels.infonce import launch_backward, launch_forward
 from mimae.kernels.runtime import Launch
 from mimae.objective.infonce import InfoNCE
@@ -110,7 +101,7 @@ INFONCE = Case(
                 [*_two_by_two, Point(768, width=128), Point(256)], _tiles_and_panels, adaptive=("_partial_kernel.D",)
             ),
             run=lambda inputs: launch_forward(inputs["u"], inputs["u"], 0, inputs["tau"]),
-            reads=lambda inputs: [inputs["u"], inputs["tau"]],
+            reads=pick("u", "tau"),
             flops=_products(1),
         ),
         Pass(
@@ -129,7 +120,7 @@ INFONCE = Case(
                 adaptive=("_weights_kernel.D", "_accumulate_kernel.D"),
             ),
             run=lambda inputs: launch_backward(inputs["u"], inputs["u"], 0, inputs["tau"], inputs["lse"]),
-            reads=lambda inputs: [inputs["u"], inputs["tau"], inputs["lse"]],
+            reads=pick("u", "tau", "lse"),
             flops=_products(3),
         ),
     ),

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from mimae import kernels
-from mimae.bench.ops.cases.case import (
-    Bound,
-    Case,
-    Count,
-    Inputs,
-    Pass,
-    Point,
-    Size,
-)
+from mimae.bench.ops.cases.case import Bound, Case, Count, Inputs, Pass, Point, Size, pick
 from mimae.kernels.orthogonal_masks import launch_forward
 
 
@@ -52,7 +44,7 @@ ORTHOGONAL_MASKS = Case(
             "orthogonal_masks",
             counted=Count((Point(1), Point(2), Point(3))),
             run=lambda inputs: launch_forward(seed=0, epoch=0, **inputs),
-            reads=lambda inputs: [inputs["sample_ids"]],
+            reads=pick("sample_ids"),
         ),
     ),
     prepare=lambda size, inputs: inputs,

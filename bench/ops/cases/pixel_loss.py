@@ -23,6 +23,7 @@ from mimae.bench.ops.cases.case import (
     floats,
     images_and_masks,
     named,
+    pick,
     places,
 )
 from mimae.kernels.pixel_loss import launch_backward, launch_forward
@@ -88,7 +89,7 @@ def _materialised_targets(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _compare(inputs: Inputs) -> Sequence[Tensor]:
-    arguments = named(inputs, ("predictions", "images", "targets", "mean", "std"))
+    arguments = named(inputs, _PREDICTION_ARGUMENTS)
     return [kernels.pixel_loss(**arguments, normalize=True, scale=1 / inputs["targets"].numel())]
 
 
@@ -101,7 +102,7 @@ PIXEL_LOSS = Case(
             "pixel_loss",
             counted=Count((Point(1), Point(2), Point(3))),
             run=_loss_and_gradient,
-            reads=lambda inputs: [inputs[name] for name in _PREDICTION_ARGUMENTS],
+            reads=pick(*_PREDICTION_ARGUMENTS),
         ),
         Pass(
             "pixel_loss backward",

@@ -12,18 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimae import kernels
-from mimae.bench.ops.cases.case import (
-    MODELS,
-    Bound,
-    Case,
-    Count,
-    Inputs,
-    Pass,
-    Point,
-    Size,
-    by_view,
-    named,
-)
+from mimae.bench.ops.cases.case import MODELS, Bound, Case, Count, Inputs, Pass, Point, Size, by_view, named, pick
 from mimae.kernels.view_latents import launch_backward, launch_forward
 
 
@@ -62,7 +51,7 @@ VIEW_LATENTS = Case(
                     dtype=inputs["tokens"].dtype,
                 )
             ],
-            reads=lambda inputs: [inputs[name] for name in ("z", "d_z", "d_u")],
+            reads=pick("z", "d_z", "d_u"),
         ),
     ),
     prepare=lambda size, inputs: {name: by_view(value) for name, value in inputs.items()},

@@ -128,7 +128,7 @@ class Pretrain(Task[MIMAE]):
         predictions = model.predict(images, visible, targets)
         if distributed.rank() > 0:
             return None
-        return pictures.reconstruction_grid(
+        drawn = pictures.reconstructions(
             images,
             visible,
             targets,
@@ -138,6 +138,7 @@ class Pretrain(Task[MIMAE]):
             std=recipe.data.std,
             normalize=recipe.objective.normalize_pixels,
         )
+        return pictures.reconstruction_grid(images, *drawn)
 
     def warning(self, model: MIMAE, step: int, steps: int, steps_per_epoch: int) -> str | None:
         objective = self.recipe.objective
