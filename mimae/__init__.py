@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from mimae.config.load import RecipeLike
     from mimae.model.mimae import MIMAE
     from mimae.train.trainer import Outcome
-    from mimae.transfer.export import load_encoder
+    from mimae.transfer.load import load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["MIMAE", "__version__", "load_encoder", "pretrain"]
 
-_LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.export"}
+_LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.load"}
 
 
 def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:

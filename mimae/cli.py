@@ -29,6 +29,7 @@ from mimae.outside.text import open_standard_streams, say
 from mimae.plan.command import plan
 from mimae.report.command import compare, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
+from mimae.transfer.command import embed
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -60,6 +61,7 @@ app = _group(
     replay=replay,
     convert=convert,
     probe=probe,
+    embed=embed,
     drill=drill,
 )
 app.add_typer(

@@ -204,7 +204,7 @@ def test_help_and_what_reads_settings_or_a_run_load_no_torch(tmp_path: Path) -> 
 
 def test_the_python_names_are_there_at_their_first_use() -> None:
     from mimae.model.mimae import MIMAE
-    from mimae.transfer.export import load_encoder
+    from mimae.transfer.load import load_encoder
 
     assert (mimae.MIMAE, mimae.load_encoder) == (MIMAE, load_encoder)
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):

@@ -25,7 +25,7 @@ from mimae.evaluate.knn import nearest_neighbours
 from mimae.evaluate.linear import FOLDS, few_label_probe, few_labels, linear_probe
 from mimae.evaluate.samples import balanced_subset, shared_labels, standardise
 from mimae.model.mimae import build
-from mimae.transfer.export import load_encoder
+from mimae.transfer.load import load_encoder
 
 MEASURES = ("linear", "few_labels", "knn")
 

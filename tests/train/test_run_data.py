@@ -17,7 +17,7 @@ from mimae.data.loading.batch import DataError
 from mimae.errors import UserError
 from mimae.train.run_data import as_kept
 from mimae.train.tasks.pretrain import Pretrain, pretrain
-from mimae.transfer.export import load_encoder
+from mimae.transfer.load import load_encoder
 from tests.data.conftest import write_images
 
 TINY: dict[str, Any] = {

@@ -1,25 +1,40 @@
-"""The pretrained encoder, out of a run."""
+"""The encoder of a run, with the settings by which its images are cut."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mimae.checkpoints import checkpoint
-from mimae.config.load import load_recipe
+from mimae.config.kept import load_run
+from mimae.data.settings import DataSettings
 from mimae.errors import CheckpointError
 from mimae.model.encoder import Encoder
 from mimae.outside.text import printable
 
 
-def load_encoder(path: str | Path, average: bool = False) -> Encoder:
-    """The encoder of a run directory (its newest whole checkpoint) or of one checkpoint directory, in eval mode.
+class Loaded(NamedTuple):
+    """An encoder in eval mode, and the settings by which its images were cut."""
 
-    `average`: the moving average of the weights instead of the weights. The state_dict of what is returned loads into
-    the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
+    encoder: Encoder
+    data: DataSettings
+
+
+def load_encoder(path: str | Path, average: bool = False) -> Encoder:
+    """Return the encoder of a run (its newest whole checkpoint) or of one checkpoint directory, in eval mode.
+
+    `average`: the moving average of the weights instead of the weights. The state_dict of the encoder loads into the
+    timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
     """
-    recipe = load_recipe(checkpoint.run_of(Path(path)) / "config.yaml").recipe
+    return load(path, average).encoder
+
+
+def load(path: str | Path, average: bool = False) -> Loaded:
+    """Return what `load_encoder` does, with its data settings."""
+    path = Path(path)
+    recipe = load_run(checkpoint.run_of(path))
     if average and recipe.ema.decay is None:
         raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
     # Its weights go anywhere; the backend that trained them may be another machine's.
@@ -36,8 +51,8 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
             said = printable(" ".join(str(error).split()))[:300]
             raise CheckpointError(f"{found.path} does not hold the encoder of config.yaml: {said}") from error
 
-    checkpoint.use_at(Path(path), fill)
-    return encoder.eval()
+    checkpoint.use_at(path, fill)
+    return Loaded(encoder.eval(), recipe.data)
 
 
 def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,56 @@
+"""The arguments of the verbs that take an encoder, or what it sees, out of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Weights = Annotated[Path, typer.Argument(metavar="RUN", help="a run, one of its checkpoints, or an export")]
+Average = Annotated[bool, typer.Option("--average", help="the moving average of the weights")]
+
+
+def embed(
+    weights: Weights,
+    data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path")],
+    out: Annotated[Path, typer.Option(help="FILE.npz, FILE.parquet, or a folder of safetensors")],
+    what: Annotated[
+        Literal["pooled", "class", "tokens", "maps"],
+        typer.Option(help="mean of the patch tokens, class token, all patch tokens, or maps of --blocks"),
+    ] = "pooled",
+    blocks: Annotated[str | None, typer.Option(metavar="3,5,7,11", help="blocks for maps, counted from 0")] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="of the stored features")] = "float32",
+    batch: Annotated[int, typer.Option(help="images at once", min=1)] = 64,
+    average: Average = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
+    ] = None,
+) -> None:
+    """Write the features of every image of a data set.
+
+    With ids, paths and labels. The same command goes on where it was interrupted.
+    """
+    from mimae.outside.text import say
+    from mimae.transfer.embed import Request
+    from mimae.transfer.embed import embed as run
+
+    unreadable = run(weights, data, out, Request(what, numbers("--blocks", blocks), dtype, batch), average, ranks)
+    say(out)
+    for line in unreadable[:10]:
+        say(f"left out: {line}")
+    if len(unreadable) > 10:
+        say(f"left out: {len(unreadable):,} images in all, which could not be read")
+
+
+def numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Return the numbers in `3,5,7`. Raises UserError."""
+    from mimae.errors import UserError
+
+    try:
+        found = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"{option} {text}: legal are numbers from 0 on, as 3,5,7,11") from None
+    if len(set(found)) < len(found):
+        raise UserError(f"{option} {text}: a number is there twice")
+    return found
