@@ -27,7 +27,7 @@ from mimae.evaluate.command import probe
 from mimae.launch.command import pretrain, submit
 from mimae.outside.text import open_standard_streams, say
 from mimae.plan.command import plan
-from mimae.report.command import compare, report, watch
+from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
 from mimae.transfer.command import embed
 
@@ -58,6 +58,7 @@ app = _group(
     report=report,
     watch=watch,
     compare=compare,
+    profile=profile,
     replay=replay,
     convert=convert,
     probe=probe,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mimae.config.command import Overrides, RecipeName
+
 RunPath = Annotated[Path, typer.Argument(help="the run's directory")]
 
 
@@ -87,3 +89,41 @@ def compare(
         if not as_json:
             say("\n" + compare.verdict(found, tolerance))
         raise typer.Exit(1 if found.regressions else 0)
+
+
+def profile(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="steps that are profiled", min=1, max=1000)] = 20,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="profile.json and a trace for Perfetto, here")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Profile the step of a recipe on this machine.
+
+    Time, FLOPs and memory by phase, beside what is planned; then what would save time. Nothing is trained or kept.
+    """
+    import json
+
+    from mimae.config.load import load_recipe
+    from mimae.errors import UserError
+    from mimae.outside.files import write_atomically
+    from mimae.outside.text import say
+    from mimae.report.profile import profile, show
+    from mimae.report.profile.advice import advise
+
+    resolved = load_recipe(recipe, overrides or ()).recipe
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        found = profile.measure(resolved, steps, out)
+        advice = advise(found)
+        told = json.dumps(show.as_dict(found, advice), indent=1)
+        if out is not None:
+            write_atomically(out / "profile.json", told + "\n")
+    except OSError as error:
+        raise UserError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    say(told if as_json else show.as_text(found, advice))
+    if out is not None and not as_json:
+        say(f"\n{out / 'profile.json'}; {out / 'trace.json.gz'} opens in ui.perfetto.dev")

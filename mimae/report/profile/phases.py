@@ -1,0 +1,162 @@
+"""Time by phase, from the events of torch.profiler.
+
+A phase is the innermost mark around an operator. The backward of a phase is found by autograd's numbers: an operator of
+forward and the node of backward that belongs to it have the same one. Time of a step that lies in no mark is `other`.
+
+On CUDA a phase's time is that of the kernels that its operators launched; what the device does between them is idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd import DeviceType
+
+from mimae.report.profile.marks import BACKWARD, FORWARD, PREFIX, STEP
+
+OTHER, IDLE, GRADIENTS, COMMUNICATION = "other", "idle", "gradients", "gradient communication"
+
+_NODE = "autograd::engine::evaluate_function: "
+_ACCUMULATE = "AccumulateGrad"
+_WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+"""Operators and calls in which the host waits for the device."""
+
+_OUTER = {STEP, FORWARD, BACKWARD}
+"""Marks whose own time, without that of the marks inside, has no name."""
+
+
+@dataclass
+class Phase:
+    """A part of a step; seconds and counts of one step on average."""
+
+    name: str
+    forward: float = 0.0
+    """Seconds, as the next."""
+    backward: float = 0.0
+    launches: float = 0.0
+    """Kernels on CUDA; on the CPU operators that no other operator calls."""
+    waits: float = 0.0
+    """Times that the host waited for the device."""
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Span:
+    """A mark, or a node of backward."""
+
+    name: str
+    is_backward: bool
+    start: int
+    end: int
+
+
+def phases(events: Iterable[Any], on_cuda: bool) -> dict[str, Phase]:
+    """Return the phases of the profiled steps by name, and `other`; their seconds add up to the steps'."""
+    host, kernels = [], []
+    for event in events:
+        if event.device_type() == DeviceType.CPU:
+            if event.name() != "[memory]":
+                host.append(event)
+        elif not event.is_user_annotation():
+            kernels.append(event)
+    step_spans = [event for event in host if event.name() == PREFIX + STEP]
+    steps, threads = len(step_spans), {event.start_thread_id() for event in step_spans}
+    by_phase = _Host(host, threads, is_timed=not on_cuda)
+    if on_cuda:
+        by_phase.add_kernels(kernels, step_spans)
+    found = {}
+    for name, phase in by_phase.phases.items():
+        found[name] = Phase(name, *(value / steps for value in (phase.forward, phase.backward)))
+        found[name].launches, found[name].waits = phase.launches / steps, phase.waits / steps
+    return found
+
+
+class _Host:
+    """Sorts the host's events into phases, in the order of time."""
+
+    def __init__(self, events: Sequence[Any], threads: set[int], is_timed: bool) -> None:
+        self.phases: dict[str, Phase] = {}
+        self._is_timed = is_timed
+        self._by_number: dict[int, str] = {}
+        """Phase of forward by autograd's number."""
+        self._by_operator: dict[int, tuple[str, bool]] = {}
+        """Phase by the correlation id of an operator, for its kernels."""
+        self._open: list[tuple[Span, int]] = []
+        """Spans that are open, each with the nanoseconds of those inside."""
+        self._called = 0
+        """Until when an operator runs that no other calls."""
+        for event in sorted(events, key=lambda event: (event.start_ns(), -event.end_ns())):
+            # Autograd of a GPU has a thread of its own; all that nests is of one thread.
+            if event.start_thread_id() in threads or event.name().startswith(_NODE) or not is_timed:
+                self._see(event)
+        self._close(1 << 62)
+
+    def add_kernels(self, kernels: Sequence[Any], steps: Sequence[Any]) -> None:
+        """Give each kernel's time to the phase of the operator that launched it; the rest of the steps is idle."""
+        busy = 0
+        for kernel in kernels:
+            name, is_backward = self._by_operator.get(kernel.linked_correlation_id(), (OTHER, False))
+            if kernel.name().startswith("nccl"):
+                name = COMMUNICATION
+            self._add(name, kernel.duration_ns(), is_backward)
+            self._phase(name).launches += 1
+            busy += kernel.duration_ns()
+        self._add(IDLE, max(0, sum(step.duration_ns() for step in steps) - busy), False)
+
+    def _see(self, event: Any) -> None:
+        self._close(event.start_ns())
+        name, start, end = event.name(), event.start_ns(), event.end_ns()
+        if name.startswith(PREFIX):
+            is_backward = any(span.name == BACKWARD for span, _ in self._open)
+            self._open.append((Span(name.removeprefix(PREFIX), is_backward, start, end), 0))
+        elif not self._open:
+            return
+        elif name.startswith(_NODE):
+            known = GRADIENTS if _ACCUMULATE in name else self._by_number.get(event.sequence_nr(), OTHER)
+            self._open.append((Span(known, True, start, end), 0))
+        else:
+            self._operator(event)
+
+    def _operator(self, event: Any) -> None:
+        span = self._open[-1][0]
+        if event.sequence_nr() >= 0 and not span.is_backward and span.name != BACKWARD:
+            self._by_number[event.sequence_nr()] = span.name
+        name = _own(span.name)
+        self._by_operator[event.correlation_id()] = (name, span.is_backward)
+        phase = self._phase(name)
+        if event.name() in _WAITS:
+            phase.waits += 1
+        if self._is_timed and event.start_ns() >= self._called:
+            self._called = event.end_ns()
+            phase.launches += 1
+
+    def _close(self, now: int) -> None:
+        """Close the spans that end before `now`: each keeps its time without that of the spans inside."""
+        while self._open and self._open[-1][0].end <= now:
+            span, inside = self._open.pop()
+            length = span.end - span.start
+            if self._open:
+                outer, other = self._open[-1]
+                self._open[-1] = (outer, other + length)
+            if self._is_timed:
+                self._add(_own(span.name), length - inside, span.is_backward)
+
+    def _add(self, name: str, nanoseconds: int, is_backward: bool) -> None:
+        phase = self._phase(name)
+        if is_backward:
+            phase.backward += nanoseconds / 1e9
+        else:
+            phase.forward += nanoseconds / 1e9
+
+    def _phase(self, name: str) -> Phase:
+        return self.phases.setdefault(name, Phase(name))
+
+
+def _own(name: str) -> str:
+    """Return the phase that time right inside of a span belongs to."""
+    return OTHER if name in _OUTER else name
