@@ -17,7 +17,7 @@ from mimae import __version__
 from mimae.bench.command import gpu
 from mimae.bench.controls.command import controls
 from mimae.bench.data.command import data as bench_data
-from mimae.bench.harness.command import drill, soak
+from mimae.bench.harness.command import drill, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
 from mimae.bench.step.command import engines, step
 from mimae.config.command import config, settings
@@ -75,6 +75,7 @@ app.add_typer(
         data=bench_data,
         engines=engines,
         soak=soak,
+        fuzz=fuzz,
         controls=controls,
     ),
     name="bench",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mimae.outside.text import printable
+from mimae.outside.text import printable, shortened
 
 EXIT_MISTAKE = 2
 EXIT_SAVED = 75
@@ -17,11 +17,11 @@ EXIT_SAVED = 75
 class UserError(ValueError):
     """A mistake that a person can mend. The message says what was wrong, the value, what is legal and what to do.
 
-    Its text is printable, whatever the names in it hold; only its line breaks stay.
+    Its text is printable, whatever the names in it hold; only its line breaks stay. Long lines are shortened.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__(), lines=True)
+        return "\n".join(map(shortened, printable(super().__str__(), lines=True).split("\n")))
 
 
 class ConfigError(UserError):

@@ -1,1 +1,1 @@
-"""Harnesses that harm runs and loaders on purpose: drill and soak."""
+"""Harnesses that harm runs, loaders and inputs on purpose: drill, soak and fuzz."""

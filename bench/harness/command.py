@@ -1,4 +1,4 @@
-"""The arguments of `mimae drill` and `mimae bench soak`."""
+"""The arguments of `mimae drill`, `mimae bench soak` and `mimae bench fuzz`."""
 
 from __future__ import annotations
 
@@ -108,4 +108,53 @@ def soak(
     if picture is not None:
         plot(found, picture)
     if any(result[key] for result in found["loaders"].values() for key in ("lost", "repeated", "unnamed")):
+        raise typer.Exit(1)
+
+
+def fuzz(
+    kinds: Annotated[
+        list[str] | None, typer.Argument(metavar="[KIND]...", help="kinds of input [default: all]")
+    ] = None,
+    count: Annotated[int, typer.Option(help="inputs of each kind", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    first: Annotated[int, typer.Option(help="number of the first input", min=0)] = 0,
+    case: Annotated[
+        list[Path] | None, typer.Option(help="a kept input to try, before any kinds that are named; repeatable")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the inputs that are finds")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write, or to add these kinds to")] = None,
+) -> None:
+    """Use damaged inputs of every kind, each in a child of its own.
+
+    Each has to be used or refused in words. Exits with 1 where one ends in a traceback, a hang, too much memory, a
+    wrong count or a write outside of its folder.
+    """
+    import os
+    import sys
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: children are forked without its threads
+
+    from mimae.bench.harness.fuzz.fuzz import KINDS, fuzz, merged, repeat
+    from mimae.errors import UserError
+    from mimae.outside.files import write_atomically
+    from mimae.outside.text import say
+
+    if not sys.platform.startswith("linux"):
+        raise UserError("mimae bench fuzz needs Linux: it reads /proc")
+    if unknown := sorted({*(kinds or ())} - {*KINDS}):
+        raise UserError(f"{unknown[0]} is no kind of input: legal are {', '.join(KINDS)}")
+    others = 0
+    for file in case or ():
+        kind, outcome = repeat(file)
+        say(f"{file.name}: {kind}, {outcome.verdict}{f': {outcome.said}' if outcome.said else ''}")
+        others += outcome.is_find
+    found = {}
+    for kind in kinds or (() if case else KINDS):
+        found[kind] = fuzz(kind, seed, first, count, keep, say)
+        line = {key: value for key, value in found[kind].items() if key not in ("seed", "first", "finds")}
+        say(f"{kind:<12}" + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in line.items()))
+        others += found[kind]["others"]
+        if out is not None:
+            write_atomically(out, merged(out, found))
+    if others:
         raise typer.Exit(1)

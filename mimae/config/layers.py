@@ -23,6 +23,9 @@ from mimae.outside.text import printable
 LARGEST_FILE = 1 << 16
 """Bytes that a recipe may have."""
 
+LONGEST_TEXT = 4096
+"""Characters that a value may have as a recipe writes it: all texts of a recipe together stay below LARGEST_FILE."""
+
 MOST_VALUES = 10_000
 """Keys and values that a recipe or an override may have, those counted again that anchors repeat."""
 
@@ -129,13 +132,16 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
 def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) -> Settings:
     """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`.
 
-    A value with bytes that are no UTF-8, which no recipe could hold, is a problem.
+    Text that no recipe could hold is a problem: bytes that are no UTF-8, and more than LONGEST_TEXT characters.
     """
     found = dict(given)
     for key, (value, origin, note) in given.items():
-        if isinstance(value, str) and not _is_text(value):
+        if not _is_text(value):
             problems.append(f"{key} = {value} ({origin}): not UTF-8; a link under another name can take its place")
             found[key] = Setting(printable(value), origin, note)
+        elif isinstance(value, str) and (length := len(text(value))) > LONGEST_TEXT:
+            problems.append(f"{key} = {value} ({origin}): {length:,} characters; legal are at most {LONGEST_TEXT:,}")
+            found[key] = Setting(value[:LONGEST_TEXT], origin, note)
     for key in paths & given.keys():
         value, origin, note = found[key]
         if isinstance(value, str):
@@ -146,7 +152,14 @@ def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) 
     return found
 
 
-def _is_text(value: str) -> bool:
+def _is_text(value: Any) -> bool:
+    """Return whether every text in a value is Unicode that UTF-8 can say."""
+    if isinstance(value, Mapping):
+        return all(map(_is_text, (*value.keys(), *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(_is_text, value))
+    if not isinstance(value, str):
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -223,6 +236,9 @@ def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Itera
     """(dotted key, line from 1, value) of each leaf of a YAML node. Problems give the line after `place`."""
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                problems.append(f"{place}{name.start_mark.line + 1}: a key is a name, not a list or a mapping")
+                continue
             yield from _leaves(child, f"{key}.{name.value}" if key else name.value, place, problems)
         return
     line = node.start_mark.line + 1

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 
 from mimae.errors import UserError
 from mimae.ranks.place import number
+
+MOST_NODES = 100_000
+"""Nodes that a list of SLURM's may stand for."""
 
 
 def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> bool:
@@ -81,17 +85,23 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def hosts(nodelist: str) -> list[str]:
-    """Expand SLURM's short form of names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
-    found = []
+    """Expand SLURM's short form of names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login.
+
+    Raises ValueError where it is none, or stands for more than MOST_NODES names.
+    """
+    found: list[str] = []
     for prefix, inside, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodelist):
         for part in inside.split(",") if inside else [""]:
             first, _, last = part.partition("-")
+            if last and int(last) - int(first) > MOST_NODES - len(found):
+                raise ValueError(f"more than {MOST_NODES:,} nodes")
             numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if last else [first]
             found += [prefix + each + suffix for each in numbers]
     return found
 
 
 def tasks_per_node(short: str) -> list[int]:
-    """Expand SLURM's short form of counts: `4(x2),3` -> 4, 4, 3."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", short)
-    return [int(count) for count, times in parts for _ in range(int(times or 1))]
+    """Expand SLURM's short form of counts: `4(x2),3` -> 4, 4, 3; those of the first MOST_NODES nodes."""
+    parts = re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", short)
+    every = (int(count) for count, times in parts for _ in range(int(times or 1)))
+    return list(islice(every, MOST_NODES))

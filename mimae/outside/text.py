@@ -40,6 +40,13 @@ def printable(text: object, *, lines: bool = False) -> str:
     return _CONTROLS.sub(escape, str(text))
 
 
+def shortened(line: str, most: int = 2000) -> str:
+    """Return a line of at most about `most` characters: its beginning and its end, and how much was left out."""
+    if len(line) <= most:
+        return line
+    return f"{line[: most // 2]} [... {len(line) - most:,} characters ...] {line[len(line) - most // 2 :]}"
+
+
 def say(text: object, *, error: bool = False) -> None:
     """Print lines on stdout or stderr, escaped. A stream that cannot be written is noted in `losses`, never raised."""
     name: Stream = "stderr" if error else "stdout"

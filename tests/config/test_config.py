@@ -273,6 +273,14 @@ def test_the_best_checkpoint_needs_a_validation_set_that_stays(with_images: str)
     assert "data.val_path = null (no validation set: held " in problem(with_images, *best, "data.path=mine")
 
 
+def test_text_that_a_run_could_not_keep() -> None:
+    """A config.yaml of more than LARGEST_FILE bytes would be written and never read again."""
+    with pytest.raises(ConfigError, match=r"run.dir = .* \(override\): 70,000 characters; legal are at most 4,096"):
+        load_recipe("quickstart", [f"run.dir={'x' * 70_000}"])
+    with pytest.raises(ConfigError, match=r"data.mean = .*: not UTF-8"):
+        load_recipe({"data": {"mean": [{"a": "\ud800"}]}})
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -294,6 +302,7 @@ def test_the_best_checkpoint_needs_a_validation_set_that_stays(with_images: str)
             b"data:\n  path: !env HOME\n",
             "data.path (bad.yaml:2): !env is not a kind of value; a value is null",
         ),
+        (b"? [a, b]\n: 1\n", "bad.yaml:1: a key is a name, not a list or a mapping"),
         (b"base: bad.yaml\n", "recipes are each other's base: bad.yaml -> bad.yaml"),
     ],
 )

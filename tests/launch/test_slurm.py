@@ -33,6 +33,12 @@ def test_slurms_short_form_of_hosts(short: str, hosts: list[str]) -> None:
     assert slurm.hosts(short) == hosts
 
 
+def test_what_stands_for_too_many_nodes_takes_no_memory() -> None:
+    with pytest.raises(UserError, match="SLURM_JOB_NODELIST='gpu"):
+        slurm.join(SLURM | {"SLURM_JOB_NODELIST": "gpu[1-99999999999]"}, has_terminal=False)
+    assert slurm.tasks_per_node("4(x999999999),3") == [4] * slurm.MOST_NODES
+
+
 def test_a_task_of_srun_becomes_a_rank() -> None:
     environment = dict(SLURM)
     assert slurm.join(environment, has_terminal=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mimae.errors import UserError
 from mimae.outside import text
 from mimae.outside.text import Output, losses, printable, say
 
@@ -97,3 +98,9 @@ def test_standard_streams_that_were_closed_take_no_files_number(tmp_path: Path) 
     command = f'exec "{sys.executable}" -c "$0" "$1" >&- 2>&-'
     subprocess.run(["sh", "-c", command, program, tmp_path / "file"], check=True, cwd=Path(__file__).parents[1])
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_long_line_of_an_error_is_shortened_and_the_others_are_not() -> None:
+    lines = str(UserError(f"begin{'x' * 70_000}end\nthe second line")).split("\n")
+    assert lines[1] == "the second line" and len(lines[0]) < 2100
+    assert lines[0].startswith("beginx") and lines[0].endswith("xend") and "68,008 characters" in lines[0]

@@ -18,6 +18,7 @@ from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cached
+from mimae.ranks.place import number
 
 __all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_loader"]
 
@@ -75,7 +76,7 @@ def make_loader(
     height, width = settings.size_hw
     batch_bytes = plan.micro_batch * (3 * height * width + 16)
     workers = default_workers() if settings.workers is None else settings.workers
-    by_pipe = workers > 0 and not has_room(batch_bytes, workers, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    by_pipe = workers > 0 and not has_room(batch_bytes, workers, number(os.environ, "LOCAL_WORLD_SIZE", 1, least=1))
     return Loader(plan, make_backend(settings, cached(settings, source), seed, by_pipe=by_pipe), order)
 
 

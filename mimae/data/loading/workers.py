@@ -18,6 +18,7 @@ from mimae.data.loading import shared_memory
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.shared_memory import Packed, handed_over
+from mimae.ranks.place import number as variable
 
 Made = TypeVar("Made")
 
@@ -124,17 +125,18 @@ def _forget_half_made(error: OSError) -> None:
 def default_workers() -> int:
     """Return the number of cores that this rank may use.
 
-    It is the smaller of the CPU affinity and SLURM's allocation, divided by the number of ranks that share them.
+    It is the smaller of the CPU affinity and SLURM's allocation, divided by the number of ranks that share them. Raises
+    UserError for a variable of SLURM's or torchrun's that is no number.
     """
-    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or "1"
-    tasks = int(re.split("[(,]", per_node)[0])  # For example 8(x4),2 if nodes differ.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
+    name = "SLURM_STEP_TASKS_PER_NODE" if os.environ.get("SLURM_STEP_TASKS_PER_NODE") else "SLURM_TASKS_PER_NODE"
+    # For example 8(x4),2 if nodes differ.
+    first = {name: re.split("[(,]", os.environ.get(name, ""))[0]}
+    tasks = variable(first, name, 1, least=1)
+    ranks = variable(os.environ, "LOCAL_WORLD_SIZE", tasks, least=1)
     cores = len(os.sched_getaffinity(0))
-    of_task = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
-    shares = [of_task // max(1, ranks // tasks)]
-    if "SLURM_CPUS_ON_NODE" in os.environ:
-        shares.append(int(os.environ["SLURM_CPUS_ON_NODE"]) // ranks)
-    return max(1, min(shares))
+    of_task = min(cores, variable(os.environ, "SLURM_CPUS_PER_TASK", cores, least=1))
+    of_node = variable(os.environ, "SLURM_CPUS_ON_NODE", cores * ranks, least=1)
+    return max(1, min(of_task // max(1, ranks // tasks), of_node // ranks))
 
 
 class _Requests(Sampler[BatchRequest]):

@@ -22,6 +22,8 @@ from mimae.outside.reading import read_text
 from mimae.outside.text import printable
 
 EXTENSIONS = (".yaml", ".yml")
+_MOST_DRAWS = 10**15
+_LARGEST_WEIGHT = 1e100
 _FORM = """
   draws: 1000000        # samples of an epoch
   sources:              # path: weight; paths relative to this file's folder
@@ -88,13 +90,18 @@ def read_mixture(name: str, file: Path, open_part: Callable[[str, Path], Source]
     shown = printable(str(file))
     content = _read(file, shown)
     total, weights = content["draws"], content["sources"]
-    if type(total) is not int or total < 1:
-        raise DataError(f"{shown}: draws: {repr(total)[:80]} is not a number of samples, an integer from 1 on")
+    if type(total) is not int or not 1 <= total <= _MOST_DRAWS:
+        raise DataError(
+            f"{shown}: draws: {repr(total)[:80]} is not a number of samples, an integer from 1 to {_MOST_DRAWS:,}"
+        )
     if not isinstance(weights, _Weights) or not weights.pairs:
         raise DataError(f"{shown}: sources: {repr(weights)[:80]} is not a list of `path: weight`")
     for path, weight, _ in weights.pairs:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise DataError(f"{shown}: sources: the weight of {path} is {weight!r}; weights are numbers above 0")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= _LARGEST_WEIGHT:
+            raise DataError(
+                f"{shown}: sources: the weight of {path} is {repr(weight)[:80]}; weights are numbers above 0, at most "
+                f"{_LARGEST_WEIGHT:g}"
+            )
     paths, numbers = _distinct(weights, file, version)
     draws = apportion(total, numbers)
     if none := [path for path, share in zip(paths, draws) if not share]:

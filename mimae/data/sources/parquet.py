@@ -12,10 +12,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
 from mimae.data.sources.columns import find_columns, is_text
 from mimae.data.sources.index import STAMPS, Index, IndexedSource, end_to_end, read_all
-from mimae.data.sources.pages import unpacked_size
+from mimae.data.sources.pages import Chunk, read_chunks, unpacked_size
 from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
@@ -115,21 +115,22 @@ def _row_group(path: Path, stamp: tuple[int, int], number: int, image_key: str |
     try:
         with _open(path) as file:
             column = find_columns(file, DataSettings(image_key=image_key)).image
-            told = _chunk_bytes(file, number, column)
+            told = _chunk(path, number, column).unpacked
             _check_pages(path, file, [number], column)
-            return _read(file, [number], column, KEPT_BYTES + 2 * told)
+            return _read(path, file, [number], column, KEPT_BYTES + 2 * told)
     except pa.ArrowException as error:
         raise OSError(" ".join(str(error).split())) from error
 
 
-def _read(file: Any, groups: list[int], dotted: str, limit: int) -> Any:
+def _read(path: Path, file: Any, groups: list[int], dotted: str, limit: int) -> Any:
     """A column of row groups, read piece by piece: a dictionary of one value may stand for millions of rows.
 
-    Raises OSError where it takes more than `limit` bytes.
+    Raises OSError where it takes more than `limit` bytes, or has other rows than the footer claims.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    largest = max((_chunk_bytes(file, group, dotted) for group in groups), default=0)
+    largest = max((_chunk(path, group, dotted).unpacked for group in groups), default=0)
+    expected = sum(file.metadata.row_group(group).num_rows for group in groups)
     # A value is no larger than its column in the file, unpacked.
     at_once = max(1, min(_ROWS_AT_ONCE, KEPT_BYTES // max(1, largest)))
     pieces, read = [], 0
@@ -138,24 +139,34 @@ def _read(file: Any, groups: list[int], dotted: str, limit: int) -> Any:
         read += pieces[-1].nbytes
         if read > limit:
             raise OSError(f"column {dotted} expands to more than the {limit:,} bytes that its size in the file allows")
+    if (rows := sum(map(len, pieces))) != expected:
+        raise OSError(f"column {dotted} has {rows:,} rows, its footer claims {expected:,}")
     if pieces:
         return pa.chunked_array(pieces)
     return _leaf(file.schema_arrow.empty_table().select([dotted.partition(".")[0]]), dotted)
 
 
-def _chunk(file: Any, group: int, dotted: str) -> Any:
-    """Facts of the footer about a column in a row group."""
-    columns = file.metadata.row_group(group)
-    return next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == dotted)
+@lru_cache(8)
+def _chunks(path: Path, stamp: tuple[int, int]) -> list[dict[str, Chunk]]:
+    """The columns of each row group of a file that has this stamp. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = _footer_bytes(file, size)
+        file.seek(size - 8 - length)
+        return read_chunks(file.read(length))
 
 
-def _chunk_bytes(file: Any, group: int, dotted: str) -> int:
-    """The bytes that a column in a row group has, unpacked, by the footer. Raises OSError where that cannot be."""
-    chunk = _chunk(file, group, dotted)
-    packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-    if packed < 0 or unpacked < 0 or unpacked > KEPT_BYTES + MOST_EXPANDED * packed:
-        raise OSError(f"row group {group} claims that {packed:,} bytes of column {dotted} become {unpacked:,}")
-    return int(unpacked)
+def _chunk(path: Path, group: int, dotted: str) -> Chunk:
+    """What the footer says of a column in a row group. Raises OSError where that cannot be."""
+    groups = _chunks(path, _stamp(path))
+    if group >= len(groups) or dotted not in groups[group]:
+        raise OSError(f"its row group {group} has no column {dotted}, which its schema lists")
+    chunk = groups[group][dotted]
+    if chunk.packed < 0 or chunk.unpacked < 0 or chunk.unpacked > KEPT_BYTES + MOST_EXPANDED * chunk.packed:
+        raise OSError(
+            f"row group {group} claims that {chunk.packed:,} bytes of column {dotted} become {chunk.unpacked:,}"
+        )
+    return chunk
 
 
 def _check_pages(path: Path, file: Any, groups: Sequence[int], dotted: str) -> None:
@@ -164,12 +175,10 @@ def _check_pages(path: Path, file: Any, groups: Sequence[int], dotted: str) -> N
         for group in groups:
             if not file.metadata.row_group(group).num_rows:
                 continue
-            chunk, told = _chunk(file, group, dotted), _chunk_bytes(file, group, dotted)
-            start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-            start = min(start, chunk.data_page_offset)
-            claimed = unpacked_size(raw.fileno(), start, chunk.total_compressed_size)
-            if claimed > 2 * told + _ROUNDING:
-                raise OSError(f"the pages of column {dotted} claim {claimed:,} bytes, its footer {told:,}")
+            chunk = _chunk(path, group, dotted)
+            claimed = unpacked_size(raw.fileno(), chunk.start, chunk.packed)
+            if claimed > 2 * chunk.unpacked + _ROUNDING:
+                raise OSError(f"the pages of column {dotted} claim {claimed:,} bytes, its footer {chunk.unpacked:,}")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -182,15 +191,20 @@ def _open(path: Path) -> Any:
 
     descriptor = open_regular(path)
     with open(descriptor, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        end = file.read(8)
-    if len(end) < 8 or not end.endswith((b"PAR1", b"PARE")):
-        raise OSError("it is not a Parquet file: it does not end in PAR1; is it complete?")
-    if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size):
-        raise OSError(f"its footer claims {footer:,} bytes; the file has {size:,}, a footer at most {MOST_FOOTER:,}")
+        _footer_bytes(file, file.seek(0, os.SEEK_END))
     # Reading through a buffer avoids holding all compressed bytes of a column in addition to the decompressed ones.
     return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+def _footer_bytes(file: BinaryIO, size: int) -> int:
+    """Return the length of the footer of a file of `size` bytes. Raises OSError where it has none."""
+    file.seek(max(0, size - 8))
+    end = file.read(8)
+    if len(end) < 8 or not end.endswith((b"PAR1", b"PARE")):
+        raise OSError("it is not a Parquet file: it does not end in PAR1; is it complete?")
+    if (footer := int.from_bytes(end[:4], "little")) > min(MOST_FOOTER, size - 8):
+        raise OSError(f"its footer claims {footer:,} bytes; the file has {size:,}, a footer at most {MOST_FOOTER:,}")
+    return footer
 
 
 # The index
@@ -295,7 +309,7 @@ def _read_footer(path: Path, settings: DataSettings) -> _Footer:
         rows = np.array([group.num_rows for group in groups], np.int64)
         sizes = np.array([group.total_byte_size for group in groups], np.int64)
         _check_rows(file.metadata.num_rows, rows, stamp[1])
-        largest = max((_chunk_bytes(file, i, columns.image) for i in range(len(groups))), default=0)
+        largest = max((_chunk(path, i, columns.image).unpacked for i in range(len(groups))), default=0)
         names, lengths = b"", np.zeros(file.metadata.num_rows, np.int64)
         if columns.path is not None:
             column = _read_column(path, file, columns.path)
@@ -320,7 +334,7 @@ def _read_column(path: Path, file: Any, dotted: str) -> Any:
     """A small column of all rows. Raises OSError where it is none."""
     groups = list(range(file.metadata.num_row_groups))
     _check_pages(path, file, groups, dotted)
-    return _read(file, groups, dotted, max(KEPT_BYTES, 100 * file.metadata.num_rows))
+    return _read(path, file, groups, dotted, max(KEPT_BYTES, 100 * file.metadata.num_rows))
 
 
 def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:

@@ -25,6 +25,7 @@ from mimae.data.pixels.augment import centre_window, crop_words, flips, random_w
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
+from mimae.errors import UserError
 from mimae.randomness import Purpose, words
 from tests.data.conftest import LOADERS, encoded, loader_on_cpu, photograph
 
@@ -248,6 +249,19 @@ def test_default_workers(monkeypatch: pytest.MonkeyPatch, environment: dict[str,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_workers() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_TASKS_PER_NODE"]
+)
+@pytest.mark.parametrize("value", ["0", "x", "-1", "(x2)"])
+def test_a_variable_that_counts_nothing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.delenv("SLURM_STEP_TASKS_PER_NODE", raising=False)
+    monkeypatch.setenv(name, value)
+    if (name, value) == ("SLURM_TASKS_PER_NODE", "(x2)"):
+        return
+    with pytest.raises(UserError, match=name):
+        default_workers()
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -91,6 +91,8 @@ def test_epochs_of_draws(folder: Path) -> None:
         ("draws: 4\nsources: [a, b]", "is not a list of `path: weight`"),
         ("draws: 4\nsources: {a: 0}", "the weight of a is 0; weights are numbers above 0"),
         ("draws: 4\nsources: {a: .inf}", "the weight of a is inf"),
+        ("draws: 4\nsources: {a: 1.0e+308, b: 1.0e+308}", r"the weight of a is 1e\+308"),
+        (f"draws: 1{400 * '0'}\nsources: {{a: 1}}", "is not a number of samples"),
         ("draws: 4\nsources: {a: yes}", "the weight of a is True"),
         ("draws: 4\nsources: {a: 1, b: 1000}", "none of 4 draws is for a"),
         ("draws: 4\nsources: {nowhere: 1}", "nowhere does not exist"),

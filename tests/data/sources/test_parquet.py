@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mimae.bench.harness.fuzz.case import from_json
 from mimae.data.loading.batch import DataError
 from mimae.data.settings import DataSettings
 from mimae.data.sources import pages, parquet
@@ -313,8 +314,18 @@ def test_a_page_that_claims_more_than_its_footer(tmp_path: Path, compression: st
     assert data[4] == data[6] == 0x15, "a page's header begins with its type and its size, as integers"
     size = data[7:].index(next(byte for byte in data[7:] if byte < 128)) + 1
     path.write_bytes(data[:7] + varint(2_000_000_000) + data[7 + size :])
-    with pytest.raises(OSError, match=r"pages of column image claim|no page at"):
+    with pytest.raises(OSError, match=r"pages of column image claim|the page at byte \d+ claims|no page at"):
         open_source(str(path)).read(0)
+
+
+def test_footers_that_contradict_their_columns(tmp_path: Path) -> None:
+    """pyarrow itself ends the process, asks for gigabytes, or returns too few rows."""
+    for case in sorted((Path(__file__).parents[2] / "fixtures/fuzz").glob("parquet-*.json")):
+        folder = tmp_path / case.stem
+        folder.mkdir()
+        from_json(case.read_text())[1].write(folder)
+        with pytest.raises(DataError, match="1 of 1 Parquet files cannot be used"):
+            open_source(str(folder / "set"))
 
 
 @given(st.binary(max_size=200))

@@ -1,0 +1,111 @@
+"""Many inputs of a kind: drawn by (seed, kind, number), each used in a child, counted by what became of them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mimae.bench.harness.fuzz.case import Case, from_json
+from mimae.bench.harness.fuzz.forked import CPU_SECONDS, Outcome, run
+from mimae.bench.harness.fuzz.kind import Kind
+
+KINDS = {
+    "settings": "recipes",
+    "images": "images",
+    "shards": "sources",
+    "lists": "sources",
+    "mixtures": "sources",
+    "parquet": "parquet",
+    "checkpoints": "runs",
+    "runs": "runs",
+    "steps": "runs",
+    "environment": "environment",
+}
+"""Module of each kind, which has the kind under its name in capital letters. It is imported where it is used: what a
+process has imported makes the forks of its children slow, torch above all."""
+
+
+def kind_of(name: str) -> Kind:
+    """Return a kind by its name."""
+    found: Kind = vars(import_module(f"{__package__}.{KINDS[name]}"))[name.upper()]
+    return found
+
+
+def draw_case(kind: str, seed: int, number: int) -> Case:
+    """Return an input; equal arguments give equal inputs."""
+    return kind_of(kind).make(random.Random(f"{seed} {kind} {number}"))
+
+
+def try_case(kind: str, make: Callable[[], Case]) -> Outcome:
+    """Make an input of a kind and use it, in a child."""
+    return run(make, kind_of(kind).use, kind_of(kind).memory)
+
+
+def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Try `count` inputs of a kind from number `first` on; return what became of them.
+
+    Each find is reported with the command that repeats it, and its input is written into `kept`.
+    """
+    _warm(kind)
+    began, verdicts = time.monotonic(), Counter[str]()
+    seconds = mib = 0.0
+    finds = []
+    for number in range(first, first + count):
+        outcome = try_case(kind, partial(draw_case, kind, seed, number))
+        verdicts[outcome.verdict] += 1
+        seconds, mib = max(seconds, outcome.seconds), max(mib, outcome.mib)
+        if outcome.is_find:
+            command = f"mimae bench fuzz {kind} --seed {seed} --first {number} --count 1"
+            say(f"{kind} {number}: {outcome.verdict}: {outcome.said}\nrepeat: {command}")
+            finds.append(
+                {"number": number, "verdict": outcome.verdict, "said": outcome.said[-2000:], "repeat": command}
+            )
+            if kept is not None:
+                kept.mkdir(parents=True, exist_ok=True)
+                (kept / f"{kind}-{seed}-{number}.json").write_text(draw_case(kind, seed, number).to_json(kind))
+    return {
+        "seed": seed,
+        "first": first,
+        "tried": count,
+        "used": verdicts.pop("used", 0),
+        "refused": verdicts.pop("refused", 0),
+        "others": sum(verdicts.values()),
+        "cpu_seconds_at_most": round(seconds, 2),
+        "mib_at_most": round(mib),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "finds": finds,
+    }
+
+
+def repeat(file: Path) -> tuple[str, Outcome]:
+    """Try a kept input again; return its kind and what became of it."""
+    kind, case = from_json(file.read_text())
+    _warm(kind)
+    return kind, try_case(kind, lambda: case)
+
+
+def _warm(kind: str) -> None:
+    """Import and make what the children of a kind share."""
+    kind_of(kind).prepare()
+    gc.collect()
+    gc.freeze()  # so that children need no copies of pages for the collector's marks
+
+
+def merged(file: Path, found: Mapping[str, Any]) -> str:
+    """Return the results of `found` beside those of other kinds that a file of results holds, as JSON."""
+    import torch
+
+    from mimae.bench.machine import describe
+
+    kinds = json.loads(file.read_text())["kinds"] if file.exists() else {}
+    kinds = {kind: found.get(kind, kinds.get(kind)) for kind in KINDS if kind in {**kinds, **found}}
+    bounds = {"memory_mib": {kind: kind_of(kind).memory >> 20 for kind in kinds}, "cpu_seconds": CPU_SECONDS}
+    return json.dumps({"bench": "fuzz", **describe(torch.device("cpu")), **bounds, "kinds": kinds}, indent=1) + "\n"

@@ -1,0 +1,173 @@
+"""Settings: values at every key, as overrides, mappings and files. No torch, so that children are forked in no time."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mimae.bench.harness.fuzz.case import Case, Content, Special
+from mimae.bench.harness.fuzz.draws import ODD_TEXTS, odd, yaml_text
+from mimae.bench.harness.fuzz.forked import Wrong
+from mimae.bench.harness.fuzz.kind import Kind
+from mimae.config.layers import shipped, text
+from mimae.config.load import load_recipe
+from mimae.config.printing import as_yaml, explain
+from mimae.config.recipe import Recipe, flat, keys, sections
+from mimae.errors import ConfigError
+
+TINY = """
+precision: fp32
+data: {path: images, image_size: 8, workers: 0, loader: torch}
+model: {size: tiny, patch_size: 2, width: 16, depth: 1, heads: 2}
+decoder: {width: 8, depth: 1, heads: 2}
+objective: {projector: mlp, gate_loss: 5.0, posterior_width: 4}
+schedule: {batch_size: 8, epochs: 2, warmup_epochs: 1, max_steps: 2}
+ema: {decay: 0.5}
+checkpoint: {every_steps: 1}
+telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, trackers: []}
+"""
+"""A recipe that trains for two steps in a moment, with every part that has state."""
+
+
+@lru_cache(1)
+def every_key() -> list[str]:
+    return keys()
+
+
+@lru_cache(1)
+def _plain() -> dict[str, Any]:
+    return flat(Recipe())
+
+
+@lru_cache(1)
+def schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of each dotted key."""
+    found = {}
+    for key in every_key():
+        section, _, name = key.rpartition(".")
+        model = sections()[section] if section else Recipe
+        found[key] = model.model_json_schema()["properties"][name]
+    return found
+
+
+def likely(draw: random.Random, key: str) -> Any:
+    """Return a value that a key's schema allows, or nearly so."""
+    options = schemas()[key].get("anyOf", [schemas()[key]])
+    schema = draw.choice(options)
+    if "enum" in schema:
+        return draw.choice(schema["enum"])
+    if "const" in schema:
+        return schema["const"]
+    kind = schema.get("type")
+    if kind == "boolean":
+        return draw.random() < 0.5
+    if kind in ("integer", "number"):
+        low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
+        high = schema.get("maximum", schema.get("exclusiveMaximum", low + 8))
+        if kind == "integer":
+            return draw.choice(
+                (
+                    low,
+                    low + 1,
+                    low + 2,
+                    high,
+                    2,
+                    3,
+                    4,
+                    8,
+                    draw.randint(int(low), max(int(low), min(int(high), int(low) + 64))),
+                )
+            )
+        return draw.choice((low, high, (low + high) / 2, draw.uniform(low, high)))
+    if kind == "null":
+        return None
+    if kind == "array":
+        return [draw.choice((0.0, 0.5, 1.0, 8, 16)) for _ in range(len(schema.get("prefixItems", [0, 0])))]
+    return draw.choice((_plain()[key], *ODD_TEXTS))
+
+
+def _value(draw: random.Random, key: str) -> Any:
+    return likely(draw, key) if key in schemas() and draw.random() < 0.4 else odd(draw)
+
+
+def _written(draw: random.Random, value: Any) -> str:
+    if draw.random() < 0.5 and isinstance(value, str):
+        return value
+    try:
+        return text(value)
+    except (yaml.YAMLError, ValueError):
+        return json.dumps(value)
+
+
+def _key(draw: random.Random) -> str:
+    key = draw.choice(every_key())
+    if draw.random() < 0.06:
+        return draw.choice(
+            (key + "s", key.upper(), key.partition(".")[0], "", ".", key + ".x", str(draw.choice(ODD_TEXTS))[:80])
+        )
+    return key
+
+
+def make(draw: random.Random) -> Case:
+    """Draw a recipe (a shipped one, a file, a file with a base, or a mapping) and overrides."""
+    overrides = []
+    for _ in range(draw.choice((0, 1, 1, 2, 5))):
+        key = _key(draw)
+        overrides.append(f"{key}={_written(draw, _value(draw, key))}" if draw.random() < 0.97 else str(odd(draw)))
+    chance = draw.random()
+    if chance < 0.3:
+        return Case(
+            {}, [draw.choice((*shipped(), *ODD_TEXTS)) if draw.random() < 0.2 else "quickstart", "", *overrides]
+        )
+    tree: dict[Any, Any] = {}
+    for _ in range(draw.choice((1, 2, 4, 12))):
+        key = _key(draw)
+        section, _, name = key.rpartition(".")
+        inner = tree.setdefault(section, {}) if section else tree
+        if isinstance(inner, dict):
+            inner[name] = _value(draw, key)
+    if chance < 0.45:
+        return Case({}, ["", json.dumps(tree), *overrides])
+    files: dict[str, Content] = {"recipe.yaml": yaml_text(draw, tree)}
+    if draw.random() < 0.25:
+        base = draw.choice(
+            ("quickstart", "base.yaml", "./base.yaml", "recipe.yaml", "/dev/zero", "../canary/file", "base", *ODD_TEXTS)
+        )
+        files["recipe.yaml"] = yaml_text(draw, {"base": base} | tree)
+        files["base.yaml"] = draw.choice(
+            (
+                yaml_text(draw, {"seed": 1}),
+                b"base: recipe.yaml\n",
+                Special("fifo"),
+                Special("sparse", str(10**13)),
+                Special("link", "base.yaml"),
+                Special("folder"),
+            )
+        )
+    return Case(files, ["recipe.yaml", "", *overrides])
+
+
+def use(folder: Path, case: Case) -> str:
+    """Load, print, and load what was printed: it has to be the same."""
+    name, mapping, *overrides = case.words
+    resolved = load_recipe(json.loads(mapping) if mapping else name, overrides)
+    written = folder / "printed.yaml"
+    for printed in (as_yaml(resolved.recipe), explain(resolved)):
+        written.write_text(printed)
+        try:
+            again = load_recipe(written).recipe
+        except ConfigError as error:
+            raise Wrong(f"what `mimae config` prints is refused: {error}") from error
+        if again != resolved.recipe:
+            mine, other = flat(resolved.recipe), flat(again)
+            differ = [(key, mine[key], other[key]) for key in mine if mine[key] != other[key]]
+            raise Wrong(f"printed and read again differ: {differ!r}")
+    return ""
+
+
+SETTINGS = Kind(make, use, schemas, memory=300 << 20)
