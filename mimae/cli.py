@@ -29,7 +29,7 @@ from mimae.outside.text import open_standard_streams, say
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
-from mimae.transfer.command import embed
+from mimae.transfer.command import embed, export
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -62,6 +62,7 @@ app = _group(
     replay=replay,
     convert=convert,
     probe=probe,
+    export=export,
     embed=embed,
     drill=drill,
 )

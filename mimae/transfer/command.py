@@ -11,6 +11,45 @@ Weights = Annotated[Path, typer.Argument(metavar="RUN", help="a run, one of its 
 Average = Annotated[bool, typer.Option("--average", help="the moving average of the weights")]
 
 
+def export(
+    run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to make")],
+    to: Annotated[
+        Literal["timm", "transformers", "mae", "onnx", "torch", "safetensors"], typer.Option(help="who opens it")
+    ] = "timm",
+    average: Average = False,
+    decoder: Annotated[bool, typer.Option("--decoder", help="MAE's decoder too (transformers, mae)")] = False,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the stored weights")] = "fp32",
+    blocks: Annotated[
+        str | None, typer.Option(metavar="3,5,7,11", help="blocks, counted from 0, whose maps a graph gives too")
+    ] = None,
+    given: Annotated[Literal["uint8", "float"], typer.Option("--input", help="pixels that a graph takes")] = "uint8",
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph takes any size of images")] = False,
+) -> None:
+    """Write the encoder of a run as a folder that others open without mimae.
+
+    With a card, and a check.py that compares it anywhere.
+    """
+    import torch
+
+    from mimae.outside.text import say
+    from mimae.transfer.export import BOUND, TARGETS
+    from mimae.transfer.export import export as run_export
+    from mimae.transfer.targets.base import Options
+
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    options = Options(kind, decoder, numbers("--blocks", blocks), given, dynamic_size)
+    report = run_export(run, to, out, options, average)
+    say(f"{report.folder}: step {report.step:,} of {run}, for {TARGETS[to].title}")
+    if report.rounding is not None:
+        say(f"rounding to bf16 changed the features by {report.rounding:.2%}")
+    if report.differences is None:
+        say(f"not compared: {TARGETS[to].title} is not installed here; run check.py where it is")
+    else:
+        told = ", ".join(f"{name} {worst:.1e}" for name, worst in report.differences.items())
+        say(f"differs from the encoder by at most: {told} (allowed: {BOUND:.0e})")
+
+
 def embed(
     weights: Weights,
     data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path")],

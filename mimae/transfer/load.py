@@ -1,18 +1,31 @@
-"""The encoder of a run, with the settings by which its images are cut."""
+"""Models out of a run, and the encoder out of a run or an export."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
+from mimae.config.recipe import Recipe
 from mimae.data.settings import DataSettings
 from mimae.errors import CheckpointError
 from mimae.model.encoder import Encoder
+from mimae.model.mimae import MIMAE, outline
+from mimae.model.settings import ModelSettings
+from mimae.outside.reading import read_text
 from mimae.outside.text import printable
+from mimae.randomness import materialise
+from mimae.weights.names import sort
+
+_CONFIG_BYTES = 1 << 20
 
 
 class Loaded(NamedTuple):
@@ -23,10 +36,10 @@ class Loaded(NamedTuple):
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:
-    """Return the encoder of a run (its newest whole checkpoint) or of one checkpoint directory, in eval mode.
+    """Return the encoder of a run (its newest whole checkpoint), of one checkpoint, or of an export, in eval mode.
 
-    `average`: the moving average of the weights instead of the weights. The state_dict of the encoder loads into the
-    timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
+    `average`: the moving average of a run's weights instead of the weights. The state_dict of the encoder loads into
+    the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
     """
     return load(path, average).encoder
 
@@ -34,26 +47,118 @@ def load_encoder(path: str | Path, average: bool = False) -> Encoder:
 def load(path: str | Path, average: bool = False) -> Loaded:
     """Return what `load_encoder` does, with its data settings."""
     path = Path(path)
+    if (path / "config.json").is_file() and not (path / "config.yaml").exists():
+        if average:
+            raise CheckpointError(f"{path} is an export, which holds one set of weights: leave out --average")
+        return _of_export(path)
     recipe = load_run(checkpoint.run_of(path))
-    if average and recipe.ema.decay is None:
-        raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
     # Its weights go anywhere; the backend that trained them may be another machine's.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
 
-    def fill(found: checkpoint.Checkpoint) -> None:
-        averages = _encoder_part(found.tensors("ema")) if average else {}
-        if average and not averages:
-            raise CheckpointError(f"{found.path} has no moving average")
-        try:
-            encoder.load_state_dict(_encoder_part(found.tensors("model")) | averages)
-        except RuntimeError as error:  # other names or shapes
-            said = printable(" ".join(str(error).split()))[:300]
-            raise CheckpointError(f"{found.path} does not hold the encoder of config.yaml: {said}") from error
+    def fill(tensors: dict[str, Tensor]) -> None:
+        encoder.load_state_dict(
+            {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+        )
 
-    checkpoint.use_at(path, fill)
+    _use(path, recipe, average, "the encoder", fill)
     return Loaded(encoder.eval(), recipe.data)
 
 
-def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+class Trained(NamedTuple):
+    """A whole model of a run, in eval mode, and the checkpoint that it came from."""
+
+    recipe: Recipe
+    model: MIMAE
+    checkpoint: checkpoint.Checkpoint
+
+
+def load_model(path: str | Path, average: bool = False) -> Trained:
+    """Return encoder, decoder and objective of a run or of one checkpoint. Raises CheckpointError, ConfigError."""
+    path = Path(path)
+    recipe = load_run(checkpoint.run_of(path))
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "auto"})})
+    model = outline(recipe)
+    materialise(model, "cpu")
+    found = _use(path, recipe, average, "the model", lambda tensors: model.load_state_dict(tensors) and None)
+    return Trained(recipe, model.eval(), found)
+
+
+def _use(
+    path: Path, recipe: Recipe, average: bool, what: str, fill: Callable[[dict[str, Tensor]], None]
+) -> checkpoint.Checkpoint:
+    """Give the weights of a checkpoint to `fill`, and return the checkpoint. Raises CheckpointError."""
+    if average and recipe.ema.decay is None:
+        raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
+
+    def action(found: checkpoint.Checkpoint) -> None:
+        averages = found.tensors("ema") if average else {}
+        if average and not averages:
+            raise CheckpointError(f"{found.path} has no moving average")
+        try:
+            fill(found.tensors("model") | averages)
+        except RuntimeError as error:  # other names or shapes
+            said = printable(" ".join(str(error).split()))[:300]
+            raise CheckpointError(f"{found.path} does not hold {what} of config.yaml: {said}") from error
+
+    return checkpoint.use_at(path, action)[0]
+
+
+def _of_export(folder: Path) -> Loaded:
+    """Return the encoder of a folder that `mimae export` wrote."""
+    try:
+        config = json.loads(read_text(folder / "config.json", _CONFIG_BYTES))
+        if not isinstance(config, dict) or not isinstance(config.get("mimae"), dict):
+            raise CheckpointError(
+                f"{folder} is neither a run nor an export of one: its config.json does not name mimae. Published "
+                "weights of others start a run (model.init)"
+            )
+        told: dict[str, Any] = config["mimae"]
+        sizes = {key: told[key] for key in ("patch_size", "width", "depth", "heads", "mlp_width")}
+        size = tuple(told["image_size"])
+        data = DataSettings(image_size=size, mean=tuple(told["mean"]), std=tuple(told["std"]))
+        encoder = Encoder(ModelSettings(**sizes), size, data.mean, data.std)
+        tensors = _weights_of(folder)
+        placed = sort(tensors).placed
+        state = {
+            ours.removeprefix("encoder."): torch.cat([tensors[each] for each in theirs]).float()
+            for ours, theirs in placed.items()
+            if ours.startswith("encoder.")
+        }
+        encoder.load_state_dict(state)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        said = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+        raise CheckpointError(f"{folder} cannot be opened as an export: {said}") from error
+    return Loaded(encoder.eval(), data)
+
+
+def _weights_of(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an export by the names that they have there. Raises CheckpointError."""
+    if (file := folder / "model.safetensors").is_file():
+        return load_file(file)
+    if (file := folder / "model.pth").is_file():
+        return dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
+    if (file := folder / "model.pt2").is_file():
+        return dict(torch.export.load(file).state_dict)
+    if (file := folder / "model.onnx").is_file():
+        return _of_graph(file)
+    raise CheckpointError(f"{folder} has no weights: no model.safetensors, model.pth, model.pt2 or model.onnx")
+
+
+def _of_graph(file: Path) -> dict[str, Tensor]:
+    """Return the weights of an ONNX graph. Those of linear layers lie there transposed, without their names."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise CheckpointError(f"to open {file} needs onnx: pip install 'mimae[onnx]'") from error
+    graph = onnx.load(file).graph
+    tensors = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
+    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    for node in graph.node:
+        if node.op_type == "Add":
+            for bias, product in (node.input, node.input[::-1]):
+                if bias.endswith(".bias") and bias in tensors and products.get(product) in tensors:
+                    tensors[bias.removesuffix("bias") + "weight"] = tensors[products[product]].T
+    return tensors

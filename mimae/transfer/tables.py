@@ -55,6 +55,7 @@ def write_part(path: Path, part: Part) -> None:
     texts = json.dumps({"paths": part.paths, "unreadable": part.unreadable})
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_TEXTS: texts})
+    temporary.chmod(0o644)  # safetensors lets its owner alone read it
     temporary.replace(path)
 
 

@@ -1,0 +1,39 @@
+"""Open this folder with onnxruntime alone, and compare its outputs with those stored at its export.
+
+python check.py
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+HERE = Path(__file__).resolve().parent
+BOUND = 1e-4
+
+
+def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what the graph gives for images uint8 (B, H, W, 3): tokens, pooled features, maps of blocks."""
+    session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
+    wanted = session.get_inputs()[0]
+    if wanted.type == "tensor(float)":
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 255
+    names = [output.name for output in session.get_outputs()]
+    # One by one and all at once: the batch is dynamic.
+    single = session.run(names, {wanted.name: images[:1]})
+    several = session.run(names, {wanted.name: images[1:]})
+    return {name: np.concatenate(parts) for name, parts in zip(names, zip(single, several))}
+
+
+def differences() -> dict[str, float]:
+    """Return the largest absolute difference of each output."""
+    stored = np.load(HERE / "check.npz")
+    found = outputs(stored["images"])
+    return {name: float(np.abs(values - stored[name]).max()) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    found = differences()
+    print("\n".join(f"{name}: differs by {worst:.1e} at most (allowed: {BOUND:.0e})" for name, worst in found.items()))
+    sys.exit(not max(found.values()) <= BOUND)

@@ -1,0 +1,39 @@
+"""Open this folder with transformers alone, and compare its outputs with those stored at its export.
+
+python check.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+HERE = Path(__file__).resolve().parent
+BOUND = 1e-4
+
+
+def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return tokens (B, 1 + L, D) and pooled features (B, D) of images uint8 (B, H, W, 3)."""
+    model = AutoModel.from_pretrained(HERE, add_pooling_layer=False).float().eval()
+    config = json.loads((HERE / "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("image_mean", "image_std"))
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        tokens = model(pixel_values=pixels).last_hidden_state
+    return {"tokens": tokens.numpy(), "features": tokens[:, 1:].mean(1).numpy()}
+
+
+def differences() -> dict[str, float]:
+    """Return the largest absolute difference of each output."""
+    stored = np.load(HERE / "check.npz")
+    found = outputs(stored["images"])
+    return {name: float(np.abs(values - stored[name]).max()) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    found = differences()
+    print("\n".join(f"{name}: differs by {worst:.1e} at most (allowed: {BOUND:.0e})" for name, worst in found.items()))
+    sys.exit(not max(found.values()) <= BOUND)

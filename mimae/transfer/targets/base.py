@@ -1,0 +1,144 @@
+"""What every kind of export is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mimae.config.recipe import Recipe
+from mimae.errors import UserError
+from mimae.model.encoder import Encoder
+from mimae.model.geometry import Grid
+from mimae.model.mimae import MIMAE
+from mimae.transfer.portable import Input
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an export is made."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the stored weights."""
+    decoder: bool = False
+    """With MAE's decoder, for going on with its pretraining elsewhere."""
+    blocks: tuple[int, ...] = ()
+    """Blocks whose maps a graph gives too."""
+    given: Input = "uint8"
+    """Pixels that a graph takes."""
+    dynamic_size: bool = False
+    """A graph takes images of any size, too."""
+
+
+class Exported(NamedTuple):
+    """A pretrained model on its way out, in fp32 with the values that will be stored."""
+
+    recipe: Recipe
+    model: MIMAE
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder."""
+        return self.model.encoder
+
+    @property
+    def grid(self) -> Grid:
+        """The patches of an image."""
+        return self.model.encoder.grid
+
+    def state(self, decoder: bool = False) -> dict[str, Tensor]:
+        """Return the weights under our names: `encoder.*`, and `decoder.*` with its positions."""
+        found = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        if decoder:
+            found |= {f"decoder.{name}": tensor for name, tensor in self.model.decoder.state_dict().items()}
+            found["decoder.pos_embed"] = self.model.decoder.pos_embed
+        return found
+
+    def description(self) -> dict[str, Any]:
+        """Return what this project needs to open an export; it is `mimae` in every config.json."""
+        data, model = self.recipe.data, self.recipe.model
+        return {
+            "image_size": list(self.grid.size_hw),
+            "patch_size": model.patch_size,
+            "width": model.width,
+            "depth": model.depth,
+            "heads": model.heads,
+            "mlp_width": model.mlp,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "pooling": "mean of the patch tokens",
+        }
+
+
+class Target(NamedTuple):
+    """One kind of export."""
+
+    title: str
+    """The library that opens it, with its version where that matters."""
+    write: Callable[[Exported, Options, Path], None]
+    """Writes the folder's files but card and check. Raises UserError for what cannot be expressed."""
+    check: Callable[[Options], str]
+    """Name of the module of `mimae.transfer.checks` that becomes check.py."""
+    loading: str
+    """How the folder is opened, for the card: Python, DIR stands for the folder."""
+    is_graph: bool = False
+    """It computes by itself, and takes blocks, input and dynamic size."""
+    has_decoder: bool = False
+    """It can hold MAE's decoder."""
+    modules: tuple[str, ...] = ()
+    """Modules that its check needs, beside torch."""
+
+
+def write_config(folder: Path, values: Mapping[str, Any], name: str = "config.json") -> None:
+    """Write a JSON file."""
+    (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write model.safetensors."""
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors lets its owner alone read it
+
+
+def need_square(exported: Exported, what: str) -> None:
+    """Raise UserError for images that are not square."""
+    height, width = exported.grid.size_hw
+    if height != width:
+        raise UserError(
+            f"{what} holds square images alone, and this run's have {height} x {width} pixels: --to timm, onnx, torch "
+            "and safetensors take them"
+        )
+
+
+def need_mae(exported: Exported, what: str) -> None:
+    """Raise UserError for a decoder that is not MAE's."""
+    decoder = exported.recipe.decoder
+    for key, value, legal in (("predict", decoder.predict, "hidden"), ("attention", decoder.attention, "self")):
+        if value != legal:
+            raise UserError(
+                f"the decoder of this run has decoder.{key}={value}, for which {what} has no counterpart (only "
+                f"{legal}): leave out --decoder, the encoder can go alone"
+            )
+
+
+def preprocessor(exported: Exported) -> dict[str, Any]:
+    """Return transformers' preprocessor_config.json."""
+    height, width = exported.grid.size_hw
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(exported.recipe.data.mean),
+        "image_std": list(exported.recipe.data.std),
+    }

@@ -1,0 +1,59 @@
+"""An ONNX graph: pixels in, normalisation inside, tokens and features out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import torch
+
+from mimae.errors import UserError
+from mimae.transfer.portable import Portable
+from mimae.transfer.targets.base import Exported, Options, Target, write_config
+from mimae.transfer.targets.torch import example, graph_config
+
+OPSET = 20
+
+
+def _write(exported: Exported, options: Options, folder: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"an ONNX export needs {error.name}: pip install 'mimae[onnx]'") from error
+    module = Portable(exported.encoder, options.given, options.blocks, options.dynamic_size).eval()
+    images, dynamic = example(exported, options)
+    config = graph_config(exported, options)
+    # Above 2 GB of weights a graph has them in a file beside it.
+    large = sum(parameter.numel() * 4 for parameter in module.parameters()) > 1_900_000_000
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (images,),
+            folder / "model.onnx",
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=["images"],
+            output_names=config["outputs"],
+            opset_version=OPSET,
+            external_data=large,
+            verbose=False,
+        )
+    write_config(folder, config)
+
+
+TARGET = Target(
+    title="onnxruntime",
+    write=_write,
+    check=lambda options: "onnx",
+    loading="""import onnxruntime
+
+session = onnxruntime.InferenceSession("DIR/model.onnx")
+tokens, features = session.run(["tokens", "features"], {"images": images})  # normalisation is inside""",
+    is_graph=True,
+    modules=("onnxruntime",),
+)

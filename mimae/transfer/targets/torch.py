@@ -1,0 +1,63 @@
+"""A program of `torch.export`: pixels in, normalisation inside, tokens and features out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from mimae.transfer.portable import Portable
+from mimae.transfer.targets.base import Exported, Options, Target, write_config
+
+
+def example(exported: Exported, options: Options) -> tuple[Tensor, dict[str, dict[int, Any]]]:
+    """Return images to trace a graph with, and which of their sides are dynamic."""
+    rows, columns, patch = exported.grid
+    if options.dynamic_size:  # Sides of their own: a size that the tracer takes for a constant would be found.
+        height, width = (rows + 1) * patch, (columns + 2) * patch
+    else:
+        height, width = exported.grid.size_hw
+    dynamic: dict[int, Any] = {0: Dim("batch", min=1)}
+    if options.given == "uint8":
+        images, sides = torch.zeros(2, height, width, 3, dtype=torch.uint8), (1, 2)
+    else:
+        images, sides = torch.zeros(2, 3, height, width), (2, 3)
+    if options.dynamic_size:
+        dynamic = dict.fromkeys((0, *sides), Dim.AUTO)
+    return images, {"images": dynamic}
+
+
+def graph_config(exported: Exported, options: Options) -> dict[str, Any]:
+    """Return config.json of a graph."""
+    outputs = ["tokens", "features", *(f"block_{number}" for number in options.blocks)]
+    return {
+        "input": options.given,
+        "layout": "NHWC, 0 to 255" if options.given == "uint8" else "NCHW, 0 to 1",
+        "size": "any multiple of the patch size" if options.dynamic_size else list(exported.grid.size_hw),
+        "outputs": outputs,
+        "mimae": exported.description(),
+    }
+
+
+def _write(exported: Exported, options: Options, folder: Path) -> None:
+    module = Portable(exported.encoder, options.given, options.blocks, options.dynamic_size).eval()
+    images, dynamic = example(exported, options)
+    with torch.no_grad():
+        program = torch.export.export(module, (images,), dynamic_shapes=dynamic)
+    torch.export.save(program, folder / "model.pt2")
+    write_config(folder, graph_config(exported, options))
+
+
+TARGET = Target(
+    title="torch",
+    write=_write,
+    check=lambda options: "torch",
+    loading="""import torch
+
+model = torch.export.load("DIR/model.pt2").module()
+features = model(images)["features"]  # and "tokens"; normalisation is inside""",
+    is_graph=True,
+)
