@@ -167,6 +167,8 @@ setup(
             DALI,
         ],
         "peers": ["transformers", "lightly"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "transformers": ["transformers"],
         "parquet": ["pyarrow"],
         "dali": [DALI],
         "slurm": ["submitit"],

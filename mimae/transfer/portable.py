@@ -44,13 +44,14 @@ class Portable(nn.Module):
         plane = F.conv2d(pixels, weight, bias, stride=self.grid.patch_size)
         tokens = torch.cat([self.cls_token.expand(plane.shape[0], -1, -1), plane.flatten(2).transpose(1, 2)], 1)
         tokens = tokens + self._positions(plane)
-        found = {}
+        found = dict[int, Tensor]()
         for number, block in enumerate(self.blocks):
             tokens = block(tokens)
             if number in self.wanted:
-                found[f"block_{number}"] = tokens[:, 1:].transpose(1, 2).reshape(plane.shape)
+                found[number] = tokens[:, 1:].transpose(1, 2).reshape(plane.shape)
         tokens = self.norm(tokens)
-        return {"tokens": tokens, "features": tokens[:, 1:].mean(1), **found}
+        maps = {f"block_{number}": found[number] for number in self.wanted}  # in the order of the graph's outputs
+        return {"tokens": tokens, "features": tokens[:, 1:].mean(1), **maps}
 
     def _positions(self, plane: Tensor) -> Tensor:
         if not self.is_dynamic:

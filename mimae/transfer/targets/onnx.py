@@ -41,6 +41,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
             output_names=config["outputs"],
             opset_version=OPSET,
             external_data=large,
+            optimize=False,  # Runtimes optimise too; here the weights keep their names.
             verbose=False,
         )
     write_config(folder, config)
