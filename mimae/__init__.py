@@ -34,6 +34,9 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
     """
     from mimae.config.load import load_recipe
     from mimae.outside.text import say
+    from mimae.outside.threads import yield_cores
+
+    yield_cores(os.environ)  # of use if torch is not imported yet
     from mimae.train.tasks import pretrain as task
 
     resolved = load_recipe(recipe, overrides, settings)

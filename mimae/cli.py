@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from mimae import __version__
-from mimae.bench.command import gpu
 from mimae.bench.controls.command import controls
 from mimae.bench.data.command import data as bench_data
+from mimae.bench.gpu.command import gpu
 from mimae.bench.harness.command import drill, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
 from mimae.bench.step.command import engines, step
@@ -26,6 +26,7 @@ from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import pretrain, submit
 from mimae.outside.text import open_standard_streams, say
+from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
@@ -93,6 +94,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Run the command line. A mistake of the user's is printed without a traceback."""
     open_standard_streams()
+    yield_cores(os.environ)  # before any verb imports torch
     for stream in (sys.stdout, sys.stderr):
         # No name of a file ends a command because the terminal's encoding lacks its letters.
         if hasattr(stream, "reconfigure"):

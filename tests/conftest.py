@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from hypothesis import settings
+
+from mimae.outside.threads import yield_cores
+
+yield_cores(os.environ)
+
+import torch  # noqa: E402 -- its threads wait in the way that has just been set
 
 if not torch.cuda.is_available():
     # Before triton is imported: its kernels then run on CPU tensors, in the tests that ask for them by name.

@@ -164,25 +164,31 @@ def compiled(launch: Launch, capability: int) -> Binary:
 def machine_code(
     cases: Sequence[Case], processes: int = 2, targets: Sequence[Target] = TARGETS
 ) -> list[dict[str, Any]]:
-    """The binaries of the cases' kernels at each of their sizes for each target: `Binary.row` with op and size."""
+    """The binaries of the cases' kernels at each of their sizes for each target: `Binary.row` with op and size, or an
+    `error` in place of the figures."""
     jobs = [(case.op, size, target) for case in cases for size in case.sizes for target in targets]
     with fresh_processes(processes, interpret=False) as pool:
         return [
-            {"op": op, "size": size.name, **binary.row()}
-            for (op, size, _), binaries in zip(jobs, pool.map(_binaries, *zip(*jobs)))
-            for binary in binaries
+            {"op": op, "size": size.name, **row}
+            for (op, size, _), rows in zip(jobs, pool.map(_rows, *zip(*jobs)))
+            for row in rows
         ]
 
 
-def _binaries(op: str, size: Size, target: Target) -> list[Binary]:
-    """Return the machine code of all kernels of a case, each variant once."""
+def _rows(op: str, size: Size, target: Target) -> list[dict[str, Any]]:
+    """Return the machine code of all kernels of a case, each variant once; what triton cannot compile with `error`."""
     (case,) = chosen([op])
     inputs = case.inputs(size, size.batch, torch.device("meta"))
-    found: list[Binary] = []
+    found: list[dict[str, Any]] = []
     for fused in case.passes:
         for launch in recorded(fused, inputs, target)[0]:
-            if (binary := compiled(launch, target.capability)) not in found:
-                found.append(binary)
+            try:
+                row = compiled(launch, target.capability).row()
+            except Exception as error:  # whatever triton or ptxas raises
+                said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                row = {"kernel": launch.kernel.__name__, "capability": target.capability, "error": said}
+            if row not in found:
+                found.append(row)
     return found
 
 

@@ -9,6 +9,7 @@ Nothing depends on the machine, so a bound that holds here holds in CI; the verb
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -199,6 +200,9 @@ def beyond_bounds(row: Row, bound: Bound) -> list[str]:
 
 def flaws(binary: Row) -> list[str]:
     """Return in words what a kernel's machine code has and must not have."""
+    where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
+    if "error" in binary:
+        return [f"{where}: does not compile ({binary['error']})"]
     found = []
     if binary["local_bytes"]:
         found.append(f"{binary['local_bytes']} bytes of a thread spilled")
@@ -206,7 +210,6 @@ def flaws(binary: Row) -> list[str]:
         found.append(f"{binary['shared_bytes']} bytes of shared memory do not fit")
     if bound_of(binary["op"]).hopper and binary["capability"] == 90 and "HMMA" in binary["matrix"]:
         found.append("matrix products of one warp, where Hopper has those of four")
-    where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
     return [f"{where}: {flaw}" for flaw in found]
 
 
@@ -278,12 +281,18 @@ def render(result: Mapping[str, Any]) -> str:
         "| --- | --- |" + " --- |" * len(found),
     ]
     for (kernel, size), of_kernel in kernels.items():
-        cells = (_cell(max(of_kernel[capability], key=lambda each: each["registers"])) for capability in found)
+        cells = (_cell(max(of_kernel[capability], key=_registers)) for capability in found)
         lines.append(f"| {kernel} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _registers(binary: Row) -> float:
+    return math.inf if "error" in binary else binary["registers"]
+
+
 def _cell(binary: Row) -> str:
+    if "error" in binary:
+        return "does not compile"
     matrix = "".join(f", {count} {kind}" for kind, count in binary["matrix"].items())
     return f"{binary['registers']}, {binary['local_bytes']}, {binary['shared_bytes'] / 1024:.0f}{matrix}"
 
@@ -307,6 +316,9 @@ def _code_table(binaries: Sequence[Row]) -> Table:
     ):
         table.add_column(column, justify="left" if column in ("kernel", "size", "matrix") else "right")
     for binary in binaries:
+        if "error" in binary:
+            table.add_row(f"{binary['op']}{binary['kernel']}", binary["size"], str(binary["capability"]), "no")
+            continue
         table.add_row(
             f"{binary['op']}{binary['kernel']}",
             binary["size"],

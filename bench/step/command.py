@@ -16,6 +16,9 @@ def step(
     peers: Annotated[
         bool, typer.Option("--peers", help="also transformers' and lightly's MAE, at one view per image")
     ] = False,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="only this system and transformers or lightly, at one view; repeatable")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="path or name of a recipe; else the defaults")] = None,
     model: Annotated[str | None, typer.Option(help="model.size; else the recipe's")] = None,
     batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
@@ -40,11 +43,13 @@ def step(
     from rich.console import Console
 
     from mimae.bench.machine import describe
-    from mimae.bench.step.step import Contest, check_baselines, compete, measure_memory, roof, show
+    from mimae.bench.step.step import PEERS, Contest, check_baselines, compete, measure_memory, roof, show
     from mimae.config.load import load_recipe
     from mimae.config.recipe import Recipe
     from mimae.engines.make import check_machine, setup_of
+    from mimae.errors import UserError
     from mimae.model.mimae import obstacles
+    from mimae.outside.files import write_atomically
 
     named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
     chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
@@ -55,16 +60,16 @@ def step(
 
     ours = resolve()
     views = ours.masking.num_masks
-    contests = [
-        Contest(ours, [], {text: resolve(*text.split()) for text in variant})
-        if variant
-        else Contest(ours, ["eager"], {})
-    ]
-    if peers:
+    if unknown := sorted(set(peer or ()) - {*PEERS}):
+        raise UserError(f"--peer {unknown[0]}: legal is {' or '.join(PEERS)}")
+    contests = []
+    if variant:
+        contests = [Contest(ours, [], {text: resolve(*text.split()) for text in variant})]
+    elif not peer:
+        contests = [Contest(ours, ["eager"], {})]
+    if peers or peer:
         plain = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
-        contests.append(
-            Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), ["transformers", "lightly"], {})
-        )
+        contests.append(Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), peer or PEERS, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for contest in contests:
         if contest.others:
@@ -75,11 +80,19 @@ def step(
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()
     result["roof"] = roof(ours, device)
-    result["contests"] = [compete(contest, rounds, device) for contest in contests]
+
+    def write() -> None:
+        if json_file is not None:  # each time: what comes next may hang
+            write_atomically(json_file, json.dumps(result, indent=2) + "\n")
+
+    result["contests"] = []
+    for contest in contests:
+        result["contests"].append(compete(contest, rounds, device))
+        write()
     measure_memory(list(zip(contests, result["contests"])), device)
+    write()
     show(result, Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {json_file}")
 
 

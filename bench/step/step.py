@@ -47,6 +47,7 @@ Gradient = dict[str, float]
 
 OURS = "mimae"
 BASELINES = {"eager": EagerMIMAE, "transformers": TransformersMAE, "lightly": LightlyMAE}
+PEERS = ("transformers", "lightly")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TOLERANCES = {"fp32": {"loss": 1e-5, "grad_norm": 1e-4}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
@@ -193,7 +194,8 @@ class Baseline(Contender):
 
     def compile_blocks(self) -> None:
         for block in (*self.module.blocks, *self.module.decoder_blocks):
-            block.compile()
+            # As this system's are: torch would take the decoder's sizes for a change of the encoder's.
+            block.compile(dynamic=False)
 
 
 def batch_of(recipe: Recipe) -> Tensor:
@@ -229,7 +231,8 @@ class Contest(NamedTuple):
 def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, Any]:
     """Check, time and profile the contenders.
 
-    One that runs out of memory is left out, with the reason, unless it is this system on the contest's recipe.
+    One that runs out of memory or is not installed is left out, with the reason, unless it is this system on the
+    contest's recipe.
     """
     recipe = contest.recipe
     state, images = build(recipe).state_dict(), batch_of(recipe)
@@ -256,6 +259,8 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
             contenders[name] = other
         except torch.OutOfMemoryError as error:
             skipped[name] = f"out of memory: {str(error).splitlines()[0]}"
+        except UserError as error:  # a package that is not installed
+            skipped[name] = str(error)
 
     steps = max(1, round(ROUND_SECONDS / slowest))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
