@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mimae.telemetry.environment import gpu_facts
 from mimae.telemetry.memory import memory
 
 PACKAGES = ("mimae", "torch", "timm", "triton", "transformers", "lightly", "numpy", "deepspeed")
@@ -32,6 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         machine["gpu"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        machine |= gpu_facts()
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:

@@ -112,7 +112,7 @@ class Engine(ABC, Generic[M]):
             f"engine.offload={engine.offload}": cls.offload_obstacle(engine),
             f"optimizer.kind={kind}": needs_whole if kind == "lars" and cls.spreads else None,
             f"optimizer.impl={impl}": cls.optimizer_obstacle(impl, optimizer_device(engine, device)),
-            f"compile={setup.compile}": cls.compile_obstacle(setup.compile, device),
+            f"compile={setup.compile}": cls.compile_obstacle(setup, device),
         }
 
     @classmethod
@@ -136,9 +136,18 @@ class Engine(ABC, Generic[M]):
         return adamw.IMPLEMENTATIONS[impl].obstacle(home)
 
     @classmethod
-    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
+    def compile_obstacle(cls, setup: Setup, device: torch.device) -> str | None:
         """Return why units cannot be compiled as the setting asks."""
-        return "CUDA graphs need a CUDA device" if setting == "graphs" and device.type != "cuda" else None
+        if setup.compile != "graphs":
+            return None
+        if device.type != "cuda":
+            return "CUDA graphs need a CUDA device"
+        if setup.accumulate > 1:
+            return (
+                f"torch's CUDA graphs are known to give wrong gradients where they accumulate (schedule.accumulate="
+                f"{setup.accumulate}; pytorch issues 169545 and 96693); legal is compile=on, or schedule.accumulate=1"
+            )
+        return None
 
     @abstractmethod
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
@@ -255,6 +264,11 @@ def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
     """Compile each unit of a model in place; before sharding, after checkpointing (which wraps the call)."""
     if not will_compile(setting, device):
         return
+    from torch import _dynamo
+
+    # Inside DistributedDataParallel dynamo cuts a graph where DDP's buckets end, so that reductions start before the
+    # end of a graph's backward. A unit is too small to gain from that; cut in two it fuses less and keeps more.
+    _dynamo.config.optimize_ddp = False
     mode = "reduce-overhead" if setting == "graphs" else None
     for unit in model.units():
         # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do),

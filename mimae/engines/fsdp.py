@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from mimae import distributed
 from mimae.engines.base import Engine, M, Setup, Start, optimizer_device
-from mimae.engines.settings import Compile, EngineSettings
+from mimae.engines.settings import EngineSettings
 from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.randomness import Part, materialise
@@ -47,10 +47,10 @@ class FSDPEngine(Engine[M]):
         return None
 
     @classmethod
-    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
-        if setting == "graphs" and device.type == "cuda":
+    def compile_obstacle(cls, setup: Setup, device: torch.device) -> str | None:
+        if setup.compile == "graphs" and device.type == "cuda":
             return "CUDA graphs need weights that stay in place; fsdp gathers them"
-        return super().compile_obstacle(setting, device)
+        return super().compile_obstacle(setup, device)
 
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
         replicas = setup.engine.replicas

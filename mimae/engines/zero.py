@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mimae import distributed
 from mimae.engines.base import Engine, M, Setup, Start, optimizer_device
-from mimae.engines.settings import Compile, EngineSettings
+from mimae.engines.settings import EngineSettings
 from mimae.errors import UserError
 from mimae.optim import adamw
 from mimae.optim.groups import MAIN, Rule
@@ -259,8 +259,8 @@ class Zero3Engine(ZeroEngine[M]):
         return files_obstacle()
 
     @classmethod
-    def compile_obstacle(cls, setting: Compile, device: torch.device) -> str | None:
-        if setting in ("on", "graphs"):
+    def compile_obstacle(cls, setup: Setup, device: torch.device) -> str | None:
+        if setup.compile in ("on", "graphs"):
             return "DeepSpeed gathers weights inside of the blocks, which tears apart what is compiled; fsdp does not"
         return None
 

@@ -27,6 +27,9 @@ from mimae.plan.gpus import GPU, device_name, find_gpu
 from mimae.plan.memory import Layout, memory, parameters
 from mimae.telemetry.clock import IN_PHASE
 
+HISTORY = 50_000
+"""Number of allocations and frees that a snapshot of a GPU's memory shows, the last ones: about ten steps."""
+
 LISTED = 100
 """Tensors in the snapshot of a CPU's memory, the largest."""
 
@@ -40,6 +43,9 @@ class MemoryShortage(RunError):
 @contextmanager
 def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
     """Raise MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
+    if device.type == "cuda":
+        # Without a history a snapshot has no stacks: it shows what is held, and not by whom.
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -57,6 +63,9 @@ def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Itera
         ranks = distributed.world_size()
         lines.append(advice(recipe, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
         raise MemoryShortage("\n".join(lines)) from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -6,7 +6,6 @@ Letters in shapes: S sequences, M tokens that ask, T tokens that are asked, D wi
 from __future__ import annotations
 
 import torch.nn.functional as F
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +42,19 @@ class Attention(nn.Module):
         """queries (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.qkv(queries, context))
         return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, under the names of timm's (whose import takes seconds)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
 
 
 class Block(nn.Module):

@@ -23,6 +23,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.engines import fsdp, zero
 from mimae.engines.base import Engine
+from mimae.engines.ddp import DDPEngine
 from mimae.engines.make import check_machine, setup_of
 from mimae.engines.zero import ZeroEngine
 from mimae.errors import ConfigError, UserError
@@ -353,7 +354,8 @@ def test_fsdp_waits_for_a_rank_as_long_as_the_run(tmp_path: Path, replicas: int)
 
 
 @pytest.mark.slow
-def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_block_is_one_graph_under_ddp_and_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside DDP dynamo would cut graphs at the ends of buckets, here one for each parameter."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
@@ -368,11 +370,14 @@ def test_fsdp_compiles_the_graphs_that_ddp_does(monkeypatch: pytest.MonkeyPatch)
             torch.compiler.reset()
             graphs.clear()
             settings = recipe(f"engine.kind={kind}", "compile=on")
-            curves.append(train(engine_of(settings, torch.device("cpu")), settings, range(2))[0])
-            counts.append(len(graphs))
+            engine = engine_of(settings, torch.device("cpu"))
+            if kind == "ddp":
+                vars(engine.module)["bucket_bytes_cap"] = 1
+            curves.append(train(engine, settings, range(2))[0])
+            counts.append([len(graph.graph.nodes) for graph in graphs])
     finally:
         distributed.shutdown()
-    assert counts[0] == counts[1] > 0
+    assert counts[0] == counts[1] and len(counts[0]) == 3
     assert curves[0] == pytest.approx(curves[1], rel=GRADIENT)
 
 
@@ -402,6 +407,10 @@ def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         with pytest.raises(UserError, match=told):
             check(recipe(*wishes))
+    graphs = setup_of(recipe("compile=graphs"))  # which accumulates
+    with pytest.raises(UserError, match=r"compile=graphs cannot run .*schedule\.accumulate=2; .*compile=on"):
+        check_machine(graphs, torch.device("cuda"), {})
+    assert DDPEngine.compile_obstacle(graphs._replace(accumulate=1), torch.device("cuda")) is None
     monkeypatch.setattr(adamw, "has_op", lambda _: False)
     in_files = recipe("engine.kind=zero3", "engine.offload=nvme", f"engine.offload_path={tmp_path}")
     with pytest.raises(UserError, match="built without async_io and pin_memory: install libaio-dev"):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from mimae.errors import UserError
+from mimae.telemetry import environment as environments
 from mimae.telemetry.environment import environment
 from mimae.telemetry.memory import memory
 from mimae.telemetry.records import EPOCH_KEYS
@@ -209,6 +210,19 @@ def test_environment_tells_versions_and_no_names() -> None:
     assert torch.__version__.startswith(facts["packages"]["torch"].split("+")[0])
     assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert (facts["driver"] is None) == (not facts["gpus"])
     if (Path(__file__).parents[2] / ".git").exists():
         assert len(facts["git"]["commit"]) == 40
     assert str(Path.home()) not in text and os.uname().nodename not in text
+
+
+def test_a_gpu_is_told_with_driver_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines as nvidia-smi prints them on a machine of two GPUs."""
+    lines = ["570.86.15, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W"] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environments, "_nvidia_smi", lambda fields: lines)
+    facts = environments.gpu_facts()
+    assert facts["driver"] == "570.86.15" and len(facts["gpu_clocks"]) == 2
+    assert (facts["gpu_clocks"][0]["clocks.sm"], facts["gpu_clocks"][0]["power.limit"]) == ("1980 MHz", "700.00 W")
+    lines.clear()
+    assert environments.gpu_facts()["driver"] is None

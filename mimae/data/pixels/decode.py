@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-untyped]
 
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import Turn, finish
@@ -123,6 +122,9 @@ def _loaded(encoded: Encoded) -> Image.Image:
     """Return the image with its pixels decoded. With `encoded.white`, a colour PNG is scaled from its full 16 bits."""
     image = encoded.image
     if encoded.white is not None and image.format == "PNG" and is_deep_colour(image):
+        # Here, since the import takes seconds and few data sets need it.
+        from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-untyped]
+
         pixels = decode_png(torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         values = pixels.permute(1, 2, 0).numpy()
         colours = values[..., :3] if len(pixels) > 2 else np.repeat(values[..., :1], 3, 2)
