@@ -31,7 +31,7 @@ IS_TRAINING = "; the run is "
 RECIPE = """
 precision: fp32
 data: {path: %s, image_size: 8, workers: 0, loader: torch}
-model: {size: tiny, patch_size: 2, width: 16, depth: 1, heads: 2}
+model: {size: tiny, patch_size: 2, width: 16, depth: 1, heads: 2, attention: sdpa}
 decoder: {width: 8, depth: 1, heads: 2}
 objective: {projector: mlp, gate_loss: 5.0, posterior_width: 4}
 optimizer: {learning_rate: 0.1, clip: 1.0}

@@ -41,8 +41,8 @@ class DataSettings(Section):
     )
     loader: Literal["auto", "dali_gpu", "dali_cpu", "torch"] = Field(
         "auto",
-        description="backend that decodes and crops the images, see [data.md](data.md#loaders); auto: the fastest one, "
-        "as measured when a run starts",
+        description="backend that decodes and crops the images, see [data.md](data.md#loaders); auto: the cheapest "
+        "one that is fast enough, as measured when a run starts",
     )
     image_key: str | None = Field(
         None,

@@ -1,7 +1,6 @@
-"""Backends of softmax attention: a function each, the choice between them, and why one cannot run.
+"""Backends of softmax attention: a function each, and why one cannot run.
 
-All compute softmax(q k^T / sqrt(d)) v. `auto` is torch's own: which of them is fastest on sequences as short as an
-encoder's 50 tokens has not been measured on a GPU.
+All compute softmax(q k^T / sqrt(d)) v. `auto` is torch's own until a run has chosen, see `attention_choice`.
 
 Letters in shapes: S sequences, H heads, M tokens that ask, T tokens that are asked, d width of a head.
 """
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (S, H, M, d), k and v (S, H, T, d) -> (S, H, M, d)."""
@@ -23,6 +23,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own, which chooses between its flash, memory-efficient and plain forms."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two products with a softmax between them. In bf16 the scores are rounded, and autograd keeps the weights."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1, dtype=q.dtype) @ v
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's fused attention, which torch's own choice ranks last."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,7 +56,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-BACKENDS: dict[str, Attend] = {"auto": sdpa, "sdpa": sdpa, "xformers": xformers, "flex": flex}
+BACKENDS: dict[str, Attend] = {
+    "auto": sdpa,
+    "sdpa": sdpa,
+    "plain": plain,
+    "cudnn": cudnn,
+    "xformers": xformers,
+    "flex": flex,
+}
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str | None:

@@ -83,4 +83,14 @@ def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
     model, decoder = recipe.model, recipe.decoder
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     heads = {model.width // model.heads, decoder.width // decoder.heads}
-    return {f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads)}
+    return {
+        f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
+        f"model.checkpointing={str(model.checkpointing).lower()}": _checkpointing_obstacle(recipe),
+    }
+
+
+def _checkpointing_obstacle(recipe: Recipe) -> str | None:
+    """Return why blocks cannot be recomputed."""
+    if recipe.model.checkpointing and recipe.compile == "graphs":
+        return "CUDA graphs replay a forward into memory that its recomputation would overwrite; compile=on does not"
+    return None

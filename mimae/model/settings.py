@@ -67,8 +67,11 @@ class ModelSettings(Section):
     mlp_width: int | None = Field(
         None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
     )
-    attention: Literal["auto", "sdpa", "xformers", "flex"] = setting(
-        "auto", resume="rounding", description="what computes attention, in the decoder too; auto: sdpa, torch's own"
+    attention: Literal["auto", "sdpa", "plain", "cudnn", "xformers", "flex"] = setting(
+        "auto",
+        resume="rounding",
+        description="what computes attention, in the decoder too; sdpa: torch's own choice; plain: two products and a "
+        "softmax; auto: the fastest one, as measured when a run starts",
     )
     patch_bias: PatchBias = Field(
         "zero",

@@ -12,35 +12,12 @@ from mimae.checkpoints.saving import Saver
 from mimae.config.kept import load_run, newer_keys
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, Recipe, flat
-from mimae.data.loading.backend import fastest
 from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
-
-
-def choose_loader(recipe: Recipe, source: Source) -> tuple[Recipe, str]:
-    """Return the recipe with the name of a loader, and why that one. A collective.
-
-    For "auto" a run keeps what it was started with; a new one takes the fastest on the main rank's machine.
-    """
-    if recipe.data.loader != "auto":
-        return recipe, "as the recipe says"
-    said = ("", "")
-    if distributed.rank() == 0:
-        known = Path(recipe.run.dir) / "config.yaml"
-        if known.exists():
-            said = load_run(known.parent).data.loader, "as the run was started"
-        else:
-            share = recipe.schedule.batch_size // (recipe.schedule.accumulate * distributed.world_size())
-            choice = fastest(recipe.data, source, recipe.seed, max(1, share))
-            rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in choice.rates.items())
-            failed = "".join(f"; {name} left out: {why}" for name, why in choice.failed.items())
-            said = choice.loader, f"the fastest here (images/s: {rates}){failed}" if rates else "the only one here"
-    loader, reason = distributed.gather_objects(said)[0]
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})}), reason
 
 
 def check_config(recipe: Recipe, run: Path) -> None:

@@ -7,7 +7,7 @@ that depends on what is learned. The trainer owns order, resuming, engine, check
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.engines.base import Engine, M, Obstacles
 from mimae.engines.make import make_engine, setup_of
+from mimae.model.attention_choice import Call
 from mimae.model.units import Model
 from mimae.optim.groups import Group
 from mimae.randomness import Part, initialise
@@ -145,6 +146,10 @@ class Task(ABC, Generic[M]):
     def flops(self) -> float | None:
         """Return the FLOPs that a step takes for one image."""
         return None
+
+    def attention_calls(self) -> Sequence[Call]:
+        """Return the calls of attention in a forward of one micro-batch, on which model.attention=auto is decided."""
+        return ()
 
     def bytes_sent(self, device: torch.device) -> int | None:
         """Return the bytes that this rank sends in a step."""

@@ -35,7 +35,7 @@ from mimae.telemetry.clock import Pace, Phases
 from mimae.telemetry.exposure import Exposure
 from mimae.telemetry.memory import memory
 from mimae.telemetry.telemetry import Telemetry
-from mimae.train import resume
+from mimae.train import choices, resume
 from mimae.train.due import Due
 from mimae.train.epoch import EpochSums
 from mimae.train.run_data import as_kept, not_taken_up
@@ -100,8 +100,8 @@ class Trainer(Generic[M]):
     ) -> None:
         self.task, self.device, self.signals, self.watchdog = task, device, signals, watchdog
         self.hold, self.source = hold, task.source
-        self.recipe, self.loader_reason = resume.choose_loader(task.recipe, self.source)
-        recipe = self.recipe
+        recipe, self.choices = choices.choose(task, device)
+        self.recipe = task.recipe = recipe
         self.is_main = distributed.rank() == 0
         self.loader: Loader = make_loader(
             recipe.data,
@@ -391,7 +391,7 @@ class Trainer(Generic[M]):
             f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
             f"{recipe.precision}; the run is {self.path}\n"
             f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
-            f"data.std={text(recipe.data.std)}; data.loader={recipe.data.loader}, {self.loader_reason}"
+            f"data.std={text(recipe.data.std)}; {self.choices}"
         )
         for note in self.source.notes:
             self.telemetry.message(note)

@@ -246,7 +246,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 RECIPE = """
 precision: fp32
 data: {path: %s, image_size: 32, workers: 0, loader: torch}
-model: {size: tiny, patch_size: 8, width: 16, depth: 1, heads: 2}
+model: {size: tiny, patch_size: 8, width: 16, depth: 1, heads: 2, attention: sdpa}
 decoder: {width: 8, depth: 1, heads: 2}
 schedule: {batch_size: 32, epochs: 900, max_steps: %d}
 checkpoint: {every_steps: 10}

@@ -1,4 +1,5 @@
-"""Every backend of attention that runs here is softmax(q k^T / sqrt(d)) v; of the others the reason is told."""
+"""Every backend of attention that runs here is softmax(q k^T / sqrt(d)) v; of the others the reason is told. The choice
+among them goes by a measurement of the calls that a model makes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimae.config.load import load_recipe
+from mimae.model import attention_choice
 from mimae.model.attention import BACKENDS, obstacle
+from mimae.model.attention_choice import Call, calls, choose
+from mimae.model.masking import views
+from mimae.model.mimae import build, obstacles
 
 CPU = torch.device("cpu")
 # An odd number of heads; more tokens that are asked than ask; 50 tokens are an encoder's view at ViT-B.
@@ -28,38 +34,40 @@ def off(v: Tensor) -> float:
     return 64 * torch.finfo(torch.float32).eps * v.abs().max().item()
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.exp(q @ k.transpose(-1, -2) / 4)
     return scores / scores.sum(-1, keepdim=True) @ v
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "plain", "flex"])
 def test_forward(backend: str) -> None:
     q, k, v = inputs(torch.float32, CPU)
-    expected = plain(q.double(), k.double(), v.double())
+    expected = formula(q.double(), k.double(), v.double())
     assert (BACKENDS[backend](q, k, v) - expected).abs().max() < off(v)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "plain"])
 def test_gradients(backend: str) -> None:
     qkv = [x.requires_grad_() for x in inputs(torch.float64, CPU)]
     weights = torch.randn(SHAPES["q"], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = torch.autograd.grad((BACKENDS[backend](*qkv) * weights).sum(), qkv)
-    expected = torch.autograd.grad((plain(*qkv) * weights).sum(), qkv)
+    expected = torch.autograd.grad((formula(*qkv) * weights).sum(), qkv)
     assert all(torch.dist(a, b) < 1e-12 * b.norm() for a, b in zip(found, expected))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu_against_the_plain_form(backend: str) -> None:
-    """Twice the error of the plain form in the same dtype, and a little."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
+@pytest.mark.parametrize(
+    ("backend", "where"),
+    [("plain", "cpu"), *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in BACKENDS)],
+)
+def test_in_bf16_against_the_formula(backend: str, where: str) -> None:
+    """Twice the error of the formula in the same dtype, and a little."""
+    device, dtype = torch.device(where), torch.bfloat16
     reason = obstacle(backend, device, dtype, [16])
     if reason is not None:
         pytest.skip(reason)
     exact = [x.double().requires_grad_() for x in inputs(dtype, device)]
-    truth = [plain(*exact)]
+    truth = [formula(*exact)]
     weights = torch.randn_like(truth[0])
     truth += torch.autograd.grad((truth[0] * weights).sum(), exact)
 
@@ -69,11 +77,13 @@ def test_on_a_gpu_against_the_plain_form(backend: str) -> None:
         found += torch.autograd.grad((found[0] * weights).sum(), qkv)
         return [(torch.dist(a.double(), b) / b.norm()).item() for a, b in zip(found, truth)]
 
-    assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(errors(BACKENDS[backend]), errors(plain)))
+    assert all(ours <= 2 * theirs + 1e-3 for ours, theirs in zip(errors(BACKENDS[backend]), errors(formula)))
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert obstacle("sdpa", CPU, torch.bfloat16, [8, 32]) is None
+    if not torch.cuda.is_available():
+        assert "Error" in str(obstacle("cudnn", CPU, torch.bfloat16, [64]))
     assert "does not support backward on CPU" in str(obstacle("flex", CPU, torch.float32, [32]))
     monkeypatch.setitem(sys.modules, "xformers", None)
     assert str(obstacle("xformers", CPU, torch.float32, [32])).startswith("ModuleNotFoundError: ")
@@ -86,7 +96,7 @@ def test_an_operator_that_is_missing_for_one_width_of_head_is_found(monkeypatch:
         if q.shape[-1] != 32:
             raise NotImplementedError(f"No operator found for heads of {q.shape[-1]}\nand a long list")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return plain(q * 4 / 32**0.5, k, v).transpose(1, 2)
+        return formula(q * 4 / 32**0.5, k, v).transpose(1, 2)
 
     ops = ModuleType("xformers.ops")
     vars(ops)["memory_efficient_attention"] = memory_efficient_attention
@@ -99,3 +109,69 @@ def test_an_operator_that_is_missing_for_one_width_of_head_is_found(monkeypatch:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 32, generator=generator) for tokens in (7, 50, 50))
     assert (BACKENDS["xformers"](q, k, v) - BACKENDS["sdpa"](q, k, v)).abs().max() < 2 * off(v)
+
+
+# The choice
+
+CALLS = [Call(8, 3, 17, 17, 32, 4), Call(8, 2, 48, 65, 32, 1)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="self attention"),
+        pytest.param(["decoder.depth=1"], id="one block, which computes targets alone"),
+        pytest.param(["decoder.attention=cross", "decoder.predict=next_view"], id="cross attention, next view"),
+    ],
+)
+def test_the_calls_are_those_that_the_model_makes(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[tuple[int, ...], int] = {}
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        key = (*q.shape[:3], k.shape[2], q.shape[3])
+        made[key] = made.get(key, 0) + 1
+        return BACKENDS["sdpa"](q, k, v)
+
+    monkeypatch.setitem(BACKENDS, "auto", spy)
+    given = ["schedule.batch_size=12", "schedule.accumulate=2", "decoder.depth=3", "data.image_size=[16,24]"]
+    recipe = load_recipe("quickstart", [*given, *overrides]).recipe
+    images = torch.zeros(3, 16, 24, 3, dtype=torch.uint8)  # a micro-batch of one of two ranks
+    build(recipe)(images, *views(recipe, 0, 0, torch.arange(3)))
+    assert made == {call[:5]: call.times for call in calls(recipe, 2) if call.times}
+
+
+def test_the_faster_backend_is_chosen_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend of equal speed does not replace the default."""
+    seconds = {"sdpa": 2e-3, "plain": 1e-3}
+    monkeypatch.setattr(attention_choice, "_seconds", lambda name, *_: seconds[name])
+    told = "measured here (ms of a forward and backward: sdpa 10, plain 5)"
+    assert choose(CALLS, CPU, torch.bfloat16) == ("plain", told)
+    seconds["plain"] = 1.9e-3
+    assert choose(CALLS, CPU, torch.bfloat16)[0] == "sdpa"
+    assert choose([], CPU, torch.bfloat16)[0] == "sdpa"
+
+
+def test_a_large_step_is_measured_on_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of equal length take equal time, so the parts' times are scaled to the whole."""
+    asked = []
+
+    def seconds(name: str, call: Call, *_: object) -> float:
+        asked.append(call)
+        return 1e-3 * call.sequences
+
+    monkeypatch.setattr(attention_choice, "_seconds", seconds)
+    monkeypatch.setattr(attention_choice, "SECONDS", 0.0)
+    (large,) = [Call(4096, 16, 197, 197, 32, 8)]
+    found = attention_choice.measured(["sdpa"], [large], CPU, torch.float32)
+    assert found["sdpa"] == pytest.approx(8 * 4096e-3)
+    assert len(asked) == 2 and 0 < asked[0].sequences * 16 * 197**2 <= attention_choice.SCORES["cpu"]
+
+
+def test_cuda_graphs_are_refused_where_blocks_are_recomputed() -> None:
+    given = ["compile=graphs", "model.checkpointing=true"]
+    (reason,) = [
+        reason
+        for key, reason in obstacles(load_recipe("quickstart", given).recipe, CPU).items()
+        if key == "model.checkpointing=true"
+    ]
+    assert reason is not None and "compile=on" in reason

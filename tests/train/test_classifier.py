@@ -92,7 +92,7 @@ def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
         "precision": "fp32",
         "run": {"dir": str(run)},
         "data": {"path": str(images), "image_size": 8, "workers": 0, "loader": "torch"},
-        "model": {"size": "tiny", "patch_size": 4, "width": 16, "depth": 2, "heads": 2},
+        "model": {"size": "tiny", "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "attention": "sdpa"},
         "optimizer": {"learning_rate": 0.01, "scale_by": "none", "betas": [0.9, 0.999], "clip": 1.0},
         "schedule": {"batch_size": 16, "epochs": 3, "warmup_epochs": 0, "accumulate": 2, "shape": "constant"},
         "ema": {"decay": 0.5},

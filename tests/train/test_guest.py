@@ -22,7 +22,7 @@ from mimae.checkpoints import dcp
 
 TINY: dict[str, Any] = {
     "precision": "fp32",
-    "model": {"size": "tiny", "patch_size": 8, "width": 16, "depth": 1, "heads": 2},
+    "model": {"size": "tiny", "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "attention": "sdpa"},
     "decoder": {"width": 8, "depth": 1, "heads": 2},
     "telemetry": {"tensorboard": False, "images_every_epochs": 0, "probe_every_epochs": 0, "log_every_steps": 1},
 }

@@ -23,7 +23,7 @@ from tests.data.conftest import write_images
 TINY: dict[str, Any] = {
     "precision": "fp32",
     "data": {"image_size": 8, "workers": 0, "loader": "torch"},
-    "model": {"size": "tiny", "patch_size": 4, "width": 12, "depth": 1, "heads": 2},
+    "model": {"size": "tiny", "patch_size": 4, "width": 12, "depth": 1, "heads": 2, "attention": "sdpa"},
     "decoder": {"width": 8, "depth": 1, "heads": 2},
     "masking": {"num_masks": 2, "ratio": 0.5},
     "schedule": {"batch_size": 2, "epochs": 2, "warmup_epochs": 0},

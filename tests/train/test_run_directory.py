@@ -30,7 +30,7 @@ from mimae.train.trainer import Outcome, Trainer
 SETTINGS = {
     "precision": "fp32",
     "data": {"workers": 0, "loader": "torch", "val_path": None, "image_size": 16},
-    "model": {"size": "tiny", "width": 16, "depth": 1, "heads": 2, "patch_size": 4},
+    "model": {"size": "tiny", "width": 16, "depth": 1, "heads": 2, "patch_size": 4, "attention": "sdpa"},
     "decoder": {"width": 8, "depth": 1, "heads": 2},
     "schedule": {"batch_size": 4, "max_steps": 3, "warmup_epochs": 0},
     "checkpoint": {"every_steps": 1, "keep": 9, "background": False},

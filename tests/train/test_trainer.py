@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mimae.checkpoints import checkpoint, dcp
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
+from mimae.data.loading import backend
 from mimae.data.loading.backend import Choice
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.sources.open import open_source
@@ -30,11 +31,11 @@ from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
 from mimae.errors import RunError, UserError
 from mimae.kernels import patchify
+from mimae.model import attention_choice
 from mimae.model.masking import views
 from mimae.model.mimae import build
 from mimae.telemetry.pictures import reconstructions
 from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
-from mimae.train import resume
 from mimae.train.tasks import pretrain as tasks
 from mimae.train.tasks.pretrain import Pretrain, pretrain
 from mimae.train.trainer import Trainer
@@ -61,7 +62,7 @@ def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
         "precision": "fp32",
         "run": {"dir": str(run)},
         "data": {"path": str(images), "val_path": str(images), "image_size": 8, "workers": 0, "loader": "torch"},
-        "model": {"size": "tiny", "patch_size": 2, "width": 16, "depth": 1, "heads": 2},
+        "model": {"size": "tiny", "patch_size": 2, "width": 16, "depth": 1, "heads": 2, "attention": "sdpa"},
         "decoder": {"width": 8, "depth": 1, "heads": 2},
         "objective": {"projector": "mlp", "gate_loss": 5.0, "posterior_width": 4},
         "optimizer": {"learning_rate": 0.1, "clip": 1.0},
@@ -403,7 +404,8 @@ def test_what_this_machine_cannot_do_is_told_before_anything_starts(images: Path
 def test_cuda_graphs_train_and_validate_as_without(images: Path, tmp_path: Path) -> None:
     curves = {}
     for setting in ("off", "graphs"):
-        pretrain(recipe(images, tmp_path / setting, f"compile={setting}"))
+        # CUDA graphs are refused with accumulation.
+        pretrain(recipe(images, tmp_path / setting, f"compile={setting}", "schedule.accumulate=1"))
         curves[setting] = [record["loss"] for record in lines(tmp_path / setting / "metrics.jsonl")]
         curves[setting] += [record["val_rec"] for record in lines(tmp_path / setting / "epochs.jsonl")]
     assert curves["graphs"] == pytest.approx(curves["off"], rel=1e-3)
@@ -425,16 +427,37 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
     assert all(record["bytes_sent"] > 0 and 0 < record["exposed_communication"] < 1 for record in epochs)
 
 
-def test_auto_is_settled_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was the fastest when the run was started stays; by name another one is refused."""
-    dry = ("run.dry=true", "data.loader=auto")
-    monkeypatch.setattr(resume, "fastest", lambda *given: Choice("dali_cpu", {"torch": 10.0, "dali_cpu": 20.0}))
+def test_auto_is_settled_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was chosen when the run was started stays. By name another loader is refused, another attention taken."""
+    dry = ("run.dry=true", "data.loader=auto", "model.attention=auto")
+    monkeypatch.setattr(backend, "choose", lambda *given, **more: Choice("dali_cpu", "the cheapest"))
+    monkeypatch.setattr(attention_choice, "choose", lambda *given: ("plain", "measured here"))
     pretrain(recipe(images, tmp_path, *dry))
-    assert load_recipe(tmp_path / "config.yaml").recipe.data.loader == "dali_cpu"
-    monkeypatch.setattr(resume, "fastest", None)
+    kept = load_recipe(tmp_path / "config.yaml").recipe
+    assert (kept.data.loader, kept.model.attention) == ("dali_cpu", "plain")
+    assert "data.loader=dali_cpu, the cheapest; model.attention=plain, measured here" in capsys.readouterr().out
+    monkeypatch.setattr(backend, "choose", None)
+    monkeypatch.setattr(attention_choice, "choose", None)
     assert pretrain(recipe(images, tmp_path, *dry)).step == 2
+    assert load_recipe(tmp_path / "config.yaml").recipe.model.attention == "plain"
     with pytest.raises(UserError, match=r"data.loader: 'dali_cpu' in the run, 'torch' now"):
         pretrain(recipe(images, tmp_path, "run.dry=true"))
+    pretrain(recipe(images, tmp_path, "run.dry=true", "data.loader=auto", "model.attention=sdpa"))
+    assert load_recipe(tmp_path / "config.yaml").recipe.model.attention == "sdpa"
+
+
+def test_a_run_that_is_older_than_the_choice_of_attention_goes_on_with_sdpa(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(images, tmp_path, "run.dry=true")
+    pretrain(given)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("attention: sdpa", "attention: auto"))
+    monkeypatch.setattr(attention_choice, "choose", None)
+    pretrain(recipe(images, tmp_path, "run.dry=true", "model.attention=auto"))
+    assert load_recipe(config).recipe.model.attention == "sdpa"
 
 
 # The line of an epoch that was interrupted

@@ -1,11 +1,15 @@
-"""Decoder backends, selected by `data.loader`: which of them can run here, and which one is the fastest."""
+"""Decoder backends, selected by `data.loader`: which of them can run here, and which one `auto` stands for."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +27,10 @@ SECONDS = 2.0
 
 IMAGES = 512
 """Number of images on which backends are measured, repeatedly."""
+
+SHORT = 100_000
+"""Number of images below which measuring would cost more than it could save: such a run takes the first backend, which
+needs no package that others lack."""
 
 _AT_ONCE = 64
 
@@ -74,29 +82,42 @@ OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
     "dali_cpu": _no_dali,
     "dali_gpu": _no_gpu,
 }
-"""For each backend's name, a function that returns why it cannot run on a device and what to do, or None if it can."""
+"""For each backend's name, a function that returns why it cannot run on a device and what to do, or None if it can. The
+first can always run."""
+
+
+class Rate(NamedTuple):
+    """What a backend was measured to do here."""
+
+    images_per_s: float
+    cpu_seconds: float
+    """CPU seconds of this process and of its workers for an image."""
 
 
 class Choice(NamedTuple):
     """The backend that "auto" stands for."""
 
     loader: str
-    rates: dict[str, float]
-    """Images per second of each backend that can run here; empty if there is only one."""
-    failed: dict[str, str] = {}  # noqa: RUF012 -- the default of a named tuple is never changed
-    """Error message of each backend that failed although it should run here, by the backend's name."""
+    reason: str
+    """Why it is this one, in words."""
 
 
-def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> Choice:
-    """Return the backend that makes the most images per second here.
+def choose(
+    settings: DataSettings, source: Source, seed: int, samples: int, *, images: int, needed: float | None
+) -> Choice:
+    """Return the cheapest backend that is fast enough for a run of so many `images`.
 
-    Each backend runs as it would in training, on images spread evenly over `source`. Raises DataError if none of them
-    runs, for instance because no image can be read.
+    Each backend runs as it would in training, on images spread evenly over `source`, in micro-batches of at most
+    `samples`. `needed`: images per second that the step of this rank takes at most; 0 where the step computes on the
+    same cores, None where it is not known. Raises DataError if no backend runs, for instance because no image can be
+    read.
     """
+    if images < SHORT:
+        return Choice(next(iter(OBSTACLES)), f"not measured for a run of {images:,} images")
     names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
     if len(names) == 1:
-        return Choice(names[0], {})
-    rates: dict[str, float] = {}
+        return Choice(names[0], "the only one here")
+    rates: dict[str, Rate] = {}
     errors: dict[str, DataError] = {}
     for name in names:
         try:
@@ -105,11 +126,29 @@ def fastest(settings: DataSettings, source: Source, seed: int, samples: int) -> 
             errors[name] = error
     if not rates:
         raise errors[names[0]]
-    return Choice(max(rates, key=lambda name: rates[name]), rates, {name: str(errors[name]) for name in errors})
+    name, rule = cheapest(rates, needed)
+    told = ", ".join(
+        f"{name} {rate.images_per_s:,.0f} and {1e3 * rate.cpu_seconds:.2g} ms" for name, rate in rates.items()
+    )
+    failed = "".join(f"; {name} left out: {error}" for name, error in errors.items())
+    return Choice(name, f"{rule} (images/s, and CPU time of an image: {told}){failed}")
 
 
-def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> float:
-    """Return the images per second of `settings.loader`, measured after each of its processes has made a batch.
+def cheapest(rates: Mapping[str, Rate], needed: float | None) -> tuple[str, str]:
+    """Return the backend that takes least from the step among those that are fast enough for it, and the rule in words.
+
+    That is the one with the least CPU time; one that decodes on the GPU takes the step's own time, and is the last.
+    """
+    fast = {name for name, rate in rates.items() if needed is not None and rate.images_per_s >= needed}
+    if not fast:
+        limit = "" if needed is None else f"; none makes the {needed:,.0f} images/s that a step may take"
+        return max(rates, key=lambda name: rates[name].images_per_s), f"the fastest here{limit}"
+    enough = f" of those that make the {needed:,.0f} images/s that a step may take" if needed else ""
+    return min(fast, key=lambda name: (name == "dali_gpu", rates[name].cpu_seconds)), f"the cheapest{enough}"
+
+
+def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> Rate:
+    """Return the rate of `settings.loader`, measured after each of its processes has made a batch.
 
     By then all images have been read once. Otherwise the first backend would be measured with a cold page cache.
     """
@@ -122,10 +161,21 @@ def _rate(settings: DataSettings, source: Source, seed: int, samples: int) -> fl
         )
         for _ in range(max(workers + 1, len(parts))):
             next(batches)
-        start, images = time.perf_counter(), 0
+        start, before, images = time.perf_counter(), _cpu_seconds(), 0
         # The loop counts time and not images: with few small images, most of those counted would be prefetched ones.
         while (elapsed := time.perf_counter() - start) < SECONDS:
             images += len(next(batches).sample_ids)
-        return images / elapsed
+        return Rate(images / elapsed, (_cpu_seconds() - before) / max(images, 1))
     finally:
         backend.close()
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of the workers that it has now."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for worker in multiprocessing.active_children():
+        with suppress(OSError):  # a worker that has just died; the next batch raises the error
+            # utime and stime are the 12th and the 13th field behind the name, which is in parentheses.
+            fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / tick
+    return total

@@ -66,8 +66,9 @@ def make_loader(
 ) -> Loader:
     """Return the loader of training batches of `source`: `batch_size` images per step over all ranks and micro-batches.
 
-    `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `fastest`. Raises
-    DataError if the batch does not divide evenly, if the source has no full batch, or if the backend cannot run.
+    `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `backend.choose`.
+    Raises DataError if the batch does not divide evenly, if the source has no full batch, or if the backend cannot
+    run.
     """
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)

@@ -17,16 +17,16 @@ from mimae.data.loading.loader import make_loader
 from mimae.data.loading.to_device import Transfer
 from mimae.engines.make import check_machine, setup_of
 from mimae.report.profile.marks import BACKWARD, FORWARD, STEP, Mark, mark
-from mimae.train import resume
+from mimae.train import choices
 from mimae.train.tasks.pretrain import Pretrain
 
 
 def task_of(recipe: Recipe, device: torch.device) -> Pretrain:
-    """Return the task of a recipe, its loader chosen. Raises UserError for data or settings that cannot be used."""
+    """Return the task of a recipe, with names in place of auto. Raises UserError for unusable data or settings."""
     task = Pretrain(recipe)
     task.check()
     check_machine(setup_of(recipe), device, task.obstacles(device))
-    task.recipe, _ = resume.choose_loader(recipe, task.source)
+    task.recipe, _ = choices.choose(task, device)
     return task
 
 

@@ -16,6 +16,8 @@ from mimae.evaluate import share
 from mimae.evaluate.knn import knn_accuracy
 from mimae.evaluate.samples import shared_labels
 from mimae.kernels import pixel_loss
+from mimae.model import attention_choice
+from mimae.model.attention_choice import Call
 from mimae.model.groups import groups
 from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, obstacles, outline
@@ -153,6 +155,9 @@ class Pretrain(Task[MIMAE]):
 
     def flops(self) -> float:
         return step_flops(self.recipe) / self.recipe.schedule.batch_size
+
+    def attention_calls(self) -> list[Call]:
+        return attention_choice.calls(self.recipe, distributed.world_size())
 
     def bytes_sent(self, device: torch.device) -> int:
         return bytes_sent(self.recipe, distributed.world_size(), device)

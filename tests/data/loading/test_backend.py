@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from mimae.data.loading import backend as backends
-from mimae.data.loading.backend import OBSTACLES, fastest, make_backend
+from mimae.data.loading.backend import Rate, cheapest, choose, make_backend
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import BatchRequest
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph
+
+LONG: dict[str, Any] = {"images": 1_000_000, "needed": 0.0}
+"""A run on the CPU that is worth a measurement."""
 
 
 @pytest.fixture
@@ -51,25 +54,45 @@ def test_a_loader_that_cannot_run_says_why_and_what_to_do(images: str, no_dali: 
 
 def test_where_one_can_run_nothing_is_measured(images: str, no_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_rate", None)
-    assert fastest(DataSettings(), open_source(images), 0, 4) == ("torch", {}, {})
+    assert choose(DataSettings(), open_source(images), 0, 4, **LONG) == ("torch", "the only one here")
 
 
-def test_the_fastest_by_its_rate(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first measurement is real. In the second one a loader sleeps for each batch, so the other one is chosen."""
-    monkeypatch.setattr(backends, "SECONDS", 0.2)
-    settings, source = DataSettings(image_size=8, workers=0), open_source(images)
-    can_run = {name for name, obstacle in OBSTACLES.items() if obstacle(backends._device()) is None}
-    choice = fastest(settings, source, 0, 4)
-    assert choice.rates.keys() == can_run and min(choice.rates.values()) > 0
-    assert choice.rates[choice.loader] == max(choice.rates.values())
+def test_a_short_run_does_not_wait_for_a_measurement(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_rate", None)
+    monkeypatch.setattr(backends, "OBSTACLES", dict.fromkeys(("torch", "dali_cpu"), lambda device: None))
+    choice = choose(DataSettings(), open_source(images), 0, 4, images=38_400, needed=0.0)
+    assert choice == ("torch", "not measured for a run of 38,400 images")
 
-    for slow in can_run:
-        rate = backends._rate
-        monkeypatch.setattr(
-            backends, "_rate", lambda settings, *given, slow=slow: 1.0 if settings.loader == slow else 2.0
-        )
-        assert fastest(settings, source, 0, 4).loader != slow
-        monkeypatch.setattr(backends, "_rate", rate)
+
+def test_a_rate_counts_the_cpu_seconds_of_workers(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers that decode all the time: an image costs what its worker spends on it, not what this process does."""
+    monkeypatch.setattr(backends, "SECONDS", 0.3)
+    source, mine = open_source(images), time.process_time()
+    rate = backends._rate(DataSettings(image_size=224, workers=2, loader="torch"), source, 0, 4)
+    assert rate.images_per_s > 0
+    assert 5e-4 < rate.cpu_seconds < 2.2 / rate.images_per_s  # two processes, and this one for a little
+    assert time.process_time() - mine < 0.3
+
+
+RATES = {"torch": Rate(500, 4e-3), "dali_cpu": Rate(900, 2e-3), "dali_gpu": Rate(4000, 1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("needed", "loader"),
+    [
+        pytest.param(0.0, "dali_cpu", id="on a CPU: the least of its cores"),
+        pytest.param(400, "dali_cpu", id="all are fast enough"),
+        pytest.param(600, "dali_cpu", id="one on the CPU is fast enough"),
+        pytest.param(1900, "dali_gpu", id="only the GPU is"),
+        pytest.param(9000, "dali_gpu", id="none is: the fastest"),
+        pytest.param(None, "dali_gpu", id="nothing is known of the step: the fastest"),
+    ],
+)
+def test_the_cheapest_that_is_fast_enough(needed: float | None, loader: str) -> None:
+    """On a CPU there is no dali_gpu, so the cheapest of the others is the answer there too."""
+    assert cheapest(RATES, needed)[0] == loader
+    slow_but_cheap = {**RATES, "torch": Rate(500, 1e-3)}
+    assert cheapest(slow_but_cheap, 400)[0] == "torch" and cheapest(slow_but_cheap, 600)[0] == "dali_cpu"
 
 
 def test_loaders_are_measured_on_images_that_a_huge_source_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,21 +138,25 @@ def test_no_loader_is_measured_on_a_cold_cache(images: str, monkeypatch: pytest.
     """The first batch has two of six images: the first reads of the others would take 0.4 s of the 0.3 s measured."""
     monkeypatch.setattr(backends, "SECONDS", 0.3)
     source = SlowAtFirst(open_source(images))
-    assert backends._rate(DataSettings(image_size=8, workers=0, loader="torch"), source, 0, 2) > 60
+    rate = backends._rate(DataSettings(image_size=8, workers=0, loader="torch"), source, 0, 2)
+    assert rate.images_per_s > 60
 
 
 def test_a_loader_that_fails_is_left_out_and_told(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader fails, as with a driver that is too old for DALI. If all fail, the error of the first one is raised."""
     source, runs = open_source(images), {"torch"}
 
-    def rate(settings: DataSettings, *given: Any) -> float:
+    def rate(settings: DataSettings, *given: Any) -> Rate:
         if settings.loader in runs:
-            return 1.0
+            return Rate(1.0, 2e-3)
         raise DataError(f"{settings.loader} fails")
 
     monkeypatch.setattr(backends, "_rate", rate)
     monkeypatch.setattr(backends, "OBSTACLES", dict.fromkeys(("torch", "dali_cpu"), lambda device: None))
-    assert fastest(DataSettings(), source, 0, 4) == ("torch", {"torch": 1.0}, {"dali_cpu": "dali_cpu fails"})
+    assert choose(DataSettings(), source, 0, 4, **LONG) == (
+        "torch",
+        "the cheapest (images/s, and CPU time of an image: torch 1 and 2 ms); dali_cpu left out: dali_cpu fails",
+    )
     runs.clear()
     with pytest.raises(DataError, match="torch fails"):
-        fastest(DataSettings(), source, 0, 4)
+        choose(DataSettings(), source, 0, 4, **LONG)

@@ -1,0 +1,111 @@
+"""What `model.attention=auto` stands for: the fastest backend on a step's own shapes, measured on its device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from mimae.model.attention import BACKENDS, obstacle
+from mimae.model.geometry import geometry
+
+if TYPE_CHECKING:
+    from mimae.config.recipe import Recipe
+
+CANDIDATES = {"cpu": ("sdpa", "plain"), "cuda": ("sdpa", "cudnn", "xformers")}
+"""Backends that are measured, the default first. On a GPU flex is compiled for each shape, and plain moves all
+weights; both can be named."""
+
+SECONDS = 0.3
+"""Time that the turns of all backends take together; each has two turns on each shape at least."""
+
+SCORES = {"cpu": 2**20, "cuda": 2**30}
+"""Number of attention weights in a measured call. A call with more is measured on fewer sequences."""
+
+MARGIN = 0.9
+"""The default stays unless another backend takes less than this share of its time."""
+
+
+class Call(NamedTuple):
+    """A call of attention."""
+
+    sequences: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    """Width of a head."""
+    times: int
+    """How often a forward makes it."""
+
+    def shortened(self, scores: int) -> Call:
+        """Return the call with fewer sequences, if it has more than so many attention weights."""
+        fitting = max(1, scores // (self.heads * self.queries * self.keys))
+        return self._replace(sequences=min(self.sequences, fitting))
+
+
+def calls(recipe: Recipe, ranks: int) -> list[Call]:
+    """Return the calls of attention in a forward of one micro-batch of a rank."""
+    model, decoder, sizes = recipe.model, recipe.decoder, geometry(recipe)
+    sequences = max(1, recipe.schedule.batch_size // (recipe.schedule.accumulate * ranks)) * sizes.views
+    shown, targets = 1 + sizes.visible, sizes.targets
+    every, width = shown + targets, decoder.width // decoder.heads
+    encoder = Call(sequences, model.heads, shown, shown, model.width // model.heads, model.depth)
+    if decoder.attention == "cross":
+        return [encoder, Call(sequences, decoder.heads, targets, shown, width, decoder.depth)]
+    last = Call(sequences, decoder.heads, targets, every, width, 1)
+    return [encoder, last._replace(queries=every, times=decoder.depth - 1), last]
+
+
+def choose(made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the backend for the calls of a step, and in words why it is this one."""
+    first, *others = CANDIDATES[device.type]
+    if not made:
+        return first, "the default"
+    widths = {call.width for call in made}
+    names = [first, *(name for name in others if obstacle(name, device, dtype, widths) is None)]
+    if len(names) == 1:
+        return first, "the only one here"
+    seconds = measured(names, made, device, dtype)
+    fastest = min(names, key=lambda name: seconds[name])
+    name = fastest if seconds[fastest] < MARGIN * seconds[first] else first
+    times = ", ".join(f"{name} {1e3 * taken:.3g}" for name, taken in seconds.items())
+    return name, f"measured here (ms of a forward and backward: {times})"
+
+
+def measured(
+    names: Sequence[str], made: Sequence[Call], device: torch.device, dtype: torch.dtype
+) -> Mapping[str, float]:
+    """Return the seconds that each backend takes for all calls of a forward and its backward, at its best turns."""
+    totals = dict.fromkeys(names, 0.0)
+    asked = [call for call in made if call.times]
+    for call in asked:
+        short = call.shortened(SCORES[device.type])
+        best, end, turns = dict.fromkeys(names, float("inf")), time.perf_counter() + SECONDS / len(asked), 0
+        while turns < 2 or time.perf_counter() < end:
+            turns += 1
+            for name in names:
+                best[name] = min(best[name], _seconds(name, short, device, dtype))
+        for name in names:
+            totals[name] += call.times * best[name] * call.sequences / short.sequences
+    return totals
+
+
+def _seconds(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the seconds of a forward and its backward, with queries, keys and values in one tensor as in a block."""
+    size = (call.sequences, call.keys, 3 * call.heads * call.width)
+    packed = torch.zeros(size, device=device, dtype=dtype, requires_grad=True)
+    _wait(device)
+    start = time.perf_counter()
+    q, k, v = (x.unflatten(2, (call.heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
+    out = BACKENDS[name](q[:, :, -call.queries :], k, v).transpose(1, 2).flatten(2)
+    out.backward(out.detach())
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,80 @@
+"""What `auto` stands for in a run: decided once, on the main rank, and kept in config.yaml for when it is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimae import distributed
+from mimae.config.kept import load_run
+from mimae.config.recipe import Recipe
+from mimae.data.loading import backend
+from mimae.model import attention_choice
+from mimae.plan.gpus import device_name, peak_flops
+from mimae.train.task import Task
+
+SHARE = 0.5
+"""Share of a GPU's peak that a step reaches at most; the cost model of a step gives 0.33 to 0.4."""
+
+_KEPT = "as the run was started"
+
+
+def choose(task: Task[Any], device: torch.device) -> tuple[Recipe, str]:
+    """Return a task's recipe with names in the place of `auto`, and the choices in words. A collective."""
+    recipe, chosen = task.recipe, dict[str, tuple[str, str]]()
+    if distributed.rank() == 0:
+        run = Path(recipe.run.dir)
+        kept = load_run(run) if (run / "config.yaml").exists() else None
+        chosen = {
+            "data.loader": _loader(task, kept, device),
+            "model.attention": _attention(task, kept, device),
+        }
+    chosen = distributed.gather_objects(chosen)[0]
+    for key, (name, _) in chosen.items():
+        section, _, field = key.partition(".")
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: name})})
+    return recipe, "; ".join(f"{key}={name}, {reason}" for key, (name, reason) in chosen.items())
+
+
+def _loader(task: Task[Any], kept: Recipe | None, device: torch.device) -> tuple[str, str]:
+    recipe = task.recipe
+    if recipe.data.loader != "auto":
+        return recipe.data.loader, "as the recipe says"
+    if kept is not None:
+        return kept.data.loader, _KEPT
+    schedule, ranks = recipe.schedule, distributed.world_size()
+    images = schedule.epochs * sum(share.draws for share in task.source.shares)
+    if schedule.max_steps is not None:
+        images = min(images, schedule.max_steps * schedule.batch_size)
+    return backend.choose(
+        recipe.data,
+        task.source,
+        recipe.seed,
+        max(1, schedule.batch_size // (schedule.accumulate * ranks)),
+        images=images // ranks,
+        needed=_images_per_s(task, device),
+    )
+
+
+def _images_per_s(task: Task[Any], device: torch.device) -> float | None:
+    """Return the images per second that the step of a rank takes at most, or None if nothing is known of that.
+
+    A step on the CPU takes as many as its cores have left: then every loader is fast enough.
+    """
+    if device.type == "cpu":
+        return 0.0
+    peak, flops = peak_flops(device_name(device), task.recipe.precision), task.flops()
+    return None if peak is None or not flops else SHARE * peak / flops
+
+
+def _attention(task: Task[Any], kept: Recipe | None, device: torch.device) -> tuple[str, str]:
+    recipe = task.recipe
+    if recipe.model.attention != "auto":
+        return recipe.model.attention, "as the recipe says"
+    if kept is not None:
+        # Where auto stands in config.yaml, the run is older than the choice and had sdpa.
+        return "sdpa" if kept.model.attention == "auto" else kept.model.attention, _KEPT
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    return attention_choice.choose(task.attention_calls(), device, dtype)
