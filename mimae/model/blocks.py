@@ -60,11 +60,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm block as MAE and timm's ViT have them: biased qkv, an MLP of width `mlp` (4 x width), GELU."""
 
-    def __init__(self, width: int, heads: int, backend: str, mlp: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, backend: str, mlp: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads, backend)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp or 4 * width)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:

@@ -32,9 +32,10 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, grid)[None], persistent=False)
         self.blocks = nn.ModuleList(
-            Block(settings.width, settings.heads, encoder.attention) for _ in range(settings.depth)
+            Block(settings.width, settings.heads, encoder.attention, eps=encoder.norm_eps)
+            for _ in range(settings.depth)
         )
-        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.norm = nn.LayerNorm(settings.width, eps=encoder.norm_eps)
         self.head = nn.Linear(settings.width, grid.values)
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:

@@ -80,9 +80,10 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, self.grid)[None])
         self.blocks = nn.ModuleList(
-            Block(settings.width, settings.heads, settings.attention, settings.mlp) for _ in range(settings.depth)
+            Block(settings.width, settings.heads, settings.attention, settings.mlp, settings.norm_eps)
+            for _ in range(settings.depth)
         )
-        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.norm = nn.LayerNorm(settings.width, eps=settings.norm_eps)
         # Of the data set, not of the network: timm's state_dict has no place for them.
         self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu"), persistent=False)

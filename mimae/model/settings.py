@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from mimae.config.section import Section, setting
+from mimae.config.section import PATH, Section, setting
 
 SIZES = {
     "tiny": {"patch_size": 16, "width": 192, "depth": 12, "heads": 3},
@@ -77,6 +77,17 @@ class ModelSettings(Section):
         "zero",
         description="where the bias of the patch projection begins; uniform: in ±1/sqrt(3 P^2), P the side of a patch, "
         "as in MAE's code",
+    )
+    norm_eps: float = Field(
+        1e-6, gt=0, description="epsilon of every LayerNorm, in the decoder too; transformers' own default is 1e-12"
+    )
+    init: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=PATH,
+        description="what the weights start from: a run, a checkpoint or an export of ours (average:RUN: its moving "
+        "average), a file or folder of MAE, timm or transformers, timm:NAME from timm's cache; null: the seed alone "
+        "(docs/weights.md)",
     )
     checkpointing: bool = Field(
         False, description="recompute each block's activations in backward: less memory, a third more compute"

@@ -29,6 +29,7 @@ from mimae.outside.text import say
 from mimae.telemetry import pictures, records
 from mimae.tools.show import masked
 from mimae.train.tasks.pretrain import Pretrain
+from mimae.weights.open import open_source
 
 PICTURED = 32
 """Samples in the picture, those with the largest L_rec."""
@@ -136,6 +137,9 @@ class _Replay:
             say(f"from {path}")
             return done
         say("from the initial weights: no state before this step is left")
+        if (init := self.recipe.model.init) is not None and self.task.weights is None:
+            self.task.weights = open_source(init)
+            self.task.start(self.model, self.engine.parts)
         return 0
 
     def _batches(self, step: int) -> list[Batch]:

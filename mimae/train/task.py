@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mimae.checkpoints import checkpoint
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import Batch
 from mimae.data.sources.base import Source
@@ -25,6 +27,9 @@ from mimae.model.units import Model
 from mimae.optim.groups import Group
 from mimae.randomness import Part, initialise
 from mimae.telemetry.records import PHASES
+from mimae.weights.open import open_source as open_weights
+from mimae.weights.source import Source as Weights
+from mimae.weights.start import Fit, fit, place
 
 __all__ = ["Group", "Result", "Task"]
 
@@ -58,6 +63,10 @@ class Task(ABC, Generic[M]):
         self.recipe = self.asked = recipe
         """What the run goes on with, and what was asked for: a run keeps some of what it was started with, so that
         `recipe` is another one once training begins."""
+        self.weights: Weights | None = None
+        """What a new run with model.init starts from."""
+        self.fit: Fit | None = None
+        """How that fits the model, once it started."""
 
     @cached_property
     def source(self) -> Source:
@@ -96,15 +105,28 @@ class Task(ABC, Generic[M]):
         """Return the model on the meta device: shapes and constants, no weights."""
 
     def start(self, model: Model, parts: Mapping[str, Part]) -> None:
-        """Fill this rank's parts with the weights that a new run starts with."""
+        """Fill this rank's parts with the weights that a new run starts with: those of the seed, and over them those of
+        model.init. A collective."""
         initialise(model, self.recipe.seed, parts)
+        if self.weights is not None:
+            self.fit = fit(self.weights, model, parts)
+            place(self.fit, model, parts)
+
+    def started(self, model: M, device: torch.device) -> None:
+        """Look at what a new run has started from, and note it in `fit`, before the first step. The model is in eval
+        mode, without gradients. A collective."""
 
     @abstractmethod
     def group(self, name: str, shape: torch.Size) -> Group:
         """Return the optimizer's group of a parameter."""
 
     def engine(self, device: torch.device) -> Engine[M]:
-        """Return the engine of the recipe with the start weights. Needs an initialised process group."""
+        """Return the engine of the recipe with the start weights. Needs an initialised process group.
+
+        A run that has checkpoints goes on from them, and does not need what model.init names any more.
+        """
+        if self.recipe.model.init is not None and not checkpoint.names(Path(self.recipe.run.dir)):
+            self.weights = open_weights(self.recipe.model.init)
         return make_engine(self.outline(), setup_of(self.recipe), device, self.group, self.start)
 
     # A step

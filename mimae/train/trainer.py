@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ from mimae.train.epoch import EpochSums
 from mimae.train.run_data import as_kept, not_taken_up
 from mimae.train.start import check_process, hints
 from mimae.train.task import Result, Task
+from mimae.weights.open import INIT
 
 
 class Outcome(NamedTuple):
@@ -139,6 +141,12 @@ class Trainer(Generic[M]):
         if note := not_taken_up(task.asked, recipe):
             self.telemetry.message(note)
         self.step, kept = resume.resume(recipe, self.steps, self.source, self.engine, self.saver, self.telemetry)
+        if task.fit is not None:
+            with self._evaluating() as model:
+                task.started(model, device)
+            if self.is_main:
+                self.telemetry.message("\n".join(task.fit.lines()))
+                hold.folder.replace(INIT, json.dumps(task.fit.record(), indent=1) + "\n", lasting=True)
         self.first = self.logged_at = self.step
         self.pace = Pace(self.phases, task.views)
         self.sums = EpochSums(self.phases, task.views)

@@ -159,6 +159,14 @@ def sort(names: Iterable[str]) -> Sorted:
     return Sorted({ours: tuple(row[key] for key in sorted(row, key=str)) for ours, row in found.items()}, tuple(left))
 
 
+def kind(names: Iterable[str]) -> str:
+    """Return whose names these are, in words."""
+    known = set(names)
+    if any(name.startswith(("vit.", "embeddings.", "decoder.decoder_")) for name in known):
+        return "names of transformers"
+    return "names of MAE, with its decoder" if "decoder_embed.weight" in known else "names of timm and MAE"
+
+
 def _split(name: str) -> tuple[str, str]:
     """Return a name without `.weight` or `.bias`, and what was taken off."""
     found = _LEAF.fullmatch(name)

@@ -36,6 +36,9 @@ VALIDATION_IMAGES = 2048
 PICTURED = 8
 """Images in a reconstruction picture."""
 
+MEASURED = 32
+"""Training images on which a decoder that a run starts with is looked at."""
+
 _BATCH = 64
 
 
@@ -45,8 +48,9 @@ def pretrain(recipe: Recipe) -> Outcome:
 
 
 def engine_of(recipe: Recipe, device: torch.device) -> Engine[MIMAE]:
-    """Return the engine of a recipe with the initial weights of its seed."""
-    return Pretrain(recipe).engine(device)
+    """Return the engine of a recipe with the initial weights of its seed, whatever model.init says."""
+    seeded = recipe.model.model_copy(update={"init": None})
+    return Pretrain(recipe.model_copy(update={"model": seeded})).engine(device)
 
 
 class Pretrain(Task[MIMAE]):
@@ -75,6 +79,24 @@ class Pretrain(Task[MIMAE]):
 
     def group(self, name: str, shape: torch.Size) -> Group:
         return groups(self.recipe.optimizer, self.recipe.schedule.batch_size, self.views)(name, shape)
+
+    def started(self, model: MIMAE, device: torch.device) -> None:
+        """Say whether a decoder that was placed predicts normalised or raw pixels, which nothing in a file says."""
+        if self.fit is None or not self.fit.has_decoder:
+            return
+        ids = share.evenly(self.source, MEASURED)
+        (batch,) = evaluation_batches(self.recipe.data, self.source, len(ids), ids)
+        images, visible, targets = self.inputs(batch.to(device))
+        predictions = self._predict(model, images, visible, targets)
+        mean, std = model.encoder.mean, model.encoder.std
+        losses, shares = {}, {}
+        for kind, normalize in (("normalised", True), ("raw", False)):
+            loss, trivial = (
+                pixel_loss(each, images, targets, mean, std, normalize).item() / targets.numel()
+                for each in (predictions, torch.zeros_like(predictions))
+            )
+            losses[kind], shares[kind] = loss, loss / trivial
+        self.fit.measured(losses, shares, self.recipe.objective.normalize_pixels, len(ids))
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (B, H, W, 3), visible (B, N, K) and targets (B, N, M)."""

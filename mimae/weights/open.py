@@ -1,0 +1,271 @@
+"""What model.init names: a run, a checkpoint, a file, a folder of timm or transformers, or a model in timm's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mimae import distributed
+from mimae.checkpoints import checkpoint, dcp
+from mimae.checkpoints.contents import is_inside, read_manifest
+from mimae.config.kept import load_run
+from mimae.config.texts import expanded
+from mimae.errors import RunError, UserError
+from mimae.model.geometry import Grid
+from mimae.outside.reading import read_text
+from mimae.outside.text import printable
+from mimae.weights import files, names
+from mimae.weights.source import InCheckpoint, Known, Source, Stored
+
+T = TypeVar("T")
+
+TIMM, AVERAGE = "timm:", "average:"
+"""What model.init begins with for a model in timm's cache, and for the moving average of a run."""
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a folder of transformers or timm, the preferred one first."""
+
+INIT = "init.json"
+"""What a run's directory keeps of the weights that it started from."""
+
+_JSON_BYTES = 1 << 24
+_MAE = "CC-BY-NC-4.0"
+_OF_MAE = ("mae_pretrain_vit", "mae_visualize_vit", "mae_finetuned_vit", "facebook/vit-mae", "facebook--vit-mae")
+"""What the path of facebookresearch's published weights, or of transformers' copies of them, contains."""
+
+
+def open_source(init: str) -> Source:
+    """Open what model.init names. A collective: raises RunError on every rank where one rank cannot open it, or has
+    another file."""
+    name = init.removeprefix(AVERAGE)
+    kind = agreed(lambda: _kind(init, name), lambda found: found)
+    if kind == "run":
+        return agreed(lambda: _open_run(init, Path(expanded(name)), init.startswith(AVERAGE)), lambda _: "")
+    return agreed(lambda: _open_timm(init) if kind == "timm" else _open_path(init, Path(expanded(name))), _sign)
+
+
+def agreed(make: Callable[[], T], sign: Callable[[T], str]) -> T:
+    """Return what `make` does, on ranks that all succeed and sign alike. Raises RunError on all of them otherwise."""
+    results, wrong, mine = list[T](), "", ""
+    try:
+        results.append(make())
+        mine = sign(results[0])
+    except UserError as error:
+        wrong = str(error)
+    all_wrong, signs = zip(*distributed.gather_objects((wrong, mine)), strict=True)
+    if first := next(filter(None, all_wrong), ""):
+        raise RunError(first)
+    if len(set(signs)) > 1:
+        raise RunError("model.init: the ranks do not see the same file; it has to be on storage that every node has")
+    return results[0]
+
+
+def _sign(source: Source) -> str:
+    sizes = sorted((path.name, path.stat().st_size) for path in source.paths)
+    return json.dumps([sizes, sorted((name, [*tensor.shape]) for name, tensor in source.tensors.items())])
+
+
+def _kind(init: str, name: str) -> Literal["timm", "run", "path"]:
+    if init.startswith(TIMM):
+        return "timm"
+    path = Path(expanded(name))
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError):
+        is_folder = is_file = False
+    if not is_folder and not is_file:
+        raise RunError(f"model.init={init}: there is no file or folder {path}{_perhaps_timm(name)}")
+    if is_folder and ((path / "config.yaml").exists() or (path / ".metadata").exists()):
+        return "run"
+    if init.startswith(AVERAGE):
+        raise RunError(f"model.init={init}: {path} is no run of ours, and others have no moving average that is known")
+    return "path"
+
+
+def _perhaps_timm(name: str) -> str:
+    import timm
+
+    return f"; a model of timm's is written {TIMM}{name}" if timm.is_model(name.partition(".")[0]) else ""
+
+
+def _open_run(init: str, path: Path, average: bool) -> Source:
+    """Open a run (its newest whole checkpoint) or one checkpoint. A collective."""
+    try:
+        run = checkpoint.run_of(path)
+        recipe = load_run(run)
+        found, _ = checkpoint.use_at(path, lambda _: None)
+        reader = dcp.Reader(found.path)
+        described = reader.described.state_dict_metadata
+    except UserError as error:
+        raise RunError(f"model.init={init}: {error}") from error
+    sections = {"ema.": {}, "model.": {}} if average else {"model.": {}}  # type: dict[str, dict[str, Stored]]
+    for prefix, tensors in sections.items():
+        tensors |= {
+            name.removeprefix(prefix): InCheckpoint(reader, name, of.size)
+            for name, of in described.items()
+            if name.startswith(prefix) and isinstance(of, dcp.TensorStorageMetadata)
+        }
+    if average and not sections["ema."]:
+        raise RunError(f"model.init={init}: {found.path} has no moving average; the run's ema.decay was null")
+    grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
+    known = Known(
+        heads=recipe.model.heads,
+        decoder_heads=recipe.decoder.heads,
+        norm_eps=recipe.model.norm_eps,
+        grid=(grid.rows, grid.columns),
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        normalize_pixels=recipe.objective.normalize_pixels,
+        licence=_licence_of_run(run),
+    )
+    step = f"step {found.state.get('step', 0)} of a run"
+    # Parameters of the average, and buffers, which have none, of the weights.
+    tensors = sections["model."] | sections.get("ema.", {})
+    kind = f"the moving average at {step}" if average else step
+    return Source(init, kind, tensors, known, read_manifest(found.path), (found.path,), is_ours=True)
+
+
+def _open_path(init: str, path: Path) -> Source:
+    """Open a file of weights, or a folder of timm, of transformers, or with one file of weights."""
+    if path.is_file():
+        return _source(init, (path,), _json(path.parent / "config.json") if path.name in WEIGHTS else {}, path.parent)
+    config, index = _json(path / "config.json"), _json(path / "model.safetensors.index.json")
+    shards = index.get("weight_map")
+    if isinstance(shards, dict):
+        inside = sorted({str(name) for name in shards.values()})
+        if wrong := [name for name in inside if not is_inside(name)]:
+            raise RunError(f"model.init={init}: its index names {printable(wrong[0])}, which is no file of the folder")
+        return _source(init, tuple(path / name for name in inside), config, path)
+    found = [path / name for name in WEIGHTS if (path / name).is_file()][:1]
+    found = found or [each for each in sorted(path.iterdir()) if each.suffix in (".safetensors", ".pth", ".pt", ".bin")]
+    if len(found) != 1:
+        what = f"{len(found)} files of weights, of which model.init can name one" if found else "no file of weights"
+        raise RunError(
+            f"model.init={init}: the folder has {what}; legal is a run (with config.yaml), a folder with "
+            f"{' or '.join(WEIGHTS)}, or a .safetensors, .pth, .pt or .bin file"
+        )
+    return _source(init, (found[0],), config, path)
+
+
+def _open_timm(init: str) -> Source:
+    """Open a model of timm's that lies in the cache of huggingface_hub or of torch.hub. Nothing is downloaded."""
+    import timm
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    name = init.removeprefix(TIMM)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    if config is None or not config.has_weights:
+        near = ", ".join(timm.list_pretrained(f"*{name.partition('.')[0]}*")[:5])
+        raise RunError(f"model.init={init}: timm has no weights of this name{f'; it has {near}' if near else ''}")
+    places = [Path(str(config.file))] if config.file else []
+    if config.hf_hub_id:
+        cached = [try_to_load_from_cache(config.hf_hub_id, each) for each in WEIGHTS]
+        places += [Path(each) for each in cached if isinstance(each, str)]
+    if config.url:
+        places.append(Path(torch.hub.get_dir(), "checkpoints", str(config.url).rpartition("/")[2]))
+    found = next((each for each in places if each.is_file()), None)
+    if found is None:
+        raise RunError(
+            f"model.init={init}: its weights are not in timm's cache, and nothing is downloaded here; on a machine "
+            f'with a network: python -c "import timm; timm.create_model({name!r}, pretrained=True)"'
+        )
+    return _source(init, (found,), {"pretrained_cfg": config.to_dict()}, found.parent)
+
+
+def _source(init: str, paths: tuple[Path, ...], config: Mapping[str, Any], folder: Path) -> Source:
+    tensors: dict[str, Stored] = {}
+    known = Known()
+    for path in paths:
+        found, known = files.read(path)
+        tensors |= found
+    known = _of_config(config, _json(folder / "preprocessor_config.json"), known)
+    if known.licence is None:
+        is_mae = any(mark in part for mark in _OF_MAE for part in (init, *map(str, paths)))
+        known = known._replace(licence=_MAE if is_mae else _licence_of_card(folder))
+    return Source(init, names.kind(tensors), tensors, known, {}, paths)
+
+
+def _of_config(config: Mapping[str, Any], processor: Mapping[str, Any], known: Known) -> Known:
+    """Return what config.json and preprocessor_config.json say, of transformers or of timm."""
+    ours, pretrained = (_mapping(config.get(key)) for key in ("model_args", "pretrained_cfg"))
+    is_transformers = "model_type" in config
+    size = config.get("image_size") if is_transformers else ours.get("img_size", pretrained.get("input_size"))
+    patch = config.get("patch_size") if is_transformers else ours.get("patch_size")
+    return known._replace(
+        heads=_integer(config.get("num_attention_heads") if is_transformers else ours.get("num_heads")),
+        decoder_heads=_integer(config.get("decoder_num_attention_heads")),
+        norm_eps=_number(config.get("layer_norm_eps")),
+        activation=config["hidden_act"] if isinstance(config.get("hidden_act"), str) else None,
+        grid=_grid(size, patch),
+        mean=_triple(processor.get("image_mean", pretrained.get("mean"))),
+        std=_triple(processor.get("image_std", pretrained.get("std"))),
+        normalize_pixels=_boolean(config.get("norm_pix_loss")) if is_transformers else known.normalize_pixels,
+        licence=pretrained["license"] if isinstance(pretrained.get("license"), str) else None,
+    )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """Return a JSON file of a folder; nothing where there is none. Raises RunError for one that is broken."""
+    try:
+        found = json.loads(read_text(path, _JSON_BYTES))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or printable(error)}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} holds no settings")
+    return found
+
+
+def _licence_of_run(run: Path) -> str | None:
+    """Return the licence that a run inherited from the weights that it started from."""
+    try:
+        found = _json(run / INIT).get("licence")
+    except RunError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _licence_of_card(folder: Path) -> str | None:
+    """Return the licence at the head of a folder's README.md, as the hub has it."""
+    try:
+        lines = read_text(folder / "README.md", _JSON_BYTES).splitlines()
+    except OSError:
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    head = lines[1 : next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), 1)]
+    found = next((line.partition(":")[2].strip() for line in head if line.startswith("license:")), "")
+    return printable(found)[:100] or None
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _integer(found: Any) -> int | None:
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _number(found: Any) -> float | None:
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def _boolean(found: Any) -> bool | None:
+    return found if isinstance(found, bool) else None
+
+
+def _triple(found: Any) -> tuple[float, ...] | None:
+    is_triple = isinstance(found, list | tuple) and len(found) == 3 and all(_number(each) is not None for each in found)
+    return tuple(map(float, found)) if is_triple else None
+
+
+def _grid(size: Any, patch: Any) -> tuple[int, int] | None:
+    """Return rows and columns of images of a `size`: a side, (height, width) or (channels, height, width)."""
+    sides = [size, size] if _integer(size) else list(size)[-2:] if isinstance(size, list | tuple) else []
+    if len(sides) != 2 or not all(map(_integer, sides)) or not _integer(patch) or patch <= 0:
+        return None
+    return sides[0] // patch, sides[1] // patch

@@ -1,0 +1,101 @@
+"""What weights are read from: tensors by name, read when they are needed, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mimae.checkpoints import dcp
+from mimae.checkpoints.contents import Manifest
+from mimae.randomness import Part
+
+
+class Stored(Protocol):
+    """A tensor in a file. Nothing of it is in memory before it is copied."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def copy_to(self, values: Tensor, start: int) -> None:
+        """Copy elements start, start + 1, ... of the flattened tensor into all of `values` (n,)."""
+
+
+class Mapped:
+    """A tensor whose memory is mapped from a file, or one in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self.shape = tensor, tensor.shape
+
+    def copy_to(self, values: Tensor, start: int) -> None:
+        values.copy_(self._tensor.flatten()[start : start + len(values)])
+
+
+class Joined:
+    """Tensors one behind the other along their first dimension."""
+
+    def __init__(self, tensors: Sequence[Stored]) -> None:
+        """`tensors` have equal shapes, but for the first dimension."""
+        first = tensors[0].shape
+        self._tensors, self.shape = tensors, torch.Size([sum(each.shape[0] for each in tensors), *first[1:]])
+
+    def copy_to(self, values: Tensor, start: int) -> None:
+        end, behind = start + len(values), 0
+        for each in self._tensors:
+            before, behind = behind, behind + prod(each.shape)
+            first, last = max(start, before), min(end, behind)
+            if first < last:
+                each.copy_to(values[first - start : last - start], first - before)
+
+
+class InCheckpoint:
+    """A tensor of one of our checkpoints."""
+
+    def __init__(self, reader: dcp.Reader, name: str, shape: torch.Size) -> None:
+        self._reader, self._name, self.shape = reader, name, shape
+
+    def copy_to(self, values: Tensor, start: int) -> None:
+        dcp.load(self._reader, {self._name: Part(values, start, self.shape)})
+
+
+def whole(stored: Stored) -> Tensor:
+    """Return all of a small tensor, in fp32."""
+    values = torch.empty(prod(stored.shape), device="cpu")
+    stored.copy_to(values, 0)
+    return values.view(stored.shape)
+
+
+class Known(NamedTuple):
+    """What a source says of its weights beside their names and shapes; None: nothing."""
+
+    heads: int | None = None
+    decoder_heads: int | None = None
+    norm_eps: float | None = None
+    activation: str | None = None
+    grid: tuple[int, int] | None = None
+    """Rows and columns of its patches."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    normalize_pixels: bool | None = None
+    licence: str | None = None
+
+
+class Source(NamedTuple):
+    """Weights of a run or of another project."""
+
+    name: str
+    """What model.init says."""
+    kind: str
+    """What it is, in words."""
+    tensors: Mapping[str, Stored]
+    """By the names in the source."""
+    known: Known
+    files: Manifest
+    """Size and SHA-256 of a checkpoint's files; empty where `paths` are not read yet."""
+    paths: tuple[Path, ...]
+    is_ours: bool = False
+    """True for a run of ours: its names are ours, beyond encoder and decoder too."""
