@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from mimae.transfer.load import load_encoder
 
 __version__ = "0.1.0"
-__all__ = ["MIMAE", "__version__", "load_encoder", "pretrain"]
+__all__ = ["MIMAE", "__version__", "load_encoder", "pretrain", "run"]
 
 _LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.load"}
 
 
-def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
-    """Pretrain as a recipe says, and resume a run that was interrupted.
+def run(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
+    """Train as a recipe of any task says, and resume a run that was interrupted.
 
     Args:
-        recipe: a path, the name of a shipped recipe, a mapping of sections, or a Recipe.
+        recipe: a path, the name of a shipped recipe, a mapping of sections, or a recipe.
         overrides: `"section.key=value"`, as on the command line.
         settings: scalars or mappings by section, applied last: `masking={"num_masks": 2}, seed=1`.
 
@@ -33,17 +33,27 @@ def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
         mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
     """
     from mimae.config.load import load_recipe
+    from mimae.config.recipe import RunRecipe
     from mimae.outside.text import say
     from mimae.outside.threads import yield_cores
 
     yield_cores(os.environ)  # of use if torch is not imported yet
-    from mimae.train.tasks import pretrain as task
+    from mimae.train.tasks.registry import make_task
+    from mimae.train.trainer import train
 
-    resolved = load_recipe(recipe, overrides, settings)
+    resolved = load_recipe(recipe, overrides, settings, RunRecipe)
     if os.environ.get("RANK", "0") == "0":
         for note in resolved.notes:
             say(note)
-    return task.pretrain(resolved.recipe)
+    return train(make_task(resolved.recipe))
+
+
+def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
+    """Pretrain as a recipe says: `run` for the recipes of pretraining alone."""
+    from mimae.config.load import load_recipe
+
+    load_recipe(recipe, overrides, settings)  # raises for another task's
+    return run(recipe, *overrides, **settings)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,11 @@ class Purpose(IntEnum):
     ORDER = 4
     REPLACEMENT = 5
     INITIALISATION = 6
+    AUGMENT = 7
+    ERASE = 8
+    MIX = 9
+    DROP_PATH = 10
+    SAMPLER = 11
 
 
 def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:
@@ -90,41 +95,64 @@ class Uniform(NamedTuple):
     bound: float
 
 
+class Normal(NamedTuple):
+    """An initial value from the normal distribution with mean 0 and deviation `std`."""
+
+    std: float
+
+
+Initial = float | Uniform | Normal | Tensor
+"""The start of a parameter: a constant, a distribution, or the values themselves."""
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Fill every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
     counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
 
-    Modules that want another start define `initial_values() -> {parameter: constant or Uniform}` for their own ones.
+    Modules that want another start define `initial_values() -> {parameter: Initial}` for their own ones.
     Counter-based, so a model built on the meta device, or in parts, gets the weights of a whole one; `parts` are
     what this rank holds of each parameter, everything where they are not given.
     """
     parts = parts or whole_parts(module)
     for owner_name, owner in module.named_modules():
-        own = owner.initial_values() if hasattr(owner, "initial_values") else {}
+        own: dict[str, Initial] = owner.initial_values() if hasattr(owner, "initial_values") else {}
         for leaf, _ in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{leaf}" if owner_name else leaf
-            values, start, shape = parts[name]
+            part = parts[name]
             given = own.get(leaf)
-            if isinstance(given, Uniform):
-                _fill_uniform(values, given.bound, seed, name, start)
-            elif given is not None:
-                values.fill_(given)
-            elif leaf.endswith("bias"):
-                values.zero_()
-            elif isinstance(owner, _NORMS):
-                values.fill_(1.0)
-            elif leaf.endswith("token"):
-                u = parameter_uniform(seed, name, start, values.numel(), values.device)
-                # The inverse of the normal distribution needs one word per element, whatever the sharding.
-                values.copy_((0.02 * math.sqrt(2.0) * torch.erfinv(2 * u - 1)).view(values.shape))
-            elif leaf == "weight":
-                _fill_uniform(values, math.sqrt(6.0 / (shape[0] + shape[1:].numel())), seed, name, start)
-            else:
+            if given is None:
+                given = _by_rule(owner, leaf, part.shape)
+            if given is None:
                 raise ValueError(f"no rule to initialise the parameter {name} of a {type(owner).__name__}")
+            _fill(part, given, seed, name)
 
 
-def _fill_uniform(values: Tensor, bound: float, seed: int, name: str, start: int) -> None:
-    """Fill elements of the parameter `name`, from `start` on, with uniforms in ±`bound`."""
-    u = parameter_uniform(seed, name, start, values.numel(), values.device)
-    values.copy_(((2 * u - 1) * bound).view(values.shape))
+def _by_rule(owner: nn.Module, leaf: str, shape: torch.Size) -> Initial | None:
+    """Return the start of a parameter that its module does not choose; None where there is no rule."""
+    if leaf.endswith("bias"):
+        return 0.0
+    if isinstance(owner, _NORMS):
+        return 1.0
+    if leaf.endswith("token"):
+        return Normal(0.02)
+    return Uniform(math.sqrt(6.0 / (shape[0] + shape[1:].numel()))) if leaf == "weight" else None
+
+
+def _fill(part: Part, given: Initial, seed: int, name: str) -> None:
+    """Fill this rank's elements of the parameter `name`."""
+    values, start, _ = part
+    if isinstance(given, Tensor):
+        values.copy_(part.of(given))
+    elif isinstance(given, Uniform | Normal):
+        u = parameter_uniform(seed, name, start, values.numel(), values.device)
+        # The inverse of the normal distribution needs one word per element, whatever the sharding.
+        drawn = (2 * u - 1) * given.bound if isinstance(given, Uniform) else _normal(u, given.std)
+        values.copy_(drawn.view(values.shape))
+    else:
+        values.fill_(given)
+
+
+def _normal(u: Tensor, std: float) -> Tensor:
+    """Return numbers of the normal distribution from numbers uniform in (0, 1)."""
+    return std * math.sqrt(2.0) * torch.erfinv(2 * u - 1)

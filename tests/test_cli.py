@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -21,7 +22,8 @@ from mimae import cli
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import DataError
 from mimae.tools import status
-from mimae.train.tasks import pretrain as task
+from mimae.train import trainer
+from mimae.train.task import Task
 
 QUICK = ["pretrain", "quickstart"]
 
@@ -39,11 +41,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Collects the recipes that would be pretrained."""
     recipes: list[Recipe] = []
 
-    def pretrain(recipe: Recipe) -> SimpleNamespace:
-        recipes.append(recipe)
-        return SimpleNamespace(saved_on_signal=recipe.seed == 75)
+    def train(task: Task[Any]) -> SimpleNamespace:
+        assert isinstance(task.recipe, Recipe)
+        recipes.append(task.recipe)
+        return SimpleNamespace(saved_on_signal=task.recipe.seed == 75)
 
-    monkeypatch.setattr(task, "pretrain", pretrain)
+    monkeypatch.setattr(trainer, "train", train)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     return recipes
@@ -89,10 +92,10 @@ def test_a_mistake_exits_with_2_and_one_message(
     assert "masking.num_masks = 5" in err and "did you mean optimizer.learning_rate?" in err
     assert trained == []
 
-    def no_data(recipe: Recipe) -> None:
+    def no_data(task: Task[Any]) -> None:
         raise DataError("data.path=/nonexistent is not there")
 
-    monkeypatch.setattr(task, "pretrain", no_data)
+    monkeypatch.setattr(trainer, "train", no_data)
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae: data.path=/nonexistent is not there\n"
     # What one rank finds in its data it alone can tell; settings are the same on all, and one speaks for them.
@@ -105,10 +108,10 @@ def test_a_mistake_exits_with_2_and_one_message(
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(recipe: Recipe) -> None:
+    def broken(task: Task[Any]) -> None:
         raise ValueError("not for the user")
 
-    monkeypatch.setattr(task, "pretrain", broken)
+    monkeypatch.setattr(trainer, "train", broken)
     monkeypatch.setattr(sys, "argv", ["mimae", *QUICK])
     with pytest.raises(ValueError, match="not for the user"):
         cli.main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from mimae.config.layers import text
 from mimae.config.recipe import Recipe, Resolved, flat
@@ -13,7 +13,7 @@ from mimae.model.settings import MASK_KINDS
 from mimae.objective.terms import active
 from mimae.ranks.place import number
 
-Check = Callable[[Resolved], Iterator[str]]
+Check = Callable[[Resolved[Any]], Iterator[str]]
 """Yields a message for each problem that it finds."""
 
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
@@ -31,7 +31,7 @@ def _check(*sections: str) -> Callable[[Check], Check]:
 
 
 @_check("data", "masking", "model")
-def _masks_fit(resolved: Resolved) -> Iterator[str]:
+def _masks_fit(resolved: Resolved[Any]) -> Iterator[str]:
     recipe, patch, size_hw = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
     image_size, patch_size = _told(resolved, "data.image_size"), _told(resolved, "model.patch_size")
     if any(side % patch for side in size_hw):
@@ -53,16 +53,16 @@ def _masks_fit(resolved: Resolved) -> Iterator[str]:
 
 
 @_check("model")
-def _encoder_shape(resolved: Resolved) -> Iterator[str]:
+def _encoder_shape(resolved: Resolved[Any]) -> Iterator[str]:
     return _transformer_shape(resolved, "model")
 
 
 @_check("decoder")
-def _decoder_shape(resolved: Resolved) -> Iterator[str]:
+def _decoder_shape(resolved: Resolved[Any]) -> Iterator[str]:
     return _transformer_shape(resolved, "decoder")
 
 
-def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"]) -> Iterator[str]:
+def _transformer_shape(resolved: Resolved[Any], section: Literal["model", "decoder"]) -> Iterator[str]:
     settings = getattr(resolved.recipe, section)
     if settings.width % settings.heads:
         divisors = [str(n) for n in range(1, min(settings.width, 64) + 1) if settings.width % n == 0]
@@ -75,7 +75,7 @@ def _transformer_shape(resolved: Resolved, section: Literal["model", "decoder"])
 
 
 @_check("schedule")
-def _batch_splits(resolved: Resolved) -> Iterator[str]:
+def _batch_splits(resolved: Resolved[Any]) -> Iterator[str]:
     schedule = resolved.recipe.schedule
     ranks = number(os.environ, "WORLD_SIZE", 1, least=1)
     parts = ranks * schedule.accumulate
@@ -89,7 +89,7 @@ def _batch_splits(resolved: Resolved) -> Iterator[str]:
 
 
 @_check("schedule")
-def _warmup_ends(resolved: Resolved) -> Iterator[str]:
+def _warmup_ends(resolved: Resolved[Any]) -> Iterator[str]:
     if resolved.recipe.schedule.warmup_epochs > resolved.recipe.schedule.epochs:
         yield (
             f"{_told(resolved, 'schedule.warmup_epochs')}: longer than the run; "
@@ -98,7 +98,7 @@ def _warmup_ends(resolved: Resolved) -> Iterator[str]:
 
 
 @_check("masking", "objective")
-def _siblings(resolved: Resolved) -> Iterator[str]:
+def _siblings(resolved: Resolved[Any]) -> Iterator[str]:
     if resolved.recipe.masking.num_masks > 1:
         return
     for key in _weights_of_terms_that_compare("views", resolved.recipe):
@@ -109,7 +109,7 @@ def _siblings(resolved: Resolved) -> Iterator[str]:
 
 
 @_check("decoder", "masking")
-def _next_view(resolved: Resolved) -> Iterator[str]:
+def _next_view(resolved: Resolved[Any]) -> Iterator[str]:
     masking = resolved.recipe.masking
     is_disjoint = MASK_KINDS[masking.kind].is_disjoint
     if resolved.recipe.decoder.predict != "next_view" or (is_disjoint and masking.num_masks > 1):
@@ -123,7 +123,7 @@ def _next_view(resolved: Resolved) -> Iterator[str]:
 
 
 @_check("schedule", "objective")
-def _other_images(resolved: Resolved) -> Iterator[str]:
+def _other_images(resolved: Resolved[Any]) -> Iterator[str]:
     recipe = resolved.recipe
     if recipe.schedule.batch_size // recipe.schedule.accumulate > 1:
         return
@@ -141,7 +141,7 @@ def _weights_of_terms_that_compare(what: Literal["views", "images"], recipe: Rec
 
 
 @_check("checkpoint", "telemetry", "data")
-def _best_is_measured(resolved: Resolved) -> Iterator[str]:
+def _best_is_measured(resolved: Resolved[Any]) -> Iterator[str]:
     recipe = resolved.recipe
     if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
         return
@@ -152,6 +152,6 @@ def _best_is_measured(resolved: Resolved) -> Iterator[str]:
     )
 
 
-def _told(resolved: Resolved, key: str) -> str:
+def _told(resolved: Resolved[Any], key: str) -> str:
     """`key = value (origin)`."""
     return f"{key} = {text(flat(resolved.recipe)[key])} ({resolved.origins[key]})"

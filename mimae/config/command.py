@@ -14,8 +14,9 @@ def config(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print what a recipe resolves to, and the origin of each value."""
     from mimae.config.load import load_recipe
     from mimae.config.printing import explain
+    from mimae.config.recipe import RunRecipe
 
-    print(explain(load_recipe(recipe, overrides or ())), end="")
+    print(explain(load_recipe(recipe, overrides or (), None, RunRecipe)), end="")
 
 
 def settings() -> None:

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from mimae.config.load import load_recipe
-from mimae.config.recipe import FREE_KEYS, Recipe
+from mimae.config.recipe import FREE_KEYS, R, Recipe, RunRecipe
 
 VERSION_KEY = "data.index_version"
 
 
-def load_run(run: Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe that a run was started with, with overrides. Raises ConfigError.
+@overload
+def load_run(run: Path, overrides: Sequence[str] = ..., settings: Mapping[str, Any] | None = ...) -> Recipe: ...
+
+
+@overload
+def load_run(run: Path, overrides: Sequence[str], settings: Mapping[str, Any] | None, kind: type[R]) -> R: ...
+
+
+def load_run(
+    run: Path,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    kind: type[RunRecipe] = Recipe,
+) -> Any:
+    """Return the recipe that a run was started with, with overrides. Raises ConfigError, also where it is not of
+    `kind` (see `load_recipe`).
 
     A run that names no version of the rules by which files become samples was started with the first.
     """
-    found = load_recipe(run / "config.yaml", overrides, settings)
+    found = load_recipe(run / "config.yaml", overrides, settings, kind)
     return found.recipe if found.origins[VERSION_KEY] != "default" else with_version(found.recipe, 1)
 
 
@@ -28,11 +42,11 @@ def newer_keys(run: Path) -> list[str]:
     config.yaml stays without the key. The version of the rules by which files become samples is an exception, see
     `load_run`.
     """
-    origins = load_recipe(run / "config.yaml").origins
+    origins = load_recipe(run / "config.yaml", (), None, RunRecipe).origins
     return [key for key, origin in origins.items() if origin == "default" and key not in (*FREE_KEYS, VERSION_KEY)]
 
 
-def with_keys_of(recipe: Recipe, other: Recipe, keys: Sequence[str]) -> Recipe:
+def with_keys_of(recipe: R, other: R, keys: Sequence[str]) -> R:
     """Return the recipe with the values that `other` has for some dotted keys."""
     for section, _, name in (key.rpartition(".") for key in keys):
         value = {name: getattr(getattr(other, section) if section else other, name)}
@@ -42,6 +56,6 @@ def with_keys_of(recipe: Recipe, other: Recipe, keys: Sequence[str]) -> Recipe:
     return recipe
 
 
-def with_version(recipe: Recipe, version: int) -> Recipe:
+def with_version(recipe: R, version: int) -> R:
     """Return the recipe with another version of the rules by which files become samples."""
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"index_version": version})})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import ValidationError
 
@@ -24,15 +24,15 @@ from mimae.config.layers import (
     text,
     with_base,
 )
-from mimae.config.recipe import Recipe, Resolved, keys, sections
+from mimae.config.recipe import RECIPES, R, Recipe, Resolved, RunRecipe, keys, sections
 from mimae.config.renamed import under_new_names
 from mimae.config.texts import text_keys
-from mimae.config.words import illegal, unknown
+from mimae.config.words import elsewhere, illegal, strange_task, unknown
 from mimae.data.settings import DataSettings
 from mimae.errors import ConfigError
 from mimae.model.settings import SIZES
 
-RecipeLike = str | Path | Mapping[str, Any] | Recipe
+RecipeLike = str | Path | Mapping[str, Any] | RunRecipe
 
 _UNKNOWN = 20
 """The number of unknown keys that are reported one by one."""
@@ -40,15 +40,31 @@ _UNKNOWN = 20
 _SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
 
 
+@overload
 def load_recipe(
-    recipe: RecipeLike, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-) -> Resolved:
+    recipe: RecipeLike, overrides: Sequence[str] = ..., settings: Mapping[str, Any] | None = ...
+) -> Resolved[Recipe]: ...
+
+
+@overload
+def load_recipe(
+    recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, Any] | None, kind: type[R]
+) -> Resolved[R]: ...
+
+
+def load_recipe(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    kind: type[RunRecipe] = Recipe,
+) -> Resolved[Any]:
     """Read a recipe, apply overrides and then `settings`, and validate the result.
 
     Args:
-        recipe: a path, the name of a shipped recipe, a mapping of sections, or a Recipe.
+        recipe: a path, the name of a shipped recipe, a mapping of sections, or a recipe.
         overrides: `section.key=value`, the value in YAML.
         settings: the same as a mapping of sections, for callers in Python.
+        kind: the class of recipe that the caller can use; `RunRecipe` stands for every task.
 
     Raises:
         ConfigError: with all problems at once.
@@ -63,18 +79,18 @@ def load_recipe(
         layers = with_base(from_mapping(recipe), Path(), problems)
     whole = not problems
     # One layer, whatever their order: a width that stands beside a size is meant.
-    asked = Settings()
+    asked, is_text = Settings(), text_keys(*RECIPES.values())
     for override in overrides:
-        asked |= read_override(override, problems, text_keys(Recipe).texts)
+        asked |= read_override(override, problems, is_text.texts)
     layers.append(asked | from_mapping(settings or {}))
     # The paths of a Recipe were expanded when it was made.
-    done = layers[:-1] if isinstance(recipe, Recipe) else []
-    expanded = [expand_paths(layer, text_keys(Recipe).paths, problems) for layer in layers[len(done) :]]
+    done = layers[:-1] if isinstance(recipe, RunRecipe) else []
+    expanded = [expand_paths(layer, is_text.paths, problems) for layer in layers[len(done) :]]
     given = _over([under_new_names(layer) for layer in (*done, *expanded)])
     given.setdefault("run.dir", Setting(f"runs/{name}", "from the recipe's name"))
     if "data.val_path" in given and given["data.val_path"].note:
         given |= _started_with(given)
-    return _validate(given, problems, whole)
+    return _validate(given, problems, whole, kind)
 
 
 def _over(layers: Sequence[Settings]) -> Settings:
@@ -124,39 +140,45 @@ def _started_with(given: Settings) -> Settings:
     return {"data.val_path": started["data.val_path"]}
 
 
-def _validate(given: Settings, problems: list[str], whole: bool) -> Resolved:
+def _validate(given: Settings, problems: list[str], whole: bool, kind: type[RunRecipe]) -> Resolved[Any]:
     """Return the recipe of the given settings. Raises ConfigError with `problems` and all that are found here.
 
     `whole`: every file was read, so that a missing key is a default and keys can be compared.
     """
-    by_name, known = sections(), keys()
-    tree: dict[str, Any] = {}
+    task = given["task"].value if "task" in given else "pretrain"
+    tree = RECIPES.get(str(task), Recipe)
+    if whole and (tree.model_fields["task"].default != task or not issubclass(tree, kind)):
+        problems.append(strange_task(given, kind))
+        # The keys of another task would be one problem each.
+        raise ConfigError(problems)
+    by_name, known = sections(tree), keys(tree)
+    values: dict[str, Any] = {}
     strange = []
     for key, setting in given.items():
         if key in known:
             section, _, name = key.rpartition(".")
-            (tree.setdefault(section, {}) if section else tree)[name] = setting.value
+            (values.setdefault(section, {}) if section else values)[name] = setting.value
         elif key not in by_name or setting.value is not None:  # a section without keys is no mistake
             strange.append(key)
     # The nearest right key of each takes time to find, and nobody reads thousands of them.
-    problems += [unknown(key, given[key]) for key in strange[:_UNKNOWN]]
+    problems += [elsewhere(key, given[key], tree) or unknown(key, given[key], tree) for key in strange[:_UNKNOWN]]
     if more := strange[_UNKNOWN:]:
         problems.append(f"and {len(more):,} more unknown keys, the last {more[-1][:80]}")
     try:
         # JSON, strict: lists become tuples there, and nothing else is converted ("4" to 4, true to 1).
-        recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
+        recipe = tree.model_validate_json(json.dumps(values, default=str), strict=True)
         failed: set[str] = set()
     except ValidationError as error:
         failed = {str(detail["loc"][0]) for detail in error.errors()}
         problems += illegal(error, given)
-        recipe = Recipe.model_validate_json(
-            json.dumps({name: value for name, value in tree.items() if name not in failed}, default=str),
+        recipe = tree.model_validate_json(
+            json.dumps({name: value for name, value in values.items() if name not in failed}, default=str),
             strict=True,
         )
     notes = [setting.note for setting in given.values() if setting.note]
     resolved = Resolved(recipe, {key: _origin(key, given) for key in known}, notes)
     for needs, check in CHECKS:
-        if whole and not failed.intersection(needs):
+        if whole and by_name.keys() >= set(needs) and not failed.intersection(needs):
             problems += check(resolved)
     if problems:
         raise ConfigError(problems)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 from mimae.config.layers import text
-from mimae.config.recipe import Recipe, Resolved, resume_of, sections
+from mimae.config.recipe import RECIPES, Recipe, Resolved, RunRecipe, resume_of, sections
 from mimae.config.section import Section
 from mimae.config.texts import escaped, text_keys
 from mimae.config.words import legal
 
 
-def as_yaml(recipe: Recipe, without: Container[str] = ()) -> str:
+def as_yaml(recipe: RunRecipe, without: Container[str] = ()) -> str:
     """Return the recipe as YAML that loads again to an equal recipe; the keys in `without` are left out."""
     return "\n".join(line for key, line in _lines(recipe) if key not in without) + "\n"
 
 
-def explain(resolved: Resolved) -> str:
+def explain(resolved: Resolved[Any]) -> str:
     """Return the recipe as YAML, with the origin of each value in a comment."""
     lines = _lines(resolved.recipe)
     column = min(max(len(line) for _, line in lines), 60)
@@ -26,14 +27,14 @@ def explain(resolved: Resolved) -> str:
     )
 
 
-def _lines(recipe: Recipe) -> list[tuple[str, str]]:
+def _lines(recipe: RunRecipe) -> list[tuple[str, str]]:
     """Return (dotted key, line) of every key and section, in order."""
     lines = []
     for name, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
             lines.append((name, f"{name}:"))
             for key, leaf in value.items():
-                is_path = isinstance(leaf, str) and f"{name}.{key}" in text_keys(Recipe).paths
+                is_path = isinstance(leaf, str) and f"{name}.{key}" in text_keys(type(recipe)).paths
                 lines.append((f"{name}.{key}", f"  {key}: {text(escaped(leaf) if is_path else leaf)}"))
         else:
             lines.append((name, f"{name}: {text(value)}"))
@@ -55,6 +56,9 @@ def reference() -> str:
     ]
     for name, section in by_name.items():
         meaning = " ".join((section.__doc__ or "").split("\n\n")[0].split())
+        tasks = [task for task, tree in RECIPES.items() if name in tree.model_fields]
+        if len(tasks) < len(RECIPES):
+            meaning += f" Only with task={' or '.join(tasks)}."
         parts.append(f"## {name}\n\n{meaning}\n\n{_table(f'{name}.', list(section.model_fields), section)}")
     return "\n".join(parts)
 

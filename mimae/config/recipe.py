@@ -1,9 +1,10 @@
-"""The tree of settings: every room's own class in its section, and how a key names a value in it."""
+"""The trees of settings, one for each task: every room's own class in its section, and how a key names a value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -18,9 +19,11 @@ from mimae.telemetry.settings import TelemetrySettings
 from mimae.train.settings import RunSettings
 
 
-class Recipe(Section):
-    """Everything that a pretraining run depends on."""
+class RunRecipe(Section):
+    """What a training run of any task depends on. Each task has a class of its own, with the sections that it adds."""
 
+    task: str
+    """What the run learns, a key of `RECIPES`. Where config.yaml of a run does not name it, it is pretraining."""
     seed: int = Field(0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of the matrix products; weights, latents and losses are fp32 in both"
@@ -33,10 +36,7 @@ class Recipe(Section):
     )
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
-    masking: MaskingSettings = MaskingSettings()
     model: ModelSettings = ModelSettings()
-    decoder: DecoderSettings = DecoderSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     ema: EMASettings = EMASettings()
@@ -45,30 +45,52 @@ class Recipe(Section):
     telemetry: TelemetrySettings = TelemetrySettings()
 
 
+class Recipe(RunRecipe):
+    """The recipe of a pretraining run."""
+
+    task: Literal["pretrain"] = Field(
+        "pretrain", description="what the run learns; it decides which sections there are"
+    )
+    masking: MaskingSettings = MaskingSettings()
+    decoder: DecoderSettings = DecoderSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+
+
+RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe}
+"""The class of each task's recipe. A section has the same class in every recipe that has it."""
+
+R = TypeVar("R", bound=RunRecipe)
+
+
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[R]):
     """A validated recipe, and where each of its values came from (by dotted key)."""
 
-    recipe: Recipe
+    recipe: R
     origins: dict[str, str]
     notes: list[str]
     """Lines that a run prints when it starts."""
 
 
-def sections() -> dict[str, type[Section]]:
-    """Return the class of each section, by the section's name."""
-    annotations = {name: field.annotation for name, field in Recipe.model_fields.items()}
+@cache
+def sections(tree: type[RunRecipe] | None = None) -> dict[str, type[Section]]:
+    """Return the class of each section by its name, of one task's recipe or of all."""
+    trees = RECIPES.values() if tree is None else (tree,)
+    annotations = {name: field.annotation for each in trees for name, field in each.model_fields.items()}
     return {n: a for n, a in annotations.items() if isinstance(a, type) and issubclass(a, Section)}
 
 
-def keys() -> list[str]:
-    """Return every dotted key of a recipe, in the order in which recipes are printed."""
+@cache
+def keys(tree: type[RunRecipe] | None = None) -> tuple[str, ...]:
+    """Return every dotted key in the order in which recipes are printed, of one task's recipe or of all."""
+    trees = tuple(RECIPES.values()) if tree is None else (tree,)
     known = sections()
-    return [
+    names = dict.fromkeys(name for each in trees for name in each.model_fields)
+    return tuple(
         f"{name}.{key}" if name in known else name
-        for name in Recipe.model_fields
+        for name in names
         for key in (known[name].model_fields if name in known else [name])
-    ]
+    )
 
 
 def resume_of(key: str) -> Resume:
@@ -81,7 +103,7 @@ FREE_KEYS = tuple(key for key in keys() if resume_of(key) != "fixed")
 """The keys that may change when a run is resumed."""
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def flat(recipe: RunRecipe) -> dict[str, Any]:
     """Return {dotted key: value} of the whole recipe, with the values as YAML has them."""
     values: dict[str, Any] = {}
     for name, value in recipe.model_dump(mode="json").items():

@@ -22,11 +22,12 @@ class TextKeys(NamedTuple):
 
 
 @cache
-def text_keys(tree: type[Section]) -> TextKeys:
-    """Return the keys of `tree` that take text. A path has `PATH` of `section` in its field."""
+def text_keys(*trees: type[Section]) -> TextKeys:
+    """Return the keys of `trees` that take text. A path has `PATH` of `section` in its field."""
     texts, paths = set(), set()
-    schema = tree.model_json_schema()
-    for key, field in _fields(schema, schema.get("$defs", {}), ""):
+    schemas = [tree.model_json_schema() for tree in trees]
+    fields = [field for schema in schemas for field in _fields(schema, schema.get("$defs", {}), "")]
+    for key, field in fields:
         for option in field.get("anyOf", [field]):
             if option.get("type") == "string" and not {"enum", "const"} & option.keys():
                 texts.add(key)

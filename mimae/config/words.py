@@ -10,13 +10,29 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimae.config.layers import Setting, Settings, text
-from mimae.config.recipe import Recipe, keys, sections
+from mimae.config.recipe import RECIPES, Recipe, RunRecipe, keys, sections
 
 
-def unknown(key: str, setting: Setting) -> str:
+def strange_task(given: Settings, kind: type[RunRecipe]) -> str:
+    """Return the message for a task that does not exist or that the caller has no use for."""
+    legal = ", ".join(task for task, tree in RECIPES.items() if issubclass(tree, kind))
+    setting = given.get("task", Setting("pretrain", "default"))
+    return f"task = {text(setting.value)} ({setting.origin}): legal here is {legal}"
+
+
+def elsewhere(key: str, setting: Setting, tree: type[RunRecipe]) -> str | None:
+    """Return the message for a key that only recipes of other tasks than `tree` have; None if none of them has it."""
+    tasks = [task for task, other in RECIPES.items() if key in (*keys(other), *sections(other))]
+    if not tasks or key in sections(tree):
+        return None
+    own = tree.model_fields["task"].default
+    return f"{key} ({setting.origin}): a key of task={' or '.join(tasks)}; this recipe has task={own}"
+
+
+def unknown(key: str, setting: Setting, tree: type[RunRecipe]) -> str:
     """Return the message for an unknown key, with the nearest known one. The last part counts, the section breaks
     ties."""
-    known, by_name = keys(), sections()
+    known, by_name = keys(tree), sections(tree)
     if key in by_name:
         return (
             f"{key} = {text(setting.value)} ({setting.origin}): {key} is a section; "
@@ -33,7 +49,7 @@ def unknown(key: str, setting: Setting) -> str:
     nearest = max(known, key=likeness)
     if likeness(nearest)[1] >= 0.6:
         return f"{key} ({setting.origin}): unknown key; did you mean {nearest}?"
-    whose, fields = (section, by_name[section]) if section in by_name else ("a recipe", Recipe)
+    whose, fields = (section, by_name[section]) if section in by_name else ("a recipe", tree)
     return f"{key} ({setting.origin}): unknown key; {whose} has {', '.join(fields.model_fields)}"
 
 
@@ -63,6 +79,8 @@ def illegal(error: ValidationError, given: Settings) -> Iterator[str]:
 
 def legal(key: str) -> str:
     """Return the legal values of a dotted key in words, from the constraints of its field."""
+    if key == "task":
+        return " or ".join(", ".join(RECIPES).rsplit(", ", 1))
     section, _, name = key.rpartition(".")
     model = sections()[section] if section else Recipe
     schema = model.model_json_schema()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import RunRecipe
 from mimae.engines.base import Engine, M, Obstacles, Setup, Start
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.fsdp import FSDPEngine
@@ -24,7 +24,7 @@ ENGINES: dict[str, type[Engine[Any]]] = {
 }
 
 
-def setup_of(recipe: Recipe) -> Setup:
+def setup_of(recipe: RunRecipe) -> Setup:
     """Return the sections of a recipe that engines take."""
     return Setup(
         engine=recipe.engine,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimae.data.loading.batch import Batch
+from mimae.data.loading.examples import Reader
 from mimae.data.loading.loader import evaluation_batches
 from mimae.data.loading.order import spread_ids
 from mimae.data.settings import DataSettings
@@ -38,11 +39,12 @@ def evenly(source: Source, limit: int) -> Tensor:
 
 
 def batches(
-    settings: DataSettings, source: Source, ids: Tensor, device: torch.device, size: int
+    settings: DataSettings, source: Source, ids: Tensor, device: torch.device, size: int, reader: Reader | None = None
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield the batches of this rank's share of `ids`, and how many samples of each, the first ones, count."""
+    """Yield the batches of this rank's share of `ids` (see `evaluation_batches`), and how many samples of each, the
+    first ones, count."""
     mine, done = share(ids), 0
-    for batch in evaluation_batches(settings, source, min(size, len(mine.ids)), mine.ids):
+    for batch in evaluation_batches(settings, source, min(size, len(mine.ids)), mine.ids, reader):
         yield batch.to(device), max(0, min(len(batch.images), mine.own - done))
         done += len(batch.images)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mimae import distributed
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import Recipe, RunRecipe
 from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
 from mimae.outside.files import Folder
@@ -41,7 +41,7 @@ class MemoryShortage(RunError):
 
 
 @contextmanager
-def explained(recipe: Recipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
+def explained(recipe: RunRecipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
     """Raise MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
     if device.type == "cuda":
         # Without a history a snapshot has no stacks: it shows what is held, and not by whom.
@@ -96,11 +96,16 @@ def _limit() -> int:
     return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
-def advice(recipe: Recipe, ranks: int, per_node: int) -> str:
+def advice(recipe: RunRecipe, ranks: int, per_node: int) -> str:
     """Return the planner's counts for the recipe on `ranks` ranks and for settings that take less memory.
 
     On GPUs that the planner knows, name the engine that it would choose.
     """
+    if not isinstance(recipe, Recipe):
+        return (
+            "less memory is taken with a larger schedule.accumulate or a smaller schedule.batch_size, with "
+            "model.checkpointing=true, and over several ranks with engine.kind=fsdp"
+        )
     count = parameters(recipe)
     engine, schedule = recipe.engine, recipe.schedule
     images = max(1, schedule.batch_size // (ranks * schedule.accumulate))

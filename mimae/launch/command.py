@@ -1,8 +1,9 @@
-"""The arguments of `mimae pretrain` and `mimae submit`."""
+"""The arguments of the verbs that train, one for each task, and of `mimae submit`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,30 +12,44 @@ import typer
 from mimae.config.command import Overrides, RecipeName
 
 
-def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
-    ] = None,
-    nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
-    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")] = None,
-    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
-    wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
-    secret_file: Annotated[
-        Path | None, typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]")
-    ] = None,
-) -> None:
-    """Pretrain by a recipe, or go on with an interrupted run.
+def _verb(task: str, help: str) -> Callable[..., None]:
+    """Return the verb that trains recipes of a task."""
 
-    All GPUs of the machine take part.
-    """
-    # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from mimae.launch import processes
+    def train(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        ranks: Annotated[
+            int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
+        ] = None,
+        nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
+        rendezvous: Annotated[
+            str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")
+        ] = None,
+        restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+        wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
+        secret_file: Annotated[
+            Path | None,
+            typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]"),
+        ] = None,
+    ) -> None:
+        # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from mimae.config.load import load_recipe
+        from mimae.config.recipe import RECIPES
 
-    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
-    raise typer.Exit(processes.pretrain(recipe, overrides or (), job))
+        load_recipe(recipe, overrides or (), None, RECIPES[task])  # raises for the recipe of another task
+        from mimae.launch import processes
+
+        job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
+        raise typer.Exit(processes.train(recipe, overrides or (), job))
+
+    train.__doc__ = help
+    return train
+
+
+pretrain = _verb(
+    "pretrain", "Pretrain by a recipe, or go on with an interrupted run.\n\nAll GPUs of the machine take part."
+)
 
 
 def submit(
@@ -59,9 +74,10 @@ def submit(
     The run is saved and queued again when its time ends or it is preempted.
     """
     from mimae.config.load import load_recipe
+    from mimae.config.recipe import RunRecipe
     from mimae.errors import UserError
     from mimae.launch.job import check_ranks
-    from mimae.launch.submit import Pretraining, check_time, executor, runs
+    from mimae.launch.submit import Training, check_time, executor, runs
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
@@ -69,8 +85,8 @@ def submit(
         raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
     if len(set(numbers)) < len(numbers):
         raise UserError(f"--seeds {seeds}: two jobs would share a run directory; legal is each seed once")
-    jobs = [Pretraining(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
-    resolved = load_recipe(recipe, overrides or ()).recipe
+    jobs = [Training(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
+    resolved = load_recipe(recipe, overrides or (), None, RunRecipe).recipe
     check_ranks(resolved, nodes * gpus)
     folder = Path(resolved.run.dir) / "slurm"
     made = executor(
@@ -92,4 +108,5 @@ def submit(
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
     for job, each in zip(submitted, jobs, strict=True):
-        print(f"job {job.job_id}: {load_recipe(recipe, each.overrides).recipe.run.dir}; output in {job.paths.stdout}")
+        directory = load_recipe(recipe, each.overrides, None, RunRecipe).recipe.run.dir
+        print(f"job {job.job_id}: {directory}; output in {job.paths.stdout}")

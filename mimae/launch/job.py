@@ -11,7 +11,7 @@ from mimae.errors import UserError
 from mimae.launch import slurm
 
 if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+    from mimae.config.recipe import RunRecipe
 
 PORT = 29_400
 """Port at which nodes meet when --rendezvous or SLURM names only a host."""
@@ -85,7 +85,7 @@ def read_secret(file: Path) -> str:
     return secret
 
 
-def check_ranks(recipe: Recipe, ranks: int) -> None:
+def check_ranks(recipe: RunRecipe, ranks: int) -> None:
     """Find, before any process starts or waits in a queue, what a recipe does not allow on so many ranks.
 
     Raises UserError.

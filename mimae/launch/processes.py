@@ -34,9 +34,9 @@ from mimae.outside.text import say
 from mimae.ranks import messages, place
 
 if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+    from mimae.config.recipe import RunRecipe
 
-__all__ = ["Job", "default_job", "pretrain"]
+__all__ = ["Job", "default_job", "train"]
 
 RANK = "mimae.launch.rank"
 """The module that is run as each rank."""
@@ -48,7 +48,7 @@ _STOPPING = 30.0
 """Seconds in which a rank ends after SIGTERM, before it is killed."""
 
 
-def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
+def train(recipe: str, overrides: Sequence[str], job: Job) -> int:
     """Run a recipe in the processes of `job`, or as the rank that this process already is; return the exit code.
 
     Raises UserError.
@@ -59,13 +59,13 @@ def pretrain(recipe: str, overrides: Sequence[str], job: Job) -> int:
     if place.find() is not None or job.ranks * job.nodes == 1:
         import mimae
 
-        outcome = mimae.pretrain(recipe, *overrides)
+        outcome = mimae.run(recipe, *overrides)
         # torchrun takes any code but 0 for a failure of the worker.
         return EXIT_SAVED if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ else 0
     from mimae.config.load import load_recipe
 
     # A mistake in the recipe is told before any process starts.
-    resolved = load_recipe(recipe, overrides).recipe
+    resolved = load_recipe(recipe, overrides, None, RunRecipe).recipe
     if job.nodes == 1:  # The others may have other numbers of ranks.
         check_ranks(resolved, job.ranks)
     with tempfile.TemporaryDirectory(prefix="mimae-") as folder:
@@ -133,9 +133,9 @@ class _Ranks:
 
 
 class _Launcher:
-    """One call of `mimae pretrain` on one machine."""
+    """One run on one machine."""
 
-    def __init__(self, command: list[str], job: Job, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, command: list[str], job: Job, recipe: RunRecipe, folder: Path) -> None:
         self.command, self.job, self.recipe, self.folder = command, job, recipe, folder
         self.ranks, self.hangs = _Ranks(), Hangs(Path(recipe.run.dir))
         self.failure: _Failure | None = None

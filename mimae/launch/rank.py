@@ -45,7 +45,7 @@ def _run(folder: Path, launcher: int, recipe: str, overrides: list[str]) -> int:
     try:
         import mimae
 
-        outcome = mimae.pretrain(recipe, *overrides)
+        outcome = mimae.run(recipe, *overrides)
     except UserError as mistake:
         notes.leave(folder, "mistake", rank, attempt, str(mistake))
         return EXIT_MISTAKE

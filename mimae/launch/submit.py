@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mimae.config.load import load_recipe
+from mimae.config.recipe import RunRecipe
 from mimae.errors import EXIT_SAVED, UserError
 from mimae.outside.files import Folder
 
@@ -25,7 +26,7 @@ SHORTEST = GRACE_SECONDS // 60 + 2
 """Minutes that a job lasts at least: those after the signal, and some to start and train in."""
 
 
-class Pretraining(NamedTuple):
+class Training(NamedTuple):
     """The command that SLURM runs on each node: the launcher of its ranks."""
 
     recipe: str
@@ -37,9 +38,7 @@ class Pretraining(NamedTuple):
         """Return the launcher's exit code; after a signal the job's first node has it queued again."""
         from mimae.launch import processes
 
-        code = processes.pretrain(
-            self.recipe, self.overrides, processes.default_job(self.ranks, 1, None, self.restarts)
-        )
+        code = processes.train(self.recipe, self.overrides, processes.default_job(self.ranks, 1, None, self.restarts))
         if code == EXIT_SAVED and os.environ.get("SLURM_NODEID", "0") == "0":
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         return code
@@ -105,7 +104,7 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
 
 def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, ...]]:
     """The overrides of each run: one, or one for each seed in a directory of its own. Raises UserError."""
-    directory = load_recipe(recipe, overrides).recipe.run.dir
+    directory = load_recipe(recipe, overrides, None, RunRecipe).recipe.run.dir
     if not seeds:
         return [tuple(overrides)]
     return [(*overrides, f"seed={seed}", f"run.dir={directory}/seed-{seed}") for seed in seeds]

@@ -67,30 +67,44 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp or 4 * width)
 
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """tokens (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
+    def forward(self, tokens: Tensor, context: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """tokens (S, M, D) look at context (S, T, D), or at each other -> (S, M, D).
+
+        `keep` (S, 2) multiplies what attention and MLP add to each sequence (drop path).
+        """
         around = None if context is None else self.norm1(context)
-        tokens = tokens + self.attn(self.norm1(tokens), around)
-        return tokens + self.mlp(self.norm2(tokens))
+        attended = self.attn(self.norm1(tokens), around)
+        tokens = tokens + (attended if keep is None else attended * keep[:, :1, None])
+        added = self.mlp(self.norm2(tokens))
+        return tokens + (added if keep is None else added * keep[:, 1:, None])
 
 
 def run_blocks(
-    blocks: nn.ModuleList, tokens: Tensor, recompute: bool, *, first: int = 0, context: Tensor | None = None
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    recompute: bool,
+    *,
+    first: int = 0,
+    context: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """tokens (B, N, T, D) through every block, each view a sequence of its own -> (B, N, T - first, D).
 
     The tokens look at each other, or at `context` (B, N, C, D), which stays as it is. Those before `first` are not
-    asked for: what nobody reads of the last block (queries, projection and MLP of theirs) is not computed.
+    asked for: what nobody reads of the last block (queries, projection and MLP of theirs) is not computed. `keep`
+    (B N, blocks, 2) multiplies what each block's attention and MLP add to a sequence: 0, or 1 / (1 - rate) where the
+    path is kept, with drop path; None: 1.
     """
     flat = tokens.flatten(0, 1)
     # Contiguous once, where every block's norm would copy it.
     around = None if context is None else context.flatten(0, 1).contiguous()
-    for block in blocks:
+    for i, block in enumerate(blocks):
+        kept = None if keep is None else keep[:, i].to(flat.dtype)
         if first and block is blocks[-1]:
             flat, around = flat[:, first:], flat
         flat = (
-            checkpoint(block, flat, around, use_reentrant=False)
+            checkpoint(block, flat, around, kept, use_reentrant=False)
             if recompute and block.training
-            else block(flat, around)
+            else block(flat, around, kept)
         )
     return flat.unflatten(0, tokens.shape[:2])

@@ -16,7 +16,7 @@ from mimae.model.geometry import Grid
 from mimae.model.images import Images, batch_of
 from mimae.model.positions import resampled
 from mimae.model.settings import ModelSettings, PatchBias
-from mimae.randomness import Uniform
+from mimae.randomness import Initial, Uniform
 
 
 def sincos_positions(width: int, grid: Grid) -> Tensor:
@@ -45,11 +45,11 @@ class PatchProjection(nn.Module):
     def __init__(self, width: int, patch: int, bias: PatchBias = "zero") -> None:
         super().__init__()
         # Where weights are sharded their own shape does not say how many inputs there are.
-        self.initial = {"bias": Uniform((3 * patch**2) ** -0.5)} if bias == "uniform" else {}
+        self.initial: dict[str, Initial] = {"bias": Uniform((3 * patch**2) ** -0.5)} if bias == "uniform" else {}
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def initial_values(self) -> dict[str, Uniform]:
+    def initial_values(self) -> dict[str, Initial]:
         """Return what does not begin by the rules of `randomness.initialise`."""
         return self.initial
 
@@ -70,7 +70,10 @@ class Encoder(nn.Module):
         image_size: tuple[int, int],
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
+        *,
+        learned_positions: bool = False,
     ) -> None:
+        """`learned_positions`: the positions are a parameter that begins with these values, as in MAE's fine-tuning."""
         super().__init__()
         self.settings = settings
         self.grid = Grid.of(image_size, settings.patch_size)
@@ -78,7 +81,12 @@ class Encoder(nn.Module):
         projection = PatchProjection(settings.width, settings.patch_size, settings.patch_bias)
         self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
-        self.register_buffer("pos_embed", sincos_positions(settings.width, self.grid)[None])
+        positions = sincos_positions(settings.width, self.grid)[None]
+        self.initial: dict[str, Initial] = {"pos_embed": positions} if learned_positions else {}
+        if learned_positions:
+            self.pos_embed = nn.Parameter(torch.empty(positions.shape))
+        else:
+            self.register_buffer("pos_embed", positions)
         self.blocks = nn.ModuleList(
             Block(settings.width, settings.heads, settings.attention, settings.mlp, settings.norm_eps)
             for _ in range(settings.depth)
@@ -88,10 +96,15 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu"), persistent=False)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def initial_values(self) -> dict[str, Initial]:
+        """Return the start of learned positions."""
+        return self.initial
+
+    def forward(self, images: Tensor, visible: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
-        -> tokens (B, N, 1+K, D) after the final norm."""
-        return self.norm(run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing))
+        -> tokens (B, N, 1+K, D) after the final norm. `keep`: see `run_blocks`."""
+        tokens = run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing, keep=keep)
+        return self.norm(tokens)
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """-> the tokens (B, N, 1+K, D) that enter the first block; `forward` says what it takes. Positions are

@@ -9,7 +9,7 @@ import torch
 
 from mimae import distributed
 from mimae.config.kept import load_run
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import RunRecipe
 from mimae.data.loading import backend
 from mimae.model import attention_choice
 from mimae.plan.gpus import device_name, peak_flops
@@ -21,12 +21,12 @@ SHARE = 0.5
 _KEPT = "as the run was started"
 
 
-def choose(task: Task[Any], device: torch.device) -> tuple[Recipe, str]:
+def choose(task: Task[Any], device: torch.device) -> tuple[RunRecipe, str]:
     """Return a task's recipe with names in the place of `auto`, and the choices in words. A collective."""
     recipe, chosen = task.recipe, dict[str, tuple[str, str]]()
     if distributed.rank() == 0:
         run = Path(recipe.run.dir)
-        kept = load_run(run) if (run / "config.yaml").exists() else None
+        kept = load_run(run, (), None, RunRecipe) if (run / "config.yaml").exists() else None
         chosen = {
             "data.loader": _loader(task, kept, device),
             "model.attention": _attention(task, kept, device),
@@ -38,10 +38,12 @@ def choose(task: Task[Any], device: torch.device) -> tuple[Recipe, str]:
     return recipe, "; ".join(f"{key}={name}, {reason}" for key, (name, reason) in chosen.items())
 
 
-def _loader(task: Task[Any], kept: Recipe | None, device: torch.device) -> tuple[str, str]:
+def _loader(task: Task[Any], kept: RunRecipe | None, device: torch.device) -> tuple[str, str]:
     recipe = task.recipe
     if recipe.data.loader != "auto":
         return recipe.data.loader, "as the recipe says"
+    if task.reader() is not None:
+        return "torch", "the only one that makes targets with the images"
     if kept is not None:
         return kept.data.loader, _KEPT
     schedule, ranks = recipe.schedule, distributed.world_size()
@@ -69,7 +71,7 @@ def _images_per_s(task: Task[Any], device: torch.device) -> float | None:
     return None if peak is None or not flops else SHARE * peak / flops
 
 
-def _attention(task: Task[Any], kept: Recipe | None, device: torch.device) -> tuple[str, str]:
+def _attention(task: Task[Any], kept: RunRecipe | None, device: torch.device) -> tuple[str, str]:
     recipe = task.recipe
     if recipe.model.attention != "auto":
         return recipe.model.attention, "as the recipe says"

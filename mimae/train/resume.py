@@ -11,7 +11,7 @@ from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.config.kept import load_run, newer_keys
 from mimae.config.printing import as_yaml
-from mimae.config.recipe import FREE_KEYS, Recipe, flat
+from mimae.config.recipe import FREE_KEYS, RunRecipe, flat
 from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
@@ -20,11 +20,11 @@ from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
 
 
-def check_config(recipe: Recipe, run: Path) -> None:
+def check_config(recipe: RunRecipe, run: Path) -> None:
     """Raise RunError where a run was started with settings that would have made other weights."""
     if not (run / "config.yaml").exists():
         return
-    old = flat(load_run(run))
+    old = flat(load_run(run, (), None, type(recipe)))
     new = flat(recipe)
     changed = [
         f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
@@ -37,7 +37,7 @@ def check_config(recipe: Recipe, run: Path) -> None:
         )
 
 
-def check_ranks(recipe: Recipe, run: Path, source: Source) -> None:
+def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
     """Raise RunError where ranks would go on from different weights or data: they would average the gradients of
     different models. A collective."""
     mine = {
@@ -56,7 +56,7 @@ def check_ranks(recipe: Recipe, run: Path, source: Source) -> None:
 
 
 def resume(
-    recipe: Recipe, steps: int, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
+    recipe: RunRecipe, steps: int, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
 ) -> tuple[int, dict[str, Any] | None]:
     """Make the run directory of a run of so many `steps`, or take the engine back to its last whole checkpoint.
 

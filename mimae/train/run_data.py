@@ -7,16 +7,16 @@ from pathlib import Path
 
 from mimae.config.kept import load_run, newer_keys, with_keys_of, with_version
 from mimae.config.layers import text
-from mimae.config.recipe import Recipe, flat
+from mimae.config.recipe import R, RunRecipe, flat
 from mimae.data.sources.open import absolute_path
 
 
-def as_kept(recipe: Recipe) -> Recipe:
+def as_kept(recipe: R) -> R:
     """Return the recipe as the run keeps it: with absolute paths of data, the numbering of its first start, and without
     keys that are newer than the run."""
     run = Path(recipe.run.dir)
     if (run / "config.yaml").exists():
-        old = load_run(run)
+        old = load_run(run, (), None, type(recipe))
         recipe = with_version(with_keys_of(recipe, old, newer_keys(run)), old.data.index_version)
     paths = {
         key: absolute_path(path) for key in ("path", "val_path") if (path := getattr(recipe.data, key)) is not None
@@ -24,7 +24,7 @@ def as_kept(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
 
 
-def not_taken_up(asked: Recipe, recipe: Recipe) -> str | None:
+def not_taken_up(asked: RunRecipe, recipe: RunRecipe) -> str | None:
     """Return in words what was asked for and is newer than the run, which goes on with `recipe`; None if nothing is."""
     run, wanted, used = Path(recipe.run.dir), flat(asked), flat(recipe)
     newer = newer_keys(run) if (run / "config.yaml").exists() else []
@@ -37,8 +37,8 @@ def not_taken_up(asked: Recipe, recipe: Recipe) -> str | None:
     )
 
 
-def moved_from(recipe: Recipe) -> str | None:
+def moved_from(recipe: RunRecipe) -> str | None:
     """Return the data.path that the run was last started with, where it is another one now."""
     run = Path(recipe.run.dir)
-    old = load_run(run).data.path if (run / "config.yaml").exists() else recipe.data.path
+    old = load_run(run, (), None, RunRecipe).data.path if (run / "config.yaml").exists() else recipe.data.path
     return None if absolute_path(old) == recipe.data.path else old

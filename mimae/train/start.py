@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from mimae.errors import UserError
 
 if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+    from mimae.config.recipe import RunRecipe
 
 
-def check_process(recipe: Recipe) -> None:
+def check_process(recipe: RunRecipe) -> None:
     """Raise UserError where the caller's process may not start what the run needs."""
     if multiprocessing.current_process().daemon and recipe.data.workers != 0:
         raise UserError(
@@ -22,7 +22,7 @@ def check_process(recipe: Recipe) -> None:
         )
 
 
-def hints(recipe: Recipe, steps: int, steps_per_epoch: int) -> Iterator[str]:
+def hints(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> Iterator[str]:
     """Yield what a person may not have meant in a run of `steps`, and could not see in its settings alone."""
     schedule = recipe.schedule
     warmup = round(schedule.warmup_epochs * steps_per_epoch)

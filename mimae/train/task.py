@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mimae.checkpoints import checkpoint
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import RunRecipe
 from mimae.data.loading.batch import Batch
+from mimae.data.loading.examples import Reader
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.engines.base import Engine, M, Obstacles
@@ -59,8 +60,9 @@ class Task(ABC, Generic[M]):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """Keys of `evaluate`, columns of epochs.jsonl, and which value is the best: checkpoint.best may name each."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = self.asked = recipe
+    def __init__(self, recipe: RunRecipe) -> None:
+        self.recipe: RunRecipe = recipe
+        self.asked: RunRecipe = recipe
         """What the run goes on with, and what was asked for: a run keeps some of what it was started with, so that
         `recipe` is another one once training begins."""
         self.weights: Weights | None = None
@@ -130,6 +132,11 @@ class Task(ABC, Generic[M]):
         return make_engine(self.outline(), setup_of(self.recipe), device, self.group, self.start)
 
     # A step
+
+    def reader(self) -> Reader | None:
+        """Return what makes the examples of training in the loader's processes: images with targets; None: images that
+        are cropped, flipped and resized as the settings of data say."""
+        return None
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -113,6 +113,7 @@ class Trainer(Generic[M]):
             accumulate=recipe.schedule.accumulate,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            reader=task.reader(),
         )
         self.per_epoch = self.loader.steps_per_epoch
         self.steps = total_steps(recipe.schedule, self.per_epoch)

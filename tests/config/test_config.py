@@ -106,7 +106,7 @@ def test_origins(small: str) -> None:
     Path("variant.yaml").write_text("# three lines\nbase: small.yaml\nmasking: {ratio: 0.8}\nmodel.depth: 3\n")
     resolved = load_recipe("variant.yaml", ["schedule.epochs=7"], {"seed": 5})
     recipe, origins = resolved.recipe, resolved.origins
-    assert list(origins) == keys() == list(flat(recipe))
+    assert tuple(origins) == keys(Recipe) == tuple(flat(recipe))
     expected = {
         "data.image_size": (32, "small.yaml:2"),
         "masking.ratio": (0.8, "variant.yaml:3"),
@@ -347,7 +347,8 @@ def test_overrides_that_are_none(small: str) -> None:
         ("decoder.widht=1", "did you mean decoder.width?"),
         ("sead=1", "did you mean seed?"),
         ("masking.zzz=1", "masking has kind, num_masks, ratio"),
-        ("zzz=1", "a recipe has seed, precision, compile, run, "),
+        ("task=segmant", "legal here is pretrain"),
+        ("zzz=1", "a recipe has task, seed, precision, compile, run, "),
         ("masking=4", "masking is a section; its keys are kind, num_masks, ratio"),
         ("seed.low=4", "unknown key"),
     ],

@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def problem(recipe: object, *overrides: str) -> str:
     with pytest.raises(ConfigError) as refusal:
-        load_recipe(recipe, overrides)  # type: ignore[arg-type]
+        load_recipe(recipe, overrides)  # type: ignore[call-overload]
     return str(refusal.value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def settle(folder: Path) -> None:
 
 
 def loader_on_cpu(
-    name: str, settings: DataSettings, source: Source, *, seed: int, batch_size: int, **plan: int
+    name: str, settings: DataSettings, source: Source, *, seed: int, batch_size: int, **plan: Any
 ) -> Loader:
     """Return the loader called `name`. For dali_gpu this is the same class and pipeline, on the CPU."""
     if name != "dali_gpu":

@@ -64,6 +64,7 @@ def test_in_a_thread_the_process_decides() -> None:
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what is ignored stays so
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
         assert signals.received

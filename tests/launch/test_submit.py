@@ -11,7 +11,7 @@ import pytest
 from mimae.errors import EXIT_SAVED, UserError
 from mimae.launch import command, submit
 from mimae.launch import processes as launch
-from mimae.launch.submit import Pretraining, minutes
+from mimae.launch.submit import Training, minutes
 
 pytest.importorskip("submitit", reason="submitit is an extra")
 
@@ -113,9 +113,9 @@ def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_run_that_saved_is_queued_again_by_one_node(
     code: int, node: str, queued: bool, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "pretrain", lambda *_: code)
+    monkeypatch.setattr(launch, "train", lambda *_: code)
     monkeypatch.setenv("SLURM_NODEID", node)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert Pretraining("quickstart", (), 1, 3)() == code
+    assert Training("quickstart", (), 1, 3)() == code
     calls = cluster / "calls"
     assert (calls.read_text() if calls.exists() else "") == ("scontrol requeue 77\n" if queued else "")

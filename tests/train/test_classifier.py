@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mimae import distributed
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import Recipe, RunRecipe
 from mimae.data.loading.batch import Batch
 from mimae.evaluate import share
 from mimae.model.encoder import Encoder
@@ -34,7 +34,7 @@ class Classifier(Model):
 
     evaluations = ("logits",)
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RunRecipe) -> None:
         super().__init__()
         self.encoder = Encoder(recipe.model, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
         self.head = nn.Linear(recipe.model.width, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -53,23 +53,30 @@ class Batch:
     """Optimizer step within the epoch."""
     bad: list[BadSample] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    """What a task's `Reader` made beside the images, by name: each (B, ...)."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`. From pinned memory the copy is asynchronous to the host."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
-            source_ids=self.source_ids.to(device, non_blocking=True),
-        )
+        return self.with_tensors({name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory. torch's DataLoader calls this method."""
+        return self.with_tensors({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the batch by name."""
+        own = {"images": self.images, "sample_ids": self.sample_ids, "source_ids": self.source_ids}
+        return own | {f"targets.{name}": target for name, target in self.targets.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
+        """Return the batch with other tensors, by the names that `tensors` gives."""
         return replace(
             self,
-            images=self.images.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-            source_ids=self.source_ids.pin_memory(),
+            images=tensors["images"],
+            sample_ids=tensors["sample_ids"],
+            source_ids=tensors["source_ids"],
+            targets={name: tensors[f"targets.{name}"] for name in self.targets},
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend
-from mimae.data.loading.batch import Batch
+from mimae.data.loading.batch import Batch, DataError
+from mimae.data.loading.examples import Reader, make_examples
 from mimae.data.loading.order import BatchRequest, Plan, epoch_order
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.loading.shared_memory import has_room
@@ -63,12 +64,13 @@ def make_loader(
     accumulate: int = 1,
     rank: int = 0,
     world_size: int = 1,
+    reader: Reader | None = None,
 ) -> Loader:
     """Return the loader of training batches of `source`: `batch_size` images per step over all ranks and micro-batches.
 
-    `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `backend.choose`.
-    Raises DataError if the batch does not divide evenly, if the source has no full batch, or if the backend cannot
-    run.
+    `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `backend.choose`. A
+    `reader` makes the examples, in the processes of the loader "torch". Raises DataError if the batch does not divide
+    evenly, if the source has no full batch, or if the backend cannot run.
     """
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
@@ -78,19 +80,37 @@ def make_loader(
     batch_bytes = plan.micro_batch * (3 * height * width + 16)
     workers = default_workers() if settings.workers is None else settings.workers
     by_pipe = workers > 0 and not has_room(batch_bytes, workers, number(os.environ, "LOCAL_WORLD_SIZE", 1, least=1))
-    return Loader(plan, make_backend(settings, cached(settings, source), seed, by_pipe=by_pipe), order)
+    kept = cached(settings, source)
+    if reader is None:
+        return Loader(plan, make_backend(settings, kept, seed, by_pipe=by_pipe), order)
+    if settings.loader not in ("auto", "torch"):
+        raise DataError(
+            f"data.loader={settings.loader} makes images alone, and this task needs targets with them: legal are torch "
+            "and auto"
+        )
+    make = partial(make_examples, settings, kept, seed, reader=reader)
+    return Loader(plan, Workers(make, settings.workers, by_pipe=by_pipe), order)
 
 
 def evaluation_batches(
-    settings: DataSettings, source: Source, batch_size: int, ids: Sequence[int] | Tensor | None = None
+    settings: DataSettings,
+    source: Source,
+    batch_size: int,
+    ids: Sequence[int] | Tensor | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[Batch]:
-    """Yield every sample (or those of `ids`) once, in order: the central crop, not flipped.
+    """Yield every sample (or those of `ids`) once, in order: the central crop, not flipped, or what `reader` makes.
 
     The last batch may be smaller. Use `source_ids` to look up labels: unreadable images are replaced here too.
     """
     chosen = torch.arange(len(source)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     plain = settings.model_copy(update={"crop_scale": None, "flip": False})
-    each = Workers(partial(make_batch, plain, source, 0, decoder=EachDecoder()), plain.workers)
+    make = (
+        partial(make_batch, plain, source, 0, decoder=EachDecoder())
+        if reader is None
+        else partial(make_examples, plain, source, 0, reader=reader)
+    )
+    each = Workers(make, plain.workers)
     try:
         yield from each.batches(
             BatchRequest(0, step, part.numpy()) for step, part in enumerate(chosen.split(batch_size))

@@ -109,19 +109,36 @@ def _region(sample: Sample) -> tuple[Tensor, Turn]:
 def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
     """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
     images = torch.empty((len(request.ids), *settings.size_hw, 3), dtype=torch.uint8)
-    slots, clock = _slots(settings, source, seed, request), Clock()
+    slots, cuts, clock = slots_of(settings, source, seed, request), _cuts(settings, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
-        samples = [slot.sample(clock) for slot in slots[start : start + decoder.at_once]]
-        while refused := decoder(samples, images, clock):
+        taken = slots[start : start + decoder.at_once]
+        while taken:
+            samples = [Sample(slot.place, slot.encoded(clock), *cuts[slot.place]) for slot in taken]
+            refused = decoder(samples, images, clock)
             for sample, error in refused:
                 slots[sample.place].refuse(error)
-            samples = [slots[sample.place].sample(clock) for sample, _ in refused]
-    source_ids = torch.tensor([slot.source_id for slot in slots], dtype=torch.int64)
-    bad = [sample for slot in slots for sample in slot.bad]
-    return Batch(images, torch.tensor(request.ids), source_ids, request.epoch, request.step, bad, clock.spent())
+            taken = [slots[sample.place] for sample, _ in refused]
+    return batch_of(images, slots, request, clock)
 
 
-def _slots(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> list[_Slot]:
+def batch_of(
+    images: Tensor, slots: Sequence[Slot], request: BatchRequest, clock: Clock, targets: dict[str, Tensor] | None = None
+) -> Batch:
+    """Return the batch of a request from the images and targets that were made for its slots."""
+    return Batch(
+        images,
+        torch.tensor(request.ids),
+        torch.tensor([slot.source_id for slot in slots], dtype=torch.int64),
+        request.epoch,
+        request.step,
+        [sample for slot in slots for sample in slot.bad],
+        clock.spent(),
+        targets or {},
+    )
+
+
+def _cuts(settings: DataSettings, seed: int, request: BatchRequest) -> list[tuple[Callable[[int, int], Window], bool]]:
+    """Return for each place of a request how its image is cut: the window, and whether it is flipped."""
     size, scale = settings.size_hw, settings.crop_scale
     sample_ids = torch.tensor(request.ids)
     mirrored = flips(seed, request.epoch, sample_ids).tolist() if settings.flip else [False] * len(request.ids)
@@ -129,30 +146,26 @@ def _slots(settings: DataSettings, source: Source, seed: int, request: BatchRequ
     if scale is not None:
         drawn = crop_words(seed, request.epoch, sample_ids).tolist()
         windows = [partial(random_window, row, scale=scale) for row in drawn]
+    return list(zip(windows, mirrored))
+
+
+def slots_of(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> list[Slot]:
+    """Return the slots of a request, in order."""
     return [
-        _Slot(source, settings, place, _chain(seed, request.epoch, sample_id, len(source)), window, flip)
-        for place, (sample_id, window, flip) in enumerate(zip(request.ids.tolist(), windows, mirrored))
+        Slot(source, settings, place, _chain(seed, request.epoch, sample_id, len(source)))
+        for place, sample_id in enumerate(request.ids.tolist())
     ]
 
 
-class _Slot:
-    """One place of a micro-batch. Its window and flip stay the same when its image is replaced."""
+class Slot:
+    """One place of a micro-batch. Its cut stays the same when its image is replaced."""
 
-    def __init__(
-        self,
-        source: Source,
-        settings: DataSettings,
-        place: int,
-        candidates: Iterator[int],
-        window: Callable[[int, int], Window],
-        flip: bool,
-    ) -> None:
-        self.source, self.settings, self.place = source, settings, place
-        self.candidates, self.window, self.flip = candidates, window, flip
+    def __init__(self, source: Source, settings: DataSettings, place: int, candidates: Iterator[int]) -> None:
+        self.source, self.settings, self.place, self.candidates = source, settings, place, candidates
         self.bad: list[BadSample] = []
         self.source_id = -1
 
-    def sample(self, clock: Clock) -> Sample:
+    def encoded(self, clock: Clock) -> Encoded:
         """Return the slot's next image with a valid header. Raises DataError if there is none."""
         for candidate in self.candidates:
             self.source_id = candidate
@@ -160,9 +173,7 @@ class _Slot:
                 with clock("read"):
                     data = self.source.read(self.source_id)
                 with clock("decode"):
-                    return Sample(
-                        self.place, look(data, self.settings.max_pixels, self.settings.range), self.window, self.flip
-                    )
+                    return look(data, self.settings.max_pixels, self.settings.range)
             except (BadImage, OSError) as error:
                 self.refuse(error)
         tried = "\n".join(f"  {printable(path)}: {reason}" for _, path, reason in self.bad[-5:])

@@ -52,6 +52,9 @@ def handed_over(made: Any, by_pipe: bool) -> Any:
 def _tensors(made: Any) -> Iterator[Tensor]:
     if isinstance(made, Tensor):
         yield made
+    elif isinstance(made, dict):
+        for value in made.values():
+            yield from _tensors(value)
     elif is_dataclass(made):
         for field in fields(made):
             yield from _tensors(getattr(made, field.name))

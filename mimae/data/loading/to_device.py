@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -38,7 +37,7 @@ class Transfer:
         self._lane = _CudaLane(device) if lane is None and device.type == "cuda" else lane
         # Allocated once: the caching allocator reuses memory that two streams used only when both are done with it, so
         # a host that runs ahead would allocate more and more.
-        self._buffers: list[tuple[Tensor, ...]] = [(), ()]
+        self._buffers: list[dict[str, Tensor]] = [{}, {}]
         self.waited = 0.0
         """Total seconds, by the host's clock, that the host waited for the loader's next batch."""
 
@@ -79,15 +78,19 @@ class Transfer:
 
     def _begin(self, lane: Lane, made: Batch) -> Batch:
         """Queue the copy of a batch into the buffers of the batch before the previous one."""
-        tensors = (made.images, made.sample_ids, made.source_ids)
+        tensors = made.tensors()
         self._buffers.reverse()
-        if [buffer.shape for buffer in self._buffers[0]] != [tensor.shape for tensor in tensors]:
-            self._buffers[0] = tuple(torch.empty_like(tensor, device=self._device) for tensor in tensors)
+        if not _alike(self._buffers[0], tensors):
+            self._buffers[0] = {name: torch.empty_like(t, device=self._device) for name, t in tensors.items()}
         lane.after_computing()
-        for target, tensor in zip(self._buffers[0], tensors):
-            lane.copy(target, tensor)
-        images, sample_ids, source_ids = self._buffers[0]
-        return replace(made, images=images, sample_ids=sample_ids, source_ids=source_ids)
+        for name, target in self._buffers[0].items():
+            lane.copy(target, tensors[name])
+        return made.with_tensors(self._buffers[0])
+
+
+def _alike(buffers: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether there is a buffer of the right shape for each tensor."""
+    return {name: t.shape for name, t in buffers.items()} == {name: t.shape for name, t in tensors.items()}
 
 
 class _CudaLane:

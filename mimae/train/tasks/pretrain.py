@@ -66,6 +66,8 @@ class Pretrain(Task[MIMAE]):
     def views(self) -> int:
         return self.recipe.masking.num_masks
 
+    recipe: Recipe
+
     def check(self) -> None:
         super().check()
         if self.validation is not None and self.source.labels is not None and self.validation.labels is not None:

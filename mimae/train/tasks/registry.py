@@ -1,0 +1,20 @@
+"""The registry of tasks. A new one is a file with a class here and a line in `TASKS`, and its recipe's class in
+`config.recipe.RECIPES`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mimae.config.recipe import RunRecipe
+from mimae.train.task import Task
+
+TASKS = {"pretrain": ("pretrain", "Pretrain")}
+"""Module in this folder and class of each task, by the `task` of its recipe. They are imported when they run."""
+
+
+def make_task(recipe: RunRecipe) -> Task[Any]:
+    """Return the task of a recipe."""
+    module, name = TASKS[recipe.task]
+    made: Task[Any] = getattr(import_module(f"mimae.train.tasks.{module}"), name)(recipe)
+    return made
