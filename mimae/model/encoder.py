@@ -82,6 +82,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(torch.empty(1, 1, settings.width))
         positions = sincos_positions(settings.width, self.grid)[None]
+        self.learned_positions = learned_positions
         self.initial: dict[str, Initial] = {"pos_embed": positions} if learned_positions else {}
         if learned_positions:
             self.pos_embed = nn.Parameter(torch.empty(positions.shape))
@@ -114,7 +115,13 @@ class Encoder(nn.Module):
             every = torch.arange(grid.patches, device=images.device, dtype=torch.int32)
             visible = every.expand(images.shape[0], 1, -1)
         positions = resampled(self.pos_embed, self.grid, grid)[0]
-        return self.patch_embed["proj"](images, visible, positions, self.cls_token[0, 0], self.mean, self.std)
+        if not self.learned_positions:
+            return self.patch_embed["proj"](images, visible, positions, self.cls_token[0, 0], self.mean, self.std)
+        # The fused embedding has no gradient for positions.
+        none = torch.zeros_like(positions)
+        tokens = self.patch_embed["proj"](images, visible, none, self.cls_token[0, 0], self.mean, self.std)
+        places = torch.cat([torch.zeros_like(visible[..., :1]), visible + 1], -1)
+        return tokens + positions[places]
 
     def tokens(self, images: Images) -> Tensor:
         """-> (B, 1 + L, D) after the final norm, of whole images: the class token, then the patches row by row.

@@ -125,3 +125,35 @@ def test_the_bias_of_the_patch_projection_may_begin_as_a_convolutions_does() -> 
     parts[different[0]] = Part(torch.empty(100), 300, bias.shape)
     initialise(encoder, 0, parts)
     assert torch.equal(parts[different[0]].values, bias[300:400])
+
+
+def test_learned_positions_begin_as_the_fixed_ones_and_have_the_gradient_of_timms() -> None:
+    settings = ModelSettings(size="tiny", patch_size=4, width=16, depth=2, heads=2)
+    fixed, learned = (Encoder(settings, (8, 12), *IMAGENET, learned_positions=each) for each in (False, True))
+    for encoder in (fixed, learned):
+        initialise(encoder, 0)
+    images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
+    assert torch.equal(fixed.pos_embed, learned.pos_embed.data)
+    assert (fixed(images) - learned(images)).abs().max() < 1e-6
+    vit = timm.models.VisionTransformer((8, 12), 4, 3, 0, embed_dim=16, depth=2, num_heads=2).double()
+    vit.load_state_dict(learned.state_dict(), strict=True)
+    learned.double()
+    pixels = (images.permute(0, 3, 1, 2).double() / 255 - learned.mean[:, None, None]) / learned.std[:, None, None]
+    vit.forward_features(pixels).pow(3).sum().backward()
+    learned(images).pow(3).sum().backward()
+    assert (learned.pos_embed.grad - vit.pos_embed.grad).abs().max() < 1e-8 * vit.pos_embed.grad.abs().max()
+    few = torch.tensor([[[4, 1]], [[0, 5]]], dtype=torch.int32)
+    assert (learned(images, few) - fixed.double()(images, few)).abs().max() < 1e-12
+
+
+def test_paths_that_are_dropped_add_nothing() -> None:
+    encoder = tiny()
+    initialise(encoder, 0)
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    every = torch.ones(2, len(encoder.blocks), 2)
+    assert torch.equal(encoder(images, keep=every), encoder(images))
+    dropped = every.clone()
+    dropped[1] = 0
+    tokens = encoder(images, keep=dropped)
+    assert torch.equal(tokens[0], encoder(images)[0])
+    assert torch.equal(tokens[1], encoder.norm(encoder.embed(images))[1])
