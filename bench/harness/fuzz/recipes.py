@@ -36,7 +36,7 @@ telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, t
 
 @lru_cache(1)
 def every_key() -> list[str]:
-    return keys()
+    return list(keys())
 
 
 @lru_cache(1)

@@ -26,7 +26,9 @@ def task_of(recipe: Recipe, device: torch.device) -> Pretrain:
     task = Pretrain(recipe)
     task.check()
     check_machine(setup_of(recipe), device, task.obstacles(device))
-    task.recipe, _ = choices.choose(task, device)
+    chosen, _ = choices.choose(task, device)
+    assert isinstance(chosen, Recipe)
+    task.recipe = chosen
     return task
 
 
