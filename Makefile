@@ -17,7 +17,7 @@ quickstart:
 	$(BIN)/mimae probe runs/quickstart
 
 test: lint
-	$(PYTEST) -m 'not slow and not gpu' --durations=10
+	$(PYTEST) -m 'not slow and not gpu' -n 2 --dist loadfile --durations=10
 
 test-all: lint
 	$(PYTEST) --durations=20
