@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from tests.bench.ops import toy_kernels
 ROOT = Path(__file__).parents[3]
 
 interpreted = pytest.mark.skipif(not runtime.INTERPRETED, reason="traffic is counted in the interpreter")
+
+
+@cache
+def measured(op: str) -> dict[str, Any]:
+    """Return the row of an op at its first size. Counting takes some seconds."""
+    (case,) = chosen([op])
+    return measure(op, case.sizes[0])
 
 
 # Kernels
@@ -185,27 +193,26 @@ def test_bounds(row: dict[str, Any], bound: Bound, beyond: str | None) -> None:
 
 @interpreted
 def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted once, in this process: a fresh one takes seconds to import torch."""
-    (case,) = chosen(["pixel_loss"])
-    rows = [measure(case.op, case.sizes[0])]
+    """The op is counted in this process: a fresh one takes seconds to import torch."""
+    rows = [measured("view_latents")]
     monkeypatch.setattr(traffic, "count", lambda cases, jobs: rows)
     file = tmp_path / "traffic.json"
-    arguments = ["bench", "traffic", "--op", "pixel_loss", "--no-machine-code", "--json", str(file)]
+    arguments = ["bench", "traffic", "--op", "view_latents", "--no-machine-code", "--json", str(file)]
 
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
-    assert "pixel_loss backward" in answer.output
+    assert "view_latents backward" in answer.output
     result = json.loads(file.read_text())
     assert set(result) == {"bench", "versions", "traffic", "machine_code"} and result["traffic"] == rows
-    # Predictions in bf16 and their gradient, the images, the ids, the statistics, and a loss.
+    # Patch tokens in fp32; two latents for each view, and the moments.
     forward = rows[0]["passes"][0]
-    assert forward["floor_bytes"] == 1024 * (4 * 147 * (2 * 768 * 2 + 4) + 224 * 224 * 3) + 24 + 4
+    assert forward["floor_bytes"] == 1024 * 4 * (49 + 2) * 768 * 4 + 2 * 768 * 4
     assert forward["predicted_h100_us_at_floor"] == pytest.approx(forward["floor_bytes"] / 3.35e6)
 
     monkeypatch.setattr(traffic, "bound_of", lambda op: Bound(issued=1.001))
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 1
-    assert "beyond its bound: pixel_loss, patch 16: issued bytes over floor" in answer.output
+    assert "beyond its bound: view_latents, ViT-B/16: issued bytes over floor" in answer.output
 
 
 def test_the_page_in_the_documentation_is_what_its_file_renders_to(tmp_path: Path) -> None:
@@ -253,4 +260,4 @@ def test_every_op_has_a_bound_and_names_are_distinct() -> None:
 )
 def test_ops_keep_their_bounds(case: Case) -> None:
     """At the first size; `mimae bench traffic` has the others, and the machine code."""
-    assert beyond_bounds(measure(case.op, case.sizes[0]), case.bound) == []
+    assert beyond_bounds(measured(case.op), case.bound) == []
