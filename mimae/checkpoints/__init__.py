@@ -1,1 +1,1 @@
-"""Checkpoints: what is kept of a run, and how it is written and verified."""
+"""Checkpoints of a run: their contents, writing and verification."""

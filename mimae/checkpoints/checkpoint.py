@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
     def tensors(self, section: str) -> dict[str, Tensor]:
-        """The whole tensors of model, optimizer or ema, by name; none where the run has no such section."""
+        """Return the whole tensors of the section model, optimizer or ema, by name; {} if the run has none."""
         return dcp.load_whole(self.path, f"{section}.")
 
 
@@ -61,15 +61,16 @@ def finished(temporary: Path) -> Path:
 
 
 def use(run: Path, action: Callable[[Checkpoint], T], say: Callable[[str], None] = say) -> tuple[Checkpoint, T] | None:
-    """Return the newest checkpoint of a run that is whole and that `action` takes, and what `action` makes of it.
+    """Return the newest usable checkpoint of a run, and the result of `action` for it.
 
-    None where the run has no checkpoint. One that is torn or altered, or for which `action` raises CheckpointError, is
-    named through `say` and passed over. Raises CheckpointError when there are some and none can be used. In a process
-    group this is a collective: the ranks share the work, and pass over what one of them cannot use.
+    Returns None if the run has no checkpoint. A checkpoint that is torn or altered, or for which `action` raises
+    CheckpointError, is reported through `say` and passed over. Raises CheckpointError if the run has checkpoints and
+    none is usable. In a process group this is a collective: the ranks share the work, and they all pass over a
+    checkpoint that one of them cannot use.
     """
     found = names(run)
     if (latest := read_latest(run)) not in found and Folder(run).exists("latest"):
-        say(f"{run / 'latest'} names {printable(repr(latest))}, which is not there; looking for another checkpoint")
+        say(f"{run / 'latest'} names {printable(repr(latest))}, which does not exist; looking for another checkpoint")
     reasons = []
     for name in found:
         try:
@@ -78,17 +79,17 @@ def use(run: Path, action: Callable[[Checkpoint], T], say: Callable[[str], None]
         except CheckpointError as error:
             reasons.append(str(error))
             if name != found[-1]:
-                say(f"{error}; trying the one before")
+                say(f"{error}; trying the previous one")
     if found:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {run / 'checkpoints'} is whole: start in a new run.dir; "
-            f"the last one that was tried: {reasons[-1]}"
+            f"none of the {len(found)} checkpoints in {run / 'checkpoints'} can be used: start in a new run.dir. "
+            f"The last one tried: {reasons[-1]}"
         )
     return None
 
 
 def find(run: Path, say: Callable[[str], None] = say) -> Checkpoint | None:
-    """Return the newest checkpoint of a run that is whole; see `use`."""
+    """Return the newest usable checkpoint of a run; see `use`."""
     found = use(run, lambda _: None, say)
     return None if found is None else found[0]
 
@@ -108,7 +109,7 @@ def locate(path: Path) -> tuple[Path, Checkpoint]:
 
 
 def use_at(path: Path, action: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
-    """Do what `use` does with a run, or `action` with the single checkpoint that `path` is. Raises CheckpointError."""
+    """Apply `use` if `path` is a run, or `action` if it is a single checkpoint. Raises CheckpointError."""
     run = run_of(path)
     if path != run:
         one = load(path)
@@ -120,7 +121,7 @@ def use_at(path: Path, action: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T
 
 
 def load(path: Path) -> Checkpoint:
-    """Verify one checkpoint directory. Raises CheckpointError on every rank, naming what is wrong with which file."""
+    """Verify one checkpoint directory. Raises CheckpointError on every rank, which names the file and its fault."""
     state: dict[str, Any] = {}
     wrong = ""
     try:
@@ -138,7 +139,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _together(action: Callable[[Checkpoint], T], found: Checkpoint) -> T:
-    """Return what `action` makes of a checkpoint. Raises CheckpointError on every rank where one cannot use it."""
+    """Return the result of `action` for a checkpoint. Raises CheckpointError on every rank if it fails on one."""
     results, wrong = list[T](), ""
     try:
         results.append(action(found))
@@ -150,7 +151,10 @@ def _together(action: Callable[[Checkpoint], T], found: Checkpoint) -> T:
 
 
 def make_room(temporary: Path, num_bytes: int) -> None:
-    """Make the empty directory `unfinished`. Raises CheckpointError where so many bytes do not fit, OSError."""
+    """Make the empty directory `temporary`.
+
+    Raises CheckpointError if `num_bytes` do not fit on the disk, or OSError.
+    """
     for interrupted in temporary.parent.glob(".step-*.tmp"):
         _remove(interrupted)
     temporary.mkdir(parents=True)
@@ -166,10 +170,12 @@ def commit(
     passed_over: set[str],
     say: Callable[[str], None] = say,
 ) -> None:
-    """Make a checkpoint of a directory that holds its tensors, on disk: a kill at any moment leaves the one before
-    whole. Then points `latest` to it and removes those that are not kept.
+    """Turn a directory with the tensors into a checkpoint, flushed to disk.
 
-    `passed_over`: names of those that this run found damaged and went back behind; the new one's is taken out."""
+    A kill at any moment leaves the previous checkpoint whole. Then `latest` is updated, and checkpoints that
+    `settings` do not keep are removed. `passed_over` has the names of damaged checkpoints that this run resumed from
+    before; the new one's name is removed from it.
+    """
     inside = Folder(temporary)
     inside.replace("state.json", json.dumps(state, indent=1))
     manifest = manifest | describe([temporary / "state.json", temporary / ".metadata"])
@@ -178,11 +184,11 @@ def commit(
         sync(file)
     sync(temporary)
     folder, final = temporary.parent, finished(temporary)
-    if os.path.lexists(final):  # A damaged one of the same step, which the resumed run has passed again.
+    if os.path.lexists(final):  # A damaged checkpoint of this step, which the resumed run has reached again.
         _remove(final)
     os.replace(temporary, final)
     sync(folder)
-    # From here on it is one, and is found without the pointer.
+    # From here on the checkpoint is valid, and is found without `latest`.
     passed_over.discard(final.name)
     with suppress(OSError):
         _prune(final, settings, passed_over)
@@ -193,8 +199,11 @@ def commit(
 
 
 def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) -> None:
-    """Remove what is not kept, and what is damaged; the run has gone back behind names after the newest one, and
-    behind those passed over. Raises OSError, before anything is removed, where it cannot be read which are kept."""
+    """Remove the checkpoints that are damaged or not kept.
+
+    Names after `newest`, and those in `passed_over`, belong to a part of the run that was repeated; they do not count.
+    Raises OSError, before anything is removed, if a state cannot be read.
+    """
     others = [newest.parent / name for name in names(newest.parent.parent) if name != newest.name]
     counted = [path for path in [*others, newest] if path <= newest and path.name not in passed_over]
     states = {path: state for path in counted if (state := _state(path)) is not None}
@@ -203,7 +212,7 @@ def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) ->
     kept |= {*before[len(before) - settings.keep + 1 :]}
     measured = {path: finite_measures(state, settings.best) for path, state in states.items()}
     if judged := {path: value for path, value in measured.items() if value is not None}:
-        better = states.get(newest, {}).get("better", {"knn": "max"})  # Older runs did not say which way is better.
+        better = states.get(newest, {}).get("better", {"knn": "max"})  # Older runs do not record a direction.
         best = max if better.get(settings.best) == "max" else min
         kept.add(best(judged, key=lambda path: judged[path]))
     for path in {*others} - kept:
@@ -211,7 +220,7 @@ def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) ->
 
 
 def _state(path: Path) -> dict[str, Any] | None:
-    """Return the state of a checkpoint; None for one that is damaged."""
+    """Return the state of a checkpoint, or None for a damaged one."""
     try:
         return read_state(path)
     except CheckpointError:
@@ -219,7 +228,7 @@ def _state(path: Path) -> dict[str, Any] | None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, or a link or a file in its place; never what a link leads to."""
+    """Remove a checkpoint, or a link or file in its place. The target of a link is never removed."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:

@@ -1,7 +1,7 @@
 """Names of checkpoint directories and contents of their JSON files, verified before anything is used. No torch.
 
-A checkpoint may come from a stranger, or be damaged: every name, size and number in it is looked at first, and only
-regular files inside of it are opened.
+A checkpoint may come from an untrusted source, or be damaged. So every name, size and number in it is checked first,
+and only regular files inside it are opened.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mimae.outside.files import Folder
 from mimae.outside.text import printable
 
 Manifest = dict[str, dict[str, Any]]
-"""`bytes` and `sha256` by the file's name."""
+"""Entries with `bytes` and `sha256`, by file name."""
 
 _NAME = re.compile(r"step-(\d{8,15})")
 _JSON_BYTES = 1 << 26
-"""The most that a JSON file of a checkpoint may have: an entry of 150 bytes for each rank is far below."""
+"""Largest size in bytes of a JSON file of a checkpoint; an entry for each rank has about 150 bytes."""
 
 _MOST_STEPS = 10**15
 
@@ -57,7 +57,7 @@ def step_of(name: str) -> int:
 
 
 def read_latest(run: Path) -> str | None:
-    """Return the name in RUN/latest; None where there is no such file, or it cannot be read or is empty."""
+    """Return the name in RUN/latest, or None if there is no such file, it cannot be read, or it is empty."""
     try:
         text = Folder(run).read("latest", 4096).decode(errors="replace").strip()
     except OSError:
@@ -66,7 +66,7 @@ def read_latest(run: Path) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint. Raises CheckpointError for one that is broken, OSError for a failing disk."""
+    """Return state.json of a checkpoint. Raises CheckpointError if it is broken, OSError if the disk fails."""
     state = _read_json(path, "state.json")
     if wrong := wrong_with(state):
         raise CheckpointError(f"{path / 'state.json'} is broken: {wrong}")
@@ -74,27 +74,27 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return manifest.json of a checkpoint. Raises CheckpointError for one that is broken."""
+    """Return manifest.json of a checkpoint. Raises CheckpointError if it is broken."""
     manifest = _read_json(path, "manifest.json")
     file = path / "manifest.json"
     if not isinstance(manifest, dict) or not {".metadata", "state.json"} <= manifest.keys():
         raise CheckpointError(f"{file} does not name the files of a checkpoint")
     for name, entry in manifest.items():
         if not is_inside(name):
-            raise CheckpointError(f"{file} names {printable(repr(name))}, which is no file of the checkpoint")
+            raise CheckpointError(f"{file} names {printable(repr(name))}, which is not a file of the checkpoint")
         is_whole = isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
         if not is_whole:
-            raise CheckpointError(f"{file} does not say the size and SHA-256 of {printable(name)}")
+            raise CheckpointError(f"{file} lacks the size or SHA-256 of {printable(name)}")
     return dict(manifest)
 
 
 def is_inside(name: object) -> bool:
-    """Return whether a name is that of a file right in a checkpoint: it has no separator and leads nowhere else."""
+    """Return whether a name can be that of a file directly in a checkpoint: no separator, and not `.` or `..`."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.+-]+", name, re.ASCII)) and name not in (".", "..")
 
 
 def verify(path: Path, name: str, manifest: Manifest) -> None:
-    """Raise CheckpointError where a file is not what the manifest says."""
+    """Raise CheckpointError if a file does not match the manifest."""
     expected, file = manifest[name], path / name
     try:
         with os.fdopen(Folder(path).open(name, os.O_RDONLY), "rb") as stream:
@@ -134,7 +134,7 @@ def _read_json(path: Path, name: str) -> Any:
 
 
 def _is_broken(file: Path) -> bool:
-    """Return whether a file is of a kind or a size that no checkpoint has, which is no fault of the disk."""
+    """Return whether a file has a kind or size that no checkpoint has. That is not a failure of the disk."""
     try:
         found = file.lstat()
     except NotADirectoryError:
@@ -145,16 +145,16 @@ def _is_broken(file: Path) -> bool:
 
 
 def wrong_with(state: Any) -> str:
-    """Return what is wrong with a state, in words; nothing where it is right."""
+    """Return a description of the fault of a state, or an empty text for a valid state."""
     if not isinstance(state, dict):
-        return f"it holds no state, but {type(state).__name__}"
+        return f"it contains {type(state).__name__} instead of a state"
     if not _is_count(state.get("step")) or state["step"] > _MOST_STEPS:
         return f"step = {_shown(state, 'step')}; legal is a number of steps"
     for key, kind in _OPTIONAL.items():
         value = state.get(key)
         if key in state and (not isinstance(value, kind) or (kind is int and not _is_count(value))):
             return f"{key} = {_shown(state, key)}"
-    # What was kept when steps were skipped is for `mimae replay` alone, and says nothing of the run's end.
+    # A state that was kept when steps were skipped is only for `mimae replay`, and lacks the fields of a resumable one.
     if "data" not in state:
         return "it lacks data"
     if not {"steps", "skipped_to"} & state.keys():
@@ -166,7 +166,7 @@ def wrong_with(state: Any) -> str:
 
 
 def finite_measures(state: dict[str, Any], name: str | None) -> float | None:
-    """Return a measure of a state; None where it has none that is finite."""
+    """Return a measure of a state, or None if it is missing or not finite."""
     value = state.get("measures", {}).get(name)
     return float(value) if value is not None and math.isfinite(value) else None
 

@@ -1,8 +1,8 @@
 """A checkpoint's tensors in the format of torch.distributed.checkpoint (DCP): each rank writes and reads its parts.
 
-DCP stores boxes of a tensor. A part is a range of its elements, so at most a few boxes, and what one engine on so many
-ranks wrote another reads on any number of them, with DCP's own tools too. Its `.metadata` is a pickle, from which
-nothing is made here but what describes tensors; the tensors are loaded with weights_only.
+DCP stores boxes of a tensor. A part is a range of its elements, and so consists of a few boxes. Any engine on any
+number of ranks can read a checkpoint that another engine wrote, and so can DCP's own tools. DCP's `.metadata` is a
+pickle; only descriptions of tensors are unpickled from it. The tensors are loaded with weights_only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from mimae.outside.text import printable
 from mimae.randomness import Part
 
 State = Mapping[str, "Tensor | Part"]
-"""Tensors and parts that this rank holds, by name; whole tensors are equal on every rank."""
+"""This rank's tensors and parts, by name. Whole tensors are equal on every rank."""
 
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
@@ -71,13 +71,13 @@ _DESCRIPTIONS = {
 """Names that a `.metadata` may use, by module."""
 
 _DESCRIPTION_BYTES = 1 << 30
-"""The most that a `.metadata` may have: hundreds of ranks with a million pieces of tensors are far below."""
+"""Largest size in bytes of a `.metadata`; hundreds of ranks with a million pieces of tensors need much less."""
 
 _SHORTAGE = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 
 
 def boxes(start: int, length: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, sizes) of the boxes that hold elements start .. start + length - 1 of a tensor, in their order."""
+    """Yield (offsets, sizes) of the boxes that contain elements start .. start + length - 1 of a tensor, in order."""
     if not shape:
         yield from [((), ())] * length
         return
@@ -96,36 +96,39 @@ def boxes(start: int, length: int, shape: tuple[int, ...]) -> Iterator[tuple[tup
 
 
 def save(path: Path, state: State, group: Group, staging: Staging | None) -> None:
-    """Write the state of all ranks of `group` into the directory `path`; what several of them hold is written once.
+    """Write the state of all ranks of `group` into the directory `path`. Tensors that several ranks have are written
+    once.
 
-    A collective. With `staging` what this rank writes is copied there first. Raises CheckpointException on every rank.
+    A collective. With `staging`, this rank's tensors are copied there first. Raises CheckpointException on every rank.
     """
     path.mkdir(exist_ok=True)
     dcp.save(dict(state), storage_writer=_Writer(path), planner=_SavePlanner(staging), process_group=group)
 
 
 def load(path: Path | Reader, state: State) -> None:
-    """Read into the tensors of `state` what `path` holds of them. Raises CheckpointError for what it lacks, and for
-    what is no description or no tensor of these sizes."""
+    """Read the tensors of `state` from `path`, in place.
+
+    Raises CheckpointError for tensors that are missing or have other shapes, and for a broken description.
+    """
     reader = path if isinstance(path, Reader) else Reader(path)
     missing = sorted(state.keys() - reader.described.state_dict_metadata.keys())
     if missing:
         more = " and others" if len(missing) > 3 else ""
         raise CheckpointError(f"{reader.path} lacks {', '.join(missing[:3])}{more}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # Each rank reads by itself.
         try:
             dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
         except CheckpointException as error:
             cause = next((cause for cause, _ in error.failures.values()), error)
             if isinstance(cause, MemoryError) or _SHORTAGE.search(str(cause)):
                 raise cause from None
-            said = printable(" ".join(str(cause).split()))[:300]
-            raise CheckpointError(f"{reader.path} cannot be loaded: {said}") from error
+            text = printable(" ".join(str(cause).split()))[:300]
+            raise CheckpointError(f"{reader.path} cannot be loaded: {text}") from error
 
 
 def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Return the whole tensors whose names begin with `prefix`, by the rest of their names. Raises CheckpointError."""
+    """Return the whole tensors whose names begin with `prefix`, by name without the prefix. Raises CheckpointError."""
     reader = Reader(path)
     state = {
         name: torch.empty(of.size, dtype=of.properties.dtype)
@@ -137,14 +140,14 @@ def load_whole(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def num_bytes(state: State) -> int:
-    """Bytes of the whole tensors."""
+    """Return the number of bytes of the whole tensors."""
     return sum(
         of.shape.numel() * of.values.element_size() if isinstance(of, Part) else of.nbytes for of in state.values()
     )
 
 
 def reason(error: BaseException) -> str:
-    """Return the first cause of DCP's exception, which holds the errors and tracebacks of every rank."""
+    """Return the first cause of DCP's exception, which contains the errors and tracebacks of every rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {cause}"
@@ -152,7 +155,7 @@ def reason(error: BaseException) -> str:
 
 
 class Staging:
-    """Copies on the host of what this rank writes, beside what it computes. Their memory is kept for the next save."""
+    """Host copies of the tensors that this rank writes, made while it computes. The next save reuses their memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffers: dict[MetadataIndex, Tensor] = {}
@@ -161,13 +164,13 @@ class Staging:
         self._done.set()
 
     def begin(self) -> None:
-        """Order the copies after all work that the device has been given so far."""
+        """Order the copies after all work that is queued on the device."""
         self._done.clear()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, pieces: Mapping[MetadataIndex, Tensor]) -> dict[MetadataIndex, Tensor]:
-        """Copies of `pieces`; from now on they may change."""
+        """Return copies of `pieces`. After the call, `pieces` may change."""
         with torch.cuda.stream(self._stream):
             for index, piece in pieces.items():
                 if index not in self._buffers:
@@ -180,7 +183,7 @@ class Staging:
         return {index: self._buffers[index] for index in pieces}
 
     def end(self) -> None:
-        """There is nothing to copy any more."""
+        """Declare that nothing is left to copy."""
         self._done.set()
 
     @property
@@ -189,12 +192,12 @@ class Staging:
         return self._done.is_set()
 
     def settle(self) -> None:
-        """Wait until what is to be copied may change."""
+        """Wait until the tensors that are being copied may change."""
         self._done.wait()
 
 
 def _pieces(name: str, held: Tensor | Part) -> Iterator[tuple[ChunkStorageMetadata, MetadataIndex, Tensor]]:
-    """The boxes of what this rank holds of a tensor, and views of them."""
+    """Yield the boxes of this rank's part of a tensor, with their indices and views of their elements."""
     values, start, shape = held if isinstance(held, Part) else Part(held, 0, held.shape)
     flat, taken = values.detach().view(-1), 0
     for offsets, sizes in boxes(start, values.numel(), shape):
@@ -206,7 +209,7 @@ def _pieces(name: str, held: Tensor | Part) -> Iterator[tuple[ChunkStorageMetada
 
 class _Writer(dcp.FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        # torch's would make the directory with all those above it, where the run was renamed a moment ago.
+        # torch's method would create the directory and its parents, even if the run was renamed a moment ago.
         return plan
 
 
@@ -232,8 +235,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         if self.staging is not None:
             self.pieces = self.staging.copy(pieces)
         else:
-            # As tensors that have their memory to themselves: of what lies inside of another one DCP makes a copy, and
-            # keeps all of them until the file is written.
+            # Give each view its own storage. DCP clones views and keeps every clone until the file is written.
             self.pieces = {index: from_dlpack(piece) for index, piece in pieces.items()}
         return plan
 
@@ -243,7 +245,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # The default one rebuilds tuples, which parts are.
+        # The default method rebuilds tuples, and parts are tuples.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
@@ -264,15 +266,15 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a directory in many turns; its description, which takes seconds for many ranks, is read once.
+    """Reader of a directory in many passes. The description, which takes seconds for many ranks, is read once.
 
-    Nothing that the directory says is believed: names lie inside of it, sizes are those of its files, and a tensor is
-    of the shape and type that the description says.
+    The contents are not trusted: names must lie inside the directory, sizes must be those of its files, and a tensor
+    must have the shape and type of its description.
     """
 
     @cached_property
     def described(self) -> Metadata:
-        """The description, verified. Raises CheckpointError."""
+        """Return the verified description. Raises CheckpointError."""
         folder = Path(self.path)
         try:
             content = Folder(folder).read(".metadata", _DESCRIPTION_BYTES)
@@ -280,7 +282,7 @@ class Reader(dcp.FileSystemReader):
             _verify(found, folder)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a pickle that was made by hand comes to
+        except Exception as error:  # A forged pickle can raise anything.
             said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
             raise CheckpointError(f"{folder / '.metadata'} describes no checkpoint: {said}") from error
         assert isinstance(found, Metadata)
@@ -314,7 +316,7 @@ class Reader(dcp.FileSystemReader):
         place = self.storage_data[index]
         part = _Part(file, place.offset, place.length)
         with zipfile.ZipFile(part) as archive:
-            # torch's reader would inflate what is compressed, to any size.
+            # torch's reader would decompress an entry to any size.
             if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                 raise ValueError(f"{index.fqn} in {place.relative_path} is compressed")
         part.seek(0)
@@ -325,7 +327,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, as a file. (torch's own one cannot be read by zipfile.)"""
+    """A range of a file, as a file object. (zipfile cannot read torch's own class for this.)"""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -355,7 +357,7 @@ class _Part(io.RawIOBase):
 
 
 def _verify(found: Any, folder: Path) -> None:
-    """Raise ValueError where a description is not one of tensors that lie in the files of `folder`."""
+    """Raise ValueError if a description does not describe tensors in the files of `folder`."""
     if not isinstance(found, Metadata):
         raise ValueError("it is something else")
     tensors, places = found.state_dict_metadata, found.storage_data
@@ -367,7 +369,7 @@ def _verify(found: Any, folder: Path) -> None:
         if not isinstance(name, str):
             raise ValueError(f"{name!r} is no name of a tensor")
         if not isinstance(of, TensorStorageMetadata):
-            continue  # Something that another tool stored beside tensors; nothing here reads it.
+            continue  # Another tool stored this entry next to the tensors; it is never read here.
         if not _is_size(of.size) or not isinstance(of.properties, TensorProperties):
             raise ValueError(f"{name} has no size")
         if not isinstance(of.properties.dtype, torch.dtype) or not isinstance(of.chunks, list):
@@ -397,7 +399,7 @@ def _verify(found: Any, folder: Path) -> None:
 
 
 def _verify_chunk(name: str, chunk: Any, whole: torch.Size) -> int:
-    """Return the elements of a box of a tensor. Raises ValueError where it is none."""
+    """Return the number of elements of a box of a tensor. Raises ValueError if it is not a box of the tensor."""
     if not isinstance(chunk, ChunkStorageMetadata) or not _is_size(chunk.offsets) or not _is_size(chunk.sizes):
         raise ValueError(f"{name} has a part without a place")
     if len(chunk.offsets) != len(whole) or len(chunk.sizes) != len(whole):

@@ -1,7 +1,7 @@
-"""One job for each run directory: by flock on a host, and across hosts by a counter that the owner moves.
+"""The lock of a run directory: flock on one host, and a counter that the owner increments across hosts.
 
-flock does not reach other hosts on every shared file system. So the lock file names its owner, and the owner rewrites a
-counter in it; who finds the name of another host's owner looks whether the counter moves. Nobody compares clocks.
+On some shared file systems flock does not reach other hosts. So the lock file names its owner, and the owner increments
+a counter in it. A job that finds an owner on another host watches for a change of the counter. Clocks are not compared.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mimae.outside.files import Folder
 from mimae.outside.text import printable
 
 BEAT = 2.0
-"""Seconds between two moves of the counter."""
+"""Seconds between two increments of the counter."""
 
 PATIENCE = 10.0
-"""Seconds in which the counter of an owner that lives has moved, with room for a file system that tells late."""
+"""Seconds within which the counter of a live owner changes, with room for a file system that delays updates."""
 
 _NAME, _WIDTH = "lock", 512
 
 
 class Owner(NamedTuple):
-    """Who works in a run directory."""
+    """The process that works in a run directory."""
 
     host: str
     boot: str
-    """Another one for each start of each host: owners with the same one see each other's flock."""
+    """Identifier of a boot of a host. Owners with the same one see each other's flock."""
     pid: int
     token: str
     beats: int = 0
@@ -47,12 +47,15 @@ class Owner(NamedTuple):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Return whether the owner is on another host, about which flock may know nothing."""
+        """Return whether the owner is on another host, where flock may have no effect."""
         return self.boot != _boot()
 
 
 def read(file: Path) -> Owner | None:
-    """Return whom a lock file names; None where it is empty, as a clean end leaves it, or no lock file."""
+    """Return the owner that a lock file names.
+
+    Returns None for a file that is empty, as after a clean end, or that is not a lock file.
+    """
     return _read(Folder(file.parent), file.name)
 
 
@@ -67,7 +70,7 @@ def _read(folder: Folder, name: str) -> Owner | None:
 
 
 def moves(file: Path) -> bool:
-    """Return whether an owner writes to a lock file; wait up to PATIENCE seconds for a sign of it."""
+    """Return whether an owner writes to a lock file; wait for a change for up to PATIENCE seconds."""
     before, end = read(file), time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(BEAT / 4)
@@ -77,23 +80,26 @@ def moves(file: Path) -> bool:
 
 
 class Hold:
-    """A job's hold of its run directory. Called before each save it returns where the run is by now; on ranks other
-    than the main one it does nothing."""
+    """A job's ownership of its run directory.
+
+    It is called before each save and returns the present path of the run. On ranks other than the main one it does
+    nothing.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        """The run directory. Other ranks than the main one do not open it."""
+        """The run directory. Only the main rank opens it."""
 
     def __call__(self) -> Path | None:
-        """Return where the run is, which may have been renamed. Raises RunError where another job has taken it."""
+        """Return the path of the run, which may have been renamed. Raises RunError if another job has taken it."""
         return None
 
 
 class Lock(Hold):
-    """The main rank's hold."""
+    """The main rank's ownership."""
 
     def __init__(self, folder: Folder, file: TextIO) -> None:
-        """`file`: the lock file in `folder`, open and locked."""
+        """Write the owner into `file`: the lock file in `folder`, open and locked."""
         super().__init__(folder)
         self._file = file
         self._owner = Owner(socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8))
@@ -109,16 +115,16 @@ class Lock(Hold):
         self._over.set()
         self._thread.join()
         if self._other() is None:
-            os.pwrite(self._file.fileno(), b" " * _WIDTH, 0)  # keeps its room on a disk that fills up
+            os.pwrite(self._file.fileno(), b" " * _WIDTH, 0)  # The padding reserves space in case the disk fills up.
 
     def __call__(self) -> Path:
-        """Raise RunError where another job has taken the directory, having found this one silent."""
+        """Raise RunError if another job has taken the directory because this one was silent."""
         if (other := self._other()) is not None:
             raise RunError(
-                f"run.dir={self.folder.path} was taken over by {other} while this process stood still; this one ends "
-                "and saves nothing more"
+                f"run.dir={self.folder.path} was taken over by {other} while this process was stopped; this one ends "
+                "without saving"
             )
-        if self.folder.locate():  # The lock file went with the directory that was deleted.
+        if self.folder.locate():  # The directory was deleted, and the lock file with it.
             made = _open(self.folder)
             fcntl.flock(made, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.dup2(made, self._file.fileno(), inheritable=False)
@@ -127,29 +133,29 @@ class Lock(Hold):
         return self.folder.path
 
     def _other(self) -> Owner | None:
-        owner = _read(self.folder, _NAME)  # not by its path, where another run may stand after a rename
+        owner = _read(self.folder, _NAME)  # Not by its path: after a rename another run may be there.
         return owner if owner is not None and owner.token != self._owner.token else None
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT) and self._other() is None:
             self._owner = self._owner._replace(beats=self._owner.beats + 1)
-            with suppress(OSError):  # a full disk
+            with suppress(OSError):  # The disk is full.
                 self._write()
 
     def _write(self) -> None:
         text = json.dumps(self._owner._asdict()).ljust(_WIDTH)
         os.pwrite(self._file.fileno(), text.encode(), 0)
-        os.fsync(self._file.fileno())  # to where other hosts read
+        os.fsync(self._file.fileno())  # Other hosts then read the new count.
 
 
 @contextmanager
 def lock(run: Path) -> Iterator[Hold]:
-    """Hold the run directory for this job, through the main rank.
+    """Reserve the run directory for this job, through the main rank.
 
-    Raises RunError where another job has it, or where it cannot be written.
+    Raises RunError if another job has it, or if it cannot be written.
     """
 
-    from mimae import distributed  # torch, which a look at the owner of a lock does without
+    from mimae import distributed  # It imports torch, which reading the owner of a lock does not need.
 
     folder = Folder(run)
     if distributed.rank() != 0:
@@ -159,11 +165,11 @@ def lock(run: Path) -> Iterator[Hold]:
         folder.make()
         file = os.fdopen(_open(folder), "r+")
         if not os.fstat(file.fileno()).st_size:
-            os.pwrite(file.fileno(), b" " * _WIDTH, 0)  # room for the owner
+            os.pwrite(file.fileno(), b" " * _WIDTH, 0)  # This reserves space for the owner.
     except OSError as error:
         what = f"{_NAME}: " if error.filename == _NAME else ""
         raise RunError(f"run.dir={run} cannot be written: {what}{error.strerror}") from error
-    # A forked worker of the data shares the open file, and would hold the lock past this process's end.
+    # A forked data worker shares the open file, and would otherwise keep the lock after this process has ended.
     os.register_at_fork(after_in_child=file.close)
     with file:
         owner = read(run / _NAME)
@@ -184,7 +190,7 @@ def _open(folder: Folder) -> int:
     descriptor = folder.open(_NAME, os.O_RDWR | os.O_CREAT)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
-        raise OSError(errno.EMLINK, "it has another name too (a hard link), whose content it would overwrite", _NAME)
+        raise OSError(errno.EMLINK, "it has a second name (a hard link); writing would change that file too", _NAME)
     return descriptor
 
 

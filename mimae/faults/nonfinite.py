@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: found without a wait for the device, and the end of a run that takes too many."""
+"""Detection of steps whose gradient is not finite, without waiting for the device; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from mimae.errors import RunError
 
 MAX_SKIPPED = 10
-"""Non-finite steps in a row that end a run."""
+"""Number of consecutive non-finite steps that ends a run."""
 
 
 class NonFinite:
-    """Follows which steps the device skipped, one step late, so that the host never waits for the step in flight."""
+    """Record of the steps that the device skipped. It is one step late, so that the host never waits for the device."""
 
     def __init__(
         self,
@@ -25,7 +25,9 @@ class NonFinite:
         keep: Callable[[int, int], bool],
         note: Callable[..., None] = lambda kind, **details: None,
     ) -> None:
-        """`samples(step)` returns the ids of the step's global batch. `keep(first, last)` saves the weights for
+        """Store the callbacks.
+
+        `samples(step)` returns the ids of the step's global batch. `keep(first, last)` saves the weights for
         `mimae replay` and returns whether it succeeded: all steps in between were skipped, so the weights did not
         change. `note("skipped", step=...)` keeps a record of each skipped step."""
         self.run, self.samples, self.keep, self.note = run, samples, keep, note
@@ -33,8 +35,10 @@ class NonFinite:
         self.streak: list[int] = []
 
     def check(self, step: int, skipped: Tensor) -> None:
-        """Read the decision of the step before. Raises RunError when the ten most recent steps were all skipped; one
-        good step resets the count."""
+        """Read the decision of the previous step.
+
+        Raises RunError when the ten most recent steps were all skipped. One good step resets the count.
+        """
         self._read()
         event = torch.cuda.Event() if skipped.is_cuda else None
         copied = skipped.to("cpu", non_blocking=True)
@@ -45,7 +49,7 @@ class NonFinite:
             self.drain()
 
     def drain(self) -> None:
-        """Read the decisions that are left, before a checkpoint: a doomed run must not replace a good one."""
+        """Read the remaining decisions before a checkpoint: a failing run must not replace a good checkpoint."""
         self._read()
         if len(self.streak) < MAX_SKIPPED:
             return
@@ -54,7 +58,7 @@ class NonFinite:
         steps = "\n".join(f"  step {step}: samples {self.samples(step)}" for step in self.streak)
         raise RunError(
             f"{len(self.streak)} steps in a row had a gradient that is not finite; the checkpoints of {self.run} are "
-            f"untouched. `mimae replay {self.run} --step {first}` tells what is not finite and where it begins{start}. "
+            f"unchanged. `mimae replay {self.run} --step {first}` shows what is not finite and where it begins{start}. "
             f"Lower optimizer.learning_rate, set optimizer.clip, or look at the samples:\n{steps}"
         )
 

@@ -1,4 +1,4 @@
-"""When memory runs out: in what, what is held, what the planner says to do, and a snapshot to look at."""
+"""Report of a memory shortage: its phase, the memory in use, the planner's advice, and a snapshot file."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ HISTORY = 50_000
 """Number of allocations and frees that a snapshot of a GPU's memory shows, the last ones: about ten steps."""
 
 LISTED = 100
-"""Tensors in the snapshot of a CPU's memory, the largest."""
+"""Number of tensors in the snapshot of a CPU's memory: the largest ones."""
 
 _WORDS = re.compile(r"can't allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|out of memory", re.IGNORECASE)
 
 
 class MemoryShortage(RunError):
-    """An allocation failed; another start of the same would fail again."""
+    """An allocation that failed. A restart with the same settings would fail again."""
 
 
 @contextmanager
 def explained(recipe: RunRecipe, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
-    """Raise MemoryShortage for an allocation that fails inside, with a snapshot in RUN/memory."""
+    """Raise MemoryShortage for an allocation that fails inside the block, and write a snapshot to RUN/memory."""
     if device.type == "cuda":
-        # Without a history a snapshot has no stacks: it shows what is held, and not by whom.
+        # Without a history, a snapshot shows the memory in use without the stacks that allocated it.
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
     try:
         yield
@@ -58,7 +58,7 @@ def explained(recipe: RunRecipe, device: torch.device, watchdog: Watchdog) -> It
             f"{f', which asked for {asked[1]}' if asked else ''}; {held(device)}",
             _snapshot(Path(recipe.run.dir), device),
         ]
-        # The planner needs some memory too: that of what was under way.
+        # Free the memory of the failed step: the planner needs some too.
         clear_frames(error.__traceback__)
         ranks = distributed.world_size()
         lines.append(advice(recipe, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
@@ -74,7 +74,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def held(device: torch.device) -> str:
-    """Return in words the memory that this process holds, and its limit."""
+    """Return a text with the memory that this process uses, and its limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         mine, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
@@ -83,11 +83,11 @@ def held(device: torch.device) -> str:
             f"of the GPU's {_gib(total)}"
         )
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return f"the process holds {_gib(resident)} of {_gib(_limit())} that it may have"
+    return f"the process holds {_gib(resident)} of its limit of {_gib(_limit())}"
 
 
 def _limit() -> int:
-    """Bytes of memory that this process may have: the machine's, or a lower limit of its own or of its cgroup."""
+    """Return this process's memory limit in bytes: the machine's memory, or a lower limit of the process or cgroup."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
@@ -115,8 +115,11 @@ def advice(recipe: RunRecipe, ranks: int, per_node: int) -> str:
     def planned(layout: Layout, recipe: Recipe = recipe, images: int = images) -> str:
         return _gib(memory(recipe, layout, images, count=count, ops="fused" if on_gpu else "plain").total)
 
-    lines = [f"the planner counts, beside the libraries, on each of {ranks} ranks:", f"  as it is: {planned(layout)}"]
-    # On a CPU what is offloaded stays where it was.
+    lines = [
+        f"the planner counts for each of {ranks} ranks, without libraries:",
+        f"  as it is: {planned(layout)}",
+    ]
+    # On a CPU offloading does not move anything.
     spread = [Layout("fsdp", ranks), Layout("zero3", ranks)]
     spread += [Layout(other.kind, ranks, offload="cpu") for other in spread] if on_gpu else []
     lines += [f"  {other.settings}: {planned(other)}" for other in spread if ranks > 1 and other != layout]
@@ -134,7 +137,7 @@ def advice(recipe: RunRecipe, ranks: int, per_node: int) -> str:
 
 
 def _gpu() -> GPU | None:
-    """The GPU of this machine, if the planner knows it."""
+    """Return the GPU of this machine, or None if the planner does not know it."""
     if not torch.cuda.is_available():
         return None
     with suppress(ValueError):
@@ -143,7 +146,7 @@ def _gpu() -> GPU | None:
 
 
 def _snapshot(run: Path, device: torch.device) -> str:
-    """Write what holds the memory, and say where."""
+    """Write a snapshot of the memory, and return a text that names the file."""
     name = f"memory/rank-{distributed.rank()}"
     try:
         if device.type == "cuda":
@@ -159,11 +162,11 @@ def _snapshot(run: Path, device: torch.device) -> str:
 
 
 def _tensors() -> dict[str, Any]:
-    """The tensors that Python sees, the largest first, each memory once; autograd's own are not among them."""
+    """Return the tensors that Python sees, largest first and each storage once. Autograd's own are not among them."""
     seen: dict[int, dict[str, Any]] = {}
     for found in gc.get_objects():
         if issubclass(type(found), Tensor) and not found.is_meta and found.layout is torch.strided:
-            with suppress(RuntimeError):  # one that only wraps others has no storage
+            with suppress(RuntimeError):  # A wrapper of other tensors has no storage.
                 storage = found.untyped_storage()
                 seen[storage.data_ptr()] = {
                     "bytes": storage.nbytes(),

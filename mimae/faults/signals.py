@@ -20,18 +20,18 @@ WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for each of WISHES inside the block.
+    """Call `handler` for each signal of WISHES inside the block.
 
     A signal that this process was started to ignore stays ignored: that is how `nohup` keeps a run alive when its
-    terminal closes. SIGINT is the exception, since a shell script ignores it for every background job, and `kill -INT`
-    of such a job is a wish. Python lets only the main thread handle signals: in another thread nothing changes, and
+    terminal closes. SIGINT is the exception: a shell script ignores it for every background job, and `kill -INT` of
+    such a job asks it to save. Python lets only the main thread handle signals: in another thread nothing changes, and
     the process itself decides what a signal does.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in WISHES:
             old = signal.getsignal(number)
-            # None: a handler that is not Python's, which Python could not put back.
+            # None stands for a handler that was not set by Python, which Python could not restore.
             if old is not None and (old != signal.SIG_IGN or number == signal.SIGINT):
                 before[number] = old
     for number in before:
@@ -44,11 +44,11 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 WAIT_AFTER_SIGNAL = 30.0
-"""Seconds that a run which was told to stop waits for the next batch."""
+"""Seconds that a run waits for the next batch after a signal asked it to stop."""
 
 
 class Signals:
-    """A wish to save and stop, on which all ranks agree one step late, over the host."""
+    """A request to save and stop. All ranks agree on it one step late, through the host."""
 
     def __init__(self) -> None:
         self.received = False
@@ -78,13 +78,13 @@ class Signals:
     def _on_alarm(self, number: int, _: FrameType | None) -> None:
         if self._waits_for:
             raise RunError(
-                f"the run was told to stop, and {self._waits_for} did not come for {WAIT_AFTER_SIGNAL:.0f} s: it ends "
-                "here; the same command goes on from its last checkpoint"
+                f"the run was asked to stop, and {self._waits_for} did not come for {WAIT_AFTER_SIGNAL:.0f} s: it ends "
+                "without saving; run the same command to resume from the last checkpoint"
             )
 
     @contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """Let a signal end what the block waits for, WAIT_AFTER_SIGNAL seconds later. Raises RunError then."""
+        """Limit the block's wait after a signal: raise RunError after WAIT_AFTER_SIGNAL seconds."""
         self._waits_for = what
         if self.received and self._is_main:
             signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL)

@@ -1,7 +1,7 @@
-"""The watchdog of a rank: where nothing moves any more, the process leaves its stacks and ends.
+"""The watchdog of a rank: when there is no progress, the process writes its stacks and exits.
 
-faulthandler keeps the time, in a thread of C that needs neither the main thread nor the interpreter's lock: a hang in a
-collective or inside of a library ends as one in Python does. `launch/hangs.py` reads the stacks.
+The timer is faulthandler's, in a C thread that needs neither the main thread nor the interpreter lock. So it also ends
+hangs in a collective or inside a library. `launch/hangs.py` reads the stacks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mimae.outside.files import Folder
 from mimae.outside.text import say
 
 FRAMES = 6
-"""Frames of a rank's main thread that are read from a file of stacks, which holds all frames of all threads."""
+"""Number of frames of a rank's main thread that are printed. The stack file has all frames of all threads."""
 
 _WIDTH = 80
 _MARGIN = 60.0
@@ -28,30 +28,33 @@ _STDERR = 2
 
 
 def patience(first_step_timeout: float, step_timeout: float) -> float | None:
-    """Return the seconds that a collective may wait for its peers: longer than the watchdog waits, which knows more.
+    """Return the seconds that a collective may wait for its peers.
 
-    Without a watchdog it is None: torch's own limit."""
+    They are more than the watchdog's limit, because the watchdog reports more. Without a watchdog it is None, which
+    stands for torch's own limit.
+    """
     if 0 in (first_step_timeout, step_timeout):
         return None
     return max(first_step_timeout, step_timeout) + _MARGIN
 
 
 class Watchdog:
-    """Ends this process with exit code 1 when the thing that it waits for takes longer than its limit.
+    """A timer that exits this process with code 1 when an operation takes longer than its limit.
 
-    RUN/stacks/rank-R.txt, begun anew at each start, then has the stacks of all threads, below a line that says what was
-    waited for; without such a file, and for a rank alone, stderr has them. SIGUSR2 writes them too, and ends nothing.
+    The stacks of all threads are then in RUN/stacks/rank-R.txt, below a line that names the operation. The file is new
+    at each start. Without the file, or for a run of one rank, the stacks go to stderr. SIGUSR2 writes the stacks
+    without ending the process.
     """
 
     def __init__(self, run: Path, first_step_timeout: float, step_timeout: float) -> None:
-        """Limits in seconds, 0: none."""
+        """Limits in seconds; 0 stands for no limit."""
         self._long, self._short = first_step_timeout, step_timeout
         self._limit, self._set = 0.0, 0.0
         self.due = ""
-        """Description of what is waited for."""
+        """Description of the operation that the watchdog times."""
         self._file: IO[bytes] | None = None
         if distributed.world_size() > 1:
-            # Where it cannot be written the run goes on: whether that matters, its checkpoints say.
+            # If it cannot be written, the run continues: writing its checkpoints will show if that matters.
             path = stacks(run) / f"rank-{distributed.rank()}.txt"
             try:
                 run.mkdir(parents=True, exist_ok=True)
@@ -72,13 +75,14 @@ class Watchdog:
             self._file.close()
 
     def wait_for(self, what: str, long: bool = False) -> None:
-        """Wait for `what`, which is due within run.step_timeout, or if `long` within run.first_step_timeout."""
+        """Start the timer for `what`: run.step_timeout, or run.first_step_timeout if `long`."""
         self.due = what
         if self._file is not None:
             with suppress(OSError):  # a full disk
                 os.pwrite(self._file.fileno(), what[:_WIDTH].ljust(_WIDTH).encode(), 0)
         limit, now = self._long if long else self._short, time.monotonic()
-        # Setting it starts a thread, which is much for every step of a small model: the limit may be so much shorter.
+        # Setting the timer starts a thread, too much work for every step of a small model. So it is set less often, and
+        # the limit may be shorter by as much.
         if limit == self._limit and now - self._set < min(1.0, limit / 10):
             return
         self._limit, self._set = limit, now
@@ -89,8 +93,7 @@ class Watchdog:
 
 
 class Stack(NamedTuple):
-    """The stack that a rank left: what it waited for, for how long (h:mm:ss), and the last frames of its main
-    thread."""
+    """The stack that a rank wrote: the operation, its limit (h:mm:ss), and the last frames of its main thread."""
 
     waited_for: str
     limit: str

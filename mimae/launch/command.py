@@ -13,7 +13,7 @@ from mimae.config.command import Overrides, RecipeName
 
 
 def _verb(task: str, help: str) -> Callable[..., None]:
-    """Return the verb that trains recipes of a task."""
+    """Return the command that trains recipes of a task."""
 
     def train(
         recipe: RecipeName,
@@ -22,22 +22,20 @@ def _verb(task: str, help: str) -> Callable[..., None]:
             int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
         ] = None,
         nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
-        rendezvous: Annotated[
-            str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")
-        ] = None,
-        restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+        rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet; HOST is one of them")] = None,
+        restarts: Annotated[int, typer.Option(help="restarts after a process died", min=0)] = 3,
         wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
         secret_file: Annotated[
             Path | None,
-            typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]"),
+            typer.Option(help="key file, the same on each, to sign messages between nodes [default: MIMAE_SECRET]"),
         ] = None,
     ) -> None:
-        # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
+        # Set before torch is loaded. torch's store logs a lost node as a C++ trace; our own message is in plain words.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from mimae.config.load import load_recipe
         from mimae.config.recipe import RECIPES
 
-        load_recipe(recipe, overrides or (), None, RECIPES[task])  # raises for the recipe of another task
+        load_recipe(recipe, overrides or (), None, RECIPES[task])  # Raises for a recipe of another task.
         from mimae.launch import processes
 
         job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
@@ -47,31 +45,33 @@ def _verb(task: str, help: str) -> Callable[..., None]:
     return train
 
 
-pretrain = _verb(
-    "pretrain", "Pretrain by a recipe, or go on with an interrupted run.\n\nAll GPUs of the machine take part."
-)
+pretrain = _verb("pretrain", "Pretrain by a recipe, or resume an interrupted run.\n\nUses all GPUs of the machine.")
 
 
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="GPUs of each, one rank a GPU", min=1)] = 8,
-    time: Annotated[str, typer.Option(help="of a job: minutes, HH:MM:SS or D-HH; the run may take many")] = "24:00:00",
+    gpus: Annotated[int, typer.Option(help="GPUs of each machine, with one rank for each GPU", min=1)] = 8,
+    time: Annotated[
+        str, typer.Option(help="time limit of a job: minutes, HH:MM:SS or D-HH; a run may take many jobs")
+    ] = "24:00:00",
     partition: Annotated[str | None, typer.Option(help="SLURM's partition")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM's account")] = None,
     qos: Annotated[str | None, typer.Option(help="SLURM's quality of service")] = None,
-    constraint: Annotated[str | None, typer.Option(help="features of the machines, as a100")] = None,
+    constraint: Annotated[str | None, typer.Option(help="features of the machines, for example a100")] = None,
     cpus: Annotated[int, typer.Option(help="cores for each GPU", min=1)] = 12,
-    memory: Annotated[str | None, typer.Option(help="of a machine, as 480G [default: SLURM's]")] = None,
-    container: Annotated[str | None, typer.Option(help="image to run in (pyxis' --container-image)")] = None,
-    seeds: Annotated[str | None, typer.Option(help="0,1,2: an array of a run for each seed, in run.dir/seed-K")] = None,
-    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and submit nothing")] = False,
+    memory: Annotated[str | None, typer.Option(help="memory of a machine, for example 480G [default: SLURM's]")] = None,
+    container: Annotated[str | None, typer.Option(help="container image to run in (pyxis' --container-image)")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="for example 0,1,2: a job array with one run for each seed, in run.dir/seed-K")
+    ] = None,
+    restarts: Annotated[int, typer.Option(help="restarts after a process died", min=0)] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script without submitting it")] = False,
 ) -> None:
     """Submit a run to SLURM.
 
-    The run is saved and queued again when its time ends or it is preempted.
+    When the job's time ends or the job is preempted, the run is saved and the job is queued again.
     """
     from mimae.config.load import load_recipe
     from mimae.config.recipe import RunRecipe
@@ -82,9 +82,9 @@ def submit(
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
     except ValueError as error:
-        raise UserError(f"--seeds {seeds}: legal is a list of integers, as 0,1,2") from error
+        raise UserError(f"--seeds {seeds}: legal is a list of integers, for example 0,1,2") from error
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; legal is each seed once")
+        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; give each seed once")
     jobs = [Training(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
     resolved = load_recipe(recipe, overrides or (), None, RunRecipe).recipe
     check_ranks(resolved, nodes * gpus)

@@ -1,4 +1,4 @@
-"""The launcher's view of hangs: it tells the stacks that ranks left, once, and ends the ranks that a hang left over."""
+"""Detection of hangs in the launcher: it prints the stacks that ranks wrote, once, and kills the ranks that remain."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from mimae.faults.watchdog import read, stacks
 from mimae.outside.text import say
 
 GRACE = 3.0
-"""Seconds after the first rank's stack in which the other ranks may leave theirs."""
+"""Seconds after the first rank's stack within which the other ranks may write theirs."""
 
 
 class Hangs:
-    """Follows the stacks of a run. `look` tells of a new hang and ends the ranks of this machine that did not end
-    themselves (stopped ones, for example), so that all of them can be started again."""
+    """Watcher of the stack files of a run.
+
+    `look` reports a new hang and kills the ranks of this machine that did not exit by themselves (stopped processes,
+    for example), so that all ranks can be restarted.
+    """
 
     def __init__(self, run: Path) -> None:
         self.ended: set[int] = set()
-        """Process ids of ranks that ended in a hang, by themselves or by `look`."""
+        """Process ids of ranks that a hang ended: they exited by themselves, or `look` killed them."""
         self._folder = stacks(run)
         self._known = self._texts(self._all())
 
     def look(self, ranks: Mapping[int, int]) -> None:
-        """Look at the stacks of this machine's ranks, which are given with their process ids."""
+        """Check the stacks of this machine's ranks. `ranks` maps each rank to its process id."""
         mine = [self._folder / f"rank-{rank}.txt" for rank in ranks]
         if any(read(text).limit for text in self._new(mine).values()):
             self._tell(ranks)
 
     def _all(self) -> Iterable[Path]:
-        """List the stacks, also those of other machines' ranks where the run's directory is shared."""
+        """List the stack files. They include those of other machines' ranks if the run's directory is shared."""
         return self._folder.glob("rank-*.txt")
 
     def _texts(self, files: Iterable[Path]) -> dict[int, str]:
@@ -60,15 +63,15 @@ class Hangs:
         for rank in sorted(found.keys() | ranks.keys()):
             stack = found.get(rank)
             if stack is not None and stack.frames:
-                told = "\n    ".join([f"in {stack.waited_for}, the latest call first:", *stack.frames])
+                line = "\n    ".join([f"in {stack.waited_for}, the latest call first:", *stack.frames])
             elif rank in ranks:
-                told = f"left no stack: {states[rank] or 'ended when it lost its peers'}"
+                line = f"left no stack: {states[rank] or 'ended when it lost its peers'}"
             else:
                 continue
-            alike.setdefault(told, []).append(str(rank))
+            alike.setdefault(line, []).append(str(rank))
         limit = max((stack.limit for stack in found.values()), default="its limit")
         lines = [f"mimae: nothing moved for {limit}; whole stacks are in {self._folder}"]
-        lines += [f"  rank {', '.join(same)} {told}" for told, same in alike.items()]
+        lines += [f"  rank {', '.join(same)} {line}" for line, same in alike.items()]
         say("\n".join(lines), error=True)
         for pid in ranks.values():
             if _state(pid):
@@ -77,7 +80,7 @@ class Hangs:
 
 
 def _settled(ranks: Mapping[int, int]) -> dict[int, str]:
-    """Wait until all ranks have ended, at most GRACE seconds, and return their states."""
+    """Wait until all ranks have exited, for at most GRACE seconds, and return their states."""
     end = time.monotonic() + GRACE
     while any(states := {rank: _state(pid) for rank, pid in ranks.items()}.values()) and time.monotonic() < end:
         time.sleep(0.1)
@@ -90,13 +93,15 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def _state(pid: int) -> str:
-    """Return the state of a child of this process in the words of /proc, `stopped (T)` for example; an empty text for
-    a process that has ended or is no child."""
+    """Return the state of a child of this process as /proc names it, for example `stopped (T)`.
+
+    Returns an empty text for a process that has exited or is not a child of this one.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return ""
-    told = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    letter, _, word = told["State"].partition(" ")
-    is_ours = told["PPid"].strip() == str(os.getpid())
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    letter, _, word = fields["State"].partition(" ")
+    is_ours = fields["PPid"].strip() == str(os.getpid())
     return f"{word.strip('()')} ({letter})" if is_ours and letter not in "ZX" else ""

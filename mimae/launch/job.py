@@ -17,24 +17,24 @@ PORT = 29_400
 """Port at which nodes meet when --rendezvous or SLURM names only a host."""
 
 SHORTEST = 16
-"""Characters that a secret has at least."""
+"""Smallest number of characters of a secret."""
 
 
 class Job(NamedTuple):
-    """Which processes: `ranks` on this node, of `nodes` that meet at `rendezvous` (host:port)."""
+    """Description of the processes: `ranks` on this node, and `nodes` that meet at `rendezvous` (host:port)."""
 
     ranks: int
     nodes: int = 1
     rendezvous: str | None = None
     restarts: int = 3
     wait: int = 300
-    """Seconds after which a node that does not come, or of which nothing is heard, is lost."""
+    """Seconds after which a node that is missing or silent counts as lost."""
     secret: str | None = None
-    """Signs what the nodes tell each other; the same on all nodes."""
+    """Key that signs the messages between nodes; the same on all nodes."""
 
     @property
     def meeting(self) -> str | None:
-        """Return host:port, with the port that holds where none is given."""
+        """Return host:port, with the default port if none is given."""
         if self.rendezvous is None or ":" in self.rendezvous:
             return self.rendezvous
         return f"{self.rendezvous}:{PORT}"
@@ -48,16 +48,19 @@ def default_job(
     wait: int = 300,
     secret_file: Path | None = None,
 ) -> Job:
-    """Return a job with the values that the command line leaves open: a rank for each GPU, one where there is none;
-    under SLURM with a task a node, its nodes. Raises UserError for what does not go together."""
+    """Return a job, with defaults for the values that the command line leaves out.
+
+    The default is one rank for each GPU, or one rank without GPUs. Under SLURM with one task for each node, the nodes
+    and the meeting point are SLURM's. Raises UserError for options that contradict each other.
+    """
     import torch
 
     if nodes == 1 and rendezvous is None and "RANK" not in os.environ:
         nodes, rendezvous = slurm.nodes(os.environ)
     if (nodes > 1) != (rendezvous is not None):
         raise UserError(
-            "--nodes and --rendezvous go together: on each of the nodes the same command with --nodes N "
-            "--rendezvous HOST:PORT, HOST being one of them"
+            "--nodes and --rendezvous go together: run the same command on each of the nodes, with --nodes N "
+            "--rendezvous HOST:PORT, where HOST is one of them"
         )
     if rendezvous is not None:
         match = re.fullmatch(r"[^:\s]+(?::(\d{1,5}))?", rendezvous)
@@ -68,7 +71,7 @@ def default_job(
 
 
 def read_secret(file: Path) -> str:
-    """Return the secret in a file that its owner alone can read. Raises UserError."""
+    """Return the secret in a file. Raises UserError if others than its owner can read it, or if it is too short."""
     try:
         with file.open(errors="replace") as opened:
             mode = os.fstat(opened.fileno()).st_mode
@@ -86,9 +89,9 @@ def read_secret(file: Path) -> str:
 
 
 def check_ranks(recipe: RunRecipe, ranks: int) -> None:
-    """Find, before any process starts or waits in a queue, what a recipe does not allow on so many ranks.
+    """Check a recipe against the number of ranks, before any process starts or waits in a queue.
 
-    Raises UserError.
+    Raises UserError if `batch_size` or `engine.replicas` does not fit the number of ranks.
     """
     schedule, replicas = recipe.schedule, recipe.engine.replicas
     if schedule.batch_size % (schedule.accumulate * ranks):

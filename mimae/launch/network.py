@@ -16,22 +16,22 @@ import torch.distributed as dist
 from mimae.errors import UserError
 
 _SIOCGIFADDR = 0x8915
-"""Linux: ask for the address of an interface."""
+"""Linux's ioctl number for the IPv4 address of an interface."""
 
 
 class Way(NamedTuple):
     """Route from this node to the meeting point."""
 
     host: str
-    """The meeting point's address, as a number."""
+    """The meeting point's numeric address."""
     port: int
     own: str
-    """The address by which the other nodes reach this one: that of the way to the meeting point."""
+    """The address at which other nodes reach this one: the local address of the route to the meeting point."""
     interface: str
 
 
 def find_way(meeting: str) -> Way:
-    """Return the way to HOST:PORT. Raises UserError."""
+    """Return the route to HOST:PORT. Raises UserError if there is none, or if HOST is a loopback address here."""
     host, _, port = meeting.partition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -41,7 +41,9 @@ def find_way(meeting: str) -> Way:
             raise UserError(f"--rendezvous {host}:{port} cannot be reached from here: {reason}") from error
         own, address = probe.getsockname()[0], probe.getpeername()[0]
         if own.startswith("127.") and host not in (address, "localhost"):
-            raise UserError(f"--rendezvous {host} is {address} here, where no other finds it: give its address")
+            raise UserError(
+                f"--rendezvous {host} is {address} here, which other machines cannot reach: give its address"
+            )
         return Way(address, int(port), own, "lo" if own.startswith("127.") else interface(probe, own))
 
 
@@ -51,17 +53,20 @@ def interface(probe: socket.socket, address: str) -> str:
         try:
             found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
         except OSError:
-            continue  # It has none.
+            continue  # This interface has no address.
         if socket.inet_ntoa(found[20:24]) == address:
             return name
-    raise UserError(f"{address}, the way to --rendezvous, is not the first address of a network interface")
+    raise UserError(
+        f"{address}, the local address towards --rendezvous, is not the first address of a network interface"
+    )
 
 
 def open_store(way: Way, seconds: int) -> tuple[dist.Store, bool]:
-    """Open the store at the meeting point, and return it and whether this process holds it.
+    """Open the store at the meeting point, and return it and whether this process is its server.
 
-    On the machine of the meeting point whoever comes first holds it, and listens on its address alone: torch's own
-    store would listen on all interfaces. Raises RuntimeError where the store does not answer within `seconds`.
+    The first process on the machine of the meeting point becomes the server. It listens only on the address of the
+    meeting point; torch's own server would listen on all interfaces. Raises RuntimeError if the store does not answer
+    within `seconds`.
     """
     timeout = timedelta(seconds=seconds)
     if way.own == way.host:
@@ -73,9 +78,7 @@ def open_store(way: Way, seconds: int) -> tuple[dist.Store, bool]:
         except OSError as error:
             listening.close()
             if error.errno != errno.EADDRINUSE:
-                raise UserError(
-                    f"--rendezvous {way.host}:{way.port} cannot be listened on: {error.strerror}"
-                ) from error
+                raise UserError(f"cannot listen on --rendezvous {way.host}:{way.port}: {error.strerror}") from error
         else:
             store = dist.TCPStore(
                 way.host,
@@ -92,12 +95,14 @@ def open_store(way: Way, seconds: int) -> tuple[dist.Store, bool]:
 
 
 def _bound_silence(way: Way, seconds: int) -> None:
-    """End this process's connections to the store when sent bytes are not acknowledged for so long. Where the network
-    is cut, most of torch's requests would wait for ever, timeout or not."""
+    """Close this process's connections to the store when sent bytes stay unacknowledged for `seconds`.
+
+    If the network is cut, most of torch's requests would otherwise wait for ever, whatever their timeout.
+    """
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
             with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
                 if connection.getpeername()[1] == way.port:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
         except OSError:
-            continue  # No socket, or not connected.
+            continue  # This descriptor is not a connected socket.

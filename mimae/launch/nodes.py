@@ -1,9 +1,9 @@
-"""Where the launchers of a job's nodes meet, agree on each start of the ranks, and notice that one of them is gone.
+"""Coordination of the launchers of a job's nodes: they agree on each start of the ranks and notice lost nodes.
 
-Each launcher writes its state into a store, and counts up in it. One launcher leads: it holds the store, reads all
-states, and writes an order that all follow: gather, run, or end. No clocks are compared: a launcher whose count stands
-still is lost. States and orders are JSON, signed where the job has a secret (`messages`); a job of one node goes the
-same way, with a store inside of its launcher.
+Each launcher writes its state and an increasing count into a store. One launcher leads: it serves the store, reads all
+states, and writes an order that all launchers follow: gather, run, or end. Clocks are not compared: a launcher whose
+count stands still is lost. States and orders are JSON, signed if the job has a secret (`messages`). A job of one node
+uses the same code, with a store inside its launcher.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ BEAT = 1.0
 """Seconds between two counts of a launcher."""
 
 _FRESH = 10.0
-"""Seconds of silence after which a launcher that waits for the others does not count as there."""
+"""Seconds of silence after which a launcher that waits for the others no longer counts as present."""
 
 _LEAVING = 5.0
-"""Seconds that the store's holder leaves the other launchers to read its last order."""
+"""Seconds that the store's server gives the other launchers to read its last order."""
 
 _STRANGERS = 1000
-"""Launchers beyond the nodes of the job that may come, one after another, before that ends the run."""
+"""Number of launchers beyond the job's nodes that may join, one after another, before the run ends with an error."""
 
-AGAIN = "start the same command on each node, and the run goes on from its last checkpoint"
+AGAIN = "start the same command on each node to resume the run from its last checkpoint"
 
 
 class NodeLost(Exception):
-    """The nodes do not meet, or no longer; the text is for people."""
+    """The nodes could not meet, or one was lost. The text is a message for the user."""
 
 
 class State(NamedTuple):
@@ -60,7 +60,7 @@ class Order(NamedTuple):
         return sum(ranks for _, ranks in self.members)
 
     def first_rank(self, token: str) -> int | None:
-        """Return the number of the first rank of a member; None for a launcher that is none."""
+        """Return the number of the first rank of a member, or None for a launcher that is not a member."""
         first = 0
         for member, ranks in self.members:
             if member == token:
@@ -78,17 +78,20 @@ class _Seen(NamedTuple):
     beat: int
     state: State
     heard: float
-    """When its count moved last, by the leader's clock."""
+    """Time at which its count last changed, on the leader's clock."""
 
 
 class Nodes:
-    """A launcher's place at the meeting."""
+    """A launcher's membership in the job."""
 
     def __init__(
         self, store: Store, *, leads: bool, nodes: int, ranks: int, name: str, where: str, wait: float, restarts: int
     ) -> None:
-        """`ranks`: of this node. `where`: the meeting point, for people. `wait`: seconds after which a launcher that
-        does not come, or of which nothing is heard, is lost. `restarts`: how often ranks may be started again."""
+        """Register this launcher in the store.
+
+        `ranks` is the number of ranks of this node, `where` the meeting point in messages, `wait` the seconds after
+        which a missing or silent launcher is lost, and `restarts` the number of times that ranks may be restarted.
+        """
         self.store, self.leads, self.nodes, self.ranks = store, leads, nodes, ranks
         self.name, self.where, self.wait, self.restarts = name, where, wait, restarts
         self.token = secrets.token_hex(16)
@@ -96,13 +99,13 @@ class Nodes:
         self._state, self._beat, self._told = State("", -1), 0, -BEAT
         self._seen: dict[int, _Seen] = {}
         self._since = time.monotonic()
-        """When the leader began to gather the present round."""
+        """Time at which the leader began to gather the present round."""
         self._place = self._guarded(lambda: self.store.add("launchers", 1) - 1)
 
     def exchange(self, state: State) -> Order:
-        """Tell this launcher's state, and return the order that holds now. Raises NodeLost.
+        """Publish this launcher's state and return the current order. Raises NodeLost.
 
-        It is to be called often: the store is asked once in BEAT seconds, or when the state is another.
+        Call it often: it reads the store once in BEAT seconds, or at once when the state has changed.
         """
         now = time.monotonic()
         if state == self._state and now - self._told < BEAT:
@@ -111,7 +114,7 @@ class Nodes:
         return self._guarded(self._exchange)
 
     def leave(self, text: str = "") -> None:
-        """Tell the others that this launcher ends. The leader's end is the run's."""
+        """Announce that this launcher ends. If the leader ends, the run ends."""
         try:
             if not self.leads:
                 self._tell(State("left", self._state.round, text))
@@ -126,19 +129,19 @@ class Nodes:
                     return
                 time.sleep(0.1)
         except RuntimeError:
-            pass  # The others see that it is gone.
+            pass  # The other launchers notice the silence.
 
     def _guarded(self, action: Any) -> Any:
         try:
             return action()
         except MessageError as error:
             raise NodeLost(
-                f"{self.where}, where the nodes meet, holds something else than this job: {error}"
+                f"{self.where}, where the nodes meet, contains data of something other than this job: {error}"
             ) from error
         except RuntimeError as error:
             raise NodeLost(
-                f"{self.where}, where the nodes meet, does not answer: the node ended the run, or it, or the network "
-                f"on the way, is down; {AGAIN}"
+                f"{self.where}, where the nodes meet, does not answer: that node ended the run, or it or the network "
+                f"is down; {AGAIN}"
             ) from error
 
     def _exchange(self) -> Order:
@@ -147,11 +150,11 @@ class Nodes:
             self._look()
             self._lead()
         elif self.store.check(["order"]):
-            told = _read(self.store, "order")
-            if not _is_order(told):
-                raise MessageError("the message order is none of a launcher")
-            members = tuple((token, ranks) for token, ranks in told[2])
-            self.order = Order(told[0], told[1], members, told[3], _printable(told[4]))
+            fields = _read(self.store, "order")
+            if not _is_order(fields):
+                raise MessageError("the message order was not written by a launcher")
+            members = tuple((token, ranks) for token, ranks in fields[2])
+            self.order = Order(fields[0], fields[1], members, fields[3], _printable(fields[4]))
         return self.order
 
     def _tell(self, state: State) -> None:
@@ -164,18 +167,18 @@ class Nodes:
         self.store.set("order", messages.pack(order, "order"))  # type: ignore[arg-type]
 
     def _look(self) -> None:
-        """Read the states of all launchers that ever came."""
+        """Read the states of all launchers that have ever joined."""
         count = self.store.add("launchers", 0)
         if count > self.nodes + _STRANGERS:
-            raise MessageError(f"{count} launchers came for {self.nodes} nodes")
+            raise MessageError(f"{count} launchers have joined a job of {self.nodes} nodes")
         for place in range(count):
             key = f"launcher/{place}"
             if not self.store.check([key]):
                 continue
-            told = _read(self.store, key)
-            if not _is_state(told):
-                raise MessageError(f"the message {key} is none of a launcher")
-            token, name, ranks, beat, kind, number, text = told
+            fields = _read(self.store, key)
+            if not _is_state(fields):
+                raise MessageError(f"the message {key} was not written by a launcher")
+            token, name, ranks, beat, kind, number, text = fields
             state = State(kind, number, _printable(text))
             before = self._seen.get(place)
             moved = before is None or beat != before.beat
@@ -183,7 +186,7 @@ class Nodes:
             self._seen[place] = _Seen(token, _printable(name), ranks, beat, state, heard)
 
     def _lead(self) -> None:
-        """Give the next order, if it is time for one; else the present one again, lest somebody overwrote it."""
+        """Write the next order if one is due; otherwise write the present one again, in case it was overwritten."""
         before, now = self.order, time.monotonic()
         if before.kind == "gather":
             self._gather(now)
@@ -216,10 +219,7 @@ class Nodes:
         members = [seen for seen in self._seen.values() if seen.token in tokens]
         for seen in members:
             if now - seen.heard > max(self.wait, 3 * BEAT):
-                self._lose(
-                    f"nothing was heard of {seen.name} for {self.wait:.0f} s: it, or the network on the way, is down; "
-                    f"{AGAIN}"
-                )
+                self._lose(f"{seen.name} has been silent for {self.wait:.0f} s: it or the network is down; {AGAIN}")
                 return
         states = [seen.state for seen in members]
         wrong = [state for state in states if state.kind in ("mistake", "failed", "left") and state.text]
@@ -244,15 +244,15 @@ def _read(store: Store, key: str) -> Any:
     return messages.unpack(store.get(key), key)
 
 
-def _is_state(told: Any) -> bool:
-    return isinstance(told, list) and _fits(told, (str, str, int, int, str, int, str)) and told[2] > 0
+def _is_state(fields: Any) -> bool:
+    return isinstance(fields, list) and _fits(fields, (str, str, int, int, str, int, str)) and fields[2] > 0
 
 
-def _is_order(told: Any) -> bool:
+def _is_order(fields: Any) -> bool:
     return (
-        isinstance(told, list)
-        and _fits(told, (str, int, list, str, str))
-        and all(isinstance(each, list) and _fits(each, (str, int)) for each in told[2])
+        isinstance(fields, list)
+        and _fits(fields, (str, int, list, str, str))
+        and all(isinstance(each, list) and _fits(each, (str, int)) for each in fields[2])
     )
 
 
@@ -261,5 +261,5 @@ def _fits(values: list[Any], types: Iterable[type]) -> bool:
 
 
 def _printable(text: str) -> str:
-    """Escape what a terminal would obey in a text of another process."""
+    """Escape control characters in a text that another process wrote."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

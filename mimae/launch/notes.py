@@ -1,4 +1,4 @@
-"""Notes between the ranks of a machine and their launcher, in a folder of the launcher's that nobody else can open."""
+"""Notes between the ranks of a machine and their launcher, as files in a private folder of the launcher."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 
 class Note(NamedTuple):
-    """How a rank ended: `done`, `saved` (on a signal), `mistake` (the user's) or `error`, with a text for the last
-    two."""
+    """The way a rank ended: `done`, `saved` (on a signal), `mistake` (of the user) or `error`.
+
+    The last two have a text.
+    """
 
     kind: str
     rank: int
@@ -22,7 +24,7 @@ class Note(NamedTuple):
 
 
 def leave(folder: Path, kind: str, rank: int, attempt: int, text: str = "", summary: str = "") -> None:
-    """Write the note of a rank, which the launcher finds whole or not at all."""
+    """Write the note of a rank atomically."""
     note = Note(kind, rank, attempt, time.time(), text, summary)
     path = folder / f"note-{attempt}-{rank}.json"
     temporary = path.with_suffix(".tmp")
@@ -31,7 +33,7 @@ def leave(folder: Path, kind: str, rank: int, attempt: int, text: str = "", summ
 
 
 def read(folder: Path, attempt: int) -> list[Note]:
-    """Return the notes of an attempt, and the mistakes of all attempts; the earliest first."""
+    """Return the notes of an attempt and the mistakes of all attempts, earliest first."""
     found = [Note(**json.loads(file.read_text())) for file in folder.glob("note-*.json")]
     return sorted(
         (note for note in found if note.attempt == attempt or note.kind == "mistake"), key=lambda note: note.time
@@ -39,7 +41,7 @@ def read(folder: Path, attempt: int) -> list[Note]:
 
 
 def ask_to_stop(folder: Path) -> None:
-    """Leave word for ranks that have not begun yet."""
+    """Ask ranks that have not begun yet to stop."""
     (folder / "stop").touch()
 
 

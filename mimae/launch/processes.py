@@ -1,8 +1,8 @@
-"""The launcher: the processes of a run on this machine, which it starts again when one of them died.
+"""The launcher: it starts the processes of a run on this machine, and restarts them when one of them dies.
 
-A run then goes on from its last checkpoint. Ranks leave notes of how they ended, and the launcher tells the one that
-matters. On one machine nothing of a run can be reached from another: ranks meet in a file of a private folder, and
-listen on the loopback alone. Several machines meet through `nodes`.
+The run then resumes from its last checkpoint. Ranks leave notes of how they ended, and the launcher prints the note
+that explains the failure. A run on one machine cannot be reached from other machines: its ranks meet in a file in a
+private folder and listen only on the loopback interface. Several machines meet through `nodes`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LOOK = 0.1
 """Seconds between two looks at the ranks."""
 
 _STOPPING = 30.0
-"""Seconds in which a rank ends after SIGTERM, before it is killed."""
+"""Seconds that a rank has to exit after SIGTERM, before it is killed."""
 
 
 def train(recipe: str, overrides: Sequence[str], job: Job) -> int:
@@ -60,20 +60,20 @@ def train(recipe: str, overrides: Sequence[str], job: Job) -> int:
         import mimae
 
         outcome = mimae.run(recipe, *overrides)
-        # torchrun takes any code but 0 for a failure of the worker.
+        # torchrun treats every exit code other than 0 as a failure of the worker.
         return EXIT_SAVED if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ else 0
     from mimae.config.load import load_recipe
 
-    # A mistake in the recipe is told before any process starts.
+    # A mistake in the recipe is reported before any process starts.
     resolved = load_recipe(recipe, overrides, None, RunRecipe).recipe
-    if job.nodes == 1:  # The others may have other numbers of ranks.
+    if job.nodes == 1:  # Nodes may have different numbers of ranks.
         check_ranks(resolved, job.ranks)
     with tempfile.TemporaryDirectory(prefix="mimae-") as folder:
         return _Launcher([recipe, *overrides], job, resolved, Path(folder)).run()
 
 
 class _Failure(NamedTuple):
-    """The rank that failed first, as far as the launcher saw it."""
+    """The rank that failed first, as observed by the launcher."""
 
     rank: int
     pid: int
@@ -87,7 +87,7 @@ class _Ranks:
         self.started: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, rank: int, arguments: Sequence[str], environment: dict[str, str]) -> None:
-        """Start a rank in a Python that finds the modules which this one finds."""
+        """Start a rank in a Python process that has this process's module path."""
         environment = environment | {"PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
         command = [sys.executable, "-P", "-m", RANK, *arguments]
         self.started[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
@@ -98,16 +98,19 @@ class _Ranks:
         return {rank: process.pid for rank, process in self.started.items()}
 
     def is_done(self) -> bool:
-        """Return whether all of them ended with exit code 0."""
+        """Return whether all ranks have exited with code 0."""
         return all(process.poll() == 0 for process in self.started.values())
 
     def has_failed(self) -> bool:
-        """Return whether one of them ended with another exit code than 0."""
+        """Return whether a rank has exited with a code other than 0."""
         return any(process.poll() not in (None, 0) for process in self.started.values())
 
     def failure(self, found: Sequence[Note]) -> _Failure:
-        """Return the rank that failed. Of several, one that a signal killed is the cause of the others' errors; else
-        the one whose note is the first."""
+        """Return the rank that failed.
+
+        If several failed, a rank that a signal killed is taken as the cause of the others' errors; otherwise the rank
+        whose note is the earliest.
+        """
         times = {note.rank: note.time for note in found}
         failed = [
             _Failure(rank, process.pid, process.returncode)
@@ -117,12 +120,12 @@ class _Ranks:
         return min(failed, key=lambda each: (each.code >= 0, times.get(each.rank, 0.0)))
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the ranks that live."""
+        """Send a signal to the running ranks."""
         for process in list(self.started.values()):
             process.send_signal(number)
 
     def end(self, meanwhile: Callable[[], object]) -> None:
-        """End the ranks that live: by SIGTERM, or after a while by SIGKILL."""
+        """End the running ranks by SIGTERM, and after `_STOPPING` seconds by SIGKILL."""
         self.send(signal.SIGTERM)
         end = time.monotonic() + _STOPPING
         while any(process.poll() is None for process in self.started.values()):
@@ -148,7 +151,7 @@ class _Launcher:
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.ranks)))
 
     def run(self) -> int:
-        """Start the ranks, pass signals on to them, and return the exit code of what became of them."""
+        """Start the ranks, forward signals to them, and return the exit code of the run."""
         try:
             nodes = self._meet()
             with handled(self._pass_on):
@@ -164,14 +167,15 @@ class _Launcher:
         if job.secret is not None:
             os.environ[messages.SECRET] = self.environment[messages.SECRET] = job.secret
         if job.meeting is None:
-            # Whatever the user has set for a cluster's network.
+            # These replace the interfaces that the user may have set for a cluster's network.
             self.environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
             store: dist.Store = dist.HashStore()
             leads, where = True, "this machine"
             self.store = f"file:{self.folder}/store-"
         else:
             way = network.find_way(job.meeting)
-            # gloo would take the interface of the address that this machine's name stands for, or the loopback.
+            # By default gloo uses the interface of the address that this machine's host name resolves to, or the
+            # loopback.
             self.environment.setdefault("GLOO_SOCKET_IFNAME", way.interface)
             if way.interface == "lo":
                 self.environment["NCCL_SOCKET_IFNAME"] = "=lo"
@@ -195,7 +199,7 @@ class _Launcher:
         )
 
     def _follow(self, nodes: Nodes) -> Order:
-        """Do what the orders say until the run ends, and return the last one. Raises NodeLost."""
+        """Follow the orders until the run ends, and return the last order. Raises NodeLost."""
         state = State("new", -1)
         try:
             while (order := self._order(nodes, state)).kind != "end":
@@ -217,7 +221,7 @@ class _Launcher:
             raise
 
     def _obey(self, nodes: Nodes, order: Order, state: State) -> State:
-        """Do the next thing that an order asks for, and return the state after it. Raises NodeLost."""
+        """Carry out the next part of an order, and return the state after it. Raises NodeLost."""
         if order.kind == "gather" and order.round > state.round:
             self.ranks.end(meanwhile=partial(nodes.exchange, state))
             if self.job.nodes > 1:
@@ -229,7 +233,7 @@ class _Launcher:
             if first is not None and order.round == state.round:
                 return self._start(order, first)
             if time.monotonic() - self.began > self.job.wait:
-                raise NodeLost(f"the {self.job.nodes} nodes of the run at {nodes.where} are there already")
+                raise NodeLost(f"the run at {nodes.where} has all of its {self.job.nodes} nodes already")
         if state.kind == "running":
             return self._watch(nodes, state)
         return state
@@ -250,7 +254,7 @@ class _Launcher:
         return State("running", order.round)
 
     def _watch(self, nodes: Nodes, state: State) -> State:
-        """Look at the ranks; where one has failed, end the others."""
+        """Check the ranks; if one has failed, end the others."""
         if self.ranks.is_done():
             return state._replace(kind="done")
         has_failed = self.ranks.has_failed()
@@ -267,14 +271,14 @@ class _Launcher:
         return state._replace(kind="failed", text=f"{nodes.name}: {_summary(self.failure, found)}")
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        """Hand a signal on to every rank as SIGTERM, to save and stop; a second Ctrl-C ends all at once."""
+        """Forward a signal to every rank as SIGTERM, so that it saves and stops. A second Ctrl-C kills all at once."""
         if number == signal.SIGINT and notes.is_asked_to_stop(self.folder):
             raise KeyboardInterrupt
-        notes.ask_to_stop(self.folder)  # for the ranks that have not begun
+        notes.ask_to_stop(self.folder)  # This reaches the ranks that have not begun.
         self.ranks.send(signal.SIGTERM)
 
     def _verdict(self, last: Order) -> int:
-        """Tell what ended the run, and return the exit code."""
+        """Report the reason for which the run ended, and return the exit code."""
         found = notes.read(self.folder, self.attempt)
         kinds = {note.kind for note in found}
         is_asked = notes.is_asked_to_stop(self.folder)
@@ -285,11 +289,11 @@ class _Launcher:
             return EXIT_SAVED
         was_early = not kinds or (self.failure is not None and self.failure.code == -signal.SIGTERM)
         if is_asked and "done" not in kinds and was_early:
-            return EXIT_SAVED  # Nothing was to be saved: a rank had not begun yet.
+            return EXIT_SAVED  # There was nothing to save: a rank had not begun yet.
         if self.failure is None:
             return 0
         if self.failure.pid in self.hangs.ended:
-            say("mimae: the run hung, as told above; the same command goes on from the last checkpoint", error=True)
+            say("mimae: the run hung, see above; run the same command to resume from the last checkpoint", error=True)
             return 1
         return _tell(found, self.failure.rank, self.failure.code, self._advice)
 
@@ -300,25 +304,28 @@ class _Launcher:
 
 
 def _summary(failure: _Failure, found: Sequence[Note]) -> str:
-    """Say in a line how a rank failed, for the other nodes."""
+    """Return one line for the other nodes that describes how a rank failed."""
     if failure.code < 0:
         return f"rank {failure.rank} was ended by {signal.Signals(-failure.code).name}"
-    said = next((note.summary for note in found if note.kind == "error"), f"exit code {failure.code}")
-    return f"rank {failure.rank} failed: {said}"
+    reason = next((note.summary for note in found if note.kind == "error"), f"exit code {failure.code}")
+    return f"rank {failure.rank} failed: {reason}"
 
 
 def _tell(found: Sequence[Note], rank: int, code: int, advice: Callable[[], str]) -> int:
-    """Print what ended the run, once, and return the exit code; with `advice` where memory may have run out. The rank
-    that failed first may have been killed, and left no note; what its peers say then is that they lost it."""
+    """Print the reason for which the run ended, once, and return the exit code.
+
+    `advice` is added if memory may have run out. The rank that failed first may have been killed without a note; the
+    notes of its peers then only say that they lost it.
+    """
     if mistakes := [note for note in found if note.kind == "mistake"]:
         say(f"mimae: {mistakes[0].text}", error=True)
         return EXIT_MISTAKE
     if code < 0:
         name = signal.Signals(-code).name
         was_killed = -code == signal.SIGKILL
-        hint = ": most often because the machine's memory ran out" if was_killed else ""
+        hint = ", most often because the machine's memory ran out" if was_killed else ""
         say(
-            f"mimae: rank {rank} was ended by {name}{hint}; the same command goes on from the last checkpoint",
+            f"mimae: rank {rank} was ended by {name}{hint}; run the same command to resume from the last checkpoint",
             error=True,
         )
         if was_killed:
@@ -326,5 +333,5 @@ def _tell(found: Sequence[Note], rank: int, code: int, advice: Callable[[], str]
     elif errors := [note for note in found if note.kind == "error"]:
         say(f"mimae: rank {errors[0].rank} failed first:\n{errors[0].text}", error=True)
     else:
-        say(f"mimae: rank {rank} ended with exit code {code} and no word", error=True)
+        say(f"mimae: rank {rank} ended with exit code {code} and left no message", error=True)
     return 1

@@ -1,6 +1,6 @@
 """A rank: the process that the launcher starts with `python -m mimae.launch.rank`.
 
-It leaves a note of how it ended. When its launcher is gone, it saves and ends as on a signal.
+It leaves a note of how it ended. When its launcher has died, it saves and exits as on a signal.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from mimae.launch import notes
 from mimae.outside.text import say
 
 ATTEMPT = "MIMAE_ATTEMPT"
-"""Name of the variable that counts the starts of a rank, from 0."""
+"""Name of the environment variable that counts the starts of a rank, from 0."""
 
 _PATIENCE = 2.0
-"""Seconds between two looks at whether the launcher still lives."""
+"""Seconds between two checks that the launcher is alive."""
 
 
 def main() -> None:
-    """Run a recipe as the rank that the environment names. Arguments: the folder of the notes, the process id of the
-    launcher, the recipe, overrides."""
+    """Run a recipe as the rank that the environment names.
+
+    The command-line arguments are the folder of the notes, the process id of the launcher, the recipe, and overrides.
+    """
     folder, launcher, recipe, *overrides = sys.argv[1:]
     sys.exit(_run(Path(folder), int(launcher), recipe, overrides))
 
 
 def _run(folder: Path, launcher: int, recipe: str, overrides: list[str]) -> int:
     rank, attempt = int(os.environ["RANK"]), int(os.environ[ATTEMPT])
-    # Until the run takes the signals itself: Ctrl-C reaches the whole group, and the launcher passes it on.
+    # This holds until the run handles the signals itself. Ctrl-C reaches the whole process group, and the launcher
+    # forwards it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
     threading.Thread(target=_save_when_alone, args=(launcher,), daemon=True).start()
@@ -58,9 +61,9 @@ def _run(folder: Path, launcher: int, recipe: str, overrides: list[str]) -> int:
 
 
 def _last_words(folder: Path, attempt: int) -> str:
-    """Return what was raised first in an attempt."""
+    """Return a clause with the first error of an attempt, or an empty text."""
     errors = [note for note in notes.read(folder, attempt) if note.kind == "error"]
-    return f"; its peers, or it, said {errors[0].summary}" if errors else ""
+    return f"; the first error was {errors[0].summary}" if errors else ""
 
 
 def _save_when_alone(launcher: int) -> None:

@@ -1,4 +1,4 @@
-"""SLURM's variables: whether srun started this process as a rank, or as the launcher of a node."""
+"""SLURM's environment variables: they show if srun started this process as a rank or as the launcher of a node."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ MOST_NODES = 100_000
 
 
 def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> bool:
-    """Give this process the variables that torchrun sets, if srun started it as one of several ranks; return whether.
+    """Set the variables that torchrun would set, if srun started this process as one of several ranks.
 
-    `has_terminal`: whether the process has a terminal, which srun gives with --pty alone. Raises UserError.
+    Returns True if it did. `has_terminal`: True if the process has a terminal, which srun gives only with --pty. Raises
+    UserError for a shell of `srun --pty` with several tasks, and for variables that contradict each other.
     """
-    # A batch script has a task number too, but no step.
+    # A batch script also has a task number, but no step.
     tasks = number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if "SLURM_PROCID" not in environment or tasks <= 1:
         return False
     if has_terminal:
         raise UserError(
             f"SLURM_STEP_NUM_TASKS={tasks}: this shell is one of {tasks} tasks of `srun --pty`, and the others would "
-            "never come. Start the run with `srun mimae pretrain ...`, or take a shell of one task (--ntasks=1)"
+            "never start it. Use `srun mimae pretrain ...`, or a shell with one task (--ntasks=1)"
         )
     if nodes(environment)[0] > 1:
         return False
@@ -51,7 +52,7 @@ def join(environment: dict[str, str] | os._Environ[str], has_terminal: bool) -> 
 
 
 def has_terminal() -> bool:
-    """Return whether this process has a controlling terminal, wherever its output goes."""
+    """Return whether this process has a controlling terminal, even if its output is redirected."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:
@@ -60,7 +61,10 @@ def has_terminal() -> bool:
 
 
 def nodes(environment: Mapping[str, str]) -> tuple[int, str | None]:
-    """Return nodes and meeting point, where srun started one task on each of several nodes; else 1 and None."""
+    """Return the number of nodes and the meeting point if srun started one task on each of several nodes.
+
+    Returns 1 and None otherwise.
+    """
     count = number(environment, "SLURM_STEP_NUM_NODES", number(environment, "SLURM_NNODES", 1))
     tasks = number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if "SLURM_PROCID" not in environment or count == 1 or count != tasks:
@@ -69,10 +73,10 @@ def nodes(environment: Mapping[str, str]) -> tuple[int, str | None]:
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
-    """Return the first node of the step. Raises UserError where SLURM's list is missing or cannot be read."""
+    """Return the first node of the step. Raises UserError if SLURM's list is missing or cannot be read."""
     name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
     if name is None:
-        raise UserError("SLURM_PROCID is in the environment, and neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is")
+        raise UserError("SLURM_PROCID is in the environment, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is")
     try:
         return hosts(environment[name])[0]
     except (ValueError, IndexError) as error:
@@ -80,7 +84,7 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """Return the same port on all nodes of a job, and another one for another job."""
+    """Return the job's port: the same on all of its nodes, and usually different from the ports of other jobs."""
     return 20_000 + number(environment, "SLURM_JOB_ID", 0) % 20_000
 
 

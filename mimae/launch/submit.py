@@ -1,7 +1,7 @@
 """A SLURM job of a run, written and submitted through submitit: `mimae submit`.
 
-SLURM's signal before the end of the job's time, or before it is preempted, saves the run, and the job is queued again
-and goes on from there: a run of days is a job of hours, repeated.
+SLURM sends a signal before the job's time ends or the job is preempted. The run then saves, the job is queued again,
+and the run resumes from the checkpoint: a run of days is a job of hours that repeats.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRACE_SECONDS = 180
 """Seconds between SLURM's signal and the end of the job: time to save."""
 
 SHORTEST = GRACE_SECONDS // 60 + 2
-"""Minutes that a job lasts at least: those after the signal, and some to start and train in."""
+"""Shortest time limit of a job, in minutes: the time after the signal, and two minutes to start and train."""
 
 
 class Training(NamedTuple):
@@ -35,7 +35,7 @@ class Training(NamedTuple):
     restarts: int
 
     def __call__(self) -> int:
-        """Return the launcher's exit code; after a signal the job's first node has it queued again."""
+        """Run the launcher and return its exit code. After a signal, the job's first node queues the job again."""
         from mimae.launch import processes
 
         code = processes.train(self.recipe, self.overrides, processes.default_job(self.ranks, 1, None, self.restarts))
@@ -60,7 +60,7 @@ def minutes(time: str) -> int:
 
 
 def check_time(time: str) -> int:
-    """Return a job's minutes. Raises UserError where it would end before it trains."""
+    """Return a job's time limit in minutes. Raises UserError if the job would end before it trains."""
     if minutes(time) < SHORTEST:
         raise UserError(
             f"--time {time}: SLURM's signal to save comes {GRACE_SECONDS} s before the end of a job, and starting "
@@ -70,13 +70,16 @@ def check_time(time: str) -> int:
 
 
 def executor(folder: Path, container: str | None, is_dry: bool, **parameters: Any) -> Any:
-    """submitit's, with the job's parameters. Raises UserError without submitit, or without SLURM unless `is_dry`."""
+    """Return a submitit executor with the job's parameters.
+
+    Raises UserError if submitit is not installed, or if there is no SLURM and `is_dry` is false.
+    """
     if find_spec("submitit") is None:
         raise UserError("submitit is not installed: pip install 'mimae[slurm]'")
     import submitit
 
     class Writer(submitit.SlurmExecutor):
-        """Writes scripts where there is no SLURM too."""
+        """Executor that also writes scripts on machines without SLURM."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -87,13 +90,13 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
     if not is_dry:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            Folder(folder.parent).folder(folder.name)  # which must not be a link
+            Folder(folder.parent).folder(folder.name)  # Raises OSError if it is a link.
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     # The Python inside a container is not the one that submits.
     made = (Writer if is_dry else submitit.SlurmExecutor)(folder, python="python" if container else None)
     made.update_parameters(
-        # The signal that launcher and ranks take for a wish to save, so that submitit does not act on one of its own.
+        # USR1 makes launcher and ranks save. submitit gets the same signal, so that it does not add one of its own.
         setup=["export SUBMITIT_PREEMPT_SIGNAL=USR1"],
         additional_parameters={"requeue": True, "open-mode": "append", "signal": f"USR1@{GRACE_SECONDS}"},
         **({"srun_args": [f"--container-image={container}"]} if container else {}),
@@ -103,7 +106,7 @@ def executor(folder: Path, container: str | None, is_dry: bool, **parameters: An
 
 
 def runs(recipe: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, ...]]:
-    """The overrides of each run: one, or one for each seed in a directory of its own. Raises UserError."""
+    """Return the overrides of each run: one run, or one for each seed with a separate directory. Raises UserError."""
     directory = load_recipe(recipe, overrides, None, RunRecipe).recipe.run.dir
     if not seeds:
         return [tuple(overrides)]

@@ -1,8 +1,8 @@
-"""Messages between the processes of a run: JSON and never a pickle, signed where the job has a secret.
+"""Messages between the processes of a run: JSON and never a pickle, signed if the job has a secret.
 
-Whoever reaches a store or a connection of a run can put bytes there. Bytes that are read as JSON can end a run; they
-cannot run code. With a secret (the environment's MIMAE_SECRET, the same for all processes of a job) a message carries
-an HMAC-SHA256 over its place and its text, and a message without a valid one is refused.
+Anybody who reaches a store or a connection of a run can write bytes there. Bytes that are read as JSON can end a run;
+they cannot run code. With a secret (MIMAE_SECRET in the environment, the same for all processes of a job) a message
+carries an HMAC-SHA256 over its place and its text, and a message without a valid one is refused.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import os
 from typing import Any
 
 SECRET = "MIMAE_SECRET"
-"""Name of the environment's variable that holds the secret of a job."""
+"""Name of the environment variable that contains the secret of a job."""
 
 _MAC = hashlib.sha256().digest_size * 2
 
 
 class MessageError(RuntimeError):
-    """A message is not one of this job's."""
+    """A message that was not written by a process of this job."""
 
 
 def pack(value: Any, place: str) -> str:
-    """Return a value as a message for `place`, the key or the purpose under which the receiver reads it."""
+    """Return a value as a message for `place`: the key or the purpose under which the receiver reads it."""
     text, key = json.dumps(value), _key()
     return text if key is None else _mac(key, place, text.encode()) + text
 
 
 def unpack(message: bytes, place: str) -> Any:
-    """Return the value of a message. Raises MessageError where it is not JSON, or not signed with the job's secret."""
+    """Return the value of a message. Raises MessageError if it is not JSON, or not signed with the job's secret."""
     key, text = _key(), message
     if key is not None:
         text = message[_MAC:]
@@ -39,7 +39,7 @@ def unpack(message: bytes, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = "" if key else f", and this process has no secret ({SECRET}) that others may have"
+        hint = "" if key else f", and this process has no secret ({SECRET}), which other processes may have"
         raise MessageError(f"the message {place} is not JSON{hint}") from error
 
 

@@ -10,23 +10,23 @@ from typing import NamedTuple
 from mimae.errors import UserError
 
 STORE = "MIMAE_STORE"
-"""Name of the variable by which mimae's launcher tells its ranks where they meet: `file:PATH` or
+"""Name of the variable in which mimae's launcher gives its ranks their meeting point: `file:PATH` or
 `tcp:HOST:PORT:PREFIX`."""
 
 _ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Place(NamedTuple):
-    """The number of a rank, and how many ranks the job has."""
+    """The number of a rank, and the number of ranks of the job."""
 
     rank: int
     ranks: int
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Return the place that the environment gives this process; None where nothing started it as a rank.
+    """Return the place that the environment gives this process, or None if it was not started as a rank.
 
-    Raises UserError for variables that are incomplete or no numbers: left over from another job, most often.
+    Raises UserError for variables that are incomplete or not numbers; most often they are left over from another job.
     """
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         number(environment, name, 0)
@@ -34,7 +34,7 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
     if not environment.get("RANK"):
         if ranks > 1:
             raise UserError(
-                f"WORLD_SIZE={ranks} is in the environment and RANK is not: torchrun and srun set both. If WORLD_SIZE "
+                f"WORLD_SIZE={ranks} is in the environment but RANK is not: torchrun and srun set both. If WORLD_SIZE "
                 "is left over, `unset WORLD_SIZE`; for several processes give --ranks"
             )
         return None
@@ -53,12 +53,12 @@ def find(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def number(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
-    """Return a variable's number, `default` where it is not set. Raises UserError, naming the variable."""
+    """Return a variable's number, or `default` if it is not set. Raises UserError that names the variable."""
     text = environment.get(name) or str(default)
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
-        raise UserError(f"{name}={text!r} in the environment: legal is a whole number from {least} on; or unset {name}")
+        raise UserError(f"{name}={text!r} in the environment: legal are whole numbers from {least}; or unset {name}")
     return value

@@ -16,12 +16,13 @@ IN_PHASE = "in the phase "
 
 
 class Phases:
-    """Seconds spent in each of PHASES since it was made: `with phases("forward"): ...`.
+    """Seconds spent in each of PHASES since the object was made: `with phases("forward"): ...`.
 
-    A phase inside another is taken out of it, so the sum counts no time twice. An error says in which it was. On CUDA a
-    phase is timed by the device, by a pair of events that nothing waits for until `seconds()` is read: waiting for data
-    counts from when the device has done all it was given until it is given more, and is nothing where it was busy all
-    the while. Saving checkpoints is timed by the host's clock, as everything is on the CPU.
+    The time of a nested phase is subtracted from the outer one, so the sum counts no time twice. An exception gets a
+    note that names its phase. On CUDA a phase is timed on the device by a pair of events, without a wait until
+    `seconds()` is read. There, waiting for data is the time in which the device was idle: from the end of its queued
+    work until it gets more, and zero if it was busy throughout. Saving checkpoints is timed by the host's clock, as all
+    phases are on the CPU.
     """
 
     _HOST = ("checkpoint",)
@@ -37,7 +38,7 @@ class Phases:
         assert name in PHASES, name
         outer = self._open[-1] if self._open else None
         if outer is not None and self._uses_events(outer) != self._uses_events(name):
-            outer = None  # two clocks: what the host waits is not what the device works
+            outer = None  # Host and device have separate clocks: the host may wait while the device works.
         self._open.append(name)
         try:
             if self._uses_events(name):
@@ -48,7 +49,7 @@ class Phases:
                 finally:
                     end.record()
                     self._pending.append((name, outer, start, end))
-                    self._settle_done()  # keeps the queue short
+                    self._settle_done()  # This keeps the queue short.
             else:
                 began = time.perf_counter()
                 try:
@@ -63,12 +64,12 @@ class Phases:
 
     @property
     def data_seconds(self) -> float:
-        """Seconds spent waiting for data; reading it waits for nothing, so on CUDA it lacks what is not done yet."""
+        """Return the seconds spent waiting for data, without a wait: on CUDA, unfinished work is not yet included."""
         self._settle_done()
         return self._seconds["data"]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase. On CUDA this waits for the device."""
+        """Return the seconds by phase. On CUDA this waits for the device."""
         if self._pending:
             self._pending[-1][3].synchronize()
         self._settle_done()
@@ -78,7 +79,7 @@ class Phases:
         return self._on_cuda and name not in self._HOST
 
     def _settle_done(self) -> None:
-        """Add the phases that the device is done with."""
+        """Add the phases that the device has finished."""
         while self._pending and self._pending[0][3].query():
             name, outer, start, end = self._pending.popleft()
             self._add(name, outer, start.elapsed_time(end) / 1000)
@@ -90,7 +91,7 @@ class Phases:
 
 
 class Pace:
-    """Rates since the last reading: one of these for the logged steps, another for the epochs."""
+    """Rates since the last reading. A run has one object for the logged steps and another for the epochs."""
 
     def __init__(self, phases: Phases, num_masks: int) -> None:
         self._phases = phases
@@ -100,7 +101,7 @@ class Pace:
         self._by_phase = phases.seconds()
 
     def rates(self, images: int) -> dict[str, float]:
-        """`images_per_s`, `views_per_s` and `data_wait` (0 to 1) of `images` since the last reading."""
+        """Return `images_per_s`, `views_per_s` and `data_wait` (0 to 1) for `images` images since the last reading."""
         now, waited = time.perf_counter(), self._phases.data_seconds
         seconds = max(now - self._began, 1e-9)
         rates = {
@@ -112,7 +113,7 @@ class Pace:
         return rates
 
     def epoch(self, images: int) -> dict[str, float]:
-        """`rates`, `images`, `seconds` and the phases' `seconds_*`. On CUDA this waits for the device."""
+        """Return `rates`, `images`, `seconds` and the phases' `seconds_*`. On CUDA this waits for the device."""
         by_phase = self._phases.seconds()
         spent = {f"seconds_{phase}": by_phase[phase] - self._by_phase[phase] for phase in PHASES}
         self._by_phase = by_phase

@@ -1,4 +1,4 @@
-"""Is the encoder collapsing? Four numbers about a batch of latents, for epochs.jsonl."""
+"""Measures of a collapse of the encoder: four numbers about a batch of latents, for epochs.jsonl."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn import functional
 
 @torch.no_grad()
 def collapse(latents: Tensor) -> dict[str, float | None]:
-    """Signs of collapse in latents (M, D), or (B, N, D) with the views of an image along the second axis.
+    """Return measures of collapse for latents (M, D), or (B, N, D) with the views of an image along the second axis.
 
     deviation       mean over the dimensions of the standard deviation over all latents; 0: all are one point
     effective_rank  exp of the entropy of the normalised eigenvalues of the covariance, 1 to min(M - 1, D);
-                    0: nothing varies (Roy and Vetterli, 2007)
+                    0: the latents do not vary (Roy and Vetterli, 2007)
     alignment       mean of |u_a - u_b|^2 over the pairs of views of an image; 0: the views agree
-    uniformity      log of the mean of exp(-2 |u_i - u_j|^2) over latents of distinct images; 0: all point one
-                    way, about -4: spread over the sphere (both Wang and Isola, 2020)
+    uniformity      log of the mean of exp(-2 |u_i - u_j|^2) over latents of distinct images; 0: all have the same
+                    direction, about -4: spread over the sphere (both Wang and Isola, 2020)
 
-    Computed in fp32 with u = z / |z|. None where a number is not defined: alignment of one view, uniformity
-    of one image, and everything as soon as a latent is not finite.
+    The numbers are computed in fp32 with u = z / |z|. A number that is not defined is None: alignment of one view,
+    uniformity of one image, and all of them if a latent is not finite.
     """
     z_BND = (latents if latents.ndim == 3 else latents.unsqueeze(1)).float()
     u_BND = functional.normalize(z_BND, dim=-1)
@@ -37,11 +37,11 @@ def collapse(latents: Tensor) -> dict[str, float | None]:
 
 def _effective_rank(z_MD: Tensor) -> float:
     centred = z_MD - z_MD.mean(0)
-    # The smaller of the two Gram matrices: both have the covariance's nonzero eigenvalues, times M.
+    # Use the smaller of the two Gram matrices: both have the covariance's nonzero eigenvalues, times M.
     gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
     eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
     total = eigenvalues.sum()
-    # Below the rounding of the mean nothing varies: the rank of noise would look healthy.
+    # A variation below the rounding of the mean counts as none: the rank of noise would look healthy.
     if total <= z_MD.numel() * (torch.finfo(torch.float32).eps * z_MD.abs().max()) ** 2:
         return 0.0
     return torch.special.entr(eigenvalues / total).sum().exp().item()

@@ -15,11 +15,11 @@ from mimae.outside.text import Output, is_terminal, printable, say
 
 
 class Console:
-    """The lines of a run on stdout; a progress bar below them where stdout is a terminal."""
+    """The lines of a run on stdout, with a progress bar below them if stdout is a terminal."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
-        # Recent (step, time) pairs: the time left follows what the last logs took, checkpoints included.
+        # Recent (step, time) pairs. The remaining time is estimated from the last logs, which include checkpoints.
         self._pace: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=50)
         self._progress: Progress | None = None
         if is_terminal():
@@ -28,12 +28,12 @@ class Console:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
                 console=Terminal(file=cast(TextIO, Output())),
-                auto_refresh=False,  # drawn at each log: no thread beside the forks of the data loaders
+                auto_refresh=False,  # It is drawn at each log: a thread could hold a lock when a data loader forks.
             )
             self._task = self._progress.add_task("pretraining", total=total_steps, status="")
 
     def rewind(self, step: int) -> None:
-        """Start to measure the pace at `step`."""
+        """Start to measure the speed at `step`."""
         self._pace.clear()
         self._pace.append((step, time.monotonic()))
 
@@ -46,7 +46,7 @@ class Console:
             say(self._step_line(record, left))
         else:
             self._progress.start()
-            status = f"{_total(record)}  {_rate(record)}{_wait(record)}  {_clock(left)} left"  # fits 80 columns
+            status = f"{_total(record)}  {_rate(record)}{_wait(record)}  {_clock(left)} left"  # It fits 80 columns.
             self._progress.update(self._task, completed=step, status=status, refresh=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Console:
         self.message("  ".join(parts))
 
     def message(self, text: str) -> None:
-        """Print a line, above the progress bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._progress is None:
             say(text)
         else:

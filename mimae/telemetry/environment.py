@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow")
 
 
 def environment() -> str:
-    """Return what a run runs on as JSON: versions, platform, GPUs, the checkout's commit; nobody's names."""
+    """Return the environment of a run as JSON: versions, platform, GPUs and the checkout's commit; no user names."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     facts = {
         "mimae": __version__,
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(root: Path) -> dict[str, Any] | None:
-    """The commit of the checkout at `root` and whether it was changed; None where `root` is no checkout."""
+    """Return the commit of the checkout at `root` and whether it has changes, or None if `root` is not a checkout."""
     if not (root / ".git").exists():
         return None
 
@@ -85,4 +85,4 @@ def _git_state(root: Path) -> dict[str, Any] | None:
             "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
     except (OSError, subprocess.SubprocessError):
-        return None  # no git program, or a checkout that it refuses to read
+        return None  # There is no git program, or it refuses to read the checkout.

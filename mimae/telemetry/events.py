@@ -1,4 +1,4 @@
-"""events.jsonl: what happened to a run, a line each, through all of its starts."""
+"""events.jsonl: the events of a run, one line each, over all starts of the run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ KINDS = (
     *("start", "resume", "finish", "signal", "error"),
     *("save", "save failed", "skipped", "fault", "output lost", "moved"),
 )
-"""Starts and ends; saves; steps whose gradient was not finite; checkpoints that were passed over, lost ranks and the
-like; a stdout that cannot be written; a run directory that was renamed or deleted."""
+"""Kinds of events: starts and ends; saves; steps whose gradient was not finite; faults such as lost ranks or
+checkpoints that were passed over; a stdout that cannot be written; a run directory that was renamed or deleted."""
 
 
 class Events:
-    """Adds events to a run's file: `time` (UTC), `step`, `kind` and `details`. Several processes may add to one file.
+    """Writer of events to a run's file: `time` (UTC), `step`, `kind` and `details`. Several processes may share a file.
 
-    An event that cannot be written is lost, which is told once: the run is worth more.
+    An event that cannot be written is lost, and the run continues; the loss is reported once.
     """
 
     def __init__(self, folder: Folder | None, tell: Callable[[str], None] = say) -> None:
-        """`folder`: the run's directory; None: events go nowhere, as on other ranks than the main one."""
+        """Write to `folder`, the run's directory, or drop all events if it is None, as on ranks other than the main."""
         self._folder, self._tell = folder, tell
         self._is_lost = False
         self.step: int | None = None
-        """The step of events that name none: the last one that was logged."""
+        """Step of events that are added without one: the last step that was logged."""
 
     def add(self, kind: str, *, step: int | None = None, **details: Any) -> None:
         """Add an event of one of KINDS; `details` are values of JSON."""
@@ -45,12 +45,15 @@ class Events:
             self._folder.append(FILE, json.dumps(line, default=str).encode() + b"\n")
         except OSError as error:
             if not self._is_lost:
-                self._is_lost = True  # first: to tell may add an event
-                self._tell(f"{FILE} cannot be written: {error.strerror}; the run goes on")
+                self._is_lost = True  # Set this first: the report may add an event.
+                self._tell(f"{FILE} cannot be written: {error.strerror}; the run continues")
 
 
 def read(folder: Folder, limit: int = 1 << 26) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run, the oldest first: those in the last `limit` bytes. What is no event is left out."""
+    """Yield the events in the last `limit` bytes of a run's file, oldest first.
+
+    Lines that are not events are skipped.
+    """
     try:
         lines = folder.read(FILE, limit, tail=True).splitlines()
     except OSError:

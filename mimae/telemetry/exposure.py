@@ -1,8 +1,8 @@
-"""The share of a step in which ranks communicate and nothing computes, from a profile of that step.
+"""Exposed communication: the share of a step in which this rank communicates without computing, from a profile.
 
-On CUDA the profile has the kernels of NCCL and all others. On the CPU it has gloo's spans, on gloo's threads, and the
-ops of the threads that compute; these wait for a collective in no op. Either way a collective lasts from its start on
-this rank to its end, with the wait for slower ranks.
+On CUDA the profile has the kernels of NCCL and all other kernels. On the CPU it has gloo's spans, on gloo's threads,
+and the ops of the computing threads, none of which waits for a collective. In both cases a collective lasts from its
+start on this rank to its end, which includes the wait for slower ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPS = ("aten::", "mimae::", "fsdp::", "## Call CompiledFxGraph")
 
 
 class Exposure:
-    """Profiles a step where there is more than one rank. No result depends on it."""
+    """Profiler of single steps of runs with more than one rank. It does not change any result."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,11 +35,14 @@ class Exposure:
 
     @contextmanager
     def measured(self, wanted: bool) -> Iterator[None]:
-        """Around a step; every rank asks for the same ones, so that none waits for a profile of another."""
+        """Profile the step inside the block.
+
+        Every rank profiles the same steps, so that none waits for another's profile.
+        """
         if not wanted or world_size() == 1:
             yield
             return
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its start and stop on stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler reports its start and stop on stderr.
         on_cuda = self._device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
             self._synchronize()
@@ -47,11 +50,11 @@ class Exposure:
             yield
             self._synchronize()
             elapsed = time.perf_counter_ns() - began
-        # Not `profiled.events()`: to build the tree of calls takes longer than the step.
+        # Do not use `profiled.events()`: it builds a tree of calls, which takes longer than the step.
         self._share = exposed(*_spans(profiled.profiler.kineto_results.events(), on_cuda)) / elapsed  # type: ignore[union-attr]
 
     def read(self) -> float | None:
-        """The exposed share of the step profiled since the last reading, 0 to 1; None where there was none."""
+        """Return the exposed share (0 to 1) of the step profiled since the last reading, or None if there was none."""
         share, self._share = self._share, None
         return share
 
@@ -61,12 +64,12 @@ class Exposure:
 
 
 def exposed(collectives: list[Span], computing: list[Span]) -> int:
-    """Nanoseconds that lie in some span of `collectives` and in none of `computing`."""
+    """Return the nanoseconds inside a span of `collectives` and outside all spans of `computing`."""
     return _covered([*collectives, *computing]) - _covered(computing)
 
 
 def _covered(spans: list[Span]) -> int:
-    """The length of the union."""
+    """Return the length of the union of spans, in nanoseconds."""
     length = reached = 0
     for start, end in sorted(spans):
         length += max(0, end - max(start, reached))
@@ -75,7 +78,7 @@ def _covered(spans: list[Span]) -> int:
 
 
 def _spans(events: Iterable[Any], on_cuda: bool) -> tuple[list[Span], list[Span]]:
-    """Collectives, and what computes."""
+    """Return the spans of collectives and those of computation."""
     collectives, computing = [], []
     for event in events:
         name, span = event.name(), (event.start_ns(), event.end_ns())

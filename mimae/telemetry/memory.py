@@ -1,4 +1,4 @@
-"""Memory that this process has used."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 def memory(device: torch.device) -> dict[str, int | None]:
     """Return `mem_peak_bytes` and `mem_reserved_bytes` of this process so far.
 
-    On CUDA these are the most that tensors held and the most that the allocator reserved on `device`. On the CPU they
-    are the peak of the process's resident memory, which holds the libraries and shared pages too, and None.
+    On CUDA these are the peaks of the memory of tensors and of the memory that the allocator reserved on `device`. On
+    the CPU they are the peak of the process's resident memory, which includes libraries and shared pages, and None.
     """
     if device.type == "cuda":
         return {

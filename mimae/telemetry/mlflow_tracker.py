@@ -1,4 +1,4 @@
-"""MLflow. Server and experiment come from MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME; else the run's mlflow/."""
+"""MLflow tracker. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME name server and experiment (default: RUN/mlflow)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mimae.telemetry.trackers import kept_id
 
 
 class MLflow:
-    """A run in an experiment, `mimae` where none is named."""
+    """A run in an experiment, which is `mimae` by default."""
 
     name = "mlflow"
 
@@ -27,7 +27,7 @@ class MLflow:
     def rewind(self, step: int) -> None:
         server = os.environ.get("MLFLOW_TRACKING_URI")
         if server is None:
-            # Newer versions ask for this word before they use files.
+            # Newer versions need this variable before they use files.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             server = self._folder.folder(self.name).absolute().as_uri()
         self._client = MlflowClient(server)
@@ -52,7 +52,7 @@ class MLflow:
 
     def image(self, path: str, png: bytes, step: int) -> None:
         folder = path.rpartition("/")[0]
-        local = self._folder.path / path  # The records have written it.
+        local = self._folder.path / path  # The records have written the file.
         self._client.log_artifact(self._id, str(local), folder or None)
 
     def text(self, name: str, text: str, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of what the decoder makes of each view.
+"""Pictures of the decoder's reconstruction of each view.
 
 Letters in shapes: B images, N views, L patches, K visible, M targets, P patch size. Patch ids are row-major;
 the values of a patch are ordered (row, column, channel).
@@ -18,11 +18,11 @@ from mimae import kernels
 from mimae.model.geometry import Grid
 
 HIDDEN = (202, 208, 220)
-"""The colour of a hidden patch: a bluish light grey, since photographs are full of plain greys."""
+"""Colour of a hidden patch: a bluish light grey, because neutral greys are common in photographs."""
 
 _PAPER, _INK = (255, 255, 255), (70, 70, 76)
-_PANEL = 128  # pixels: smaller images are enlarged to this at least
-_NARROW, _WIDE = 3, 14  # gaps inside a view and between rows, and between views
+_PANEL = 128  # Smallest side of a panel in pixels; smaller images are enlarged.
+_NARROW, _WIDE = 3, 14  # Gaps in pixels: inside a view and between rows; between views.
 
 
 @torch.no_grad()
@@ -37,12 +37,12 @@ def reconstructions(
     std: Sequence[float],
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return what each view shows and what the decoder predicts for it, as uint8 (B, N, H, W, 3) both, on the CPU.
+    """Return the visible part and the reconstruction of each view, each as uint8 (B, N, H, W, 3) on the CPU.
 
-    images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space
-    of the reconstruction target. The first has the visible patches on grey; the second the predictions at the
-    places of the targets too. Where targets are normalised (`normalize`), a prediction says nothing of its patch's
-    brightness and contrast: it gets the mean and variance of the true patch (unbiased, eps 1e-6).
+    images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space of the
+    reconstruction target. The first result has the visible patches on grey; the second also has the predictions at the
+    places of the targets. With normalised targets (`normalize`) a prediction has no brightness and contrast: it gets
+    the mean and variance of the true patch (unbiased, eps 1e-6).
     """
     images, visible, targets = images.cpu(), visible.cpu().long(), targets.cpu().long()
     predicted = predictions.cpu().float()
@@ -53,7 +53,7 @@ def reconstructions(
         predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
     repeats = patch * patch
     colours = (predicted * scale.repeat(repeats) + shift.repeat(repeats)).clamp(0, 1)
-    # Pixels of the visible patches come from the image itself, untouched by arithmetic.
+    # Pixels of the visible patches are copied from the image, without arithmetic.
     originals = kernels.patchify(images, patch, torch.zeros(3), torch.ones(3)).mul(255).round().byte()
     originals = originals[:, None].expand(-1, visible.shape[1], -1, -1)
     masked = torch.tensor(HIDDEN, dtype=torch.uint8).repeat(repeats).expand_as(originals).clone()
@@ -77,9 +77,9 @@ def reconstruction_grid(images: Tensor, masked: Tensor, rebuilt: Tensor) -> byte
 
 
 def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int]) -> bytes:
-    """A PNG of columns, each with its label: panels uint8 (B, H, W, 3), image b in row b.
+    """Return a PNG of columns with labels: panels uint8 (B, H, W, 3), with image b in row b.
 
-    The columns in `wide` stand apart from the one before. Small images are enlarged by a whole factor, pixel by pixel.
+    A wider gap precedes the columns in `wide`. Small images are enlarged by an integer factor, pixel by pixel.
     """
     count, height, width = panels[0].shape[:3]
     scale = max(1, -(-_PANEL // min(height, width)))
@@ -103,7 +103,7 @@ def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int])
 
 
 def _places(ids: Tensor, patches: Tensor) -> Tensor:
-    """Patch ids (B, N, M) as an index (B, N, M, 3P^2) into patches (B, N, L, 3P^2)."""
+    """Return patch ids (B, N, M) as an index (B, N, M, 3P^2) into patches (B, N, L, 3P^2)."""
     return ids[..., None].expand(-1, -1, -1, patches.shape[-1])
 
 

@@ -1,6 +1,6 @@
-"""The records of a run: metrics.jsonl has a line per logged step, epochs.jsonl a line per epoch.
+"""The records of a run: metrics.jsonl has a line for each logged step, epochs.jsonl a line for each epoch.
 
-Every line holds all of its keys; what a run does not have, or what is not finite, is null.
+Every line has all keys. A value that the run does not have, or that is not finite, is null.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from mimae.objective import terms
 from mimae.outside.files import Folder
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
-"""Phases that the seconds of an epoch are divided into; the trainer's own work is the rest of the wall time."""
+"""Phases into which the seconds of an epoch are divided. The rest of the wall time is the trainer's own work."""
 
 FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
-"""The file of each group of records."""
+"""File name of each group of records."""
 
 STEP_KEYS = (
     "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm",
@@ -34,14 +34,14 @@ EPOCH_KEYS = (
 
 
 def plain(name: str, keys: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of file `name`: all `keys` in their order, with JSON's values; null where `record` has none."""
+    """Return a line of file `name`: all `keys` in their order with JSON values, null for keys that `record` lacks."""
     unknown = sorted(set(record) - set(keys))
     assert not unknown, f"{name} has no keys {unknown}"
     return {key: plain_value(record.get(key)) for key in keys}
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value as JSON has it: a number of NumPy or torch as Python's, None for what is not finite."""
+    """Return a value for JSON: numbers of NumPy and torch become Python's, and numbers that are not finite None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -50,13 +50,13 @@ def plain_value(value: Any) -> Any:
 
 
 def is_until(line: bytes, step: int) -> bool:
-    """Return whether a line is a whole record of a step up to `step`."""
+    """Return whether a line is a complete record of a step up to `step`."""
     found = parse(line)
     return found is not None and bool(found["step"] <= step)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """Return a record, or None for a line that is none: torn by a crash, or something else."""
+    """Return the record in a line, or None if it is not one, for example after a crash."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -65,8 +65,10 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file, the oldest first; `tail`: those in its last `limit` bytes. None where it cannot be
-    read."""
+    """Yield the records of a file, oldest first.
+
+    With `tail`, only those in its last `limit` bytes. Yields None if the file cannot be read.
+    """
     try:
         lines = folder.read(name, limit, tail).splitlines()
     except OSError:

@@ -14,13 +14,13 @@ class TelemetrySettings(Section):
 
     on_resume: ClassVar[Resume] = "free"
 
-    log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    log_every_steps: int = Field(20, ge=1, description="optimizer steps between two lines of metrics.jsonl")
     images_every_epochs: int = Field(1, ge=0, description="epochs between two reconstruction pictures; 0: none")
     probe_every_epochs: int = Field(
         0, ge=0, description="epochs between two kNN and reconstruction checks on data.val_path; 0: none"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",),
-        description="where curves go beside metrics.jsonl: event files in the run's tensorboard/, Weights & Biases, "
-        "MLflow; the last two take their server from their own environment variables",
+        description="trackers of curves in addition to metrics.jsonl: event files in the run's tensorboard/, Weights & "
+        "Biases, MLflow; the last two take their server from their own environment variables",
     )

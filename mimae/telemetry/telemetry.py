@@ -1,6 +1,6 @@
-"""The reports of a run: records and pictures for its trackers, events, and lines for people.
+"""The reports of a run: records and pictures for its trackers, events, and lines on the console.
 
-Nothing here reads a tensor: the loop hands over numbers, and only on the steps that it logs.
+This module reads no tensors: the trainer passes numbers, and only on the steps that it logs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mimae.telemetry.trackers import JSONLines, Tracker, open_trackers
 
 
 class Telemetry:
-    """Writes the records of a run to its directory and shows them; on all but the main rank it does nothing.
+    """Writer of a run's records to its directory and the console. It only acts on the main rank.
 
-    Call `rewind(step)` once before the first record of every start, with the step the run goes on from. What cannot be
-    written (a full disk, a server that is away, a closed stdout) costs the run its records of that time, not itself.
+    Call `rewind(step)` once before the first record of every start, with the step from which the run resumes. Records
+    that cannot be written (a full disk, an unreachable server, a closed stdout) are lost, and the run continues.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class Telemetry:
         step_keys: Sequence[str] = STEP_KEYS,
         epoch_keys: Sequence[str] = EPOCH_KEYS,
     ) -> None:
-        """`run`: the run's directory; `step_keys`, `epoch_keys`: the columns of metrics.jsonl and epochs.jsonl.
+        """Open the trackers.
 
+        `run` is the run's directory; `step_keys` and `epoch_keys` are the columns of metrics.jsonl and epochs.jsonl.
         Raises UserError for a tracker that is not installed.
         """
         self._folder = run if isinstance(run, Folder) else Folder(run)
@@ -50,7 +51,7 @@ class Telemetry:
         self._console = Console(total_steps) if is_main else None
         self._trackers: list[Tracker] = []
         self.events = Events(self._folder if is_main else None, self.message)
-        """events.jsonl, for what happens to the run."""
+        """Writer of events.jsonl."""
         if is_main:
             self._folder.make()
             self._folder.tell = self._moved
@@ -59,8 +60,8 @@ class Telemetry:
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, and torn lines, from metrics.jsonl and epochs.jsonl.
 
-        A run that goes on from a checkpoint at `step` repeats the steps after it; so each step is there once. Raises
-        RunError where the files are none that can be written.
+        A run that resumes from a checkpoint at `step` repeats the steps after it, and each step must occur once. Raises
+        RunError if the files cannot be written.
         """
         self._step = self.events.step = step
         if self._console is None:
@@ -75,9 +76,9 @@ class Telemetry:
             self._try(tracker, lambda tracker: tracker.rewind(step))
 
     def describe(self, recipe: str) -> None:
-        """Write config.yaml, the resolved recipe, and environment.json, and give them to the trackers.
+        """Write config.yaml (the resolved recipe) and environment.json, and pass them to the trackers.
 
-        Raises OSError where the run directory cannot be written.
+        Raises OSError if the run directory cannot be written.
         """
         if self._console is None:
             return
@@ -88,8 +89,8 @@ class Telemetry:
     def step(self, record: Mapping[str, Any]) -> None:
         """Append a line of the step's columns to metrics.jsonl; keys that `record` lacks are null.
 
-        `epoch` counts the epochs done, as a fraction; `samples` the images seen; `data_wait` is the share of
-        the wall time since the last log in which the device of this rank waited for data, 0 to 1.
+        `epoch` is the number of epochs done, as a fraction; `samples` is the number of images seen; `data_wait` is the
+        share (0 to 1) of the wall time since the last log in which the device of this rank waited for data.
         """
         if self._console is None:
             return
@@ -102,10 +103,11 @@ class Telemetry:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append a line of the epoch's columns to epochs.jsonl; keys that `record` lacks are null.
 
-        `step` is the step at which the epoch ended. After a resume from a checkpoint that kept no sums of its epoch,
-        all counts and means are of the part since then. `seconds` is wall time and holds the phases' `seconds_*`.
-        `bytes_sent` is what a rank sends in a step, by the formulas of docs/scaling.md; `exposed_communication` the
-        share of the epoch's second step, 0 to 1, in which this rank was in a collective and computed nothing.
+        `step` is the step at which the epoch ended. After a resume from a checkpoint without sums of its epoch, all
+        counts and means are those of the part since then. `seconds` is wall time and includes the phases' `seconds_*`.
+        `bytes_sent` is the number of bytes that a rank sends in a step, by the formulas of docs/scaling.md;
+        `exposed_communication` is the share (0 to 1) of the epoch's second step in which this rank was in a collective
+        without computing.
         """
         if self._console is None:
             return
@@ -114,7 +116,7 @@ class Telemetry:
         self._console.epoch(line)
 
     def message(self, text: str) -> None:
-        """Print a line for people, above the progress bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._console is not None:
             self._console.message(text)
             self._note_lost_output()
@@ -134,9 +136,9 @@ class Telemetry:
         self._trackers = []
         self._note_lost_output()
         for stream, (writes, reason) in losses().items():
-            # Whichever of the two can still be written says it.
+            # The message goes to the stream that can still be written.
             for error in (True, False):
-                say(f"{writes} writes to {stream} failed: {reason}; the run went on without them", error=error)
+                say(f"{writes} writes to {stream} failed: {reason}; the run continued without them", error=error)
 
     def __enter__(self) -> Self:
         return self
@@ -159,11 +161,11 @@ class Telemetry:
     def _try(self, tracker: Tracker, action: Callable[[Tracker], None]) -> None:
         try:
             action(tracker)
-        except Exception as error:  # whatever a library raises
+        except Exception as error:  # Libraries may raise anything.
             self._failed(tracker.name, error)
 
     def _failed(self, tracker: str, error: Exception) -> None:
-        """Tell once for each tracker, or for each file, that it cannot be written."""
+        """Report once for each tracker, or for each file, that it cannot be written."""
         file = getattr(error, "filename", None)
         what = str(file) if tracker == JSONLines.name and file else tracker
         if what in self._lost:
@@ -171,14 +173,14 @@ class Telemetry:
         self._lost.add(what)
         reason = getattr(error, "strerror", None) or f"{error}".strip() or type(error).__name__
         self.events.add("fault", what=what, reason=str(reason)[:1000])
-        self.message(f"{what} cannot be written: {reason}; the run goes on")
+        self.message(f"{what} cannot be written: {reason}; the run continues")
 
     def _moved(self, text: str) -> None:
         self.events.add("moved", what=text)
         self.message(text)
 
     def _note_lost_output(self) -> None:
-        """Keep once for each stream that it cannot be written."""
+        """Record once for each stream that it cannot be written."""
         for stream, loss in losses().items():
             if stream not in self._unsaid:
                 self._unsaid.add(stream)

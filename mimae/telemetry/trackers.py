@@ -1,7 +1,7 @@
-"""Where the curves of a run go: trackers behind one protocol, and the two that every installation has.
+"""Trackers of a run's curves: one protocol, and the two trackers that every installation has.
 
-`telemetry.trackers` names those that stand beside the JSON lines. A new one is a class here or in a file of its own,
-and a line of `TRACKERS`.
+`telemetry.trackers` names the trackers in addition to the JSON lines. A new tracker is a class, here or in its own
+file, and a line of `TRACKERS`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRACE = 30.0
 """Seconds that a run waits at its end for a tracker with a server."""
 
 _WAITING = 1000
-"""Calls that wait at most for a tracker with a server; later ones are dropped."""
+"""Largest number of calls that are queued for a tracker with a server; further calls are dropped."""
 
 _RECORDS_BYTES = 1 << 32
 
@@ -37,29 +37,29 @@ _IDS = "trackers.json"
 
 
 class Tracker(Protocol):
-    """Takes what a run tells. Whatever a method raises costs the tracker that call, and the run nothing."""
+    """Receiver of a run's reports. If a method raises, the tracker misses that call, and the run continues."""
 
     name: str
     """Name of the tracker in messages."""
 
     def rewind(self, step: int) -> None:
-        """Begin, or go on, after `step`; called before anything else."""
+        """Begin or resume after `step`. This is called before all other methods."""
 
     def scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
-        """Take numbers by key, None where there is none. `group`: `train` for a logged step, or `epoch`."""
+        """Record numbers by key; a value may be None. `group` is `train` for a logged step, or `epoch`."""
 
     def image(self, path: str, png: bytes, step: int) -> None:
-        """Take a picture; `path` is its place in the run directory."""
+        """Record a picture; `path` is its path in the run directory."""
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Take a file that describes the run: the resolved recipe (YAML) and the environment (JSON)."""
+        """Record a file that describes the run: the resolved recipe (YAML) or the environment (JSON)."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write everything that is still queued."""
 
 
 class JSONLines:
-    """metrics.jsonl, epochs.jsonl and the pictures, in the run directory. Its errors name the file."""
+    """Tracker that writes metrics.jsonl, epochs.jsonl and the pictures to the run directory. Errors name the file."""
 
     name = "records"
 
@@ -67,7 +67,7 @@ class JSONLines:
         self._folder = folder
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, and torn lines: a run that goes on repeats the steps after its checkpoint."""
+        """Drop the records after `step`, and torn lines: a resumed run repeats the steps after its checkpoint."""
         for name in FILES.values():
             if not self._folder.exists(name):
                 continue
@@ -83,14 +83,14 @@ class JSONLines:
         self._folder.replace(path, png)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Leave it: these files are in the run directory already."""
+        """Do nothing: these files are in the run directory already."""
 
     def close(self) -> None:
-        """Do nothing: each line is in the system's hands, a kill of this process cannot lose it."""
+        """Do nothing: the operating system has each line, so that a kill of this process cannot lose it."""
 
 
 class TensorBoard:
-    """Event files in the run's tensorboard/."""
+    """Tracker that writes event files to the run's tensorboard/."""
 
     name = "tensorboard"
 
@@ -122,7 +122,7 @@ class TensorBoard:
         self._write(lambda writer: writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def text(self, name: str, text: str, step: int) -> None:
-        shown = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown for text as it stands
+        shown = "".join(f"    {line}\n" for line in text.splitlines())  # Indented lines are verbatim text in Markdown.
         self._write(lambda writer: writer.add_text(name, shown, step))
 
     def close(self) -> None:
@@ -130,27 +130,27 @@ class TensorBoard:
             self._writer.close()
 
     def _write(self, action: Callable[[Any], None]) -> None:
-        if self._moves != self._folder.moves:  # The writer opens its file by the old path each time.
+        if self._moves != self._folder.moves:  # The writer would open its file by the old path each time.
             self._moves, self._writer, self._is_lost = self._folder.moves, None, False
         if self._is_lost:
             return
         try:
             if self._writer is None:
                 home = str(self._folder.folder(self.name))
-                # With the suffix nobody can have put a link where the file will be.
+                # The random suffix prevents a prepared link at the path of the file.
                 suffix = f".{secrets.token_hex(8)}"
                 self._writer = self._class(home, purge_step=self._purge_step, filename_suffix=suffix)
             action(self._writer)
         except OSError:
-            self._is_lost, self._writer = True, None  # The writer's own thread ends with its first error.
+            self._is_lost, self._writer = True, None  # The writer's thread ends at its first error.
             raise
 
 
 class Aside:
-    """A tracker with a server, in a thread of its own: one that is slow or dead never holds up a step."""
+    """A tracker with a server, in a separate thread: a slow or dead server never delays a step."""
 
     def __init__(self, name: str, make: Callable[[], Tracker], failed: Callable[[str, Exception], None]) -> None:
-        """`make` and all calls run in the thread; `failed` is told what they raise."""
+        """Start the thread, in which `make` and all calls run. `failed` is called with the errors that they raise."""
         self.name, self._make, self._failed = name, make, failed
         self._calls: queue.Queue[tuple[str, tuple[Any, ...]]] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -169,19 +169,19 @@ class Aside:
         self._put("text", name, text, step)
 
     def close(self) -> None:
-        """Wait for what is left, at most GRACE seconds."""
+        """Wait until the queue is empty, for at most GRACE seconds."""
         self._put("close")
         self._thread.join(GRACE)
         if self._thread.is_alive():
-            raise TimeoutError(f"it did not take everything within {GRACE:.0f} s")
+            raise TimeoutError(f"it did not accept all records within {GRACE:.0f} s")
 
     def _put(self, method: str, *arguments: Any) -> None:
         if not self._thread.is_alive():
-            return  # It could not begin, which has been told.
+            return  # The tracker could not begin, which has been reported.
         try:
             self._calls.put_nowait((method, arguments))
         except queue.Full:
-            raise TimeoutError(f"it is {_WAITING} calls behind, and gets no more until it catches up") from None
+            raise TimeoutError(f"it is {_WAITING} calls behind; more calls are dropped until it catches up") from None
 
     def _work(self) -> None:
         try:
@@ -206,7 +206,10 @@ def open_trackers(names: Sequence[str], folder: Folder, failed: Callable[[str, E
 
 
 def kept_id(folder: Folder, tracker: str, make: Callable[[], str]) -> str:
-    """Return the id that a run has with a tracker: kept in the run directory, since a resumed run goes on under it."""
+    """Return the id of a run in a tracker.
+
+    It is stored in the run directory, so that a resumed run continues under it.
+    """
     ids: dict[str, str] = {}
     with suppress(OSError, ValueError):
         found = json.loads(folder.read(_IDS, 1 << 16))
@@ -218,7 +221,7 @@ def kept_id(folder: Folder, tracker: str, make: Callable[[], str]) -> str:
 
 
 def _aside(name: str, module: str, kind: str) -> _Opener:
-    """Return what opens the tracker `kind` of a module of this package, where its library `name` is installed."""
+    """Return a function that opens the tracker `kind` of a module in this package, if library `name` is installed."""
 
     def open_it(folder: Folder, failed: Callable[[str, Exception], None]) -> Tracker:
         if find_spec(name) is None:
@@ -231,7 +234,7 @@ def _aside(name: str, module: str, kind: str) -> _Opener:
 def _missing(name: str, package: str, why: object) -> UserError:
     return UserError(
         f"telemetry.trackers names {name}, which cannot be used ({why}): install it with `pip install {package}`, or "
-        f"leave it out, as telemetry.trackers=[] does"
+        f"leave it out, for example with telemetry.trackers=[]"
     )
 
 
@@ -242,4 +245,4 @@ TRACKERS: dict[str, _Opener] = {
     "wandb": _aside("wandb", "wandb_tracker", "WandB"),
     "mlflow": _aside("mlflow", "mlflow_tracker", "MLflow"),
 }
-"""Functions that open a tracker, by its name in `telemetry.trackers`."""
+"""Functions that open a tracker, by name in `telemetry.trackers`."""

@@ -1,4 +1,4 @@
-"""Weights & Biases. Its server, project and mode come from its own variables: WANDB_PROJECT, WANDB_MODE=offline, ..."""
+"""Weights & Biases tracker. Server, project and mode come from its variables: WANDB_PROJECT, WANDB_MODE=offline, ..."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mimae.telemetry.trackers import kept_id
 
 
 class WandB:
-    """A run in the project of WANDB_PROJECT, or `mimae`; its files lie in the run's wandb/."""
+    """A run in the project WANDB_PROJECT, by default `mimae`. Its files are in the run's wandb/."""
 
     name = "wandb"
 
@@ -28,7 +28,7 @@ class WandB:
         self._run: Any = None
 
     def rewind(self, step: int) -> None:
-        self._folder.folder(self.name)  # which must not be a link
+        self._folder.folder(self.name)  # Raises if it is a link.
         home = self._folder.path.absolute()
         self._run = wandb.init(
             id=kept_id(self._folder, self.name, lambda: secrets.token_hex(4)),
@@ -38,7 +38,7 @@ class WandB:
             name=home.name,
             settings=wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True),
         )
-        # Steps after a checkpoint are repeated, while the library's own count of steps only grows.
+        # Steps after a checkpoint are repeated, but the library's own step count can only grow.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_costs_one_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "step 2 could not be written" in done.stdout and "1.0 MB are needed, 0.0 are free" in done.stdout
-    assert done.stdout.count("metrics.jsonl cannot be written: No space left on device; the run goes on") == 1
+    assert done.stdout.count("metrics.jsonl cannot be written: No space left on device; the run continues") == 1
 
 
 def _on_rank_1_alone(run: Path) -> tuple[bool, bool, list[str]]:

@@ -62,7 +62,7 @@ def assert_passed_over(path: Path, capsys: pytest.CaptureFixture[str], *words: s
     assert len(str(caught.value)) < 1000 and "\x1b" not in str(caught.value)
     found = checkpoint.use(path.parent.parent, lambda each: dcp.load_whole(each.path, "model."))
     assert found is not None and found[0].state["step"] == 1 and torch.equal(found[1]["w"], TENSORS["model.w"])
-    assert "trying the one before" in capsys.readouterr().out
+    assert "trying the previous one" in capsys.readouterr().out
 
 
 def _changed(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_a_manifest_names_files_of_the_checkpoint_alone(
     os.mkfifo(newest.parent / "fifo")
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps(manifest | {name: {"bytes": 0, "sha256": "0" * 64}}))
-    assert_passed_over(newest, capsys, "no file of the checkpoint")
+    assert_passed_over(newest, capsys, "not a file of the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -340,4 +340,4 @@ def test_a_pointer_is_a_hint(newest: Path, content: bytes, capsys: pytest.Captur
     found = checkpoint.find(newest.parent.parent)
     assert found is not None and found.state["step"] == 2
     said = capsys.readouterr().out
-    assert "which is not there" in said and "\x1b" not in said
+    assert "which does not exist" in said and "\x1b" not in said

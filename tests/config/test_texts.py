@@ -126,7 +126,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         (BOMB, "holds 1,234,567,909 keys and values"),
         ("seed: &a [*a]\n", "nested too deeply, or holds itself"),
         ("seed: " + "[" * 5000, "nested too deeply"),
-        ("seed: 1\n#" + "x" * (1 << 16), "more than the 65,536 bytes"),
+        ("seed: 1\n#" + "x" * (1 << 16), "more than 65,536 bytes"),
         ("data:\n" + "".join(f"  unknown_{i}: 1\n" for i in range(2000)), "and 1,980 more unknown keys"),
         ("".join(f"a{i}: 1\n" for i in range(6000)), "more than the 10,000 that it may have"),
         ("seed: " + "9" * 5000, "Exceeds the limit"),

@@ -55,13 +55,13 @@ def test_an_allocation_that_fails_is_told_with_advice_and_a_snapshot(images: Pat
     first, snapshot, *advice = done.stdout.strip().splitlines()[-6:]
     assert re.fullmatch(
         r"memory ran out on rank 0 in forward of step 1, .*, which asked for \d+ bytes; "
-        r"the process holds [\d.]+ GiB of [\d.]+ GiB that it may have",
+        r"the process holds [\d.]+ GiB of its limit of [\d.]+ GiB",
         first,
     )
     listed = json.loads(Path(snapshot.removeprefix("the largest tensors are listed in ")).read_text())
     assert listed["largest"][0]["bytes"] > 2**20 and listed["bytes"] > listed["largest"][0]["bytes"]
     assert [line.partition(":")[0].strip() for line in advice] == [
-        "the planner counts, beside the libraries, on each of 1 ranks",
+        "the planner counts for each of 1 ranks, without libraries",
         "as it is",
         "schedule.accumulate=2",
         "model.checkpointing=true",
@@ -72,7 +72,7 @@ def test_an_allocation_that_fails_is_told_with_advice_and_a_snapshot(images: Pat
 
 def test_engines_that_spread_are_counted_where_there_are_ranks(images: Path, tmp_path: Path) -> None:
     told = shortage.advice(recipe(images, tmp_path, "engine.kind=fsdp"), ranks=4, per_node=4)
-    assert "on each of 4 ranks" in told and "engine.kind=zero3: " in told and "engine.kind=fsdp: " not in told
+    assert "for each of 4 ranks" in told and "engine.kind=zero3: " in told and "engine.kind=fsdp: " not in told
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_signal_ends_a_wait() -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
                 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            told = pytest.raises(RunError, match="told to stop, and the next batch did not come")
+            told = pytest.raises(RunError, match="asked to stop, and the next batch did not come")
             with told, signals.waiting_for("the next batch"):
                 time.sleep(30)
 

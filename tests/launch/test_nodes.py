@@ -97,7 +97,7 @@ def test_a_node_that_falls_silent_is_named_and_one_that_goes_on_is_not(monkeypat
     for _ in range(3):
         meeting.tell(running, running, None)
     texts = {node.order.text for node in meeting.all[:2]}
-    assert len(texts) == 1 and "nothing was heard of host-2 for 30 s" in texts.pop()
+    assert len(texts) == 1 and "host-2 has been silent for 30 s" in texts.pop()
 
 
 def test_a_node_that_does_not_come_back_is_named_and_another_may_take_its_place(
@@ -132,7 +132,7 @@ def test_what_is_no_message_of_a_launcher_ends_the_meeting(monkeypatch: pytest.M
         if key == f"launcher/{victim._place}":  # It overwrites its own.
             victim.exchange(State("running", 0))
             continue
-        with pytest.raises(NodeLost, match="a:1, where the nodes meet, holds something else than this job"):
+        with pytest.raises(NodeLost, match="a:1, where the nodes meet, contains data of something other than this job"):
             victim.exchange(State("running", 0))
 
 
@@ -143,7 +143,7 @@ def test_the_way_to_the_meeting_point_tells_a_nodes_own_address(monkeypatch: pyt
         network.find_way("ip6-localhost:9")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         assert network.interface(probe, "127.0.0.1") == "lo"
-        with pytest.raises(UserError, match=r"203\.0\.113\.9, the way to --rendezvous"):
+        with pytest.raises(UserError, match=r"203\.0\.113\.9, the local address towards --rendezvous"):
             network.interface(probe, "203.0.113.9")
 
 

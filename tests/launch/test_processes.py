@@ -116,7 +116,7 @@ def test_a_hang_without_restarts_left_is_told_once(tmp_path: Path) -> None:
     launched.wait_for(lambda: launched.step() >= 2)
     os.kill(launched.ranks()[0], signal.SIGSTOP)
     code, output = launched.end()
-    assert code == 1 and output.endswith("as told above; the same command goes on from the last checkpoint\n"), output
+    assert code == 1 and output.endswith("see above; run the same command to resume from the last checkpoint\n"), output
     assert output.count("mimae: ") == 2 and "rank 0 left no stack: stopped (T)" in output, output
 
 

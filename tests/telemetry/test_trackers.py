@@ -89,7 +89,7 @@ def test_a_tracker_that_fails_is_told_once_and_tried_again(
     run_with(listener, tmp_path, monkeypatch)
     assert len(listener.got) == 7
     out = capsys.readouterr().out
-    assert out.count("listener cannot be written: no route\\x1b[2J to server; the run goes on") == 1
+    assert out.count("listener cannot be written: no route\\x1b[2J to server; the run continues") == 1
     faults = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [fault["details"]["what"] for fault in faults] == ["listener"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
@@ -109,7 +109,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     run_with(Aside("slow", Hanging, lambda name, error: None), tmp_path, monkeypatch)
     assert time.monotonic() - began < 30
     over.set()
-    assert "slow cannot be written: it did not take everything within 0 s" in capsys.readouterr().out
+    assert "slow cannot be written: it did not accept all records within 0 s" in capsys.readouterr().out
 
 
 def test_a_server_that_is_too_slow_costs_its_own_calls() -> None:

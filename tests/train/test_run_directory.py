@@ -174,7 +174,7 @@ def test_a_stdout_that_nobody_reads_ends_nothing(
     assert happened(tmp_path).count("output lost") == 1
     (lost,) = [event for event in events.read(Folder(tmp_path)) if event["kind"] == "output lost"]
     assert lost["details"] == {"stream": "stdout", "reason": "Broken pipe"}
-    assert "writes to stdout failed: Broken pipe; the run went on" in capsys.readouterr().err
+    assert "writes to stdout failed: Broken pipe; the run continued" in capsys.readouterr().err
 
 
 def _at_step_2(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
@@ -202,7 +202,7 @@ def test_a_run_that_is_renamed_goes_on_in_its_new_place(
     # Until the next save TensorBoard, which knows the old place, may have a fault.
     kinds = [kind for kind in happened(tmp_path / "b") if kind != "fault"]
     assert kinds == ["start", "save", "moved", "save", "save", "finish"]
-    assert f"renamed while training; the run goes on in {tmp_path / 'b'}" in capsys.readouterr().out
+    assert f"renamed while training; the run continues in {tmp_path / 'b'}" in capsys.readouterr().out
     monkeypatch.undo()
     assert train(tmp_path / "b", trackers=[]).finished, "it is whole, and free again"
 
@@ -212,7 +212,7 @@ def test_a_run_that_is_deleted_is_saved_in_a_new_directory(
 ) -> None:
     _at_step_2(monkeypatch, lambda: shutil.rmtree(tmp_path / "a"))
     assert train(tmp_path / "a", trackers=[]).finished
-    assert "deleted while training; it is made anew" in capsys.readouterr().out
+    assert "deleted while training; it is made again" in capsys.readouterr().out
     assert checkpoint.names(tmp_path / "a") == ["step-00000003", "step-00000002"]
     for name in ("config.yaml", "environment.json", "lock", "metrics.jsonl", "events.jsonl", "latest"):
         assert (tmp_path / "a" / name).is_file(), name
