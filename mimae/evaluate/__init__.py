@@ -1,1 +1,1 @@
-"""Measures of what was learned, which training and commands share."""
+"""Evaluation measures that training and commands share."""

@@ -13,12 +13,12 @@ def probe(
     run: Annotated[Path, typer.Argument(help="directory of a pretraining run")],
     train: Annotated[str | None, typer.Option(help="labelled training images [default: data.path]")] = None,
     test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
-    images: Annotated[int, typer.Option(help="training images to use at most, class-balanced", min=1)] = 50_000,
-    baselines: Annotated[bool, typer.Option(help="also raw pixels and the encoder before training")] = True,
+    images: Annotated[int, typer.Option(help="largest number of training images, class-balanced", min=1)] = 50_000,
+    baselines: Annotated[bool, typer.Option(help="also probe raw pixels and the encoder before training")] = True,
 ) -> None:
-    """Judge the frozen features of a run.
+    """Evaluate the frozen features of a run.
 
-    By a linear probe, few labels and nearest neighbours. Writes RUN/probe.json.
+    Uses a linear probe, a probe with few labels, and nearest neighbours. Writes RUN/probe.json.
     """
 
     from rich.console import Console

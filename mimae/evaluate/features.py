@@ -1,4 +1,4 @@
-"""Features of the images of a source, by an encoder or by anything else that takes images."""
+"""Features of the images of a source, from an encoder or any other function of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Extractor = Callable[[Tensor], Tensor]
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The pixels themselves, averaged down to 32 x 32 where there are more."""
+    """Return the pixels as features, averaged to 32 x 32 if there are more."""
     planes = images.permute(0, 3, 1, 2).float()
     height, width = (min(side, _PIXEL_SIDE) for side in planes.shape[2:])
     return F.adaptive_avg_pool2d(planes, (height, width)).flatten(1)
@@ -30,9 +30,9 @@ def pixels(images: Tensor) -> Tensor:
 def extract(
     extractors: Mapping[str, Extractor], data: DataSettings, source: Source, ids: Tensor, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """-> features (n, D) of each extractor, float32, and the ids (n,) that they belong to, all on `device`.
+    """Return the features (n, D) of each extractor, float32, and their sample ids (n,), all on `device`.
 
-    Each image is decoded once for all of them. What cannot be read has no features.
+    Each image is decoded once for all extractors. Images that cannot be read have no features.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in extractors}
     read = []

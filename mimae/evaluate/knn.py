@@ -1,4 +1,4 @@
-"""Nearest neighbours of frozen features, which need no training.
+"""Nearest neighbours of frozen features: a measure without training.
 
 Letters in shapes: n samples, D features.
 """
@@ -24,7 +24,7 @@ VOTE_TEMPERATURE = 0.07
 
 
 def nearest_neighbours(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> float:
-    """-> accuracy of the vote of the 20 training samples of highest cosine, weights exp(cosine / 0.07)."""
+    """Return the accuracy of the vote of the 20 training samples of highest cosine, with weights exp(cosine / 0.07)."""
     return share_of(vote(train, train_labels, test, classes) == test_labels)
 
 
@@ -41,11 +41,12 @@ def vote(train: Tensor, train_labels: Tensor, test: Tensor, classes: int) -> Ten
 
 
 def knn_accuracy(encoder: Encoder | MIMAE, data: DataSettings, train: Source, test: Source, limit: int) -> float:
-    """-> nearest-neighbour accuracy of the encoder as it is, on class-balanced subsets of at most `limit`
-    images of each source: cheap enough to follow a run with. Raises UserError where labels are missing.
+    """Return the nearest-neighbour accuracy of the present encoder, a measure that is cheap enough for use in training.
 
-    A collective: each rank extracts and classifies its share. The training features are put together in the order of
-    their ids, so that the result does not depend on the number of ranks, but for rounding."""
+    It uses class-balanced subsets of at most `limit` images of each source. Raises UserError if labels are missing. A
+    collective: each rank extracts and classifies its share. The training features are gathered in the order of their
+    ids, so that the result depends on the number of ranks only through rounding.
+    """
     *labels, classes = shared_labels(train, test)
     device = next(encoder.buffers()).device
     sides = []

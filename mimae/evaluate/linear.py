@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: one on all labels, and one on few, each fitted to its own minimum.
+"""Linear classifiers on frozen features: one on all labels, and one on few, each fitted to its minimum.
 
 Letters in shapes: n samples, D features, C classes.
 """
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from mimae.evaluate.samples import balanced_subset, ranks_in_class
 
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Penalties of the squared weights, from strong to weak: each fit starts at the previous one."""
+"""Penalties of the squared weights, from strong to weak. Each fit starts at the solution of the previous one."""
 
 FOLDS = 5
 DRAWS = 5
 FEW_LABELS = 200
 TOLERANCE, FOLD_TOLERANCE = 1e-6, 1e-4
-"""Penalised mean cross-entropy, in nats, that a fit's last step promises to gain at most: for the classifiers that are
-judged, and for those that choose among penalties, which are a factor of ten apart."""
+"""Largest predicted gain of a fit's last step in penalised mean cross-entropy, in nats. The first value is for the
+final classifiers, the second for the choice among penalties, which are a factor of ten apart."""
 
 _NEWTON_STEPS, _CG_STEPS, _HALVINGS = 100, 1000, 30
 
@@ -33,57 +33,60 @@ class Linear(NamedTuple):
     bias: Tensor
 
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features (P, n, D), labels (P, n) -> (P, n) bool: which samples each classifier gets right."""
+        """Return, for features (P, n, D) and labels (P, n), which samples each classifier gets right: (P, n) bool."""
         return (features @ self.weight + self.bias).argmax(2) == labels
 
 
 class _Problems(NamedTuple):
-    """P penalised logistic regressions. The unknowns of each are its weights and, in the last row, its bias:
-    (P, D + 1, C)."""
+    """P penalised logistic regressions.
+
+    The unknowns (P, D + 1, C) of each are its weights, with the bias in the last row.
+    """
 
     samples: Tensor
-    """(P, n, D + 1): the features and a column of ones."""
+    """Features (P, n, D + 1) with a column of ones."""
     labels: Tensor
-    """(P, n)."""
+    """Class of each sample, (P, n)."""
     weights: Tensor
-    """(P, n), with a sum of 1."""
+    """Weight of each sample in the mean, (P, n), with a sum of 1 over n."""
     penalty: Tensor
-    """(P, D + 1, 1): the factor of the squared unknowns, 0 for the bias."""
+    """Factors of the squared unknowns, (P, D + 1, 1); 0 for the bias."""
     inverse: Tensor
-    """(P, D + 1, D + 1): a rough inverse of the Hessian of one class."""
+    """Approximate inverses of the Hessian of one class, (P, D + 1, D + 1)."""
 
     def take(self, chosen: Tensor) -> _Problems:
         """Return the problems that the mask `chosen` (P,) selects."""
         return _Problems(*(tensor[chosen] for tensor in self))
 
     def value(self, logits: Tensor, unknowns: Tensor) -> Tensor:
-        """Return the penalised mean cross-entropies, (P,), in float64: float32 rounds gains near a minimum away."""
+        """Return the penalised mean cross-entropies, (P,), in float64: float32 would lose gains near a minimum."""
         entropy = F.cross_entropy(logits.double().mT, self.labels, reduction="none")
         squares = self.penalty.double() / 2 * unknowns.double().square()
         return (entropy * self.weights).sum(1) + squares.sum((1, 2))
 
     def newton_step(self, logits: Tensor, unknowns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the step to the minimum of each problem's quadratic model, and the gain that the model promises, (P,).
+        """Return the step to the minimum of each problem's quadratic model, and the gain that the model predicts, (P,).
 
         Conjugate gradients, preconditioned with `inverse`, run until an iteration gains less than a tenth of the mean
-        gain of all iterations. The residual is no such measure: it can be small while most of the gain is to come.
+        gain of all iterations. The residual is not a suitable measure: it can be small before most of the gain.
         """
         shares = logits.softmax(2)
         weights = self.weights[:, :, None]
         errors = (shares - F.one_hot(self.labels, logits.shape[2])) * weights
         gradient = self._sums(errors) + self.penalty * unknowns
-        # The same shift of all biases changes nothing: what rounding leaves in that direction has no curvature.
+        # An equal shift of all biases has no effect; remove the rounding error in that direction, which has no
+        # curvature.
         gradient[:, -1] -= gradient[:, -1].mean(1, keepdim=True)
         direction, residual = torch.zeros_like(unknowns), -gradient
         search = preconditioned = self.inverse @ residual
         norm = _dot(residual, preconditioned)
         promise, going = torch.zeros_like(norm), norm > 0
         for count in range(1, _CG_STEPS + 1):
-            # The Hessian times `search`: the logits move by `change`, and the softmax by its derivative along it.
+            # This is the Hessian times `search`: the logits change by `change`, the softmax by its derivative along it.
             change = self.samples @ search
             change = shares * (change - (shares * change).sum(2, keepdim=True)) * weights
             product = self._sums(change) + self.penalty * search
-            # A solved problem stands still while the others go on.
+            # A solved problem stays unchanged while the others continue.
             length = torch.where(going, norm / _dot(search, product), 0)
             direction = direction + length[:, None, None] * search
             residual = residual - length[:, None, None] * product
@@ -98,12 +101,12 @@ class _Problems(NamedTuple):
         return direction, promise
 
     def step_length(self, logits: Tensor, unknowns: Tensor, direction: Tensor, promise: Tensor) -> Tensor:
-        """Return the share of a step to take, (P, 1, 1): 1, halved until the value falls (Armijo's rule)."""
+        """Return the length of a step, (P, 1, 1): 1, halved until the value falls enough (Armijo's rule)."""
         before, change = self.value(logits, unknowns), self.samples @ direction
         length = torch.ones_like(promise)[:, None, None]
         for _ in range(_HALVINGS):
             after = self.value(logits + length * change, unknowns + length * direction)
-            # float32 logits leave an error of about 1e-8 of the value.
+            # float32 logits cause an error of about 1e-8 of the value.
             fell = after <= before - 1e-4 * length.flatten() * promise + 1e-8 * before
             if fell.all():
                 break
@@ -111,13 +114,15 @@ class _Problems(NamedTuple):
         return length
 
     def _sums(self, of_samples: Tensor) -> Tensor:
-        """(P, n, C) -> (P, D + 1, C), summed over samples."""
+        """Return the products of the features with (P, n, C), summed over samples: (P, D + 1, C)."""
         return (of_samples.mT @ self.samples).mT
 
 
 class LogisticRegression:
-    """P multinomial logistic regressions at once: features (P, n, D), labels (P, n) in [0, classes), and
-    weights (P, n) of the samples in the mean, which need no common scale."""
+    """Set up P multinomial logistic regressions.
+
+    features (P, n, D), labels (P, n) in [0, classes), and weights (P, n) of the samples in the mean, on any scale.
+    """
 
     def __init__(self, features: Tensor, labels: Tensor, weights: Tensor, classes: int) -> None:
         used = weights.any(0)
@@ -129,12 +134,11 @@ class LogisticRegression:
         self.curvature = (self.samples.mT @ (self.samples * self.weights[:, :, None]) / classes).double()
 
     def fit(self, penalty: Tensor, start: Linear | None = None, tolerance: float = TOLERANCE) -> Linear:
-        """Return the minima of mean cross-entropy + penalty / 2 * |weight|^2, penalty (P,), found by Newton's method
-        from `start` or 0.
+        """Return the minima of mean cross-entropy + penalty / 2 * |weight|^2, penalty (P,), by Newton's method.
 
-        The method is full-batch and deterministic. Each problem ends on its own: its last step is the first that
-        promises to gain less than `tolerance`. A promise is at least a quarter of what there is to gain, as far as was
-        seen, so that the value ends within ten times `tolerance` of the minimum.
+        It starts from `start`, or from 0, and is full-batch and deterministic. Each problem ends separately: its last
+        step is the first with a predicted gain below `tolerance`. In all observed cases the prediction was at least a
+        quarter of the possible gain, so that the value ends within ten times `tolerance` of the minimum.
         """
         penalties = penalty[:, None, None].repeat(1, self.samples.shape[2], 1)
         penalties[:, -1] = 0
@@ -159,22 +163,23 @@ class LogisticRegression:
     def _inverse(self, penalties: Tensor) -> Tensor:
         """Return the inverse of the curvature at zero weights, with `penalties` (P, D + 1, 1), as (P, D + 1, D + 1)."""
         trace = self.curvature.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-        damping = penalties[:, :, 0].double() + 1e-6 * trace  # past the rounding of `curvature`
+        damping = penalties[:, :, 0].double() + 1e-6 * trace  # The term exceeds the rounding of `curvature`.
         root = torch.linalg.cholesky(self.curvature + torch.diag_embed(damping)).to(self.samples.dtype)
         return torch.cholesky_inverse(root)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """(P, D, C) each -> inner products, (P,)."""
+    """Return the inner products (P,) of two tensors (P, D, C)."""
     return (one * other).sum((1, 2))
 
 
 def choose_penalties(features: Tensor, labels: Tensor, held: Tensor, classes: int) -> tuple[Tensor, Linear]:
-    """features (G, n, D), labels (G, n), held (G, F, n) bool -> places in PENALTIES (G,): of each problem the
-    one whose classifiers, fitted without a fold, are right most often on it, summed over F folds; of equals
-    the strongest. Also returns the means of these classifiers over the folds, from which a fit to all samples starts.
+    """Choose a penalty for each problem by cross-validation: return its index in PENALTIES, (G,).
 
-    Ends once two penalties in a row were better for no problem.
+    features (G, n, D), labels (G, n), held (G, F, n) bool: the held-out samples of each fold. The chosen penalty has
+    the most correct predictions on held-out samples, summed over the F folds; of equal ones the strongest is taken.
+    Also returns the means of these classifiers over the folds, as a start for a fit to all samples. Stops when two
+    penalties in a row improved no problem.
     """
     groups, folds = held.shape[:2]
     features = features[:, None].expand(-1, folds, -1, -1).flatten(0, 1)
@@ -199,7 +204,7 @@ def choose_penalties(features: Tensor, labels: Tensor, held: Tensor, classes: in
 def linear_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
 ) -> tuple[float, float]:
-    """-> accuracy on the test set of a linear classifier of all training features, and its penalty.
+    """Return the test accuracy of a linear classifier of all training features, and its penalty.
 
     The penalty is chosen on a stratified fifth of the training set.
     """
@@ -212,16 +217,17 @@ def linear_probe(
 
 
 def few_labels(classes: int) -> int:
-    """Labels that the few-label probe may use: 200, or 5 a class where that is more."""
+    """Return the number of labels of the few-label probe: 200, or 5 for each class if that is more."""
     return max(FEW_LABELS, FOLDS * classes)
 
 
 def few_label_probe(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
 ) -> list[float]:
-    """-> accuracies of linear classifiers that know the labels of `few_labels(classes)` training samples,
-    class-balanced, one for each of 5 fixed draws. The penalty is chosen by cross-validation among those
-    labels."""
+    """Return the accuracies of linear classifiers on `few_labels(classes)` class-balanced training samples.
+
+    There is one for each of 5 fixed draws. The penalty is chosen by cross-validation on these samples.
+    """
     seeds = range(DRAWS)
     ids = torch.stack([balanced_subset(train_labels.cpu(), few_labels(classes), seed) for seed in seeds])
     labels = train_labels.cpu()[ids]
@@ -230,7 +236,7 @@ def few_label_probe(
     features, labels = train[ids.to(train.device)], labels.to(train.device)
     tests = test.expand(DRAWS, -1, -1)
     if features.shape[2] > features.shape[1]:
-        # The optimal weights lie in the span of the samples: the problem has no more dimensions than these.
+        # The optimal weights are in the span of the samples, so the problem has at most as many dimensions as samples.
         basis = torch.linalg.svd(features, full_matrices=False).Vh.mT
         features, tests = features @ basis, tests @ basis
     chosen, start = choose_penalties(features, labels, held, classes)

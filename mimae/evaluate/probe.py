@@ -1,8 +1,8 @@
 """Probes of a frozen encoder's features: a linear probe, a probe with few labels, nearest neighbours.
-A feature is the mean of the patch tokens of the whole image. Every measure sees features that are
-standardised by the mean and the deviation of the training set; the test set is looked at once, to count what
-was right. Each number stands beside those of raw pixels and of the encoder that the run began with: the first
-is what needs no network, the second what needs no learning.
+
+A feature is the mean of the patch tokens of the whole image. All measures use features that are standardised by the
+mean and deviation of the training set. The test set is used once, to count correct predictions. The baselines are raw
+pixels, which need no network, and the encoder before training, which has learned nothing.
 
 Letters in shapes: n samples, D features, C classes.
 """
@@ -31,9 +31,11 @@ MEASURES = ("linear", "few_labels", "knn")
 
 
 def measure(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> dict[str, Any]:
-    """-> the three measures of one kind of features, (n, D) float each: `linear`, `few_labels` and `knn` are
-    accuracies; `few_labels` is a mean over draws, `few_labels_std` their deviation; `penalty` is the linear
-    probe's."""
+    """Return the three measures of one kind of features, (n, D) float each.
+
+    `linear`, `few_labels` and `knn` are accuracies; `few_labels` is a mean over draws and `few_labels_std` their
+    standard deviation; `penalty` is that of the linear probe.
+    """
     train, test = standardise(train, test)
     linear, penalty = linear_probe(train, train_labels, test, test_labels, classes)
     few = few_label_probe(train, train_labels, test, test_labels, classes)
@@ -53,11 +55,10 @@ def probe(
     images: int = 50_000,
     baselines: bool = True,
 ) -> dict[str, Any]:
-    """Probes the newest checkpoint of a run, with `baselines` beside raw pixels and the encoder before
-    training.
+    """Probe the newest checkpoint of a run; with `baselines`, also raw pixels and the encoder before training.
 
-    `train` and `test` are data paths in place of the run's; of the training set at most `images`,
-    class-balanced, are used. Returns what `mimae probe` writes to probe.json. Raises UserError.
+    `train` and `test` are data paths that replace the run's. At most `images` class-balanced images of the training set
+    are used. Returns the content of probe.json, which `mimae probe` writes. Raises UserError.
     """
     run, started = Path(run), time.monotonic()
     encoder = load_encoder(run)
@@ -75,7 +76,7 @@ def probe(
     if min(len(labels[0]), images) < FOLDS * classes:
         raise UserError(
             f"{sources[0].name} holds {len(labels[0]):,} images of {classes:,} classes, of which at most "
-            f"{images:,} are used; a probe needs {FOLDS} a class, {FOLDS * classes:,}"
+            f"{images:,} are used; a probe needs {FOLDS} for each class, {FOLDS * classes:,}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoders = {"random encoder": build(recipe).encoder.eval()} if baselines else {}

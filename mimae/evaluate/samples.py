@@ -14,9 +14,9 @@ from mimae.errors import UserError
 
 
 def ranks_in_class(labels: Tensor, seed: int) -> Tensor:
-    """labels (n,) -> (n,): the place of each sample in a random order of its class, fixed by the seed.
+    """Return the rank (n,) of each sample in a random order of its class, fixed by the seed, for labels (n,).
 
-    Rank modulo 5 is a stratified fifth; the samples of lowest rank are a class-balanced subset.
+    Samples with equal rank modulo 5 are a stratified fifth; the samples of lowest rank are a class-balanced subset.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = order[torch.argsort(labels[order], stable=True)]
@@ -28,7 +28,7 @@ def ranks_in_class(labels: Tensor, seed: int) -> Tensor:
 
 
 def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """-> ascending ids of `count` samples. Where classes have enough, their sizes differ by one at most."""
+    """Return ascending ids of `count` samples. If classes have enough samples, their sizes differ by at most one."""
     if count >= len(labels):
         return torch.arange(len(labels))
     ties = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -40,24 +40,27 @@ def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """(n, D) each -> less the mean of `train`, over its deviation; features that do not vary stay 0 there."""
+    """Return both (n, D) standardised by the mean and deviation of `train`.
+
+    Features that do not vary become 0 there.
+    """
     deviation, mean = torch.std_mean(train, 0, correction=0)
     deviation = torch.where(deviation > 1e-6 * mean.abs().clamp_min(1e-6), deviation, 1.0)
     return [(features - mean) / deviation for features in (train, *others)]
 
 
 def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, int]:
-    """-> labels (n,) int64 of both sources in one numbering from 0 on, and the number of classes.
+    """Return the labels (n,) int64 of both sources with common numbers from 0, and the number of classes.
 
-    Classes go by name where both sources have names, else by number. Raises UserError where labels are
-    missing or the test set holds a class that the training set lacks.
+    Classes are matched by name if both sources have names, otherwise by number. Raises UserError if labels are missing
+    or the test set has a class that the training set lacks.
     """
     keys = []
     for source in (train, test):
         if source.labels is None:
             raise UserError(
-                f"{source.name} has no labels, which a probe needs: put each class into a folder of its own "
-                f"right below it, or name a list file with a class number on each line"
+                f"{source.name} has no labels, which a probe needs: put each class into a separate folder "
+                f"directly below it, or name a list file with a class number on each line"
             )
         named = train.classes is not None and test.classes is not None and source.classes is not None
         keys.append(np.array(source.classes)[source.labels] if named else source.labels)
@@ -65,6 +68,6 @@ def shared_labels(train: Source, test: Source) -> tuple[Tensor, Tensor, int]:
     if strange := sorted(set(keys[1].tolist()).difference(known.tolist())):
         raise UserError(
             f"{test.name} holds {len(strange)} classes that the training set {train.name} lacks, "
-            f"{strange[0]} among them; a test set may hold only classes of the training set, as {known[0]}"
+            f"{strange[0]} among them; a test set may only have classes of the training set, for example {known[0]}"
         )
     return torch.from_numpy(train_labels), torch.from_numpy(np.searchsorted(known, keys[1])), len(known)

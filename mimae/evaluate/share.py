@@ -1,4 +1,4 @@
-"""Evaluation that is spread over ranks: each takes a share of the samples, and sums or rows are put together."""
+"""Evaluation spread over ranks: each rank takes a share of the samples, and sums or rows are gathered."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mimae.distributed import all_gather, rank, world_size
 
 
 class Share(NamedTuple):
-    """This rank's share of some samples."""
+    """A rank's share of some samples."""
 
     ids: Tensor
-    """int64, as many on every rank: a forward may be a collective, of which each rank has to make as many."""
+    """Sample ids, int64, the same number on every rank: a forward may be a collective, which all ranks must call."""
     own: int
-    """Number of leading images that are this rank's own; the others fill up the batch and belong to another rank."""
+    """Number of leading images that count on this rank. The others are padding, and count on another rank."""
 
 
 def share(ids: Tensor) -> Share:
-    """Return this rank's share of `ids` (n,), of which there is at least one."""
+    """Return this rank's share of `ids` (n,), n at least 1."""
     own = ids[rank() :: world_size()]
     length = -(-len(ids) // world_size())
     return Share(torch.cat([own, ids[: length - len(own)]]), len(own))
@@ -41,8 +41,8 @@ def evenly(source: Source, limit: int) -> Tensor:
 def batches(
     settings: DataSettings, source: Source, ids: Tensor, device: torch.device, size: int, reader: Reader | None = None
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield the batches of this rank's share of `ids` (see `evaluation_batches`), and how many samples of each, the
-    first ones, count."""
+    """Yield the batches of this rank's share of `ids` (see `evaluation_batches`), with the number of leading samples
+    that count."""
     mine, done = share(ids), 0
     for batch in evaluation_batches(settings, source, min(size, len(mine.ids)), mine.ids, reader):
         yield batch.to(device), max(0, min(len(batch.images), mine.own - done))
@@ -50,7 +50,7 @@ def batches(
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(n, ...) of each rank, n of its own -> all rows in the order of ranks. A collective."""
+    """Return the rows (n, ...) of all ranks in the order of ranks; n may differ between ranks. A collective."""
     counts = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows

@@ -1,1 +1,1 @@
-"""The losses of MI-MAE and the small networks that only they need."""
+"""The losses of MI-MAE, and the small networks that only the losses need."""

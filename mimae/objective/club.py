@@ -17,16 +17,18 @@ from mimae.objective.posterior import Posterior, saturation
 
 
 class CLUB(torch.autograd.Function):
-    """(z (B, N, D), mu and log s2 (B, D) of this rank, moments (2 W, D) of all) -> CLUB in nats of the global batch,
-    and V's mean negative log-likelihood per dimension over this rank's latents. CLUB trains z alone, the likelihood V
-    alone."""
+    """CLUB in nats over the global batch, and V's mean negative log-likelihood per dimension over this rank's latents.
+
+    Inputs: z (B, N, D), mu and log s2 (B, D) of this rank, moments (2 W, D) of all ranks. CLUB has a gradient only for
+    z, the likelihood only for V.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, mu: Tensor, log_s2: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         B, N, D = z.shape
         mean, variance = global_moments(moments, B * N)
         club, nll, inverse, mu_inverse = kernels.club_terms(z, mu, log_s2, mean, variance)
-        # The scalar last: in front it would leave the others off the 16 bytes that a GPU loads at once.
+        # The scalar is last: in front it would shift the others off the 16-byte alignment of vector loads.
         inverse, mu_inverse, club = all_sum(torch.cat([inverse, mu_inverse, club[None]])).split([D, D, 1])
         ctx.images, ctx.local = B * world_size(), B * N * D
         ctx.save_for_backward(z, mu, log_s2, mean, variance, inverse, mu_inverse)
@@ -41,8 +43,11 @@ class CLUB(torch.autograd.Function):
 
 
 def global_moments(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(mean, sum of squared deviations) over `count` latents on each of W ranks, (2 W, D), merged by Chan's formula
-    -> mean and biased variance (D,) over the global batch."""
+    """Return mean and biased variance (D,) over the global batch.
+
+    `moments` (2 W, D) has the mean and the sum of squared deviations over `count` latents for each of W ranks. They are
+    merged by Chan's formula.
+    """
     means, squares = moments.view(-1, 2, moments.shape[1]).unbind(1)
     mean = means.mean(0)
     variance = (squares + count * (means - mean).square()).sum(0) / (count * means.shape[0])
@@ -56,7 +61,7 @@ class MinMI(Loss):
         return {"posterior": Posterior(grid, self.settings.posterior_width, width)}
 
     def start(self, latents: Latents, own: Any) -> Callable[[], Tensor]:
-        """Return what waits for mean and sum of squared deviations of z on each rank, (2 W, D)."""
+        """Start to gather mean and sum of squared deviations of z; return a function that waits for them, (2 W, D)."""
         return start_all_gather(latents.moments)
 
     def compute(self, inputs: Inputs, begun: Any, own: Any, factor: Tensor | float) -> Result:
@@ -71,7 +76,7 @@ class MinMI(Loss):
         )
 
     def cost(self, batch: MicroBatch) -> Cost:
-        """Return V's layers, and the images in fp32 that it averages; V's sums and CLUB, and the moments."""
+        """Count V's layers, the images in fp32 that V averages, V's sums, CLUB, and the moments."""
         grid, D = batch.geometry.grid, batch.width
         height, width = grid.size_hw
         return Cost(

@@ -1,6 +1,6 @@
-"""The costs of a term of the objective on a rank, as the planner asks for them. Needs no torch.
+"""Costs of a term of the objective on a rank, for the planner. This module imports no torch.
 
-FLOPs are not declared: the planner counts the products that a forward executes.
+FLOPs are not declared here: the planner counts the products that a forward executes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ FP32 = 4
 """Bytes of a number in fp32."""
 
 Ops = Literal["fused", "fake", "plain"]
-"""How the ops run: fused, as on a GPU; fused, without the memory that an op takes and gives back; as plain references,
-which keep more."""
+"""Form of the ops: fused, as on a GPU; fused, without ops' temporary memory; plain references, which keep more."""
 
 
 class MicroBatch(NamedTuple):
-    """Sizes that the costs depend on: a micro-batch of one rank."""
+    """Sizes of a micro-batch of one rank, on which the costs depend."""
 
     geometry: Geometry
     width: int
     """D, the encoder's width."""
     images: int
-    """Images of this rank."""
+    """Number of images of this rank."""
     ranks: int
     number: int
     """Bytes of a number in the precision of the products."""
@@ -37,18 +36,18 @@ class MicroBatch(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Numbers in fp32 that a collective over all ranks moves in a forward."""
+    """Traffic of a collective over all ranks in a forward."""
 
     kind: Literal["all-gather", "all-reduce"]
     numbers: int
-    """Bytes of the whole tensors of all calls."""
+    """Count of fp32 numbers in the whole tensors of all calls."""
     calls: int
     is_beside: bool = False
     """True if it runs while the decoder computes; the step waits for other collectives."""
 
 
 class Cost(NamedTuple):
-    """Bytes of a micro-batch on a rank, and what it sends. Parameters are not part of it: they are counted."""
+    """Memory and traffic of a micro-batch on a rank. Parameters are not included: they are counted elsewhere."""
 
     kept: float = 0.0
     """Bytes that autograd keeps from the decoder's end until backward."""
@@ -58,4 +57,4 @@ class Cost(NamedTuple):
     """Bytes that are needed in addition at the end of forward."""
     sent: tuple[Sent, ...] = ()
     averaged: int = 0
-    """Columns that are averaged over the ranks, in one call with the loss (`Result.means`)."""
+    """Number of columns that are averaged over the ranks, in one call with the loss (`Result.means`)."""

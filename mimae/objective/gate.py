@@ -21,8 +21,10 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def update(self, rec: Tensor, skipped: Tensor) -> None:
-        """Follow an optimizer step, given the global L_rec of that step. A value that is not finite, or that of a step
-        that was `skipped`, changes nothing."""
+        """Update the gate after an optimizer step with the global L_rec of that step.
+
+        A value that is not finite, or the value of a `skipped` step, changes nothing.
+        """
         if self.threshold is None:
             return
         moved = torch.where(self.average.isnan(), rec, self.average.lerp(rec, 0.01))

@@ -18,8 +18,11 @@ from mimae.objective.loss import Inputs, Latents, Loss, Result
 
 
 class InfoNCE(torch.autograd.Function):
-    """L_max of the global batch: (u (B, N, D) of this rank, u (W B, N, D) of all, tau (1,)) -> scalar, the same on
-    every rank. The gradient of u is the whole one, as row and as column; `columns` gets none."""
+    """L_max of the global batch, a scalar that is equal on every rank.
+
+    Inputs: u (B, N, D) of this rank, `columns` (W B, N, D) of all ranks, tau (1,). The gradient of u is the whole one,
+    of its use as rows and as columns; `columns` has no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, columns: Tensor, tau: Tensor) -> Tensor:
@@ -39,14 +42,14 @@ class InfoNCE(torch.autograd.Function):
 
 
 class MaxMI(Loss):
-    """InfoNCE on the latents' directions, or on those of their projection, with a fixed or a learned temperature."""
+    """InfoNCE on the directions of the latents or of their projections, with a fixed or learned temperature."""
 
     def networks(self, width: int, grid: Grid) -> dict[str, nn.Module | nn.Parameter]:
         found: dict[str, nn.Module | nn.Parameter] = {}
         if self.settings.projector == "mlp":
             found["projector"] = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         if self.settings.learn_temperature:
-            # One element, not a scalar: DeepSpeed refuses 0-dim parameters.
+            # It has one element and is not a scalar: DeepSpeed refuses 0-dim parameters.
             found["log_temperature"] = nn.Parameter(torch.empty(1))
         return found
 
@@ -54,7 +57,7 @@ class MaxMI(Loss):
         return {"log_temperature": math.log(self.settings.temperature)}
 
     def start(self, latents: Latents, own: Any) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return u of this rank, and what waits for u of all ranks, (W B, N, D)."""
+        """Start to gather u; return u of this rank, and a function that waits for u of all ranks, (W B, N, D)."""
         projected = self.settings.projector == "mlp"
         u = F.normalize(own.projector(latents.z), dim=-1) if projected else latents.u
         return u, start_all_gather(u)
@@ -69,15 +72,15 @@ class MaxMI(Loss):
     def _temperature(self, like: Tensor, own: Any) -> Tensor:
         if not self.settings.learn_temperature:
             return like.new_full((1,), self.settings.temperature)
-        # Below the bound the value stops but the gradient goes on, so that the temperature finds back.
+        # Below the bound the value is constant but the gradient continues, so that the temperature can return.
         return own.log_temperature.exp() + (0.01 - own.log_temperature.detach().exp()).clamp_min(0)
 
     def cost(self, batch: MicroBatch) -> Cost:
-        """Return the directions and log-sum-exps of all ranks, and the projector's layers."""
+        """Count the directions and log-sum-exps of all ranks, and the projector's layers."""
         N, D = batch.geometry.views, batch.width
         everywhere = batch.ranks * batch.views
         projector = batch.views * 7 * D if self.settings.projector == "mlp" else 0
-        # The panel of weights takes no more than the gradient of all latents.
+        # The panel of weights needs at most the memory of the gradient of all latents.
         work = {"fused": everywhere * D, "fake": 0, "plain": 2 * batch.ranks * batch.images**2}[batch.ops]
         return Cost(
             kept=everywhere * N * FP32,

@@ -21,41 +21,41 @@ class Latents(NamedTuple):
     """The latents of this rank's views, fp32."""
 
     z: Tensor
-    """(B, N, D)."""
+    """Latents (B, N, D)."""
     u: Tensor
-    """(B, N, D), the unit vectors along z."""
+    """Unit vectors along z, (B, N, D)."""
     moments: Tensor
-    """(2, D), mean and sum of squared deviations of z over this rank's latents."""
+    """Mean and sum of squared deviations of z over this rank's latents, (2, D)."""
 
 
 class Inputs(NamedTuple):
-    """All that a term may read when the decoder is done."""
+    """Inputs of the terms after the decoder has run."""
 
     predictions: Tensor
-    """(B, N, M, 3P^2)."""
+    """Predicted patches, (B, N, M, 3P^2)."""
     images: Tensor
-    """(B, H, W, 3) uint8."""
+    """Images, uint8 (B, H, W, 3)."""
     targets: Tensor
-    """(B, N, M) patch ids."""
+    """Patch ids of the targets, (B, N, M)."""
     mean: Tensor
-    """(3,), of the data set's channels, as the next."""
+    """Mean of the data set's channels, (3,); `std` is their standard deviation."""
     std: Tensor
     latents: Latents
 
 
 class Result(NamedTuple):
-    """Output of a term: its share of the loss, and its columns of the records."""
+    """Output of a term: its part of the loss, and its columns of the records."""
 
     summands: list[Tensor]
-    """Local scalars with their graph, weight and gate included, to be added up in this order."""
+    """Local scalars with their graph, weight and gate included. They are summed in this order."""
     means: dict[str, Tensor]
-    """Columns, detached local scalars that still have to be averaged over the ranks."""
+    """Columns that are detached local scalars; they still have to be averaged over the ranks."""
     columns: dict[str, Tensor]
-    """Columns, detached scalars that are equal on all ranks."""
+    """Columns that are detached scalars, equal on all ranks."""
 
 
 class Loss(ABC):
-    """A term of the objective. It holds no weights: its networks are attributes of the objective, `own`."""
+    """A term of the objective. It has no weights itself: its networks (`own`) are attributes of the objective."""
 
     def __init__(self, term: Term, settings: ObjectiveSettings) -> None:
         self.term, self.settings = term, settings
@@ -69,7 +69,7 @@ class Loss(ABC):
         return {}
 
     def start(self, latents: Latents, own: Any) -> Any:
-        """Begin before the decoder runs, so that collectives run beside it; what is returned comes back as `begun`."""
+        """Begin before the decoder, so that collectives overlap with it. `compute` gets the result as `begun`."""
         return None
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Loss(ABC):
 
     @abstractmethod
     def cost(self, batch: MicroBatch) -> Cost:
-        """Return what the term costs a rank in a micro-batch."""
+        """Return the cost of the term for a rank in a micro-batch."""
 
 
 def losses(settings: ObjectiveSettings) -> list[Loss]:

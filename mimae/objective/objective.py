@@ -2,10 +2,10 @@
 
     L = L_rec + g (w_max L_max + w_min L_min) + L_fit
 
-Statistics are global: the MI terms see the batch of all ranks. Latents, moments and log-sum-exps are gathered and V's
-sums reduced, all in forward; with them each rank computes the whole gradient of its own latents, so backward needs no
-collective. Latents and moments depend on the encoder alone: they are on their way while the decoder computes. Engines
-average gradients over the W ranks, so an MI term's backward yields W dL/du.
+Statistics are global: the MI terms use the batch of all ranks. In forward, latents, moments and log-sum-exps are
+gathered and V's sums are reduced. With them each rank computes the whole gradient of its own latents, so backward needs
+no collective. Latents and moments depend only on the encoder, so they are sent while the decoder computes. Engines
+average gradients over the W ranks, so an MI term's backward returns W dL/du.
 
 Letters in shapes: B images of this rank, N views, T tokens, D width, M targets, P patch size.
 """
@@ -32,25 +32,25 @@ class Losses(NamedTuple):
     """fp32 scalars of one micro-batch."""
 
     loss: Tensor
-    """The local sum of all terms, which carries the graph."""
+    """Local sum of all terms, with the graph."""
     columns: dict[str, Tensor]
-    """The global loss and what each term reports, detached and equal on every rank, by the columns of the records in
-    their order. A term that is off has no columns."""
+    """The global loss and the columns of each term, by name in the order of the records. They are detached and equal on
+    every rank. A disabled term has no columns."""
     latents: Tensor
     """z (B, N, D) of this rank, detached, for the diagnostics of collapse."""
 
 
 class Started(NamedTuple):
-    """The latents of this rank, and what each term has begun with them."""
+    """The latents of this rank, and the result of each term's `begin`."""
 
     latents: Latents
     begun: list[Any]
 
 
 class Objective(nn.Module):
-    """Losses of one micro-batch, and the small networks that only they need: V, projector, temperature, gate.
+    """Losses of one micro-batch, and the small networks that only the losses need: V, projector, temperature, gate.
 
-    What a term of weight 0 would need is not built: a run without CLUB pays for no V.
+    Networks of a term of weight 0 are not built: a run without CLUB has no V.
     """
 
     def __init__(self, settings: ObjectiveSettings, num_views: int, width: int, grid: Grid) -> None:
@@ -63,17 +63,19 @@ class Objective(nn.Module):
                 raise ValueError(f"{key} needs at least 2 views, masking.num_masks is {num_views}")
         self.gate = Gate(settings.gate_loss)
         networks = {name: each for loss in self.losses for name, each in loss.networks(width, grid).items()}
-        # In the order of names, so that the order of parameters does not depend on the list of terms.
+        # Sort by name, so that the order of parameters does not depend on the list of terms.
         for name in sorted(networks):
             setattr(self, name, networks[name])
 
     def initial_values(self) -> dict[str, float]:
-        """Constants of the initialisation (see `randomness.initialise`)."""
+        """Return the constants of the initialisation (see `randomness.initialise`)."""
         return {name: value for loss in self.losses for name, value in loss.initial_values().items()}
 
     def start(self, tokens: Tensor) -> Started:
-        """Make the latents from tokens (B, N, 1+K, D) of the encoder; what the terms gather of them runs beside what
-        follows, so this is called before the decoder."""
+        """Make the latents from the encoder's tokens (B, N, 1+K, D), and begin all terms.
+
+        Call this before the decoder: the terms' collectives overlap with the computation that follows.
+        """
         if self.settings.latent == "class_token":
             latents = Latents(*kernels.view_latents(tokens[:, :, :1]))
         else:
@@ -83,8 +85,11 @@ class Objective(nn.Module):
     def forward(
         self, predictions: Tensor, started: Started, images: Tensor, targets: Tensor, mean: Tensor, std: Tensor
     ) -> Losses:
-        """predictions (B, N, M, 3P^2), `started` with the same images, images (B, H, W, 3) uint8, targets (B, N, M),
-        mean and std (3,) of the data set."""
+        """Return the losses.
+
+        predictions (B, N, M, 3P^2), `started`: the result of `start` for the same images, images (B, H, W, 3) uint8,
+        targets (B, N, M), mean and std (3,) of the data set.
+        """
         inputs = Inputs(predictions, images, targets, mean, std, started.latents)
         results = [
             loss.compute(inputs, begun, self, self._factor(loss))
@@ -100,6 +105,6 @@ class Objective(nn.Module):
         return Losses(total, {key: columns[key] for key in order if key in columns}, started.latents.z.detach())
 
     def _factor(self, loss: Loss) -> Tensor | float:
-        """The weight of a term, times that of the gate."""
+        """Return the weight of a term times that of the gate."""
         weight = 1.0 if loss.term.weight is None else float(getattr(self.settings, loss.term.weight))
         return self.gate.weight * weight if loss.term.is_gated else weight

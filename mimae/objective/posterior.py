@@ -11,7 +11,7 @@ _LOG_VARIANCE_BOUND = 3.0
 
 
 class Posterior(nn.Module):
-    """One hidden layer from the image, averaged to one RGB value per patch, to a diagonal Gaussian over latents."""
+    """Network with one hidden layer: from the image, averaged to one RGB value per patch, to a diagonal Gaussian."""
 
     def __init__(self, grid: Grid, hidden: int, width: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Posterior(nn.Module):
         self.output = nn.Linear(hidden, 2 * width)
 
     def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, H, W, 3) uint8 -> mu (B, D) and log s2 (B, D), bounded softly to (-3, 3)."""
+        """Return mu (B, D) and log s2 (B, D), bounded softly to (-3, 3), for images (B, H, W, 3) uint8."""
         B, _, _, C = images.shape
         rows, columns, P = self.grid
         pixels = images.view(B, rows, P, columns, P, C).to(self.hidden.weight.dtype)
@@ -30,5 +30,8 @@ class Posterior(nn.Module):
 
 
 def saturation(log_s2: Tensor) -> Tensor:
-    """Share of V's log-variances past 90 % of their bound: V wants to leave the range that it is given."""
+    """Return the share of V's log-variances beyond 90 % of their bound.
+
+    A large share means that the bound is too low.
+    """
     return (log_s2.abs() > 0.9 * _LOG_VARIANCE_BOUND).to(log_s2.dtype).mean()

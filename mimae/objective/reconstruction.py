@@ -12,7 +12,7 @@ from mimae.objective.loss import Inputs, Loss, Result
 
 
 class Reconstruction(Loss):
-    """The mean squared error of the predicted pixels; a local mean over equal local batches."""
+    """Mean squared error of the predicted pixels: a local mean, over local batches of equal size."""
 
     def compute(self, inputs: Inputs, begun: Any, own: Any, factor: Tensor | float) -> Result:
         predictions, images, targets, mean, std, _ = inputs
@@ -21,12 +21,12 @@ class Reconstruction(Loss):
         return Result([rec], {"rec": rec.detach()}, {})
 
     def cost(self, batch: MicroBatch) -> Cost:
-        """Return the gradient of the predictions, which forward makes; without fusion it is the error in fp32."""
+        """Count the gradient of the predictions, which forward computes; without fusion it is the error in fp32."""
         sizes = batch.geometry
         predictions = batch.views * sizes.targets * sizes.grid.values
         kept = predictions * (FP32 if batch.ops == "plain" else batch.number)
-        # At the end of forward the predictions are still there, and in bf16 the encoder's tokens in fp32. The plain
-        # reference has the squares of its error and the patches in fp32, then the two factors of its gradient.
+        # At the end of forward the predictions still exist, and in bf16 the encoder's tokens in fp32. The plain
+        # reference has the squared error and the patches in fp32, and later the two factors of its gradient.
         tokens = batch.views * (1 + sizes.visible) * batch.width * FP32 * (batch.number < FP32)
         work = predictions * batch.number + tokens
         if batch.ops == "plain":

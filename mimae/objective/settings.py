@@ -14,7 +14,7 @@ class ObjectiveSettings(Section):
 
     max_mi: float = Field(0.03, ge=0, description="weight of L_max (InfoNCE between views)")
     min_mi: float = Field(0.01, ge=0, description="weight of L_min (CLUB between latent and image, per dimension)")
-    temperature: float = Field(0.07, ge=0.01, le=10, description="InfoNCE temperature; the start of a learned one")
+    temperature: float = Field(0.07, ge=0.01, le=10, description="InfoNCE temperature; initial value of a learned one")
     learn_temperature: bool = Field(False, description="learn the temperature (bounded below by 0.01)")
     latent: Literal["mean", "class_token"] = Field(
         "mean", description="latent of a view: mean of its patch tokens, or the class token"
@@ -26,4 +26,4 @@ class ObjectiveSettings(Section):
     gate_loss: float | None = Field(
         None, gt=0, description="L_rec below which the MI terms switch on for good; null: on from step 0"
     )
-    normalize_pixels: bool = Field(True, description="targets normalised by each patch's mean and variance")
+    normalize_pixels: bool = Field(True, description="normalise targets by each patch's mean and variance")

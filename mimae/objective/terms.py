@@ -1,7 +1,7 @@
-"""The terms of the objective. Records, settings' checks, planner and status go over this list; it needs no torch.
+"""The terms of the objective. Records, checks of settings, planner and status use this list; it imports no torch.
 
 To add a term, write its module (a `Loss`, see `objective.loss`), add its weight to the settings, and describe it in
-TERMS. docs/method.md describes the terms that are there.
+TERMS. docs/method.md describes the existing terms.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from mimae.objective.settings import ObjectiveSettings
 
 
 class Term(NamedTuple):
-    """Declaration of a term, for everyone except the objective itself."""
+    """Declaration of a term, for all modules except the objective itself."""
 
     name: str
     """The column of its loss in the records."""
     loss: str
     """The class that computes it, as module:class."""
     weight: str | None
-    """Its weight's key in the section `objective`; None: it is always computed, with weight 1."""
+    """Key of its weight in the section `objective`; None if it is always computed, with weight 1."""
     compares: tuple[Literal["views", "images"], ...] = ()
-    """Items that it compares and needs at least two of: views of an image, or images of a micro-batch."""
+    """Items that it compares, of which it needs at least two: views of an image, or images of a micro-batch."""
     reads_latents: bool = False
     """True if it has a gradient through the latents of the views."""
     is_gated: bool = False
@@ -31,9 +31,9 @@ class Term(NamedTuple):
     estimates: tuple[str, ...] = ()
     """Columns of epochs.jsonl that give the loss in other units."""
     diagnostics: tuple[str, ...] = ()
-    """Signs of health, columns of epochs.jsonl."""
+    """Diagnostics, columns of epochs.jsonl."""
     group: str | None = None
-    """The network of this term that has an optimizer group and a clipping norm of its own."""
+    """Network of this term with a separate optimizer group and clipping norm."""
 
 
 TERMS = (
@@ -60,7 +60,7 @@ TERMS = (
         group="posterior",
     ),
 )
-"""All terms, in the order in which they are added up."""
+"""All terms, in the order of summation."""
 
 LOSSES = ("loss", *(column for term in TERMS for column in (term.name, *term.losses)))
 ESTIMATES = tuple(column for term in TERMS for column in term.estimates)
@@ -68,5 +68,5 @@ DIAGNOSTICS = tuple(column for term in TERMS for column in term.diagnostics)
 
 
 def active(settings: ObjectiveSettings) -> list[Term]:
-    """Return the terms that a run computes: a term of weight 0 costs nothing."""
+    """Return the terms that a run computes. A term of weight 0 is not computed."""
     return [term for term in TERMS if term.weight is None or getattr(settings, term.weight) > 0]

@@ -1,8 +1,8 @@
 """Implementations of AdamW: torch's, NVIDIA apex's, DeepSpeed's.
 
-Each takes the decision to leave out a step from the device, without a wait for it, and speaks of its state as torch
-does, by parameter: `step` (a scalar in fp32: the steps taken), `exp_avg` and `exp_avg_sq`. So a run can go on with
-another of them.
+Each reads the decision to skip a step on the device, without a wait of the host. The state has torch's form, by
+parameter: `step` (a scalar in fp32: the steps taken), `exp_avg` and `exp_avg_sq`. So a run can continue with another
+implementation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mimae.optim.stepper import ParamGroup, Stepper
 
 
 class AdamW(Stepper):
-    """AdamW of one of the implementations."""
+    """Base class of the implementations of AdamW."""
 
     kinds = ("step", "exp_avg", "exp_avg_sq")
 
     @abstractmethod
     def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
-        """`device`: where the parameters lie when they are stepped."""
+        """Make the optimizer. `device` is the device of the parameters when they are stepped."""
 
 
 class TorchAdamW(AdamW):
@@ -42,7 +42,7 @@ class TorchAdamW(AdamW):
         return None
 
     def step(self, skipped: Tensor) -> None:
-        # The kernels' own protocol (GradScaler's): they return without a change where it is 1.
+        # This is the kernels' protocol for GradScaler: they return without a change if `found_inf` is 1.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
 
@@ -59,23 +59,24 @@ class ApexAdamW(AdamW):
     def obstacle(device: torch.device) -> str | None:
         spec = find_spec("apex")
         if spec is None:
-            return "apex is not installed; it is built from NVIDIA's source (PyPI's package of that name is another)"
+            return "apex is not installed; it is built from NVIDIA's source (the package on PyPI is a different one)"
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
         if not any((folder / "optimizers/fused_adam.py").exists() for folder in folders):
-            return "the apex that is installed is not NVIDIA's, which is built from its source and not on PyPI"
+            return "the installed apex is not NVIDIA's, which is built from source and is not on PyPI"
         if device.type != "cuda":
             return "its FusedAdam needs a CUDA device"
         try:
             import_module("amp_C")
         except ImportError as error:
-            return f"apex is there without its CUDA extensions: {error}"
+            return f"apex is installed without its CUDA extensions: {error}"
         return None
 
     def set_rate(self, group: ParamGroup, rate: float) -> None:
         group["lr"] = torch.full((), rate, device=group["step"].device)
 
     def step(self, skipped: Tensor) -> None:
-        # It counts a step unless this flag, which it sets from the scaler group by group, is up: set it for all groups.
+        # It counts a step unless this flag is set. It sets the flag group by group from the scaler; here all groups get
+        # it.
         self.optimizer._dummy_overflow_buf.copy_(skipped)  # type: ignore[attr-defined]
         self.optimizer.step(grad_scaler=_Verdict(skipped))  # type: ignore[call-overload]
 
@@ -94,7 +95,7 @@ class ApexAdamW(AdamW):
 
 
 class _Verdict:
-    """Stand-in for a GradScaler as FusedAdam asks it: whether gradients are not finite, and their scale."""
+    """Stand-in for a GradScaler with the methods that FusedAdam calls: if gradients are not finite, and their scale."""
 
     def __init__(self, skipped: Tensor) -> None:
         self.skipped = skipped
@@ -107,8 +108,10 @@ class _Verdict:
 
 
 class DeepSpeedAdamW(AdamW):
-    """DeepSpeedCPUAdam for weights on the host, DeepSpeed's FusedAdam for those on a GPU. Both count steps on the host,
-    for which `step` waits until the decision about one is there."""
+    """DeepSpeedCPUAdam for weights on the host, and DeepSpeed's FusedAdam for weights on a GPU.
+
+    Both count steps on the host, so `step` waits for the decision about a step.
+    """
 
     def __init__(self, groups: Sequence[ParamGroup], betas: tuple[float, float], device: torch.device) -> None:
         kind = "DeepSpeedCPUAdam" if device.type == "cpu" else "FusedAdam"
@@ -120,7 +123,7 @@ class DeepSpeedAdamW(AdamW):
             return "deepspeed is not installed"
         op = "cpu_adam" if device.type == "cpu" else "fused_adam"
         if not has_op(op):
-            return f"its {op} is not built, which takes minutes: install deepspeed with DS_BUILD_{op.upper()}=1"
+            return f"its {op} is not built; install deepspeed with DS_BUILD_{op.upper()}=1, which takes minutes"
         return None
 
     def step(self, skipped: Tensor) -> None:
@@ -136,7 +139,9 @@ class DeepSpeedAdamW(AdamW):
 
 def has_op(name: str) -> bool:
     """Return whether DeepSpeed was built with an op; its first use would build it, silently and for minutes."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, aloud
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+    )  # Else it guesses and prints.
     built = import_module("deepspeed.git_version_info")
     here = import_module("deepspeed.accelerator").get_accelerator().device_name()
     return bool(built.installed_ops.get(name)) and built.accelerator_name == here

@@ -1,4 +1,4 @@
-"""Groups of parameters: each parameter's learning rate, weight decay and clipping norm, by a rule of the task."""
+"""Groups of parameters: learning rate, weight decay and clipping norm of each parameter, by a rule of the task."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 import torch
 
 MAIN = "main"
-"""The set of parameters whose gradient norm a run reports."""
+"""Name of the set of parameters whose gradient norm a run reports."""
 
 
 class Group(NamedTuple):
-    """Options by which a parameter is stepped. Parameters of equal groups are stepped together."""
+    """Options of the step of a parameter. Parameters of equal groups are stepped together."""
 
     peak: float
-    """Learning rate at factor 1 of the schedule, with every scale of the group in it."""
+    """Learning rate at factor 1 of the schedule, including every scale of the group."""
     weight_decay: float
     clip: str = MAIN
-    """The set of parameters with which its gradient norm is taken and clipped."""
+    """Name of the set of parameters whose common gradient norm is clipped."""
     adapt: bool = False
     """True if LARS adapts the rate to the norm of each weight."""
 
 
 Rule = Callable[[str, torch.Size], Group]
-"""(name, shape of the whole) of a parameter -> its group."""
+"""Function of a parameter's name and whole shape that returns its group."""
 
 
 def is_matrix(name: str, shape: torch.Size) -> bool:

@@ -1,4 +1,4 @@
-"""LARS, with which linear classifiers are trained on large batches (You et al. 2017, in the form of MAE's code)."""
+"""LARS, for linear classifiers on large batches (You et al. 2017, in the form of MAE's code)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from mimae.optim.stepper import ParamGroup, Stepper
 
 TRUST = 0.001
-"""The share of its own norm by which an adapted weight moves at learning rate 1."""
+"""Change of an adapted weight at learning rate 1, as a share of its norm."""
 
 
 class Lars(Stepper):
-    """Momentum on gradients that are scaled by |w| / |g + decay w| where the group asks for it (`adapt`).
+    """SGD with momentum, on gradients that are scaled by |w| / |g + decay w| in groups with `adapt`.
 
-    Needs whole parameters, for their norms.
+    It needs whole parameters for their norms.
     """
 
     kinds = ("step", "momentum")
 
     def __init__(self, groups: Sequence[ParamGroup], momentum: float) -> None:
         self.momentum = momentum
-        self.optimizer = torch.optim.SGD(groups)  # keeps groups, gradients and state; does not step
+        self.optimizer = torch.optim.SGD(groups)  # This object keeps groups, gradients and state; it does not step.
 
     @staticmethod
     def obstacle(device: torch.device) -> str | None:

@@ -17,16 +17,16 @@ from mimae.randomness import Part
 
 
 class StepResult(NamedTuple):
-    """Result of a step on the device: the host has read nothing of it."""
+    """Result of a step, on the device: the host has not read it."""
 
     grad_norm: Tensor
-    """Norm of the gradient before clipping, of the main set."""
+    """Gradient norm of the main set before clipping."""
     skipped: Tensor
-    """1.0 where the gradient was not finite and the step was not taken, else 0.0."""
+    """1.0 if the gradient was not finite and the step was skipped, otherwise 0.0."""
 
 
 class Optimizer:
-    """The parameters that a rank steps, in one launch for each group."""
+    """Optimizer of the parameters that a rank steps, with one launch for each group."""
 
     def __init__(
         self,
@@ -36,15 +36,18 @@ class Optimizer:
         device: torch.device,
         whole_norms: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> None:
-        """`parts`: what this rank steps of each parameter, by name, with gradients in `.grad`; `rule`: the group of
-        each; `device`: where they lie when they are stepped; `whole_norms`: norms of all parts of the stacked norms of
-        this rank's."""
+        """Sort the parameters into groups.
+
+        `parts` are this rank's parts of the parameters, by name, with gradients in `.grad`. `rule` gives the group of
+        each, and `device` is their device when they are stepped. `whole_norms` turns the stacked norms of this rank's
+        parts into the norms of all parts.
+        """
         self.settings, self.whole_norms = settings, whole_norms
         self.names: dict[Tensor, str] = {part.values: name for name, part in parts.items()}
         found: dict[Group, list[Tensor]] = {}
         for name, part in parts.items():
             found.setdefault(rule(name, part.shape), []).append(part.values)
-        # Norms are summed in this order, so it has to stay: the main set first, and in it the matrices.
+        # Norms are summed in this order, which must not change: the main set first, and in it the matrices.
         ordered = sorted(found.items(), key=lambda item: (item[0].clip != MAIN, not item[0].adapt))
         groups = [{"params": params, **group._asdict()} for group, params in ordered]
         self.stepper: Stepper = (
@@ -54,13 +57,15 @@ class Optimizer:
         )
 
     def set_rates(self, factor: float) -> None:
-        """Set learning rates to `factor` of their peaks from now on."""
+        """Set learning rates to `factor` times their peaks."""
         for group in self.stepper.optimizer.param_groups:
             self.stepper.set_rate(group, group["peak"] * factor)
 
     def step(self, factor: float) -> StepResult:
-        """Take a step at `factor` of the peak learning rates; a gradient that is not finite leaves the weights and the
-        moments as they are, by a decision that is taken on the device."""
+        """Take a step at `factor` times the peak learning rates.
+
+        If a gradient is not finite, weights and moments stay as they are. This is decided on the device.
+        """
         self.set_rates(factor)
         clipped: dict[str, list[Tensor]] = {}
         for group in self.stepper.optimizer.param_groups:
@@ -87,8 +92,7 @@ class Optimizer:
         }
 
     def empty_state(self) -> dict[str, Tensor]:
-        """Return what `load_state_dict` takes, to be filled: `state_dict` of an optimizer that has stepped, in new
-        memory."""
+        """Return tensors to fill for `load_state_dict`: the `state_dict` of a stepped optimizer, in new memory."""
         return {
             f"{kind}.{name}": torch.zeros((), device=p.device) if kind == "step" else torch.empty_like(p)
             for p, name in self.names.items()
@@ -96,7 +100,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; keeps the tensors. Raises KeyError when a parameter's state is missing."""
+        """Load the result of `state_dict`, and keep its tensors. Raises KeyError if a parameter's state is missing."""
         self.stepper.load(
             {p: {kind: tensors[f"{kind}.{name}"] for kind in self.stepper.kinds} for p, name in self.names.items()}
         )

@@ -14,10 +14,10 @@ def total_steps(schedule: ScheduleSettings, steps_per_epoch: int) -> int:
 
 
 def schedule_factor(schedule: ScheduleSettings, step: int, steps_per_epoch: int, peak: float) -> float:
-    """Return the share of the peak learning rates at optimizer step `step` (from 0): linear warm-up, then the shape.
+    """Return the factor of the peak learning rates at optimizer step `step` (from 0): linear warm-up, then the shape.
 
-    `peak`: what learning_rate stands for. The floor is given beside it, so that each group ends at its own share of the
-    floor.
+    `peak` is the scaled value of learning_rate. The floor is relative to it, so that the rate of each group ends at the
+    same share of its own peak.
     """
     total = total_steps(schedule, steps_per_epoch)
     warmup = schedule.warmup_epochs * steps_per_epoch

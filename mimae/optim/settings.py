@@ -12,8 +12,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Section):
-    """AdamW (method 5), or LARS. Learning rates are per 256 of what scale_by counts, by default of views = images x
-    masks of the global batch."""
+    """AdamW (method 5), or LARS. Learning rates are per 256 items of the global batch; scale_by names the items, which
+    are views = images x masks by default."""
 
     kind: Literal["adamw", "lars"] = Field(
         "adamw", description="lars: for linear classifiers on large batches, with engine.kind=ddp only"
@@ -21,25 +21,28 @@ class OptimizerSettings(Section):
     impl: Literal["auto", "torch", "apex", "deepspeed"] = setting(
         "auto",
         resume="rounding",
-        description="whose AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only",
+        description="kind of AdamW; auto: torch's fused one; deepspeed: on a GPU with zero1, zero2, zero3 only",
     )
     scale_by: Literal["views", "images", "none"] = Field(
-        "views", description="what learning rates are per 256 of, in the global batch; none: they are taken as they are"
+        "views",
+        description="items of the global batch, per 256 of which rates are given; none: rates are not scaled",
     )
     learning_rate: float = Field(1.5e-4, gt=0, description="peak learning rate, per 256 views (see scale_by)")
     posterior_learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of V, per 256 views (see scale_by); null: as learning_rate"
+        None, gt=0, description="peak learning rate of V, per 256 views (see scale_by); null: learning_rate"
     )
     weight_decay: float = Field(0.05, ge=0, description="weight decay, on matrices only, none on V")
     decay_tokens: bool = Field(False, description="weight decay on class and mask token too, as in MAE's code")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates, each in [0, 1)")
     momentum: float = Field(0.9, ge=0, lt=1, description="decay rate of LARS's gradients")
     clip: float | None = Field(
-        None, gt=0, description="largest gradient norm; V and the rest are clipped apart; null: no clipping"
+        None,
+        gt=0,
+        description="largest gradient norm; V and the rest are clipped separately; null: no clipping",
     )
 
     def peak(self, rate: float, images: int, views: int) -> float:
-        """Return the learning rate that `rate` stands for with a global batch of `images`, of so many `views` each."""
+        """Return the scaled value of `rate` for a global batch of `images` images with `views` views each."""
         counted = {"views": images * views, "images": images}
         return rate if self.scale_by == "none" else rate * counted[self.scale_by] / 256
 
@@ -48,7 +51,7 @@ class ScheduleSettings(Section):
     """Length of the run, batch size and learning-rate schedule."""
 
     epochs: int = Field(400, ge=1, description="passes over the data")
-    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up, then as shape says")
+    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up; shape applies afterwards")
     warmup_from_zero: bool = Field(
         False,
         description="the first step has rate 0, as in MAE's code, and a warm-up need not be whole steps; false: step s "
@@ -63,17 +66,17 @@ class ScheduleSettings(Section):
         0.0, ge=0, description="cosine, linear: learning rate at the end, where the peak is learning_rate, scaled"
     )
     drop_epochs: tuple[float, ...] = Field((), description="steps: epochs at which the learning rate drops")
-    drop_factor: float = Field(0.1, gt=0, lt=1, description="steps: what is left of the learning rate after a drop")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than epochs give")
+    drop_factor: float = Field(0.1, gt=0, lt=1, description="steps: factor of the learning rate at a drop")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than its epochs have")
     batch_size: int = Field(1024, ge=1, description="images per optimizer step, over all ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; MI terms see one of them")
 
     @model_validator(mode="after")
     def _of_this_shape(self) -> ScheduleSettings:
         if self.floor and self.shape not in ("cosine", "linear"):
-            raise ValueError(f"floor is a setting of shape=cosine and shape=linear, not of shape={self.shape}")
+            raise ValueError(f"floor applies to shape=cosine and shape=linear, not to shape={self.shape}")
         if bool(self.drop_epochs) != (self.shape == "steps"):
-            raise ValueError(f"drop_epochs and shape=steps need each other; here shape={self.shape}")
+            raise ValueError(f"drop_epochs and shape=steps go together, and shape={self.shape}")
         return self
 
 

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 ParamGroup = dict[str, Any]
-"""`params`, and the fields of their `groups.Group`."""
+"""Parameters `params` with the fields of their `groups.Group`."""
 
 
 class Stepper(ABC):
-    """An optimizer of torch's kind, with a step that can be left out by a decision on the device."""
+    """An optimizer with torch's interface, and a step that can be skipped by a decision on the device."""
 
     kinds: ClassVar[tuple[str, ...]]
-    """Tensors of the state of each parameter; `step` is a scalar, the others have the parameter's shape."""
+    """Names of the state tensors of each parameter; `step` is a scalar, the others have the parameter's shape."""
 
     optimizer: torch.optim.Optimizer
 
     @staticmethod
     @abstractmethod
     def obstacle(device: torch.device) -> str | None:
-        """Return why it cannot step parameters on a device, in words; None where it can. Builds nothing."""
+        """Return the reason for which it cannot step parameters on a device, or None if it can. Builds nothing."""
 
     @abstractmethod
     def step(self, skipped: Tensor) -> None:
-        """Take a step with the gradients of the parameters; where `skipped` (a scalar in fp32) is 1 nothing changes."""
+        """Take a step with the gradients of the parameters. If `skipped` (a scalar in fp32) is 1, nothing changes."""
 
     def set_rate(self, group: ParamGroup, rate: float) -> None:
-        """Set the learning rate of a group from now on."""
+        """Set the learning rate of a group."""
         group["lr"] = rate
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -38,5 +38,5 @@ class Stepper(ABC):
         return dict(self.optimizer.state)
 
     def load(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Take over what `state` gave; keeps the tensors."""
+        """Load the result of `state`, and keep its tensors."""
         self.optimizer.state.update(state)

@@ -1,1 +1,1 @@
-"""Safe ways to the outside: text on terminals, files of a run, files of strangers."""
+"""Safe input and output: text on terminals, files of a run, untrusted files."""

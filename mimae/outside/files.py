@@ -1,8 +1,8 @@
 """The files of a run: everything that is written into a run directory, or read from one, is opened here.
 
-A run directory may come from a stranger. No name inside it is followed as a symbolic link, neither the last part of a
-path nor a folder on the way; only regular files are opened; temporary names cannot be guessed. The directory itself,
-and its `checkpoints`, may be links that the user made to another disk.
+A run directory may come from an untrusted source. No name inside it is followed as a symbolic link, neither the last
+part of a path nor a folder on the way; only regular files are opened; temporary names cannot be guessed. The directory
+itself, and its `checkpoints`, may be links that the user made to another disk.
 """
 
 from __future__ import annotations
@@ -21,55 +21,58 @@ from pathlib import Path
 from mimae.errors import RunError
 from mimae.outside.text import say
 
-_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # Without the last one, to open a FIFO waits for its other end.
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # Without O_NONBLOCK, opening a FIFO waits for its other end.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _LINK = "it is a symbolic link, which a run does not follow"
 _STALE = 3600.0
-"""Seconds after which a temporary file is what a kill left: no small file takes so long to write."""
+"""Seconds after which a temporary file counts as left by a kill: no small file takes so long to write."""
 
 
 class Folder:
-    """A directory that is held open, and the files in it by their relative names.
+    """An open directory, and access to the files in it by relative names.
 
-    It stays the same directory when it is renamed. Errors are OSErrors with the name and a reason in words.
+    It stays the same directory when it is renamed. Errors are OSErrors with the name and a readable reason.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Name a directory; it is opened at the first use."""
+        """Set the path of the directory; it is opened at the first use."""
         self.path = Path(path)
-        """Path of the directory; `locate` brings it up to date."""
+        """Path of the directory; `locate` updates it."""
         self.tell: Callable[[str], None] = say
-        """Reports a rename or a deletion to people."""
+        """Function that reports a rename or a deletion to the user."""
         self.moves = 0
-        """Number of times that the directory was renamed or made anew, as far as `locate` knows."""
+        """Number of times that `locate` found the directory renamed or made it again."""
         self._fd: int | None = None
         self._lasting: dict[str, bytes] = {}
         self._locating = threading.Lock()
 
     def make(self) -> None:
-        """Make the directory where there is none, and open it."""
+        """Make the directory if it does not exist, and open it."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._descriptor()
 
     def open(self, name: str, flags: int) -> int:
         """Return a descriptor of the regular file `name`, opened with os.open's `flags`; made with O_CREAT.
 
-        O_CREAT makes the folders on the way too.
+        O_CREAT also makes the parent folders.
         """
         with self._parent(name, make=bool(flags & os.O_CREAT)) as (parent, last):
             return _open(parent, last, flags)
 
     def read(self, name: str, limit: int, tail: bool = False) -> bytes:
-        """Return the content of a file. More than `limit` bytes are an OSError, or `tail`: the last of them."""
+        """Return the content of a file.
+
+        For a file of more than `limit` bytes, raise OSError, or with `tail` return only the last `limit` bytes.
+        """
         with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit and not tail:
-                raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {limit:,} that it may have", name)
+                raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the limit of {limit:,}", name)
             file.seek(max(0, size - limit))
             return file.read(limit)
 
     def exists(self, name: str) -> bool:
-        """Return whether there is anything called `name`, a broken link too."""
+        """Return whether anything is called `name`, including a broken link."""
         try:
             with self._parent(name) as (parent, last):
                 os.lstat(last, dir_fd=parent)
@@ -80,16 +83,16 @@ class Folder:
         return True
 
     def append(self, name: str, content: bytes) -> None:
-        """Add content at the end of a file, all of it or, with an OSError, nothing."""
+        """Append all of the content to a file. If it fails with an OSError, nothing is appended."""
         with self._parent(name, make=True) as (parent, last):
             descriptor = _open(parent, last, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            if os.fstat(descriptor).st_nlink > 1:  # The other name may be a file that has nothing to do with the run.
+            if os.fstat(descriptor).st_nlink > 1:  # The second name may be a file outside the run.
                 with os.fdopen(descriptor, "rb") as file:
                     _replace(parent, last, file.read())
                 descriptor = _open(parent, last, os.O_RDWR | os.O_APPEND)
         try:
             size = os.fstat(descriptor).st_size
-            # What a crash left of a line must not run into the next one.
+            # An incomplete line after a crash must not join the next one.
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 content = b"\n" + content
             written = 0
@@ -105,7 +108,7 @@ class Folder:
             os.close(descriptor)
 
     def create(self, name: str) -> int:
-        """Return a descriptor of a new, empty file, in the place of an old one."""
+        """Return a descriptor of a new, empty file that replaces an old one."""
         with self._parent(name, make=True) as (parent, last):
             _refuse(parent, last)
             with suppress(FileNotFoundError):
@@ -115,7 +118,7 @@ class Folder:
     def replace(self, name: str, content: str | bytes, lasting: bool = False) -> None:
         """Replace a small file so that a reader, or a kill, sees the old content or the new one.
 
-        A `lasting` file is written again when the directory was deleted and `locate` makes it anew.
+        A `lasting` file is written again when `locate` makes a deleted directory again.
         """
         content = content.encode() if isinstance(content, str) else content
         if lasting:
@@ -125,7 +128,7 @@ class Folder:
             _replace(parent, last, content)
 
     def folder(self, name: str) -> Path:
-        """Make a folder where there is none, and return its path, for libraries that write by themselves."""
+        """Make a folder if it does not exist, and return its path, for libraries that write by themselves."""
         with self._parent(f"{name}/.", make=True):
             return self.path / name
 
@@ -139,10 +142,10 @@ class Folder:
                         os.unlink(name, dir_fd=self._descriptor())
 
     def locate(self) -> bool:
-        """Find where the directory is by now, and return whether it had to be made anew.
+        """Update the path of the directory, and return True if it had to be made again.
 
-        A renamed one is followed: `path` is its new place. A deleted one is made anew with its lasting files, as long
-        as nothing else stands there. Raises RunError where the run has no place any more.
+        If it was renamed, `path` becomes the new path. If it was deleted, it is made again with its lasting files,
+        unless something else has taken its path. Raises RunError if the run has no directory any more.
         """
         with self._locating:
             held = self._descriptor()
@@ -151,13 +154,13 @@ class Folder:
                 return False
             now = _path_of(held)
             if now is not None:
-                self.tell(f"{self.path} was renamed while training; the run goes on in {now}")
+                self.tell(f"{self.path} was renamed while training; the run continues in {now}")
                 self.path, self.moves = now, self.moves + 1
                 return False
             if there is not None:
                 raise RunError(
                     f"run.dir={self.path} is another directory by now, and the one of this run was deleted; this run "
-                    "ends and saves nothing more"
+                    "ends without saving"
                 )
             try:
                 self.path.mkdir(parents=True)
@@ -169,10 +172,10 @@ class Folder:
                     self.replace(name, content)
             except OSError as error:
                 raise RunError(
-                    f"run.dir={self.path} was deleted while training, and cannot be made anew: {error.strerror}"
+                    f"run.dir={self.path} was deleted while training, and cannot be made again: {error.strerror}"
                 ) from error
             self.tell(
-                f"{self.path} was deleted while training; it is made anew, without the records and checkpoints so far"
+                f"{self.path} was deleted while training; it is made again, without the earlier records and checkpoints"
             )
             return True
 
@@ -188,10 +191,10 @@ class Folder:
 
     @contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
-        """Give the folder that holds `name`, open, and the last part of the name."""
+        """Yield an open descriptor of the folder of `name`, and the last part of the name."""
         *folders, last = name.split("/")
         if ".." in folders or last in ("", ".."):
-            raise OSError(errno.EINVAL, "it is no name inside of the directory", name)
+            raise OSError(errno.EINVAL, "it is not a name inside the directory", name)
         descriptor = os.dup(self._descriptor())
         try:
             for part in folders:
@@ -236,12 +239,12 @@ def _open(parent: int, last: str, flags: int) -> int:
         raise _in_words(error, parent, last) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", last)
+        raise OSError(errno.EINVAL, "it is not a regular file", last)
     return descriptor
 
 
 def _refuse(parent: int, last: str) -> None:
-    """Raise OSError for what is there and is no regular file."""
+    """Raise OSError if the name exists and is not a regular file."""
     try:
         mode = os.lstat(last, dir_fd=parent).st_mode
     except FileNotFoundError:
@@ -249,7 +252,7 @@ def _refuse(parent: int, last: str) -> None:
     if stat.S_ISLNK(mode):
         raise OSError(errno.ELOOP, _LINK, last)
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file", last)
+        raise OSError(errno.EINVAL, "it is not a regular file", last)
 
 
 def _replace(parent: int, last: str, content: bytes) -> None:
@@ -268,7 +271,7 @@ def _replace(parent: int, last: str, content: bytes) -> None:
 
 
 def _in_words(error: OSError, parent: int, part: str) -> OSError:
-    """Return the error, with words for a link."""
+    """Return the error, with a readable reason if the name is a link."""
     with suppress(OSError):
         if stat.S_ISLNK(os.lstat(part, dir_fd=parent).st_mode):
             return OSError(errno.ELOOP, _LINK, part)
@@ -283,7 +286,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _path_of(descriptor: int) -> Path | None:
-    """Return where an open directory is; None where it was deleted, or where the system does not say."""
+    """Return the path of an open directory, or None if it was deleted or the system does not report it."""
     try:
         found = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         return found if os.path.samestat(found.stat(), os.fstat(descriptor)) else None

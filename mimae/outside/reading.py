@@ -1,4 +1,4 @@
-"""Reading small files that somebody names: bounded, and never from a pipe or a device."""
+"""Reading of small files that a user names: with a size limit, and never from a pipe or a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-"""The marks that text in UTF-16 begins with."""
+"""Byte-order marks at the beginning of text in UTF-16."""
 
 
 def open_regular(path: str | bytes | Path, flags: int = os.O_RDONLY) -> int:
@@ -21,19 +21,19 @@ def open_regular(path: str | bytes | Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """Return the text of a UTF-8 file of at most `limit` bytes. Raises OSError, whose `strerror` says what is wrong."""
+    """Return the text of a UTF-8 file of at most `limit` bytes. Raises OSError with the reason in `strerror`."""
     with open(open_regular(path), "rb", buffering=0) as file:
         data = bytearray()
-        # A file of the system, as in /proc, does not tell its size.
+        # Files in /proc and similar file systems do not report a size.
         while len(data) <= limit and (read := file.read(limit + 1 - len(data))):
             data += read
         if read is None:
             raise OSError(errno.EAGAIN, "reading it would wait for data that may never come")
     if len(data) > limit:
-        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that such a file may have")
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, the limit for such a file")
     if data.startswith(UTF_16):
         raise OSError(errno.EILSEQ, "it is written in UTF-16; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise OSError(errno.EILSEQ, f"byte {error.start} is no UTF-8; save it as UTF-8") from error
+        raise OSError(errno.EILSEQ, f"byte {error.start} is not UTF-8; save it as UTF-8") from error

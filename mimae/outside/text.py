@@ -1,4 +1,4 @@
-"""Text that reaches people: control characters are escaped, and a stream that cannot be written ends nothing."""
+"""Output for users: control characters are escaped, and a stream that cannot be written does not end the run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import suppress
 from typing import Literal, NamedTuple, TextIO
 
 _LINE_ENDS = "\t\n"
-# C0 and C1 controls and DEL, marks that change the direction of writing, line separators, lone surrogates.
+# C0 and C1 controls, DEL, marks that change the writing direction, line separators, lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Stream = Literal["stdout", "stderr"]
 
 
 class Loss(NamedTuple):
-    """Writes that a stream did not take, and the first reason."""
+    """Number of failed writes to a stream, and the first reason."""
 
     writes: int
     reason: str
@@ -30,7 +30,7 @@ _losses: dict[Stream, Loss] = {}
 def printable(text: object, *, lines: bool = False) -> str:
     """Return text that comes from a file (a name, a key, a reason) with its control characters escaped.
 
-    A terminal obeys control characters: such text could hide or forge lines. `lines` keeps tabs and line ends.
+    A terminal executes control characters, so such text could hide or forge lines. `lines` keeps tabs and line ends.
     """
 
     def escape(match: re.Match[str]) -> str:
@@ -54,7 +54,7 @@ def say(text: object, *, error: bool = False) -> None:
 
 
 def losses() -> dict[Stream, Loss]:
-    """Return the streams that did not take all that was written by `say` and `Output`."""
+    """Return the streams for which a write by `say` or `Output` failed."""
     return dict(_losses)
 
 
@@ -67,10 +67,10 @@ def is_terminal() -> bool:
 
 
 class Output(io.TextIOBase):
-    """The stdout of now as a file for others to write to; it survives as `say` does. Control characters pass."""
+    """The present stdout as a file for libraries; failed writes are noted, as by `say`. Control characters pass."""
 
     def __init__(self) -> None:
-        self._stream = sys.stdout  # rich puts a stream of its own into sys.stdout, which leads here
+        self._stream = sys.stdout  # rich replaces sys.stdout with a stream that writes here.
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -92,20 +92,20 @@ class Output(io.TextIOBase):
 
 
 def open_standard_streams() -> None:
-    """Open stdin, stdout and stderr on /dev/null where the caller closed them (`>&-`).
+    """Open stdin, stdout and stderr on /dev/null if the caller closed them (`>&-`).
 
-    Otherwise the next files that this process opens get their numbers, and what C libraries print lands in a file of
-    the run.
+    Otherwise the next files that this process opens would get their descriptors, and output of C libraries would go
+    into a file of the run.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # It gets the lowest free number, which is this one.
 
 
 def _write(name: Stream, stream: TextIO | None, text: str) -> None:
-    if stream is None:  # was closed before the start
+    if stream is None:  # The descriptor was closed before the start.
         return
     try:
         try:
@@ -123,7 +123,7 @@ def _write(name: Stream, stream: TextIO | None, text: str) -> None:
 
 
 def _abandon() -> None:
-    """Give up what lost streams still hold: Python would end with exit code 120 when it cannot flush them."""
+    """Drop the buffers of failed streams: Python would exit with code 120 if it cannot flush them."""
     for name in _losses:
         stream = getattr(sys, name)
         try:

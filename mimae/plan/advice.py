@@ -1,4 +1,4 @@
-"""Which engine to take for a recipe on so many GPUs, and why (docs/scaling.md)."""
+"""Choice of an engine for a recipe on a number of GPUs, with the reason (docs/scaling.md)."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ if TYPE_CHECKING:
 
 
 def advise(recipe: Recipe, fleet: Fleet, count: Parameters) -> tuple[Row | None, str]:
-    """The engine to take, and why; None where the model fits on no engine.
+    """Return the best engine and the reason, or None and a hint if the model fits on no engine.
 
-    The fastest that fits, the simpler of two within 10 %: the assumptions are not worth more. Where none does, blocks
-    are recomputed before batches are split: that costs a third, but more micro-batches take other images away from the
-    MI terms.
+    The best engine is the fastest one that fits; of engines within 10 % it is the simplest, because the assumptions are
+    no more exact than that. If none fits, checkpointing is tried before smaller micro-batches: it costs a third of the
+    time, but smaller micro-batches give the MI terms fewer images to compare.
     """
-    for tried, said in _variants(recipe, fleet):
+    for tried, changes in _variants(recipe, fleet):
         table = rows(tried, fleet, count)
         fitting = [row for row in table if row.fits]
         if not fitting:
             continue
         fastest = max(row.images_per_s for row in fitting)
         best = next(row for row in fitting if row.images_per_s >= 0.9 * fastest)
-        settings = " ".join([best.layout.settings, *said])
-        why = f"nothing fits without {' '.join(said)}; {_reason(best, table)}" if said else _reason(best, table)
+        settings = " ".join([best.layout.settings, *changes])
+        why = f"nothing fits without {' '.join(changes)}; {_reason(best, table)}" if changes else _reason(best, table)
         return best, f"take {settings}, micro-batches of up to {best.largest} images a GPU: {why}"
-    return None, "no engine fits one image a GPU: more GPUs, or ones with more memory"
+    return None, "no engine fits with one image a GPU: use more GPUs, or GPUs with more memory"
 
 
 def _variants(recipe: Recipe, fleet: Fleet) -> list[tuple[Recipe, list[str]]]:
-    """The recipe, then with what makes it smaller, and the overrides that say so."""
+    """Return the recipe and variants of it that need less memory, each with its overrides."""
     found: list[tuple[Recipe, list[str]]] = [(recipe, [])]
     if not recipe.model.checkpointing:
         found.append((_with(recipe, "model", checkpointing=True), ["model.checkpointing=true"]))
-    smallest, said = found[-1]
+    smallest, changes = found[-1]
     images = recipe.schedule.batch_size // fleet.gpus
-    # InfoNCE and CLUB compare the images of a micro-batch: at least two, over all GPUs.
+    # InfoNCE and CLUB compare the images of a micro-batch, so all GPUs together need at least two.
     for accumulate in range(recipe.schedule.accumulate + 1, min(images, recipe.schedule.batch_size // 2) + 1):
         if images % accumulate == 0:
             split = _with(smallest, "schedule", accumulate=accumulate)
-            found.append((split, [*said, f"schedule.accumulate={accumulate}"]))
+            found.append((split, [*changes, f"schedule.accumulate={accumulate}"]))
     return found
 
 
@@ -57,12 +57,12 @@ def _reason(best: Row, table: list[Row]) -> str:
     if best is ddp:
         return "the whole model fits on each GPU, and no engine is faster"
     if not ddp.fits:
-        return f"ddp needs {_gib(ddp.memory.total)} GiB a GPU, this one {_gib(best.memory.total)}"
-    return f"ddp waits {ddp.exposed:.3g} s a step for the network, this one {best.exposed:.3g} s"
+        return f"ddp needs {_gib(ddp.memory.total)} GiB a GPU, this engine {_gib(best.memory.total)}"
+    return f"ddp waits {ddp.exposed:.3g} s a step for the network, this engine {best.exposed:.3g} s"
 
 
 def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
-    """All figures, in text."""
+    """Return all figures as text."""
     count = parameters(recipe)
     table = rows(recipe, fleet, count)
     best, advice = advise(recipe, fleet, count)

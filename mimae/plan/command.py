@@ -17,21 +17,22 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs of the run", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help=f"one of {', '.join(GPUS)}")] = "h100",
     nodes_of: Annotated[int, typer.Option(help="GPUs of a node", min=1)] = 8,
-    share: Annotated[float, typer.Option(help="of the peak, while computing", min=0.01, max=1)] = 0.45,
+    share: Annotated[float, typer.Option(help="share of the peak reached while computing", min=0.01, max=1)] = 0.45,
     images: Annotated[int, typer.Option(help="images in the data set [default: ImageNet-1k's]", min=1)] = 1_281_167,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="a step of the recipe's engine on so many ranks, without their memory: is the plan right?"
+            "--dry-run",
+            help="run a step on this number of ranks with fake tensors, and compare it with the plan",
         ),
     ] = False,
     scaling: Annotated[
-        Path | None, typer.Option(help="a picture here of the recipe on one node and on more, to 1,024 GPUs")
+        Path | None, typer.Option(help="write a picture here of the recipe on one node and more, up to 1,024 GPUs")
     ] = None,
 ) -> None:
     """Plan a run: its memory, communication and time by engine.
 
-    The last line advises which engine to take.
+    The last line names the best engine.
     """
     from mimae.config.load import load_recipe
     from mimae.errors import UserError

@@ -18,7 +18,7 @@ USABLE = 0.9
 
 
 class Fleet(NamedTuple):
-    """The GPUs of a run, and what is assumed of them."""
+    """The GPUs of a run, and assumptions about them."""
 
     gpu: GPU
     gpus: int
@@ -32,17 +32,18 @@ class Fleet(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One engine."""
+    """The cost of a step with one engine."""
 
     layout: Layout
     recipe: Recipe
     memory: Memory
     largest: int
-    """Micro-batch of a rank, in images."""
+    """Largest micro-batch of a rank that fits, in images."""
     traffic: list[Traffic]
     computing: float
-    """Seconds of a step, as the next."""
+    """Seconds of computing in a step."""
     exposed: float
+    """Seconds of communication in a step that computing does not hide."""
     fits: bool
 
     @property
@@ -56,7 +57,7 @@ class Row(NamedTuple):
 
 
 def layouts(ranks: int, per_node: int) -> list[Layout]:
-    """Engines, the simpler first."""
+    """Return the layouts to compare, simplest first."""
     spread = [Layout(kind, ranks) for kind in ("fsdp", "zero1", "zero2", "zero3")]
     nodes = ranks // per_node
     hybrid = [Layout("fsdp", ranks, nodes)] if nodes > 1 and ranks % per_node == 0 else []
@@ -65,17 +66,20 @@ def layouts(ranks: int, per_node: int) -> list[Layout]:
 
 
 def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
-    """Every engine with the recipe's micro-batch."""
+    """Return the cost of every engine with the recipe's micro-batch."""
     return [row(recipe, layout, fleet, count) for layout in layouts(fleet.gpus, fleet.per_node)]
 
 
 def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
-    """One engine with the recipe's micro-batch. Raises UserError where the GPU cannot compute in its precision."""
+    """Return the cost of one engine with the recipe's micro-batch.
+
+    Raises UserError if the GPU cannot compute in the recipe's precision.
+    """
     peak = peak_flops(fleet.gpu.name, recipe.precision)
     if peak is None:
         raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
     forward = step_flops(recipe) / 3 / (fleet.gpus * peak * fleet.share)
-    # Recomputation is one more forward.
+    # Recomputation costs one more forward.
     backward = (3 if recipe.model.checkpointing else 2) * forward
     images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
     needed = memory(recipe, layout, images, count=count)

@@ -1,8 +1,8 @@
-"""`mimae plan --dry-run`: two steps of one rank of a large run on this CPU, and what they took beside what is planned.
+"""`mimae plan --dry-run`: two steps of one rank of a large run, executed on this CPU and compared with the plan.
 
-Engine, model, ops and optimizer are those of a run on GPUs. Tensors are fake ones, with a shape and no memory, and the
-process group answers at once. So all that does not depend on values can be counted: what a rank holds of weights, the
-bytes that are alive at any time, and every collective. What an op takes and gives back inside is not seen.
+Engine, model, ops and optimizer are those of a run on GPUs. Tensors are fake: they have a shape and no memory, and the
+process group answers at once. So everything that does not depend on values can be counted: the rank's share of the
+weights, the bytes that are alive at any time, and every collective. Temporary memory inside an op is not seen.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _COLLECTIVES = {
     "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
     "c10d::allreduce_": ("all-reduce", 0),
 }
-"""Kinds by operator, and which argument is the whole tensor."""
+"""Kind of collective by operator, and the position of the argument that is the whole tensor."""
 
 
 class Collective(NamedTuple):
-    """One call on one rank."""
+    """One call of a collective on one rank."""
 
     phase: str
-    """forward, backward or optimizer."""
+    """Phase of the call: forward, backward or optimizer."""
     kind: str
     ranks: int
     bytes: int
@@ -67,28 +67,28 @@ class Collective(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """The second step of a rank; bytes."""
+    """Counts of the second step of a rank, in bytes."""
 
     parts: dict[str, Part]
-    """Shares of the parameters that it holds, by name."""
+    """The rank's shares of the parameters, by name."""
     shares: int
-    """Ranks that hold a whole one together; place of this one among them is `place`."""
+    """Number of ranks whose shares make the whole parameters; `place` is the position of this rank among them."""
     place: int
     weights: int
     gradients: int
     optimizer: int
     kept: int
-    """Bytes kept by the last micro-batch's forward, with the weights that it leaves gathered."""
+    """Bytes that the last micro-batch's forward keeps, including the weights that stay gathered."""
     peak: int
     collectives: list[Collective]
     losses: Losses
 
 
 class Watch(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make inside, as long as they live, and collectives."""
+    """Counter of collectives, and of the bytes of all live storages that operators allocate inside the block."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
-        """`held`: tensors that are there before."""
+        """Start with the storages of `held`, the tensors that exist before."""
         super().__init__()
         self.live = self.peak = 0
         self.phase = ""
@@ -98,7 +98,7 @@ class Watch(TorchDispatchMode):
             self._see(tensor.untyped_storage())
 
     def __enter__(self) -> Self:
-        # Storages are resized past the dispatcher: so FSDP frees what it has gathered.
+        # FSDP frees gathered weights by resizing their storages, which bypasses the dispatcher.
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
 
 
 def count_step(recipe: Recipe, ranks: int, rank: int) -> Counted:
-    """A step of `rank` among `ranks`. Raises UserError for what the recipe asks and a CPU cannot do."""
+    """Count a step of `rank` among `ranks`. Raises UserError for settings that a CPU cannot execute."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         device = torch.device("cpu")
@@ -160,7 +160,7 @@ def _count(recipe: Recipe, ranks: int) -> Counted:
     )
     held = [*engine.model.buffers(), *(part.values for part in engine.parts.values()), *engine.ema.values()]
     with Watch(held) as watch:
-        _step(recipe, ranks, engine, watch)  # makes the optimizer's moments
+        _step(recipe, ranks, engine, watch)  # This step allocates the optimizer's moments.
         watch.collectives.clear()
         watch.peak = watch.live
         gradients, kept, losses = _step(recipe, ranks, engine, watch)
@@ -180,10 +180,10 @@ def _count(recipe: Recipe, ranks: int) -> Counted:
 
 
 def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tuple[int, int, Losses]:
-    """Take a step as the trainer does; return bytes of gradients, bytes kept by the last forward, and losses."""
+    """Run a step as the trainer does; return bytes of gradients, bytes kept by the last forward, and losses."""
     accumulate = recipe.schedule.accumulate
     images = recipe.schedule.batch_size // (ranks * accumulate)
-    # The loop has the next batch on the device too.
+    # In training the next batch is on the device too.
     batch, _next = (torch.empty(images, *recipe.data.size_hw, 3, dtype=torch.uint8) for _ in range(2))
     for micro in range(accumulate):
         watch.phase = "forward"
@@ -201,14 +201,14 @@ def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tu
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of their storages, each counted once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({s._cdata: s.nbytes() for s in (each.untyped_storage() for each in local)}.values())
 
 
 @contextmanager
 def _real_meshes() -> Iterator[None]:
-    """Inside, FSDP's mesh has real numbers of ranks: the host reads them."""
+    """Make FSDP's mesh with real tensors inside the block, because the host reads its rank numbers."""
     make = fsdp.init_device_mesh
 
     def make_real(*args: Any, **kwargs: Any) -> Any:
@@ -223,7 +223,7 @@ def _real_meshes() -> Iterator[None]:
 
 
 class Row(NamedTuple):
-    """A figure of the planner beside what was counted."""
+    """A figure of the planner and the counted one."""
 
     what: str
     planned: float
@@ -245,7 +245,7 @@ class Row(NamedTuple):
 
 
 def compare(counted: Counted, planned: Memory, held: float, sent: Sequence[Traffic]) -> list[Row]:
-    """The planner's figures of a rank beside the counted ones. `held`: planned, after a forward."""
+    """Return the planner's figures for a rank with the counted ones. `held` is the planned memory after a forward."""
     rows = [
         Row("weights", planned.weights, counted.weights),
         Row("gradients, after backward", planned.weights, counted.gradients),
@@ -269,12 +269,12 @@ def compare(counted: Counted, planned: Memory, held: float, sent: Sequence[Traff
 
 
 def _key(traffic: Traffic) -> tuple[str, str, int]:
-    """Return the key under which a collective is counted."""
+    """Return the key under which a collective is summed."""
     return traffic.phase, traffic.kind, traffic.ranks
 
 
 def wrong_parts(counted: Counted) -> list[str]:
-    """Parameters of which the rank does not hold its piece of the rows, where all pieces make the whole."""
+    """Return the parameters whose rows on this rank are not the expected piece; all pieces make the whole."""
     wrong = []
     for name, part in counted.parts.items():
         rows, row = part.shape[0], part.shape[1:].numel()
@@ -287,7 +287,7 @@ def wrong_parts(counted: Counted) -> list[str]:
 
 
 def schedule(collectives: Sequence[Collective]) -> list[str]:
-    """All calls in their order, a line for each, or for what repeats."""
+    """Return the calls in order as text, with one line for a call or for a repeated group of calls."""
     lines: list[str] = []
     calls = [(each.phase, f"{each.kind} among {each.ranks} of {each.bytes / 2**20:,.3f} MiB") for each in collectives]
     place = 0
@@ -304,7 +304,7 @@ def schedule(collectives: Sequence[Collective]) -> list[str]:
 
 
 def _times(calls: Sequence[Any], period: int) -> int:
-    """Return how often the first `period` calls are repeated one after the other."""
+    """Return the number of consecutive repetitions of the first `period` calls."""
     times = 1
     while calls[times * period : (times + 1) * period] == calls[:period]:
         times += 1
@@ -312,8 +312,10 @@ def _times(calls: Sequence[Any], period: int) -> int:
 
 
 def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
-    """Count a step on the first rank and on the last, whose shares may be smaller, print both beside the plan, and
-    says whether all agrees within TOLERANCE. Raises UserError for engines that cannot run so."""
+    """Count a step on the first rank and on the last, whose shares may be smaller, and print both next to the plan.
+
+    Returns True if all figures agree within TOLERANCE. Raises UserError for engines that cannot run this way.
+    """
     ranks, engine = layout.ranks, recipe.engine
     if engine.kind != "fsdp" or engine.offload != "none":
         raise UserError(
@@ -330,8 +332,8 @@ def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
         rows, wrong = compare(counted, planned, held, sent), wrong_parts(counted)
         mine = sum(part.values.numel() for part in counted.parts.values())
         print(
-            f"rank {rank} of {ranks}, micro-batches of {images} images: {mine:,} of {count.total:,} parameters, as "
-            f"number {counted.place} of {counted.shares} that hold all of them"
+            f"rank {rank} of {ranks}, micro-batches of {images} images: {mine:,} of {count.total:,} parameters, "
+            f"share {counted.place} of {counted.shares}"
         )
         shapes = {str(tuple(each.shape)) for each in counted.losses.columns.values()}
         print(f"losses of shape {', '.join(shapes)}, latents {tuple(counted.losses.latents.shape)}")
@@ -340,7 +342,7 @@ def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
         if rank == 0:
             print("collectives in their order", *schedule(counted.collectives), sep="\n")
         for name in wrong:
-            print(f"  OUT: of {name} the rank holds other rows than those of its place")
+            print(f"  OUT: the rank's rows of {name} are not those of its share")
         agrees = agrees and not wrong and all(row.is_right for row in rows)
-    print(f"all within {TOLERANCE:.0%}" if agrees else f"OUT: what differs by more than {TOLERANCE:.0%} is marked")
+    print(f"all within {TOLERANCE:.0%}" if agrees else f"OUT: figures that differ by over {TOLERANCE:.0%} are marked")
     return agrees

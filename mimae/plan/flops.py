@@ -1,8 +1,8 @@
 """Floating-point operations of a recipe: the products of a forward, counted by torch on fake tensors.
 
-A multiply-add counts as two; norms, softmax, activations and the optimizer are not counted, nor is what checkpointing
-recomputes. What is counted is the model that runs, so a new term or layer needs no formula here. The closed formula of
-method 7 gives the same numbers, see tests/plan/formula.py. A count takes a tenth of a second to a second and is kept.
+A multiply-add counts as two. Norms, softmax, activations, the optimizer and recomputation by checkpointing are not
+counted. The counted model is the one that runs, so a new term or layer needs no formula here. The closed formula of
+method 7 gives the same numbers, see tests/plan/formula.py. A count takes 0.1 to 1 s and is cached.
 
 Letters: B images, N views, K visible, M targets, D width, P patch size.
 """
@@ -44,8 +44,11 @@ def decoder_flops(recipe: Recipe) -> int:
 
 
 def objective_flops(recipe: Recipe) -> int:
-    """Return the forward FLOPs of the objective for one image: InfoNCE's products over the micro-batch of all ranks,
-    and the networks of its terms. They are next to nothing at size: there the memory of these terms counts."""
+    """Return the forward FLOPs of the objective for one image.
+
+    They are InfoNCE's products over the micro-batch of all ranks, and the networks of the terms. At production sizes
+    they are negligible; there the memory of these terms matters.
+    """
     images = recipe.schedule.batch_size // recipe.schedule.accumulate
     return _objective(recipe.objective, recipe.model.width, geometry(recipe), images) // images
 
@@ -98,8 +101,10 @@ def _objective(settings: ObjectiveSettings, width: int, sizes: Geometry, images:
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    """Inside, tensors have a shape and no memory, this process is the only rank, and ops run as on a GPU. Attention
-    runs as two products, for torch has no formula for the CPU's fused form."""
+    """Count in fake mode: tensors have no memory, this process is the only rank, and ops run as on a GPU.
+
+    Attention runs as two products, because torch has no formula for the CPU's fused form.
+    """
     formulas: dict[Any, Any] = {getattr(torch.ops.mimae, op): formula for op, formula in kernels.FLOPS.items()}
     with (
         distributed.alone(),
@@ -112,5 +117,5 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 def _counted(model: ModelSettings) -> ModelSettings:
-    """The settings without what changes no product."""
+    """Return the settings without those that do not change a product."""
     return model.model_copy(update={"attention": "sdpa", "checkpointing": False})

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class Peak(NamedTuple):
-    """Dense matrix products of one device, in TFLOP/s; None where it has no units for the format."""
+    """Peak rates of dense matrix products of a device, in TFLOP/s; None if it has no units for the format."""
 
     bf16: float | None
     tf32: float | None
     fp32: float
 
 
-# From the vendor's data sheets and architecture papers: dense (no sparsity), accumulating in fp32, at boost
-# clock. The first pattern that is found in the name of a device counts.
+# Sources: the vendor's data sheets and architecture papers. Rates are dense (no sparsity), with accumulation in fp32,
+# at boost clock. The first pattern that matches the name of a device counts.
 PEAKS = {
     r"\bGB200\b": Peak(2500, 1250, 80),
     r"\bB200\b": Peak(2250, 1100, 75),
@@ -43,21 +43,21 @@ PEAKS = {
 
 
 class GPU(NamedTuple):
-    """A GPU to plan for, in the machine that it is mostly sold in."""
+    """A GPU to plan for, in its most common machine."""
 
     name: str
     """Name as torch reports it."""
     memory: float
-    """GiB that torch reports, rounded down."""
+    """Memory in GiB as torch reports it, rounded down."""
     link: float
-    """GB/s that it sends to the other GPUs of its node: NVLink, else PCIe."""
+    """GB/s that it can send to the other GPUs of its node, by NVLink or PCIe."""
     network: float
-    """GB/s that it sends to other nodes: a node's network cards, divided among its GPUs."""
+    """GB/s that it can send to other nodes: the rate of the node's network cards, divided among its GPUs."""
 
 
-# From the vendors' data sheets, nominal and one way: NVLink 4, 3 and 2 (450, 300, 150), NVLink 5 (900), PCIe 5 and 4
-# (64, 32). Network cards: one per GPU of 400 Gb/s (DGX H100, DGX B200), 200 Gb/s (DGX A100), half of 100 Gb/s (DGX-1);
-# cards on PCIe: 200 Gb/s for a node of 8.
+# Rates from the vendors' data sheets, nominal and in one direction: NVLink 4, 3 and 2 (450, 300, 150), NVLink 5 (900),
+# PCIe 5 and 4 (64, 32). Network cards: one per GPU of 400 Gb/s (DGX H100, DGX B200), 200 Gb/s (DGX A100), half of 100
+# Gb/s (DGX-1); cards on PCIe: 200 Gb/s for a node of 8.
 GPUS = {
     "gb200": GPU("NVIDIA GB200", 184, 900, 50),
     "b200": GPU("NVIDIA B200", 178, 900, 50),
@@ -81,11 +81,11 @@ GPUS = {
     "v100": GPU("Tesla V100-SXM2-32GB", 31, 150, 6.2),
     "v100-pcie": GPU("Tesla V100-PCIE-32GB", 31, 16, 3.1),
 }
-"""GPUs by the names that `mimae plan --gpu` takes."""
+"""GPUs by their names in `mimae plan --gpu`."""
 
 
 def find_gpu(name: str) -> GPU:
-    """A GPU by its short name, or by the name that torch gives. Raises UserError with the legal names."""
+    """Return a GPU by its short name, or by torch's name for it. Raises UserError with the legal names."""
     for short, gpu in GPUS.items():
         if name.lower() in (short, gpu.name.lower()):
             return gpu
@@ -93,18 +93,18 @@ def find_gpu(name: str) -> GPU:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a device as people and PEAKS know it."""
+    """Return the common name of a device, which PEAKS uses."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device for the matrix products of `precision` (fp32 or bf16); None where not known.
+    """Return the peak FLOP/s of a device for matrix products in `precision` (fp32 or bf16), or None if unknown.
 
-    fp32 products that torch is told to run in TF32 (`torch.set_float32_matmul_precision`) have TF32's peak.
+    fp32 products that run in TF32 (`torch.set_float32_matmul_precision`) have TF32's peak.
     """
-    # A slice of a GPU, and the laptop part of the same name, are other devices.
+    # A slice of a GPU and a laptop GPU of the same name are different devices.
     if re.search(r"\b(MIG|Laptop)\b", device_name):
         return None
     peak = next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device_name)), None)

@@ -1,8 +1,8 @@
-"""Bytes of a GPU that a training step needs, by engine (docs/scaling.md).
+"""GPU memory in bytes that a training step needs, by engine (docs/scaling.md).
 
-Activations are what autograd keeps of each op of a forward that runs op by op; a compiled block recomputes its
-element-wise ops and keeps less. Letters: S sequences (images x views), T tokens, M tokens that are answered for, D
-width, e bytes of a number in the precision of the products, 4 bytes of one in fp32.
+Activations are the tensors that autograd keeps for each op of a forward that runs op by op. A compiled block recomputes
+its element-wise ops and keeps less. Letters: S sequences (images x views), T tokens, M tokens for which outputs are
+computed, D width, e bytes of a number in the precision of the products, 4 bytes of a number in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """An engine on so many ranks; fields as in EngineSettings."""
+    """An engine on a number of ranks; fields as in EngineSettings."""
 
     kind: str
     ranks: int
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Ranks that share one copy of what is spread."""
+        """Number of ranks that share one copy of the spread tensors."""
         return self.ranks // self.replicas
 
     @property
@@ -42,29 +42,29 @@ class Layout(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Exact counts, from the model on the meta device."""
+    """Exact parameter counts, from the model on the meta device."""
 
     total: int
     encoder: int
     root: int
-    """Outside of all blocks: what `fsdp` gathers as one unit."""
+    """Parameters outside all blocks, which `fsdp` gathers as one unit."""
     block: int
     """Parameters of the largest block."""
 
 
 class Stage(NamedTuple):
-    """A part of forward, in bytes on a rank."""
+    """A part of forward; sizes are bytes on a rank."""
 
     kept: float
     """Bytes that autograd keeps until its backward."""
     work: float
-    """Bytes in addition to what is kept, at the peak of its backward, or of its forward where that is more."""
+    """Bytes in addition to the kept ones, at the peak of its backward, or of its forward if that is more."""
     parameters: int = 0
-    """Parameters of its block, which `fsdp` gathers for it."""
+    """Number of parameters of its block, which `fsdp` gathers for it."""
 
 
 class Memory(NamedTuple):
-    """Bytes on a GPU at the peak of a step."""
+    """Memory of a GPU at the peak of a step, in bytes."""
 
     weights: float
     gradients: float
@@ -79,7 +79,7 @@ class Memory(NamedTuple):
 
 
 def parameters(recipe: Recipe) -> Parameters:
-    """The parameters of a recipe's model."""
+    """Return the parameter counts of a recipe's model."""
     model = outline(recipe)
     parts = (model, model.encoder, model.encoder.blocks, model.decoder.blocks)
     total, encoder, *blocks = (sum(p.numel() for p in part.parameters()) for part in parts)
@@ -94,7 +94,7 @@ def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, op
     height, width = recipe.data.size_hw
     sizes = geometry(recipe)
     batch = 2 * images * height * width * 3 + 4 * images * sizes.views * sizes.grid.patches
-    # The moving average makes its differences when activations are gone.
+    # The moving average allocates its differences when the activations are freed.
     average = _part(layout, count) * FP32 if recipe.ema.decay and layout.offload == "none" else 0.0
     peak = Memory(weights, gradients, optimizer, 0.0, 0.0, average + batch)
     held, made = sum(stage.kept for stage in stages), 0.0
@@ -105,7 +105,7 @@ def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, op
             made += stage.parameters * FP32 / layout.shards
             there = min(gradients, made) if recipe.schedule.accumulate == 1 else gradients
             gathered = _gathered(stages, place, count)
-            # Work is most where a block's backward begins; its gradients are all there when it ends.
+            # Temporary memory peaks when a block's backward begins; all of its gradients exist when it ends.
             work = max(work + gathered - stage.parameters * FP32, gathered)
         peak = max(peak, Memory(weights, there, optimizer, held - of_losses, of_losses, work + batch), key=sum)
         held -= stage.kept
@@ -113,19 +113,22 @@ def memory(recipe: Recipe, layout: Layout, images: int, *, count: Parameters, op
 
 
 def _gathered(stages: list[Stage], place: int, count: Parameters) -> float:
-    """Bytes that are whole under `fsdp` in a stage's backward: what lies outside of the blocks, with its gradients; the
-    block and the one that is on its way; the gradients of the block and of the one that is being reduced."""
+    """Return the bytes that are gathered under `fsdp` in a stage's backward.
+
+    They are the parameters outside the blocks with their gradients, those of the block and of the block that is being
+    gathered, and the gradients of the block and of the block that is being reduced.
+    """
     before, after = (stages[i].parameters if 0 <= i < len(stages) else 0 for i in (place - 1, place + 1))
     return min(2 * count.total, 2 * count.root + 2 * stages[place].parameters + before + after) * FP32
 
 
 def kept(recipe: Recipe, images: int, ranks: int, ops: Ops = "fused") -> float:
-    """Bytes that autograd keeps of a whole forward of `images` on each rank."""
+    """Return the bytes that autograd keeps for a whole forward of `images` on each rank."""
     return sum(stage.kept for stage in _stages(recipe, images, ranks, ops))
 
 
 def largest(recipe: Recipe, layout: Layout, budget: float, count: Parameters) -> int:
-    """The largest micro-batch of a rank, in images, that fits into `budget` bytes; 0 where none does."""
+    """Return the largest micro-batch of a rank, in images, that fits into `budget` bytes, or 0 if none does."""
 
     def fits(images: int) -> bool:
         return memory(recipe, layout, images, count=count).total <= budget
@@ -143,34 +146,34 @@ def largest(recipe: Recipe, layout: Layout, budget: float, count: Parameters) ->
 
 
 def _part(layout: Layout, count: Parameters) -> float:
-    """Parameters that a rank steps."""
+    """Return the number of parameters that a rank steps."""
     return count.total if layout.kind == "ddp" else count.total / layout.shards
 
 
 def _states(recipe: Recipe, layout: Layout, count: Parameters) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients and optimizer on a rank's GPU, and of buffers that an engine has all the time."""
+    """Return the bytes of weights, gradients, optimizer and permanent engine buffers on a rank's GPU."""
     whole, part = count.total * FP32, _part(layout, count) * FP32
     on_gpu = layout.offload == "none"
     optimizer = part * (3 if recipe.ema.decay else 2) * on_gpu
     buffer = bucket(count.block) * FP32
     if layout.kind == "ddp":
-        # Gradients of the micro-batches before the last lie beside DDP's buckets.
+        # The gradients of earlier micro-batches exist in addition to DDP's buckets.
         return whole, whole * (2 if recipe.schedule.accumulate > 1 else 1), optimizer, 0.0
     if layout.kind == "fsdp":
         return part * on_gpu, part * on_gpu, optimizer, 0.0
     if layout.kind == "zero3":
-        # Shares twice: those that are gathered, and the partitions that are stepped; gradients as collected, and flat.
+        # Shares exist twice, for gathering and as partitions for the optimizer; gradients too, as collected and flat.
         live = min(count.total * FP32, LIVE * buffer)
         return part * 2 * on_gpu, part * 2 * on_gpu, optimizer, live + buffer
     if layout.kind not in ("zero1", "zero2"):
         raise ValueError(f"the planner does not know what engine.kind={layout.kind} spreads")
-    # The model and this rank's partition of it; its gradient as collected, and flat, and with stage 1 the whole one.
+    # The model and this rank's partition of it; the partition's gradient as collected and flat; stage 1: the whole one.
     gradients = (whole if layout.kind == "zero1" else 0.0) + 2 * part * on_gpu
     return whole + part * on_gpu, gradients, optimizer, buffer
 
 
 def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
-    """The stages of forward in their order, the losses last."""
+    """Return the stages of forward in order, with the losses last."""
     model, decoder = recipe.model, recipe.decoder
     sizes, e, casts = geometry(recipe), number_bytes(recipe), _casts(recipe)
     S, T, M, values = images * sizes.views, 1 + sizes.visible, sizes.targets, sizes.grid.values
@@ -183,12 +186,12 @@ def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
 
 
 def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list[Stage]:
-    """The decoder's blocks, its last norm and head."""
+    """Return the stages of the decoder: its blocks, and its last norm with the head."""
     D, heads, depth = recipe.decoder.width, recipe.decoder.heads, recipe.decoder.depth
     if recipe.decoder.attention == "cross":
         block = _block(S, e, T, M, D, heads, 4 * D, casts, apart=True)
         blocks = [_held(recipe, block, S * M * D)] * depth
-        # The encoder's tokens, once for all blocks; the first one's queries lie in one tensor with them.
+        # The encoder's tokens count once for all blocks. The queries of the first block are in the same tensor.
         blocks[0] = blocks[0]._replace(kept=blocks[0].kept + 2 * S * T * D * FP32)
     else:
         block = _block(S, e, T + M, T + M, D, heads, 4 * D, casts)
@@ -203,23 +206,28 @@ def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list
 def _block(
     S: int, e: int, seen: int, answered: int, D: int, heads: int, mlp: int, casts: int, apart: bool = False
 ) -> Stage:
-    """A transformer block without its input: keys and values of `seen` tokens; of those `answered` for queries,
-    attention's output and log-sum-exp, the second norm's input and output, the MLP before and after GELU. `apart`: both
-    kinds pass through the first norm on their own."""
+    """Return the stage of a transformer block without its input.
+
+    It keeps keys and values of the `seen` tokens. For the `answered` tokens it keeps queries, attention's output and
+    log-sum-exp, the second norm's input and output, and the MLP before and after GELU. With `apart`, both kinds pass
+    through the first norm separately.
+    """
     of_seen = 3 * e * D + 8
     of_answered = 2 * e * D + 4 * heads + FP32 * D + e * D + 8 + 2 * e * mlp
     if apart:
         of_answered += e * D
     matrices = 4 * D * D + 2 * D * mlp
-    # Where the MLP's backward begins: the gradient of the block's output, cast, that of GELU's, and a weight's.
+    # At the start of the MLP's backward: the gradients of the block's output (cast), of GELU's output and of a weight.
     work = S * answered * (FP32 * D + (e * D if casts else 0) + e * mlp) + (FP32 + casts) * D * mlp
     kept = S * (seen * of_seen + answered * of_answered) + casts * matrices
     return Stage(kept, work, matrices + 9 * D + mlp)
 
 
 def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
-    """A block with its input of so many numbers; with checkpointing the input alone is kept, and the rest comes back in
-    backward."""
+    """Return a block's stage with its input of `numbers` numbers.
+
+    With checkpointing only the input is kept, and the rest is recomputed in backward.
+    """
     if recipe.model.checkpointing:
         return block._replace(kept=inputs * FP32, work=block.kept + block.work)
     return block._replace(kept=inputs * FP32 + block.kept)
@@ -229,17 +237,17 @@ def _objective(recipe: Recipe, batch: MicroBatch) -> tuple[Stage, Stage]:
     """Return the bytes that the terms keep from before the decoder, latents first, and from after it."""
     terms = losses(recipe.objective)
     costs = [each.cost(batch) for each in terms]
-    # A latent, its direction, and what its own backward reads.
+    # A latent, its direction, and the tensors that its backward reads.
     shared = 3 * batch.views * batch.width * FP32 if any(each.term.reads_latents for each in terms) else 0
     early = Stage(shared + sum(cost.kept_early for cost in costs), 0.0)
     return early, Stage(sum(cost.kept for cost in costs), sum(cost.work for cost in costs))
 
 
 def number_bytes(recipe: Recipe) -> int:
-    """e, the bytes of a number in the precision of the products."""
+    """Return e, the bytes of a number in the precision of the products."""
     return 2 if recipe.precision == "bf16" else FP32
 
 
 def _casts(recipe: Recipe) -> int:
-    """Bytes of the copy that autograd keeps of a weight: autocast makes one for every product, fp32 needs none."""
+    """Return the bytes per number of the copy of a weight that autograd keeps: autocast makes one, fp32 needs none."""
     return 2 if recipe.precision == "bf16" else 0

@@ -1,6 +1,7 @@
-"""`mimae plan --scaling`: a recipe on more and more GPUs, and what its steps then go to (docs/scaling.md).
+"""`mimae plan --scaling`: a recipe on growing numbers of GPUs, and the parts of its steps (docs/scaling.md).
 
-Weak scaling keeps the images of a GPU, strong scaling those of a step. The ideal is computing alone.
+Weak scaling keeps the images per GPU constant, strong scaling the images per step. The ideal is computing without
+waits.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 MOST = 1024
 """GPUs."""
 CORES = 14
-"""Assumed of a node, for each GPU."""
+"""Assumed cores of a node for each GPU."""
 CORE_RATE = 509
-"""Images that a core decodes, crops and resizes in a second: `torch` in bench/results/data-cpu.json."""
+"""Images per second that a core decodes, crops and resizes: `torch` in bench/results/data-cpu.json."""
 
 TERMS = {
     "computing": "#000000",
@@ -39,19 +40,19 @@ ENGINES = {"ddp": "#d55e00", "fsdp, a replica a node": "#0072b2", "fsdp": "#56b4
 
 
 class Point(NamedTuple):
-    """An engine on so many GPUs."""
+    """A step of an engine on a number of GPUs."""
 
     gpus: int
     row: Row
 
     @property
     def data(self) -> float:
-        """Seconds in which the loaders make the images of a step."""
+        """Seconds that the loaders need for the images of a step."""
         return self.row.recipe.schedule.batch_size / (self.gpus * CORES * CORE_RATE)
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of a step; data is made while it runs."""
+        """Return the seconds of a step. The next batch is loaded in parallel."""
         return max(self.row.seconds, self.data)
 
     @property
@@ -63,7 +64,10 @@ class Point(NamedTuple):
         return self.row.computing / self.seconds
 
     def terms(self) -> dict[str, float]:
-        """Return the seconds of a step by the keys of TERMS, hidden ones too; data is made during all others."""
+        """Return the seconds of a step by the keys of TERMS, hidden ones included.
+
+        Loading runs in parallel to the rest.
+        """
         found = dict.fromkeys(TERMS, 0.0) | {"computing": self.row.computing, "data": self.data}
         for each in self.row.traffic:
             if each.what in OF_OBJECTIVE:
@@ -76,8 +80,11 @@ class Point(NamedTuple):
 
 
 def points(recipe: Recipe, engine: str, fleet: Fleet, count: Parameters, images: int | None) -> list[Point]:
-    """An engine of ENGINES on whole nodes, from one to MOST GPUs, where it fits. `images`: of a GPU and step (weak
-    scaling); None: those of the recipe's step (strong). Where these do not fit at once, they are split."""
+    """Return the points of an engine of ENGINES on whole nodes, from one to MOST GPUs, if it fits.
+
+    `images` is the number of images per GPU and step (weak scaling); None stands for the recipe's images per step
+    (strong scaling). Images that do not fit at once are split into micro-batches.
+    """
     found, gpus = [], fleet.per_node
     while gpus <= MOST:
         replicas = gpus // fleet.per_node if engine == "fsdp, a replica a node" else 1
@@ -90,7 +97,7 @@ def points(recipe: Recipe, engine: str, fleet: Fleet, count: Parameters, images:
 
 
 def _fitting(recipe: Recipe, batch: int, layout: Layout, fleet: Fleet, count: Parameters) -> Row | None:
-    """The fewest micro-batches that fit, of powers of two."""
+    """Return the smallest power of two of micro-batches that fits."""
     accumulate = 1
     while batch % (fleet.gpus * accumulate) == 0:
         schedule = recipe.schedule.model_copy(update={"batch_size": batch, "accumulate": accumulate})
@@ -102,8 +109,10 @@ def _fitting(recipe: Recipe, batch: int, layout: Layout, fleet: Fleet, count: Pa
 
 
 def report(recipe: Recipe, fleet: Fleet, name: str, path: Path) -> str:
-    """Draw both kinds of scaling into `path`; the figures as text. `name` heads the picture. Raises UserError where
-    there is nothing to draw."""
+    """Draw both kinds of scaling into the file `path` with the title `name`, and return the figures as text.
+
+    Raises UserError if there is nothing to draw.
+    """
     engine = "fsdp, a replica a node" if recipe.engine.replicas > 1 else recipe.engine.kind
     if engine not in ENGINES:
         raise UserError(f"engine.kind={engine}: scaling is drawn for ddp and fsdp")
@@ -145,7 +154,7 @@ def _assumed(fleet: Fleet) -> str:
 
 
 def _draw(found: dict[str, dict[str, list[Point]]], engine: str, fleet: Fleet, title: str, path: Path) -> None:
-    """`engine`: whose steps are taken apart."""
+    """Draw the picture. `engine` is the one whose steps are divided into terms."""
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -174,14 +183,14 @@ def _draw(found: dict[str, dict[str, list[Point]]], engine: str, fleet: Fleet, t
     figure.supxlabel(_assumed(fleet), fontsize=8, color="#555555")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    # In few colours a picture takes a third.
+    # With few colours a picture takes a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _throughput(ax: Axes, engines: dict[str, list[Point]]) -> None:
     longest = max(engines.values(), key=len)
     ideal = [point.row.recipe.schedule.batch_size / point.row.computing for point in longest]
-    ax.plot(_gpus(longest), ideal, "--", color="#888888", label="ideal: computing alone")
+    ax.plot(_gpus(longest), ideal, "--", color="#888888", label="ideal: computing only")
     for engine, line in engines.items():
         ax.plot(_gpus(line), [p.images_per_s for p in line], "o-", ms=4, color=ENGINES[engine], label=engine)
     best = max((line[-1] for line in engines.values() if line), key=lambda point: point.images_per_s)

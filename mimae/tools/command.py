@@ -1,4 +1,4 @@
-"""The arguments of the verbs that look at a machine, a data set or a run."""
+"""Arguments of the commands that inspect a machine, a data set or a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import typer
 
 
 def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> None:
-    """Tell where a run stands.
+    """Report the state of a run.
 
-    Whether it is at work, how far it is, and what it saved.
+    Shows if it is running, its progress, and its last checkpoint.
     """
     from mimae.tools.status import look
 
@@ -24,15 +24,15 @@ def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Report what this machine has and what can be used of it.
+    """Report what this machine has, and what can be used.
 
-    Versions, GPUs, the implementation of each op and why, back ends and what keeps them.
+    Shows versions, GPUs, the implementation of each op with the reason, back ends, and obstacles to their use.
     """
     from contextlib import redirect_stdout
 
     from mimae.tools.doctor import examine
 
-    with redirect_stdout(sys.stderr):  # packages greet as they are imported
+    with redirect_stdout(sys.stderr):  # Some packages print a greeting when they are imported.
         report = examine()
     if as_json:
         print(json.dumps(report, indent=2))
@@ -45,14 +45,14 @@ def doctor(
 
 
 def show(
-    path: Annotated[str, typer.Argument(help="a data path, as data.path")],
+    path: Annotated[str, typer.Argument(help="a data path, as in data.path")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="the picture")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="file for the picture")] = Path("samples.png"),
     recipe: Annotated[str | None, typer.Option(help="path or name of a recipe [default: default settings]")] = None,
-    images: Annotated[int, typer.Option(help="samples to show", min=1, max=256)] = 8,
-    epoch: Annotated[int, typer.Option(help="whose crops, flips and masks", min=0)] = 0,
+    images: Annotated[int, typer.Option(help="number of samples to show", min=1, max=256)] = 8,
+    epoch: Annotated[int, typer.Option(help="epoch of the crops, flips and masks", min=0)] = 0,
 ) -> None:
-    """Draw samples as a recipe cuts them, with their masks."""
+    """Draw samples as a recipe crops them, with their masks."""
     from mimae.config.load import load_recipe
     from mimae.data.loading.batch import DataError
     from mimae.tools.show import show
@@ -73,9 +73,9 @@ def replay(
     run: Annotated[Path, typer.Argument(help="the run's directory")],
     step: Annotated[int, typer.Option(help="the optimizer step, as in metrics.jsonl", min=1)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of this machine")] = None,
-    split: Annotated[int, typer.Option(help="parts of each micro-batch, where memory is short", min=1)] = 1,
+    split: Annotated[int, typer.Option(help="number of parts of each micro-batch, to save memory", min=1)] = 1,
 ) -> None:
-    """Run one step of a run again, and find what is not finite.
+    """Run one step of a run again, and find values that are not finite.
 
     Exits with 1 if anything in the step is not finite.
     """
@@ -88,12 +88,12 @@ def replay(
     from mimae.tools.replay import HERE, logged, replay, report
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
     recipe = load_run(run, [*HERE, *(overrides or ())], {"run": {"dir": str(run)}})
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
-        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ from its")
+        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ")
     findings = replay(recipe, step)
     name = f"replay/step-{step:08d}.png"
     say(report(findings, logged(run, step)))
@@ -109,27 +109,28 @@ def convert(
     source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a universal checkpoint")],
     target: Annotated[Path, typer.Argument(help="a folder for the universal checkpoint, or a run with a config.yaml")],
     adam: Annotated[
-        Literal["torch", "deepspeed"], typer.Option(help="whose AdamW will go on with the universal checkpoint")
+        Literal["torch", "deepspeed"],
+        typer.Option(help="owner of the AdamW that will continue from it"),
     ] = "torch",
 ) -> None:
-    """Convert a checkpoint to DeepSpeed's universal one, or back.
+    """Convert a checkpoint to DeepSpeed's universal format, or back.
 
-    What SOURCE is decides which of the two.
+    The kind of SOURCE decides the direction.
     """
     from mimae.errors import CheckpointError
     from mimae.tools.convert import read, root_of, write
 
     if root_of(source) is not None:
-        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} goes on from there")
+        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} continues from there")
     elif (source / "latest").is_file() and not (source / "config.yaml").exists():
         raise CheckpointError(
-            f"{source} is DeepSpeed's own checkpoint: make it universal first, with python -m "
+            f"{source} is DeepSpeed's own checkpoint: convert it first, with python -m "
             "deepspeed.checkpoint.ds_to_universal"
         )
     else:
         written = write(source, target, adam)
         print(
             f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
-            f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) goes on from there, and returns "
+            f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) continues there, and returns "
             "the buffers in the client state"
         )

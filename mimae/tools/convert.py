@@ -1,13 +1,13 @@
-"""`mimae convert`: a checkpoint of a run as a universal one of DeepSpeed, and back.
+"""`mimae convert`: conversion of a run's checkpoint to DeepSpeed's universal format, and back.
 
     FOLDER/latest_universal                    the name of TAG
-    FOLDER/TAG/zero/NAME/                      of a parameter: fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt
-    FOLDER/TAG/zero/optimizer_state.pt         what DeepSpeed asks of the optimizer as a whole
-    FOLDER/TAG/mp_rank_00_model_states.pt      buffers and counts; under the name that stage 3 looks for, too
-    FOLDER/TAG/average/NAME.pt                 the moving average of the weights, which DeepSpeed does not know
+    FOLDER/TAG/zero/NAME/                      tensors of a parameter: fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt
+    FOLDER/TAG/zero/optimizer_state.pt         DeepSpeed's state of the optimizer as a whole
+    FOLDER/TAG/mp_rank_00_model_states.pt      buffers and counts; also under the name that stage 3 uses
+    FOLDER/TAG/average/NAME.pt                 the moving average of the weights, which DeepSpeed ignores
 
-DeepSpeed's `ds_to_universal` makes the same of what its own engine saved. Tensors pass through memory one at a time,
-and no pickled code is run.
+DeepSpeed's `ds_to_universal` makes the same layout from checkpoints of its own engine. One tensor at a time is in
+memory, and no pickled code is run.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from mimae.optim.schedule import total_steps
 from mimae.outside.files import write_atomically
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
-"""DeepSpeed's names of a parameter's tensors -> those of a checkpoint, before the parameter's name."""
+"""DeepSpeed's names of a parameter's tensors, and the prefixes of their names in a checkpoint."""
 
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 Adam = Literal["torch", "deepspeed"]
-"""Owner of the AdamW that continues: torch counts steps in a tensor, DeepSpeed in an int."""
+"""Owner of the AdamW that continues: torch's step count is a tensor, DeepSpeed's an int."""
 
 _VERSION = "0.19.8"
-"""The DeepSpeed whose format this is."""
+"""DeepSpeed version of the format."""
 
 
 def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
-    """Write FOLDER/TAG of a run's newest whole checkpoint, or of one checkpoint directory; return it.
+    """Write FOLDER/TAG from a run's newest usable checkpoint, or from one checkpoint directory; return its path.
 
-    Raises CheckpointError where there is none, no step was taken in it, FOLDER is a run or has TAG, or it does not fit:
-    nothing is left that looks whole.
+    Raises CheckpointError if there is no checkpoint, it has no steps, FOLDER is a run or has TAG, or the disk is too
+    full. In these cases no complete TAG is left.
     """
     run, found = checkpoint.locate(source)
     if (folder / "config.yaml").exists():
-        raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a folder of its own")
+        raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a separate folder")
     recipe = load_run(run)
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
-        raise CheckpointError(f"{target} is there already")
+        raise CheckpointError(f"{target} exists already")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -74,7 +74,7 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
         temporary.rename(target)
         checkpoint.sync(folder)
         write_atomically(folder / "latest_universal", target.name)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full.
         raise CheckpointError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,8 +104,8 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
         if recipe.ema.decay:
             (target / "average").mkdir(exist_ok=True)
             torch.save(stored(f"ema.{name}", parameter.shape), target / "average" / f"{name}.pt")
-    # Stages 1 and 2 load as many groups of parameters as there are here; stage 3 gives to all the settings of the
-    # first. Groups that say nothing, as many as there can be, leave to each the settings that it has.
+    # Stages 1 and 2 load as many groups of parameters as there are here; stage 3 gives all groups the settings of the
+    # first. Empty groups, as many as there can be, leave each group its settings.
     groups: list[dict[str, Any]] = [{"params": []} for _ in model.named_parameters()]
     whole = {"state": {0: {"step": count(taken)}}, "param_groups": groups}
     optimizer = {"ds_version": _VERSION, "param_groups": groups, "optimizer_state_dict": whole}
@@ -113,7 +113,7 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
     buffers = {name: stored(f"model.{name}", buffer.shape) for name, buffer in _buffers(model).items()}
     states = {
         "module": buffers,
-        "buffers": buffers,  # DeepSpeed gives to who loads what it does not know itself
+        "buffers": buffers,  # DeepSpeed returns unknown entries to the caller that loads.
         "global_steps": found.state["step"],
         "global_samples": found.state["samples"],
         "skipped_steps": found.state["step"] - taken,
@@ -126,18 +126,19 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
 
 
 def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
-    """Make a checkpoint in RUN, which has a config.yaml, of FOLDER's last universal one, or of the one that FOLDER is;
-    returns it. Without an average there, that of the run begins with the weights, which `say` is told.
+    """Make a checkpoint in RUN, which has a config.yaml, from a universal checkpoint; return its path.
 
-    Raises CheckpointError where it is not one of the run's model, is no newer than what RUN has, or does not fit.
+    FOLDER is a universal checkpoint or contains some; then the last one is taken. If it has no average, the average of
+    the run begins with the weights, which is reported through `say`. Raises CheckpointError if it does not belong to
+    the run's model, is not newer than the checkpoints of RUN, or the disk is too full.
     """
     if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run} is no run directory: no config.yaml, which a run of the same recipe has")
+        raise CheckpointError(f"{run} is not a run directory: no config.yaml, which a run of the same recipe has")
     recipe, root = load_run(run), root_of(folder)
     if root is None or not (root / "zero").is_dir():
         raise CheckpointError(
-            f"{folder} is no universal checkpoint: it has no zero/, and no latest_universal with the name of a folder "
-            "that has one"
+            f"{folder} is not a universal checkpoint: it has no zero/, and no latest_universal that names a folder "
+            "with one"
         )
     source, model = open_source(recipe.data.path, settings=recipe.data), outline(recipe)
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
@@ -148,10 +149,10 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file} is not of the model in {run / 'config.yaml'}: {error}") from error
     if not 0 <= skipped < step:
-        raise CheckpointError(f"{file} counts {step} steps, {skipped} of them skipped: there is none to go on from")
-    # DeepSpeed's converter makes folders of buffers, too.
+        raise CheckpointError(f"{file} has {step} steps, {skipped} of them skipped: there is no step to continue from")
+    # DeepSpeed's converter also makes folders for buffers.
     if unknown := {path.name for path in (root / "zero").glob("*") if path.is_dir()} - model.state_dict().keys():
-        raise CheckpointError(f"{root} holds {min(unknown)}, which the model in {run / 'config.yaml'} has not")
+        raise CheckpointError(f"{root} has {min(unknown)}, which the model in {run / 'config.yaml'} lacks")
     has_average = (root / "average").is_dir()
     if recipe.ema.decay and not has_average:
         say(f"{root} has no average of the weights: the run's begins with the weights")
@@ -167,7 +168,7 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[str, Tensor]) -> Path:
-    """Make a checkpoint of whole tensors."""
+    """Write a checkpoint of whole tensors."""
     state = {
         "samples": step * recipe.schedule.batch_size,
         "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),
@@ -177,7 +178,7 @@ def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[st
     said: list[str] = []
     with lock(run) as check_owner:
         if newer := [name for name in checkpoint.names(run) if name >= target.name]:
-            raise CheckpointError(f"{run} has {newer[0]} already, and would go on from there; choose another run")
+            raise CheckpointError(f"{run} has {newer[0]} already and would continue from there; choose another run")
         distributed.setup()
         try:
             settings = recipe.checkpoint.model_copy(update={"background": False})
@@ -191,7 +192,7 @@ def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[st
 
 
 def root_of(folder: Path) -> Path | None:
-    """FOLDER/TAG of FOLDER, which may be it itself; None where it is neither."""
+    """Return the universal checkpoint at `folder`: itself or its last TAG. None if it is neither."""
     latest = folder / "latest_universal"
     if (folder / "zero").is_dir():
         return folder
@@ -208,16 +209,16 @@ def _read(file: Path) -> Any:
     """Return what torch saved, with tensors mapped from the file. Raises CheckpointError."""
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of a file that is torn or something else: any
+    except Exception as error:  # A broken file can raise anything.
         raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _shaped(file: Path, shape: torch.Size) -> Tensor:
-    """A parameter's tensor, which stage 3 saves flat. Raises CheckpointError."""
+    """Return a parameter's tensor, which stage 3 saves flat. Raises CheckpointError."""
     found = _read(file)
     tensor = found.get("param") if isinstance(found, dict) else found
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"{file} holds no tensor of a parameter")
+        raise CheckpointError(f"{file} does not contain a tensor of a parameter")
     if tensor.shape not in (shape, (shape.numel(),)):
-        raise CheckpointError(f"{file} holds {tuple(tensor.shape)}, and the run's model has {tuple(shape)}")
+        raise CheckpointError(f"{file} has shape {tuple(tensor.shape)}, and the run's model has {tuple(shape)}")
     return tensor.float().view(shape)

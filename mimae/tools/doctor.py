@@ -1,6 +1,6 @@
-"""`mimae doctor`: reports what this machine has, and what the parts of the system can use of it.
+"""`mimae doctor`: a report of this machine, and of what each part of the system can use.
 
-A package that is installed may still be broken: whatever goes wrong in asking it becomes a line of the report.
+An installed package may still be broken: any error while it is examined becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mimae.model import attention
 from mimae.optim.adamw import IMPLEMENTATIONS
 
 Section = dict[str, str]
-"""Findings in words, by the subject."""
+"""Findings as text, by subject."""
 
 OPS = [
     name
@@ -34,7 +34,7 @@ USABLE = "usable"
 
 
 def examine() -> dict[str, Section]:
-    """The report by section. Uses the first GPU where there is one. Raises nothing that a package raises."""
+    """Return the report by section. Uses the first GPU if there is one. Errors of packages are reported, not raised."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return {
         "versions": {
@@ -64,7 +64,7 @@ def examine() -> dict[str, Section]:
 def _told(ask: Callable[..., str], *about: object) -> str:
     try:
         return ask(*about)
-    except Exception as error:  # of a package that is installed and broken: any
+    except Exception as error:  # A broken package can raise anything.
         return f"broken: {_in_a_line(error)}"
 
 
@@ -98,7 +98,10 @@ def _machine() -> Section:
 def _why_no_gpu() -> str:
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # what torch raises without a driver, or built without CUDA
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # There is no driver, or torch is built without CUDA.
         return str(error).split(". ")[0]
     return "CUDA sees no device"
 

@@ -1,7 +1,7 @@
-"""`mimae replay RUN --step S`: one step of a run once more, alone and looked at closely, in one process.
+"""`mimae replay RUN --step S`: one step of a run again, in one process and with diagnostics.
 
-A process takes the global batch in the micro-batches of the run, so that all losses are those of the run but for
-rounding, whatever its ranks and its engine were.
+The process takes the global batch in the micro-batches of the run. So all losses equal those of the run up to rounding,
+for any number of ranks and any engine.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mimae.train.tasks.pretrain import Pretrain
 from mimae.weights.open import open_source
 
 PICTURED = 32
-"""Samples in the picture, those with the largest L_rec."""
+"""Number of samples in the picture: those with the largest L_rec."""
 
 LISTED = 10
-"""Names that are printed of a longer list."""
+"""Largest number of names that are printed of a list."""
 
 HERE = (
     *("engine.kind=ddp", "engine.replicas=1", "engine.offload=none", "engine.offload_path=null"),
     *("optimizer.impl=auto", "compile=off", "data.workers=0", "data.cache=null"),
 )
-"""Overrides for one process on any machine: no weight depends on them, but for rounding."""
+"""Overrides for one process on any machine. Weights depend on them only through rounding."""
 
 
 class Findings(NamedTuple):
@@ -54,7 +54,7 @@ class Findings(NamedTuple):
     gradients: list[str]
     """Parameters whose gradient is not finite."""
     module: str | None
-    """The first whose output is not finite."""
+    """First module whose output is not finite."""
     rec: dict[int, float]
     """L_rec by sample id."""
     picture: bytes
@@ -66,8 +66,10 @@ class Findings(NamedTuple):
 
 
 def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findings:
-    """Run optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it; write
-    nothing. Raises UserError."""
+    """Run optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it.
+
+    Writes no files. Raises UserError.
+    """
     device = distributed.setup()
     try:
         task = Pretrain(recipe)
@@ -78,7 +80,7 @@ def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findi
 
 
 class _Replay:
-    """The parts of a run that a step needs."""
+    """Parts of a run that are needed for a step."""
 
     def __init__(self, task: Pretrain, device: torch.device) -> None:
         self.task, self.recipe, self.device = task, task.recipe, device
@@ -117,44 +119,44 @@ class _Replay:
         return Findings(shown, norm, weights, gradients, next(iter(module), None), rec, self._picture(batches, rec))
 
     def _load(self, step: int, say: Callable[[str], None]) -> int:
-        """Take the newest whole state before a step; return the steps that it has behind it."""
+        """Load the newest usable state before a step; return the number of steps before it."""
         for done, path in _states(Path(self.recipe.run.dir), step):
             try:
                 found = checkpoint.load(path)
             except checkpoint.CheckpointError as error:
-                say(f"{error}; trying the one before")
+                say(f"{error}; trying the previous one")
                 continue
             if found.state["data"] != self.task.source.fingerprint:
                 raise UserError(
-                    f"data.path={self.recipe.data.path} does not hold the images of the run; on another machine say "
-                    "where they are: data.path=..."
+                    f"data.path={self.recipe.data.path} does not hold the images of the run; on another machine give "
+                    "their path: data.path=..."
                 )
             try:
                 self.engine.load(found.path)
             except checkpoint.CheckpointError as error:
-                say(f"{error}; trying the one before")
+                say(f"{error}; trying the previous one")
                 continue
             say(f"from {path}")
             return done
-        say("from the initial weights: no state before this step is left")
+        say("from the initial weights: no state from before this step exists")
         if (init := self.recipe.model.init) is not None and self.task.weights is None:
             self.task.weights = open_source(init)
             self.task.start(self.model, self.engine.parts)
         return 0
 
     def _batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step."""
+        """Yield the micro-batches of a step."""
         epoch, place = divmod(step - 1, self.loader.steps_per_epoch)
         batches = self.loader.epoch(epoch, place)
         found = []
         for _ in range(self.recipe.schedule.accumulate):
             batch = next(batches).to(self.device)
-            # Its memory may be the loader's, for the batch after it.
+            # The loader may reuse the batch's memory for the next batch.
             found.append(replace(batch, images=batch.images.clone()))
         return found
 
     def _backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Gradients of a step, and its losses: means over the micro-batches."""
+        """The gradients and losses of a step; losses are means over the micro-batches."""
         losses: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             with self.engine.accumulate(is_last=i == len(batches) - 1):
@@ -165,7 +167,7 @@ class _Replay:
         return losses
 
     def _step(self, step: int, losses: dict[str, Tensor]) -> float:
-        """Take the step; return the norm of its gradient."""
+        """Apply the step; return the norm of its gradient."""
         factor = schedule_factor(self.recipe.schedule, step - 1, self.loader.steps_per_epoch, self.task.peak)
         result = self.engine.step(factor)
         self.task.stepped(self.model, losses, result.skipped)
@@ -173,7 +175,7 @@ class _Replay:
 
     @torch.no_grad()
     def _rec(self, batch: Batch) -> dict[int, float]:
-        """L_rec of each sample, by its id."""
+        """Return L_rec of each sample, by id."""
         return dict(zip(batch.sample_ids.tolist(), self.task.sample_losses(self.model, batch), strict=True))
 
     def _picture(self, batches: list[Batch], rec: dict[int, float]) -> bytes:
@@ -189,8 +191,10 @@ class _Replay:
 
 
 def _states(run: Path, step: int) -> list[tuple[int, Path]]:
-    """(steps done, state) of all that a run has from before a step, the newest first. One that was kept when steps were
-    skipped holds for each of them."""
+    """Yield (steps done, path) of all states of a run from before a step, newest first.
+
+    A state that was kept when steps were skipped is valid for each of them.
+    """
     found = []
     for folder in (run, run / "nonfinite"):
         for name in contents.names(folder):
@@ -206,7 +210,7 @@ def _states(run: Path, step: int) -> list[tuple[int, Path]]:
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """A list that gets the names of the modules whose outputs are not finite, in the order in which they return."""
+    """Yield a list that collects the names of modules whose outputs are not finite, in the order of their returns."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -226,7 +230,7 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
 
 
 def report(findings: Findings, logged: dict[str, Any] | None) -> str:
-    """Return the findings in words; `logged`: the run's line of metrics.jsonl for this step, if there is one."""
+    """Return the findings as text. `logged` is the run's line of metrics.jsonl for this step, if there is one."""
     lines = []
     for key, value in (findings.losses | {"grad_norm": findings.grad_norm}).items():
         then = "" if logged is None else f"   in the run {_number(logged.get(key))}"
@@ -254,5 +258,5 @@ def _names(what: str, names: list[str]) -> list[str]:
 
 
 def logged(run: Path, step: int) -> dict[str, Any] | None:
-    """The run's own record of a step."""
+    """Return the run's record of a step."""
     return next((record for record in records.read(Folder(run), "metrics.jsonl") if record["step"] == step), None)

@@ -1,4 +1,4 @@
-"""`mimae data show`: what a recipe makes of a data set, to look at before a run."""
+"""`mimae data show`: a picture of the samples that a recipe cuts from a data set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mimae.telemetry import pictures
 
 
 def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
-    """A PNG with a row for each of the first `images` samples of an epoch, and their batch: the centre of the image,
-    the sample that is cut from it, each of its views. Raises DataError."""
+    """Return a PNG with a row for each of the first `images` samples of an epoch, and their batch.
+
+    A row has the centre of the image, the sample that is cut from it, and each of its views. Raises DataError.
+    """
     source = open_source(recipe.data.path, settings=recipe.data)
     data = recipe.data.model_copy(update={"workers": 0})
     count = min(images, sum(share.draws for share in source.shares))
@@ -30,7 +32,7 @@ def show(recipe: Recipe, images: int, epoch: int = 0) -> tuple[bytes, Batch]:
 
 
 def masked(images: Tensor, visible: Tensor, patch: int) -> Tensor:
-    """images uint8 (B, H, W, 3), visible (B, N, K) -> (B, N, H, W, 3): each view's patches, grey for the others."""
+    """Return the views (B, N, H, W, 3) of images uint8 (B, H, W, 3) with visible (B, N, K); hidden patches are grey."""
     grid = Grid.of(images.shape[1:3], patch)
     seen = torch.zeros(len(images), visible.shape[1], grid.patches, dtype=torch.bool)
     seen = seen.scatter_(2, visible.long(), True).unflatten(2, (grid.rows, grid.columns))

@@ -19,11 +19,10 @@ from mimae.telemetry import records
 
 
 def look(run: Path) -> dict[str, str]:
-    """Return what to tell of a run, by heading, whatever state its files are in. Raises UserError where there is no
-    run."""
+    """Return the report on a run by heading, whatever state its files are in. Raises UserError if there is no run."""
     try:
         if not (run / "config.yaml").is_file():
-            raise UserError(f"{run} is not the directory of a run: it has no config.yaml")
+            raise UserError(f"{run} is not a run directory: it has no config.yaml")
         return {heading: printable(told) for heading, told in _look(run, Folder(run)).items()}
     except OSError as error:
         raise UserError(f"{run} cannot be read: {error.strerror}") from error
@@ -42,7 +41,7 @@ def _look(run: Path, folder: Folder) -> dict[str, str]:
         rate, wait = _number(last, "images_per_s"), _number(last, "data_wait")
         if rate is not None:
             told["speed"] = f"{rate:,.0f} images/s"
-            told["speed"] += "" if wait is None else f", {100 * wait:.1f} % of it waiting for data"
+            told["speed"] += "" if wait is None else f", {100 * wait:.1f} % of the time waiting for data"
     if epoch and (knn := _number(epoch, "knn")) is not None:
         told["kNN"] = f"{knn:.3f} after epoch {epoch.get('epoch')}"
     told["saved"] = _saved(run)
@@ -57,7 +56,7 @@ def _state(run: Path, last: dict[str, Any] | None) -> str:
         return f"running, {holder}"
     found = contents.names(run)
     if not found:
-        return "not running, nothing saved; the same command begins anew"
+        return "not running, nothing saved; the same command starts from the beginning"
     broken = ""
     for name in found:
         try:
@@ -70,25 +69,27 @@ def _state(run: Path, last: dict[str, Any] | None) -> str:
             return f"finished after {steps:,} steps{broken}"
         lost = last["step"] - step if last else 0
         again = f", and repeats the {lost:,} after it" if lost > 0 else ""
-        return f"not running; the same command goes on from step {step:,} of {steps:,}{again}{broken}"
+        return f"not running; the same command resumes from step {step:,} of {steps:,}{again}{broken}"
     return f"not running; none of the {len(found)} checkpoints can be used{broken}"
 
 
 def _saved(run: Path) -> str:
-    """Return the newest checkpoint, and what is wrong with the pointer to it."""
+    """Return a text that names the newest checkpoint, and a fault of `latest`."""
     found, latest = contents.names(run), contents.read_latest(run)
     if not found:
-        return "nothing yet" if latest is None else f"nothing: latest names {latest}, which is not there"
+        return "nothing yet" if latest is None else f"nothing: latest names {latest}, which does not exist"
     newest = run / "checkpoints" / found[0]
     told = f"{found[0]}, {_ago(newest)}"
     if latest is None:
-        return f"{told}; the file latest says nothing, and is not needed"
-    return told if latest in found else f"{told}; latest names {latest}, which is not there"
+        return f"{told}; the file latest is missing or empty, and is not needed"
+    return told if latest in found else f"{told}; latest names {latest}, which does not exist"
 
 
 def _holder(file: Path) -> str | None:
-    """Return the process that holds the run, as it wrote itself down; None where nobody does. For another host's this
-    waits some seconds, for a sign of life."""
+    """Return the process that owns the run, as it is named in the lock file, or None if there is none.
+
+    For a process of another host this waits some seconds for a sign of life.
+    """
     owner = lock.read(file)
     try:
         opened = Folder(file.parent).open(file.name, os.O_RDONLY)
@@ -104,7 +105,7 @@ def _holder(file: Path) -> str | None:
 
 
 def _last(folder: Folder, name: str) -> dict[str, Any] | None:
-    """Return the last whole record of a file."""
+    """Return the last complete record of a file."""
     return next(reversed([*records.read(folder, name, 1 << 18, tail=True)]), None)
 
 
@@ -115,7 +116,7 @@ def _number(record: dict[str, Any], key: str) -> float | None:
 
 
 def _count(folder: Folder, name: str) -> int | None:
-    """Return the lines of a file; None where it cannot be read."""
+    """Return the lines of a file, or None if it cannot be read."""
     try:
         with os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
             return sum(1 for _ in file)

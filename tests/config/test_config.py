@@ -286,7 +286,7 @@ def test_text_that_a_run_could_not_keep() -> None:
     [
         (b"data:\n  path: [a\nseed: 1\n", "bad.yaml:3: not YAML: expected ',' or ']'"),
         (b"data:\n\tpath: a\n", "bad.yaml:2: not YAML: found character '\\t'"),
-        (b"\x89PNG\r\n\x1a\n\x00", "bad.yaml: cannot be read: byte 0 is no UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\x00", "bad.yaml: cannot be read: byte 0 is not UTF-8"),
         (b"import torch\n", "bad.yaml: text or a list, not a recipe"),
         (b"- seed\n", "bad.yaml: text or a list, not a recipe"),
         (b"# nothing\n", "bad.yaml: empty, not a recipe"),

@@ -319,7 +319,7 @@ def test_classes_go_by_name_where_folders_have_them() -> None:
 
 def test_what_the_labels_do_not_allow_is_told() -> None:
     train = Labelled("train", np.array([0, 1]), ["cat", "dog"])
-    with pytest.raises(UserError, match=r"plain has no labels.*folder of its own"):
+    with pytest.raises(UserError, match=r"plain has no labels.*separate folder"):
         shared_labels(train, Labelled("plain", None))
     with pytest.raises(UserError, match=r"test holds 1 classes that the training set train lacks, emu"):
         shared_labels(train, Labelled("test", np.array([0, 1]), ["cat", "emu"]))
@@ -422,7 +422,7 @@ def test_a_run_without_test_images_or_labels_is_told(run: Path, tmp_path: Path) 
     Image.new("RGB", (8, 8)).save(flat / "one.png")
     with pytest.raises(UserError, match=r"flat has no labels"):
         probe.probe(copied, test=str(flat))
-    with pytest.raises(UserError, match=r"a probe needs 5 a class, 15"):
+    with pytest.raises(UserError, match=r"a probe needs 5 for each class, 15"):
         probe.probe(run, images=14)
 
 

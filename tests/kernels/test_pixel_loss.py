@@ -222,8 +222,8 @@ def test_float64_is_left_to_plain_pytorch() -> None:
     [
         ({"predictions": torch.zeros(2, 12, 48)}, r"predictions are \(B, N, M, 3P\^2\)"),
         ({"predictions": torch.zeros(2, 3, 4, 48, dtype=torch.int32)}, "floating point"),
-        ({"predictions": torch.zeros(2, 3, 4, 49)}, "49 pixel values are of no patch"),
-        ({"predictions": torch.zeros(2, 3, 4, 0)}, "0 pixel values are of no patch"),
+        ({"predictions": torch.zeros(2, 3, 4, 49)}, "49 pixel values do not fit a patch"),
+        ({"predictions": torch.zeros(2, 3, 4, 0)}, "0 pixel values do not fit a patch"),
         ({"predictions": torch.zeros(2, 3, 5, 48)}, "do not fit"),
         ({"images": torch.zeros(2, 8, 12, 3)}, r"images are \(B, H, W, 3\), uint8"),
         ({"images": torch.zeros(2, 3, 8, 12, dtype=torch.uint8)}, r"images are \(B, H, W, 3\), uint8"),

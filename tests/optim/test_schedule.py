@@ -60,9 +60,9 @@ def test_constant_stays() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"shape": "constant", "floor": 1e-6}, "floor is a setting of shape=cosine and shape=linear"),
-        ({"shape": "steps"}, "drop_epochs and shape=steps need each other"),
-        ({"drop_epochs": [3.0]}, "drop_epochs and shape=steps need each other"),
+        ({"shape": "constant", "floor": 1e-6}, "floor applies to shape=cosine and shape=linear"),
+        ({"shape": "steps"}, "drop_epochs and shape=steps go together"),
+        ({"drop_epochs": [3.0]}, "drop_epochs and shape=steps go together"),
     ],
 )
 def test_a_key_of_another_shape_is_refused(settings: dict[str, Any], told: str) -> None:

@@ -47,7 +47,7 @@ def test_no_link_is_followed(tmp_path: Path, victim: Path, write: str) -> None:
 
 @pytest.mark.parametrize("name", ["../victim/file", "..", "", "images/../../victim/file"])
 def test_no_name_leads_outside(tmp_path: Path, victim: Path, name: str) -> None:
-    with pytest.raises(OSError, match="no name inside"):
+    with pytest.raises(OSError, match="not a name inside"):
         Folder(tmp_path / "run").replace(name, "new")
     assert (victim / "file").read_text() == "precious\n"
 
@@ -59,7 +59,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, victim: Path
     for name in ("fifo", "folder"):
         with pytest.raises(OSError):
             WRITES[write](Folder(tmp_path / "run"), name)
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         Folder(tmp_path / "run").read("fifo", 10)
 
 
@@ -137,7 +137,7 @@ def test_a_renamed_directory_is_followed(tmp_path: Path) -> None:
     folder.append("lines", b"one\n")
     assert not folder.locate() and folder.path == tmp_path / "b"
     assert (tmp_path / "b/lines").exists() and not list((tmp_path / "a").iterdir())
-    assert len(told) == 1 and f"renamed while training; the run goes on in {tmp_path / 'b'}" in told[0]
+    assert len(told) == 1 and f"renamed while training; the run continues in {tmp_path / 'b'}" in told[0]
 
 
 def test_a_deleted_directory_is_made_anew_with_what_lasts(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_deleted_directory_is_made_anew_with_what_lasts(tmp_path: Path) -> Non
     assert folder.locate() and not folder.locate()
     folder.append("lines", b"one\n")
     assert sorted(path.name for path in (tmp_path / "runs/a").iterdir()) == ["config.yaml", "lines"]
-    assert len(told) == 1 and "deleted while training; it is made anew" in told[0]
+    assert len(told) == 1 and "deleted while training; it is made again" in told[0]
 
 
 def test_another_directory_in_the_place_of_a_deleted_one_is_left_alone(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_an_error_keeps_its_lines_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"x" * 11, "more than the 10 bytes"),
+        (b"x" * 11, "more than 10 bytes"),
         ("é".encode("utf-16"), "UTF-16"),
-        (b"a\xff", "byte 1 is no UTF-8"),
+        (b"a\xff", "byte 1 is not UTF-8"),
     ],
 )
 def test_texts_that_are_refused(tmp_path: Path, data: bytes, said: str) -> None:

@@ -97,21 +97,21 @@ def test_what_cannot_be_converted_is_told(run: Path, tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(CheckpointError, match=r"neither a run directory nor a checkpoint of one"):
         universal.write(empty, tmp_path / "u")
-    with pytest.raises(CheckpointError, match="is no run directory"):
+    with pytest.raises(CheckpointError, match="is not a run directory"):
         universal.read(tmp_path / "u", empty)
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         universal.write(_beside(run, "fresh"), tmp_path / "u")
     with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
         universal.read(empty, run)
     universal.write(run, tmp_path / "u")
-    with pytest.raises(CheckpointError, match="global_step3 is there already"):
+    with pytest.raises(CheckpointError, match="global_step3 exists already"):
         universal.write(run, tmp_path / "u")
     with pytest.raises(CheckpointError, match="has step-00000003 already"):
         universal.read(tmp_path / "u", run)
     with pytest.raises(CheckpointError, match="is a run directory; give"):
         universal.write(run, run)
     (empty / "latest").write_text("global_step3")
-    with pytest.raises(CheckpointError, match="make it universal first"):
+    with pytest.raises(CheckpointError, match="convert it first"):
         command.convert(empty, run)
     (empty / "latest_universal").write_text("global_step4")
     with pytest.raises(CheckpointError, match="it has no zero/, and no latest_universal"):
@@ -127,12 +127,16 @@ def _narrower(states: dict[str, Any]) -> dict[str, Any]:
     [
         ("zero/NAME/exp_avg.pt", None, r"exp_avg.pt cannot be read: .*No such file"),
         ("zero/NAME/fp32.pt", lambda _: print, "cannot be read: Weights only load failed"),
-        ("zero/NAME/fp32.pt", lambda _: {"parameter": 1}, r"fp32.pt holds no tensor of a parameter"),
+        ("zero/NAME/fp32.pt", lambda _: {"parameter": 1}, r"fp32.pt does not contain a tensor of a parameter"),
         # As many numbers as the model's (24, 8), in another order.
-        ("zero/NAME/fp32.pt", lambda found: {"param": found["param"].T}, r"holds \(8, 24\), and .* has \(24, 8\)"),
-        ("zero/NAME/fp32.pt", lambda found: {"param": found["param"][1:]}, r"holds \(23, 8\), and .* has \(24, 8\)"),
+        ("zero/NAME/fp32.pt", lambda found: {"param": found["param"].T}, r"has shape \(8, 24\), and .* has \(24, 8\)"),
+        (
+            "zero/NAME/fp32.pt",
+            lambda found: {"param": found["param"][1:]},
+            r"has shape \(23, 8\), and .* has \(24, 8\)",
+        ),
         ("average/NAME.pt", None, r"NAME.pt cannot be read: .*No such file"),
-        ("zero/decoder.blocks.1.norm/fp32.pt", lambda _: {"param": torch.ones(1)}, "holds decoder.blocks.1.norm,"),
+        ("zero/decoder.blocks.1.norm/fp32.pt", lambda _: {"param": torch.ones(1)}, "has decoder.blocks.1.norm,"),
         ("mp_rank_00_model_states.pt", lambda _: [3], "is not of the model in"),
         ("mp_rank_00_model_states.pt", lambda found: {"global_steps": 3}, r"is not of the model in .*'skipped_steps'"),
         ("mp_rank_00_model_states.pt", _narrower, "is not of the model in .*invalid for input of size 1"),

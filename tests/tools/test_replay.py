@@ -127,7 +127,7 @@ def test_a_storm_keeps_the_weights_of_its_steps(
     run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends, and every step of the streak can be looked at."""
-    with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` tells.* where it begins\. "):
+    with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` shows.* where it begins\. "):
         pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]

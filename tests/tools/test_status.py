@@ -39,7 +39,7 @@ def test_a_finished_run(run: Path) -> None:
 def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
     shutil.rmtree(run / "checkpoints/step-00000004")
     (run / "latest").write_text("step-00000002\n")
-    assert "goes on from step 2 of 4, and repeats the 2 after it" in status.look(run)["state"]
+    assert "resumes from step 2 of 4, and repeats the 2 after it" in status.look(run)["state"]
     (run / "bad_samples.jsonl").write_text(json.dumps({"id": 1}) + "\n")
     assert status.look(run)["unreadable"].startswith("1, listed")
 
@@ -58,7 +58,7 @@ def test_a_run_at_work_on_another_host_is_seen_by_its_counter(run: Path, monkeyp
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not the directory of a run"):
+    with pytest.raises(UserError, match="not a run directory"):
         status.look(tmp_path)
 
 
@@ -74,10 +74,10 @@ def copy(run: Path, tmp_path: Path) -> Path:
     ("content", "told"),
     [
         (None, "step-00000002, "),
-        (b"", "says nothing, and is not needed"),
-        (b"\xff\xfe\x1b[2J", "which is not there"),
-        (b"step-00000009", "latest names step-00000009, which is not there"),
-        (b"../../victim", "latest names ../../victim, which is not there"),
+        (b"", "is missing or empty, and is not needed"),
+        (b"\xff\xfe\x1b[2J", "which does not exist"),
+        (b"step-00000009", "latest names step-00000009, which does not exist"),
+        (b"../../victim", "latest names ../../victim, which does not exist"),
     ],
 )
 def test_the_pointer_in_every_state(copy: Path, content: bytes | None, told: str) -> None:
@@ -85,7 +85,7 @@ def test_the_pointer_in_every_state(copy: Path, content: bytes | None, told: str
     if content is not None:
         (copy / "latest").write_bytes(content)
     found = status.look(copy)
-    assert "goes on from step 2 of 4" in found["state"] and told in found["saved"]
+    assert "resumes from step 2 of 4" in found["state"] and told in found["saved"]
     assert "\x1b" not in "".join(found.values())
 
 
@@ -96,7 +96,7 @@ def test_the_newest_state_torn_or_gone(copy: Path, content: str | None) -> None:
     if content is not None:
         (newest / "state.json").write_text(content)
     state = status.look(copy)["state"]
-    assert "goes on from step 2 of 4" in state and "the newest checkpoint, step-00000003, cannot be used: " in state
+    assert "resumes from step 2 of 4" in state and "the newest checkpoint, step-00000003, cannot be used: " in state
     shutil.rmtree(copy / "checkpoints/step-00000002")
     assert "none of the 1 checkpoints can be used; the newest checkpoint, step-00000003" in status.look(copy)["state"]
 
@@ -104,8 +104,8 @@ def test_the_newest_state_torn_or_gone(copy: Path, content: str | None) -> None:
 def test_no_checkpoint_is_left(copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
     found = status.look(copy)
-    assert found["state"] == "not running, nothing saved; the same command begins anew"
-    assert found["saved"] == "nothing: latest names step-00000002, which is not there"
+    assert found["state"] == "not running, nothing saved; the same command starts from the beginning"
+    assert found["saved"] == "nothing: latest names step-00000002, which does not exist"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_file_that_is_something_else(copy: Path, name: str, kind: str) -> None
         (copy / name).mkdir()
     elif kind == "device":
         (copy / name).symlink_to("/dev/zero")
-    assert "goes on from step 2 of 4" in status.look(copy)["state"]
+    assert "resumes from step 2 of 4" in status.look(copy)["state"]
 
 
 def test_a_lock_that_names_nobody(copy: Path) -> None:
