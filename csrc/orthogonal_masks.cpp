@@ -1,5 +1,5 @@
-// orthogonal_masks on the CPU, and the op for CPU and CUDA through torch's stable ABI: what is built serves every torch
-// from TORCH_TARGET_VERSION on, and every Python, since it knows of none.
+// orthogonal_masks on the CPU, and the op for CPU and CUDA through torch's stable ABI. One build works with every torch
+// from TORCH_TARGET_VERSION on, and with every Python, because it does not use Python.
 
 #include "orthogonal_masks.h"
 
@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 constexpr int RUN = 8;
 typedef int32_t Run __attribute__((vector_size(RUN * sizeof(int32_t))));
 
-// What a thread needs to draw one image after the other.
+// Work memory of a thread that draws one image after the other.
 struct Scratch {
   explicit Scratch(const Masks& m)
       : words(4 * m.word_blocks()), ends((size_t{1} << m.bucket_bits()) + 1), ranked(m.patches), view(m.patches),
@@ -32,13 +32,13 @@ struct Scratch {
   std::vector<int32_t> ends, ranked, view, next, by_view, row;
 };
 
-// visible (N, K) and hidden (N, L-K) of one image, in time linear in their size.
+// Writes visible (N, K) and hidden (N, L-K) of one image, in time linear in their size.
 void draw(const Masks& m, int64_t id, Scratch& scratch, int32_t* visible, int32_t* hidden) {
   const int32_t L = m.patches, N = m.views, K = m.visible, blocks = m.word_blocks();
   uint32_t* words = scratch.words.data();
   for (int32_t block = 0; block < blocks; ++block) mask_words(m, id, block, words + 4 * block);
 
-  // Counting sort by bucket; a bucket keeps the order of patches.
+  // Counting sort by bucket; patches in a bucket keep their order.
   const int shift = 32 - m.bucket_bits();
   int32_t *ends = scratch.ends.data(), *ranked = scratch.ranked.data();
   std::fill(scratch.ends.begin(), scratch.ends.end(), 0);
@@ -46,7 +46,7 @@ void draw(const Masks& m, int64_t id, Scratch& scratch, int32_t* visible, int32_
   for (size_t bucket = 1; bucket < scratch.ends.size(); ++bucket) ends[bucket] += ends[bucket - 1];
   for (int32_t p = 0; p < L; ++p) ranked[ends[words[p] >> shift]++] = p;
 
-  // Order inside a bucket matters only where a view ends inside it.
+  // The order inside a bucket matters only if a view ends inside it.
   for (int32_t k = 1; k <= N && k * K < L; ++k) {
     const uint32_t bucket = words[ranked[k * K]] >> shift;
     std::sort(ranked + (bucket ? ends[bucket - 1] : 0), ranked + ends[bucket], [words](int32_t p, int32_t q) {
@@ -54,7 +54,7 @@ void draw(const Masks& m, int64_t id, Scratch& scratch, int32_t* visible, int32_
     });
   }
 
-  // Counting sort by view; what no view shows comes last.
+  // Counting sort by view; patches that no view shows come last.
   int32_t *view = scratch.view.data(), *next = scratch.next.data(), *by_view = scratch.by_view.data();
   for (int32_t k = 0; k <= N; ++k) {
     const int32_t end = k < N ? (k + 1) * K : L;
@@ -64,8 +64,8 @@ void draw(const Masks& m, int64_t id, Scratch& scratch, int32_t* visible, int32_
   for (int32_t p = 0; p < L; ++p) by_view[next[view[p]]++] = p;
   std::copy(by_view, by_view + N * K, visible);
 
-  // Between two visible patches the hidden ones are consecutive. RUN of them are stored at once, however many there
-  // are: no branch to mispredict, and what is too much the next run overwrites.
+  // The hidden patches between two visible ones are consecutive. RUN of them are always stored at once: there is no
+  // branch to mispredict, and the next run overwrites the excess.
   int32_t* row = scratch.row.data();
   Run first;
   for (int i = 0; i < RUN; ++i) first[i] = i;

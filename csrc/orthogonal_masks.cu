@@ -1,5 +1,5 @@
-// orthogonal_masks on a GPU: a block draws an image, sorting in shared memory. Each id is read once, each output
-// written once, by warps that write neighbouring places. No atomic decides an order that the outputs show.
+// orthogonal_masks on a GPU: a block draws the masks of an image by a sort in shared memory. Each id is read once and
+// each output is written once, by warps that write neighbouring places. No output depends on the order of atomics.
 
 #include "orthogonal_masks.h"
 
@@ -11,20 +11,20 @@ namespace mimae {
 namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 512;
-constexpr int BLOCKS_OF_A_PROCESSOR = 4;  // of the most threads, as many as sm_80, 90 and 100 hold
+constexpr int BLOCKS_OF_A_PROCESSOR = 4;  // of the largest size; this is the limit of sm_80, 90 and 100
 constexpr uint32_t ALL_LANES = 0xFFFFFFFF;
 
-// 32 patches of a view: which of them it shows, and how many before them.
+// 32 patches of a view: a mask of those that it shows, and the number of shown patches before them.
 struct Group {
   uint32_t shown, before;
 };
 
-// What a block needs for one image, carved out of `memory`.
+// Work memory of a block for one image: parts of `memory`.
 struct Scratch {
   Group* groups;       // (N, ceil(L / 32))
-  uint32_t* words;     // (L,), and up to a multiple of 4
+  uint32_t* words;     // (L,), rounded up to a multiple of 4
   uint32_t* ends;      // (buckets,): counts, then starts, then ends
-  uint32_t* bucketed;  // (L,): patches by bucket, inside one in any order
+  uint32_t* bucketed;  // (L,): patches by bucket, in any order inside a bucket
 
   __device__ Scratch(const Masks& m, uint32_t* memory)
       : groups(reinterpret_cast<Group*>(memory)), words(memory + 2 * int64_t{m.views} * groups_of_a_view(m)),
@@ -35,11 +35,11 @@ struct Scratch {
   static MIMAE_INLINE int64_t size(const Masks& m) {
     const int64_t words = 2 * int64_t{m.views} * groups_of_a_view(m) + 4 * m.word_blocks() + (1 << m.bucket_bits()) +
                           m.patches;
-    return words + words % 2;  // the next block's groups are aligned
+    return words + words % 2;  // aligns the next block's groups
   }
 };
 
-// Counts to starts, in place, by one warp.
+// Turns counts into starts, in place, by one warp.
 __device__ void exclusive_sums(uint32_t* counts, int size) {
   uint32_t sum = 0;
   const int lane = threadIdx.x;
@@ -72,7 +72,7 @@ __device__ void draw(const Masks& m, int64_t id, const Scratch& s, int32_t* visi
   for (int p = thread; p < L; p += threads) s.bucketed[atomicAdd(&s.ends[s.words[p] >> shift], 1u)] = p;
   __syncthreads();
 
-  // A patch's rank is the start of its bucket and how many of the bucket come before it.
+  // A patch's rank is the start of its bucket plus the number of patches before it in the bucket.
   for (int p = thread; p - lane < L; p += threads) {
     int view = N;
     if (p < L) {
@@ -129,7 +129,7 @@ int64_t scratch_bytes(const Masks& m) { return Scratch::size(m) * sizeof(uint32_
 
 bool fits_shared(const Masks& m) { return scratch_bytes(m) <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// A block for each image; where each block needs a part of the workspace, as many as a GPU holds.
+// One block for each image. If blocks need parts of the workspace, there are only as many blocks as a GPU can hold.
 int64_t blocks(const Masks& m, int64_t images) {
   if (fits_shared(m)) return images;
   return std::min<int64_t>(images, BLOCKS_OF_A_PROCESSOR * attribute(cudaDevAttrMultiProcessorCount));
@@ -151,7 +151,7 @@ const char* cuda_draw(const Masks& m, int64_t images, const int64_t* ids, uint32
   config.blockDim = dim3(std::min(MOST_THREADS, Scratch::groups_of_a_view(m) * WARP));
   config.dynamicSmemBytes = in_shared ? scratch_bytes(m) : 0;
   config.stream = static_cast<cudaStream_t>(stream);
-  // The limit, not what this launch takes: another thread's launch may take more.
+  // Set the limit, not the size of this launch: another thread's launch may need more.
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   const cudaError_t outcome = cudaLaunchKernelEx(&config, kernel, m, images, ids, workspace, visible, hidden);

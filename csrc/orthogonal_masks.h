@@ -1,4 +1,4 @@
-// What orthogonal_masks shares between C++ and CUDA: the request, Philox4x32-10, the sizes of the sort.
+// Code of orthogonal_masks that C++ and CUDA share: the request, Philox4x32-10, the sizes of the sort.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ struct Masks {
   MIMAE_INLINE int32_t hidden() const { return patches - visible; }
   MIMAE_INLINE int32_t word_blocks() const { return (patches + 3) / 4; }
 
-  // Words are uniform: with as many buckets by leading bits as patches, a bucket holds about one patch. At least a
-  // warp's worth of them.
+  // Words are uniform. With as many buckets (by leading bits) as patches, a bucket has about one patch. There are at
+  // least as many buckets as threads in a warp.
   MIMAE_INLINE int bucket_bits() const {
     int bits = 5;
     while ((1 << bits) < patches) ++bits;
@@ -39,11 +39,11 @@ MIMAE_INLINE void mask_words(const Masks& m, int64_t id, uint32_t block, uint32_
   uint32_t c2 = static_cast<uint32_t>(id), c3 = static_cast<uint32_t>(static_cast<uint64_t>(id) >> 32);
   uint32_t k0 = static_cast<uint32_t>(m.seed), k1 = static_cast<uint32_t>(m.seed >> 32);
 #if defined(__CUDACC__)
-#pragma unroll 5  // all ten need more registers than a full processor has
+#pragma unroll 5  // unrolling all ten needs more registers than a full processor has
 #elif defined(__clang__)
 #pragma unroll
 #else
-#pragma GCC unroll 10  // only then does the loop around it become vectors
+#pragma GCC unroll 10  // the compiler vectorises the outer loop only with this
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
@@ -60,12 +60,12 @@ MIMAE_INLINE void mask_words(const Masks& m, int64_t id, uint32_t block, uint32_
   words[3] = c3;
 }
 
-// In orthogonal_masks.cu. Memory that the launch needs besides its outputs, in words: none where an image fits into
-// shared memory.
+// In orthogonal_masks.cu. Returns the memory that the launch needs in addition to its outputs, in words: 0 if an image
+// fits into shared memory.
 int64_t cuda_workspace(const Masks& m, int64_t images);
 
 // Draws ids (images,) into visible (images, N, K) and hidden (images, N, L-K), all on the current device, on `stream`.
-// Returns what is wrong, or nullptr.
+// Returns a description of the error, or nullptr.
 const char* cuda_draw(const Masks& m, int64_t images, const int64_t* ids, uint32_t* workspace, int32_t* visible,
                       int32_t* hidden, void* stream);
 

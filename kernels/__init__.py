@@ -1,8 +1,8 @@
-"""The ops of MI-MAE, all that anyone outside this package may import.
+"""The ops of MI-MAE: the public interface of this package.
 
-Each has a fused implementation in its module and one in plain PyTorch in `reference`; `impl` chooses, and "auto"
-takes the fused one on a GPU. Depends on torch, and on triton where it is installed. Letters in shapes: B images,
-N views, L patches, K visible, M targets, T tokens, D width, P patch size.
+Each op has a fused implementation in its module and one in plain PyTorch in `reference`; `impl` chooses, and "auto"
+takes the fused one on a GPU. The package depends on torch, and on triton if it is installed. Letters in shapes: B
+images, N views, L patches, K visible, M targets, T tokens, D width, P patch size.
 """
 
 from mimae.kernels.club import club_grad, club_terms

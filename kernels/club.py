@@ -1,12 +1,13 @@
 """CLUB and V's likelihood in linear time, one pass over the latents forward and one backward.
 
-A program owns a tile of dimensions of a share of the images and goes through their views, so that V's outputs are read
-once an image, whatever the number of views. It carries its sums in registers and leaves them behind once; a second
-kernel adds them in the order of the programs, so that equal inputs give equal bits.
+A program processes a tile of dimensions of a share of the images, view by view, so that V's outputs are read once for
+an image, whatever the number of views. It keeps its sums in registers and writes them once; a second kernel adds them
+in the order of the programs, so that equal inputs give equal bits.
 
-Traffic: forward, z, mu and log s2 once; backward, these and the three gradients once. To it come, for each dimension of
-each program, the global moments and sums (8 bytes, 16 backward) and, forward, its own two sums, written and read (16
-bytes). The share keeps them below a twentieth of the rest, so both are within 1.05 of the floor.
+Traffic: forward reads z, mu and log s2 once; backward reads these once and writes the three gradients once. In
+addition, each program moves for each dimension the global moments and sums (8 bytes, in backward 16) and, in forward,
+its own two sums, written and read (16 bytes). The size of the share keeps these below a twentieth of the rest, so both
+passes are within 1.05 of the floor.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _PROGRAMS_PER_PROCESSOR = 4
 def club_terms(
     z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CLUB's and the likelihood's sums over this rank's images, see `reference.club_terms`. fp32 results, from a z of
-    fp32, fp16 or bf16; float64 runs in plain PyTorch. Has no gradient of its own: that is `club_grad`.
+    """Return CLUB's and the likelihood's sums over this rank's images, see `reference.club_terms`.
 
-    Raises ValueError for shapes that do not fit, for no image or view, and for float64 in triton.
+    Results are fp32, from a z of fp32, fp16 or bf16; float64 runs in plain PyTorch. The op is not differentiable; its
+    gradient is `club_grad`. Raises ValueError for shapes that do not fit, for no image or view, and for float64 in
+    triton.
     """
     _check(z, mu, log_s2, mean, variance)
     if chosen("club_terms", z, impl) == "reference":
@@ -49,7 +51,7 @@ def club_grad(
     images: int,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the two sums, see `reference.club_grad`; dtypes as of `club_terms`.
+    """Return the gradients of the two sums, see `reference.club_grad`; dtypes are those of `club_terms`.
 
     Raises ValueError for shapes that do not fit, for no image or view, and for `images` fewer than z has.
     """
@@ -112,7 +114,7 @@ def _(z: Tensor, mu: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def launch_forward(
     z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches: as `club_terms`."""
+    """Run `club_terms` in two launches."""
     B, N, D = z.shape
     share = _share(z, column_bytes=24, image_bytes=N * z.element_size() + 2 * mu.element_size())
     groups, tiles = -(-B // share), -(-D // _DIMENSIONS)
@@ -167,7 +169,7 @@ def launch_backward(
     mu_inverse_sum: Tensor,
     images: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch: as `club_grad`."""
+    """Run `club_grad` in one launch."""
     B, N, D = z.shape
     image_bytes = N * (z.element_size() + 4) + 2 * (mu.element_size() + 4)
     share = _share(z, column_bytes=16, image_bytes=image_bytes)
@@ -201,12 +203,12 @@ def launch_backward(
 
 
 def _rows(of_images: Tensor) -> Tensor:
-    """V gives mu and log s2 as halves of one tensor: rows may lie apart, a row may not."""
+    """Return a tensor whose rows are contiguous. V's mu and log s2 are halves of one tensor, so rows may have gaps."""
     return of_images if of_images.stride(1) == 1 else of_images.contiguous()
 
 
 def _share(z: Tensor, column_bytes: int, image_bytes: int) -> int:
-    """Images of a program: as many as fill the GPU, and no fewer than outweigh a program's own bytes twenty times."""
+    """Return the images of a program: enough programs to fill the GPU, and 20 times the bytes of a program's sums."""
     B, _, D = z.shape
     programs = _PROGRAMS_PER_PROCESSOR * target_of(z).processors
     wanted = max(-(-20 * column_bytes // image_bytes), -(-B * -(-D // _DIMENSIONS) // programs))
@@ -218,7 +220,7 @@ def _add_up(  # type: ignore[no-untyped-def]
     z, mu, log_s2, mean, variance, sums, scalars, B, share, by_mu, by_log_s2,
     N: tl.constexpr, D: tl.constexpr, IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of `club_terms`, twice the first two, over a share of the images and a tile of dimensions."""
+    """Compute the sums of `club_terms` (the first two doubled) over a share of the images and a tile of dimensions."""
     tile, group = tl.program_id(0), tl.program_id(1)
     d = tile * DIMENSIONS + tl.arange(0, DIMENSIONS)
     inside = d < D
@@ -238,7 +240,7 @@ def _add_up(  # type: ignore[no-untyped-def]
         for n in range(N):
             y = (tl.load(z + (image * N + n) * D + d[None, :], mask=held, other=0).to(tl.float32) - centre) * scale
             square += (guess - y) * (guess - y)
-            # mu^2 - (mu - y)^2, without its cancellation.
+            # This is mu^2 - (mu - y)^2, without its cancellation.
             gain += y * (2 * guess - y)
         club += (N * spread + gain) * inverse
         nll += N * log + square * inverse
@@ -286,7 +288,7 @@ def _differentiate(  # type: ignore[no-untyped-def]
     z, mu, log_s2, mean, variance, inverse_sum, mu_inverse_sum, d_z, d_mu, d_log_s2, B, share, images, by_mu, by_log_s2,
     N: tl.constexpr, D: tl.constexpr, IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `club_grad` for a share of the images and a tile of dimensions."""
+    """Compute the gradients of `club_grad` for a share of the images and a tile of dimensions."""
     tile, group = tl.program_id(0), tl.program_id(1)
     d = tile * DIMENSIONS + tl.arange(0, DIMENSIONS)
     inside = d < D
@@ -304,7 +306,7 @@ def _differentiate(  # type: ignore[no-untyped-def]
             at = (image * N + n) * D + d[None, :]
             y = (tl.load(z + at, mask=held, other=0).to(tl.float32) - centre) * scale
             error = guess - y
-            # error / s2 pulls y to mu; the rest is the pull through the moments of y.
+            # The first part, error / s2, pulls y towards mu; the second is the gradient through the moments of y.
             tl.store(d_z + at, (error * inverse + (pull * y - push)) * scale, mask=held)
             errors += error
             squares += error * error
@@ -314,9 +316,9 @@ def _differentiate(  # type: ignore[no-untyped-def]
 
 @jit
 def _standard(mean, variance, d, inside):  # type: ignore[no-untyped-def]
-    """Mean, 1 / deviation and variance after standardising of a tile of dimensions, as rows.
+    """Return mean, 1 / deviation and variance after standardising for a tile of dimensions, as rows.
 
-    The last comes from the rounded scale: CLUB is the small difference of large sums, that have to err alike.
+    The variance uses the rounded scale: CLUB is a small difference of large sums, whose errors must cancel.
     """
     centre = tl.load(mean + d, mask=inside, other=0).to(tl.float32)
     before = tl.load(variance + d, mask=inside, other=0).to(tl.float32)

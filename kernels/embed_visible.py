@@ -1,18 +1,19 @@
-"""The encoder's input tokens: a matrix product whose left operand is read from uint8 pixels as it is needed.
+"""The encoder's input tokens: a matrix product whose left operand is converted from uint8 pixels while it is loaded.
 
-With x' = (x - 128) / 128, which bf16 and fp16 hold exactly, a normalised pixel is s_c (x' + t_c), where
-s_c = 128 / (255 std_c) and t_c = (128 - 255 mean_c) / 128 belong to its channel. So a pass over the weights multiplies
-them by s_c, in the pixels' order, and adds sum_f s_c w_f t_c to the bias; the product itself only converts bytes. The
-class token is a row without pixels. The weights' gradient is the product turned round, sums over tokens of d_token x',
-to which s_c and t_c are applied at the end.
+With x' = (x - 128) / 128, which is exact in bf16 and fp16, a normalised pixel is s_c (x' + t_c), where
+s_c = 128 / (255 std_c) and t_c = (128 - 255 mean_c) / 128 belong to its channel. So a first pass multiplies the weights
+by s_c, in the order of the pixels, and adds sum_f s_c w_f t_c to the bias; the product itself only converts bytes. The
+class token is a row without pixels. The weights' gradient is the transposed product, sums over tokens of d_token x', to
+which s_c and t_c are applied at the end.
 
-In fp32 the other operand is three bf16 numbers that add up to it, one after the other along the sum: with x' exact that
-has fp32's accuracy at half the price of three tf32 products.
+In fp32 the other operand consists of three bf16 numbers that add up to it, one after the other along the sum. Because
+x' is exact, this has fp32's accuracy at half the cost of three tf32 products.
 
-Traffic: pixels, ids and tokens pass memory once. Issued again, out of the L2 cache: pixels per tile of columns, weights
-per tile of rows, a position per token; tiles of the same rows are neighbours in the grid. Backward reads d_tokens per
-tile of features and pixels per tile of channels; the tokens are split among programs, whose sums a second kernel adds
-in order. At ViT-B in bf16, 1024 images, different bytes are 1.003 and 1.06 of the least, issued ones 4.0 and 3.7.
+Traffic: pixels, ids and tokens pass memory once. These are read again, from the L2 cache: pixels for each tile of
+columns, weights for each tile of rows, a position for each token. Tiles of the same rows are neighbours in the grid.
+Backward reads d_tokens for each tile of features and pixels for each tile of channels; the tokens are split among
+programs, whose sums a second kernel adds in order. At ViT-B in bf16 with 1024 images, unique bytes are 1.003 and 1.06
+times the least, issued bytes 4.0 and 3.7 times.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def embed_visible(
     std: Tensor,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The encoder's input tokens of every view, from uint8 pixels.
+    """Return the encoder's input tokens of every view, from uint8 pixels.
 
     images (B, H, W, 3) uint8, visible (B, N, K) int32 or int64 ids in [0, L), weight (D, 3, P, P), bias (D,),
     pos (1+L, D), fixed, cls (D,), mean and std (3,) -> tokens (B, N, 1+K, D): class token first, then the patches of
-    `visible` in its order; in the dtype that the product, pos and cls promote to. The product runs in the dtype of
-    autocast, or the weight's. float64 is left to plain PyTorch.
+    `visible` in its order. Their dtype is the one to which the product, pos and cls promote. The product runs in the
+    dtype of autocast, or the weight's. float64 runs in plain PyTorch.
     Raises ValueError for other shapes, dtypes and devices, for a `pos` that requires grad, and for float64 in triton.
     """
     _check(images, visible, weight, bias, pos, cls, mean, std)
@@ -142,7 +143,7 @@ def _backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor | None, ...]:
         d_weight, d_bias = _embed_visible_backward(d_tokens, images, visible, mean, std, ctx.patch, ctx.product)
         d_weight, d_bias = d_weight.to(ctx.dtypes[0]), d_bias.to(ctx.dtypes[1])
     if of_cls:
-        # One token in 1 + K: a pass of its own costs next to nothing.
+        # This is one token of 1 + K, so the cost of a separate pass is negligible.
         d_cls = d_tokens[:, :, 0].sum((0, 1), dtype=torch.float32).to(ctx.dtypes[2])
     return None, None, d_weight, d_bias, None, d_cls, None, None, None
 
@@ -161,7 +162,7 @@ def launch_forward(
     std: Tensor,
     product: torch.dtype,
 ) -> Tensor:
-    """Two launches: the weights, then the tokens. `product`: the dtype of the matrix product."""
+    """Compute the tokens in two launches: one for the weights, one for the tokens. `product`: dtype of the product."""
     tokens = _empty_tokens(images, visible, weight, bias, pos, cls, mean, std, product)
     B, N, T, D = tokens.shape
     P = weight.shape[-1]
@@ -216,14 +217,14 @@ def launch_forward(
 def launch_backward(
     d_tokens: Tensor, images: Tensor, visible: Tensor, mean: Tensor, std: Tensor, patch: int, product: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two launches: sums over parts of the rows, then the gradients of weight (D, 3, P, P) and bias (D,), in fp32."""
+    """Return the gradients of weight (D, 3, P, P) and bias (D,) in fp32, in two launches: partial sums, their sum."""
     d_weight, d_bias = _empty_gradients(d_tokens, images, visible, mean, std, patch, product)
     D, features = d_tokens.shape[-1], 3 * patch * patch
     rows = d_tokens.numel() // D
     held, pieces = _pieces(product)
     tile = _gradient_tile(features, target_of(images))
     tiles = -(-D // tile.rows) * -(-features // tile.columns)
-    # As many parts of the rows as keep every processor at work once.
+    # There are as many parts of the rows as needed to occupy every processor once.
     share = -(-rows // max(1, target_of(images).processors // (tiles * pieces)))
     share = max(1, -(-share // tile.step)) * tile.step
     parts = max(1, -(-rows // share))
@@ -274,16 +275,20 @@ def launch_backward(
 class _Tile(NamedTuple):
     rows: int
     columns: int
-    """A quarter of them is not the step: blocks of one shape get one layout, and bytes want longer runs than tokens."""
+    """Number of columns. A quarter of it differs from `step`: blocks of equal shape would share one layout, but bytes
+    need longer runs than tokens."""
     step: int
-    """Features that a step of the product takes."""
+    """Number of features in a step of the product."""
     warps: int
     stages: int
 
 
 def _tile(rows: int, width: int, features: int, target: Target) -> _Tile:
-    """Features of a row are bytes, those of a column bf16, so that a tile twice as high as wide reads least; Hopper has
-    the registers for it. A small problem wants many tiles."""
+    """Return the tile of the product.
+
+    Features of a row are bytes and those of a column bf16, so a tile twice as high as wide reads the fewest bytes;
+    Hopper has enough registers for it. A small problem needs many tiles.
+    """
     generations = {9: _Tile(256, 128, 64, 8, 3), 10: _Tile(128, 256, 64, 8, 3)}
     tile = generations.get(target.capability // 10, _Tile(128, 256, 32, 8, 3))
     if -(-rows // tile.rows) * -(-width // tile.columns) < target.processors:
@@ -292,7 +297,7 @@ def _tile(rows: int, width: int, features: int, target: Target) -> _Tile:
 
 
 def _gradient_tile(features: int, target: Target) -> _Tile:
-    """Tile of the weights' gradient: rows are output channels, columns are features, the step is over tokens."""
+    """Return the tile of the weights' gradient: rows are output channels, columns are features, steps are tokens."""
     columns = 256 if target.capability // 10 in (9, 10) else 128
     return _Tile(128, min(columns, max(16, _power_of_two(features))), 32, 8, 3)
 
@@ -303,26 +308,29 @@ def _pieces(product: torch.dtype) -> tuple[torch.dtype, int]:
 
 
 def _power_of_two(size: int) -> int:
-    """The least one that is no smaller."""
+    """Return the smallest power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
 
 
 @jit
 def _scale(std, channel):  # type: ignore[no-untyped-def]
-    """s_c of the module's docstring."""
+    """Return s_c of the module's docstring."""
     return 128.0 / (255.0 * tl.load(std + channel).to(tl.float32))
 
 
 @jit
 def _offset(mean, channel):  # type: ignore[no-untyped-def]
-    """t_c of the module's docstring."""
+    """Return t_c of the module's docstring."""
     return (128.0 - 255.0 * tl.load(mean + channel).to(tl.float32)) / 128.0
 
 
 @jit
 def _centred(pixels):  # type: ignore[no-untyped-def]
-    """x' = (x - 128) / 128. In fp32 the bits of 65536 + x / 128 end in x: an OR and a subtraction at full rate, where a
-    conversion from integer runs at a quarter."""
+    """Return x' = (x - 128) / 128.
+
+    The fp32 bits of 65536 + x / 128 end in x. So an OR and a subtraction, at full rate, replace a conversion from
+    integer, which runs at a quarter of the rate.
+    """
     return (pixels.to(tl.uint32) | 0x47800000).to(tl.float32, bitcast=True) - 65537.0
 
 
@@ -336,13 +344,13 @@ def _origin(image, patch, PATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.c
 
 @jit
 def _within(feature, PATCH: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the offset of a feature from there; features are ordered (row, column, channel)."""
+    """Return the offset of a feature from the first pixel; features are ordered (row, column, channel)."""
     return feature // (3 * PATCH) * (3 * WIDTH) + feature % (3 * PATCH)
 
 
 @jit
 def _quarters(block):  # type: ignore[no-untyped-def]
-    """A block's columns in four: stored one after the other, they take fewer registers."""
+    """Return a block's columns in four parts. Stored one after the other, they take fewer registers."""
     left, right = block.reshape([block.shape[0], 2, block.shape[1] // 2]).permute([0, 2, 1]).split()
     first, second = left.reshape([block.shape[0], 2, block.shape[1] // 4]).permute([0, 2, 1]).split()
     third, fourth = right.reshape([block.shape[0], 2, block.shape[1] // 4]).permute([0, 2, 1]).split()
@@ -412,7 +420,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     VIEWS: tl.constexpr, SHOWN: tl.constexpr, PATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum over `share` rows of d_token x' and of d_token, the latter among the programs of the first features."""
+    """Sum d_token x' over `share` rows; the programs of the first features also sum d_token."""
     FEATURES: tl.constexpr = 3 * PATCH * PATCH
     ACROSS: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
     down = tl.cdiv(width, ROWS)
@@ -425,7 +433,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + share, rows)
 
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    # A product with ones takes the sums from the same operand, without a reduction across warps.
+    # A product with ones computes the sums from the same operand, without a reduction across warps.
     ones = tl.full([STEP, 16], 1.0, tl.float32).to(HELD)
     bias_total = tl.zeros([ROWS, 16], tl.float32)
     for start in range(first, last, STEP):
@@ -438,7 +446,8 @@ def _sum_parts(  # type: ignore[no-untyped-def]
         pixels = tl.load(pixels, mask=is_patch[:, None] & (feature < FEATURES)[None, :], other=0)
         gradient = d_tokens + row.to(tl.int64)[:, None] * width + channel[None, :]
         gradient = tl.load(gradient, mask=(row < last)[:, None] & (channel < width)[None, :], other=0.0)
-        # Not by the mask of the load: without this step between, the compiler fetches the operand by 4 bytes, not 16.
+        # This is not done by the mask of the load: without this separate step the compiler loads 4 bytes at a time, not
+        # 16.
         gradient = tl.where(is_patch[:, None], gradient.to(tl.float32), 0.0)
         if PIECES == 3:
             rest = gradient - gradient.to(HELD).to(tl.float32)

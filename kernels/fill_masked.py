@@ -1,13 +1,14 @@
 """The decoder's input, class | visible | targets with their positions, in one write.
 
-A program owns a few patches. It loads their positions once and then writes their rows of one view after the other,
-where the inverted lists (`places`) say: for a visible patch its token plus its position, for a target a sum at hand
-from the start. The class token counts as a patch before the first. Backward goes through the gradient once: rows of
-tokens go out, rows of targets are added up, and the sums of the programs in their order: equal inputs give equal bits.
+A program owns a few patches. It loads their positions once and then writes their rows in one view after the other, at
+the places in the inverted lists (`places`): for a visible patch its token plus its position, for a target the sum of
+mask token and position, which is computed once. The class token counts as a patch before the first. Backward reads the
+gradient once: rows of tokens are copied, and rows of targets are summed. The sums of the programs are added in order,
+so that equal inputs give equal bits.
 
-Traffic at ViT-B (bf16 tokens, fp32 positions, Dd 512), counted: forward, tokens and ids once and the rows once, to
-which come the positions once for every 32 views and 4 KB of places a view: 1.04 of the floor, 1.08 where the targets
-are the next view's patches. Backward, both gradients once, and the programs' sums: 1.01.
+Counted traffic at ViT-B (bf16 tokens, fp32 positions, Dd 512): forward moves tokens, ids and rows once, in addition the
+positions once for every 32 views and 4 KB of places for each view. This is 1.04 of the floor, or 1.08 if the targets
+are the next view's patches. Backward moves both gradients once, and the programs' sums: 1.01.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from mimae.kernels.places import check_ids, places
 from mimae.kernels.runtime import Impl, chosen, jit, launch, tl
 
 _VIEWS = 32
-"""Views of a program, which share the positions that it loads."""
+"""Number of views of a program, which share the loaded positions."""
 _TILE = 2048
 _COLUMNS = 512
 _GRADIENT_ROWS = 256
-"""Rows of a program in backward, for one sum."""
+"""Number of rows of a program in backward, for one sum."""
 
 
 def fill_masked(
     tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor, impl: Impl = "auto"
 ) -> Tensor:
-    """The decoder's input: class | visible | targets, each with its place, in that order.
+    """Return the decoder's input: class | visible | targets, each with its position, in that order.
 
     tokens (B, N, 1+K, Dd), visible (B, N, K), targets (B, N, M), mask_token (Dd,), pos (1+L, Dd), fixed
-    -> (B, N, 1+K+M, Dd) in the dtype that tokens, mask_token and pos promote to. Ids int32 or int64 in [0, L), distinct
-    within a list of a view. float64 is left to plain PyTorch.
+    -> (B, N, 1+K+M, Dd) in the dtype to which tokens, mask_token and pos promote. Ids are int32 or int64 in [0, L), and
+    distinct within a list of a view. float64 runs in plain PyTorch.
     Raises ValueError for other shapes, dtypes and devices, for a `pos` that requires grad, and for float64 in triton.
     """
     _check(tokens, visible, targets, mask_token, pos)
@@ -113,7 +114,7 @@ _fill_masked.register_autograd(_backward, setup_context=_setup_context)
 
 
 def launch_forward(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
-    """Three launches: as `fill_masked`. Every 32 views are read and written alike."""
+    """Run `fill_masked` in three launches. All groups of 32 views are processed in the same way."""
     rows = _empty_rows(tokens, visible, targets, mask_token, pos)
     (B, N, _, width), patches = tokens.shape, pos.shape[0] - 1
     columns, owned = _tile(width)
@@ -140,8 +141,11 @@ def launch_forward(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token:
 
 
 def launch_backward(d_rows: Tensor, shown: int, dtype: torch.dtype, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One launch and a sum: the gradient of the rows (B, N, T, Dd) -> that of the tokens, the first `shown` of each
-    view, in `dtype`, and that of the mask token (Dd,) in `mask_dtype`."""
+    """Return the gradients of the tokens and of the mask token, in one launch and a sum.
+
+    The gradient of the rows is (B, N, T, Dd). The tokens are the first `shown` rows of each view, in `dtype`; the mask
+    token (Dd,) is in `mask_dtype`.
+    """
     B, N, length, width = d_rows.shape
     d_tokens = d_rows.new_empty(B, N, shown, width, dtype=dtype)
     count = B * N * length
@@ -166,7 +170,7 @@ def launch_backward(d_rows: Tensor, shown: int, dtype: torch.dtype, mask_dtype: 
 
 
 def _tile(width: int) -> tuple[int, int]:
-    """Columns and rows of a tile."""
+    """Return the numbers of columns and rows of a tile."""
     columns = min(_COLUMNS, max(16, 1 << (width - 1).bit_length()))
     return columns, _TILE // columns
 
@@ -176,13 +180,13 @@ def _fill(  # type: ignore[no-untyped-def]
     tokens, shown_places, target_places, mask_token, pos, rows, views, patches, shown, targets,
     WIDTH: tl.constexpr, VIEWS: tl.constexpr, OWNED: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """The rows of OWNED patches in VIEWS views; the class token is patch -1 and stands before place 0."""
+    """Write the rows of OWNED patches in VIEWS views. The class token is patch -1, before place 0."""
     patch = tl.program_id(0) * OWNED + tl.arange(0, OWNED) - 1
     is_class = patch < 0
     is_patch = (patch >= 0) & (patch < patches)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < WIDTH)[None, :]
-    # Tokens in runs as long as those of the rows, so that no thread waits for another's.
+    # Tokens are read in runs as long as those of the rows, so that no thread waits for another's.
     token_column = tl.max_contiguous(column, RUN)
     at = pos + (1 + patch)[:, None] * WIDTH + column[None, :]
     positions = tl.load(at, mask=(is_class | is_patch)[:, None] & inside, other=0).to(tl.float32)

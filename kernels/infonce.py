@@ -1,27 +1,30 @@
-"""InfoNCE's log-sum-exp and gradient, by tiles of the scores (method 3). The scores are computed, used and dropped.
+"""InfoNCE's log-sum-exp and gradient, by tiles of the scores (method 3). Scores are computed, used and not stored.
 
 Work is counted in F = 2 b B D, the product of a rank's latents of one view with all latents of another.
 
 One product for two pairs. On one rank (b = B) the pairs (a, b) and (b, a) are the rows and the columns of the same
 scores, so forward takes the N (N-1) / 2 F of a < b; local rows against all columns take N (N-1) F.
 
-One exponential for rows and columns. Scores of unit vectors lie in [-1/tau, 1/tau], so up to 2/tau = 80 exp(s - 1/tau)
-stays a normal number in fp32 (to 87: room for vectors that rounding made longer than 1) and needs no maximum. For a
-lower temperature rows and columns take their own. tau is on the device, so the kernel decides.
+One exponential for rows and columns. Scores of unit vectors are in [-1/tau, 1/tau]. So up to 2/tau = 80, exp(s - 1/tau)
+is a normal number in fp32 (the limit is 87, which leaves room for vectors that rounding made longer than 1), and no
+maximum is needed. At a lower temperature rows and columns use their own maxima. tau is on the device, so the kernel
+decides.
 
-Forward. A program goes with a tile of rows through a run of columns and leaves the log-sum-exp of each of its rows and,
-on one rank, of each column; a second kernel merges these parts in order. Where the parts would pass the size of the
-latents, (N-1) B / tile > D, one rank computes as many do.
+Forward. A program with a tile of rows goes through a run of columns. It writes the log-sum-exp of each of its rows and,
+on one rank, of each column; a second kernel merges these parts in order. If the parts would be larger than the latents,
+(N-1) B / tile > D, one rank computes in the same way as many ranks.
 
-Gradient. A weight dS/ds takes all D of two latents, and gives to all D of their gradients. To keep these in registers
-is out of reach: 64 rows, the least of a matrix instruction, fill a processor at D = 1024 (64 x 1024 x 4 = 256 KiB).
-With D in slices of 256, each computing the scores anew, the work is (1 + D/256) N (N-1) F. So the weights of a panel of
-rows, which takes no more memory than the gradient of all latents, are written in the latents' dtype, and another kernel
-multiplies them with the latents: 3 N (N-1) / 2 F on one rank (scores, weights times columns, transposed weights times
-rows), 2 N (N-1) F otherwise. On one rank at N = 4 and D = 768 that is 18 F, in slices 48 F.
+Gradient. A weight dS/ds depends on all D elements of two latents, and contributes to all D elements of their gradients.
+These do not fit into registers: 64 rows, the minimum of a matrix instruction, fill a processor at D = 1024 (64 x 1024 x
+4 = 256 KiB). With D in slices of 256, each of which recomputes the scores, the work is (1 + D/256) N (N-1) F. So the
+weights of a panel of rows, which needs at most the memory of the gradient of all latents, are written in the latents'
+dtype, and another kernel multiplies them with the latents. This takes 3 N (N-1) / 2 F on one rank (scores, weights
+times columns, transposed weights times rows), and 2 N (N-1) F otherwise. On one rank at N = 4 and D = 768 it is 18 F,
+against 48 F with slices.
 
-Read more than once, from the L2 as far as it reaches: for the scores, latents once per tile of the other side; for the
-gradient, latents once per tile of rows, the panel once per tile of D, and on one rank the gradient once per panel.
+These are read more than once, from the L2 cache if they fit: for the scores, latents once for each tile of the other
+side; for the gradient, latents once for each tile of rows, the panel once for each tile of D, and on one rank the
+gradient once for each panel.
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ from mimae.kernels.runtime import Impl, chosen, jit, launch, target_of, tl
 
 
 def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and positives of all ordered view pairs, see `reference.infonce_lse`. fp32 results, from fp32, fp16
-    or bf16; float64 runs in plain PyTorch. Has no gradient of its own: that is `infonce_grad`.
+    """Return log-sum-exp and positives of all ordered view pairs, see `reference.infonce_lse`.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for fewer than two views.
+    Results are fp32, from fp32, fp16 or bf16; float64 runs in plain PyTorch. The op is not differentiable; its gradient
+    is `infonce_grad`. Raises ValueError for shapes, dtypes or devices that do not fit, and for fewer than two views.
     """
     _check(rows, columns, offset, tau)
     if chosen("infonce_lse", rows, impl) == "reference":
@@ -50,9 +53,10 @@ def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, impl: I
 def infonce_grad(
     rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the sum of lse - positive, see `reference.infonce_grad`; dtypes and errors as of `infonce_lse`.
+    """Return the gradient of the sum of lse - positive, see `reference.infonce_grad`.
 
-    The memory beside the results is that of the gradient of all latents.
+    Dtypes and errors are those of `infonce_lse`. The memory in addition to the results is that of the gradient of all
+    latents.
     """
     _check(rows, columns, offset, tau, lse)
     if chosen("infonce_grad", rows, impl) == "reference":
@@ -105,7 +109,7 @@ def _(rows: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 class Tiles(NamedTuple):
-    """Tile of every product: rows, columns and the depth of a step; and the options of the launch."""
+    """Tile of the products: rows, columns and depth of a step; and the options of the launch."""
 
     rows: int
     columns: int
@@ -115,15 +119,14 @@ class Tiles(NamedTuple):
 
 
 def _tiles(rows: Tensor, columns: Tensor) -> Tiles:
-    """Return the largest tiles that the registers allow, since they move the fewest bytes per product.
+    """Return the largest tiles for which the registers suffice, because they move the fewest bytes per product.
 
-    An fp32 product is three tf32 products, whose operands take registers; on Hopper and Blackwell every operand of a
-    product passes through registers anyway.
+    An fp32 product is three tf32 products, whose operands need registers, also on Hopper and Blackwell.
     """
     generation = target_of(columns).capability // 10
     if columns.dtype == torch.float32:
         return Tiles(128, 128, 32, 8, 3) if generation in (9, 10) else Tiles(64, 64, 16, 4, 4)
-    if generation == 9:  # a rank among many has few rows
+    if generation == 9:  # A rank among many has few rows.
         return Tiles(256 if len(rows) == len(columns) else 128, 128, 64, 8, 3)
     return Tiles(128, 128, 32, 8, 4)
 
@@ -142,7 +145,7 @@ def launch_forward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> t
         pairs, run = N * (N - 1) // 2, tiles.columns
     else:
         pairs = N * (N - 1)
-        # Runs as long as leave each processor several programs, so that none waits long for the last.
+        # Choose runs so long that each processor still gets several programs, to shorten the wait for the last one.
         run = _ceil(column_blocks, _ceil(8 * target_of(columns).processors, blocks * pairs)) * tiles.columns
     parts = _ceil(B, run)
     slots = max(parts, blocks) if shared else parts
@@ -198,7 +201,8 @@ def launch_backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse
     affordable = 4 * B * N * D // (pairs * stride * columns.element_size() * tiles.rows)
     height = min(blocks, max(1, affordable)) * tiles.rows
     panel = columns.new_empty(pairs, height, stride)
-    # Few local rows do not fill the GPU: their columns are then split, as far as the parts take no more than columns.
+    # Few local rows do not fill the GPU. Then their columns are split, as long as the parts are not larger than
+    # `columns`.
     programs = height // tiles.rows * N * width_blocks
     splits = max(1, min(_ceil(2 * target_of(columns).processors, programs), B // b))
     run = _ceil(B, splits * tiles.depth) * tiles.depth
@@ -262,7 +266,7 @@ def launch_backward(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse
 
 @jit
 def _views(pair, N: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The views (a, b) of a pair's number: of a < b where they are shared, else of all a != b."""
+    """Return the views (a, b) of a pair, by its number: among a < b if scores are shared, else among all a != b."""
     if SHARED:
         a = pair
         b = 1
@@ -278,7 +282,7 @@ def _views(pair, N: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-unty
 
 @jit
 def _number(a, b, N: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The number of a pair: the inverse of `_views`."""
+    """Return the number of a pair: the inverse of `_views`."""
     return b * (b - 1) // 2 + a if SHARED else a * (N - 1) + tl.where(b < a, b, b - 1)
 
 
@@ -300,8 +304,10 @@ def _products(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The products of the latents of one view with those of another, of which `left` and `right` are the first; zero
-    from `lefts` and `rights` on."""
+    """Return the products of the latents of one view with those of another; `left` and `right` point to the first ones.
+
+    Products from `lefts` and `rights` on are zero.
+    """
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
@@ -317,14 +323,17 @@ def _products(  # type: ignore[no-untyped-def]
 
 @jit
 def _halves(tile):  # type: ignore[no-untyped-def]
-    """The left and the right half of a tile, so that what follows a product holds half of it at a time in registers."""
+    """Return the left and the right half of a tile, so that only half of it is in registers after a product."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @jit
 def _slopes(tau):  # type: ignore[no-untyped-def]
-    """1/tau and log2 e / tau, in the gradient rounded as in forward: what all scores are off by then cancels against
-    the log-sum-exps, also in d_tau."""
+    """Return 1/tau and log2 e / tau.
+
+    They are rounded in the gradient as in forward, so that the common error of all scores cancels with the
+    log-sum-exps, also in d_tau.
+    """
     inverse = tl.div_rn(1.0, tl.load(tau).to(tl.float32))
     return inverse, 1.4426950408889634 * inverse
 
@@ -347,8 +356,10 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Log-sum-exp of each row of a tile over a run of columns, and, shared, of each column over the tile's rows; the
-    positives among the scores."""
+    """Compute the log-sum-exp of each row of a tile over a run of columns, and the positives.
+
+    With shared scores it also computes the log-sum-exp of each column over the rows of the tile.
+    """
     HALF: tl.constexpr = COLUMNS // 2
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -408,8 +419,11 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The log-sum-exp of each row from its parts (rows and columns of shared scores differ in their number); zero for a
-    view with itself, and so the positive."""
+    """Merge the log-sum-exp of each row from its parts.
+
+    Rows and columns of shared scores have different numbers of parts. The log-sum-exp and positive of a view with
+    itself are zero.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     view = tl.program_id(1) // N
     other = tl.program_id(1) % N
@@ -455,8 +469,10 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """dS/ds of the scores of the images first .. end, times 2^14 so that fp16 keeps small ones, as a panel whose edge
-    is filled up with zeros; and the tile's part of d_tau."""
+    """Write dS/ds of the scores of images first .. end as a panel padded with zeros, and the tile's part of d_tau.
+
+    The weights are multiplied by 2^14, so that small ones are not lost in fp16.
+    """
     HALF: tl.constexpr = COLUMNS // 2
     block = tl.program_id(0)
     column_block = tl.program_id(1)
@@ -486,7 +502,8 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
             scores = products * inverse
             weights = 16384 * (tl.exp(scores - of_rows[:, None]) + tl.exp(scores - of_columns[None, :]))
         if (start < first + ROWS) & (start + HALF > first):
-            # The positive, as a row and as a column: taken off before rounding, since weights near 2 lose the rest.
+            # Subtract the positive, as a row and as a column, before rounding: rounding weights near 2 would lose the
+            # rest.
             weights = tl.where(rows[:, None] == columns[None, :], weights - 32768, weights)
         weights = tl.where((rows < end)[:, None] & (columns < B)[None, :], weights, 0.0)
         place = tl.arange(0, ROWS)[:, None] * stride + columns[None, :]
@@ -532,14 +549,17 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Add the panel's part to the gradient of ROWS x WIDTH of a view: its weights as rows, times the latents of their
-    columns; on one rank also its weights as columns, times the latents of the panel's rows."""
+    """Add the panel's part to the gradient of ROWS x WIDTH of a view.
+
+    The part is the weights as rows, times the latents of their columns; on one rank also the weights as columns, times
+    the latents of the panel's rows.
+    """
     width_blocks: tl.constexpr = (D + WIDTH - 1) // WIDTH
     number = tl.program_id(0)
     split = tl.program_id(1)
     view = number // width_blocks % N
     block = number // (width_blocks * N)
-    # The panel's own rows come first: theirs is the most work.
+    # The panel's own rows come first, because they have the most work.
     first = tl.multiple_of((start + block * ROWS) % (tl.cdiv(b, ROWS) * ROWS), ROWS)
     begin = split * run
     rows = tl.arange(0, ROWS)
@@ -548,7 +568,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
     step = k[:, None] * (N * D) + d[None, :]
     result = gradients + (tl.cast(split * b + first, tl.int64) * N + view) * D
     scale = tl.div_rn(1.0, tl.load(tau).to(tl.float32)) * (1 / 16384)
-    # On one rank the view's latents are columns of the pairs with views below it, else of none.
+    # On one rank the view's latents are columns of the pairs with lower views; otherwise they are columns of none.
     below = view if SHARED else 0
     if (block * ROWS < here) & (below < N - 1):
         total = tl.zeros((ROWS, WIDTH), tl.float32)

@@ -12,21 +12,21 @@ import torch
 
 
 def mend_bfloat16() -> None:
-    """Give the interpreter's builder the GPU's bf16 casts, and `tl.dot` of bf16 operands."""
+    """Patch the interpreter's builder with the GPU's bf16 casts, and with `tl.dot` for bf16 operands."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
     def decoded(data: Any) -> Any:
-        """bf16 bits (uint16) -> float32, exact."""
+        """Convert bf16 bits (uint16) to float32, exactly."""
         numpy = interpreter.np
         return (data.astype(numpy.uint32) << 16).view(numpy.float32)
 
     def encoded(data: Any) -> Any:
-        """float32 -> bf16 bits (uint16), rounded to nearest even by torch."""
+        """Convert float32 to bf16 bits (uint16), rounded to nearest even by torch."""
         numpy = interpreter.np
-        contiguous = numpy.array(data, numpy.float32)  # a copy: torch warns of read-only arrays
+        contiguous = numpy.array(data, numpy.float32)  # Copy, because torch warns about read-only arrays.
         return torch.from_numpy(contiguous).to(torch.bfloat16).view(torch.uint16).numpy()
 
     def mended(original: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The extension `mimae._C` (csrc/), where it was built: ops in C++ and CUDA, which torch knows once it is loaded."""
+"""The optional extension `mimae._C` (csrc/): ops in C++ and CUDA, which are registered in torch when it is loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import torch
 
 OPS = ("orthogonal_masks",)
-"""The ops that csrc/ has; torch knows each as mimae::<op>_native."""
+"""Ops in csrc/. Each is registered in torch as mimae::<op>_native."""
 
 OLDEST_CAPABILITY = (8, 0)
-"""Compute capability of the oldest GPU that kernels are compiled for."""
+"""Compute capability of the oldest GPU for which kernels are compiled."""
 
 
 def _load() -> str | None:
@@ -37,7 +37,7 @@ DEVICES = [
 
 
 def obstacle(op: str, device: torch.device) -> str | None:
-    """Why `op` cannot run in C++ or CUDA on a device, or None."""
+    """Return the reason for which `op` cannot run in C++ or CUDA on a device, or None."""
     if op not in OPS:
         return "it has no such form"
     if _missing is not None:

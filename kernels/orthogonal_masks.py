@@ -1,9 +1,9 @@
 """Disjoint views of each image, without argsort and without the host (method 1).
 
-Triton's form; csrc/orthogonal_masks.cpp and .cu are those in C++ and CUDA. One program draws one image. It makes the L
-words of the image's stream and sorts the patches by (word, patch); a second sort, by patch, brings the ranks into image
-order. A view's patches are then known by their rank, their places in the lists by a running count. The id is read once
-and each list written once, ascending: neighbouring lanes write neighbouring places.
+This is the form in Triton; csrc/orthogonal_masks.cpp and .cu are those in C++ and CUDA. One program draws the masks of
+one image. It makes the L words of the image's stream and sorts the patches by (word, patch); a second sort, by patch,
+brings the ranks into image order. The rank of a patch determines its view, and a running count its place in the list.
+The id is read once and each list is written once, ascending: neighbouring lanes write neighbouring places.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mimae.kernels.philox import WORDS_OF_A_STREAM
 from mimae.kernels.runtime import Impl, chosen, jit, launch, tl
 
 LARGEST = 4096
-"""Patches of an image that triton sorts; plain PyTorch draws the masks of larger ones."""
+"""Largest number of patches that triton sorts. Plain PyTorch draws the masks of larger images."""
 
 _PATCHES_OF_WARP, _WARPS = 256, 8
 
@@ -27,9 +27,9 @@ _PATCHES_OF_WARP, _WARPS = 256, 8
 def orthogonal_masks(
     seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Visible and hidden patches of every view, see `reference.orthogonal_masks`: the same ids bit for bit.
+    """Return visible and hidden patches of every view: exactly the ids of `reference.orthogonal_masks`.
 
-    Raises ValueError when N K > L, and for an epoch outside of [0, 2^32).
+    Raises ValueError if N K > L, or for an epoch outside [0, 2^32).
     """
     if not 0 < num_visible * num_views <= num_patches:
         raise ValueError(
@@ -49,7 +49,7 @@ def orthogonal_masks(
 def launch_forward(
     seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
 ) -> tuple[Tensor, Tensor]:
-    """One launch: as `orthogonal_masks`, of a seed in two's complement."""
+    """Run `orthogonal_masks` in one launch. The seed is in two's complement."""
     visible, hidden = _empty_lists(sample_ids, num_patches, num_views, num_visible)
     size = max(4, 1 << (num_patches - 1).bit_length())
     launch(
@@ -92,7 +92,7 @@ if native.LOADED:
     torch.library.register_fake("mimae::orthogonal_masks_native", _fake)
 
 
-# Else the epochs 0, 1 and 2 would each have a binary of its own.
+# Otherwise the epochs 0, 1 and 2 would each have a separate binary.
 @partial(jit, do_not_specialize=("seed", "epoch"))
 def _draw(  # type: ignore[no-untyped-def]
     sample_ids, visible, hidden, seed: tl.int64, epoch: tl.int64, patches, views, shown,
@@ -107,7 +107,7 @@ def _draw(  # type: ignore[no-untyped-def]
     # Word 4 i + j of the stream is output j of block i.
     word = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [SIZE])
     patch = tl.arange(0, SIZE)
-    # Past the image's end no word is as large, so that those ranks come last.
+    # The filler is larger than every word, so that places past the image's end are ranked last.
     word = tl.where(patch < patches, word.to(tl.uint64), 0xFFFFFFFF)
     ranked = tl.sort((word << 32) | patch.to(tl.uint64))
     ranked_patch = (ranked & 0xFFFFFFFF).to(tl.int32)

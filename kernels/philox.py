@@ -5,7 +5,7 @@ A stream is named by (seed, purpose, epoch, id); word l of it is output l mod 4 
     key     = (seed low, seed high)
     counter = (l div 4 + purpose * 2^24, epoch, id low, id high)
 
-so a word never depends on the batch, the rank, the worker or the device that asks for it (method 1).
+so a word does not depend on the batch, rank, worker or device that computes it (method 1).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32. `counter`: four broadcastable int64 tensors of 32-bit words; `key`: two words.
+    """Run ten rounds of Philox4x32. `counter`: four broadcastable int64 tensors of 32-bit words; `key`: two words.
 
-    Returns four int64 tensors of words in [0, 2^32). The 64-bit product wraps in int64, which keeps its bits.
+    Returns four int64 tensors of words in [0, 2^32). The 64-bit product wraps in int64, which preserves its bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -36,9 +36,9 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def philox_words(seed: int, purpose: int, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:
-    """Words first .. first + count - 1 of the streams of `ids` (n,) int64: int64 (n, count) in [0, 2^32).
+    """Return words first .. first + count - 1 of the streams of `ids` (n,) int64, as int64 (n, count) in [0, 2^32).
 
-    Raises ValueError where a stream would run past its 2^26 words.
+    Raises ValueError if a stream would exceed its 2^26 words.
     """
     if first < 0 or count < 0 or first + count > WORDS_OF_A_STREAM:
         raise ValueError(f"a stream has words 0 to 2^26 - 1, asked for {first} to {first + count - 1}")

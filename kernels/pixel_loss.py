@@ -1,15 +1,16 @@
-"""The reconstruction loss and its gradient, with targets made on the fly from uint8, in one pass.
+"""The reconstruction loss and its gradient in one pass, with targets computed from uint8 pixels as they are needed.
 
 A program owns a few patches of an image. It loads the pixels of each once, brings them to the target's scale in
 registers, and compares them with the prediction of every view that has the patch as a target, in the row that the
-inverted list (`places`) names. Partial sums are added in the order of the programs: equal inputs give equal bits.
+inverted list (`places`) gives. Partial sums are added in the order of the programs, so that equal inputs give equal
+bits.
 
-The gradient of a loss that is summed with weight 1 is final when forward ends: backward looks at the weight on the
-device and touches d_predictions only where it is not 1.
+If the loss has weight 1, its gradient is final when forward ends: backward reads the weight on the device and changes
+d_predictions only if it is not 1.
 
-Traffic at ViT-B (bf16), counted: predictions and their gradient once, pixels once an image, whatever the number of
-views, to which come the places of the patches: 1.005 of the floor, 1.010 where the targets are the next view's patches.
-Backward at weight 1: the weight, once a program.
+Counted traffic at ViT-B (bf16): predictions and their gradient once, pixels once for an image, whatever the number of
+views, and in addition the places of the patches: 1.005 of the floor, or 1.010 if the targets are the next view's
+patches. Backward at weight 1 reads the weight once in each program.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mimae.kernels.places import check_ids, places
 from mimae.kernels.runtime import Impl, chosen, jit, launch, tl
 
 _PATCHES = 8
-"""Patches of a program."""
+"""Number of patches of a program."""
 _SCALING_PROGRAMS = 1024
 _SCALING_BLOCK = 2048
 
@@ -39,14 +40,14 @@ def pixel_loss(
     scale: float = 1.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Sum over images, views and targets of the mean squared error of a patch (L_rec x B N M, method 2), times
-    `scale`: with 1 / (B N M), L_rec.
+    """Return `scale` times the sum over images, views and targets of the mean squared error of a patch (method 2).
 
-    predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M) int32 or int64 in [0, L), distinct within
-    a view, mean and std (3,) -> scalar, fp32. float64 is left to plain PyTorch.
-    `normalize`: the target patch is brought to its own mean 0 and unbiased variance 1 (eps 1e-6).
+    With scale = 1 / (B N M) this is L_rec. predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M)
+    int32 or int64 in [0, L), distinct within a view, mean and std (3,) -> scalar, fp32. float64 runs in plain PyTorch.
+    `normalize`: the target patch is standardised to mean 0 and unbiased variance 1 (eps 1e-6).
     Raises ValueError for other shapes, dtypes and devices, for images that do not divide into patches, and for float64
-    in triton. The fused gradient is scaled in place, so its graph serves one backward pass; RuntimeError at the second.
+    in triton. The fused gradient is scaled in place, so its graph serves one backward pass; the second raises
+    RuntimeError.
     """
     _check(predictions, images, targets, mean, std)
     is_double = predictions.dtype == torch.float64
@@ -63,7 +64,7 @@ def _check(predictions: Tensor, images: Tensor, targets: Tensor, mean: Tensor, s
         raise ValueError(f"predictions are (B, N, M, 3P^2), floating point, not {_described(predictions)}")
     patch = _patch(predictions)
     if patch == 0 or 3 * patch * patch != predictions.shape[3]:
-        raise ValueError(f"predictions of {predictions.shape[3]} pixel values are of no patch: legal is 3P^2")
+        raise ValueError(f"predictions of {predictions.shape[3]} pixel values do not fit a patch: legal is 3P^2")
     if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"images are (B, H, W, 3), uint8, not {_described(images)}")
     B, height, width, _ = images.shape
@@ -123,7 +124,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor | None, ...]:
     (d_predictions,) = ctx.saved_tensors
     if type(d_predictions) is not Tensor:
-        # Traced: a graph runs more than once, and a compiler fuses the product.
+        # In a traced graph: it runs more than once, and a compiler fuses the product.
         scaled = (d_predictions.to(torch.float32) * (weight * ctx.factor)).to(d_predictions.dtype)
         return scaled, None, None, None, None, None, None, None
     if ctx.is_spent:
@@ -140,8 +141,10 @@ _pixel_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _factors(predictions: Tensor, scale: float) -> tuple[float, float]:
-    """d_predictions = a b (predictions - target): a is forward's part, b backward's. In fp16, which would lose the
-    gradient of a mean before a gradient scaler's weight arrives, all is backward's."""
+    """Return a and b in d_predictions = a b (predictions - target); forward applies a, and backward b.
+
+    In fp16, backward applies both: the gradient of a mean would underflow before the gradient scaler's weight arrives.
+    """
     factor = 2 * scale / predictions.shape[-1]
     return (1.0, factor) if predictions.dtype == torch.float16 else (factor, 1.0)
 
@@ -160,8 +163,10 @@ def launch_forward(
     scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Two launches and a sum: the loss as `pixel_loss`, and d_predictions, but for what `_factors` leaves to backward,
-    or an empty tensor."""
+    """Return the loss of `pixel_loss` and d_predictions without backward's factor (see `_factors`), or an empty tensor.
+
+    It takes two launches and a sum.
+    """
     (B, N, M, size), patch = predictions.shape, _patch(predictions)
     height, width = images.shape[1:3]
     patches = (height // patch) * (width // patch)
@@ -190,7 +195,7 @@ def launch_forward(
         PATCH=patch,
         COLUMNS=columns,
         OWNED=_PATCHES,
-        # Bytes of a patch that lie side by side, no more than the values that a thread holds of a prediction.
+        # Contiguous bytes of a patch, at most as many as the values of a prediction in a thread.
         RUN=min(3 * patch & -(3 * patch), 16 // predictions.element_size()),
         NORMALIZE=normalize,
         GRADIENT=with_gradient,
@@ -199,7 +204,10 @@ def launch_forward(
 
 
 def launch_backward(values: Tensor, weight: Tensor, factor: float) -> None:
-    """One launch: multiplies `values` in place by weight, a scalar on the device, and factor; by 1, touches nothing."""
+    """Multiply `values` in place by weight, a scalar on the device, and factor, in one launch.
+
+    A factor of 1 is free.
+    """
     launch(
         _scale,
         (min(_SCALING_PROGRAMS, -(-values.numel() // _SCALING_BLOCK)),),
@@ -218,7 +226,7 @@ def _compare(  # type: ignore[no-untyped-def]
     PATCH: tl.constexpr, COLUMNS: tl.constexpr, OWNED: tl.constexpr, RUN: tl.constexpr,
     NORMALIZE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The squared errors, and the gradients, of OWNED patches of an image in all views."""
+    """Compute the squared errors and the gradients of OWNED patches of an image in all views."""
     SIZE: tl.constexpr = 3 * PATCH * PATCH
     image = (tl.program_id(0) // shares).to(tl.int64)
     first = tl.program_id(0) % shares * OWNED
@@ -227,7 +235,7 @@ def _compare(  # type: ignore[no-untyped-def]
     target_places += image * views * patches
     value = tl.arange(0, COLUMNS)
     inside = value < SIZE
-    # Of the pixel of a value, the line and the byte in it; what the compiler cannot know of a division is said.
+    # Line of the pixel of a value, and the byte in the line. The hints tell the compiler facts about the division.
     line = tl.max_constancy(value // (3 * PATCH), RUN)
     byte = tl.max_contiguous(value % (3 * PATCH), RUN)
     pixel = line * pitch + byte
@@ -239,7 +247,7 @@ def _compare(  # type: ignore[no-untyped-def]
     for patch in range(first, last):
         place = tl.load(target_places + patch)
         target = tl.where(inside, pixels.to(tl.float32) * slope + shift, 0)
-        # The next patch's, under way while this one's predictions are waited for.
+        # These are the pixels of the next patch; they are loaded during the wait for this patch's predictions.
         follows = inside & (patch + 1 < last)
         pixels = tl.load(images + _corner(patch + 1, across, pitch, PATCH) + pixel, mask=follows, other=0)
         if NORMALIZE:
@@ -266,7 +274,7 @@ def _corner(patch, across, pitch, PATCH: tl.constexpr):  # type: ignore[no-untyp
 
 @jit
 def _of_channel(values, channel):  # type: ignore[no-untyped-def]
-    """values (3,) for each channel, loaded as three scalars."""
+    """Return values (3,) for each channel, loaded as three scalars."""
     red, green, blue = tl.load(values), tl.load(values + 1), tl.load(values + 2)
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue)).to(tl.float32)
 

@@ -1,7 +1,7 @@
-"""Where each patch stands in a view's list of patch ids: the list inverted.
+"""The place of each patch in a view's list of patch ids: the inverted list.
 
-With it a kernel may own patches, load once what belongs to them (pixels, positions), and find their rows in every view
-without a search. A program inverts the list of one view: each id is read once, each place written twice.
+With it a kernel can own patches, load their data once (pixels, positions), and find their rows in every view without a
+search. A program inverts the list of one view: each id is read once, and each place is written twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mimae.kernels.runtime import jit, launch, tl
 
 
 def check_ids(name: str, ids: Tensor, like: Tensor, patches: int) -> None:
-    """Raise ValueError unless `ids` (B, N, K) can list distinct patches of the views of `like` (B, N, ...)."""
+    """Raise ValueError unless `ids` (B, N, K) can be lists of distinct patches for the views of `like` (B, N, ...)."""
     if ids.dim() != 3 or ids.shape[:2] != like.shape[:2]:
         raise ValueError(f"{name} is (B, N, ids) with B, N = {tuple(like.shape[:2])}, not {tuple(ids.shape)}")
     if ids.dtype not in (torch.int32, torch.int64) or ids.device != like.device:
@@ -23,8 +23,10 @@ def check_ids(name: str, ids: Tensor, like: Tensor, patches: int) -> None:
 
 
 def places(ids: Tensor, patches: int) -> Tensor:
-    """One launch: ids (B, N, K) distinct within a view, in [0, patches) -> (B, N, patches) int32, the k at which the
-    view lists the patch, or -1."""
+    """Return (B, N, patches) int32: the k at which a view lists a patch, or -1. It takes one launch.
+
+    ids (B, N, K) are in [0, patches), and distinct within a view.
+    """
     inverse = torch.empty(*ids.shape[:2], patches, dtype=torch.int32, device=ids.device)
     launch(
         _invert,
@@ -47,7 +49,7 @@ def _invert(ids, inverse, listed, patches, BLOCK: tl.constexpr):  # type: ignore
     lane = tl.arange(0, BLOCK)
     for start in range(0, patches, BLOCK):
         tl.store(inverse + start + lane, tl.full((BLOCK,), -1, tl.int32), mask=start + lane < patches)
-    # A place may lie where another thread has just written -1.
+    # A place may be at an address where another thread has just written -1.
     tl.debug_barrier()
     for start in range(0, listed, BLOCK):
         place = start + lane

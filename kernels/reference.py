@@ -1,8 +1,8 @@
-"""Each op in plain PyTorch, any floating dtype up to float64: oracle, fallback and baseline at once.
+"""Each op in plain PyTorch, for any floating dtype up to float64: the oracle, the fallback and the baseline.
 
 Letters in shapes: B images, N views, L patches, K visible, M targets, T tokens, D width, P patch size. Images
 are uint8 (B, H, W, 3); the pixels of a patch are ordered (row, column, channel), as MAE's are; patch ids are
-row-major. Losses and statistics accumulate in fp32, or in float64 where the input is.
+row-major. Losses and statistics accumulate in fp32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from mimae.kernels.philox import philox_words
 
 _MASK_PURPOSE = 1
-# Keeps a dimension that carries nothing at zero instead of dividing by its zero deviation.
+# A dimension without variation stays zero, instead of being divided by its zero deviation.
 _VARIANCE_EPS = 1e-6
 _TARGET_EPS = 1e-6
 
@@ -25,11 +25,11 @@ _TARGET_EPS = 1e-6
 def orthogonal_masks(
     seed: int, epoch: int, sample_ids: Tensor, num_patches: int, num_views: int, num_visible: int
 ) -> tuple[Tensor, Tensor]:
-    """Disjoint views of each image (method 1): view k shows the patches of ranks kK .. (k+1)K - 1, where
-    patches are ranked by (word l of the sample's mask stream, l).
+    """Draw disjoint views of each image (method 1).
 
-    sample_ids (B,) int64 -> visible (B, N, K), hidden (B, N, L-K), int32, ascending, on the device of the ids.
-    Raises ValueError when N K > L.
+    View k shows the patches of ranks kK .. (k+1)K - 1, where patches are ranked by (word l of the sample's mask stream,
+    l). sample_ids (B,) int64 -> visible (B, N, K), hidden (B, N, L-K), int32, ascending, on the device of the ids.
+    Raises ValueError if N K > L.
     """
     if not 0 < num_visible * num_views <= num_patches:
         raise ValueError(
@@ -47,7 +47,7 @@ def orthogonal_masks(
 
 
 def _uint8_patches(images: Tensor, patch: int) -> Tensor:
-    """uint8 (B, H, W, 3) -> uint8 (B, L, 3P^2)."""
+    """Cut images uint8 (B, H, W, 3) into patches uint8 (B, L, 3P^2)."""
     B, H, W, C = images.shape
     if H % patch or W % patch:
         raise ValueError(f"images of {H} x {W} pixels do not divide into patches of {patch}")
@@ -56,13 +56,13 @@ def _uint8_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def _gather(patches: Tensor, ids: Tensor) -> Tensor:
-    """patches (B, L, F), ids (B, N, M) -> (B, N, M, F)."""
+    """Gather patches (B, L, F) by ids (B, N, M) into (B, N, M, F)."""
     batch = torch.arange(ids.shape[0], device=ids.device)[:, None, None]
     return patches[batch, ids.long()]
 
 
 def _normalise(patches: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (..., 3P^2) -> (x / 255 - mean) / std per channel, in `dtype`."""
+    """Return (x / 255 - mean) / std per channel for uint8 patches (..., 3P^2), in `dtype`."""
     repeats = patches.shape[-1] // 3
     scale = (1.0 / (255.0 * std.to(dtype))).repeat(repeats)
     shift = (-mean.to(dtype) / std.to(dtype)).repeat(repeats)
@@ -70,7 +70,7 @@ def _normalise(patches: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -
 
 
 def patchify(images: Tensor, patch: int, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images uint8 (B, H, W, 3) as normalised patches (B, L, 3P^2) in `dtype`."""
+    """Return images uint8 (B, H, W, 3) as normalised patches (B, L, 3P^2) in `dtype`."""
     return _normalise(_uint8_patches(images, patch), mean, std, dtype)
 
 
@@ -84,7 +84,7 @@ def embed_visible(
     mean: Tensor,
     std: Tensor,
 ) -> Tensor:
-    """The encoder's input tokens of every view, from uint8 pixels.
+    """Return the encoder's input tokens of every view, from uint8 pixels.
 
     images (B, H, W, 3) uint8, visible (B, N, K), weight (D, 3, P, P), bias (D,), pos (1+L, D), cls (D,),
     mean and std (3,) -> tokens (B, N, 1+K, D): class token first, then the patches of `visible` in its order.
@@ -97,10 +97,10 @@ def embed_visible(
 
 
 def fill_masked(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
-    """The decoder's input: class | visible | targets, each with its place, in that order.
+    """Return the decoder's input: class | visible | targets, each with its position, in that order.
 
     tokens (B, N, 1+K, Dd), visible (B, N, K), targets (B, N, M), mask_token (Dd,), pos (1+L, Dd)
-    -> (B, N, 1+K+M, Dd). Attention does not care for order, so nothing is put back into image order.
+    -> (B, N, 1+K+M, Dd). Attention does not depend on the order, so the image order is not restored.
     """
     return torch.cat(
         [
@@ -121,12 +121,11 @@ def pixel_loss(
     normalize: bool,
     scale: float = 1.0,
 ) -> Tensor:
-    """Sum over images, views and targets of the mean squared error of a patch (L_rec x B N M, method 2), times
-    `scale`: with 1 / (B N M), L_rec.
+    """Return `scale` times the sum over images, views and targets of the mean squared error of a patch (method 2).
 
-    predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M) distinct within a view, mean and
-    std (3,) -> scalar.
-    `normalize`: the target patch is brought to its own mean 0 and unbiased variance 1 (eps 1e-6).
+    With scale = 1 / (B N M) this is L_rec. predictions (B, N, M, 3P^2), images (B, H, W, 3) uint8, targets (B, N, M)
+    distinct within a view, mean and std (3,) -> scalar.
+    `normalize`: the target patch is standardised to mean 0 and unbiased variance 1 (eps 1e-6).
     """
     patch = round((predictions.shape[-1] / 3) ** 0.5)
     dtype = torch.promote_types(predictions.dtype, torch.float32)
@@ -139,12 +138,12 @@ def pixel_loss(
 
 
 def view_latents(tokens: Tensor, visible: Tensor | None = None, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent per view, its direction, and the local moments of CLUB's standardisation.
+    """Return one latent for each view, its direction, and the local moments of CLUB's standardisation.
 
-    tokens: packed by view (B, N, T, D), of which those from place `first` on count (1 leaves out the class token); or
-    in image order (B, L, D) with visible (B, N, K), whose tokens are gathered first. -> z (B, N, D) the mean over a
-    view's tokens, u = z / |z|, and moments (2, D): mean and sum
-    of squared deviations of z over the B N latents, without gradient. fp32 (float64 from float64).
+    tokens: packed by view (B, N, T, D), of which those from place `first` on are pooled (1 leaves out the class token);
+    or in image order (B, L, D) with visible (B, N, K), whose tokens are gathered first. -> z (B, N, D), the mean over a
+    view's tokens, u = z / |z|, and moments (2, D): mean and sum of squared deviations of z over the B N latents,
+    without gradient. Results are fp32 (float64 from float64).
     """
     if visible is not None:
         tokens = _gather(tokens, visible)
@@ -155,8 +154,10 @@ def view_latents(tokens: Tensor, visible: Tensor | None = None, first: int = 0) 
 
 
 def _products_of_views(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Ordered view pairs (a, b) with their products u(i,a).u(j,b) (b, B), in fp32 or more; on one rank only a < b,
-    since (b, a) is the transpose."""
+    """Yield ordered view pairs (a, b) with their products u(i,a).u(j,b) (b, B), in fp32 or float64.
+
+    On one rank only a < b, because (b, a) is the transpose.
+    """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     one_rank = rows.shape[0] == columns.shape[0]
     for a, b in permutations(range(rows.shape[1]), 2):
@@ -165,11 +166,11 @@ def _products_of_views(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, int
 
 
 def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and positives of InfoNCE for ordered view pairs (a, b) (method 3).
+    """Return log-sum-exp and positives of InfoNCE for ordered view pairs (a, b) (method 3).
 
-    rows u (b, N, D): this rank's, which are columns[offset : offset + b]; columns u (B, N, D): of all; tau (1,).
-    -> lse (b, N, N) and positives (b, N, N) at [i, a, b]: over all j of u(i,a).u(j,b)/tau, and at j = i. fp32 (float64
-    from float64). The entries a = b are zero.
+    rows u (b, N, D) of this rank, which are columns[offset : offset + b]; columns u (B, N, D) of all ranks; tau (1,).
+    -> lse (b, N, N) and positives (b, N, N) at [i, a, b]: over all j of u(i,a).u(j,b)/tau, and at j = i. Results are
+    fp32 (float64 from float64). The entries a = b are zero.
     """
     b, N, _ = rows.shape
     dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -185,12 +186,12 @@ def infonce_lse(rows: Tensor, columns: Tensor, offset: int, tau: Tensor) -> tupl
 
 
 def infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
+    """Return the gradient of S = sum over all rows i and a != b of lse(i,a,b) - positive(i,a,b).
 
-    rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N) that it gave, of all rows
-    -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): its part of dS/dtau, the sum
-    over the ranks. fp32 (float64 from float64). u(i,a) is a row of the pair (a,b) and a column of (b,a), and both
-    read the same score, so one product serves both.
+    rows (b, N, D), columns (B, N, D), offset and tau as in `infonce_lse`; lse (B, N, N): its result for all rows
+    -> d_u (b, N, D): dS/du of this rank's latents, as rows and as columns; d_tau (1,): this rank's part of dS/dtau,
+    which is the sum over the ranks. Results are fp32 (float64 from float64). u(i,a) is a row of the pair (a,b) and a
+    column of (b,a), and both use the same score, so one product serves both.
     """
     b = rows.shape[0]
     d_u = torch.zeros_like(rows, dtype=lse.dtype)
@@ -204,27 +205,27 @@ def infonce_grad(rows: Tensor, columns: Tensor, offset: int, tau: Tensor, lse: T
         if b == columns.shape[0]:
             d_u[:, other] += weights.T @ rows[:, a]
     d_u /= tau
-    # S depends on u and tau through u.u / tau alone: u dS/du = -2 tau dS/dtau.
+    # S depends on u and tau only through u.u / tau: u dS/du = -2 tau dS/dtau.
     return d_u, (rows * d_u).sum() / (-2 * tau)
 
 
 def club_terms(
     z: Tensor, mu: Tensor, log_s2: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CLUB and V's likelihood in linear time (method 3), of this rank's images.
+    """Return the sums of CLUB and of V's likelihood over this rank's images, in linear time (method 3).
 
     z (B, N, D); mu and log_s2 (B, D) of V; mean and (biased) variance (D,) of z over the global batch, which
     standardise y = (z - mean) / sqrt(variance + eps). -> the sums over i, k, d of
-    [mu^2 + v - (mu - y)^2] / (2 s2), with v the variance of y, and of [log s2 + (y - mu)^2 / s2] / 2; and over i
-    the sums (D,) of 1/s2 and mu/s2, which `club_grad` needs of all ranks.
+    [mu^2 + v - (mu - y)^2] / (2 s2), with v the variance of y, and of [log s2 + (y - mu)^2 / s2] / 2; and the sums (D,)
+    over i of 1/s2 and mu/s2, which `club_grad` needs from all ranks.
     """
     N, dtype = z.shape[1], torch.promote_types(z.dtype, torch.float32)
     mu, log_s2 = mu.to(dtype), log_s2.to(dtype)
-    # In place, so that beside the inputs there is one tensor of z's size, and a few of mu's.
+    # Work in place, so that only one tensor of z's size and a few of mu's size are allocated.
     scale = (variance + _VARIANCE_EPS).rsqrt()
     square = _error(z, mu, mean, scale).square_().sum(1)
     inverse = (-log_s2).exp_()
-    # Of the rounded scale: CLUB is the small difference of large sums, that have to err alike.
+    # Use the rounded scale: CLUB is a small difference of large sums, whose errors must cancel.
     spread = variance * scale.square()
     club = mu.square().add_(spread).mul_(N).sub_(square).mul_(inverse).sum() / 2
     nll = (N * log_s2.sum() + square.mul_(inverse).sum()) / 2
@@ -232,7 +233,7 @@ def club_terms(
 
 
 def _error(z: Tensor, mu: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """y - mu (B, N, D), where y = (z - mean) scale."""
+    """Return y - mu (B, N, D), where y = (z - mean) scale."""
     return (z - mean.to(mu.dtype)).mul_(scale).sub_(mu[:, None])
 
 
@@ -246,11 +247,11 @@ def club_grad(
     mu_inverse_sum: Tensor,
     images: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the two sums of `club_terms`, taken over the global batch of `images` images.
+    """Return the gradients of the two sums of `club_terms` over the global batch of `images` images.
 
     inverse_sum, mu_inverse_sum (D,): the sums of 1/s2 and mu/s2 over all ranks. -> d_z (B, N, D) of the CLUB sum,
-    with the gradient through the moments of y, which standardises with detached moments; d_mu and d_log_s2 (B, D)
-    of the likelihood's sum.
+    including the gradient through the moments of y (the standardisation itself uses detached moments); d_mu and
+    d_log_s2 (B, D) of the likelihood's sum.
     """
     N, dtype = z.shape[1], torch.promote_types(z.dtype, torch.float32)
     mu, inverse = mu.to(dtype), (-log_s2.to(dtype)).exp_()
@@ -258,8 +259,8 @@ def club_grad(
     error = _error(z, mu, mean, scale)
     d_mu = -error.sum(1) * inverse
     d_log_s2 = (N - error.square().sum(1) * inverse) / 2
-    # Through the moments: dm/dy = 1/(BN) pulls by -sum (mu - m)/s2, dv/dy = 2 y/(BN) by sum 1/(2 s2), at m = 0. With
-    # the image's own term, (mu - y)/s2 + pull y - push: linear in y - mu.
+    # The gradient through the moments, at m = 0, is dm/dy = 1/(BN) times -sum (mu - m)/s2, and dv/dy = 2 y/(BN) times
+    # sum 1/(2 s2). With the image's own term it is (mu - y)/s2 + pull y - push, which is linear in y - mu.
     pull, push = inverse_sum / images, mu_inverse_sum / images
     slope, offset = (pull - inverse) * scale, (pull * mu - push) * scale
     return error.mul_(slope[:, None]).add_(offset[:, None]), d_mu, d_log_s2

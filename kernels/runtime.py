@@ -1,7 +1,7 @@
-"""The base of every fused op: Triton where it is installed, the choice of implementation, the launch.
+"""Base of the fused ops: optional Triton, the choice of an implementation, and the launch.
 
-All launches go through `launch`, so that one place can watch them: `watching` hands each to a benchmark that counts its
-traffic or compiles it for a GPU that is not there.
+All launches use `launch`, so that they can be observed in one place: `watching` passes each to a benchmark, which
+counts its traffic or compiles it for a GPU that this machine lacks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mimae.kernels.native import OLDEST_CAPABILITY
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheels for this system: every op runs in plain PyTorch
+except ImportError:  # There are no wheels for this system: every op runs in plain PyTorch.
     triton = tl = None
 
 Impl = Literal["auto", "native", "triton", "reference"]
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-"""TRITON_INTERPRET=1 was set before the import: kernels run on CPU tensors, slowly, for tests."""
+"""True if TRITON_INTERPRET=1 was set before the import: kernels run on CPU tensors, slowly, for tests."""
 
 if INTERPRETED:
     from mimae.kernels import interpreter
@@ -37,7 +37,7 @@ _preferred: Impl = "auto"
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`triton.jit` with its options, or the function itself where there is no triton: it is then never launched."""
+    """Apply `triton.jit` with its options. Without triton, return the function itself, which is then never launched."""
     return function if triton is None else triton.jit(function, **options)
 
 
@@ -45,7 +45,10 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["native", "triton", "reference"]:
-    """The implementation of `op` for tensors like `tensor`. Raises ValueError where one is asked for in vain."""
+    """Return the implementation of `op` for tensors like `tensor`.
+
+    Raises ValueError if the requested one cannot run.
+    """
     wanted = _preferred if impl == "auto" else impl
     if wanted == "auto":
         return "reference" if tensor.dtype == torch.float64 else _fastest(op, tensor.device)
@@ -54,7 +57,7 @@ def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["native", "t
     obstacle = {"native": native.obstacle(op, tensor.device), "triton": _obstacle(tensor.device)}.get(wanted)
     if wanted == "triton" and tensor.dtype == torch.float64:
         obstacle = "its kernels compute in float32"
-    # A fake tensor has shapes alone: nothing runs.
+    # A fake tensor has only a shape: no code runs.
     if obstacle is not None and not isinstance(tensor, FakeTensor):
         raise ValueError(f"{op} cannot run in {wanted} on {tensor.device}: {obstacle}")
     return wanted
@@ -63,12 +66,12 @@ def chosen(op: str, tensor: Tensor, impl: Impl = "auto") -> Literal["native", "t
 def _fastest(op: str, device: torch.device) -> Literal["native", "triton", "reference"]:
     if native.obstacle(op, device) is None:
         return "native"
-    # The interpreter is for tests, that ask for it by name.
+    # The interpreter is for tests, which request it by name.
     return "triton" if device.type == "cuda" and _obstacle(device) is None else "reference"
 
 
 def reason(op: str, device: torch.device) -> str:
-    """Return in words what `auto` chooses on a device, and what keeps it from a faster choice."""
+    """Return a text with the choice of `auto` on a device, and the obstacles to a faster one."""
     choice = _fastest(op, device)
     if choice == "native":
         return choice
@@ -91,7 +94,7 @@ def _obstacle(device: torch.device) -> str | None:
 
 @contextmanager
 def prefer(impl: Impl) -> Iterator[None]:
-    """Inside, ops that are called with impl="auto" run as `impl`."""
+    """Run ops that are called with impl="auto" as `impl` inside the block."""
     global _preferred
     before, _preferred = _preferred, impl
     try:
@@ -104,19 +107,19 @@ def prefer(impl: Impl) -> Iterator[None]:
 
 
 class Target(NamedTuple):
-    """Properties of a GPU that a launcher may fit its tiles to."""
+    """Properties of a GPU to which launchers fit their tiles."""
 
     capability: int
     """Ten times the compute capability: 80, 90, 100."""
     processors: int
-    """Streaming multiprocessors."""
+    """Number of streaming multiprocessors."""
 
 
 H100 = Target(90, 132)
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: all parameters by name, and what the compiler is told."""
+    """One launch of a kernel: all parameters by name, and the compiler's options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -130,8 +133,10 @@ _watched_target: Target = H100
 
 @contextmanager
 def watching(watch: Callable[[Launch], None], target: Target = H100) -> Iterator[None]:
-    """Inside, `watch` sees every launch before it runs; with meta tensors it does not run. Launchers fit their tiles to
-    `target` where the device of their tensors says nothing (meta tensors, the interpreter)."""
+    """Call `watch` for every launch inside the block before it runs; with meta tensors it does not run.
+
+    Launchers fit their tiles to `target` if the device of their tensors is not a GPU (meta tensors, the interpreter).
+    """
     global _watch, _watched_target
     before = _watch, _watched_target
     _watch, _watched_target = watch, target
@@ -142,7 +147,7 @@ def watching(watch: Callable[[Launch], None], target: Target = H100) -> Iterator
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The GPU that a kernel on `tensor` is launched on, or that is to be imagined."""
+    """Return the GPU on which a kernel on `tensor` is launched, or the assumed one."""
     if not tensor.is_cuda:
         return _watched_target
     properties = torch.cuda.get_device_properties(tensor.device)
@@ -150,7 +155,7 @@ def target_of(tensor: Tensor) -> Target:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 2, **arguments: Any) -> None:
-    """Run `kernel` over `grid` on the device of its tensors and its current stream. Parameters go by name."""
+    """Run `kernel` over `grid` on the device of its tensors and its current stream. Parameters are passed by name."""
     options = {"num_warps": warps, "num_stages": stages}
     if _watch is not None:
         _watch(Launch(kernel, grid, arguments, options))
@@ -162,6 +167,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which autocast wants the matrix products of tensors like `tensor`; outside of it, their own."""
+    """Return autocast's dtype for matrix products of tensors like `tensor`, or their own dtype outside autocast."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

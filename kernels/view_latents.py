@@ -1,12 +1,12 @@
 """The latent of every view, its direction, and the moments of all latents, in one pass over the tokens.
 
-A program takes the views of its share one after the other: it pools the tokens of one, normalises, and carries the
-moments in registers, where they cost no traffic (Welford). It leaves one pair (mean, sum of squared deviations) behind;
-a second kernel merges the pairs in the order of the programs (Chan), so that equal inputs give equal bits.
+A program processes the views of its share one after the other: it pools the tokens of a view, normalises the latent,
+and keeps the moments in registers (Welford), where they cause no traffic. It writes one pair (mean, sum of squared
+deviations); a second kernel merges the pairs in the order of the programs (Chan), so that equal inputs give equal bits.
 
-Traffic: forward, each pooled token and each id once, z and u once, and 16 D bytes a program for its pair, written and
-read. The share keeps these below a twentieth of the rest, so it is within 1.05 of the floor. Backward, z and the two
-gradients once, and the tokens' gradient once in full, zeros too: the floor.
+Traffic: forward moves each pooled token and each id once, z and u once, and 16 D bytes in each program for its pair,
+written and read. The size of the share keeps these below a twentieth of the rest, so forward is within 1.05 of the
+floor. Backward moves z and the two gradients once, and the tokens' whole gradient once, zeros included: the floor.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ROWS = 8
 def view_latents(
     tokens: Tensor, visible: Tensor | None = None, first: int = 0, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent per view, its direction, and the local moments of CLUB's standardisation (method 1 and 3).
+    """Return one latent for each view, its direction, and the local moments of CLUB's standardisation (methods 1, 3).
 
-    tokens: packed by view (B, N, T, D), of which those from place `first` on count (1 leaves out the class token); or
-    in image order (B, L, D) with visible (B, N, K), int32 or int64 ids in [0, L), whose tokens are gathered first.
-    -> z (B, N, D) the mean over a view's tokens, u = z / |z|, and moments (2, D): mean and sum of squared deviations
-    of z over the B N latents, without gradient. fp32 results, from tokens of fp32, fp16 or bf16 with any strides;
-    float64 runs in plain PyTorch.
-    Raises ValueError for other shapes and dtypes, where nothing is left to pool, and for float64 in triton.
+    tokens: packed by view (B, N, T, D), of which those from place `first` on are pooled (1 leaves out the class token);
+    or in image order (B, L, D) with visible (B, N, K), int32 or int64 ids in [0, L), whose tokens are gathered first.
+    -> z (B, N, D), the mean over a view's tokens, u = z / |z|, and moments (2, D): mean and sum of squared deviations
+    of z over the B N latents, without gradient. Results are fp32, from tokens of fp32, fp16 or bf16 with any strides;
+    float64 runs in plain PyTorch. Raises ValueError for other shapes and dtypes, if there are no tokens to pool, and
+    for float64 in triton.
     """
     _check(tokens, visible, first)
     if chosen("view_latents", tokens, impl) == "reference":
@@ -120,7 +120,7 @@ _view_latents.register_autograd(_backward, setup_context=_setup_context)
 
 
 def launch_forward(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches: as `view_latents`."""
+    """Run `view_latents` in two launches."""
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
     B, D = tokens.shape[0], tokens.shape[-1]
@@ -132,7 +132,7 @@ def launch_forward(tokens: Tensor, visible: Tensor | None, first: int) -> tuple[
         _, N, T = visible.shape
         by_image, by_view, by_token = tokens.stride(0), 0, tokens.stride(1)
     views, width = B * N, tokens.element_size()
-    # As many as fill the GPU, and no fewer than outweigh a program's pair twenty times: bytes of one dimension.
+    # Enough programs to fill the GPU, and 20 times the bytes of a program's pair, counted for one dimension.
     programs = _PROGRAMS_PER_PROCESSOR * target_of(tokens).processors
     share = max(-(-views // programs), -(-20 * 16 // ((T - first) * width + 8)))
     programs = -(-views // share)
@@ -184,7 +184,10 @@ def launch_backward(
     length: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One launch: the gradient of tokens (B, N, T, D) or (B, L, D), `length` T or L, from those of z and u, if any."""
+    """Return the gradient of tokens (B, N, T, D) or (B, L, D), `length` T or L, from those of z and u if given.
+
+    It takes one launch.
+    """
     B, N, D = z.shape
     d_tokens = torch.empty(_shape_of_tokens(z, visible, length), dtype=dtype, device=z.device)
     d_z, d_u, visible = (each if each is None else each.contiguous() for each in (d_z, d_u, visible))
@@ -229,12 +232,12 @@ def launch_backward(
 
 
 def _power_of_2(size: int) -> int:
-    """The smallest one that is not below `size`."""
+    """Return the smallest power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def _warps(row_bytes: int) -> int:
-    """Return as many threads as a row of a tile has pieces of 16 bytes: each thread sums its own columns."""
+    """Return a number of threads: the pieces of 16 bytes in a row of a tile. Each thread sums its own columns."""
     return min(16, max(4, row_bytes // 512))
 
 
@@ -243,7 +246,7 @@ def _pool(  # type: ignore[no-untyped-def]
     tokens, visible, z, u, pairs, views, share, first, by_image, by_view, by_token,
     N, T, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """z and u of a share of the views, and their mean and sum of squared deviations."""
+    """Compute z and u of a share of the views, and the mean and sum of squared deviations of z."""
     start = tl.program_id(0) * share
     d = tl.arange(0, COLUMNS)
     inside = d < D
@@ -278,7 +281,7 @@ def _pool(  # type: ignore[no-untyped-def]
 def _merge(  # type: ignore[no-untyped-def]
     pairs, moments, views, share, programs, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The pairs of all programs as one, in their order: Chan's formula over tiles of pairs, and over the tiles."""
+    """Merge the pairs of all programs in order: by Chan's formula over tiles of pairs, and over the tiles."""
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < D
     mean = tl.zeros((COLUMNS,), tl.float32)
@@ -290,7 +293,7 @@ def _merge(  # type: ignore[no-untyped-def]
         pair = pairs + program.to(tl.int64)[:, None] * 2 * D + d[None, :]
         means = tl.load(pair, mask=held, other=0)
         within = tl.load(pair + D, mask=held, other=0)
-        # The last program's share may be short; past it, nothing.
+        # The last program's share may be short; past its end the count is zero.
         count = tl.maximum(tl.minimum(share, views - program * share), 0).to(tl.float32)
         added = tl.sum(count, 0)
         centre = tl.sum(means * count[:, None], 0) / added
@@ -305,7 +308,7 @@ def _merge(  # type: ignore[no-untyped-def]
 
 @jit
 def _through_latent(z, d_z, d_u, at, held, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The gradient of z, its own and that through u = z / |z|; rows of latents along `axis`."""
+    """Return the gradient of z: its own and that through u = z / |z|. Rows are latents along `axis`."""
     gradient = tl.zeros(at.shape, tl.float32)
     if d_z is not None:
         gradient += tl.load(d_z + at, mask=held, other=0)
@@ -315,7 +318,7 @@ def _through_latent(z, d_z, d_u, at, held, axis: tl.constexpr):  # type: ignore[
         norm = tl.sqrt(tl.sum(latent * latent, axis, keep_dims=True))
         length = tl.maximum(norm, 1e-12)
         u = latent / length
-        # A shorter latent is divided by the constant.
+        # A latent shorter than the constant is divided by the constant.
         radial = tl.where(norm >= 1e-12, tl.sum(u * of_u, axis, keep_dims=True), 0)
         gradient += (of_u - u * radial) / length
     return gradient
@@ -325,7 +328,7 @@ def _through_latent(z, d_z, d_u, at, held, axis: tl.constexpr):  # type: ignore[
 def _spread(  # type: ignore[no-untyped-def]
     z, d_z, d_u, d_tokens, first, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Packed by view: a program writes the gradients of one view's tokens, zero before `first`."""
+    """Write the gradients of one view's tokens, packed by view, and zeros before `first`."""
     view = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, COLUMNS)
     inside = d < D
