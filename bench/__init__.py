@@ -1,1 +1,1 @@
-"""Benches: each is a verb of `mimae bench` and writes JSON, from which the tables of the documents are made."""
+"""Benches: each is a command of `mimae bench` and writes JSON, from which the tables in the documentation are made."""

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on: its name in words, the versions in use, its measured matrix rate."""
+"""Description of the machine of a benchmark: its name, the versions in use, its measured matrix rate."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _cpu_model() -> str:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (at most so far) of this process; getrusage's peak would hold the parent's too."""
+    """Return VmRSS (present) or VmHWM (peak) of this process. getrusage's peak would include the parent's."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -61,9 +61,9 @@ def resident_bytes(field: str) -> int:
 
 
 def resident_peak(run: Callable[[], object]) -> int | None:
-    """Return by how many bytes this process's memory grew at most in `run`; None where that is unknown."""
+    """Return the largest growth of this process's memory during `run`, in bytes, or None if it is unknown."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # This resets the peak.
     except OSError:
         return None
     before = resident_bytes("VmRSS")
@@ -72,13 +72,13 @@ def resident_peak(run: Callable[[], object]) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Product(NamedTuple):
-    """`layers` layers that multiply (rows, inner) by (inner, columns)."""
+    """A number of layers, `layers`, that multiply (rows, inner) by (inner, columns)."""
 
     rows: int
     inner: int
@@ -87,9 +87,9 @@ class Product(NamedTuple):
 
 
 def matmul_rate(products: Iterable[Product], dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOP/s of the given layers, forward and both products of backward, each at its best measured time.
+    """Return the FLOP/s of layers: forward and both products of backward, each at its best measured time.
 
-    Each product repeats for `seconds`, twice at least.
+    Each product is repeated for `seconds`, at least twice.
     """
     flops = total = 0.0
     for rows, inner, columns, layers in products:

@@ -1,1 +1,1 @@
-"""Baselines that this system is measured against."""
+"""Baselines for comparison with this system."""

@@ -1,9 +1,9 @@
-"""MI-MAE as a researcher would write it on MAE's structure in plain PyTorch: the baseline of a step.
+"""MI-MAE in plain PyTorch on MAE's structure, as in a research prototype: the baseline of a step.
 
 Images are float and repeated once per view, a convolution embeds all their patches before the visible ones
 are gathered, the order comes from two argsorts of noise, mask tokens are put back into image order, targets
 are materialised for every view, InfoNCE has full logits for every ordered pair of views, and CLUB compares
-every latent with every image. On one process it computes the loss of `mimae.MIMAE` from the same weights.
+every latent with every image. In one process it computes the same loss as `mimae.MIMAE` from the same weights.
 
 Letters in shapes: B images, N views, L patches, K visible, D width, Dd decoder width, P patch size.
 """
@@ -39,7 +39,7 @@ _STATE = {
 
 
 def sincos(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed positions (1, 1 + L, width): zeros for the class token; first half columns, second half rows."""
+    """Return fixed positions (1, 1 + L, width): zeros for the class token; first half columns, second half rows."""
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     angles = [place.reshape(-1, 1) * omega for place in (columns, rows)]
@@ -55,7 +55,7 @@ def transformer(depth: int, width: int, heads: int) -> nn.ModuleList:
 
 
 class EagerMIMAE(nn.Module):
-    """The model of a recipe with orthogonal masks; `forward` gives the loss with the gate open."""
+    """The model of a recipe with orthogonal masks; `forward` returns the loss with the gate open."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class EagerMIMAE(nn.Module):
             self.log_temperature = nn.Parameter(torch.zeros(1))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of a `MIMAE.state_dict()`."""
+        """Load the weights of a `MIMAE.state_dict()`."""
         own = {}
         for name, value in self.state_dict().items():
             prefix = next((prefix for prefix in _STATE if name.startswith(prefix)), None)
@@ -101,7 +101,7 @@ class EagerMIMAE(nn.Module):
         self.load_state_dict(own)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """images float (B, 3, H, W), normalised by channel; noise (B, L), whose order gives the masks."""
+        """Return the loss of images float (B, 3, H, W), normalised by channel. Noise (B, L) gives the masks."""
         permutation = torch.argsort(noise, dim=1)
         ids_shuffle = torch.cat(
             [torch.roll(permutation, -view * self.num_visible, dims=1) for view in range(self.num_masks)]
@@ -144,7 +144,7 @@ class EagerMIMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, L, 3P^2), values ordered (row, column, channel)."""
+        """Cut images (B, 3, H, W) into patches (B, L, 3P^2), with values ordered (row, column, channel)."""
         P = self.patch_size
         B, C, H, W = images.shape
         x = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
@@ -176,7 +176,7 @@ class EagerMIMAE(nn.Module):
         return torch.stack(losses).mean()
 
     def club(self, images: Tensor, z_NBD: Tensor) -> tuple[Tensor, Tensor]:
-        """CLUB in nats, which trains the encoder, and the posterior's likelihood, which trains it alone."""
+        """Return CLUB in nats, which trains the encoder, and the posterior's likelihood, which trains the posterior."""
         assert self.posterior is not None
         colours = F.avg_pool2d(images, self.patch_size).permute(0, 2, 3, 1).flatten(1)
         mu, log_var = self.posterior(colours).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
-"""The masked autoencoders that people install, transformers' and lightly's, with a MIMAE's weights (N=1).
+"""Masked autoencoders of other packages, transformers and lightly, with the weights of a MIMAE (N=1).
 
-Both are optional at run time: a missing one is a UserError. Each takes float images (B, 3, H, W), normalised
-by channel, and noise (B, L) whose order gives the mask, as MAE has it, and returns the reconstruction loss.
+Both packages are optional at run time: a missing one raises UserError. Each model takes float images (B, 3, H, W),
+normalised by channel, and noise (B, L) whose order gives the mask, as in MAE, and returns the reconstruction loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 
 class TransformersMAE(nn.Module):
-    """`transformers.ViTMAEForPreTraining` from a configuration, with fused attention."""
+    """`transformers.ViTMAEForPreTraining`, made from a configuration, with fused attention."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class TransformersMAE(nn.Module):
                 decoder_num_hidden_layers=decoder.depth,
                 decoder_num_attention_heads=decoder.heads,
                 decoder_intermediate_size=4 * decoder.width,
-                # It keeps int(L (1 - ratio)) patches: half a patch more than ours survives the rounding.
+                # It keeps int(L (1 - ratio)) patches. With half a patch more, rounding gives our number.
                 mask_ratio=1 - (sizes.visible + 0.5) / sizes.grid.patches,
                 norm_pix_loss=recipe.objective.normalize_pixels,
                 attn_implementation="sdpa",
             )
         )
-        # From a configuration, transformers 5 leaves its positions at zero: these are its own initialisers.
+        # transformers 5 leaves the positions of a model made from a configuration at zero; call its initialisers.
         embeddings = self.mae.vit.embeddings
         embeddings.patch_embeddings.projection._is_hf_initialized = False
         embeddings.initialize_weights()
@@ -73,7 +73,7 @@ class TransformersMAE(nn.Module):
 
 
 class LightlyMAE(nn.Module):
-    """lightly's MAE, put together as in its example, with the recipe's targets."""
+    """lightly's MAE, assembled as in its example, with the recipe's targets."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LightlyMAE(nn.Module):
             )
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated in favour of one without embedding and head
+            warnings.simplefilter("ignore")  # This class is deprecated in favour of one without embedding and head.
             self.decoder = modules.MAEDecoderTIMM(
                 num_patches=sizes.grid.patches,
                 patch_size=model.patch_size,
@@ -104,7 +104,7 @@ class LightlyMAE(nn.Module):
                 decoder_depth=decoder.depth,
                 decoder_num_heads=decoder.heads,
             )
-        # Of masked image modelling without an encoder's gather; no part of MAE, and it would get no gradient.
+        # It belongs to masked image modelling without a gather. MAE does not use it, and it would have no gradient.
         self.backbone.mask_token.requires_grad_(False)
 
     @property
@@ -138,7 +138,7 @@ class LightlyMAE(nn.Module):
 
 
 def noise_of(visible: Tensor, num_patches: int) -> Tensor:
-    """Noise (B, L) whose argsort lists the patches of `visible` (B, N, K), view by view, then the rest."""
+    """Return noise (B, L) whose argsort lists the patches of `visible` (B, N, K), view by view, then the rest."""
     order = visible.flatten(1).long()
     noise = torch.full((order.shape[0], num_patches), 2.0, device=visible.device)
     return noise.scatter(1, order, torch.linspace(0, 1, order.shape[1], device=visible.device).expand(order.shape))
@@ -150,27 +150,27 @@ def _optional(module: str, package: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"the comparison with {package} needs it ({error}): install it with `pip install {package}`, "
-            "or leave --peers away"
+            "or omit --peers"
         ) from error
 
 
 def _load(module: nn.Module, weights: State, keep: tuple[str, ...]) -> None:
-    """Strictly, but for what the module computes itself: it keeps its own tables of positions."""
+    """Load weights strictly, except for buffers that the module computes itself: it keeps its tables of positions."""
     own = module.state_dict()
     try:
         module.load_state_dict({**weights, **{name: own[name] for name in keep}})
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            "the installed transformers or lightly names its weights otherwise than the versions that this "
-            f"comparison was written for (transformers 5.23, lightly 1.6): {error}"
+            "the installed transformers or lightly names its weights differently from the versions of this "
+            f"comparison (transformers 5.23, lightly 1.6): {error}"
         ) from error
 
 
 def _square(recipe: Recipe) -> int:
-    """Return the side of the image in pixels. Raises UserError where images are not square."""
+    """Return the side of the image in pixels. Raises UserError if images are not square."""
     height, width = recipe.data.size_hw
     if height != width:
-        raise UserError(f"transformers and lightly take square images, data.image_size is [{height}, {width}]")
+        raise UserError(f"transformers and lightly need square images, and data.image_size is [{height}, {width}]")
     return height
 
 
@@ -192,7 +192,7 @@ _RENAMED = [
 
 
 def _to_transformers(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """One of our tensors under the names of `transformers`, which has query, key and value apart."""
+    """Yield one of our tensors under the names of `transformers`, which has separate query, key and value weights."""
     if name.startswith("objective."):
         return []
     for pattern, replacement in _RENAMED:

@@ -15,16 +15,16 @@ def controls(
     tune: Annotated[
         Path | None, typer.Option(help="run the trials that this file lists, on a split of the training set")
     ] = None,
-    threads: Annotated[int, typer.Option(help="threads of a run", min=1)] = 1,
-    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="number of threads of a run", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="number of runs at a time", min=1)] = 2,
     results: Annotated[Path, typer.Option(help="folder of the result files")] = Path("bench/results"),
     runs: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/controls"),
     docs: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/controls.md"),
-    render_only: Annotated[bool, typer.Option("--render", help="write the page and run nothing")] = False,
+    render_only: Annotated[bool, typer.Option("--render", help="only write the page")] = False,
 ) -> None:
     """Pretrain and probe the controls of the method.
 
-    With --tune, the trials of a tuning. Those that are finished are not run again.
+    With --tune, run the trials of a tuning. Finished trials are not run again.
     """
     import signal
 
@@ -60,5 +60,5 @@ def controls(
     docs.write_text(render(load_results(results / "controls"), load_results(results / "tuning")), encoding="utf-8")
     print(f"wrote {docs}")
     if stopped:
-        print("stopped: the same command goes on from here")
+        print("stopped: the same command continues from here")
         raise typer.Exit(75)

@@ -1,7 +1,7 @@
-"""The controls that make a claim honest (method 4): equal views, equal optimizer steps, one probe for all.
+"""The controls for a fair comparison (method 4): equal views, equal optimizer steps, one probe for all.
 
 Every trial is one `mimae pretrain` and one `mimae probe` in processes of their own, and leaves one JSON file;
-a trial that has its file is not run again, and one that was interrupted goes on from its checkpoint.
+a trial that has its file is not run again, and an interrupted trial resumes from its checkpoint.
 docs/controls.md is rendered from those files and from nothing else.
 """
 
@@ -38,7 +38,7 @@ from mimae.optim.settings import ScheduleSettings
 from mimae.outside.files import write_atomically
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
-"""The recipe of MI-MAE on each data set; those of the other controls add a suffix to its name."""
+"""Recipe of MI-MAE for each data set. The recipes of the other controls add a suffix to its name."""
 
 
 class Control(NamedTuple):
@@ -48,7 +48,7 @@ class Control(NamedTuple):
     meaning: str
     seeds: tuple[int, ...]
     stretch: float = 1.0
-    """Optimizer steps, in those of MI-MAE."""
+    """Number of optimizer steps, relative to MI-MAE."""
 
 
 CONTROLS = {
@@ -65,20 +65,20 @@ CHOICES = {
     "cross": Control("_cross", "`decoder.attention=cross`", (0, 1, 2)),
     "cross_long": Control("_cross", "the same for as long as the default takes", (0, 1, 2), stretch=1.12),
 }
-"""MI-MAE with less work in the decoder. A stretch is what a step of quickstart took, in steps of the choice (one CPU
-thread, two rounds of 100 steps: 1.21 and 1.39, 1.08 and 1.15)."""
+"""Forms of MI-MAE with less work in the decoder. A stretch is the time of a step of quickstart over that of a step of
+the form (one CPU thread, two rounds of 100 steps: 1.21 and 1.39, 1.08 and 1.15)."""
 
 _PLACES = (*FREE_KEYS, "data.path")
-"""Settings on which no result depends, but for the data set, which has its name."""
+"""Settings on which no result depends, and the paths of the data set, which is identified by its name."""
 
 _ANY_LOADER = ("data.loader", "auto")
 
 _JUDGE = "probe.tolerance"
-"""Key of a result's settings that no recipe has. Results of the probe that stopped short of the minimum lack it."""
+"""Key of a result's settings that is not in recipes. Results of the older probe, which stopped early, lack it."""
 
 
 class Trial(NamedTuple):
-    """A run to be judged: `settings` is its whole recipe by dotted key, without what no result depends on."""
+    """A run to evaluate. `settings` is its whole recipe by dotted key, without keys on which no result depends."""
 
     name: str
     data: str
@@ -93,19 +93,18 @@ class Trial(NamedTuple):
 
 Result = dict[str, Any]
 Runner = Callable[[Trial, Path], Result]
-"""Trains and probes a trial in a folder of its own; goes on where it was interrupted there."""
+"""Function that trains and probes a trial in a separate folder, and resumes it there after an interruption."""
 
 
 class Stopped(Exception):
-    """The trial was told to stop and has saved its state."""
+    """The trial was asked to stop and has saved its state."""
 
 
 # Which trials
 
 
 def parse_data(data: str) -> tuple[str, list[str]]:
-    """`photos` or `cifar=TRAIN:TEST` -> the data set's name and the overrides that find it. Raises
-    UserError."""
+    """Return the name and the overrides of the data set `photos` or `cifar=TRAIN:TEST`. Raises UserError."""
     name, _, places = data.partition("=")
     parts = places.split(":") if places else []
     if name not in RECIPES or len(parts) not in (0, 2) or not all(parts):
@@ -116,8 +115,7 @@ def parse_data(data: str) -> tuple[str, list[str]]:
 def make_trial(
     name: str, data: str, kind: str, recipe: str, overrides: list[str], paths: list[str], samples: int, seed: int
 ) -> Trial:
-    """Resolves the recipe; `samples` is the size of the training set, which the number of steps follows
-    from."""
+    """Resolve the recipe. The number of steps follows from `samples`, the size of the training set."""
     resolved = load_recipe(recipe, [*overrides, *paths, f"seed={seed}"]).recipe
     batch = resolved.schedule.batch_size
     steps = total_steps(resolved.schedule, samples // batch)
@@ -128,8 +126,10 @@ def make_trial(
 
 
 def control_trials(data: str) -> list[Trial]:
-    """The trials of all controls and choices on one data set, seed by seed. Raises UserError where the views of
-    controls differ."""
+    """Return the trials of all controls and choices on one data set, seed by seed.
+
+    Raises UserError if controls would see different numbers of views.
+    """
     name, paths = parse_data(data)
     recipe = load_recipe(RECIPES[name], paths).recipe
     path = recipe.data.path
@@ -154,7 +154,7 @@ def control_trials(data: str) -> list[Trial]:
 
 
 def stretched(schedule: ScheduleSettings, samples: int, stretch: float) -> list[str]:
-    """The overrides that make a schedule `stretch` times as long; none for 1."""
+    """Return the overrides that make a schedule `stretch` times as long; none for 1."""
     if stretch == 1:
         return []
     per_epoch = samples // schedule.batch_size
@@ -163,9 +163,9 @@ def stretched(schedule: ScheduleSettings, samples: int, stretch: float) -> list[
 
 
 def hold_out(source: Source, folder: Path) -> list[str]:
-    """Split a labelled source into list files, four fifths to train on and a stratified fifth to judge by.
+    """Split a labelled source into list files: four fifths for training and a stratified fifth for evaluation.
 
-    Returns the overrides that name them. The split is a function of the labels alone.
+    Returns the overrides that name them. The split depends only on the labels.
     """
     if source.labels is None:
         raise UserError(f"{source.name} has no labels: settings cannot be tuned on it")
@@ -180,7 +180,7 @@ def hold_out(source: Source, folder: Path) -> list[str]:
 
 
 def tuning_trials(file: Path, data: str, folder: Path) -> list[Trial]:
-    """The trials that `file` lists, on a split of the training set of `data`; its test set is not touched.
+    """Return the trials that `file` lists, on a split of the training set of `data`; its test set is not used.
 
     The file is YAML: `recipe`, `overrides` of all, and `trials`, each `name: {seeds: [0], overrides: [...]}`.
     """
@@ -209,11 +209,11 @@ def tuning_trials(file: Path, data: str, folder: Path) -> list[Trial]:
 
 
 def finished(trial: Trial, out: Path) -> bool:
-    """Return whether `out` has the trial's result. Raises UserError where it has a result of other settings."""
+    """Return whether `out` has the trial's result. Raises UserError if it has a result of other settings."""
     file = out / f"{trial.name}.json"
     if not file.exists():
         return False
-    # Before a key existed every run did what the default of the key says.
+    # Before a key existed, every run behaved as with the key's default.
     old = {**flat(Recipe()), **json.loads(file.read_text())["settings"]}
     if changed := _changed(old, trial.settings):
         raise UserError(
@@ -224,15 +224,14 @@ def finished(trial: Trial, out: Path) -> bool:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return in words which of the `new` settings are others in `old`, or are not there."""
+    """Return a text with the `new` settings that differ from `old` or are missing there."""
     return [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in new.items() if old.get(key) != value]
 
 
 def run_trials(trials: Sequence[Trial], out: Path, runs: Path, jobs: int, runner: Runner) -> None:
-    """Run those trials that `out` has no result of, `jobs` at a time, and write each result as it comes.
+    """Run the trials without a result in `out`, `jobs` at a time, and write each result when it is there.
 
-    A trial that fails does not stop the others; UserError tells of the failed ones at the end. Raises
-    Stopped.
+    A trial that fails does not stop the others; UserError names the failed ones at the end. Raises Stopped.
     """
     out.mkdir(parents=True, exist_ok=True)
     left = [trial for trial in trials if not finished(trial, out)]
@@ -266,8 +265,10 @@ def record(trial: Trial, result: Result) -> Result:
 
 
 def _check_trained(trial: Trial, run: Path) -> None:
-    """Raise UserError where a run that was there already has not trained with all settings of its trial: a run that is
-    older than a key goes on without it."""
+    """Raise UserError if an existing run was not trained with all settings of its trial.
+
+    A run that is older than a key continues without it.
+    """
     trained = flat(load_run(run))
     wanted = {key: value for key, value in trial.settings.items() if key in trained and (key, value) != _ANY_LOADER}
     if changed := _changed(trained, wanted):
@@ -275,7 +276,7 @@ def _check_trained(trial: Trial, run: Path) -> None:
 
 
 class Processes:
-    """The runner of trials: each in processes of its own, that are told to save and stop when this one is."""
+    """Runner of trials: each in separate processes, which are asked to save and stop when this process is."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -301,7 +302,7 @@ class Processes:
         }
 
     def _wait(self, arguments: list[str], log: Any) -> None:
-        """Run a verb to its end. Raises Stopped where it saved on a signal, UserError where it failed."""
+        """Run a command to its end. Raises Stopped if it saved on a signal, UserError if it failed."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with self.lock:
             if self.stopping:
@@ -311,7 +312,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, which passes it on as a signal to save.
+                start_new_session=True,  # Ctrl-C is for this process, which forwards it as a signal to save.
             )
             self.running.add(process)
         code = process.wait()
@@ -324,7 +325,7 @@ class Processes:
             raise UserError("\n  ".join([f"exit code {code}, the end of {log.name}:", *tail]))
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler: what runs saves and stops, nothing new starts."""
+        """Handle a signal: running trials save and stop, and no new ones start."""
         with self.lock:
             self.stopping = True
             for process in self.running:
@@ -335,7 +336,7 @@ class Processes:
 
 
 def load_results(folder: Path) -> list[Result]:
-    """The results in a folder, by name."""
+    """Return the results in a folder, by name."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
@@ -374,7 +375,7 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
             f"| control | seeds | linear probe | {probed['few_labels']} labels | {NEIGHBOURS} neighbours "
             "| L_rec | minutes |\n|---|---|---|---|---|---|---|"
         )
-        # What is not trained depends on the seed at most, so that one control's trials tell it for all.
+        # Untrained baselines depend at most on the seed, so the trials of one control give them for all.
         if untrained := [result for result in here if "raw pixels" in result["probe"]["features"]]:
             yield _row("1. raw pixels", untrained[:1], "raw pixels", trained=False)
             yield _row("1. random encoder", untrained, "random encoder", trained=False)
@@ -387,7 +388,7 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
 
 
 def _render_judge(results: list[Result]) -> Iterator[str]:
-    """Yield a caveat if a result is of the probe that did not fit its classifiers to the end."""
+    """Yield a caveat if a result is from the probe that did not fit its classifiers to convergence."""
     if any(result["settings"].get(_JUDGE) is None for result in results):
         yield (
             "The linear classifiers that judged these runs were not fitted to the end: weakly penalised ones stayed up "
@@ -397,7 +398,7 @@ def _render_judge(results: list[Result]) -> Iterator[str]:
 
 
 def _render_choices(results: list[Result]) -> Iterator[str]:
-    """MI-MAE beside its forms with less work in the decoder."""
+    """Return lines that compare MI-MAE with its forms with less work in the decoder."""
     if not any(result["kind"] in CHOICES for result in results):
         return
     yield "Less work in the decoder by choice, after equal steps and after equal time of training:\n"
@@ -413,7 +414,7 @@ def _render_choices(results: list[Result]) -> Iterator[str]:
 
 
 def _render_differences(results: list[Result]) -> Iterator[str]:
-    """MI-MAE less the controls that it must beat, seed by seed."""
+    """Return lines with the differences of MI-MAE from the controls that it must beat, seed by seed."""
     lines = []
     for other in ("orthogonal", "mae"):
         pairs = {kind: {r["seed"]: r for r in results if r["kind"] == kind} for kind in ("mi_mae", other)}
@@ -476,7 +477,7 @@ def _score(result: Mapping[str, Any], measure: str, features: str = "this run") 
 
 
 def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
-    known = [value for value in values if value is not None]  # null in a file: it was not finite
+    known = [value for value in values if value is not None]  # null in a file stands for a value that was not finite.
     if not known:
         return ""
     mean = f"{statistics.fmean(known):{form}}"
@@ -484,7 +485,7 @@ def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
 
 
 def _where(results: list[Result]) -> str:
-    """Machine, versions and dates in words."""
+    """Return machine, versions and dates as text."""
     machines = sorted({f"{r['machine']['cpu']}, {r['threads']} thread{'s' * (r['threads'] > 1)}" for r in results})
     versions = sorted({f"torch {r['versions']['torch']}" for r in results})
     dates = sorted({r["date"] for r in results})

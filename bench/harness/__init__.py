@@ -1,1 +1,1 @@
-"""Harnesses that harm runs, loaders and inputs on purpose: drill, soak and fuzz."""
+"""Harnesses that inject faults into runs, loaders and inputs: drill, soak and fuzz."""

@@ -11,17 +11,18 @@ import typer
 
 def drill(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of the runs' recipe: engine.kind=fsdp")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="overrides of the recipe: engine.kind=fsdp"),
     ] = None,
-    faults: Annotated[int, typer.Option(help="how many", min=1)] = 40,
-    ranks: Annotated[int, typer.Option(help="most ranks of a run", min=2, max=4)] = 3,
-    seed: Annotated[int, typer.Option(help="of what is drawn: kinds, steps, ranks, moments")] = 0,
-    jobs: Annotated[int, typer.Option(help="runs at a time", min=1)] = 2,
+    faults: Annotated[int, typer.Option(help="number of faults", min=1)] = 40,
+    ranks: Annotated[int, typer.Option(help="largest number of ranks of a run", min=2, max=4)] = 3,
+    seed: Annotated[int, typer.Option(help="seed of the draw of kinds, steps, ranks and moments")] = 0,
+    jobs: Annotated[int, typer.Option(help="number of runs at a time", min=1)] = 2,
     out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
 ) -> None:
-    """Harm tiny runs in every way, and compare their weights.
+    """Inject every kind of fault into tiny runs, and compare their weights.
 
-    Exits with 1 where a fault did not fire, a checkpoint was lost or weights differ.
+    Exits with 1 if a fault did not fire, a checkpoint was lost or weights differ.
     """
     import shutil
     import signal
@@ -56,25 +57,25 @@ def drill(
         found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
         write_atomically(out, json.dumps(found, indent=1) + "\n")
     if failed or lost:
-        print(f"what the runs said is kept in {folder}")
+        print(f"the output of the runs is kept in {folder}")
         raise typer.Exit(1)
     shutil.rmtree(folder)
 
 
 def soak(
-    path: Annotated[str, typer.Argument(help="the images, as data.path")],
-    loader: Annotated[list[str] | None, typer.Option(help="data.loader; repeatable [default: all that run]")] = None,
-    minutes: Annotated[float, typer.Option(help="length of the soak of each loader", min=0.01)] = 10.0,
-    bad: Annotated[float, typer.Option(help="share of readings that come damaged", min=0, max=1)] = 0.01,
+    path: Annotated[str, typer.Argument(help="the images, as in data.path")],
+    loader: Annotated[list[str] | None, typer.Option(help="data.loader; repeatable [default: all usable]")] = None,
+    minutes: Annotated[float, typer.Option(help="minutes for each loader", min=0.01)] = 10.0,
+    bad: Annotated[float, typer.Option(help="share of reads that are damaged", min=0, max=1)] = 0.01,
     size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
     batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
     restart: Annotated[float, typer.Option(help="seconds between two restarts", min=0.1)] = 60.0,
     out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="the plot to write (.png or .svg)")] = None,
 ) -> None:
-    """Run loaders for minutes while images go bad at random.
+    """Run loaders for minutes while random reads are damaged.
 
-    Exits with 1 where a slot was lost or came twice.
+    Exits with 1 if a slot was lost or repeated.
     """
 
     import torch
@@ -115,7 +116,7 @@ def fuzz(
     kinds: Annotated[
         list[str] | None, typer.Argument(metavar="[KIND]...", help="kinds of input [default: all]")
     ] = None,
-    count: Annotated[int, typer.Option(help="inputs of each kind", min=1)] = 100,
+    count: Annotated[int, typer.Option(help="number of inputs of each kind", min=1)] = 100,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
     first: Annotated[int, typer.Option(help="number of the first input", min=0)] = 0,
     case: Annotated[
@@ -124,15 +125,15 @@ def fuzz(
     keep: Annotated[Path | None, typer.Option(help="folder for the inputs that are finds")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="the file to write, or to add these kinds to")] = None,
 ) -> None:
-    """Use damaged inputs of every kind, each in a child of its own.
+    """Use damaged inputs of every kind, each in a separate child process.
 
-    Each has to be used or refused in words. Exits with 1 where one ends in a traceback, a hang, too much memory, a
-    wrong count or a write outside of its folder.
+    Each has to be used, or refused with a message. Exits with 1 if one ends in a traceback, a hang, too much memory, a
+    wrong count or a write outside its folder.
     """
     import os
     import sys
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: children are forked without its threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Before torch is imported: children are forked.
 
     from mimae.bench.harness.fuzz.fuzz import KINDS, fuzz, merged, repeat
     from mimae.errors import UserError
@@ -142,7 +143,7 @@ def fuzz(
     if not sys.platform.startswith("linux"):
         raise UserError("mimae bench fuzz needs Linux: it reads /proc")
     if unknown := sorted({*(kinds or ())} - {*KINDS}):
-        raise UserError(f"{unknown[0]} is no kind of input: legal are {', '.join(KINDS)}")
+        raise UserError(f"{unknown[0]} is not a kind of input: legal are {', '.join(KINDS)}")
     others = 0
     for file in case or ():
         kind, outcome = repeat(file)

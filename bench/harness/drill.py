@@ -1,8 +1,9 @@
-"""The fault drill: tiny runs that are harmed in every way that a cluster has, and have to end as if nothing had been.
+"""The fault drill: tiny runs with every kind of fault of a cluster, which must end as if there had been no fault.
 
-Each fault is a run of its own: started, harmed at a step drawn from the seed, proven to have been harmed, and then
-started again by the same command until it is finished. Its weights, averages and optimizer are compared with those of a
-run that nothing disturbed: equal in every bit on as many ranks, within TOLERANCE where their number changed.
+Each fault has a separate run. It is started, the fault is injected at a step drawn from the seed, and the drill checks
+that the fault fired. The same command then restarts the run until it is finished. Its weights, averages and optimizer
+are compared with those of an undisturbed run: all bits must be equal on the same number of ranks, and differences must
+be within TOLERANCE if the number changed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
 
 TOLERANCE = 1e-4
-"""Tolerance, relative to the norm of each section (weights, optimizer, averages), for another number of ranks, which
-sums in another order. The bias of attention's keys is left out: it moves all logits of a query alike, so its gradient
-is only rounding, and Adam turns that into steps."""
+"""Tolerance, relative to the norm of each section (weights, optimizer, averages), for a different number of ranks,
+which sums in a different order. The bias of attention's keys is left out: it shifts all logits of a query equally, so
+its gradient is only rounding noise, which Adam turns into steps."""
 
 IMAGES = 100
 
@@ -42,7 +43,7 @@ IMAGES = 100
 def drill(
     faults: Sequence[str], ranks: int, seed: int, jobs: int, overrides: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
-    """Run one trial for each fault, named as in FAULTS, on 2 to `ranks` ranks, `jobs` at a time; a row for each."""
+    """Run a trial for each fault (a name in FAULTS) on 2 to `ranks` ranks, `jobs` at a time; return a row for each."""
     images = folder / "images"
     images.mkdir()
     generator = np.random.default_rng(0)
@@ -69,7 +70,7 @@ def drill(
 
 
 def _judge(named: tuple[str, Trial], wanted: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
-    """Harm a run, have it finished, and compare."""
+    """Inject a fault into a run, let it finish, and compare it."""
     fault, trial = named
     began, failed, distance = time.monotonic(), None, None
     try:
@@ -79,7 +80,7 @@ def _judge(named: tuple[str, Trial], wanted: dict[int, dict[str, Tensor]]) -> di
         distance = _distance(_final(trial.run), wanted[trial.ranks], exactly=fault != RESHAPED)
         if distance > (TOLERANCE if fault == RESHAPED else 0):
             failed = f"differs from the undisturbed run by {distance:.1e}"
-    except Exception as error:  # What went wrong is a row of the table, and the others go on.
+    except Exception as error:  # The error becomes a row of the table, and the other trials continue.
         failed = str(error) or traceback.format_exc()
     finally:
         trial.close()
@@ -99,15 +100,17 @@ def _judge(named: tuple[str, Trial], wanted: dict[int, dict[str, Tensor]]) -> di
 
 
 def _final(run: Path) -> dict[str, Tensor]:
-    """All tensors of a finished run."""
+    """Return all tensors of a finished run."""
     found = checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}")
     sections = {section: found.tensors(section) for section in ("model", "optimizer", "ema")}
     return {f"{section}.{name}": tensor for section, part in sections.items() for name, tensor in part.items()}
 
 
 def _distance(got: dict[str, Tensor], want: dict[str, Tensor], exactly: bool) -> float:
-    """0 where all bits are equal; else, by the section that differs most, the norm of the difference over that of what
-    is wanted."""
+    """Return 0 if all bits are equal, otherwise the largest relative distance of a section.
+
+    It is the norm of the difference over the norm of the expected section.
+    """
     if got.keys() != want.keys():
         return float("inf")
     if all(torch.equal(got[name], want[name]) for name in want):
@@ -122,7 +125,7 @@ def _distance(got: dict[str, Tensor], want: dict[str, Tensor], exactly: bool) ->
 
 
 def _seen(name: str, tensor: Tensor, exactly: bool) -> Tensor:
-    """Return the tensors that are compared. The keys' part of the qkv bias is left out, unless bits are compared."""
+    """Return the tensors to compare. The keys' part of the qkv bias is left out, unless bits are compared."""
     kept = tensor.double().flatten()
     return kept if exactly or not name.endswith("qkv.bias") or not tensor.ndim else torch.cat(kept.chunk(3)[::2])
 
@@ -137,7 +140,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` faults in a drawn order, each kind as often as any other, give or take one."""
+    """Return `count` faults in random order; the numbers of any two kinds differ by at most one."""
     draw, chosen = random.Random(seed), list[str]()
     while len(chosen) < count:
         chosen += draw.sample(kinds, len(kinds))
@@ -145,15 +148,15 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def no_copies(overrides: Sequence[str]) -> str | None:
-    """Why no two ranks have a copy of their own of a weight, if that is so. Raises ConfigError."""
+    """Return the reason for which no two ranks have separate copies of a weight, or None. Raises ConfigError."""
     engine = load_recipe(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
     if engine.kind == "ddp" or engine.replicas > 1:
         return None
-    return f"of {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by one rank alone"
+    return f"with {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by only one rank"
 
 
 def end(number: int, _: FrameType | None) -> None:
-    """End the drill with all that it started; nothing more may interrupt that."""
+    """End the drill and all processes that it started. Further signals are ignored meanwhile."""
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt

@@ -1,5 +1,5 @@
-"""The faults of the drill. Each starts a run, does its harm and proves that it was done; the drill then has the run
-finished and compared."""
+"""The faults of the drill. Each starts a run, injects the fault and checks that it fired; the drill then lets the run
+finish and compares it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Start, Trial
 from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
 
 DISK = 2**21
-"""Bytes of a small disk: room for three checkpoints and more."""
+"""Bytes of a small disk, with room for more than three checkpoints."""
 
 
 def kill_a_rank(trial: Trial) -> None:
-    """SIGKILL of one rank; the launcher starts all of them again by itself."""
+    """SIGKILL of one rank; the launcher restarts all ranks by itself."""
     start = _at_its_step(trial)
     pid = trial.pid(trial.rank)
     os.kill(pid, signal.SIGKILL)
@@ -29,7 +29,7 @@ def kill_a_rank(trial: Trial) -> None:
 
 
 def kill_a_rank_for_good(trial: Trial) -> None:
-    """SIGKILL of one rank where the launcher may not start again: it tells who died, and of what."""
+    """SIGKILL of one rank when the launcher has no restarts: it names the rank and the signal."""
     start = _at_its_step(trial, restarts=0)
     os.kill(trial.pid(trial.rank), signal.SIGKILL)
     trial.prove(start.end() == 1, "exit code 1")
@@ -38,14 +38,14 @@ def kill_a_rank_for_good(trial: Trial) -> None:
 
 
 def kill_all(trial: Trial) -> None:
-    """SIGKILL of the launcher and of every rank, as when a machine goes down."""
+    """SIGKILL of the launcher and of every rank, as in a machine failure."""
     start = _at_its_step(trial)
     start.kill()
     trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
 
 
 def kill_in_save(trial: Trial) -> None:
-    """SIGKILL of all while a checkpoint is half written."""
+    """SIGKILL of all processes while a checkpoint is half written."""
     start = trial.start("slow_save")
     trial.reach(start)
     trial.keep_in_mind()
@@ -57,21 +57,21 @@ def kill_in_save(trial: Trial) -> None:
 
 
 def signal_a_rank(trial: Trial, number: signal.Signals) -> None:
-    """A signal to one rank: all of them save and end."""
+    """A signal to one rank: all ranks save and end."""
     start = _at_its_step(trial)
     os.kill(trial.pid(trial.rank), number)
     _saved(trial, start)
 
 
 def signal_the_launcher(trial: Trial) -> None:
-    """SIGTERM to the launcher, which passes it on."""
+    """SIGTERM to the launcher, which forwards it."""
     start = _at_its_step(trial)
     start.process.terminate()
     _saved(trial, start)
 
 
 def stop_a_rank(trial: Trial) -> None:
-    """SIGSTOP of one rank: the others wait for it until the watchdog ends them, and the launcher it."""
+    """SIGSTOP of one rank: the watchdog ends the others, which wait for it, and the launcher kills the stopped rank."""
     start = _at_its_step(trial, "run.first_step_timeout=90", "run.step_timeout=20")
     os.kill(trial.pid(trial.rank), signal.SIGSTOP)
     trial.prove(start.end() == 0, "ended with 0")
@@ -81,7 +81,7 @@ def stop_a_rank(trial: Trial) -> None:
 
 
 def drift(trial: Trial) -> None:
-    """A weight of one rank changes in silence: the next checkpoint is not written, and all start again."""
+    """Silent change of a weight of one rank: the next checkpoint is not written, and all ranks restart."""
     start = trial.start("drift")
     start.wait_for(lambda: "fault: a weight" in start.output, "the drift")
     trial.keep_in_mind()
@@ -90,7 +90,7 @@ def drift(trial: Trial) -> None:
 
 
 def fill_the_disk(trial: Trial) -> None:
-    """The disk of the checkpoints is full, and later has room again: the run goes on throughout."""
+    """A full disk that later has room again: the run continues throughout."""
     trial.step = max(trial.step, EVERY + 1)
     folder = trial.run / "checkpoints"
     with small_disk(folder, DISK):
@@ -101,7 +101,7 @@ def fill_the_disk(trial: Trial) -> None:
         filler = folder / "filler"
 
         def has_failed() -> bool:
-            """Fill the disk again: a save that was under way may have removed an old checkpoint."""
+            """Fill the disk again: a save in progress may have removed an old checkpoint."""
             with suppress(OSError), filler.open("ab", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
@@ -116,7 +116,7 @@ def fill_the_disk(trial: Trial) -> None:
 
 
 def read_only_run(trial: Trial) -> None:
-    """The run's directory turns read-only, and later back: the run goes on throughout."""
+    """A run directory that becomes read-only, and later writable again: the run continues throughout."""
     start = _at_its_step(trial)
     before = trial.checkpoints()
     with read_only(trial.run):
@@ -128,12 +128,12 @@ def read_only_run(trial: Trial) -> None:
 
 
 def tear(trial: Trial) -> None:
-    """A file of the newest checkpoint is cut off: the one before is taken."""
+    """A truncated file in the newest checkpoint: the previous checkpoint is used."""
     _damage(trial, lambda content: content[: trial.draw.randrange(len(content))])
 
 
 def alter(trial: Trial) -> None:
-    """One bit of the newest checkpoint is flipped: the one before is taken."""
+    """A flipped bit in the newest checkpoint: the previous checkpoint is used."""
 
     def flip(content: bytes) -> bytes:
         place = trial.draw.randrange(len(content))
@@ -143,8 +143,7 @@ def alter(trial: Trial) -> None:
 
 
 def nan_storm(trial: Trial) -> None:
-    """Ten steps in a row without a finite gradient end the run, when the one after is no better; it goes on from before
-    them."""
+    """Ten consecutive steps without a finite gradient, and one more: the run ends, and resumes from before them."""
     trial.step = min(trial.step, STEPS - 11)
     start = trial.start("nan")
     start.wait_for(lambda: "fault: gradients" in start.output, "NaN")
@@ -155,7 +154,7 @@ def nan_storm(trial: Trial) -> None:
 
 
 def bad_data(trial: Trial) -> None:
-    """Half of the images turn to text in mid-run, at once: it stops with a list of them. Then they are put back."""
+    """Half of the images become text in mid-run: the run stops with a list of them. Then they are restored."""
     sound, damaged = trial.images, trial.folder / "damaged"
     shutil.copytree(sound, damaged)
     for path in sorted(damaged.iterdir())[::2]:
@@ -170,7 +169,7 @@ def bad_data(trial: Trial) -> None:
 
 
 def second_run(trial: Trial) -> None:
-    """Another launcher in the directory of a run at work is refused; the first one does not notice."""
+    """A second launcher in the directory of a running run: it is refused, and the first one does not notice."""
     (trial.folder / "hold").touch()
     first = trial.start("pace")
     first.wait_for((trial.folder / "rank-0").exists, "the hold")
@@ -182,10 +181,10 @@ def second_run(trial: Trial) -> None:
 
 
 def other_ranks(trial: Trial) -> None:
-    """All are killed, and the run goes on with another number of ranks."""
+    """All processes are killed, and the run resumes with another number of ranks."""
     kill_all(trial)
     ranks = trial.draw.choice([count for count in (1, 2, 3, 4) if count != trial.ranks])
-    trial.finish(ranks, "engine.replicas=1")  # which divides them all
+    trial.finish(ranks, "engine.replicas=1")  # This number divides by all of them.
     trial.seen.append(f"went on with {ranks} ranks")
 
 
@@ -208,20 +207,20 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "read-only run": read_only_run,
     "other number of ranks": other_ranks,
 }
-"""Faults by their name in the table."""
+"""Faults by name in the table."""
 
 MOUNTED = ("full disk", "read-only run")
 """Faults that need mounts."""
 
 COPIED = ("drift of a replica",)
-"""Faults that need a weight of which two ranks have the optimizer's own copy."""
+"""Faults that need a weight that two ranks step separately."""
 
 RESHAPED = "other number of ranks"
-"""The fault after which weights are equal within the tolerance, and not in every bit."""
+"""Fault after which weights are equal only within the tolerance."""
 
 
 def _at_its_step(trial: Trial, *overrides: str, restarts: int = 3) -> Start:
-    """A run that has reached its step, and goes on slowly."""
+    """Return a run that has reached its step and continues slowly."""
     start = trial.start("pace", *overrides, restarts=restarts)
     trial.reach(start)
     trial.keep_in_mind()
@@ -239,8 +238,8 @@ def _half_written(trial: Trial) -> list[Path]:
 
 
 def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
-    """Kill a run with two checkpoints or more, and change a file of the newest."""
-    trial.step = max(trial.step, 2 * EVERY + 2)  # by then the second one is written
+    """Kill a run with at least two checkpoints, and change a file of the newest."""
+    trial.step = max(trial.step, 2 * EVERY + 2)  # By then the second checkpoint is written.
     kill_all(trial)
     *_, before, newest = trial.checkpoints()
     file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
@@ -255,7 +254,7 @@ def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Has a link lead elsewhere, with no moment in which it leads nowhere."""
+    """Change the target of a link atomically."""
     other = link.with_name("other")
     other.symlink_to(target)
     other.replace(link)

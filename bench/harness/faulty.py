@@ -1,7 +1,7 @@
-"""`mimae` with a fault inside of its ranks: what the drill starts in its place.
+"""`mimae` with a fault inside its ranks; the drill starts it instead of `mimae`.
 
-The launcher runs this module as each rank, so what is replaced here is replaced in it. MIMAE_FAULT tells, as JSON:
-kind, step (the first that is touched), rank and folder. Ranks that the launcher starts again are without fault.
+The launcher runs this module as each rank, so functions that are replaced here are replaced in the rank. MIMAE_FAULT is
+JSON with kind, step (the first with the fault), rank and folder. Restarted ranks have no fault.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mimae import distributed
 from mimae.launch import processes, rank
 
 PACE = 0.3
-"""Seconds that a step takes at least from the fault's on: time to be hit from outside."""
+"""Shortest time in seconds of a step from the fault on, so that the drill can act from outside."""
 
 SYNC = 0.4
 """Seconds that each file of a slow save takes."""
 
 
 def pace(run: Any, folder: Path, first: bool) -> None:
-    """Go slowly, and wait for as long as the file `hold` is there."""
+    """Slow the run down, and wait while the file `hold` exists."""
     if first:
         (folder / f"rank-{distributed.rank()}").write_text(str(os.getpid()))
     time.sleep(PACE)
@@ -34,7 +34,7 @@ def pace(run: Any, folder: Path, first: bool) -> None:
 
 
 def slow_save(run: Any, folder: Path, first: bool) -> None:
-    """Stretches the time in which the temporary directory of a checkpoint is there."""
+    """Extend the time in which the temporary directory of a checkpoint exists."""
     pace(run, folder, first)
     if first:
         sync = os.fsync
@@ -47,7 +47,7 @@ def slow_save(run: Any, folder: Path, first: bool) -> None:
 
 
 def nan(run: Any, folder: Path, first: bool) -> None:
-    """Make the gradients of one rank NaN, step after step; through the loss, which every engine has."""
+    """Make the gradients of one rank NaN in every step, through the loss, which every engine has."""
     if first and distributed.rank() == int(FAULT["rank"]):
         backward = run.engine.backward
         run.engine.backward = lambda loss: backward(loss * float("nan"))
@@ -55,7 +55,7 @@ def nan(run: Any, folder: Path, first: bool) -> None:
 
 
 def drift(run: Any, folder: Path, first: bool) -> None:
-    """Change a weight of one rank, once, in what its optimizer steps."""
+    """Change a weight of one rank once, in the tensor that its optimizer steps."""
     if first and distributed.rank() == int(FAULT["rank"]):
         held = next(part.values for part in run.engine.parts.values() if part.values.numel())
         held.detach().view(-1)[0] += 1
@@ -67,7 +67,7 @@ FAULT = json.loads(os.environ.get("MIMAE_FAULT", "null"))
 
 
 def arm() -> None:
-    """Has the fault called before each step from its own on."""
+    """Call the fault before each step, from its first one on."""
     from mimae.train.trainer import Trainer
 
     optimize = Trainer.optimize

@@ -1,4 +1,4 @@
-"""Disks that fill up and directories that turn read-only, in a view of the file systems that is this process's own."""
+"""Small disks and read-only directories, in a private mount namespace of this process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _CLONE_NEWNS = 0x20000
 
 
 def obstacle() -> str | None:
-    """Give this process, and those that it starts, mounts of their own, which go with them; or say why not. Before
-    any thread is started."""
+    """Give this process and its children private mounts; return the obstacle if that fails, otherwise None.
+
+    Call this before any thread is started.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS):
         return f"no mounts: {os.strerror(ctypes.get_errno())}"
@@ -24,7 +26,7 @@ def obstacle() -> str | None:
 
 @contextmanager
 def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    """A file system of so many bytes at `path`; what is on it in the end stays there."""
+    """Mount a file system of `num_bytes` bytes at `path` inside the block. Its final contents are kept at `path`."""
     path.mkdir(parents=True)
     _run("mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "mimae-drill", str(path))
     try:

@@ -12,10 +12,10 @@ import typer
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="ops to time; repeatable [default: all]")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="images; repeatable", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="turns of every contender", min=1)] = 30,
-    compiled: Annotated[bool, typer.Option(help="time the eager forms under torch.compile too")] = True,
+    rounds: Annotated[int, typer.Option(help="rounds of every contender", min=1)] = 30,
+    compiled: Annotated[bool, typer.Option(help="also time the eager forms under torch.compile")] = True,
     precision: Annotated[
-        str | None, typer.Option(help="of the products: bf16 or fp32 [default: bf16, but infonce in both]")
+        str | None, typer.Option(help="precision of the products: bf16 or fp32 [default: bf16; infonce in both]")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
@@ -39,7 +39,7 @@ def kernels(
         wrong = f"--op {unknown[0]}: legal is {', '.join(known)}" if unknown else f"--precision {precision}"
         raise UserError(f"{wrong}; precision is bf16 or fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # as products are by default: fp32 is fp32 for every contender
+    torch.backends.cudnn.allow_tf32 = False  # This is the default for products: fp32 is fp32 for every contender.
     result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
     contests = result["contests"] = []
     for case in (known[name] for name in op or known):
@@ -47,27 +47,27 @@ def kernels(
             contests.append(contest(case, size, images, device, rounds, compiled))
             show(contests[-1], result["roof"], Console())
             result["crossovers"] = crossovers(contests)
-            if json_file is not None:  # each time: what comes next may hang
+            if json_file is not None:  # Write it each time: the next op may hang.
                 write_atomically(json_file, json.dumps(result, indent=2) + "\n")
     if json_file is not None:
         print(f"wrote {json_file}")
 
 
 def traffic(
-    op: Annotated[list[str] | None, typer.Option(help="only these; repeatable")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="ops to count; repeatable [default: all]")] = None,
     machine_code: Annotated[
         bool, typer.Option(help="compile for sm_80, 90 and 100 too; minutes, then from triton's cache")
     ] = True,
     jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
     page: Annotated[
-        Path | None, typer.Option("--render", help="write the result that --json names as this page, and run nothing")
+        Path | None, typer.Option("--render", help="render the result that --json names to this page, without a run")
     ] = None,
 ) -> None:
     """Count the bytes that the fused ops move; no GPU needed.
 
-    They are compared with their floor and with eager PyTorch, and the machine code is inspected. Fails where an op
-    passes its bound.
+    Bytes are compared with their floor and with eager PyTorch, and the machine code is inspected. Fails if an op
+    exceeds its bound.
     """
     from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""Bytes that a computation moves between the GPU's memory and its processors, counted where there is no GPU.
+"""Bytes that a computation moves between the GPU's memory and its processors, counted without a GPU.
 
 A triton kernel is counted in the interpreter: what its loads and stores ask for (issued: masked lanes excepted), and
 how many different bytes that is. Plain PyTorch is counted by operator: each reads its inputs and writes its outputs.
@@ -20,7 +20,7 @@ from mimae.kernels.runtime import H100, Launch, Target
 
 
 class Traffic(NamedTuple):
-    """Bytes, issued and different ones."""
+    """Issued and unique bytes."""
 
     loaded: int = 0
     stored: int = 0
@@ -41,7 +41,7 @@ def total(parts: Iterable[Traffic]) -> Traffic:
 
 
 class Counted:
-    """A launch and its traffic by argument; filled while the launch runs."""
+    """A launch and its traffic by argument, which is counted while the launch runs."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -55,7 +55,7 @@ class Counted:
     def count(self, access: str, pointers: Any, mask: Any) -> None:
         """Add a load or store of the elements at `pointers` (triton's handles) where `mask` holds."""
         item = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        # Some of the interpreter's masks are integers.
+        # The interpreter also uses integers as masks.
         held = numpy.broadcast_to(mask.data, pointers.data.shape).ravel().astype(bool)
         addresses = pointers.data.ravel()
         if not held.all():
@@ -69,12 +69,12 @@ class Counted:
 
     @property
     def traffic(self) -> dict[str, Traffic]:
-        """Bytes by argument; arguments that share storage count under the first of them."""
+        """Return the bytes by argument. Arguments that share storage count under the first of them."""
         return {region.name: region.traffic for region in self._regions}
 
 
 class _Region:
-    """Storage of an argument, with a mark on each element that was loaded or stored."""
+    """Storage of an argument, with marks on the elements that were loaded or stored."""
 
     def __init__(self, name: str, base: int, size: int) -> None:
         self.name, self.base, self.size = name, base, size
@@ -93,8 +93,10 @@ class _Region:
 
 @contextmanager
 def counting(target: Target = H100) -> Iterator[list[Counted]]:
-    """Count the launches inside, which the interpreter runs, in order; launchers see `target`. Matrix products, whose
-    results move nothing by themselves, are left out. Raises RuntimeError where triton does not interpret.
+    """Count the launches inside the block in order, while the interpreter runs them; launchers see `target`.
+
+    Matrix products are skipped, because their results move no bytes by themselves. Raises RuntimeError if triton does
+    not interpret.
     """
     if not runtime.INTERPRETED:
         raise RuntimeError("traffic is counted under TRITON_INTERPRET=1")
@@ -144,9 +146,11 @@ _GATHERING = {"aten::gather", "aten::index", "aten::index_select", "aten::embedd
 
 
 class TorchTraffic(TorchDispatchMode):
-    """Counts what PyTorch's operators move: each reads its inputs once and writes its outputs once. Views, and memory
-    that is only set aside, cost nothing; of an expanded tensor what lies in memory counts, of a gather's source no
-    more than the result. Works on fake and meta tensors too."""
+    """Counter of the bytes that PyTorch's operators move: each reads its inputs once and writes its outputs once.
+
+    Views and allocations cost nothing. An expanded tensor counts with its memory, and the source of a gather with at
+    most the size of the result. It also works on fake and meta tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()

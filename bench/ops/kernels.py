@@ -1,4 +1,4 @@
-"""Time and memory of every op beside plain PyTorch, forward and backward, on the machine at hand.
+"""Time and memory of every op against plain PyTorch, forward and backward, on this machine.
 
 The contenders of an op run in turn, round by round, on the same random inputs, of which there are enough sets to pass
 the last-level cache. Each result is checked against the reference first: what does not agree gets no time. Rates count
@@ -28,34 +28,34 @@ from mimae.kernels.runtime import Impl, chosen, watching
 
 BATCHES = (256, 1024, 4096)
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
-"""Inputs are rotated until they pass this: more than the L2 of any GPU here, or the L3 of most CPUs."""
+"""Bytes of inputs that are rotated: more than the L2 of the supported GPUs, or the L3 of most CPUs."""
 MOST_SETS = 8
 _BUSY_CYCLES = 4_000_000
-"""About two milliseconds, longer than the host needs to launch an op, forward and backward."""
+"""GPU cycles of about two milliseconds, longer than the host needs to launch an op, forward and backward."""
 SQUARE_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-"""Tolerance relative to a norm, by the precision of the products. The tests of an op prove that it is right; this check
-only keeps a benchmark from timing the wrong thing."""
+"""Tolerance relative to a norm, by the precision of the products. The tests of an op show that it is right; this check
+only prevents the timing of a wrong computation."""
 
 _MOST_OF_A_HOST = 0.25
-"""Share of the host's memory that one tensor of a contender may take."""
+"""Largest share of the host's memory for one tensor of a contender."""
 
 Results = Sequence[Tensor]
 
 
 class Form(NamedTuple):
-    """An implementation: its results from the inputs in its own layout, differentiable in the case's `trained`."""
+    """An implementation: a function of the inputs in its layout, differentiable in the case's `trained`."""
 
     call: Callable[[Inputs], Results]
     prepared: bool
-    """Takes the inputs as `Case.prepare` lays them out for the eager form."""
+    """True if it takes the inputs of the eager form, from `Case.prepare`."""
     impl: Impl = "auto"
-    """Implementation of the ops that it calls, in backward too."""
+    """Implementation of the ops that it calls, also in backward."""
 
 
 def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
-    """The contenders of an op on a device, by name; `fused` where the op has one there."""
+    """Return the contenders of an op on a device, by name; `fused` only if the op has a fused form there."""
 
     public = case.public
     found = {"reference": Form(public, prepared=False, impl="reference")}
@@ -64,7 +64,7 @@ def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
         found["fused"] = Form(public, prepared=False, impl=automatic)
     found["eager"] = Form(case.eager, prepared=True)
     if compiled:
-        torch._dynamo.reset()  # past eight shapes of one function it would run as it is
+        torch._dynamo.reset()  # After eight shapes of one function, torch would stop compiling it.
         found["compiled"] = Form(torch.compile(case.eager, dynamic=False), prepared=True)
         found["compiled reference"] = found["reference"]._replace(call=torch.compile(public, dynamic=False))
     return found | {name: Form(call, prepared=True) for name, call in case.others(device).items()}
@@ -74,7 +74,7 @@ def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
 
 
 class Contender:
-    """A form with its sets of inputs, in its layout."""
+    """A contender with its sets of inputs, in its layout."""
 
     def __init__(self, case: Case, form: Form, sets: Sequence[Inputs], device: torch.device) -> None:
         self.case, self.form, self.device = case, form, device
@@ -100,7 +100,7 @@ class Contender:
             return torch.autograd.grad(results[: len(upstream)], leaves, upstream)
 
     def once(self) -> tuple[float, float]:
-        """Seconds of one forward and one backward, each on the next set of inputs."""
+        """Return the seconds of one forward and one backward, each on the next set of inputs."""
         x = self.sets[self.turn % len(self.sets)]
         self.turn += 1
         _get_ahead(self.device)
@@ -113,13 +113,15 @@ class Contender:
         return _between(*marks[:2]), _between(*marks[1:])
 
     def norms(self) -> list[float]:
-        """Norms of the first result and of every gradient: the same in every layout."""
+        """Return the norms of the first result and of every gradient, which are equal in every layout."""
         results = self.forward(self.sets[0])
         return [each.double().norm().item() for each in (results[0], *self.backward(self.sets[0], results))]
 
     def extra_bytes(self) -> int | None:
-        """Most memory beside the inputs in a forward and backward: PyTorch's on a GPU, else the process's, as Linux
-        counts it; None where nothing does."""
+        """Return the peak memory of a forward and backward without the inputs.
+
+        It is PyTorch's on a GPU, otherwise the process's as counted by Linux, or None on other systems.
+        """
         if self.device.type != "cuda":
             return resident_peak(self.once)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -129,12 +131,12 @@ class Contender:
 
 
 def _physical() -> int:
-    """Bytes of the host's memory."""
+    """Return the bytes of the host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _get_ahead(device: torch.device) -> None:
-    """Empties a GPU's cache, and keeps it busy while the host launches what is timed, so that events time the GPU."""
+    """Empty a GPU's cache, and keep it busy while the host launches the timed work, so that events time the GPU."""
     if device.type == "cuda":
         torch.empty(CACHE_BYTES["cuda"], dtype=torch.uint8, device=device).zero_()
         torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
@@ -156,7 +158,10 @@ def _between(start: Any, end: Any) -> float:
 
 
 def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Check and time the contenders of an op; one that fails, or runs out of memory, has the reason for a time."""
+    """Check and time the contenders of an op.
+
+    One that fails or runs out of memory has the reason in place of a time.
+    """
     torch.manual_seed(0)
     first = case.inputs(size, batch, device)
     used = numbers([value for value in first.values() if isinstance(value, Tensor)])
@@ -170,18 +175,18 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
     for name, form in forms(case, device, compiled).items():
         rows[name] = {"skipped": None}
         if name in ("eager", "compiled") and device.type == "cpu" and largest > _MOST_OF_A_HOST * _physical():
-            # A host lends memory that it has not, and then ends the process.
+            # A host may overcommit memory, and then kill the process.
             rows[name]["skipped"] = f"a tensor of {largest / 1e9:.0f} GB"
             continue
         try:
             contender = Contender(case, form, laid[form.prepared], device)
             found = contender.norms()
             rows[name]["extra_bytes"] = contender.extra_bytes()
-        except (RuntimeError, ImportError) as error:  # memory, a compiler, a package: its time alone is lost
+        except (RuntimeError, ImportError) as error:  # Memory, a compiler or a package failed: only this time is lost.
             rows[name]["skipped"] = _reason(error)
             continue
         expected = expected or found
-        # Random masks have no norm to agree on.
+        # Random masks have no common norm.
         if case.op == "orthogonal_masks" or _agree(expected, found, size.precision):
             racing[name] = contender
         else:
@@ -215,7 +220,7 @@ def _agree(expected: Sequence[float], found: Sequence[float], precision: torch.d
 
 
 def _work(case: Case, fused: Pass, size: Size, batch: int) -> tuple[int, float]:
-    """Bytes that a pass has to move, and FLOPs of its products: of shapes alone."""
+    """Return the bytes that a pass has to move, and the FLOPs of its products. They depend only on shapes."""
     inputs = case.inputs(size, batch, torch.device("meta"))
     with watching(lambda _: None):
         results = fused.run(inputs)
@@ -235,7 +240,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def roof(device: torch.device) -> dict[str, float]:
-    """Rates that the device reached in this run: bytes/s of a large copy (read and write), FLOP/s of large products."""
+    """Return measured rates of the device: bytes/s of a large copy (read and write), FLOP/s of large products."""
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(10):
@@ -252,8 +257,10 @@ def roof(device: torch.device) -> dict[str, float]:
 
 
 def crossovers(contests: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """By op, the smallest batch measured from which on the fused form is not slower than any plain one, forward and
-    backward together; ops that have no fused form on this machine are left out."""
+    """Return by op the smallest measured batch from which on the fused form is not slower than any plain form.
+
+    Forward and backward count together. Ops without a fused form on this machine are left out.
+    """
     found: dict[str, int] = {}
     for op in dict.fromkeys(each["op"] for each in contests):
         lost = []
@@ -271,7 +278,7 @@ def crossovers(contests: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) -> list[tuple[Size, int]]:
-    """Every size of a case at every batch, in its own precision or another, each once."""
+    """Return every size of a case at every batch, in its own precision or the given one, each once."""
     sizes = (
         size._replace(batch=0, name=size.name.partition(" B=")[0], precision=precision or size.precision)
         for size in case.sizes

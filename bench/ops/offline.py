@@ -1,9 +1,9 @@
-"""Machine code of a kernel for a GPU that is not there: registers, spills, shared memory, instructions.
+"""Machine code of kernels for other GPUs: registers, spills, shared memory, instructions.
 
-`compiled` takes a launch as `runtime.watching` records it, of meta tensors at any size, specialises it by triton's own
-rules of a launch (dtypes, integers that are 1, alignment) and reads the machine code. Where TRITON_INTERPRET is set
-there is no compiler, so `machine_code` works in fresh processes. Results lie in triton's cache, under the hash of the
-source. `python -m mimae.bench.offline [OP ...]` prints those of the ops' kernels at production sizes, as JSON.
+`compiled` takes a launch as recorded by `runtime.watching`, with meta tensors of any size, specialises it by triton's
+rules (dtypes, integers that are 1, alignment) and reads the machine code. With TRITON_INTERPRET there is no compiler,
+so `machine_code` works in fresh processes. Results are kept in triton's cache, under the hash of the source. `python -m
+mimae.bench.offline [OP ...]` prints those of the ops' kernels at production sizes, as JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Processor(NamedTuple):
     shared: int
     """Bytes of shared memory."""
     shared_of_block: int
-    """Bytes that one block may ask for."""
+    """Largest shared memory of a block, in bytes."""
     warps: int = 64
     blocks: int = 32
     registers: int = 65536
@@ -57,9 +57,9 @@ TARGETS = (Target(80, 108), H100, Target(100, 148))
 """A100, H100, B200."""
 
 _REGISTERS_AT_ONCE = 256
-"""A warp's registers are given out in pieces of this many."""
+"""Granularity of the allocation of a warp's registers."""
 _SHARED_OF_SYSTEM = 1024
-"""Shared memory that every block takes in addition to what it asks for, in bytes."""
+"""Shared memory of a block in addition to its request, in bytes."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -78,7 +78,7 @@ class Binary(NamedTuple):
     registers: int
     """Registers of a thread."""
     local_bytes: int
-    """Bytes of a thread that did not fit into registers."""
+    """Spilled bytes of a thread, which did not fit into registers."""
     shared_bytes: int
     """Shared memory of a block, in bytes."""
     tensor_columns: int
@@ -93,7 +93,7 @@ class Binary(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Blocks that one multiprocessor holds at a time."""
+        """Return the number of blocks that fit on a multiprocessor at a time."""
         limits = PROCESSORS[self.capability]
         of_warp = -(-32 * self.registers // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
         bounds = [
@@ -108,7 +108,7 @@ class Binary(NamedTuple):
 
     @property
     def occupancy(self) -> float:
-        """Warps of those blocks, as a share of the most that a multiprocessor holds."""
+        """Return the warps of these blocks as a share of a multiprocessor's limit."""
         return self.blocks * self.warps / PROCESSORS[self.capability].warps
 
     @property
@@ -118,13 +118,13 @@ class Binary(NamedTuple):
         return sum(width * count for width, count in self.accesses.items() if width >= 16) / moved if moved else 1.0
 
     def row(self) -> dict[str, Any]:
-        """The figures and what follows from them, for JSON."""
+        """Return the figures and derived ones, for JSON."""
         derived = {"fits": self.fits, "blocks": self.blocks, "occupancy": self.occupancy, "wide_share": self.wide_share}
         return self._asdict() | derived
 
 
 def compiled(launch: Launch, capability: int) -> Binary:
-    """Compile a recorded launch for `capability`, one of PROCESSORS. Raises RuntimeError where triton interprets."""
+    """Compile a recorded launch for `capability`, one of PROCESSORS. Raises RuntimeError if triton interprets."""
     if runtime.INTERPRETED:
         raise RuntimeError("this process interprets kernels: compile in one without TRITON_INTERPRET")
     from triton.backends.compiler import GPUTarget
@@ -164,8 +164,10 @@ def compiled(launch: Launch, capability: int) -> Binary:
 def machine_code(
     cases: Sequence[Case], processes: int = 2, targets: Sequence[Target] = TARGETS
 ) -> list[dict[str, Any]]:
-    """The binaries of the cases' kernels at each of their sizes for each target: `Binary.row` with op and size, or an
-    `error` in place of the figures."""
+    """Return the binaries of the cases' kernels at each size for each target.
+
+    An entry is `Binary.row` with op and size, or has `error` in place of the figures.
+    """
     jobs = [(case.op, size, target) for case in cases for size in case.sizes for target in targets]
     with fresh_processes(processes, interpret=False) as pool:
         return [
@@ -176,7 +178,7 @@ def machine_code(
 
 
 def _rows(op: str, size: Size, target: Target) -> list[dict[str, Any]]:
-    """Return the machine code of all kernels of a case, each variant once; what triton cannot compile with `error`."""
+    """Return the machine code of all kernels of a case, each variant once. Failed compilations have `error`."""
     (case,) = chosen([op])
     inputs = case.inputs(size, size.batch, torch.device("meta"))
     found: list[dict[str, Any]] = []
@@ -184,7 +186,7 @@ def _rows(op: str, size: Size, target: Target) -> list[dict[str, Any]]:
         for launch in recorded(fused, inputs, target)[0]:
             try:
                 row = compiled(launch, target.capability).row()
-            except Exception as error:  # whatever triton or ptxas raises
+            except Exception as error:  # triton and ptxas may raise anything.
                 said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 row = {"kernel": launch.kernel.__name__, "capability": target.capability, "error": said}
             if row not in found:
@@ -193,7 +195,7 @@ def _rows(op: str, size: Size, target: Target) -> list[dict[str, Any]]:
 
 
 def _disassembly(key: str, cubin: bytes) -> str:
-    """The resources and machine code of a binary in text, kept beside it in triton's cache."""
+    """Return the resources and machine code of a binary as text, which is kept next to it in triton's cache."""
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
@@ -216,7 +218,7 @@ def _width(name: str, marks: list[str]) -> int:
 
 @contextmanager
 def fresh_processes(count: int, interpret: bool) -> Iterator[ProcessPoolExecutor]:
-    """Processes in which triton interprets kernels or compiles them, whatever it does here."""
+    """Yield a pool of processes in which triton interprets or compiles kernels, independently of this process."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = str(int(interpret))
     try:

@@ -1,9 +1,10 @@
 """Bytes that the fused ops move, against the least they could and against eager PyTorch, without a GPU.
 
-The kernels are counted in triton's interpreter at small sizes, with the tiles of a production size. What they move is a
-linear function of a few quantities (images, programs of the grid): fitted to some of the counts, held against all, and
-taken to the production size, whose launches are recorded on meta tensors. The machine code comes from `offline`.
-Nothing depends on the machine, so a bound that holds here holds in CI; the verb fails where one does not.
+The kernels are counted in triton's interpreter at small sizes, with the tiles of a production size. The traffic is a
+linear function of a few quantities (images, programs of the grid). It is fitted to some of the counts, checked against
+all, and extrapolated to the production size, whose launches are recorded on meta tensors. The machine code comes from
+`offline`. The result does not depend on the machine, so a bound that holds here also holds in CI. The command fails if
+a bound does not hold.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
 from mimae.kernels.runtime import H100, Launch, Target
 
 H100_BYTES_PER_S = 3.35e12
-"""Memory bandwidth of an H100 SXM by its data sheet."""
+"""Memory bandwidth of an H100 SXM in bytes/s, from its data sheet."""
 
 WIDTH = 150
 """Width of the tables in characters; narrower tables would cut figures off."""
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 
 NEGLIGIBLE = 1 << 16
-"""A pass that could do with fewer bytes is judged as if it could not: what its programs read of scalars counts."""
+"""Smallest floor in bytes for ratios: for passes with a smaller one, the scalars that programs read would dominate."""
 
 
 # Counting one case
@@ -91,7 +92,7 @@ def _count(fused: Pass, inputs: Inputs, target: Target) -> tuple[list[Launch], d
 
 
 def check_tiles(small: Sequence[Launch], production: Sequence[Launch], adaptive: Sequence[str]) -> None:
-    """Raise RuntimeError where a kernel that was counted is not the one that production launches."""
+    """Raise RuntimeError if a counted kernel is not the one that production launches."""
 
     def variant(launch: Launch) -> tuple[str, dict[str, Any]]:
         name, kinds = launch.kernel.__name__, inspect.get_annotations(launch.kernel.fn)
@@ -101,16 +102,16 @@ def check_tiles(small: Sequence[Launch], production: Sequence[Launch], adaptive:
     wanted = [variant(launch) for launch in production]
     for name, tile in map(variant, small):
         if (name, tile) not in wanted:
-            raise RuntimeError(f"{name} was counted with {tile}, which is none of {wanted}")
+            raise RuntimeError(f"{name} was counted with {tile}, which is not among {wanted}")
 
 
 def extrapolated(
     rows: Sequence[Sequence[float]], counts: Sequence[Mapping[str, Traffic]], wanted: Sequence[float]
 ) -> dict[str, Traffic]:
-    """The counts at `wanted`, of which all are one linear function of `rows`.
+    """Return the counts at `wanted`, by the linear function of `rows` that fits all counts.
 
-    Raises RuntimeError where they are not, where there are no more counts than the function has coefficients, so that
-    nothing is checked, and where `wanted` lies outside of what they determine.
+    Raises RuntimeError if there is none, if there are not more counts than coefficients, so that nothing would be
+    checked, or if the counts do not determine the value at `wanted`.
     """
     matrix = numpy.asarray(rows, float)
     scale = numpy.abs(matrix).max(0)
@@ -130,7 +131,7 @@ def extrapolated(
 
 
 def _extra(launches: Sequence[Launch], inputs: Inputs, results: Sequence[Tensor]) -> int:
-    """Bytes of memory that the launches use beside inputs and results."""
+    """Return the bytes of memory that the launches use in addition to inputs and results."""
 
     def storages(values: Any) -> dict[int, int]:
         tensors = (value.untyped_storage() for value in values if isinstance(value, Tensor))
@@ -160,7 +161,7 @@ def eager(case: Case, size: Size) -> Row:
 
 
 def count(cases: Sequence[Case], processes: int) -> list[Row]:
-    """Every case at each of its sizes, counted in fresh processes."""
+    """Count every case at each of its sizes, in fresh processes."""
     jobs = [(case.op, size) for case in cases for size in case.sizes]
     with offline.fresh_processes(processes, interpret=True) as pool:
         return list(pool.map(measure, *zip(*jobs)))
@@ -170,19 +171,19 @@ def count(cases: Sequence[Case], processes: int) -> list[Row]:
 
 
 def bound_of(op: str) -> Bound:
-    """Return what the case of an op has to keep."""
+    """Return the bounds of an op's case."""
     (case,) = chosen([op])
     return case.bound
 
 
 def eager_ratio(row: Row) -> float:
-    """Bytes of eager PyTorch over those that the fused passes issue."""
+    """Return the bytes of eager PyTorch over those that the fused passes issue."""
     eager = row["eager"]["forward_bytes"] + row["eager"]["backward_bytes"]
     return eager / sum(fused["issued_bytes"] for fused in row["passes"])
 
 
 def beyond_bounds(row: Row, bound: Bound) -> list[str]:
-    """Return in words which figures of a row exceed their bounds."""
+    """Return a line for each figure of a row that exceeds its bound."""
     found = []
 
     def judge(where: str, what: str, value: float, limit: float | None, sign: int = 1) -> None:
@@ -199,7 +200,7 @@ def beyond_bounds(row: Row, bound: Bound) -> list[str]:
 
 
 def flaws(binary: Row) -> list[str]:
-    """Return in words what a kernel's machine code has and must not have."""
+    """Return a line for each flaw of a kernel's machine code."""
     where = f"{binary['kernel']} of {binary['op']}, {binary['size']}, sm_{binary['capability']}"
     if "error" in binary:
         return [f"{where}: does not compile ({binary['error']})"]
@@ -242,7 +243,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """A result as a page in Markdown: traffic, and machine code with the architectures of a kernel in one row."""
+    """Return a result as a page in Markdown: traffic, and machine code with a kernel's architectures in one row."""
     versions = " and ".join(f"{package} {version}" for package, version in result["versions"].items())
     lines = [
         "# What the kernels move, counted without a GPU",

@@ -1,4 +1,4 @@
-"""The cases of all ops. Benches, traffic and their tests go over this list; a new op takes its place here."""
+"""The cases of all ops. Benches, traffic and their tests use this list; add a new op here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = (ORTHOGONAL_MASKS, EMBED_VISIBLE, FILL_MASKED, PIXEL_LOSS, VIEW_LATENTS,
 
 
 def chosen(ops: Sequence[str] | None) -> list[Case]:
-    """The cases of the named ops, or all. Raises UserError for another name."""
+    """Return the cases of the named ops, or all cases. Raises UserError for an unknown name."""
     known = {case.op: case for case in CASES}
     if unknown := sorted(set(ops or ()) - known.keys()):
         raise UserError(f"no case named {', '.join(unknown)}: legal is {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""The description of an op for the benches and their tests: one `Case` for each op, with all that is asked of it.
+"""The description of ops for the benches and their tests: one `Case` for each op.
 
 Letters in shapes: B images, N views, L patches, K visible, M targets, D width, Dd decoder width, P patch size.
 """
@@ -16,7 +16,7 @@ from mimae.kernels import reference
 from mimae.kernels.runtime import Launch, Target, watching
 
 Inputs = dict[str, Any]
-"""Arguments by name."""
+"""Arguments of an op by name."""
 
 
 class Size(NamedTuple):
@@ -50,7 +50,7 @@ class Point(NamedTuple):
     processors: int = 1
     """Number of multiprocessors of the GPU that launchers see; it is small, so that grids that fill it are small."""
     width: int | None = None
-    """Latent width, where not that of the size."""
+    """Latent width, if it is not that of the size."""
 
 
 def _images_and_programs(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
@@ -64,22 +64,22 @@ class Count(NamedTuple):
     terms: Callable[[Size, int, Sequence[Launch]], list[float]] = _images_and_programs
     """The quantities of which the traffic is a linear function."""
     adaptive: Sequence[str] = ()
-    """`kernel.PARAMETER`s that follow the size of the grid, and need not be those of production."""
+    """Names `kernel.PARAMETER` that follow the size of the grid, and may differ from those of production."""
 
 
 class Bound(NamedTuple):
-    """Bound that a case has to keep; None: the figure is only reported."""
+    """Upper or lower bounds for the figures of a case; a figure with None is only reported."""
 
     issued: float | None = None
-    """Issued bytes of a pass, over its floor."""
+    """Largest ratio of a pass's issued bytes to its floor."""
     unique: float | None = None
-    """Different bytes of a pass, over its floor."""
+    """Largest ratio of a pass's unique bytes to its floor."""
     eager: float | None = None
-    """Bytes of eager PyTorch over issued ones, all passes."""
+    """Smallest ratio of the bytes of eager PyTorch to the issued bytes of all passes."""
     extra: float | None = None
-    """Memory beside inputs and results, over their sum."""
+    """Largest ratio of extra memory to that of inputs and results."""
     hopper: bool = False
-    """Its matrix products run on Hopper's warp-group instructions."""
+    """True if its matrix products have to use Hopper's warp-group instructions."""
 
 
 class Pass(NamedTuple):
@@ -87,9 +87,9 @@ class Pass(NamedTuple):
 
     name: str
     run: Callable[[Inputs], Sequence[Tensor]]
-    """Launches the kernels; all that it returns has to be written."""
+    """Function that launches the kernels. All tensors that it returns have to be written."""
     reads: Callable[[Inputs], Sequence[Tensor]]
-    """Return the tensors that have to be read."""
+    """Function that returns the tensors that have to be read."""
     counted: Count
     """Method by which its traffic is counted."""
     flops: Callable[[Size, int], float] = lambda size, batch: 0.0
@@ -97,24 +97,24 @@ class Pass(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An op, or two that belong together, as `passes` forward and backward."""
+    """An op, or a pair of ops, with forward and backward as `passes`."""
 
     op: str
     sizes: Sequence[Size]
     inputs: Callable[[Size, int, torch.device], Inputs]
-    """Make the inputs of a batch from noise, reproducible after `torch.manual_seed`."""
+    """Function that makes the inputs of a batch from noise, reproducible after `torch.manual_seed`."""
     passes: Sequence[Pass]
     prepare: Callable[[Size, Inputs], Inputs]
-    """Return the same inputs in the form that `eager` takes."""
+    """Function that returns the inputs in the form that `eager` takes."""
     eager: Callable[[Inputs], Sequence[Tensor]]
-    """Differentiable in what `trained` names, through the results that have a gradient in `upstream`."""
+    """The op in plain PyTorch, differentiable in the inputs of `trained`; `upstream` names the results' gradients."""
     public: Callable[[Inputs], Sequence[Tensor]]
-    """The op as the model calls it, differentiable as `eager` is."""
+    """The op as the model calls it, differentiable like `eager`."""
     bound: Bound
     trained: Sequence[str] = ()
     upstream: Sequence[str] = ()
     others: Callable[[torch.device], dict[str, Callable[[Inputs], Sequence[Tensor]]]] = lambda device: {}
-    """Further forms, by name, that take their inputs as `eager` does and run on a device."""
+    """Function that returns other forms for a device, by name. They take the same inputs as `eager`."""
 
 
 def named(inputs: Inputs, names: Sequence[str]) -> Inputs:
@@ -128,12 +128,12 @@ def pick(*names: str) -> Callable[[Inputs], list[Tensor]]:
 
 
 def numbers(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors, each once."""
+    """Return the bytes of tensors, each counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def recorded(fused: Pass, inputs: Inputs, target: Target) -> tuple[list[Launch], Sequence[Tensor]]:
-    """The launches of a pass over meta tensors, for a GPU like `target`, and its results."""
+    """Return the launches of a pass over meta tensors for a GPU like `target`, and its results."""
     launches: list[Launch] = []
     with watching(launches.append, target):
         results = fused.run(inputs)
@@ -144,14 +144,14 @@ VIT_B = Size("ViT-B/16", 768, 1024)
 VIT_L = Size("ViT-L/16", 1024, 1024)
 MODELS = (VIT_B, VIT_L)
 LARGE_BATCHES = tuple(size._replace(name=f"{size.name} B=4096", batch=4096) for size in MODELS)
-"""Sizes for ops whose usual forms do work that grows with the square of the batch."""
+"""Sizes for ops whose usual forms have a cost that is quadratic in the batch."""
 
 
 # Inputs that several ops share
 
 
 def images_and_masks(size: Size, batch: int, device: torch.device) -> Inputs:
-    """Pixels with the masks of all views, and the statistics of ImageNet."""
+    """Return pixels with the masks of all views, and the statistics of ImageNet."""
     visible, hidden = reference.orthogonal_masks(
         0, 0, torch.arange(batch, device=device), size.patches, size.views, size.visible
     )
@@ -165,16 +165,16 @@ def images_and_masks(size: Size, batch: int, device: torch.device) -> Inputs:
 
 
 def by_view(tensor: Tensor) -> Tensor:
-    """(B, N, ...) -> (N B, ...), as images repeated once per view lie."""
+    """Reorder (B, N, ...) to (N B, ...): the order of a batch of images that is repeated once for each view."""
     return tensor.transpose(0, 1).flatten(0, 1)
 
 
 def floats(inputs: Inputs) -> Tensor:
-    """Normalised images (B, 3, H, W)."""
+    """Return normalised images (B, 3, H, W)."""
     return ((inputs["images"] / 255 - inputs["mean"]) / inputs["std"]).permute(0, 3, 1, 2).contiguous()
 
 
 def places(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """ids_keep (N B, K) and ids_restore (N B, L) of MAE."""
+    """Return ids_keep (N B, K) and ids_restore (N B, L) of MAE."""
     keep = by_view(inputs["visible"]).long()
     return keep, torch.cat([keep, by_view(inputs["targets"]).long()], 1).argsort(1)

@@ -1,4 +1,4 @@
-"""CLUB and the likelihood, beside the pairwise definition; forward `club_terms`, backward `club_grad`.
+"""CLUB and the likelihood, against the pairwise definition; forward `club_terms`, backward `club_grad`.
 
 The letters in shapes are those of `case`.
 """
@@ -43,7 +43,7 @@ _CLUB_ARGUMENTS = ("z", "mu", "log_s2", "mean", "variance")
 
 
 def _pairwise(inputs: Inputs) -> Sequence[Tensor]:
-    """CLUB over all pairs of a latent and an image, and the likelihood; z (N B, D)."""
+    """Return CLUB over all pairs of a latent and an image, and the likelihood; z (N B, D)."""
     z, mu, log_s2 = inputs["z"], inputs["mu"], inputs["log_s2"]
     views = z.shape[0] // mu.shape[0]
     variance, mean = torch.var_mean(z.detach(), 0, correction=0)
@@ -60,7 +60,7 @@ def _pairwise(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _club(inputs: Inputs) -> Sequence[Tensor]:
-    if "moments" not in inputs:  # in training `view_latents` has them at hand
+    if "moments" not in inputs:  # In training `view_latents` provides them.
         flat = inputs["z"].detach().flatten(0, 1)
         variance, mean = torch.var_mean(flat, 0, correction=0)
         inputs["moments"] = torch.stack([mean, variance * len(flat)])

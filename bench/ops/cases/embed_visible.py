@@ -1,4 +1,4 @@
-"""Normalise, project and gather the visible patches, beside a convolution of whole images.
+"""Normalisation, projection and gather of the visible patches, against a convolution of whole images.
 
 The letters in shapes are those of `case`.
 """
@@ -86,7 +86,7 @@ EMBED_VISIBLE = Case(
     passes=(
         Pass(
             "embed_visible",
-            # More processors than large tiles would get small ones.
+            # With more processors than large tiles, small tiles would be used.
             counted=Count((Point(1, 6), Point(2, 6), Point(5, 6), Point(6, 6))),
             run=lambda inputs: [launch_forward(**named(inputs, (*_EMBEDDING_ARGUMENTS, "product")))],
             reads=pick(*_EMBEDDING_ARGUMENTS),
@@ -94,7 +94,7 @@ EMBED_VISIBLE = Case(
         ),
         Pass(
             "embed_visible backward",
-            # A part of the rows for 18 processors, at ViT-L for 24.
+            # There is one part of the rows for 18 processors, at ViT-L for 24.
             counted=Count((Point(1, 24), Point(2, 24), Point(1, 48), Point(2, 48))),
             run=_embedding_gradients,
             reads=pick("d_tokens", "images", "visible", "mean", "std"),

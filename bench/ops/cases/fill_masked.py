@@ -1,4 +1,4 @@
-"""The decoder's rows, beside MAE's gather of mask tokens.
+"""The decoder's rows, against MAE's gather of mask tokens.
 
 The letters in shapes are those of `case`.
 """

@@ -1,4 +1,4 @@
-"""InfoNCE over pairs of views, beside full logits; forward `infonce_lse`, backward `infonce_grad`.
+"""InfoNCE over pairs of views, against full logits; forward `infonce_lse`, backward `infonce_grad`.
 
 The letters in shapes are those of `case`.
 """
@@ -20,8 +20,11 @@ from mimae.objective.infonce import InfoNCE
 
 
 def _tiles_and_panels(size: Size, batch: int, launches: Sequence[Launch]) -> list[float]:
-    """Tiles are squares of the batch; the gradient of all latents is read and written again for each panel of weights,
-    of a pair of launches."""
+    """Return the quantities of which the traffic is linear.
+
+    The number of tiles is quadratic in the batch. The gradient of all latents is read and written again for each panel
+    of weights, which takes a pair of launches.
+    """
     squares, latents, panels = batch**2, batch * size.width, len(launches)
     return [squares * size.width, squares, latents * panels, latents, batch * panels, batch, panels]
 
@@ -30,7 +33,7 @@ _two_by_two = [Point(batch, width=width) for batch in (256, 512) for width in (1
 
 
 def _latents(size: Size, batch: int, device: torch.device) -> Tensor:
-    """Unit vectors (B, N, D)."""
+    """Return unit vectors (B, N, D)."""
     return F.normalize(torch.randn(batch, size.views, size.width, device=device), dim=-1)
 
 
@@ -48,12 +51,12 @@ def _full_logits(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _products(of_each: int) -> Callable[[Size, int], float]:
-    """FLOPs of `of_each` products for every unordered pair of views."""
+    """Return a function for the FLOPs of `of_each` products for every unordered pair of views."""
     return lambda size, batch: of_each * size.views * (size.views - 1) / 2 * 2.0 * batch**2 * size.width
 
 
 def chunked_infonce(inputs: Inputs, rows: int = 512) -> Sequence[Tensor]:
-    """InfoNCE whose logits exist for some rows at a time, and again in backward; u (N, B, D)."""
+    """Return InfoNCE with logits for some rows at a time, which backward recomputes; u (N, B, D)."""
     u, tau = inputs["u"], inputs["tau"]
 
     def part(a: Tensor, b: Tensor, first: int) -> Tensor:
@@ -72,7 +75,7 @@ def chunked_infonce(inputs: Inputs, rows: int = 512) -> Sequence[Tensor]:
 
 
 def _infcl(inputs: Inputs) -> Sequence[Tensor]:
-    """The `inf-cl` package's fused loss, for each ordered pair of views; u (N, B, D)."""
+    """Return the fused loss of the `inf-cl` package for each ordered pair of views; u (N, B, D)."""
     from inf_cl import cal_flash_loss
 
     u, pairs = inputs["u"], [(a, b) for a in range(len(inputs["u"])) for b in range(len(inputs["u"])) if a != b]
@@ -81,14 +84,14 @@ def _infcl(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _others(device: torch.device) -> dict[str, Callable[[Inputs], Sequence[Tensor]]]:
-    """Logits in chunks, and the `inf-cl` package's form where it is installed beside a GPU."""
+    """Return the form with logits in chunks, and on a GPU that of the `inf-cl` package if it is installed."""
     has_package = device.type == "cuda" and find_spec("inf_cl") is not None
     return {"chunked": chunked_infonce} | ({"inf-cl": _infcl} if has_package else {})
 
 
 INFONCE = Case(
     op="infonce",
-    # Training keeps its latents in fp32: rounded to bf16 they would move a score by 1e-3 to 1e-2.
+    # Training keeps latents in fp32: rounding to bf16 would change a score by 1e-3 to 1e-2.
     sizes=(
         *(size._replace(precision=torch.float32) for size in LARGE_BATCHES),
         *(size._replace(name=f"{size.name} bf16") for size in LARGE_BATCHES),
@@ -106,7 +109,7 @@ INFONCE = Case(
         ),
         Pass(
             "infonce_grad",
-            # The first four have a panel for every tile of rows, the others for two and for all.
+            # The first four have a panel for each tile of rows, the others for two tiles and for all.
             counted=Count(
                 [
                     *_two_by_two,

@@ -1,4 +1,4 @@
-"""The masks of a batch, beside two argsorts.
+"""The masks of a batch, against two argsorts.
 
 The letters in shapes are those of `case`.
 """

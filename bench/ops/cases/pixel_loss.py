@@ -1,4 +1,4 @@
-"""The reconstruction loss, beside targets that are materialised.
+"""The reconstruction loss, against materialised targets.
 
 The letters in shapes are those of `case`.
 """
@@ -51,7 +51,7 @@ def _loss_and_gradient(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _finished_gradient(inputs: Inputs) -> Sequence[Tensor]:
-    """Forward has made it: of a loss whose weight is 1 it stays as it is, else it is written once more."""
+    """Return the gradient, which forward has computed. It is written again only if the weight of the loss is not 1."""
     launch_backward(inputs["predictions"], inputs["weight"], 1.0)
     return _rescaled(inputs)
 
@@ -61,7 +61,7 @@ def _rescaled(inputs: Inputs) -> list[Tensor]:
 
 
 def _prepare_targets(size: Size, inputs: Inputs) -> Inputs:
-    """MAE predicts every patch of a view, in image order, and has its images once per view."""
+    """Return inputs for MAE's form, which predicts every patch of a view in image order, with images once per view."""
     _, restore = places(inputs)
     shown = inputs["predictions"].new_zeros(restore.shape[0], size.visible, 3 * size.patch**2)
     predictions = torch.cat([shown, by_view(inputs["predictions"])], 1)

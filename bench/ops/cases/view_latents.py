@@ -1,4 +1,4 @@
-"""Latents, directions and moments of views, beside means in PyTorch.
+"""Latents, directions and moments of views, against means in PyTorch.
 
 The letters in shapes are those of `case`.
 """
@@ -17,7 +17,7 @@ from mimae.kernels.view_latents import launch_backward, launch_forward
 
 
 def _token_inputs(size: Size, batch: int, device: torch.device) -> Inputs:
-    # The encoder's final norm gives fp32.
+    # The encoder's final norm returns fp32.
     z = torch.randn(batch, size.views, size.width, device=device)
     tokens = torch.randn(batch, size.views, 1 + size.visible, size.width, device=device)
     return {"tokens": tokens, "z": z, "d_z": torch.randn_like(z), "d_u": torch.randn_like(z)}
