@@ -10,21 +10,21 @@ import typer
 
 
 def data(
-    path: Annotated[str, typer.Argument(help="the images, as data.path")],
+    path: Annotated[str, typer.Argument(help="the images, as in data.path")],
     size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
-    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="workers of every loader; 0: the best of a sweep", min=0)] = 0,
-    rounds: Annotated[int, typer.Option(help="interleaved turns of each loader", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="length of a turn", min=0.1)] = 6.0,
+    batch: Annotated[int, typer.Option(help="number of images in a batch", min=1)] = 64,
+    workers: Annotated[int, typer.Option(help="number of workers of every loader; 0: the best of a sweep", min=0)] = 0,
+    rounds: Annotated[int, typer.Option(help="number of interleaved rounds of each loader", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="seconds of a round", min=0.1)] = 6.0,
     only: Annotated[list[str] | None, typer.Option(help="a loader to measure; repeatable [default: all]")] = None,
-    recipe: Annotated[str, typer.Option(help="whose appetite the best rate is compared with")] = "vit_base_400ep",
-    gpu: Annotated[str, typer.Option(help="on which GPU")] = "NVIDIA H100",
-    mfu: Annotated[float, typer.Option(help="at which share of its peak", min=0.01, max=1)] = 0.45,
+    recipe: Annotated[str, typer.Option(help="recipe to compare the best loader with")] = "vit_base_400ep",
+    gpu: Annotated[str, typer.Option(help="the GPU of this comparison")] = "NVIDIA H100",
+    mfu: Annotated[float, typer.Option(help="assumed share of the GPU's peak", min=0.01, max=1)] = 0.45,
     out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
 ) -> None:
     """Measure images per second of every loader on PATH.
 
-    Beside torchvision's and other loaders, with the differences of their pixels.
+    Compares them with torchvision's and other loaders, also by the differences of their pixels.
     """
     import statistics
 

@@ -1,4 +1,4 @@
-"""Images per second of each loader on a data set, beside a plain torchvision DataLoader and the loaders of others.
+"""Images per second of each loader on a data set, against a plain torchvision DataLoader and loaders of other packages.
 
 Turns are interleaved, so that ratios hold on a machine whose speed wanders; absolute rates are of that machine alone.
 """
@@ -29,7 +29,7 @@ from mimae.plan.flops import step_flops
 from mimae.plan.gpus import peak_flops
 
 PARITY = 128
-"""Images whose pixels are compared."""
+"""Number of images whose pixels are compared."""
 
 # One turn
 
@@ -42,11 +42,11 @@ class Turn(NamedTuple):
     cpu_seconds: float
     spent: Spent
     bytes: int
-    """Memory at the end of the turn, of all processes."""
+    """Memory of all processes at the end of the turn, in bytes."""
 
 
 def turn(name: str, job: Job, seconds: float) -> Turn:
-    """Open a contender, let it use up what it made while it opened, and count for `seconds`."""
+    """Open a contender, drop the batches that it prefetched, and count for `seconds`."""
     with ExitStack() as stack:
         feed = CONTENDERS[name](job, stack)
         stack.callback(feed.close)  # type: ignore[attr-defined]  # a generator, whose workers end with it
@@ -63,7 +63,7 @@ def turn(name: str, job: Job, seconds: float) -> Turn:
 
 
 def first_epoch(name: str, job: Job) -> float:
-    """Images per second from opening the contender to the end of one pass, with the files out of the page cache."""
+    """Return the images per second from opening the contender to the end of one pass, without cached files."""
     for i in range(len(job.source)):
         descriptor = os.open(job.source.path(i), os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -78,14 +78,14 @@ def first_epoch(name: str, job: Job) -> float:
 
 
 def _tree() -> list[Path]:
-    """/proc folders of this process and all below it."""
+    """Return the /proc folders of this process and its descendants."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
-                continue  # it ended meanwhile
+                continue  # The process has ended meanwhile.
             parents.setdefault(int(fields[1]), []).append(int(entry.name))
     found, left = [], [os.getpid()]
     while left:
@@ -96,7 +96,7 @@ def _tree() -> list[Path]:
 
 
 def tree_cpu_seconds() -> float:
-    """CPU seconds, user and system, of this process and all that live below it."""
+    """Return the CPU seconds, user and system, of this process and its live descendants."""
     ticks = 0
     for process in _tree():
         try:
@@ -108,7 +108,7 @@ def tree_cpu_seconds() -> float:
 
 
 def tree_bytes() -> int:
-    """Memory of this process and all below it, shared pages counted once."""
+    """Return the memory of this process and its descendants, with shared pages counted once."""
     total = 0
     for process in _tree():
         try:
@@ -123,7 +123,7 @@ def tree_bytes() -> int:
 
 
 def parity(name: str, job: Job) -> dict[str, float]:
-    """Return how far a loader's pixels are from torchvision's antialiased bicubic on the same windows, out of 255."""
+    """Return differences of a loader's pixels from torchvision's antialiased bicubic on the same windows, out of 255."""
     settings = job.settings.model_copy(update={"loader": name, "workers": 0})
     shares = job.source.shares
     count = min(PARITY, len(job.source))
@@ -161,14 +161,14 @@ def _expected(batch: Batch, job: Job) -> np.ndarray:
 
 
 def sweep(cores: int) -> list[int]:
-    """Numbers of workers to try."""
+    """Numbers of workers for the sweep."""
     return sorted({max(1, cores // 2), cores, cores + cores // 2, 2 * cores})
 
 
 def measure(
     names: list[str], job: Job, counts: list[int], rounds: int, seconds: float, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """The result of each contender: its best number of workers, then `rounds` interleaved turns with it."""
+    """Return the result of each contender: its best number of workers, and `rounds` interleaved turns with it."""
     results: dict[str, dict[str, Any]] = {}
     single = Path(job.source.path(0)).is_file()
     for name in names:
@@ -219,7 +219,7 @@ def fed(images_per_s: float, recipe: str, gpu: str, mfu: float) -> dict[str, Any
 
 
 def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The results for people, in Markdown; ratios are of the same round: median, least and most."""
+    """Return the results in Markdown. Ratios compare the same round: median, smallest and largest."""
     each, per_cpu = f"images/s | x {PEER}", f"images/CPU-s | x {PEER}"
     yield f"| loader | workers | {each} | {per_cpu} | cold | read, decode, resize | MiB | off | PSNR |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -246,5 +246,5 @@ def _ratio(ratio: dict[str, float] | None) -> str:
 
 
 def encoded_sizes(source: Source) -> list[int]:
-    """Encoded bytes of up to a thousand samples."""
+    """Return the encoded bytes of each of up to a thousand samples."""
     return [len(source.read(i)) for i in range(0, len(source), max(1, len(source) // 1000))]

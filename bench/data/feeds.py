@@ -1,4 +1,4 @@
-"""The loaders that the bench compares: ours, torchvision's, and those of the spdl and webdataset packages.
+"""The loaders of the comparison: ours, torchvision's, and those of the spdl and webdataset packages.
 
 All read the same images, cut crops of the same distribution to the same size, and hand over uint8 batches.
 """
@@ -27,20 +27,20 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 PEER = "torchvision"
-"""The contender whose rate is the denominator of all ratios."""
+"""Name of the contender whose rate is the denominator of all ratios."""
 
 _FOREVER = 1 << 40
 
 
 class Made(NamedTuple):
-    """A batch as the bench sees it."""
+    """A batch of any contender."""
 
     images: int
     spent: Spent = Spent()
 
 
 class Job(NamedTuple):
-    """The work that every contender is asked to do."""
+    """The work of every contender."""
 
     source: Source
     settings: DataSettings
@@ -49,11 +49,11 @@ class Job(NamedTuple):
 
 
 Feed = Callable[[Job, ExitStack], Iterator[Made]]
-"""Batches without end; what has to be closed goes on the stack."""
+"""Function that yields batches without end, and registers cleanup on the stack."""
 
 
 def ours(name: str) -> Feed:
-    """The loader that `data.loader=name` names."""
+    """Return the feed of the loader `data.loader=name`."""
 
     def feed(job: Job, stack: ExitStack) -> Iterator[Made]:
         settings = job.settings.model_copy(update={"loader": name, "workers": job.workers})
@@ -65,7 +65,7 @@ def ours(name: str) -> Feed:
 
 
 def _requests(job: Job) -> Iterator[order.BatchRequest]:
-    """Requests of epoch after epoch, without the pause between two."""
+    """Yield the requests of epoch after epoch, without a pause between epochs."""
     shares = job.source.shares
     dealt = Plan(sum(share.draws for share in shares), job.batch_size, 1, 0, 1)
     for epoch in itertools.count():
@@ -73,7 +73,7 @@ def _requests(job: Job) -> Iterator[order.BatchRequest]:
 
 
 def torchvision_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
-    """torchvision's ImageFolder and transforms in a DataLoader, as its examples have it."""
+    """Yield batches of torchvision's ImageFolder and transforms in a DataLoader, as in its examples."""
     from torchvision.datasets import ImageFolder
 
     data = ImageFolder(_links(job.source, stack), _torchvision_transform(job.settings))
@@ -98,18 +98,18 @@ def _torchvision_transform(settings: DataSettings) -> Callable[[Image.Image], to
 
 
 def _links(source: Source, stack: ExitStack) -> str:
-    """A folder with one class that holds links to the source's files, which is what ImageFolder reads."""
+    """Return a folder with one class, for ImageFolder, with links to the source's files."""
     root = stack.enter_context(tempfile.TemporaryDirectory())
     folder = Path(root) / "all"
     folder.mkdir()
     for i in range(len(source)):
-        # It goes by endings, of which it knows others than a source; Pillow goes by what the file holds.
+        # ImageFolder selects by extension, with a list that differs from ours; Pillow recognises the content.
         (folder / f"{i:08d}.jpg").symlink_to(source.path(i))
     return root
 
 
 def webdataset_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
-    """The webdataset package over tar shards, with torchvision's transforms."""
+    """Yield batches of the webdataset package over tar shards, with torchvision's transforms."""
     import webdataset
 
     shards = _shards(job.source)
@@ -127,13 +127,13 @@ def webdataset_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
 
 
 def _shards(source: Source) -> list[str]:
-    """The tar files that hold the source's samples."""
+    """Return the tar files of the source's samples."""
     found = {path[: path.index(".tar") + 4] for path in map(source.path, range(len(source))) if ".tar" in path}
     return sorted(shard for shard in found if Path(shard).is_file())
 
 
 def spdl_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
-    """The spdl package: a thread pool that reads, decodes, cuts and scales an image in FFmpeg."""
+    """Yield batches of the spdl package: a thread pool that reads images, and decodes, crops and scales in FFmpeg."""
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
@@ -183,7 +183,7 @@ CONTENDERS: dict[str, Feed] = {
 
 
 def obstacle(name: str, source: Source, device: torch.device) -> str | None:
-    """Why a contender cannot run here on these images, or None."""
+    """Return the reason for which a contender cannot run here on these images, or None."""
     if name in OBSTACLES:
         return OBSTACLES[name](device)
     if name == PEER:

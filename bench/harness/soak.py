@@ -1,6 +1,6 @@
-"""A loader for minutes on end while images go bad at random and it is ended and resumed.
+"""Soak test of a loader: it runs for minutes with random damage to images, and is ended and resumed meanwhile.
 
-Every slot of every epoch comes exactly once, what was replaced is named, and memory stays flat.
+Every slot of every epoch must come exactly once, every replaced sample must be named, and memory must not grow.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
 SAMPLE_SECONDS = 2.0
-"""Between two looks at the memory."""
+"""Seconds between two readings of the memory."""
 
 
 class Damaged:
-    """A source whose samples, at each reading and by chance, come cut off, overwritten or not at all."""
+    """A source whose reads are randomly truncated, overwritten or failing."""
 
     def __init__(self, source: Source, share: float) -> None:
         self._source, self._share = source, share
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # pickling asks for these before there is a source
+        if name.startswith("__"):  # Pickling requests these before the source is set.
             raise AttributeError(name)
         return getattr(self._source, name)
 
@@ -41,7 +41,7 @@ class Damaged:
 
     def read(self, i: int) -> bytes:
         data = self._source.read(i)
-        draw = random.SystemRandom()  # the same in no two processes, which a fork's generator would be
+        draw = random.SystemRandom()  # This generator differs between processes; one from before a fork would not.
         if draw.random() >= self._share:
             return data
         kind = draw.choice(("cut", "empty", "noise", "tables", "text", "vanished"))
@@ -51,14 +51,14 @@ class Damaged:
             "cut": data[: draw.randrange(2, max(3, len(data) - 64))],
             "empty": b"",
             "noise": draw.randbytes(len(data)),
-            # Quantization tables by another name: the header of a JPEG is sound, its decoder fails.
+            # Quantization tables under another marker: the header of the JPEG is valid, but its decoder fails.
             "tables": data.replace(b"\xff\xdb", b"\xff\xec"),
             "text": b"<html>404 Not Found</html>",
         }[kind]
 
 
 class Account:
-    """Counts of each epoch: samples that came, against samples that had to come."""
+    """Counts of each epoch: the samples that came, against the expected ones."""
 
     def __init__(self, steps_per_epoch: int, batch_size: int, samples: int) -> None:
         self.expected, self.samples = steps_per_epoch * batch_size, samples
@@ -67,7 +67,7 @@ class Account:
         self.reasons: Counter[str] = Counter()
 
     def add(self, batch: Batch) -> None:
-        """Count a batch; a slot with another sample's pixels has to have its own sample on the list."""
+        """Count a batch. If a slot has the pixels of another sample, its own sample must be on the list."""
         named = {bad.id for bad in batch.bad}
         own = batch.sample_ids % self.samples
         moved = own[own != batch.source_ids].tolist()
@@ -78,7 +78,7 @@ class Account:
         self.reasons.update(" ".join(bad.reason.split()[:4]) for bad in batch.bad)
 
     def end_epoch(self) -> None:
-        """Close an epoch: every slot once."""
+        """Close an epoch: check that every slot came once."""
         self.epochs += 1
         self.lost += self.expected - len(self.seen)
         self.repeated += sum(self.seen.values()) - len(self.seen)
@@ -88,7 +88,7 @@ class Account:
 def soak(
     settings: DataSettings, source: Source, batch_size: int, minutes: float, share: float, restart_seconds: float
 ) -> dict[str, Any]:
-    """Run for `minutes`, ending and resuming the loader about every `restart_seconds`; return the account."""
+    """Run for `minutes`, and end and resume the loader about every `restart_seconds`; return the counts."""
     damaged = Damaged(source, share)
     start = time.perf_counter()
     curve: list[tuple[float, float]] = []
@@ -119,7 +119,7 @@ def soak(
 
 
 def _until(loader: Any, epoch: int, step: int, until: float) -> Iterator[Batch]:
-    """The loader's batches from a place on, until it is time."""
+    """Yield the loader's batches from a position on, until the time is over."""
     while True:
         for batch in loader.epoch(epoch, step):
             yield batch
@@ -129,12 +129,12 @@ def _until(loader: Any, epoch: int, step: int, until: float) -> Iterator[Batch]:
 
 
 def _quarters(curve: list[tuple[float, float]]) -> list[float]:
-    """MiB in each quarter of the time: medians, since single looks fall on processes that begin and end."""
+    """Return the MiB in each quarter of the time. They are medians, because single readings include short processes."""
     return [float(np.median(part)) for part in np.array_split(np.array(curve)[:, 1], 4) if len(part)]
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Memory over time of each loader."""
+    """Plot the memory over time of each loader."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")

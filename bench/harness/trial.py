@@ -1,4 +1,4 @@
-"""One run of the drill: its starts, what is done to them from outside, and what was seen of it."""
+"""One run of the drill: its starts, the actions on them from outside, and the observations."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pathlib import Path
 from mimae.checkpoints import checkpoint
 
 STEPS = 18
-"""Optimizer steps of a run, 4 in each epoch."""
+"""Number of optimizer steps of a run, 4 in each epoch."""
 
 EVERY = 3
-"""Steps between checkpoints."""
+"""Number of steps between checkpoints."""
 
 PATIENCE = 240.0
-"""Seconds for anything that is waited for."""
+"""Longest wait in seconds for any event."""
 
 IS_TRAINING = "; the run is "
-"""Pattern of the line that every start with steps to do prints; it holds the step from which the start continues."""
+"""Pattern of the line that every start with remaining steps prints, with the step from which it continues."""
 
 RECIPE = """
 precision: fp32
@@ -40,16 +40,16 @@ ema: {decay: 0.5}
 checkpoint: {every_steps: %d}
 telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, trackers: []}
 """
-"""Every part that has state is in use: gate, V, projector, accumulation, clipping, average of weights. Batches of 24
-divide among 1, 2, 3 and 4 ranks."""
+"""Recipe that uses every part with state: gate, V, projector, accumulation, clipping, average of weights. Batches of 24
+divide by 1, 2, 3 and 4 ranks."""
 
 
 class NotSeen(Exception):
-    """A fault did not fire, or what had to follow from it did not."""
+    """A fault did not fire, or its expected consequence is missing."""
 
 
 class Start:
-    """One call of `mimae pretrain`, in a session of its own."""
+    """One call of `mimae pretrain`, in a separate session."""
 
     def __init__(self, command: list[str], output: Path, environment: dict[str, str]) -> None:
         self.file, self.is_dead = output, False
@@ -64,19 +64,19 @@ class Start:
 
     @property
     def output(self) -> str:
-        """All that it and its ranks have said so far."""
+        """Return the output of the call and its ranks so far."""
         return self.file.read_text(errors="replace")
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Raise NotSeen where the process ends first, or time does."""
+        """Wait for a condition. Raises NotSeen if the process or the time ends first."""
         end = time.monotonic() + PATIENCE
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise NotSeen(f"{what}: not before its end\n{self.output[-2000:]}")
+                raise NotSeen(f"{what}: not seen before its end\n{self.output[-2000:]}")
             time.sleep(0.02)
 
     def end(self) -> int:
-        """Wait for its end, and return the exit code."""
+        """Wait until the process has ended, and return the exit code."""
         try:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -85,7 +85,7 @@ class Start:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes, once: the ranks are in its group, whose number is another's later."""
+        """Send SIGKILL to all of its processes, once: the number of their process group may be reused later."""
         if self.is_dead:
             return
         self.is_dead = True
@@ -97,7 +97,7 @@ class Start:
 
 
 class Trial:
-    """A run in a directory of its own, on `ranks`, with a fault at `step` (on `rank`, where it is one rank's)."""
+    """A run in a separate directory on `ranks` ranks, with a fault at `step` (on `rank`, if it concerns one rank)."""
 
     def __init__(self, folder: Path, images: Path, overrides: list[str], ranks: int, draw: random.Random) -> None:
         folder.mkdir()
@@ -108,10 +108,10 @@ class Trial:
         self.seen: list[str] = []
         self.is_closed, self.lock = False, threading.Lock()
         self.expected: list[tuple[int, int]] = []
-        """(characters that its starts had said by then, step of the newest checkpoint that was whole)."""
+        """Pairs of the number of output characters of the starts, and the step of the newest whole checkpoint then."""
 
     def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
-        """Call `mimae pretrain`, always on the same recipe and directory; at first with a fault."""
+        """Call `mimae pretrain`, always with the same recipe and directory; the first call has the fault."""
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
         module, environment = "mimae", {}
@@ -128,7 +128,7 @@ class Trial:
             return self.starts[-1]
 
     def reach(self, start: Start) -> None:
-        """Wait for the fault's step, and then for a moment that is drawn."""
+        """Wait for the fault's step, and then for a random time."""
         start.wait_for(lambda: self.steps_done() >= self.step, f"step {self.step}")
         time.sleep(self.draw.uniform(0, 0.3))
 
@@ -140,11 +140,11 @@ class Trial:
         return int((self.folder / f"rank-{rank}").read_text())
 
     def checkpoints(self) -> list[Path]:
-        """The complete ones, the newest last."""
+        """Return the complete checkpoints, newest last."""
         return sorted((self.run / "checkpoints").glob("step-*"))
 
     def keep_in_mind(self) -> None:
-        """Record the checkpoints that are complete now, none of which may be lost.
+        """Record the checkpoints that are complete now; none of them may be lost.
 
         Raises CheckpointError for a damaged one.
         """
@@ -152,23 +152,23 @@ class Trial:
             self.expect(int(checkpoint.load(found[-1]).state["step"]))
 
     def expect(self, step: int) -> None:
-        """The starts from now on have to go on from this step at least."""
+        """Require that later starts resume from at least this step."""
         self.expected.append((sum(len(start.output) for start in self.starts), step))
 
     def prove(self, holds: bool, what: str) -> None:
-        """Raise NotSeen where the fault's trace is not there."""
+        """Raise NotSeen if the fault left no trace."""
         if not holds:
-            raise NotSeen(f"{what}: not so\n{self.starts[-1].output[-2000:]}")
+            raise NotSeen(f"{what}: not seen\n{self.starts[-1].output[-2000:]}")
         self.seen.append(what)
 
     def finish(self, ranks: int | None = None, *overrides: str) -> None:
         """Repeat the same command until the run is finished."""
         code = self.start(None, *overrides, ranks=ranks).end()
         if code != 0:
-            raise NotSeen(f"the run did not go on: exit code {code}\n{self.starts[-1].output[-2000:]}")
+            raise NotSeen(f"the run did not continue: exit code {code}\n{self.starts[-1].output[-2000:]}")
 
     def close(self) -> None:
-        """End what still runs; nothing is started any more."""
+        """End the running processes, and prevent further starts."""
         with self.lock:
             self.is_closed = True
         for start in self.starts:
@@ -182,7 +182,7 @@ class Trial:
         return sum(len(_begun(start.output)) for start in self.starts)
 
     def lost(self) -> int:
-        """1 where a start went on from less than what had been whole before it; else 0."""
+        """Return 1 if a start resumed from before a checkpoint that was whole at that time, otherwise 0."""
         said = 0
         for start in self.starts:
             for output in _begun(start.output):

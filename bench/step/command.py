@@ -14,29 +14,29 @@ def step(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: masking.ratio=0.6")
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="also transformers' and lightly's MAE, at one view per image")
+        bool, typer.Option("--peers", help="add transformers' and lightly's MAE, with one view per image")
     ] = False,
     peer: Annotated[
-        list[str] | None, typer.Option(help="only this system and transformers or lightly, at one view; repeatable")
+        list[str] | None, typer.Option(help="compare only with transformers or lightly, with one view; repeatable")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe; else the defaults")] = None,
-    model: Annotated[str | None, typer.Option(help="model.size; else the recipe's")] = None,
+    recipe: Annotated[str | None, typer.Option(help="path or name of a recipe [default: default settings]")] = None,
+    model: Annotated[str | None, typer.Option(help="model.size [default: the recipe's]")] = None,
     batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
-    masks: Annotated[int | None, typer.Option(help="masking.num_masks; else the recipe's")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the recipe's")] = None,
+    masks: Annotated[int | None, typer.Option(help="masking.num_masks [default: the recipe's]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 [default: the recipe's]")] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(
             help="not the eager baseline but this system with other settings: key=value, several in quotes; repeatable"
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="rounds in which every contender has a turn", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="number of rounds, with a turn of every contender in each", min=1)] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
     """Measure speed and memory of a training step.
 
-    This system, the same method in plain PyTorch, and other MAEs; or this system with other settings. The recipe's
-    gate is open, its images are noise, and nothing is loaded or downloaded.
+    Compares this system with the same method in plain PyTorch and with other MAEs, or with other settings of its own.
+    The gate is open, images are noise, and no data is loaded or downloaded.
     """
 
     import torch
@@ -82,7 +82,7 @@ def step(
     result["roof"] = roof(ours, device)
 
     def write() -> None:
-        if json_file is not None:  # each time: what comes next may hang
+        if json_file is not None:  # Write it each time: the next contest may hang.
             write_atomically(json_file, json.dumps(result, indent=2) + "\n")
 
     result["contests"] = []
@@ -101,11 +101,11 @@ def engines(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides: model.size=tiny")
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help="an engine to measure beside ddp; repeatable [default: all]")
+        list[str] | None, typer.Option(help="engine to compare with ddp; repeatable [default: all]")
     ] = None,
-    ranks: Annotated[int, typer.Option(help="processes of an engine", min=1)] = 2,
-    batch: Annotated[int, typer.Option(help="images of a step, over all ranks", min=2)] = 8,
-    rounds: Annotated[int, typer.Option(help="rounds in which every engine takes a step", min=1)] = 7,
+    ranks: Annotated[int, typer.Option(help="number of processes of an engine", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="number of images in a step, over all ranks", min=2)] = 8,
+    rounds: Annotated[int, typer.Option(help="number of rounds, with a step of every engine in each", min=1)] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
     """Measure speed and memory of each engine on this CPU.

@@ -45,15 +45,15 @@ ENGINES = {
 """Overrides of a recipe by the name of the engine."""
 
 MODEL = ["model.size=small", "decoder.width=256", "decoder.depth=4", "decoder.heads=4", "data.image_size=112"]
-"""Overrides that make a model whose weights, gradients and moments exceed its activations."""
+"""Overrides for a model whose weights, gradients and moments are larger than its activations."""
 
 PATIENCE = 300.0
-"""Seconds in which a rank has to answer."""
+"""Longest time in seconds for an answer of a rank."""
 
 
 @contextmanager
 def _started(recipes: Mapping[str, Recipe], ranks: int) -> Iterator[dict[str, list[Any]]]:
-    """A process for each rank of each engine -> pipes to them."""
+    """Start a process for each rank of each engine, and yield the pipes to them."""
     context = get_context("spawn")
     pipes: dict[str, list[Any]] = {name: [] for name in recipes}
     processes = []
@@ -75,7 +75,7 @@ def _started(recipes: Mapping[str, Recipe], ranks: int) -> Iterator[dict[str, li
 
 
 def _answers(name: str, pipes: Sequence[Connection]) -> list[float]:
-    """Return the next message of each rank of an engine. Raises UserError where one of them has ended."""
+    """Return the next message of each rank of an engine. Raises UserError if one of them has ended."""
     try:
         if all(pipe.poll(PATIENCE) for pipe in pipes):
             return [pipe.recv() for pipe in pipes]
@@ -86,7 +86,7 @@ def _answers(name: str, pipes: Sequence[Connection]) -> list[float]:
 
 
 def measure(recipes: Mapping[str, Recipe], ranks: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Return by engine the seconds of a step on the slowest rank in each round, and the bytes of the largest rank."""
+    """Return by engine the seconds of a step on the slowest rank in each round, and the largest memory of a rank."""
     found: dict[str, dict[str, Any]] = {}
     with _started(recipes, ranks) as pipes:
         for name, of_ranks in pipes.items():
@@ -102,7 +102,7 @@ def measure(recipes: Mapping[str, Recipe], ranks: int, rounds: int) -> dict[str,
 
 
 def _serve(pipe: Connection, recipe: Recipe, rank: int, ranks: int, meeting: str) -> None:
-    """A rank: sends what it grew by, then the seconds of a step whenever it is asked."""
+    """Run a rank: send its growth in memory, then the seconds of a step for each request."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", store=dist.FileStore(meeting, ranks), rank=rank, world_size=ranks)
@@ -117,7 +117,7 @@ def _serve(pipe: Connection, recipe: Recipe, rank: int, ranks: int, meeting: str
     gc.collect()
     before = resident_bytes("VmRSS")
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # This resets the peak.
     engine = _engine(recipe)
     _steps(engine, recipe, ranks, 2)
     pipe.send(resident_bytes("VmHWM") - before)
@@ -152,7 +152,7 @@ def sent_bytes(recipe: Recipe, ranks: int) -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A result as Markdown."""
+    """Return a result as Markdown."""
     ddp = result["engines"]["ddp"]["seconds_per_step"]
     lines = [
         "| engine | a step, in steps of ddp (min .. max) | peak memory of a rank | sent by a rank in a step |",

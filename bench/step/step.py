@@ -51,16 +51,16 @@ PEERS = ("transformers", "lightly")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TOLERANCES = {"fp32": {"loss": 1e-5, "grad_norm": 1e-4}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
-"""Largest relative differences from this system at which a contender is still timed."""
+"""Largest relative differences from this system with which a contender is timed."""
 
 ROUND_SECONDS = 2.0
-"""A contender's turn in a round lasts about this long, and one step at least."""
+"""Approximate seconds of a contender's turn in a round; a turn has at least one step."""
 
 SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
-"""Sides of the square matrices whose product shows the matrix rate of a device."""
+"""Sides of the square matrices for the matrix rate of a device."""
 
 PRODUCT_SECONDS = 0.1
-"""A matrix product is repeated for about this long to find its best time, and twice at least."""
+"""Approximate seconds for which a matrix product is repeated to find its best time; at least twice."""
 
 KINDS = {
     "optimizer": r"adamw|Optimizer|vector_norm|_foreach_norm",
@@ -70,50 +70,50 @@ KINDS = {
     "copies": r"copy_|::(clone|cat|stack|gather|scatter|repeat|roll|index|sort|contiguous)|slice_backward",
     "elementwise": r"gelu|::(add|sub|mul|div|exp|pow|neg|r?sqrt|addcmul|sum|mean|var|var_mean|fill|zero)_?$",
 }
-"""Groups of operators in the profile: the first pattern found in an operator's name counts, else `other`."""
+"""Groups of operators in the profile: the first pattern in an operator's name decides, otherwise `other`."""
 
 
 class Contender(ABC):
     """An implementation with its optimizer, ready to take training steps on a fixed batch of images."""
 
     def __init__(self, recipe: Recipe, module: nn.Module, images: Tensor) -> None:
-        """images: what the module takes as its first argument, on its device."""
+        """Set up the contender. `images` is the module's first argument, on its device."""
         self.recipe, self.module, self.images = recipe, module, images
         self.num_patches = geometry(recipe).grid.patches
         self.compiled = will_compile(recipe.compile, images.device)
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, ...]:
-        """Fresh masks, as arguments of the module."""
+        """Return new masks, as arguments of the module."""
 
     def forward(self, masks: Sequence[Tensor], precision: str) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = self.module(self.images, *masks)
         return output if isinstance(output, Tensor) else output.loss
 
     @abstractmethod
     def update(self) -> None:
-        """Optimizer step, gradients cleared."""
+        """Take an optimizer step, and clear the gradients."""
 
     @abstractmethod
     def compile_blocks(self) -> None:
         """Compile each transformer block."""
 
     def step(self) -> None:
-        """A training step; does not wait for the device."""
+        """Run a training step without a wait for the device."""
         self.forward(self.draw(), self.recipe.precision).backward()
         self.update()
 
     def warm_up(self) -> float:
-        """Take the first steps, which compile and allocate, and return about the seconds of a later one."""
+        """Run the first steps, which compile and allocate, and return the approximate seconds of a later step."""
         if self.compiled:
             self.compile_blocks()
             self.timed(3)
         return self.timed(1)
 
     def timed(self, steps: int) -> float:
-        """Seconds per step over `steps` steps."""
+        """Return the seconds per step over `steps` steps."""
         synchronize(self.images.device)
         start = time.perf_counter()
         for _ in range(steps):
@@ -122,7 +122,7 @@ class Contender(ABC):
         return (time.perf_counter() - start) / steps
 
     def gradient(self, masks: Sequence[Tensor], precision: str) -> Gradient:
-        """Loss and norm of the gradient with the given masks."""
+        """Return loss and gradient norm with the given masks."""
         loss = self.forward(masks, precision)
         loss.backward()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -194,18 +194,18 @@ class Baseline(Contender):
 
     def compile_blocks(self) -> None:
         for block in (*self.module.blocks, *self.module.decoder_blocks):
-            # As this system's are: torch would take the decoder's sizes for a change of the encoder's.
+            # Compile as this system does: torch would treat the decoder's sizes as changed sizes of the encoder.
             block.compile(dynamic=False)
 
 
 def batch_of(recipe: Recipe) -> Tensor:
-    """uint8 images (B, H, W, 3) of noise: the time of a step does not depend on what they show."""
+    """Return uint8 noise images (B, H, W, 3): the time of a step does not depend on their content."""
     size = (recipe.schedule.batch_size, *recipe.data.size_hw, 3)
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def check(name: str, expected: Gradient, found: Gradient, precision: str) -> dict[str, float]:
-    """Relative differences of a contender's gradient from this system's. RuntimeError past TOLERANCES."""
+    """Return the relative differences of a contender from this system. Raises RuntimeError beyond TOLERANCES."""
     errors = {key: abs(found[key] - expected[key]) / abs(expected[key]) for key in expected}
     for key, error in errors.items():
         if not error <= TOLERANCES[precision][key]:
@@ -217,22 +217,22 @@ def check(name: str, expected: Gradient, found: Gradient, precision: str) -> dic
 
 
 class Contest(NamedTuple):
-    """Who is compared: this system on a recipe, `others` on the same, this system on other recipes, by name."""
+    """The compared contenders: this system on a recipe, `others` on the same, this system on other recipes, by name."""
 
     recipe: Recipe
     others: Sequence[str]
     variants: Mapping[str, Recipe]
 
     def contender(self, name: str) -> tuple[str, Recipe]:
-        """Return the implementation that a name stands for, and its recipe."""
+        """Return the implementation of a name, and its recipe."""
         return (OURS, self.variants[name]) if name in self.variants else (name, self.recipe)
 
 
 def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, Any]:
     """Check, time and profile the contenders.
 
-    One that runs out of memory or is not installed is left out, with the reason, unless it is this system on the
-    contest's recipe.
+    A contender that runs out of memory or is not installed is left out, with the reason, unless it is this system on
+    the contest's recipe.
     """
     recipe = contest.recipe
     state, images = build(recipe).state_dict(), batch_of(recipe)
@@ -259,7 +259,7 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
             contenders[name] = other
         except torch.OutOfMemoryError as error:
             skipped[name] = f"out of memory: {str(error).splitlines()[0]}"
-        except UserError as error:  # a package that is not installed
+        except UserError as error:  # The package is not installed.
             skipped[name] = str(error)
 
     steps = max(1, round(ROUND_SECONDS / slowest))
@@ -284,7 +284,7 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
                 "precision": contenders[name].recipe.precision,
                 "flops_per_step": step_flops(contenders[name].recipe),
                 "seconds_per_step": times,
-                # Paired by round, so that what slows the machine for a while slows both.
+                # Pair by round, so that a temporary slowdown of the machine affects both.
                 "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
                 "time_by_kind": time_by_kind(contenders[name]),
             }
@@ -298,8 +298,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_by_kind(contender: Contender) -> dict[str, float]:
-    """Share of one step's operator time by kind (KINDS): on the device where there is one."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler complains to stderr where there is no GPU
+    """Return the shares of one step's operator time by kind (KINDS), on the GPU if there is one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler complains on stderr without a GPU.
     on_cuda = contender.images.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
@@ -307,7 +307,7 @@ def time_by_kind(contender: Contender) -> dict[str, float]:
     shares = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profiler.key_averages():
         if event.device_type.name != "CPU":
-            continue  # a kernel, whose time its operator has already
+            continue  # This is a kernel, whose time is included in its operator's.
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "other")
         shares[kind] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
     total = sum(shares.values())
@@ -319,7 +319,7 @@ def peak_memory(name: str, recipe: Recipe, device: torch.device) -> int:
 
     Meant for a fresh process: on the CPU it is the peak of resident memory.
     """
-    _take_steps(name, _miniature(recipe), device)  # imports, and what the libraries keep for themselves
+    _take_steps(name, _miniature(recipe), device)  # This includes imports, and the memory that libraries keep.
     before = resident_bytes("VmRSS")
     _take_steps(name, recipe, device)
     if device.type == "cuda":
@@ -328,7 +328,7 @@ def peak_memory(name: str, recipe: Recipe, device: torch.device) -> int:
 
 
 def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
-    """The first steps of a contender with random weights."""
+    """Run the first steps of a contender with random weights."""
     module = MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -342,7 +342,7 @@ def _take_steps(name: str, recipe: Recipe, device: torch.device) -> None:
 
 
 def _miniature(recipe: Recipe) -> Recipe:
-    """A recipe with the same grid of patches and the same objective, and next to no memory."""
+    """Return a recipe with the same grid of patches and the same objective, but negligible memory."""
     grid = geometry(recipe).grid
     small = {"width": 8, "depth": 1, "heads": 2}
     return recipe.model_copy(
@@ -356,9 +356,9 @@ def _miniature(recipe: Recipe) -> Recipe:
 
 
 def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch.device) -> None:
-    """Add `peak_bytes` to every contender, each from a process of its own; None where that ran out of memory."""
+    """Add `peak_bytes` to every contender, each from a separate process; None if that ran out of memory."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the contests left to this process
+        torch.cuda.empty_cache()  # Free the memory that the contests left in this process.
     for contest, result in held:
         for name, contender in result["contenders"].items():
             contender["peak_bytes"] = None
@@ -370,7 +370,7 @@ def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch
 
 
 def products(recipe: Recipe) -> list[Product]:
-    """The linear layers of the encoder and the decoder in one step."""
+    """Return the linear layers of the encoder and the decoder in one step."""
     model, decoder, sizes = recipe.model, recipe.decoder, geometry(recipe)
     views, values = recipe.schedule.batch_size * sizes.views, sizes.grid.values
 
@@ -402,7 +402,7 @@ def products(recipe: Recipe) -> list[Product]:
 
 
 def roof(recipe: Recipe, device: torch.device) -> dict[str, dict[str, float]]:
-    """Measured matrix rates in FLOP/s by precision: of large square matrices and of the model's layers."""
+    """Return measured matrix rates in FLOP/s by precision: of large square matrices and of the model's layers."""
     side = SQUARE_SIDE[device.type]
     return {
         precision: {
@@ -414,10 +414,10 @@ def roof(recipe: Recipe, device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def check_baselines(recipe: Recipe) -> None:
-    """Raise UserError for a method that the other implementations do not have."""
+    """Raise UserError for a method that the other implementations lack."""
     masking, decoder = recipe.masking, recipe.decoder
     if masking.kind != "orthogonal" and masking.num_masks > 1:
-        raise UserError(f"the eager baseline has orthogonal masks alone, masking.kind is {masking.kind}")
+        raise UserError(f"the eager baseline only has orthogonal masks, and masking.kind is {masking.kind}")
     if (decoder.predict, decoder.attention) != ("hidden", "self"):
         raise UserError(
             "the baselines predict the hidden patches with self attention: decoder.predict and decoder.attention are "

@@ -215,7 +215,7 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
 
 
 def test_what_has_no_baseline_is_told() -> None:
-    with pytest.raises(UserError, match="has orthogonal masks alone"):
+    with pytest.raises(UserError, match="only has orthogonal masks"):
         command.step([*SMALL, "masking.kind=independent"])
     with pytest.raises(UserError, match="are next_view and self; --variant"):
         command.step([*SMALL, "decoder.predict=next_view"])
