@@ -1,7 +1,7 @@
-"""The door: the verbs of `mimae`, and the exit codes (see `errors`).
+"""The command line: the commands of `mimae`, and the exit codes (see `errors`).
 
-A verb is one typed function in the command module of its room. Its arguments and its docstring are the help; its body
-imports what it needs when it runs. Command modules import little, so that every --help is instant.
+A command is one typed function in the `command.py` of its folder. Its arguments and its docstring are the help; its
+body imports what it needs when it runs. Command modules import little, so that every --help is instant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mimae.transfer.command import embed, export
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
-    """A group of verbs without rich, whose import takes longer than the rest of --help."""
+    """A group of commands without rich, whose import takes longer than the rest of --help."""
     group = typer.Typer(
         help=help,
         no_args_is_help=True,
@@ -92,18 +92,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Run the command line. A mistake of the user's is printed without a traceback."""
+    """Run the command line. A mistake of the user is printed without a traceback."""
     open_standard_streams()
-    yield_cores(os.environ)  # before any verb imports torch
+    yield_cores(os.environ)  # This comes before any command imports torch.
     for stream in (sys.stdout, sys.stderr):
-        # No name of a file ends a command because the terminal's encoding lacks its letters.
+        # A file name must not end a command because the terminal's encoding lacks its characters.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="mimae")
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
-        # A mistake in the settings is every rank's; one in the data may be one rank's alone.
+        # A mistake in the settings concerns every rank; one in the data may concern only one rank.
         if rank == "0" or not isinstance(mistake, ConfigError):
             say(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", error=True)
         sys.exit(EXIT_MISTAKE)

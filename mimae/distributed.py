@@ -1,4 +1,4 @@
-"""The process group as the rest of the system sees it: who am I, and the collectives of the objective."""
+"""The process group of a run: the place of this process in it, and the collectives of the objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mimae.errors import RunError, UserError
 from mimae.ranks import messages, place, unpickling
 
-# The names from torch 2.14 on, and those before.
+# torch has the first names from 2.14 on, and the others before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
@@ -26,14 +26,14 @@ Group = dist.ProcessGroup  # type: ignore[name-defined]
 T = TypeVar("T")
 
 ANNOUNCED = 10.0
-"""Seconds of waiting for other ranks after which the waiting is announced."""
+"""Seconds after which a wait for other ranks is announced."""
 
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
-"""Has gloo and NCCL listen on the loopback alone."""
+"""Variables that make gloo and NCCL listen only on the loopback interface."""
 
 
 class _Joined:
-    """One call of `setup`: the thread that made it, the timeout of its groups, and what `shutdown` undoes."""
+    """One call of `setup`: its thread, the timeout of its groups, and the actions that `shutdown` undoes."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -45,7 +45,7 @@ class _Joined:
 _lock = threading.Lock()
 
 _joined: list[_Joined] = []
-"""The calls of `setup` that no `shutdown` has ended yet; the first one is the outermost."""
+"""Calls of `setup` that no `shutdown` has ended yet. The first one is the outermost."""
 
 
 _is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
@@ -53,7 +53,7 @@ _is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this thread acts as the only rank of a run: it waits for no other, and counts what one would compute."""
+    """Make this thread act as the only rank of a run inside the block, without waits for other ranks."""
     before = _is_alone.set(True)
     try:
         yield
@@ -74,17 +74,17 @@ def world_size(group: Group | None = None) -> int:
 def setup(patience: float | None = None) -> torch.device:
     """Join the other ranks of the job, and return this rank's device.
 
-    A process group that is there already is used and kept: the caller's. Else mimae's launcher, torchrun or srun tell
-    in the environment who the others are; a process that nothing started as a rank is alone, with nothing that
-    listens beyond the loopback. A collective waits `patience` seconds for a rank; None: as long as torch has it.
+    An existing process group, made by the caller, is used and kept. Otherwise the environment, set by mimae's launcher,
+    torchrun or srun, describes the other ranks. A process that was not started as a rank is the only rank, and listens
+    only on the loopback interface. A collective waits `patience` seconds for a rank; None stands for torch's default.
 
-    Raises UserError for an environment or a process group that does not fit, and where another thread of this process
-    is in a run; RunError where the other ranks do not come.
+    Raises UserError for an environment or a process group that does not fit, and if another thread of this process is
+    in a run. Raises RunError if the other ranks do not come.
     """
     joined = _Joined()
     with _lock:
         if _joined and _joined[0].thread != joined.thread:
-            raise UserError("another thread of this process is in a run already: a process holds one run at a time")
+            raise UserError("another thread of this process is in a run already: a process can have one run at a time")
         _joined.append(joined)
     try:
         joined.undo.enter_context(unpickling.restricted())
@@ -95,7 +95,7 @@ def setup(patience: float | None = None) -> torch.device:
         else:
             found = place.find()
             device = _device()
-            # gloo beside nccl: signals are agreed on over the host, without a wait for the GPU.
+            # gloo is needed in addition to nccl: ranks agree on signals through the host, without a wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             if found is None or found.ranks == 1:
                 joined.undo.enter_context(_variables(_LOOPBACK))
@@ -128,7 +128,7 @@ def _device() -> torch.device:
 
 def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
     """Make the process group of a job of several ranks."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(found.ranks):  # all on one machine
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(found.ranks):  # All ranks are on one machine.
         for name, value in _LOOPBACK.items():
             os.environ.setdefault(name, value)
     if ours := os.environ.get(place.STORE):
@@ -146,7 +146,7 @@ def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
     timer.start()
     try:
         dist.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # torch has many, for names, ports and times
+    except (RuntimeError, ValueError) as error:  # torch raises many types, for names, ports and times.
         reason = str(error).partition("\n")[0]
         raise RunError(
             f"{waiting}, in vain: {reason}. Start every rank with the same variables, or unset those of another job"
@@ -156,7 +156,7 @@ def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
 
 
 def _store(told: str, ranks: int) -> dist.Store:
-    """Open the store that mimae's launcher names."""
+    """Open the store that mimae's launcher named in the environment."""
     kind, _, rest = told.partition(":")
     if kind == "file":
         return dist.FileStore(rest, ranks)  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def _store(told: str, ranks: int) -> dist.Store:
 
 @contextmanager
 def _borrowed(device: torch.device, timeout: timedelta | None) -> Iterator[None]:
-    """Use the caller's process group: look at its backends, and have it wait as long as the run's own groups would.
+    """Use the caller's process group: check its backends, and set the timeout of the run.
 
     Raises UserError.
     """
@@ -196,7 +196,7 @@ def _borrowed(device: torch.device, timeout: timedelta | None) -> Iterator[None]
 
 @contextmanager
 def _variables(values: dict[str, str]) -> Iterator[None]:
-    """Set variables of the environment, and put back what was there."""
+    """Set environment variables inside the block, and restore the old values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -215,7 +215,7 @@ def _leave() -> None:
 
 
 def shutdown() -> None:
-    """End what the last `setup` began: leave the process group, if it is not the caller's."""
+    """Undo the last `setup`: leave the process group, unless it is the caller's."""
     if _joined:
         _joined.pop().undo.close()
 
@@ -228,7 +228,7 @@ def host_group() -> Group:
 
 
 def be_patient(group: Group) -> None:
-    """Have a group that torch made wait for a rank as long as the groups of this run do."""
+    """Set the timeout of a group that torch made to that of this run's groups."""
     if (timeout := _timeout()) is not None:
         _set_timeout(timeout, group)
 
@@ -238,8 +238,10 @@ def _timeout() -> timedelta | None:
 
 
 def gather_objects(mine: T, group: Group | None = None) -> list[T]:
-    """Return the value of each rank, in the order of ranks. Values are JSON's: what a peer sends runs no code, as a
-    pickle could. Raises MessageError for a message of somebody else."""
+    """Return the value of each rank, in the order of ranks.
+
+    Values travel as JSON, which cannot run code, unlike a pickle. Raises MessageError for a message of another sender.
+    """
     message, ranks = messages.pack(mine, f"rank {rank()}").encode(), world_size(group)
     if ranks == 1:
         return [messages.unpack(message, f"rank {rank()}")]
@@ -258,8 +260,10 @@ def gather_objects(mine: T, group: Group | None = None) -> list[T]:
 
 
 def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to gather (b, ...) of each rank and return at once. The result, when called: (W b, ...) in the order of
-    ranks, without gradient; what computes before the call runs beside the gathering."""
+    """Start to gather (b, ...) of each rank, and return a function that waits for the result.
+
+    The result is (W b, ...) in the order of ranks, without gradient. Computation before that call overlaps with it.
+    """
     tensor = tensor.detach().contiguous()
     if world_size() == 1:
         return lambda: tensor
@@ -275,12 +279,12 @@ def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """(b, ...) of each rank -> (W b, ...) in the order of ranks, without gradient."""
+    """Gather (b, ...) of each rank into (W b, ...) in the order of ranks, without gradient."""
     return start_all_gather(tensor)()
 
 
 def all_sum(tensor: Tensor, group: Group | None = None) -> Tensor:
-    """The sum over ranks, all or a group's, without gradient, as a new tensor."""
+    """Return the sum over all ranks, or those of a group, without gradient, as a new tensor."""
     total = tensor.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)

@@ -1,7 +1,7 @@
-"""The errors that a person can mend, and the exit codes of the launcher.
+"""Errors that a user can correct, and the exit codes of the launcher.
 
-0: done; 2: a mistake of the user's, reported without a traceback; 75: saved on a signal (the same command goes on);
-1: anything else.
+0: done; 2: a mistake of the user, reported without a traceback; 75: saved on a signal (the same command resumes);
+1: any other error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ EXIT_SAVED = 75
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend. The message says what was wrong, the value, what is legal and what to do.
+    """A mistake that a user can correct. The message has the fault, the value, the legal values and what to do.
 
-    Its text is printable, whatever the names in it hold; only its line breaks stay. Long lines are shortened.
+    Control characters in its text are escaped, except line breaks. Long lines are shortened.
     """
 
     def __str__(self) -> str:
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A recipe that cannot be run, with every reason found."""
+    """A recipe that cannot be run, with all problems found."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -34,7 +34,7 @@ class ConfigError(UserError):
 
 
 class RunError(UserError):
-    """The run cannot start, or cannot go on."""
+    """The run cannot start or continue."""
 
 
 class CheckpointError(UserError):

@@ -1,7 +1,7 @@
 """Streams of random numbers for masks, crops, flips, order, replacement and initial weights.
 
-Nothing in a run draws from a stateful generator: each number is a pure function of the seed and of what it
-is for, so resuming needs no generator state and every sharding of a run draws the same numbers (method 1).
+No part of a run uses a stateful generator: each number is a pure function of the seed and of its purpose. So resuming
+needs no generator state, and every sharding of a run draws the same numbers (method 1).
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ class Purpose(IntEnum):
 
 
 def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:
-    """Words first .. first + count - 1 of the streams of `ids` (n,): int64 (n, count) in [0, 2^32)."""
+    """Return words first .. first + count - 1 of the streams of `ids` (n,): int64 (n, count) in [0, 2^32)."""
     return philox_words(seed, int(purpose), epoch, ids, count, first)
 
 
 def uniform(words: Tensor) -> Tensor:
-    """Words as float64 in the open interval (0, 1): (w + 1/2) / 2^32."""
+    """Return words as float64 in the open interval (0, 1): (w + 1/2) / 2^32."""
     return (words.to(torch.float64) + 0.5) / 2.0**32
 
 
 def _stream_id(name: str) -> int:
-    """The 64-bit id of a parameter's stream, as a signed integer."""
+    """Return the 64-bit id of a parameter's stream, as a signed integer."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def parameter_uniform(seed: int, name: str, start: int, count: int, device: torch.device) -> Tensor:
-    """float64 (count,): the uniforms of elements start .. start + count - 1 of the parameter `name`."""
+    """Return the uniform numbers of elements start .. start + count - 1 of the parameter `name`, float64 (count,)."""
     ids = torch.tensor([_stream_id(name)], device=device)
     return uniform(words(seed, Purpose.INITIALISATION, 0, ids, count, start)[0])
 
 
 def materialise(module: nn.Module, device: torch.device | str) -> None:
-    """Give the parameters of a module built on the meta device memory on `device`, unset, and move its buffers,
-    which hold constants, there. Building so spares the default initialisation. Raises ValueError for a buffer on the
-    meta device, whose constants would be lost."""
+    """Allocate the parameters of a module on the meta device on `device`, uninitialised, and move its buffers there.
+
+    This avoids the default initialisation. Raises ValueError for a buffer on the meta device, whose constants would be
+    lost.
+    """
     if lost := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
         raise ValueError(
             f"buffers of a {type(module).__name__} have no values: {', '.join(lost)}; build them on the CPU"
@@ -67,12 +69,12 @@ def materialise(module: nn.Module, device: torch.device | str) -> None:
 
 
 class Part(NamedTuple):
-    """This rank's part of a parameter: a range of elements, contiguous in the flattened parameter."""
+    """A rank's part of a parameter: a contiguous range of elements of the flattened parameter."""
 
     values: Tensor
-    """Elements in the memory of the model, in any shape."""
+    """The elements, in the memory of the model and in any shape."""
     start: int
-    """Place of the first of them in the whole."""
+    """Position of the first element in the whole parameter."""
     shape: torch.Size
     """Shape of the whole parameter."""
 
@@ -82,7 +84,7 @@ class Part(NamedTuple):
 
 
 def whole_parts(module: nn.Module) -> dict[str, Part]:
-    """Every parameter of a module, by name, for a rank that holds them whole."""
+    """Return every parameter of a module, by name, for a rank that has whole parameters."""
     return {name: Part(parameter, 0, parameter.shape) for name, parameter in module.named_parameters()}
 
 
@@ -107,12 +109,12 @@ Initial = float | Uniform | Normal | Tensor
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
-    """Fill every parameter of `module` by its name: Xavier uniform for linear weights (a patch projection
-    counts as linear), normal 0.02 for tokens, 0 for biases, 1 for the scale of norms (method 5).
+    """Initialise every parameter of `module` by its name.
 
-    Modules that want another start define `initial_values() -> {parameter: Initial}` for their own ones.
-    Counter-based, so a model built on the meta device, or in parts, gets the weights of a whole one; `parts` are
-    what this rank holds of each parameter, everything where they are not given.
+    Linear weights (and patch projections) are Xavier uniform, tokens normal with deviation 0.02, biases 0, scales of
+    norms 1 (method 5). Modules with other initial values define `initial_values() -> {parameter: Initial}`. The numbers
+    are counter-based, so a model built on the meta device, or in parts, gets the weights of a whole one. `parts` are
+    this rank's parts of the parameters; the default is the whole parameters.
     """
     parts = parts or whole_parts(module)
     for owner_name, owner in module.named_modules():
@@ -124,12 +126,12 @@ def initialise(module: nn.Module, seed: int, parts: Mapping[str, Part] | None = 
             if given is None:
                 given = _by_rule(owner, leaf, part.shape)
             if given is None:
-                raise ValueError(f"no rule to initialise the parameter {name} of a {type(owner).__name__}")
+                raise ValueError(f"there is no rule to initialise the parameter {name} of a {type(owner).__name__}")
             _fill(part, given, seed, name)
 
 
 def _by_rule(owner: nn.Module, leaf: str, shape: torch.Size) -> Initial | None:
-    """Return the start of a parameter that its module does not choose; None where there is no rule."""
+    """Return the initial value of a parameter that its module does not choose, or None if there is no rule."""
     if leaf.endswith("bias"):
         return 0.0
     if isinstance(owner, _NORMS):
@@ -154,5 +156,5 @@ def _fill(part: Part, given: Initial, seed: int, name: str) -> None:
 
 
 def _normal(u: Tensor, std: float) -> Tensor:
-    """Return numbers of the normal distribution from numbers uniform in (0, 1)."""
+    """Return normally distributed numbers from uniform numbers in (0, 1)."""
     return std * math.sqrt(2.0) * torch.erfinv(2 * u - 1)

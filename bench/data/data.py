@@ -123,7 +123,7 @@ def tree_bytes() -> int:
 
 
 def parity(name: str, job: Job) -> dict[str, float]:
-    """Return differences of a loader's pixels from torchvision's antialiased bicubic on the same windows, out of 255."""
+    """Return differences of a loader's pixels from torchvision's antialiased bicubic on the same windows, of 255."""
     settings = job.settings.model_copy(update={"loader": name, "workers": 0})
     shares = job.source.shares
     count = min(PARITY, len(job.source))
