@@ -29,7 +29,7 @@ from tests.train.test_trainer import recipe
 images, run = Path(sys.argv[1]), Path(sys.argv[2])
 wide = recipe(images, run, "schedule.accumulate=1", "decoder.width=256", "data.image_size=128", "masking.num_masks=4")
 (kib,) = re.findall(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())
-limit = int(kib) * 1024 + 150 * 2**20
+limit = int(kib) * 1024 + 220 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     pretrain(wide)
