@@ -1,4 +1,4 @@
-"""The arguments of the verbs that train, one for each task, and of `mimae submit`."""
+"""The arguments of the verbs that train, one for each task, of `mimae extend` and of `mimae submit`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import typer
 
 from mimae.config.command import Overrides, RecipeName
 
+Ranks = Annotated[int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)]
+Nodes = Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)]
+Rendezvous = Annotated[str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")]
+Restarts = Annotated[int, typer.Option(help="new starts after a process died", min=0)]
+Wait = Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]")
+]
+
 
 def _verb(task: str, help: str) -> Callable[..., None]:
     """Return the verb that trains recipes of a task."""
@@ -18,19 +27,12 @@ def _verb(task: str, help: str) -> Callable[..., None]:
     def train(
         recipe: RecipeName,
         overrides: Overrides = None,
-        ranks: Annotated[
-            int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
-        ] = None,
-        nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
-        rendezvous: Annotated[
-            str | None, typer.Option(help="HOST:PORT where they meet, HOST being one of them")
-        ] = None,
-        restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
-        wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
-        secret_file: Annotated[
-            Path | None,
-            typer.Option(help="signs what nodes tell each other, the same on each [default: MIMAE_SECRET]"),
-        ] = None,
+        ranks: Ranks = None,
+        nodes: Nodes = 1,
+        rendezvous: Rendezvous = None,
+        restarts: Restarts = 3,
+        wait: Wait = 300,
+        secret_file: SecretFile = None,
     ) -> None:
         # Before torch is loaded: what its store says of a node that is lost is said again, in words for people.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -52,6 +54,33 @@ pretrain = _verb(
 )
 
 
+def extend(
+    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="as schedule.epochs=800")],
+    ranks: Ranks = None,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
+    restarts: Restarts = 3,
+    wait: Wait = 300,
+    secret_file: SecretFile = None,
+) -> None:
+    """Train a run longer than it was started for, by a new schedule from its last step on.
+
+    The images of each epoch, their order and their masks stay as they were. The learning rate rises from where it is to
+    its peak, in schedule.warmup_epochs epochs, and then goes as schedule.shape says. The same command goes on with an
+    extension that was interrupted.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from mimae.errors import UserError
+    from mimae.launch import processes
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: no config.yaml")
+    asked = [*overrides, f"run.dir={run}", "run.extend=true"]
+    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
+    raise typer.Exit(processes.train(str(run / "config.yaml"), asked, job))
+
+
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -66,7 +95,7 @@ def submit(
     memory: Annotated[str | None, typer.Option(help="of a machine, as 480G [default: SLURM's]")] = None,
     container: Annotated[str | None, typer.Option(help="image to run in (pyxis' --container-image)")] = None,
     seeds: Annotated[str | None, typer.Option(help="0,1,2: an array of a run for each seed, in run.dir/seed-K")] = None,
-    restarts: Annotated[int, typer.Option(help="new starts after a process died", min=0)] = 3,
+    restarts: Restarts = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and submit nothing")] = False,
 ) -> None:
     """Submit a run to SLURM.

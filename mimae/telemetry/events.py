@@ -14,11 +14,11 @@ from mimae.outside.text import say
 FILE = "events.jsonl"
 
 KINDS = (
-    *("start", "resume", "finish", "signal", "error"),
+    *("start", "resume", "extend", "finish", "signal", "error"),
     *("save", "save failed", "skipped", "fault", "output lost", "moved"),
 )
-"""Starts and ends; saves; steps whose gradient was not finite; checkpoints that were passed over, lost ranks and the
-like; a stdout that cannot be written; a run directory that was renamed or deleted."""
+"""Starts, new schedules and ends; saves; steps whose gradient was not finite; checkpoints that were passed over, lost
+ranks and the like; a stdout that cannot be written; a run directory that was renamed or deleted."""
 
 
 class Events:
