@@ -1,4 +1,4 @@
-"""The arguments of the verbs that train, one for each task, and of `mimae submit`."""
+"""The arguments of the verbs that train, one for each task, of `mimae extend` and of `mimae submit`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import typer
 
 from mimae.config.command import Overrides, RecipeName
 
+Ranks = Annotated[int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)]
+Nodes = Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)]
+Rendezvous = Annotated[str | None, typer.Option(help="HOST:PORT where they meet; HOST is one of them")]
+Restarts = Annotated[int, typer.Option(help="restarts after a process died", min=0)]
+Wait = Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="key file, the same on each, to sign messages between nodes [default: MIMAE_SECRET]")
+]
+
 
 def _verb(task: str, help: str) -> Callable[..., None]:
     """Return the command that trains recipes of a task."""
@@ -18,17 +27,12 @@ def _verb(task: str, help: str) -> Callable[..., None]:
     def train(
         recipe: RecipeName,
         overrides: Overrides = None,
-        ranks: Annotated[
-            int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
-        ] = None,
-        nodes: Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)] = 1,
-        rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where they meet; HOST is one of them")] = None,
-        restarts: Annotated[int, typer.Option(help="restarts after a process died", min=0)] = 3,
-        wait: Annotated[int, typer.Option(help="seconds after which a missing or silent node is lost", min=1)] = 300,
-        secret_file: Annotated[
-            Path | None,
-            typer.Option(help="key file, the same on each, to sign messages between nodes [default: MIMAE_SECRET]"),
-        ] = None,
+        ranks: Ranks = None,
+        nodes: Nodes = 1,
+        rendezvous: Rendezvous = None,
+        restarts: Restarts = 3,
+        wait: Wait = 300,
+        secret_file: SecretFile = None,
     ) -> None:
         # Set before torch is loaded. torch's store logs a lost node as a C++ trace; our own message is in plain words.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -46,6 +50,33 @@ def _verb(task: str, help: str) -> Callable[..., None]:
 
 
 pretrain = _verb("pretrain", "Pretrain by a recipe, or resume an interrupted run.\n\nUses all GPUs of the machine.")
+
+
+def extend(
+    run: Annotated[Path, typer.Argument(help="directory of the run")],
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="for example schedule.epochs=800")],
+    ranks: Ranks = None,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
+    restarts: Restarts = 3,
+    wait: Wait = 300,
+    secret_file: SecretFile = None,
+) -> None:
+    """Train a run longer than it was planned, by a new schedule from its last step on.
+
+    The images of each epoch, their order and their masks do not change. The learning rate rises from its present value
+    to its peak in schedule.warmup_epochs epochs, and then follows schedule.shape. The same command resumes an
+    interrupted extension.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from mimae.errors import UserError
+    from mimae.launch import processes
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    asked = [*overrides, f"run.dir={run}", "run.extend=true"]
+    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
+    raise typer.Exit(processes.train(str(run / "config.yaml"), asked, job))
 
 
 def submit(
@@ -66,7 +97,7 @@ def submit(
     seeds: Annotated[
         str | None, typer.Option(help="for example 0,1,2: a job array with one run for each seed, in run.dir/seed-K")
     ] = None,
-    restarts: Annotated[int, typer.Option(help="restarts after a process died", min=0)] = 3,
+    restarts: Restarts = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script without submitting it")] = False,
 ) -> None:
     """Submit a run to SLURM.

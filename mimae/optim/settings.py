@@ -68,8 +68,19 @@ class ScheduleSettings(Section):
     drop_epochs: tuple[float, ...] = Field((), description="steps: epochs at which the learning rate drops")
     drop_factor: float = Field(0.1, gt=0, lt=1, description="steps: factor of the learning rate at a drop")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than its epochs have")
+    extended: tuple[tuple[int, float, str], ...] = setting(
+        (),
+        resume="free",
+        description="written by `mimae extend`: for each extension, the step at which the schedule above begins, the share "
+        "of the peak learning rate there, and the earlier settings",
+    )
     batch_size: int = Field(1024, ge=1, description="images per optimizer step, over all ranks")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; MI terms see one of them")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="micro-batches per optimizer step; MI terms see one of them, and a run without such terms may "
+        "change it when it is resumed",
+    )
 
     @model_validator(mode="after")
     def _of_this_shape(self) -> ScheduleSettings:

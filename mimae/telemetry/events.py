@@ -14,11 +14,12 @@ from mimae.outside.text import say
 FILE = "events.jsonl"
 
 KINDS = (
-    *("start", "resume", "finish", "signal", "error"),
+    *("start", "resume", "extend", "finish", "signal", "error"),
     *("save", "save failed", "skipped", "fault", "output lost", "moved"),
 )
-"""Kinds of events: starts and ends; saves; steps whose gradient was not finite; faults such as lost ranks or
-checkpoints that were passed over; a stdout that cannot be written; a run directory that was renamed or deleted."""
+"""Kinds of events: starts, new schedules and ends; saves; steps whose gradient was not finite; faults such as lost
+ranks or checkpoints that were passed over; a stdout that cannot be written; a run directory that was renamed or
+deleted."""
 
 
 class Events:

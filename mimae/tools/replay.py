@@ -97,6 +97,11 @@ class _Replay:
 
     def run(self, step: int, say: Callable[[str], None]) -> Findings:
         done = self._load(step, say)
+        if (extended := self.recipe.schedule.extended) and done < (first := extended[-1][0]):
+            raise UserError(
+                f"step {done + 1} was taken before the run was extended at step {first}, by a schedule that is not "
+                "kept; steps after it can be replayed"
+            )
         if done < step - 1:
             between = f"step {done + 1}" if done + 2 == step else f"steps {done + 1} to {step - 1}"
             say(f"running {between} first")

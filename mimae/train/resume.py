@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint
 from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.config.kept import load_run, newer_keys
+from mimae.config.layers import text
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import FREE_KEYS, RunRecipe, flat
 from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
+from mimae.objective.terms import active
+from mimae.optim.schedule import EXTENDABLE, extended
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
 
 
-def check_config(recipe: RunRecipe, run: Path) -> None:
-    """Raise RunError where a run was started with settings that would have made other weights."""
+class Length(NamedTuple):
+    """The length of a run."""
+
+    steps: int
+    steps_per_epoch: int
+    peak: float
+    """The peak learning rate."""
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on."""
+
+    recipe: RunRecipe
+    """With the schedule of a run that is extended."""
+    step: int
+    """Steps that are done."""
+    sums: dict[str, Any] | None
+    """The sums of the epoch under way, where the checkpoint has them."""
+
+
+def check_config(recipe: RunRecipe, run: Path) -> dict[str, Any]:
+    """Return the keys of the schedule that extend the run, with their values so far. Raises RunError where a run was
+    started with other settings that would have made other weights."""
     if not (run / "config.yaml").exists():
-        return
+        return {}
     old = flat(load_run(run, (), None, type(recipe)))
     new = flat(recipe)
-    changed = [
-        f"  {key}: {old[key]!r} in the run, {new[key]!r} now"
-        for key in new
-        if old[key] != new[key] and key not in FREE_KEYS
-    ]
-    if changed:
-        raise RunError(
-            "\n".join([f"{run} was started with other settings; choose another run.dir or go back:", *changed])
-        )
+    free = {*FREE_KEYS} | (set() if _splits_matter(recipe) else {"schedule.accumulate"})
+    changed = [key for key in new if old[key] != new[key] and key not in free]
+    extends = [key for key in changed if key.removeprefix("schedule.") in EXTENDABLE]
+    if changed and (changed != extends or not recipe.run.extend):
+        told = [f"  {key}: {old[key]!r} in the run, {new[key]!r} now" for key in changed]
+        command = " ".join(["mimae extend", str(run), *(f"{key}={text(new[key])}" for key in extends)])
+        hint = [f"a new schedule for it, from its last step on: {command}"] if changed == extends else []
+        head = f"{run} was started with other settings; choose another run.dir or go back:"
+        raise RunError("\n".join([head, *told, *hint]))
+    return {key: old[key] for key in extends}
+
+
+def _splits_matter(recipe: RunRecipe) -> bool:
+    """Return whether the loss depends on how a batch is split into micro-batches: a term compares its images."""
+    objective = getattr(recipe, "objective", None)
+    return objective is not None and any("images" in term.compares for term in active(objective))
 
 
 def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
@@ -56,14 +87,14 @@ def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
 
 
 def resume(
-    recipe: RunRecipe, steps: int, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
-) -> tuple[int, dict[str, Any] | None]:
-    """Make the run directory of a run of so many `steps`, or take the engine back to its last whole checkpoint.
-
-    Returns the steps that are done, and the sums of the epoch under way where the checkpoint has them. A collective.
-    """
-    run = Path(recipe.run.dir)
-    check_config(recipe, run)
+    recipe: RunRecipe, length: Length, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
+) -> Resumed:
+    """Make the run directory of a run of such a `length`, or take the engine back to its last whole checkpoint. A
+    collective."""
+    run, steps = Path(recipe.run.dir), length.steps
+    extends = check_config(recipe, run)
+    # The next start is no extension.
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"extend": False})})
     check_ranks(recipe, run, source)
     passed_over: list[str] = []
 
@@ -72,6 +103,9 @@ def resume(
         if found.state["data"] != source.fingerprint:
             before = "" if moved is None else f", which lay at {moved}"
             raise RunError(f"data.path={recipe.data.path} does not hold the images that {run} was started with{before}")
+        if extends and found.state["step"] >= steps:
+            asked = ", ".join(f"{key}={text(flat(recipe)[key])}" for key in extends)
+            raise RunError(f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}")
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {steps}")
         if "sums" in found.state:
@@ -95,6 +129,15 @@ def resume(
         saver.passed_over = {other for other in checkpoint.names(run) if other > name}
         step, sums = int(used.state["step"]), used.state.get("sums")
         records.message(f"resuming {run} at step {step} of {steps}")
+    if extends and step:
+        old = load_run(run, (), None, type(recipe)).schedule
+        schedule = extended(old, recipe.schedule, step, length.steps_per_epoch, length.peak)
+        recipe = recipe.model_copy(update={"schedule": schedule})
+        first, share, before = schedule.extended[-1]
+        records.message(
+            f"extended: {before}; the learning rate goes on from {share:.3g} of its peak at step {first}, "
+            f"schedule.shape={schedule.shape} to step {steps}"
+        )
     if moved is not None:
         same = ", the same by name and class" if found else ""
         records.message(f"the images are at {recipe.data.path}, and were at {moved}{same}")
@@ -104,6 +147,8 @@ def resume(
     except OSError as error:
         raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
     records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
+    if extends and step:
+        records.events.add("extend", step=step, before=extends, now={key: flat(recipe)[key] for key in extends})
     for fault in passed_over:
         records.events.add("fault", what=fault)
-    return step, sums
+    return Resumed(recipe, step, sums)

@@ -12,12 +12,13 @@ from mimae.data.sources.open import absolute_path
 
 
 def as_kept(recipe: R) -> R:
-    """Return the recipe as the run keeps it: with absolute paths of data, the numbering of its first start, and without
-    keys that are newer than the run."""
+    """Return the recipe as the run keeps it: with absolute paths of data, the numbering of its first start, as it
+    was extended, and without keys that are newer than the run."""
     run = Path(recipe.run.dir)
     if (run / "config.yaml").exists():
         old = load_run(run, (), None, type(recipe))
         recipe = with_version(with_keys_of(recipe, old, newer_keys(run)), old.data.index_version)
+        recipe = with_keys_of(recipe, old, ["schedule.extended"])
     paths = {
         key: absolute_path(path) for key in ("path", "val_path") if (path := getattr(recipe.data, key)) is not None
     }

@@ -21,6 +21,11 @@ class RunSettings(Section):
         description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
     )
     dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")
+    extend: bool = Field(
+        False,
+        description="take a changed schedule as a new one from the step on that the run has reached; `mimae extend` "
+        "sets it (docs/weights.md)",
+    )
     first_step_timeout: float = Field(
         1800,
         ge=0,

@@ -141,7 +141,10 @@ class Trainer(Generic[M]):
         """The micro-batches that are left of the epoch; None between two epochs."""
         if note := not_taken_up(task.asked, recipe):
             self.telemetry.message(note)
-        self.step, kept = resume.resume(recipe, self.steps, self.source, self.engine, self.saver, self.telemetry)
+        length = resume.Length(self.steps, self.per_epoch, task.peak)
+        resumed = resume.resume(recipe, length, self.source, self.engine, self.saver, self.telemetry)
+        self.recipe = task.recipe = resumed.recipe
+        self.step, kept = resumed.step, resumed.sums
         if task.fit is not None:
             with self._evaluating() as model:
                 task.started(model, device)

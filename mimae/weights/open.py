@@ -11,6 +11,7 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.contents import is_inside, read_manifest
 from mimae.config.kept import load_run
+from mimae.config.recipe import Recipe, RunRecipe
 from mimae.config.texts import expanded
 from mimae.errors import RunError, UserError
 from mimae.model.geometry import Grid
@@ -94,7 +95,7 @@ def _open_run(init: str, path: Path, average: bool) -> Source:
     """Open a run (its newest whole checkpoint) or one checkpoint. A collective."""
     try:
         run = checkpoint.run_of(path)
-        recipe = load_run(run)
+        recipe = load_run(run, (), None, RunRecipe)
         found, _ = checkpoint.use_at(path, lambda _: None)
         reader = dcp.Reader(found.path)
         described = reader.described.state_dict_metadata
@@ -112,12 +113,12 @@ def _open_run(init: str, path: Path, average: bool) -> Source:
     grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
     known = Known(
         heads=recipe.model.heads,
-        decoder_heads=recipe.decoder.heads,
+        decoder_heads=recipe.decoder.heads if isinstance(recipe, Recipe) else None,
         norm_eps=recipe.model.norm_eps,
         grid=(grid.rows, grid.columns),
         mean=recipe.data.mean,
         std=recipe.data.std,
-        normalize_pixels=recipe.objective.normalize_pixels,
+        normalize_pixels=recipe.objective.normalize_pixels if isinstance(recipe, Recipe) else None,
         licence=_licence_of_run(run),
     )
     step = f"step {found.state.get('step', 0)} of a run"
