@@ -71,8 +71,8 @@ class ScheduleSettings(Section):
     extended: tuple[tuple[int, float, str], ...] = setting(
         (),
         resume="free",
-        description="written by `mimae extend`: for each extension, the step at which the schedule above begins, the share "
-        "of the peak learning rate there, and the earlier settings",
+        description="written by `mimae extend`: for each extension, the step at which the schedule above begins, the "
+        "share of the peak learning rate there, and the earlier settings",
     )
     batch_size: int = Field(1024, ge=1, description="images per optimizer step, over all ranks")
     accumulate: int = Field(
