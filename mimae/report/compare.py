@@ -32,7 +32,7 @@ _BASELINE_BYTES = 1 << 24
 
 
 class Summary(NamedTuple):
-    """What is compared of a run, and kept in a baseline."""
+    """Figures of a run that are compared, and stored in a baseline."""
 
     name: str
     settings: dict[str, str]

@@ -70,7 +70,7 @@ def whole(stored: Stored) -> Tensor:
 
 
 class Known(NamedTuple):
-    """What a source says of its weights beside their names and shapes; None: nothing."""
+    """Facts that a source states about its weights, in addition to names and shapes; None where it states nothing."""
 
     heads: int | None = None
     decoder_heads: int | None = None

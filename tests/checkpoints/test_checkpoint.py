@@ -94,7 +94,7 @@ def test_what_ranks_hold_in_parts_others_read_in_other_parts(tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read as Linux tells it")
 def test_what_lies_inside_of_another_tensor_is_written_without_a_copy(tmp_path: Path) -> None:
-    """As ZeRO's parts do. 128 MB of them, in 32."""
+    """ZeRO's parts are views of one tensor. Here there are 32 of them, with 128 MB together."""
     flat = torch.ones(2**25)
     state = {f"w{i}": Part(piece, 0, piece.shape) for i, piece in enumerate(flat.split(2**20))}
     dcp.save(tmp_path / "first", {"w": torch.ones(2)}, distributed.host_group(), None)  # makes what is made once

@@ -258,7 +258,7 @@ def _deflated(tensor: Any) -> bytes:
 
 
 def test_pieces_that_fit_their_description_are_read(newest: Path) -> None:
-    """What the next test changes is what it says it changes."""
+    """The unchanged pieces of the next test are readable, so that its errors come from its changes."""
     _rewrite_pieces(newest, _saved)
     assert torch.equal(dcp.load_whole(checkpoint.load(newest).path, "model.")["w"], TENSORS["model.w"])
 

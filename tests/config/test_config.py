@@ -206,7 +206,7 @@ def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: s
 
 
 def validation(recipe: Any, *overrides: str, **settings: Any) -> tuple[str | None, str, int]:
-    """What a recipe resolves data.val_path to, its origin, and how many notes a run of it starts with."""
+    """Return the resolved data.val_path of a recipe, its origin, and the number of notes at the start of its run."""
     resolved = load_recipe(recipe, overrides, settings)
     return resolved.recipe.data.val_path, resolved.origins["data.val_path"], len(resolved.notes)
 

@@ -61,7 +61,7 @@ def _through_a_checkpoint(overrides: list[str], folder: Path) -> tuple[list[floa
 
 
 def _in_files(folder: Path, width: int) -> tuple[Any, Any, list[str]]:
-    """The same of an optimizer in host memory and of one in files, and the names of the files."""
+    """Return the results of an optimizer in host memory and of one in files, and the names of the files."""
     vars(zero)["bucket"] = lambda _: 300_000  # so that a group of parameters is several partitions
     disk, wide = folder / "disk", f"model.width={width}"
     offloaded = [wide, "engine.offload=nvme", f"engine.offload_path={disk}"]

@@ -147,7 +147,7 @@ def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tenso
 
 
 def first_gradients(settings: Recipe) -> dict[str, Tensor]:
-    """Of the first step, with the gate open."""
+    """Return the gradients of the first step with the gate open."""
     engine = engine_of(settings, torch.device("cpu"))
     engine.model.objective.gate.weight.fill_(1.0)
     backward(engine, settings, 0)
@@ -298,7 +298,7 @@ def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> Non
 
 
 def resumed(path: Path) -> list[str]:
-    """What differs after four steps of one engine and of two, the second of which goes on from the first."""
+    """Return the tensors that differ between an engine after four steps and one that resumes another after two."""
     settings, device = recipe(), torch.device("cpu")
     whole, first, second = (engine_of(settings, device) for _ in range(3))
     train(whole, settings, range(4))
@@ -327,7 +327,7 @@ def begun_again(folder: Path) -> dict[str, list[list[float]]]:
 
 
 def test_a_state_from_before_the_first_step_is_taken_over(tmp_path: Path) -> None:
-    """As a run saves it that is stopped when its first step was left out."""
+    """A run that is stopped after a skipped first step saves such a state."""
     for new, other in run_ranks(2, tmp_path, begun_again, tmp_path)[0].values():
         assert new == other
 

@@ -25,7 +25,7 @@ NAME = "encoder.blocks.1.mlp.fc2.weight"
 
 
 def told(overrides: list[str]) -> list[str]:
-    """What is told after a step; then with one bit turned over on the last rank, of a weight and of an average."""
+    """Return the errors after a step, and with one bit flipped on the last rank in a weight and in an average."""
     settings = recipe(*overrides)
     engine = engine_of(settings, torch.device("cpu"))
     train(engine, settings, range(1))
@@ -54,7 +54,7 @@ def every_kind() -> dict[str, list[str]]:
 
 
 def test_one_bit_of_a_copy_is_told_on_every_rank(tmp_path: Path) -> None:
-    """What only one rank holds has no copy: weights of fsdp and zero3, averages of zero1."""
+    """Tensors of only one rank have no copy: weights of fsdp and zero3, averages of zero1."""
     ranks = run_ranks(2, tmp_path, every_kind)
     assert ranks[0] == ranks[1]
     for kind in KINDS:

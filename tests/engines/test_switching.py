@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mimae import distributed
 from mimae.train.tasks.pretrain import pretrain
 from mimae.train.trainer import Trainer
+from tests.image_folders import noise, two_classes
 from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, recipe
 
@@ -27,12 +26,7 @@ WAYS = {kind: [kind] * 4 for kind in ("ddp", "fsdp", "zero1", "zero2", "zero3")}
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 images of two classes: 3 steps an epoch, 2 images are left out."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for i in range(50):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
+    return two_classes(tmp_path_factory.mktemp("images"), noise(50, seed=0))
 
 
 def _run(images: Path, run: Path, *overrides: str) -> int:

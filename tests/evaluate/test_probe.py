@@ -113,7 +113,7 @@ def graded(n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def by_sklearn(features: Tensor, labels: Tensor, penalty: float) -> Linear:
-    """The same minimum by scikit-learn in float64, whose C weighs the sum of the losses and not the penalty."""
+    """Return the minimum found by scikit-learn in float64; its C weights the sum of the losses and not the penalty."""
     model = Sklearn(C=1 / (len(labels) * penalty), tol=1e-8, max_iter=10_000)
     model.fit(features.double().numpy(), labels.numpy())
     return Linear(torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_))
@@ -183,7 +183,7 @@ def test_a_problem_without_information_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("features", [torch.zeros(40, 5), torch.ones(40, 1).expand(40, 5)])
 def test_features_without_information_are_fitted_too(features: Tensor) -> None:
-    """What a collapsed encoder gives: no variance, a singular Gram matrix."""
+    """A collapsed encoder gives features without variance, with a singular Gram matrix."""
     labels = torch.arange(40) % 4
     (plain,) = standardise(features)
     assert plain.abs().max() < 1e-5

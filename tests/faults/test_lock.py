@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(run: Path, owner: Owner) -> None:
-    """As another host does: the flock of this one says nothing."""
+    """Write to the lock file like another host, whose flock is not visible here."""
     (run / "lock").write_text(json.dumps(owner._asdict()))
 
 

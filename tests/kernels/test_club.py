@@ -38,7 +38,7 @@ def drawn(images: int, views: int, width: int, spread: float = 0.5) -> list[Tens
 
 
 def results(terms: Op, grad: Op, inputs: list[Tensor]) -> list[Tensor]:
-    """What both ops give, the second with sums that another rank too has a part in."""
+    """Return the results of both ops; the second gets sums that include another rank's."""
     of_terms = terms(*inputs)
     sums = [1.5 * each for each in of_terms[2:]]
     return [*of_terms, *grad(*inputs, *sums, images=2 * inputs[0].shape[0])]
@@ -90,7 +90,7 @@ def test_log_variances_over_their_whole_range() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_posterior_of_half_precision(dtype: torch.dtype) -> None:
-    """As autocast gives it. The results are fp32 all the same, and so are those of latents of half precision."""
+    """Autocast gives V's outputs in half precision. The results are still fp32, also for latents of half precision."""
     z, mu, log_s2, *moments = drawn(9, 2, 8)
     assert_accurate([z, mu.to(dtype), log_s2.to(dtype), *moments])
     assert_accurate([z.to(dtype), mu.to(dtype), log_s2.to(dtype), *moments])

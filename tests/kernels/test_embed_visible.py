@@ -16,7 +16,7 @@ from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
-    """Of a case: images, views, visible, image, patch, width."""
+    """Sizes of a case: images, views, visible, image, patch, width."""
 
     B: int
     N: int

@@ -18,7 +18,7 @@ from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
-    """Of a case: images, views, patches, visible, targets, width."""
+    """Sizes of a case: images, views, patches, visible, targets, width."""
 
     B: int
     N: int

@@ -48,14 +48,14 @@ def of_tau(tau: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def results(u: Tensor, tau: Tensor, lse: Tensor, rows: slice, **impl: Any) -> list[Tensor]:
-    """What both ops give for a part of the rows, the second with the log-sum-exps of all."""
+    """Return the results of both ops for a part of the rows; the second gets the log-sum-exps of all rows."""
     arguments = u[rows], u, rows.start or 0, tau
     lse_op, grad_op = (infonce_lse, infonce_grad) if impl else (reference.infonce_lse, reference.infonce_grad)
     return [*lse_op(*arguments, **impl), *grad_op(*arguments, lse, **impl)]
 
 
 def trained(u: Tensor, tau: Tensor, rows: slice, **impl: Any) -> list[Tensor]:
-    """The same as in training: with the log-sum-exps that ranks have computed, each of its rows."""
+    """Return the results as in training: each rank computes the log-sum-exps of its rows."""
     first, end, _ = rows.indices(len(u))
     parts = [part for part in (slice(0, first), slice(first, end), slice(end, len(u))) if part.start < part.stop]
     lse_op = infonce_lse if impl else reference.infonce_lse

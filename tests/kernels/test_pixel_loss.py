@@ -18,7 +18,7 @@ from tests.kernels.mutants import Mutants, mutant_tests
 
 
 class Shape(NamedTuple):
-    """Of a case: images, views, rows and columns of patches, targets, patch size."""
+    """Sizes of a case: images, views, rows and columns of patches, targets, patch size."""
 
     B: int
     N: int
@@ -96,7 +96,7 @@ def test_under_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_and_a_weight(dtype: torch.dtype) -> None:
-    """As the objective scales it, under a weight that backward learns of."""
+    """The loss is scaled as by the objective, with a weight that only backward sees."""
     assert_accurate(make(USUAL, dtype), scale=1 / 24, weight=-2.5)
 
 

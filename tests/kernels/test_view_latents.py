@@ -148,7 +148,7 @@ def test_moments_carry_no_gradient() -> None:
 
 
 def test_called_twice_in_one_graph() -> None:
-    """As the objective takes tokens: without the class token, and the class token alone."""
+    """Tokens are pooled as by the objective: without the class token, and only the class token."""
     tokens = drawn(2, 2, 4, 5)
 
     def both(op: Op, x: Tensor) -> Tensor:

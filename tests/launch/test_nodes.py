@@ -188,7 +188,7 @@ class Host:
             raise AssertionError(self.output.read_text()) from None
 
     def told(self) -> list[str]:
-        """What it said for people to read when it ended."""
+        """Return its messages to the user."""
         return [line for line in self.output.read_text().splitlines() if line.startswith("mimae: ")]
 
     def processes(self) -> list[int]:
@@ -196,7 +196,7 @@ class Host:
         return [int(line) for line in found.stdout.split()]
 
     def kill(self) -> None:
-        """As when the power fails."""
+        """Kill all processes, as in a power failure."""
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         if self.process is not None:

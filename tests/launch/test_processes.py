@@ -178,7 +178,7 @@ def test_a_rank_alone_saves_on_sighup_as_on_sigterm(tmp_path: Path, number: sign
 @pytest.mark.slow
 @pytest.mark.parametrize(("by", "expected"), [(OURS, 75), (TORCHRUN, 0)], ids=["launcher", "torchrun"])
 def test_sigusr1_on_any_rank_saves_on_all(tmp_path: Path, by: list[str], expected: int) -> None:
-    """Of torchrun any other code would be a failure of the worker."""
+    """torchrun would treat any other code as a failure of the worker."""
     launched = Launched(tmp_path, 100_000, "checkpoint.every_steps=100000", by=by)
     launched.wait_for(lambda: launched.step() >= 2)
     os.kill(launched.ranks()[1], signal.SIGUSR1)

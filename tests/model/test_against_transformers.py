@@ -30,7 +30,7 @@ pytest.importorskip("transformers")
     ],
 )
 def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float) -> None:
-    """As near as rounding lets them be, in each dtype; in float64 that is about 1e-14."""
+    """They are equal up to rounding in each dtype; in float64 that is about 1e-14."""
     recipe = Recipe(
         data=DataSettings(image_size=16),
         masking=MaskingSettings(num_masks=1, ratio=ratio),

@@ -106,7 +106,7 @@ def test_maps_are_those_of_timm_before_the_norm(encoder: Encoder, vit: Any) -> N
 
 @pytest.mark.parametrize("size", [(16, 8), (4, 24)], ids=["larger and turned", "smaller in one side alone"])
 def test_another_size_has_interpolated_positions(encoder: Encoder, vit: Any, size: tuple[int, int]) -> None:
-    """As timm's without antialiasing, which is how MAE's code interpolates; timm's default antialiases."""
+    """They equal timm's without antialiasing, as in MAE's code; timm's default uses antialiasing."""
     grid, other = Grid(2, 3, 4), Grid.of(size, 4)
     expected = resample_abs_pos_embed(
         vit.pos_embed, [other.rows, other.columns], [grid.rows, grid.columns], antialias=False

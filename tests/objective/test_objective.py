@@ -183,7 +183,7 @@ def _engine_gradients(dtype: torch.dtype, drop_factor: bool = False, draw: int |
 
 
 def _decoded_before_others_gather(folder: Path) -> bool:
-    """Whether rank 0 is through its decoder before any other rank has started to gather latents."""
+    """Return whether rank 0 finishes its decoder before any other rank starts to gather latents."""
     model, decoded = _engine(torch.float32).model, folder / "decoded"
     seen = []
 
@@ -222,7 +222,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def nudged() -> list[dict[str, Tensor]]:
-    """What one process finds in fp32 from weights that are moved by their last bit."""
+    """Return the results of one process in fp32 from weights that are changed in their last bit."""
     distributed.setup()
     try:
         return [_engine_gradients(torch.float32, draw=draw) for draw in range(DRAWS)]

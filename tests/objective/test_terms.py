@@ -77,7 +77,7 @@ def test_a_negative_weight_and_too_few_views_or_images_are_refused(term: Term) -
 
 @pytest.mark.parametrize("term", WEIGHTED, ids=lambda term: term.name)
 def test_gated_terms_wait_for_the_gate(term: Term) -> None:
-    """What a term adds with weight 0.5; V's likelihood is not gated."""
+    """A term adds its loss with weight 0.5 if the gate is open; V's likelihood is not gated."""
     assert term.weight is not None
     weights = {each.weight: 0.5 if each is term else 0.0 for each in WEIGHTED if each.weight}
     (_, opened), (_, closed) = forward(weights), forward(weights, gate=0.0)

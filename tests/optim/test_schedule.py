@@ -79,7 +79,7 @@ def mae_share(epoch: float, warmup_epochs: float, epochs: float) -> float:
 
 @pytest.mark.parametrize(("warmup", "per_epoch"), [(2.0, 50), (0.7, 5), (0.0, 7)])
 def test_a_warmup_from_zero_has_the_rates_of_mae(warmup: float, per_epoch: int) -> None:
-    """As quickstart_mae has it; of 3.5 steps, which is no whole number; and none at all."""
+    """Cases are the warm-up of quickstart_mae, one of 3.5 steps, and none."""
     schedule = ScheduleSettings(epochs=6, warmup_epochs=warmup, warmup_from_zero=True)
     for step in range(6 * per_epoch):
         share = schedule_factor(schedule, step, per_epoch, 1.0)

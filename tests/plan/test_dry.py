@@ -20,7 +20,7 @@ from tests.plan.test_plan import SMALL
 
 
 def small(*overrides: str) -> Recipe:
-    """Of which activations are more than what the plan leaves out, with rows that 8 ranks cannot share evenly."""
+    """Return a recipe whose activations exceed what the plan leaves out, with rows that 8 ranks cannot share evenly."""
     sizes = ["model.width=72", "model.heads=6", "decoder.width=48", "schedule.batch_size=64", "engine.kind=fsdp"]
     return load_recipe(SMALL, [*sizes, "objective.projector=mlp", *overrides]).recipe
 

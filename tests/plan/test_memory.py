@@ -34,7 +34,7 @@ EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
 
 
 def saved_bytes(recipe: Recipe) -> int:
-    """What autograd keeps of a forward beside parameters, buffers and inputs: each storage once."""
+    """Return the bytes that autograd keeps for a forward, each storage once, without parameters, buffers and inputs."""
     model, images_count = build(recipe), recipe.schedule.batch_size
     images = torch.zeros(images_count, *recipe.data.size_hw, 3, dtype=torch.uint8)
     visible, targets = views(recipe, 0, 0, torch.arange(images_count))

@@ -34,7 +34,7 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """What a browser makes of a page: elements, their attributes, text."""
+    """Elements of a page as a browser parses them, with attributes and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

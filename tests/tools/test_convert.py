@@ -194,7 +194,7 @@ def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_checkpoint_is_described_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many ranks and tensors it takes seconds, for each of thousands of tensors hours."""
+    """With many ranks a description takes seconds; reading it for each of thousands of tensors would take hours."""
     reader = Mock(side_effect=dcp._Unpickler)
     monkeypatch.setattr(dcp, "_Unpickler", reader)
     universal.write(run, tmp_path)

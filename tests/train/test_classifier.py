@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from mimae.model.units import Model
 from mimae.optim.groups import Group, is_matrix
 from mimae.train.task import Result, Task
 from mimae.train.trainer import train
+from tests.image_folders import two_classes
 from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, tensors
 
@@ -78,13 +78,9 @@ class Classify(Task[Classifier]):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """25 dark images and 25 bright ones: 3 steps of 16 an epoch."""
-    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
-    for i in range(50):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        pixels = generator.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * (i % 2))
-        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
+    images = (generator.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * (i % 2)) for i in range(50))
+    return two_classes(tmp_path_factory.mktemp("images"), images)
 
 
 def recipe(images: Path, run: Path, *overrides: str) -> Recipe:

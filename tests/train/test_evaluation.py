@@ -5,31 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mimae import distributed
 from mimae.evaluate.share import evenly, gather_rows, share
 from mimae.train.tasks.pretrain import Pretrain
+from tests.image_folders import noise, two_classes
 from tests.rank_processes import run_ranks
 from tests.train.test_trainer import recipe
-
-
-def folder_of(folder: Path, count: int, seed: int) -> Path:
-    generator = np.random.default_rng(seed)
-    for i in range(count):
-        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 256, (16, 14 + i % 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 images, one of which cannot be read."""
-    folder = folder_of(tmp_path_factory.mktemp("images"), 30, 0)
+    folder = two_classes(tmp_path_factory.mktemp("images"), noise(30, seed=0))
     (folder / "a/04.png").write_bytes(b"no image")
     return folder
 
@@ -55,8 +45,14 @@ def evaluated(images: Path, tests: dict[str, Path], kinds: list[str]) -> dict[st
 
 
 def test_two_ranks_find_what_one_finds(images: Path, tmp_path: Path) -> None:
-    """Of 7 images one rank has 4 and the other 3; of 1 image one has none, and a forward all the same, for fsdp."""
-    tests = {"seven": folder_of(tmp_path / "seven", 7, 1), "one": folder_of(tmp_path / "one", 1, 2)}
+    """With 7 images one rank has 4 and the other 3.
+
+    With 1 image one rank has none, but still runs a forward, for fsdp.
+    """
+    tests = {
+        "seven": two_classes(tmp_path / "seven", noise(7, seed=1)),
+        "one": two_classes(tmp_path / "one", noise(1, seed=2)),
+    }
     try:
         one = evaluated(images, tests, ["ddp"])
     finally:

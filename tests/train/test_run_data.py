@@ -46,7 +46,10 @@ def tiny(*overrides: str) -> Recipe:
 
 
 def test_a_run_goes_on_where_its_images_have_moved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As on a node whose scratch is named by the job. Other images are refused, and both paths are said."""
+    """The scratch path of a node may contain the job's number.
+
+    Other images are refused, and both paths are reported.
+    """
     pretrain(tiny("data.path=images", "run.dry=true"))
     shutil.copytree(here / "images", here.parent / "job 2")
     (here / "images").rename(here / "other")

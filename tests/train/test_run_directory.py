@@ -67,7 +67,7 @@ def _written(run: Path) -> list[str]:
 
 
 def _write_the_rest(run: Path) -> None:
-    """What a run writes in a misfortune alone."""
+    """Write the files that a run only writes after a fault."""
     BadSamples(run / "bad_samples.jsonl", 10, 0.5).record([BadSample(1, "a.png", "torn")])
     with Watchdog(run, 60, 60):
         pass

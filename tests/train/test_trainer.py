@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mimae.checkpoints import checkpoint, dcp
@@ -39,6 +38,7 @@ from mimae.telemetry.records import EPOCH_KEYS, PHASES, STEP_KEYS
 from mimae.train.tasks import pretrain as tasks
 from mimae.train.tasks.pretrain import Pretrain, pretrain
 from mimae.train.trainer import Trainer
+from tests.image_folders import noise, two_classes
 from tests.rank_processes import own_process, run_ranks
 
 STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 epochs
@@ -47,13 +47,7 @@ STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 ep
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 images of two classes, 14 to 20 pixels wide."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for i in range(30):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        pixels = generator.integers(0, 256, (16, 14 + i % 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")
-    return folder
+    return two_classes(tmp_path_factory.mktemp("images"), noise(30, seed=0))
 
 
 def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
@@ -212,7 +206,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp_path: Path) -> None:
-    """Of step 2, at which the run that goes on from 1 does not save again."""
+    """The damaged checkpoint is that of step 2, at which the run that resumes from 1 does not save again."""
     for _ in range(2):
         pretrain(recipe(images, tmp_path, "run.dry=true"))
     os.truncate(tmp_path / "checkpoints/step-00000002/__0_0.distcp", 10)
@@ -430,7 +424,7 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
 def test_auto_is_settled_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was chosen when the run was started stays. By name another loader is refused, another attention taken."""
+    """Choices of the first start are kept. An explicit other loader is refused, and another attention is accepted."""
     dry = ("run.dry=true", "data.loader=auto", "model.attention=auto")
     monkeypatch.setattr(backend, "choose", lambda *given, **more: Choice("dali_cpu", "the cheapest"))
     monkeypatch.setattr(attention_choice, "choose", lambda *given: ("plain", "measured here"))

@@ -44,7 +44,7 @@ class Wrong(Exception):
 
 
 class Outcome(NamedTuple):
-    """What became of an input. All verdicts but used and refused are finds."""
+    """Result of an input. All verdicts except used and refused are finds."""
 
     verdict: Verdict
     said: str

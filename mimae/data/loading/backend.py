@@ -87,7 +87,7 @@ first can always run."""
 
 
 class Rate(NamedTuple):
-    """What a backend was measured to do here."""
+    """Measured rate of a backend on this machine."""
 
     images_per_s: float
     cpu_seconds: float

@@ -157,7 +157,7 @@ def _chunks(path: Path, stamp: tuple[int, int]) -> list[dict[str, Chunk]]:
 
 
 def _chunk(path: Path, group: int, dotted: str) -> Chunk:
-    """What the footer says of a column in a row group. Raises OSError where that cannot be."""
+    """Return the footer's entry for a column in a row group. Raises OSError if it is impossible."""
     groups = _chunks(path, _stamp(path))
     if group >= len(groups) or dotted not in groups[group]:
         raise OSError(f"its row group {group} has no column {dotted}, which its schema lists")

@@ -79,7 +79,7 @@ class Span(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a profile tells of memory, in the order of time."""
+    """Memory events of a profile, in the order of time."""
 
     allocations: list[Allocation]
     marks: list[Span]

@@ -39,7 +39,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured; seconds, FLOPs and bytes are of one step."""
+    """Measurements of a profile; seconds, FLOPs and bytes are those of one step."""
 
     recipe: Recipe
     device: str

@@ -304,7 +304,7 @@ def test_a_signal_ends_what_runs_and_lets_nothing_new_start(tmp_path: Path, verb
 
 
 def written(rows: list[tuple[str, int, Result]]) -> list[Result]:
-    """As the runner leaves them: untrained features are probed with one control only."""
+    """Write results as the runner does: untrained features are probed with only one control."""
     for kind, _, row in rows:
         if kind != "mi_mae":
             features = row["probe"]["features"]

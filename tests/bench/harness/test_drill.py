@@ -53,7 +53,10 @@ def test_a_checkpoint_that_was_whole_and_is_not_gone_on_from_counts_as_lost(tmp_
     begun, again = "fp32; the run is run\n", "start 2, after a rank was lost\n"
 
     def lost(*said: str | int) -> int:
-        """Of starts that say so; a number: a checkpoint that was whole by then."""
+        """Return the lost checkpoints of starts with this output.
+
+        A number stands for a checkpoint that was whole at that time.
+        """
         trial = Trial(tmp_path / str(len([*tmp_path.iterdir()])), tmp_path, [], 2, random.Random(0))
         for each in said:
             if isinstance(each, int):
@@ -77,14 +80,14 @@ def test_a_checkpoint_that_was_whole_and_is_not_gone_on_from_counts_as_lost(tmp_
 
 
 class Run(NamedTuple):
-    """What a fault sees of a run."""
+    """The attributes of a run that a fault uses."""
 
     engine: Engine
     step: int
 
 
 def harmed(kinds: dict[str, list[str]]) -> dict[str, tuple[float, bool]]:
-    """Whether a step is skipped under NaN, and whether copies differ a step after a drift, on each engine."""
+    """Return for each engine whether a step with NaN is skipped, and whether copies differ a step after a drift."""
     vars(faulty)["FAULT"] = {"rank": 1}
     found = {}
     for kind, overrides in kinds.items():

@@ -312,7 +312,7 @@ def test_closing_ends_the_workers(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_worker_does_not_outlive_the_loader(folder: Path) -> None:
-    """As one whose job was suspended: it takes no signal but SIGKILL. torch waits five seconds for it."""
+    """A stopped worker, as in a suspended job, reacts only to SIGKILL. torch waits five seconds for it."""
     loader = make_loader(SETTINGS.model_copy(update={"workers": 1}), open_source(str(folder)), seed=0, batch_size=4)
     next(loader.epoch(0))
     (worker,) = multiprocessing.active_children()
