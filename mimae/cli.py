@@ -30,7 +30,7 @@ from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
-from mimae.transfer.command import embed, export
+from mimae.transfer.command import embed, export, features_map, neighbours, reconstruct
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -66,6 +66,9 @@ app = _group(
     probe=probe,
     export=export,
     embed=embed,
+    reconstruct=reconstruct,
+    neighbours=neighbours,
+    map=features_map,
     drill=drill,
 )
 app.add_typer(
