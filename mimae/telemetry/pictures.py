@@ -84,11 +84,11 @@ def reconstruction_grid(images: Tensor, masked: Tensor, rebuilt: Tensor, normali
     return sheet(labels, panels, wide=range(1, len(panels), 2), note=_NORMALISED if normalize else "")
 
 
-    images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space of the
-    reconstruction target. The first result has the visible patches on grey; the second also has the predictions at the
-    places of the targets. With normalised targets (`normalize`) a prediction has no brightness and contrast: it gets
-    those that bring it closest to the true patch (least squares, no negative contrast). The true contrast would turn
-    the slight cast of a flat prediction into a strong colour wherever the true patch has an edge.
+def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int], note: str = "") -> bytes:
+    """Return a PNG of columns with labels: panels uint8 (B, H, W, 3), with image b in row b.
+
+    A wider gap precedes the columns in `wide`. Small images are enlarged by an integer factor, pixel by pixel.
+    `note` stands below them.
     """
     count, height, width = panels[0].shape[:3]
     scale = max(1, -(-_PANEL // min(height, width)))
