@@ -60,7 +60,7 @@ class Pretrain(Task[MIMAE]):
     estimates = ESTIMATES
     diagnostics = DIAGNOSTICS
     gauges = ("gate",)
-    measures = {"knn": "max", "val_rec": "min"}  # noqa: RUF012
+    measures = Recipe.measures
 
     @property
     def views(self) -> int:
