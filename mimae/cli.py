@@ -24,7 +24,7 @@ from mimae.config.command import config, settings
 from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
-from mimae.launch.command import extend, finetune, linear, pretrain, submit
+from mimae.launch.command import detect, extend, finetune, linear, pretrain, submit
 from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
@@ -52,6 +52,7 @@ app = _group(
     pretrain=pretrain,
     finetune=finetune,
     linear=linear,
+    detect=detect,
     extend=extend,
     config=config,
     settings=settings,

@@ -12,6 +12,7 @@ from pydantic import Field
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.section import Resume, Section, setting
 from mimae.data.settings import DataSettings
+from mimae.detection.settings import PRECISIONS, DetectSettings
 from mimae.engines.settings import Compile, EngineSettings
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective.settings import ObjectiveSettings
@@ -80,7 +81,16 @@ class ClassifyRecipe(TransferRecipe):
     augment: AugmentSettings = AugmentSettings()
 
 
-RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "classify": ClassifyRecipe}
+class DetectRecipe(TransferRecipe):
+    """The recipe of a detector."""
+
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = dict.fromkeys(PRECISIONS, "max")
+
+    task: Literal["detect"] = Field("detect", description="what the run learns")
+    detect: DetectSettings = DetectSettings()
+
+
+RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "classify": ClassifyRecipe, "detect": DetectRecipe}
 """The class of each task's recipe. A section has the same class in every recipe that has it."""
 
 R = TypeVar("R", bound=RunRecipe)

@@ -102,6 +102,9 @@ def extend(
     raise typer.Exit(processes.train(str(run / "config.yaml"), asked, job))
 
 
+detect = _verb("detect", "Train a detector of boxes and masks, from an encoder or from random weights.")
+
+
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,

@@ -17,7 +17,7 @@ class Console:
     """The lines of a run on stdout, with a progress bar below them if stdout is a terminal."""
 
     def __init__(self, total_steps: int, losses: Sequence[str], measures: Sequence[str]) -> None:
-        self._total_steps, self._losses, self._measures = total_steps, losses, measures
+        self._total_steps, self._losses, self._measures = total_steps, losses, measures[:4]
         # Recent (step, time) pairs. The remaining time is estimated from the last logs, which include checkpoints.
         self._pace: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=50)
         self._progress: Progress | None = None
