@@ -24,13 +24,13 @@ from mimae.config.command import config, settings
 from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
-from mimae.launch.command import extend, pretrain, submit
+from mimae.launch.command import detect, extend, finetune, linear, pretrain, submit
 from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, replay, show, status
-from mimae.transfer.command import embed, export
+from mimae.transfer.command import embed, export, features_map, neighbours, reconstruct
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -50,6 +50,9 @@ def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
 app = _group(
     "MI-MAE: pretraining by masking and mutual information.",
     pretrain=pretrain,
+    finetune=finetune,
+    linear=linear,
+    detect=detect,
     extend=extend,
     config=config,
     settings=settings,
@@ -66,6 +69,9 @@ app = _group(
     probe=probe,
     export=export,
     embed=embed,
+    reconstruct=reconstruct,
+    neighbours=neighbours,
+    map=features_map,
     drill=drill,
 )
 app.add_typer(

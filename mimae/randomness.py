@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     MIX = 9
     DROP_PATH = 10
     SAMPLER = 11
+    SUBSET = 12
 
 
 def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:
@@ -42,6 +43,11 @@ def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, firs
 def uniform(words: Tensor) -> Tensor:
     """Return words as float64 in the open interval (0, 1): (w + 1/2) / 2^32."""
     return (words.to(torch.float64) + 0.5) / 2.0**32
+
+
+def normal(u: Tensor, std: float = 1.0) -> Tensor:
+    """Return numbers of the normal distribution from numbers uniform in (0, 1)."""
+    return std * math.sqrt(2.0) * torch.erfinv(2 * u - 1)
 
 
 def _stream_id(name: str) -> int:
@@ -149,12 +155,7 @@ def _fill(part: Part, given: Initial, seed: int, name: str) -> None:
     elif isinstance(given, Uniform | Normal):
         u = parameter_uniform(seed, name, start, values.numel(), values.device)
         # The inverse of the normal distribution needs one word per element, whatever the sharding.
-        drawn = (2 * u - 1) * given.bound if isinstance(given, Uniform) else _normal(u, given.std)
+        drawn = (2 * u - 1) * given.bound if isinstance(given, Uniform) else normal(u, given.std)
         values.copy_(drawn.view(values.shape))
     else:
         values.fill_(given)
-
-
-def _normal(u: Tensor, std: float) -> Tensor:
-    """Return normally distributed numbers from uniform numbers in (0, 1)."""
-    return std * math.sqrt(2.0) * torch.erfinv(2 * u - 1)

@@ -25,6 +25,7 @@ LAYERS = (
     {"randomness", "ranks"},
     {"distributed"},
     {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry", "weights"},
+    {"detection"},
     {"faults", "plan", "transfer.load"},
     {"evaluate"},
     {"train"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -24,10 +24,11 @@ class CheckpointSettings(Section):
         ge=1,
         description="epochs between checkpoints that are kept for good besides the newest; null: none",
     )
-    best: Literal["knn", "val_rec"] | None = Field(
+    best: str | None = Field(
         None,
         description="also keep the best checkpoint by this measure, saved at each check of "
-        "telemetry.probe_every_epochs; null: none",
+        "telemetry.probe_every_epochs: knn or val_rec in pretraining, top1, top5 or val_loss of a classifier; null: "
+        "none",
     )
     background: bool = Field(
         True,

@@ -30,13 +30,22 @@ def _check(*sections: str) -> Callable[[Check], Check]:
     return register
 
 
+@_check("data", "model")
+def _patches_fit(resolved: Resolved[Any]) -> Iterator[str]:
+    patch, size_hw = resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
+    if any(side % patch for side in size_hw):
+        near = " x ".join(str(max(round(side / patch), 1) * patch) for side in size_hw)
+        yield (
+            f"{_told(resolved, 'data.image_size')}: each side must be divisible by "
+            f"{_told(resolved, 'model.patch_size')}; the nearest is {near}"
+        )
+
+
 @_check("data", "masking", "model")
 def _masks_fit(resolved: Resolved[Any]) -> Iterator[str]:
     recipe, patch, size_hw = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
     image_size, patch_size = _told(resolved, "data.image_size"), _told(resolved, "model.patch_size")
     if any(side % patch for side in size_hw):
-        near = " x ".join(str(max(round(side / patch), 1) * patch) for side in size_hw)
-        yield f"{image_size}: each side must be divisible by {patch_size}; the nearest is {near}"
         return
     patches = Grid.of(size_hw, patch).patches
     if patches < 2:
@@ -72,6 +81,25 @@ def _transformer_shape(resolved: Resolved[Any], section: Literal["model", "decod
         )
     if settings.width % 4:
         yield f"{_told(resolved, f'{section}.width')}: sin-cos positions need a multiple of 4"
+
+
+@_check("finetune", "model")
+def _frozen_blocks(resolved: Resolved[Any]) -> Iterator[str]:
+    freeze, depth = resolved.recipe.finetune.freeze, resolved.recipe.model.depth
+    if isinstance(freeze, int) and freeze > depth:
+        yield (
+            f"{_told(resolved, 'finetune.freeze')}: the encoder has {depth} blocks "
+            f"({_told(resolved, 'model.depth')}); legal is at most {depth}, none, or all"
+        )
+
+
+@_check("finetune", "head")
+def _batch_norm_is_on_what_is_frozen(resolved: Resolved[Any]) -> Iterator[str]:
+    if resolved.recipe.head.norm == "batch_norm" and resolved.recipe.finetune.freeze != "all":
+        yield (
+            f"{_told(resolved, 'head.norm')}: is for frozen encoders; legal with "
+            f"{_told(resolved, 'finetune.freeze')} are fc_norm and none"
+        )
 
 
 @_check("schedule")
@@ -143,6 +171,9 @@ def _weights_of_terms_that_compare(what: Literal["views", "images"], recipe: Rec
 @_check("checkpoint", "telemetry", "data")
 def _best_is_measured(resolved: Resolved[Any]) -> Iterator[str]:
     recipe = resolved.recipe
+    if recipe.checkpoint.best not in (None, *recipe.measures):
+        yield f"{_told(resolved, 'checkpoint.best')}: legal is {' or '.join(recipe.measures)}, or null"
+        return
     if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
         return
     yield (

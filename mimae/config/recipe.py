@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.config.section import Resume, Section, setting
 from mimae.data.settings import DataSettings
+from mimae.detection.settings import PRECISIONS, DetectSettings
 from mimae.engines.settings import Compile, EngineSettings
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective.settings import ObjectiveSettings
 from mimae.optim.settings import EMASettings, OptimizerSettings, ScheduleSettings
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.train.settings import RunSettings
+from mimae.train.tasks.settings import AugmentSettings, EvaluationSettings, FinetuneSettings, HeadSettings
 
 
 class RunRecipe(Section):
     """What a training run of any task depends on. Each task has a class of its own, with the sections that it adds."""
+
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
+    """What the task's evaluation measures, and which value is the best: checkpoint.best names one of them."""
 
     task: str
     """What the run learns, a key of `RECIPES`. Where config.yaml of a run does not name it, it is pretraining."""
@@ -48,6 +54,8 @@ class RunRecipe(Section):
 class Recipe(RunRecipe):
     """The recipe of a pretraining run."""
 
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"knn": "max", "val_rec": "min"}
+
     task: Literal["pretrain"] = Field(
         "pretrain", description="what the run learns; it decides which sections there are"
     )
@@ -56,7 +64,33 @@ class Recipe(RunRecipe):
     objective: ObjectiveSettings = ObjectiveSettings()
 
 
-RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe}
+class TransferRecipe(RunRecipe):
+    """The sections that all recipes have which begin with a pretrained encoder."""
+
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+class ClassifyRecipe(TransferRecipe):
+    """The recipe of a classifier: fine-tuned, or linear on a frozen encoder."""
+
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"top1": "max", "top5": "max", "val_loss": "min"}
+
+    task: Literal["classify"] = Field("classify", description="what the run learns")
+    head: HeadSettings = HeadSettings()
+    augment: AugmentSettings = AugmentSettings()
+
+
+class DetectRecipe(TransferRecipe):
+    """The recipe of a detector."""
+
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = dict.fromkeys(PRECISIONS, "max")
+
+    task: Literal["detect"] = Field("detect", description="what the run learns")
+    detect: DetectSettings = DetectSettings()
+
+
+RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "classify": ClassifyRecipe, "detect": DetectRecipe}
 """The class of each task's recipe. A section has the same class in every recipe that has it."""
 
 R = TypeVar("R", bound=RunRecipe)

@@ -34,6 +34,11 @@ class DataSettings(Section):
         description="held-out images, in any form that `data.path` accepts; null: none; replacing `data.path` resets "
         "it to null unless it is given too",
     )
+    subset: PathText | None = Field(
+        None,
+        description="part of the training images that is used: a share, as 10%, or a number of images, drawn evenly "
+        "from all classes, the same ones in every run; or a list file with a name on each line; null: all",
+    )
     shuffle: Literal["full", "blocks"] = Field(
         "full",
         description="order of an epoch; full: one permutation of all samples; blocks: shuffle the blocks (shards, row "

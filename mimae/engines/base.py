@@ -153,6 +153,10 @@ class Engine(ABC, Generic[M]):
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
         """Spread `model` in place, fill it and set `parts`; return what forward calls, and the optimizer."""
 
+    def _trained(self) -> dict[str, Part]:
+        """Return the parts of the parameters that are trained: without those that the model has frozen."""
+        return {name: self.parts[name] for name, p in self.model.named_parameters() if p.requires_grad}
+
     @property
     def is_spread(self) -> bool:
         """Return whether a forward of `model` is a collective, in which every rank has to take part."""

@@ -41,7 +41,7 @@ class DDPEngine(Engine[M]):
         )
         if device.type == "cpu":
             _settle_buckets(module)
-        return module, Optimizer(self.parts, setup.optimizer, rule, device)
+        return module, Optimizer(self._trained(), setup.optimizer, rule, device)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)

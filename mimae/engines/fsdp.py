@@ -72,7 +72,7 @@ class FSDPEngine(Engine[M]):
             buffer.data = buffer.to(device)
         self.parts = {name: _rows(p, mesh["shard"]) for name, p in self.model.named_parameters()}
         start(self.model, self.parts)
-        return self.model, Optimizer(self.parts, setup.optimizer, rule, home, self._whole_norms)
+        return self.model, Optimizer(self._trained(), setup.optimizer, rule, home, self._whole_norms)
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.model, FSDPModule)
@@ -81,6 +81,8 @@ class FSDPEngine(Engine[M]):
 
     def _update(self, factor: float) -> StepResult:
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             assert isinstance(parameter.grad, DTensor)
             self.parts[name].values.grad = parameter.grad.to_local()
             parameter.grad = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,8 +21,8 @@ SecretFile = Annotated[
 ]
 
 
-def _verb(task: str, help: str) -> Callable[..., None]:
-    """Return the command that trains recipes of a task."""
+def _verb(task: str, help: str, check: Callable[[Any], None] = lambda _: None) -> Callable[..., None]:
+    """Return the command that trains recipes of a task; `check` raises UserError for those it is not for."""
 
     def train(
         recipe: RecipeName,
@@ -39,7 +39,7 @@ def _verb(task: str, help: str) -> Callable[..., None]:
         from mimae.config.load import load_recipe
         from mimae.config.recipe import RECIPES
 
-        load_recipe(recipe, overrides or (), None, RECIPES[task])  # Raises for a recipe of another task.
+        check(load_recipe(recipe, overrides or (), None, RECIPES[task]).recipe)  # Raises for a recipe of another task.
         from mimae.launch import processes
 
         job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
@@ -50,6 +50,29 @@ def _verb(task: str, help: str) -> Callable[..., None]:
 
 
 pretrain = _verb("pretrain", "Pretrain by a recipe, or resume an interrupted run.\n\nUses all GPUs of the machine.")
+
+finetune = _verb(
+    "classify",
+    "Fine-tune a classifier by a recipe, or resume an interrupted run.\n\nUses all GPUs of the machine.",
+)
+
+
+def _is_linear(recipe: Any) -> None:
+    from mimae.errors import UserError
+
+    if recipe.finetune.freeze != "all":
+        raise UserError(
+            f"finetune.freeze={recipe.finetune.freeze}: mimae linear trains a classifier on a frozen encoder, "
+            "finetune.freeze=all; mimae finetune trains the encoder too"
+        )
+
+
+linear = _verb(
+    "classify",
+    "Train a linear classifier on a frozen encoder, or resume an interrupted run.\n\nAs mimae finetune, by recipes "
+    "with finetune.freeze=all.",
+    _is_linear,
+)
 
 
 def extend(
@@ -77,6 +100,9 @@ def extend(
     asked = [*overrides, f"run.dir={run}", "run.extend=true"]
     job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
     raise typer.Exit(processes.train(str(run / "config.yaml"), asked, job))
+
+
+detect = _verb("detect", "Train a detector of boxes and masks, from an encoder or from random weights.")
 
 
 def submit(

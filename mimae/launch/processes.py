@@ -63,6 +63,7 @@ def train(recipe: str, overrides: Sequence[str], job: Job) -> int:
         # torchrun treats every exit code other than 0 as a failure of the worker.
         return EXIT_SAVED if outcome.saved_on_signal and "TORCHELASTIC_RUN_ID" not in os.environ else 0
     from mimae.config.load import load_recipe
+    from mimae.config.recipe import RunRecipe
 
     # A mistake in the recipe is reported before any process starts.
     resolved = load_recipe(recipe, overrides, None, RunRecipe).recipe

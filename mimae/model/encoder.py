@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
@@ -54,7 +55,16 @@ class PatchProjection(nn.Module):
         return self.initial
 
     def forward(self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if images.is_floating_point():
+            return self._of_whole_images(images, pos, cls)
         return kernels.embed_visible(images, visible, self.weight, self.bias, pos, cls, mean, std)
+
+    def _of_whole_images(self, images: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
+        """Return the tokens (B, 1, 1 + L, D) of images (B, H, W, 3) that are normalised already."""
+        side = self.weight.shape[-1]
+        patches = images.unfold(1, side, side).unfold(2, side, side)  # (B, rows, columns, 3, P, P)
+        tokens = F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias) + pos[1:]
+        return torch.cat([(cls + pos[0]).expand(len(images), 1, -1), tokens], 1)[:, None]
 
 
 class Encoder(nn.Module):
@@ -103,7 +113,9 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
-        -> tokens (B, N, 1+K, D) after the final norm. `keep`: see `run_blocks`."""
+        -> tokens (B, N, 1+K, D) after the final norm. `keep`: see `run_blocks`.
+
+        Floating-point images are normalised already, as mixed or erased ones are, and seen whole."""
         tokens = run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing, keep=keep)
         return self.norm(tokens)
 

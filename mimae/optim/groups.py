@@ -28,5 +28,5 @@ Rule = Callable[[str, torch.Size], Group]
 
 
 def is_matrix(name: str, shape: torch.Size) -> bool:
-    """Return whether a parameter is the matrix (or the kernel) of a layer: not a bias, a scale or a token."""
-    return len(shape) > 1 and not name.endswith("token")
+    """Return whether a parameter is the matrix (or the kernel) of a layer: not a bias, a scale, a token, a position."""
+    return len(shape) > 1 and not name.endswith(("token", "pos_embed"))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mimae.objective.terms import LOSSES
 from mimae.outside.text import Output, is_terminal, printable, say
 
 
 class Console:
     """The lines of a run on stdout, with a progress bar below them if stdout is a terminal."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, losses: Sequence[str], measures: Sequence[str]) -> None:
+        self._total_steps, self._losses, self._measures = total_steps, losses, measures[:4]
         # Recent (step, time) pairs. The remaining time is estimated from the last logs, which include checkpoints.
         self._pace: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=50)
         self._progress: Progress | None = None
@@ -30,7 +29,7 @@ class Console:
                 console=Terminal(file=cast(TextIO, Output())),
                 auto_refresh=False,  # It is drawn at each log: a thread could hold a lock when a data loader forks.
             )
-            self._task = self._progress.add_task("pretraining", total=total_steps, status="")
+            self._task = self._progress.add_task("training", total=total_steps, status="")
 
     def rewind(self, step: int) -> None:
         """Start to measure the speed at `step`."""
@@ -51,8 +50,8 @@ class Console:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Show a record of EPOCH_KEYS."""
-        parts = [f"epoch {record['epoch']} done", _losses(record), _rate(record)]
-        parts += [f"{key} {record[key]:.3f}" for key in ("knn", "val_rec") if record.get(key) is not None]
+        parts = [f"epoch {record['epoch']} done", self._told(record), _rate(record)]
+        parts += [f"{key} {record[key]:.3f}" for key in self._measures if record.get(key) is not None]
         if record["mfu"] is not None:
             parts.append(f"MFU {100 * record['mfu']:.1f} %")
         self.message("  ".join(parts))
@@ -75,16 +74,16 @@ class Console:
             return None
         return (self._total_steps - last_step) * (last - first) / (last_step - first_step)
 
+    def _told(self, record: Mapping[str, Any]) -> str:
+        """Return the loss, and its parts where it has some."""
+        found = [f"{key} {record[key]:.3f}" for key in self._losses if key != "loss" and record.get(key) is not None]
+        return f"{_total(record)} ({', '.join(found)})" if found else _total(record)
+
     def _step_line(self, record: Mapping[str, Any], left: float | None) -> str:
         width = len(str(self._total_steps))
         head = f"step {record['step']:>{width}}/{self._total_steps}"
         epoch = "" if record["epoch"] is None else f"  epoch {record['epoch']:.2f}"
-        return f"{head}{epoch}  {_losses(record)}  {_rate(record)}{_wait(record)}  eta {_clock(left)}"
-
-
-def _losses(record: Mapping[str, Any]) -> str:
-    parts = ", ".join(f"{key} {record[key]:.3f}" for key in LOSSES[1:] if record.get(key) is not None)
-    return f"{_total(record)} ({parts})"
+        return f"{head}{epoch}  {self._told(record)}  {_rate(record)}{_wait(record)}  eta {_clock(left)}"
 
 
 def _total(record: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ the values of a patch are ordered (row, column, channel).
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Container, Sequence
 
 import numpy as np
@@ -20,6 +21,9 @@ from mimae.model.geometry import Grid
 HIDDEN = (202, 208, 220)
 """Colour of a hidden patch: a bluish light grey, because neutral greys are common in photographs."""
 
+_NORMALISED = (
+    "The decoder predicts normalised patches; each has the brightness and contrast here that fit the original best."
+)
 _PAPER, _INK = (255, 255, 255), (70, 70, 76)
 _PANEL = 128  # Smallest side of a panel in pixels; smaller images are enlarged.
 _NARROW, _WIDE = 3, 14  # Gaps in pixels: inside a view and between rows; between views.
@@ -42,7 +46,8 @@ def reconstructions(
     images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M), predictions (B, N, M, 3P^2) in the space of the
     reconstruction target. The first result has the visible patches on grey; the second also has the predictions at the
     places of the targets. With normalised targets (`normalize`) a prediction has no brightness and contrast: it gets
-    the mean and variance of the true patch (unbiased, eps 1e-6).
+    those that bring it closest to the true patch (least squares, no negative contrast). The true contrast would turn
+    the slight cast of a flat prediction into a strong colour wherever the true patch has an edge.
     """
     images, visible, targets = images.cpu(), visible.cpu().long(), targets.cpu().long()
     predicted = predictions.cpu().float()
@@ -50,7 +55,10 @@ def reconstructions(
     patches = kernels.patchify(images, patch, shift, scale)[:, None].expand(-1, visible.shape[1], -1, -1)
     if normalize:
         true = patches.gather(2, _places(targets, patches))
-        predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+        brightness = true.mean(-1, keepdim=True)
+        pattern = predicted - predicted.mean(-1, keepdim=True)
+        contrast = (pattern * (true - brightness)).sum(-1, keepdim=True) / pattern.square().sum(-1, keepdim=True)
+        predicted = brightness + contrast.nan_to_num(0).clamp_min(0) * pattern
     repeats = patch * patch
     colours = (predicted * scale.repeat(repeats) + shift.repeat(repeats)).clamp(0, 1)
     # Pixels of the visible patches are copied from the image, without arithmetic.
@@ -64,22 +72,23 @@ def reconstructions(
     return _unpatchify(masked, grid), _unpatchify(rebuilt, grid)
 
 
-def reconstruction_grid(images: Tensor, masked: Tensor, rebuilt: Tensor) -> bytes:
+def reconstruction_grid(images: Tensor, masked: Tensor, rebuilt: Tensor, normalize: bool) -> bytes:
     """Return a PNG with a row for each image: the original, then each view and its reconstruction.
 
-    `masked` and `rebuilt` are the results of `reconstructions` for `images`.
+    `masked` and `rebuilt` are the results of `reconstructions` for `images`. `normalize` adds a line on them.
     """
     labels, panels = ["original"], [images.cpu()]
     for view in range(masked.shape[1]):
         labels += [f"view {view + 1}", f"reconstruction {view + 1}"]
         panels += [masked[:, view], rebuilt[:, view]]
-    return sheet(labels, panels, wide=range(1, len(panels), 2))
+    return sheet(labels, panels, wide=range(1, len(panels), 2), note=_NORMALISED if normalize else "")
 
 
-def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int]) -> bytes:
+def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int], note: str = "") -> bytes:
     """Return a PNG of columns with labels: panels uint8 (B, H, W, 3), with image b in row b.
 
     A wider gap precedes the columns in `wide`. Small images are enlarged by an integer factor, pixel by pixel.
+    `note` stands below them.
     """
     count, height, width = panels[0].shape[:3]
     scale = max(1, -(-_PANEL // min(height, width)))
@@ -88,8 +97,9 @@ def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int])
     lefts = [_WIDE]
     for column in range(1, len(panels)):
         lefts.append(lefts[-1] + width * scale + (_WIDE if column in wide else _NARROW))
-    size = (lefts[-1] + width * scale + _WIDE, head + count * (height * scale + _NARROW) - _NARROW + _WIDE)
-    picture = Image.new("RGB", size, _PAPER)
+    bottom, across = head + count * (height * scale + _NARROW) - _NARROW + _WIDE, lefts[-1] + width * scale + _WIDE
+    lines = textwrap.wrap(note, max(20, int((across - 2 * _WIDE) / (0.55 * letters))))
+    picture = Image.new("RGB", (across, bottom + len(lines) * 3 * letters // 2), _PAPER)
     draw = ImageDraw.Draw(picture)
     for left, label, panel in zip(lefts, labels, panels, strict=True):
         draw.text((left + width * scale / 2, head / 2), label, fill=_INK, font=font, anchor="mm")
@@ -97,6 +107,8 @@ def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int])
             tile = Image.fromarray(np.ascontiguousarray(panel[row].numpy()))
             tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             picture.paste(tile, (left, head + row * (height * scale + _NARROW)))
+    for number, line in enumerate(lines):
+        draw.text((_WIDE, bottom + number * 3 * letters // 2), line, fill=_INK, font=font)
     png = io.BytesIO()
     picture.save(png, "PNG")
     return png.getvalue()

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mimae.errors import RunError
+from mimae.objective.terms import LOSSES
 from mimae.outside.files import Folder
 from mimae.outside.text import losses, say
 from mimae.telemetry.console import Console
@@ -37,18 +38,20 @@ class Telemetry:
         total_steps: int,
         step_keys: Sequence[str] = STEP_KEYS,
         epoch_keys: Sequence[str] = EPOCH_KEYS,
+        losses: Sequence[str] = LOSSES,
+        measures: Sequence[str] = ("knn", "val_rec"),
     ) -> None:
         """Open the trackers.
 
-        `run` is the run's directory; `step_keys` and `epoch_keys` are the columns of metrics.jsonl and epochs.jsonl.
-        Raises UserError for a tracker that is not installed.
+        `run` is the run's directory; `step_keys` and `epoch_keys` are the columns of metrics.jsonl and epochs.jsonl,
+        of which people are shown `losses` and `measures`. Raises UserError for a tracker that is not installed.
         """
         self._folder = run if isinstance(run, Folder) else Folder(run)
         self._step_keys, self._epoch_keys = step_keys, epoch_keys
         self._step = 0
         self._lost: set[str] = set()
         self._unsaid: set[str] = set()
-        self._console = Console(total_steps) if is_main else None
+        self._console = Console(total_steps, losses, measures) if is_main else None
         self._trackers: list[Tracker] = []
         self.events = Events(self._folder if is_main else None, self.message)
         """Writer of events.jsonl."""

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mimae.checkpoints import contents
+from mimae.config.recipe import RECIPES, Recipe
 from mimae.errors import CheckpointError, UserError
 from mimae.faults import lock
 from mimae.objective.terms import TERMS
 from mimae.outside.files import Folder
 from mimae.outside.text import printable
 from mimae.telemetry import records
+
+_MEASURES = tuple(dict.fromkeys(key for tree in RECIPES.values() if tree is not Recipe for key in tree.measures))
+"""What the tasks other than pretraining measure."""
 
 
 def look(run: Path) -> dict[str, str]:
@@ -44,6 +48,9 @@ def _look(run: Path, folder: Folder) -> dict[str, str]:
             told["speed"] += "" if wait is None else f", {100 * wait:.1f} % of the time waiting for data"
     if epoch and (knn := _number(epoch, "knn")) is not None:
         told["kNN"] = f"{knn:.3f} after epoch {epoch.get('epoch')}"
+    if epoch and (found := {key: value for key in _MEASURES if (value := _number(epoch, key)) is not None}):
+        measured = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+        told["measured"] = f"{measured} after epoch {epoch.get('epoch')}"
     told["saved"] = _saved(run)
     if (count := _count(folder, "bad_samples.jsonl")) is not None:
         told["unreadable"] = f"{count:,}, listed in bad_samples.jsonl"

@@ -7,7 +7,7 @@ that depends on what is learned. The trainer owns order, resuming, engine, check
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple
@@ -95,6 +95,14 @@ class Task(ABC, Generic[M]):
     def check(self) -> None:
         """Open the data. Raises UserError for data or settings that the task cannot use, before the ranks meet."""
         _ = self.source, self.validation
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the first lines of a run say of its data."""
+        return iter(())
+
+    def kept(self) -> dict[str, Any]:
+        """Return what checkpoints keep of the task, as JSON has it."""
+        return {}
 
     def obstacles(self, device: torch.device) -> Obstacles:
         """Return what stands against the model on this machine."""

@@ -126,6 +126,8 @@ class Trainer(Generic[M]):
             total_steps=self.steps,
             step_keys=task.step_keys,
             epoch_keys=task.epoch_keys,
+            losses=task.losses,
+            measures=tuple(task.measures),
         )
         self.events = self.telemetry.events
         self.phases = Phases(device)
@@ -368,6 +370,7 @@ class Trainer(Generic[M]):
             "for_good": self.due.for_good,
             "measures": self.measures if self.step % self.per_epoch == 0 or self._is_last else {},
             "better": dict(self.task.measures),
+            "task": self.task.kept(),
             "sums": self.sums.state(),
         }
 
@@ -409,6 +412,8 @@ class Trainer(Generic[M]):
             self.telemetry.message(note)
         for note in self.task.validation.notes if self.task.validation is not None else ():
             self.telemetry.message(f"data.val_path: {note}")
+        for note in self.task.notes():
+            self.telemetry.message(note)
         for hint in hints(recipe, self.steps, self.per_epoch):
             self.telemetry.message(hint)
         if recipe.data.cache is not None:

@@ -1,1 +1,1 @@
-"""Weights into a run and out of it."""
+"""The encoder out of a run: exports for other libraries, features of data sets, pictures."""

@@ -82,6 +82,67 @@ def embed(
         say(f"left out: {len(unreadable):,} images in all, which could not be read")
 
 
+Picture = Annotated[Path, typer.Option(metavar="FILE.png", help="the picture")]
+Limit = Annotated[int, typer.Option(help="images to use at most, evenly spread", min=2)]
+
+
+def reconstruct(
+    run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="image files, or data sets for some of each")],
+    out: Picture = Path("reconstructions.png"),
+    average: Average = False,
+) -> None:
+    """Draw images, what each view of them shows, and what the decoder makes of it."""
+    from mimae.outside.text import say
+    from mimae.transfer.look import reconstruct
+
+    found = reconstruct(run, images, average)
+    write(out, found.png)
+    for name, loss in zip(found.names, found.losses, strict=True):
+        say(f"L_rec {loss:.3f}  {name}")
+
+
+def neighbours(
+    weights: Weights,
+    data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path")],
+    out: Picture = Path("neighbours.png"),
+    queries: Annotated[int, typer.Option(help="images whose neighbours are shown", min=1, max=64)] = 8,
+    nearest: Annotated[int, typer.Option(help="neighbours of each", min=1, max=32)] = 8,
+    limit: Limit = 5000,
+    average: Average = False,
+) -> None:
+    """Draw images beside those whose features are nearest to theirs."""
+    from mimae.transfer import look
+
+    write(out, look.neighbours(look.bank(weights, data, limit, average), queries, nearest))
+
+
+def features_map(
+    weights: Weights,
+    data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path")],
+    out: Picture = Path("map.png"),
+    limit: Limit = 2000,
+    average: Average = False,
+) -> None:
+    """Draw images in the plane of the first two principal components of their features."""
+    from mimae.transfer import look
+
+    write(out, look.feature_map(look.bank(weights, data, limit, average)))
+
+
+def write(out: Path, picture: bytes) -> None:
+    """Write a picture and say where it is. Raises UserError."""
+    from mimae.errors import UserError
+    from mimae.outside.text import say
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"the picture {out} cannot be written: {error.strerror}") from error
+    say(out)
+
+
 def numbers(option: str, text: str | None) -> tuple[int, ...]:
     """Return the numbers in `3,5,7`. Raises UserError."""
     from mimae.errors import UserError

@@ -114,7 +114,7 @@ def _of_export(folder: Path) -> Loaded:
                 "weights of others start a run (model.init)"
             )
         told: dict[str, Any] = config["mimae"]
-        sizes = {key: told[key] for key in ("patch_size", "width", "depth", "heads", "mlp_width")}
+        sizes = {key: told[key] for key in ("patch_size", "width", "depth", "heads", "mlp_width", "norm_eps")}
         size = tuple(told["image_size"])
         data = DataSettings(image_size=size, mean=tuple(told["mean"]), std=tuple(told["std"]))
         encoder = Encoder(ModelSettings(**sizes), size, data.mean, data.std)

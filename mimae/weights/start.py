@@ -153,7 +153,8 @@ def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
     """
     encoder = model.encoder
     assert isinstance(encoder, Encoder)
-    wanted = {name: part.shape for name, part in parts.items()} | {"encoder.pos_embed": encoder.pos_embed.shape}
+    # Positions are a parameter or a buffer; a parameter itself may be spread, and does not say its whole shape.
+    wanted = {"encoder.pos_embed": encoder.pos_embed.shape} | {name: part.shape for name, part in parts.items()}
     found = Fit(source)
     try:
         names = sort(source.tensors)

@@ -10,7 +10,7 @@ import pytest
 from mimae.config.layers import shipped
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml, explain, reference
-from mimae.config.recipe import FREE_KEYS, Recipe, flat, keys, resume_of
+from mimae.config.recipe import FREE_KEYS, Recipe, RunRecipe, flat, keys, resume_of
 from mimae.errors import ConfigError
 from mimae.optim.schedule import total_steps
 
@@ -55,13 +55,15 @@ def problem(recipe: Any, *overrides: str, **settings: Any) -> str:
 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipe_opens_with_its_command_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
-    resolved = load_recipe(name)
+    resolved = load_recipe(name, (), None, RunRecipe)
     first, second, *_ = shipped()[name].read_text().splitlines()
-    assert first.startswith("# ") and f"mimae pretrain {name}" in first
+    task = resolved.recipe.task
+    verbs = {"classify": ["finetune", "linear"]}.get(task, [task])
+    assert first.startswith("# ") and any(f"mimae {verb} {name}" in first for verb in verbs)
     assert second.startswith("# Hardware: ") and "xpected time: " in second
     for printed in (as_yaml(resolved.recipe), explain(resolved)):
         (tmp_path / "copy.yaml").write_text(printed)
-        assert load_recipe(tmp_path / "copy.yaml").recipe == resolved.recipe
+        assert load_recipe(tmp_path / "copy.yaml", (), None, RunRecipe).recipe == resolved.recipe
 
 
 @pytest.mark.parametrize(("base", "samples"), [("quickstart", 6400), ("cifar10", 9000)])

@@ -35,7 +35,14 @@ def problem(recipe: object, *overrides: str) -> str:
 
 def test_the_keys_of_text_and_of_paths() -> None:
     keys = text_keys(Recipe)
-    assert {"run.dir", "data.path", "data.val_path", "data.cache_dir", "engine.offload_path"} == keys.paths
+    assert {
+        "run.dir",
+        "data.path",
+        "data.val_path",
+        "data.subset",
+        "data.cache_dir",
+        "engine.offload_path",
+    } == keys.paths
     assert {"data.image_key", "data.label_key"} <= keys.texts and keys.paths < keys.texts
     assert not {"data.loader", "seed", "data.mean", "masking.kind"} & keys.texts
 

@@ -70,9 +70,33 @@ def test_predictions_are_denormalised_and_clipped(batch: tuple[Tensor, Tensor, T
     place = int(hidden[0, 1, 2])
     mean_colour = np.round(255 * np.array(MEAN)).astype(np.uint8)
     assert (block(flat[0, 1], place) == mean_colour).all()
-    _, bright = reconstructions(images, visible, hidden, torch.full(shape, 1e4), **options(True))
+    _, bright = reconstructions(images, visible, hidden, torch.full(shape, 1e4), **options(False))
     assert (block(bright[0, 1], int(hidden[0, 1, 2])) == 255).all()
     assert np.array_equal(block(bright[0, 1], int(visible[0, 1, 0])), block(images[0], int(visible[0, 1, 0])))
+
+
+def test_a_normalised_prediction_is_shown_by_its_pattern_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Other brightness and contrast in the prediction change nothing."""
+    images, visible, hidden = batch
+    predictions = torch.randn((*hidden.shape, 3 * PATCH**2), generator=torch.Generator().manual_seed(2))
+    drawn = [
+        reconstructions(images, visible, hidden, each, **options(True))[1].int()
+        for each in (predictions, 3 * predictions + 1)
+    ]
+    assert (drawn[0] - drawn[1]).abs().max() <= 1  # rounding to uint8
+
+
+def test_a_flat_grey_prediction_of_a_grey_edge_is_grey() -> None:
+    """In the units of its own small variance a flat grey patch is a strong cast, since mean and deviation of the
+    channels differ. Times the contrast of an edge it would be blue: by 100 of 255 and more."""
+    images = torch.full((1, ROWS * PATCH, COLUMNS * PATCH, 3), 60, dtype=torch.uint8)
+    images[:, :, ::2] = 200
+    visible, hidden = kernels.orthogonal_masks(0, 0, torch.arange(1), ROWS * COLUMNS, 2, 4)
+    flat = target(np.full((PATCH, PATCH, 3), 130), normalize=True)
+    predictions = flat.expand(*hidden.shape, -1)
+    _, rebuilt = reconstructions(images, visible, hidden, predictions, **options(True))
+    shown = block(rebuilt[0, 0], int(hidden[0, 0, 0])).astype(int)
+    assert np.ptp(shown) <= 3 and abs(shown.mean() - 130) < 3
 
 
 def test_what_is_neither_shown_nor_predicted_stays_grey(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -92,7 +116,7 @@ def test_the_grid_holds_every_panel_enlarged(batch: tuple[Tensor, Tensor, Tensor
     images, visible, hidden = batch
     predictions = torch.randn((*hidden.shape, 3 * PATCH**2), generator=torch.Generator().manual_seed(1))
     masked, rebuilt = reconstructions(images, visible, hidden, predictions, **options(True))
-    png = reconstruction_grid(images, masked, rebuilt)
+    png = reconstruction_grid(images, masked, rebuilt, True)
     sheet = np.asarray(Image.open(io.BytesIO(png)))
     found: list[tuple[int, int]] = []
     for panel in (images[1], masked[1, 0], rebuilt[1, 0], masked[1, 1], rebuilt[1, 1]):

@@ -84,7 +84,7 @@ class EachDecoder:
         for sample in samples:
             try:
                 with clock("decode"):
-                    pixels, turn = _region(sample)
+                    pixels, turn = region_of(sample)
             except BadImage as error:
                 refused.append((sample, error))
                 continue
@@ -93,7 +93,7 @@ class EachDecoder:
         return refused
 
 
-def _region(sample: Sample) -> tuple[Tensor, Turn]:
+def region_of(sample: Sample) -> tuple[Tensor, Turn]:
     """Return the sample's crop, uint8 (h, w, 3) and not resized, and the turn that is still to be applied."""
     if cut := sample.cut:
         top, left, height, width = cut.window
@@ -109,11 +109,11 @@ def _region(sample: Sample) -> tuple[Tensor, Turn]:
 def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
     """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
     images = torch.empty((len(request.ids), *settings.size_hw, 3), dtype=torch.uint8)
-    slots, cuts, clock = slots_of(settings, source, seed, request), _cuts(settings, seed, request), Clock()
+    slots, places, clock = slots_of(settings, source, seed, request), cuts(settings, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
         taken = slots[start : start + decoder.at_once]
         while taken:
-            samples = [Sample(slot.place, slot.encoded(clock), *cuts[slot.place]) for slot in taken]
+            samples = [Sample(slot.place, slot.encoded(clock), *places[slot.place]) for slot in taken]
             refused = decoder(samples, images, clock)
             for sample, error in refused:
                 slots[sample.place].refuse(error)
@@ -137,7 +137,7 @@ def batch_of(
     )
 
 
-def _cuts(settings: DataSettings, seed: int, request: BatchRequest) -> list[tuple[Callable[[int, int], Window], bool]]:
+def cuts(settings: DataSettings, seed: int, request: BatchRequest) -> list[tuple[Callable[[int, int], Window], bool]]:
     """Return for each place of a request how its image is cut: the window, and whether it is flipped."""
     size, scale = settings.size_hw, settings.crop_scale
     sample_ids = torch.tensor(request.ids)

@@ -51,14 +51,15 @@ def random_window(words: Sequence[int], height: int, width: int, scale: tuple[fl
     return _centred(height, width, min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1])))
 
 
-def centre_window(height: int, width: int, size: tuple[int, int]) -> Window:
-    """Return the largest central window of an image with the aspect ratio of `size` (height, width)."""
+def centre_window(height: int, width: int, size: tuple[int, int], share: float = 1.0) -> Window:
+    """Return the central window of an image with the aspect ratio of `size` (height, width), whose sides are `share`
+    of the largest one's."""
     out_h, out_w = size
     return _centred(
         height,
         width,
-        max(1, min(height, round(width * out_h / out_w))),
-        max(1, min(width, round(height * out_w / out_h))),
+        max(1, round(share * min(height, round(width * out_h / out_w)))),
+        max(1, round(share * min(width, round(height * out_w / out_h)))),
     )
 
 

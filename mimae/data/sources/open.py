@@ -21,6 +21,7 @@ from mimae.data.sources.parquet import ParquetSource, read_footers
 from mimae.data.sources.patterns import SHARDS, is_pattern, matching, shards_in
 from mimae.data.sources.shards import ShardSource, read_headers
 from mimae.data.sources.splits import Use, by_split, choose
+from mimae.data.sources.subset import subset_of
 from mimae.data.sources.torchvision_sets import PREFIX, TorchvisionSource, moved
 from mimae.outside.text import printable
 
@@ -40,9 +41,15 @@ def open_source(
     """Open the source at `path`, which is relative to `folder`; docs/data.md lists the forms. Raises DataError.
 
     The name of an embedded set means that set; write ./photos for a folder of that name. If a folder contains several
-    splits, `use` selects one.
+    splits, `use` selects one. Training images are those of `settings.subset`.
     """
     settings = settings or DataSettings()
+    whole = settings.model_copy(update={"subset": None})
+    source = _open(path, folder, whole, use)
+    return subset_of(source, settings.subset) if use == "training" else source
+
+
+def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
     if path.startswith(PREFIX):
         return TorchvisionSource(path, folder)
     try:
@@ -59,7 +66,7 @@ def open_source(
         index = indexed([place], str(settings.index_version), lambda: lists.read_list(place))
         return FileSource(path, place.parent, index, settings.max_bytes)
     if kind == "file" and ending in MIXTURES:
-        return read_mixture(path, place, partial(open_source, settings=settings, use=use), settings.index_version)
+        return read_mixture(path, place, partial(_open, settings=settings, use=use), settings.index_version)
     if kind == "file" and ending in SHARDS:
         return _open_shards(path, [place], settings)
     if kind:

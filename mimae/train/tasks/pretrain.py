@@ -60,7 +60,7 @@ class Pretrain(Task[MIMAE]):
     estimates = ESTIMATES
     diagnostics = DIAGNOSTICS
     gauges = ("gate",)
-    measures = {"knn": "max", "val_rec": "min"}  # noqa: RUF012
+    measures = Recipe.measures
 
     @property
     def views(self) -> int:
@@ -164,7 +164,7 @@ class Pretrain(Task[MIMAE]):
             std=recipe.data.std,
             normalize=recipe.objective.normalize_pixels,
         )
-        return pictures.reconstruction_grid(images, *drawn)
+        return pictures.reconstruction_grid(images, *drawn, recipe.objective.normalize_pixels)
 
     def warning(self, model: MIMAE, step: int, steps: int, steps_per_epoch: int) -> str | None:
         objective = self.recipe.objective

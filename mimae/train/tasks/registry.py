@@ -9,7 +9,11 @@ from typing import Any
 from mimae.config.recipe import RunRecipe
 from mimae.train.task import Task
 
-TASKS = {"pretrain": ("pretrain", "Pretrain")}
+TASKS = {
+    "pretrain": ("pretrain", "Pretrain"),
+    "classify": ("classify", "Classify"),
+    "detect": ("detect", "Detect"),
+}
 """Module in this folder and class of each task, by the `task` of its recipe. They are imported when they run."""
 
 

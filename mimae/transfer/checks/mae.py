@@ -36,7 +36,7 @@ def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
     weights = {
         name: tensor.float() for name, tensor in torch.load(HERE / "model.pth", weights_only=True)["model"].items()
     }
-    width, eps = config["width"], 1e-6
+    width, eps = config["width"], config["norm_eps"]
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)

@@ -35,7 +35,7 @@ def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
     """Return tokens (B, 1 + L, D) and pooled features (B, D) of images uint8 (B, H, W, 3): the whole ViT."""
     config = json.loads((HERE / "config.json").read_text())["mimae"]
     weights = {name: tensor.float() for name, tensor in load_file(HERE / "model.safetensors").items()}
-    width, eps = config["width"], 1e-6
+    width, eps = config["width"], config["norm_eps"]
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps)

@@ -70,6 +70,7 @@ class Exported(NamedTuple):
             "depth": model.depth,
             "heads": model.heads,
             "mlp_width": model.mlp,
+            "norm_eps": model.norm_eps,
             "mean": list(data.mean),
             "std": list(data.std),
             "pooling": "mean of the patch tokens",
@@ -105,6 +106,15 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype)
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors lets its owner alone read it
+
+
+def need_norm_eps(exported: Exported, what: str) -> None:
+    """Raise UserError for norms with another epsilon than 1e-6."""
+    if (eps := exported.recipe.model.norm_eps) != 1e-6:
+        raise UserError(
+            f"{what} has 1e-06 as epsilon of its norms, and this run model.norm_eps={eps:g}: --to transformers, onnx, "
+            "torch and safetensors take it"
+        )
 
 
 def need_square(exported: Exported, what: str) -> None:

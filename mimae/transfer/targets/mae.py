@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from mimae.transfer.targets.base import Exported, Options, Target, need_mae, need_square, write_config
+from mimae.transfer.targets.base import Exported, Options, Target, need_mae, need_norm_eps, need_square, write_config
 from mimae.weights.names import to_mae
 
 
 def _write(exported: Exported, options: Options, folder: Path) -> None:
+    need_norm_eps(exported, "facebookresearch's MAE")
     need_square(exported, "facebookresearch's MAE")
     if options.decoder:
         need_mae(exported, "facebookresearch's MAE")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from mimae.model.settings import SIZES
-from mimae.transfer.targets.base import Exported, Options, Target, write_config, write_weights
+from mimae.transfer.targets.base import Exported, Options, Target, need_norm_eps, write_config, write_weights
 from mimae.weights.names import to_timm
 
 _GENERIC = "vit_base_patch16_224"
 
 
 def _write(exported: Exported, options: Options, folder: Path) -> None:
+    need_norm_eps(exported, "timm")
     model, data, grid = exported.recipe.model, exported.recipe.data, exported.grid
     ratio = model.mlp / model.width
     if int(model.width * ratio) != model.mlp:  # timm rounds down.

@@ -32,7 +32,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": model.norm_eps,
         "image_size": height if height == width else [height, width],
         "patch_size": model.patch_size,
         "num_channels": 3,

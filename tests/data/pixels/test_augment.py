@@ -140,3 +140,19 @@ def test_half_of_the_samples_are_mirrored_anew_each_epoch() -> None:
     first, second = (flips(0, epoch, torch.arange(10_000)) for epoch in (0, 1))
     assert abs(first.double().mean() - 0.5) < 0.02
     assert abs((first ^ second).double().mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "expected"),
+    [
+        (256, 256, (224, 224), (16, 16, 224, 224)),
+        (256, 341, (224, 224), (16, 58, 224, 224)),
+        (500, 375, (224, 224), (86, 23, 328, 328)),
+        (1, 1, (8, 8), (0, 0, 1, 1)),
+    ],
+)
+def test_the_window_of_a_share_is_what_resizing_and_cropping_sees(
+    height: int, width: int, size: tuple[int, int], expected: tuple[int, int, int, int]
+) -> None:
+    """MAE's evaluation: the short side resized to 256 pixels, the central 224 of it cut out."""
+    assert centre_window(height, width, size, share=0.875) == expected

@@ -1,0 +1,50 @@
+"""Readers of images alone: cropped as the settings say and augmented, or the window that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimae.data.loading.examples import Example
+from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.samples import Sample, cuts, region_of
+from mimae.data.pixels.augment import Window, centre_window
+from mimae.data.pixels.cut import finish
+from mimae.data.pixels.decode import Encoded
+from mimae.data.pixels.rand_augment import RandAugment
+from mimae.data.settings import DataSettings
+from mimae.randomness import Purpose, words
+
+
+def _pixels(settings: DataSettings, encoded: Encoded, window: Callable[[int, int], Window], flip: bool) -> Tensor:
+    """Return a window of an image, uint8 (H, W, 3), of the size of the settings."""
+    region, turn = region_of(Sample(0, encoded, window, flip))
+    return finish(region, settings.size_hw, turn).contiguous()
+
+
+class Augmented:
+    """Reads training images: the crop and the flip of the settings, then RandAugment."""
+
+    def __init__(self, settings: DataSettings, seed: int, augment: RandAugment) -> None:
+        self.settings, self.seed, self.augment = settings, seed, augment
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        ids = np.array([sample_id])
+        ((window, flip),) = cuts(self.settings, self.seed, BatchRequest(epoch, 0, ids))
+        pixels = _pixels(self.settings, encoded, window, flip)
+        drawn = words(self.seed, Purpose.AUGMENT, epoch, torch.from_numpy(ids), 2)[0].tolist()
+        return Example(torch.from_numpy(self.augment(pixels.numpy(), drawn).copy()), {})
+
+
+class Central:
+    """Reads the central window of an image, whose sides are `share` of the largest one's."""
+
+    def __init__(self, settings: DataSettings, share: float) -> None:
+        self.settings, self.window = settings, partial(centre_window, size=settings.size_hw, share=share)
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        return Example(_pixels(self.settings, encoded, self.window, False), {})

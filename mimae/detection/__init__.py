@@ -1,0 +1,1 @@
+"""Detection of objects with boxes and masks: annotations, examples, the model and its average precision."""

@@ -1,0 +1,66 @@
+"""Settings of object detection."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from mimae.config.section import PATH, Section
+
+NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+"""The first six of COCO's twelve numbers, in its order."""
+
+PRECISIONS = tuple(f"{kind}_{name}" for name in NAMES for kind in ("box", "mask"))
+"""The numbers of boxes and of masks, the most telling first."""
+
+
+class DetectSettings(Section):
+    """Annotations, the detector's head and how its images are scaled."""
+
+    annotations: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=PATH,
+        description="COCO file (instances_*.json) of the images of data.path; it has to be given",
+    )
+    val_annotations: str | None = Field(
+        None, min_length=1, json_schema_extra=PATH, description="COCO file of the images of data.val_path"
+    )
+    panoptic: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=PATH,
+        description="folder with the panoptic PNG of each image, which gives the masks of objects with a segment_id; "
+        "null: masks come from the COCO file",
+    )
+    val_panoptic: str | None = Field(
+        None, min_length=1, json_schema_extra=PATH, description="the same for the images of data.val_path"
+    )
+    masks: bool = Field(True, description="learn masks of objects beside their boxes")
+    scale: tuple[float, float] = Field(
+        (0.1, 2.0),
+        description="range of the random scale of an image, where 1 fits it into data.image_size; [1, 1]: none",
+    )
+    max_objects: int = Field(
+        100, ge=1, le=1000, description="objects of an image that are trained on; the largest are kept"
+    )
+    window: int = Field(
+        14,
+        ge=0,
+        description="side of the windows, in patches, in which most blocks attend; 0: all blocks attend to all",
+    )
+    global_blocks: int = Field(
+        4, ge=1, description="number of blocks that attend to the whole image, spread evenly; the last is one of them"
+    )
+    relative_positions: bool = Field(
+        True, description="add learned decomposed relative positions, which begin at zero, to attention"
+    )
+    width: int = Field(256, ge=8, description="channels of the feature pyramid and of the convolutions of the heads")
+    box_width: int = Field(1024, ge=8, description="width of the fully connected layer of the box head")
+    score: float = Field(0.05, ge=0, lt=1, description="smallest score of a detection")
+
+    @field_validator("scale")
+    @classmethod
+    def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 10:
+            raise ValueError("legal: [low, high] with 0 < low <= high <= 10")
+        return scale

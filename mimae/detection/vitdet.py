@@ -1,0 +1,256 @@
+"""ViTDet: the plain encoder with windows, a simple feature pyramid, and Mask R-CNN's heads (Li et al., 2022).
+
+The heads are torchvision's, with LayerNorm, since running moments of BatchNorm would differ between ranks.
+
+Letters in shapes: B images, H, W the canvas, P patch size, D width, C channels of the pyramid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from mimae.detection.examples import unpacked
+from mimae.detection.settings import DetectSettings
+from mimae.model.blocks import Attention, Block, run_blocks
+from mimae.model.encoder import Encoder
+from mimae.model.units import Model
+from mimae.randomness import Initial, Normal
+
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+"""Names of torchvision's losses, whose sum is trained."""
+
+
+class RelativeAttention(Attention):
+    """Attention with decomposed relative positions: q . R_rows + q . R_columns is added to the logits."""
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int]) -> None:
+        super().__init__(width, heads, "sdpa")
+        self.grid = grid
+        self.rel_pos_h = nn.Parameter(torch.empty(2 * grid[0] - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.empty(2 * grid[1] - 1, width // heads))
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Return the start of the tables: zeros, so that the pretrained encoder begins unchanged."""
+        return {"rel_pos_h": 0.0, "rel_pos_w": 0.0}
+
+    def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
+        """queries (S, rows x columns, D) -> the same shape."""
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.qkv(queries, context))
+        rows, columns = self.grid
+        cells = q.unflatten(2, (rows, columns))
+        by_row = torch.einsum("shrcd,rkd->shrck", cells, _relative(self.rel_pos_h, rows).to(q.dtype))
+        by_column = torch.einsum("shrcd,ckd->shrck", cells, _relative(self.rel_pos_w, columns).to(q.dtype))
+        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def _relative(table: Tensor, length: int) -> Tensor:
+    """Table (2 length - 1, d) -> (length, length, d), by query and key."""
+    places = torch.arange(length, device=table.device)
+    return table[places[:, None] - places[None, :] + length - 1]
+
+
+class ViTDet(Model):
+    """Encoder, pyramid and heads; forward gives the losses, `detect` the objects."""
+
+    evaluations = ("detect",)
+
+    def __init__(self, encoder: Encoder, settings: DetectSettings, classes: int) -> None:
+        super().__init__()
+        model, grid = encoder.settings, encoder.grid
+        self.canvas = (grid.rows * model.patch_size, grid.columns * model.patch_size)
+        self.encoder = encoder
+        # The pyramid has norms of its own.
+        self.encoder.norm = nn.Identity()  # type: ignore[assignment]
+        self.windows = _windows(len(encoder.blocks), settings)
+        if settings.relative_positions:
+            for block, window in zip(encoder.blocks, self.windows):
+                side = (window, window) if window else (grid.rows, grid.columns)
+                assert isinstance(block, Block)
+                block.attn = RelativeAttention(model.width, model.heads, side)
+        self.pyramid = Pyramid(model.width, settings.width)
+        self.rpn, self.heads = _rpn(model.patch_size, settings), _heads(settings, classes)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of the encoder."""
+        return tuple(self.encoder.blocks)
+
+    def maps(self, images: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
+        """images uint8 (B, H, W, 3) -> maps (B, C, H / stride, W / stride) of strides P/4, P/2, P, 2P, 4P."""
+        grid = self.encoder.grid
+        tokens = self.encoder.embed(images)[:, 0, 1:].unflatten(1, (grid.rows, grid.columns))
+        for i, window in enumerate(self.windows):
+            parts = _in_windows(tokens, window) if window else tokens.flatten(1, 2)
+            # `run_blocks` takes views of an image, which the windows are to it.
+            kept = None if keep is None else keep[:, i : i + 1].repeat_interleave(len(parts) // len(tokens), 0)
+            block = self.encoder.blocks[i : i + 1]
+            parts = run_blocks(block, parts[:, None], self.encoder.settings.checkpointing, keep=kept)[:, 0]
+            shape = (grid.rows, grid.columns)
+            tokens = _from_windows(parts, window, shape) if window else parts.unflatten(1, shape)
+        # Anchors have the dtype of the maps, and bf16 has too few places for coordinates.
+        return {name: each.float() for name, each in self.pyramid(tokens.permute(0, 3, 1, 2)).items()}
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        boxes: Tensor,
+        classes: Tensor,
+        count: Tensor,
+        masks: Tensor | None,
+        keep: Tensor | None,
+        word: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return torchvision's losses by name.
+
+        images uint8 (B, H, W, 3), sizes (B, 2) of the image on each canvas, boxes (B, M, 4), classes (B, M) from 1 on,
+        count (B,), masks packed to bits uint8 (B, M, H, W / 8), keep (B, blocks, 2) of drop path; `word` seeds the
+        samplers of anchors and proposals.
+        """
+        targets: list[dict[str, Tensor]] = []
+        for i, number in enumerate(count.tolist()):
+            targets.append({"boxes": boxes[i, :number], "labels": classes[i, :number]})
+            if masks is not None:
+                targets[i]["masks"] = unpacked(masks[i, :number], self.canvas[1])
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(word))
+            maps, listed = self.maps(images, keep), self._listed(images, sizes)
+            proposals, losses = self.rpn(listed, maps, targets)
+            _, more = self.heads(maps, proposals, listed.image_sizes, targets)
+        return losses | more
+
+    def detect(self, images: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Return for each image boxes (n, 4), labels (n,) from 1 on, scores (n,) and masks (n, 1, 28, 28) inside of the
+        boxes, in pixels of the canvas, the best first."""
+        maps, listed = self.maps(images), self._listed(images, sizes)
+        proposals, _ = self.rpn(listed, maps)
+        found, _ = self.heads(maps, proposals, listed.image_sizes)
+        return found
+
+    def _listed(self, images: Tensor, sizes: Tensor) -> ImageList:
+        # The heads read sizes alone: of the batch for the strides, of the images for the edges.
+        return ImageList(images.permute(0, 3, 1, 2), [(height, width) for height, width in sizes.tolist()])
+
+
+class Pyramid(nn.Module):
+    """The simple feature pyramid: one map of stride P becomes maps of strides P/4, P/2, P, 2P and 4P."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.up4 = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, 2, 2),
+            LayerNorm2d(width // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(width // 2, width // 4, 2, 2),
+        )
+        self.up2 = nn.ConvTranspose2d(width, width // 2, 2, 2)
+        self.same, self.down2 = nn.Identity(), nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.out = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inner, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for inner in (width // 4, width // 2, width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        """tokens (B, D, rows, columns) -> maps by name, "0" to "3" and "pool"."""
+        levels = (self.up4, self.up2, self.same, self.down2)
+        maps = {str(i): out(level(tokens)) for i, (level, out) in enumerate(zip(levels, self.out))}
+        return maps | {"pool": F.max_pool2d(maps["3"], 1, 2)}
+
+
+def _windows(depth: int, settings: DetectSettings) -> list[int]:
+    """Return the side of the windows of each block, 0 for those that attend to the whole image."""
+    if not settings.window:
+        return [0] * depth
+    number = min(settings.global_blocks, depth)
+    whole = {(i + 1) * depth // number - 1 for i in range(number)}
+    return [0 if i in whole else settings.window for i in range(depth)]
+
+
+def _in_windows(tokens: Tensor, side: int) -> Tensor:
+    """(B, rows, columns, D), padded with zeros to whole windows -> (B windows, side x side, D)."""
+    rows, columns = tokens.shape[1:3]
+    padded = F.pad(tokens, (0, 0, 0, -columns % side, 0, -rows % side))
+    cells = padded.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return cells.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _from_windows(parts: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """Undo `_in_windows`."""
+    rows, columns = grid
+    down, across = -(-rows // side), -(-columns // side)
+    cells = parts.unflatten(1, (side, side)).unflatten(0, (-1, down, across)).transpose(2, 3)
+    return cells.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+
+
+def _rpn(patch: int, settings: DetectSettings) -> RegionProposalNetwork:
+    """Return the network that proposes boxes: an anchor of 8 strides in three shapes at each place of each map."""
+    strides = [patch / 4, patch / 2, patch, 2 * patch, 4 * patch]
+    with torch.device("cpu"):  # its anchors are constants, and no buffers
+        anchors = AnchorGenerator(tuple((int(8 * stride),) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+    head = _start(RPNHead(settings.width, 3, conv_depth=2), Normal(0.01))
+    # As torchvision's Mask R-CNN has them.
+    counts = {"training": 2000, "testing": 1000}
+    return RegionProposalNetwork(anchors, _exact(head), 0.7, 0.3, 256, 0.5, counts, counts, 0.7)
+
+
+def _heads(settings: DetectSettings, classes: int) -> RoIHeads:
+    """Return the heads that classify, move and mask the proposals."""
+    width, levels = settings.width, ["0", "1", "2", "3"]
+    box = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [settings.box_width], norm_layer=LayerNorm2d)
+    predictor = FastRCNNPredictor(settings.box_width, classes + 1)
+    _start(box, None)
+    _start(predictor.cls_score, Normal(0.01))
+    _start(predictor.bbox_pred, Normal(0.001))
+    masks: dict[str, Any] = {}
+    if settings.masks:
+        masks = {
+            "mask_roi_pool": MultiScaleRoIAlign(levels, 14, 2),
+            "mask_head": _start(MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d), None),
+            "mask_predictor": _exact(_start(MaskRCNNPredictor(width, width, classes + 1), None)),
+        }
+    pool = MultiScaleRoIAlign(levels, 7, 2)
+    return RoIHeads(pool, box, _exact(predictor), 0.5, 0.5, 512, 0.25, None, settings.score, 0.5, 100, **masks)
+
+
+def _start(module: nn.Module, weights: Initial | None) -> Any:
+    """Return the module with another start of its matrices: `weights`, or normal by the fan-out as for ReLU."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            given = weights if weights is not None else Normal(math.sqrt(2 / (layer.weight[0].numel() or 1)))
+            layer.initial_values = lambda given=given: {"weight": given}  # type: ignore[assignment]
+    return module
+
+
+def _exact(module: nn.Module) -> Any:
+    """Return the module with outputs in fp32: coordinates and logits are not computed in bf16."""
+    module.register_forward_hook(lambda _, __, output: _as_float(output))
+    return module
+
+
+def _as_float(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, list | tuple):
+        return type(output)(_as_float(each) for each in output)
+    return output

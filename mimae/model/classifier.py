@@ -1,0 +1,71 @@
+"""An encoder with a linear classifier.
+
+Letters in shapes: B images, C classes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimae.model.batch_norm import GlobalBatchNorm
+from mimae.model.encoder import Encoder
+from mimae.model.units import Model
+from mimae.randomness import Initial, Normal
+
+
+class Head(nn.Linear):
+    """A linear classifier whose first weights are normal with deviation `std`."""
+
+    def __init__(self, width: int, classes: int, std: float) -> None:
+        super().__init__(width, classes)
+        self.std = std
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Return what does not begin by the rules of `randomness.initialise`."""
+        return {"weight": Normal(self.std)}
+
+
+class Classifier(Model):
+    """Pooled tokens, a norm, a linear layer. Its names are those of timm's ViT, with `encoder.` before the encoder's:
+    `fc_norm` takes the place of the encoder's own norm."""
+
+    evaluations = ("logits",)
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        classes: int,
+        *,
+        pooling: Literal["mean", "class_token"],
+        norm: Literal["fc_norm", "batch_norm", "none"],
+        init_std: float,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+        if norm == "fc_norm":
+            encoder.norm = nn.Identity()  # type: ignore[assignment]
+            self.fc_norm: nn.Module = nn.LayerNorm(encoder.width, eps=1e-6)
+        else:
+            self.fc_norm = GlobalBatchNorm(encoder.width) if norm == "batch_norm" else nn.Identity()
+        self.head = Head(encoder.width, classes, init_std)
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the blocks of the encoder."""
+        return tuple(self.encoder.blocks)
+
+    def forward(self, images: Tensor, targets: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, H, W, 3), uint8 or normalised, targets (B, C), a distribution for each image, keep (B, depth, 2)
+        of `drop_path.keep_paths` -> the mean cross-entropy, fp32."""
+        logits = self.logits(images, keep)
+        with torch.autocast(images.device.type, enabled=False):
+            return nn.functional.cross_entropy(logits.float(), targets)
+
+    def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, H, W, 3) -> (B, C)."""
+        tokens = self.encoder(images, keep=keep)[:, 0]
+        pooled = tokens[:, 1:].mean(1) if self.pooling == "mean" else tokens[:, 0]
+        return self.head(self.fc_norm(pooled))

@@ -1,0 +1,185 @@
+"""The task of classification: an encoder is fine-tuned with a linear classifier, or stays frozen below one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimae import distributed
+from mimae.config.recipe import ClassifyRecipe
+from mimae.data.loading.batch import Batch
+from mimae.data.loading.examples import Reader
+from mimae.data.loading.readers import Augmented, Central
+from mimae.data.pixels import mix
+from mimae.data.pixels.erase import erase
+from mimae.data.pixels.rand_augment import RandAugment
+from mimae.data.sources.base import Source
+from mimae.errors import UserError
+from mimae.evaluate import share
+from mimae.evaluate.classes import Classes
+from mimae.model.classifier import Classifier
+from mimae.telemetry import confusion
+from mimae.train.task import Result
+from mimae.train.tasks.transfer import Transfer
+
+_BATCH = 128
+_LISTED = 5
+"""Names that a note lists."""
+
+
+class Evaluation(NamedTuple):
+    """What a classifier makes of labelled images."""
+
+    images: int
+    confusion: Tensor
+    """int64 (C, C) on the CPU: images by true class (row) and by the class that was found (column)."""
+    top5: float
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        """Share of the images whose class was found."""
+        return self.confusion.diagonal().sum().item() / max(self.images, 1)
+
+    def per_class(self) -> list[float | None]:
+        """Return the share that was found of each class; None for one without images."""
+        counts, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return [found / count if count else None for found, count in zip(right, counts)]
+
+
+class Classify(Transfer[Classifier]):
+    """Augmented images in, cross-entropy out; judged by accuracy on data.val_path."""
+
+    recipe: ClassifyRecipe
+    measures = ClassifyRecipe.measures
+    last: Evaluation | None = None
+    """The last evaluation, for the picture."""
+
+    @cached_property
+    def classes(self) -> Classes:
+        """The classes of the training set."""
+        return Classes.of(self.source)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The class of each training image, int64 (n,)."""
+        return self.classes.places(self.source)
+
+    def check(self) -> None:
+        super().check()
+        _ = self.labels
+        if self.validation is not None:
+            self.classes.places(self.validation)  # raises for classes that training has not
+        schedule = self.recipe.schedule
+        each = schedule.batch_size // (schedule.accumulate * distributed.world_size())
+        if self.recipe.augment.mixes and each % 2:
+            raise UserError(
+                f"mixup and cutmix mix pairs of images, and a micro-batch of one rank has {each} (schedule.batch_size="
+                f"{schedule.batch_size}, {distributed.world_size()} ranks, schedule.accumulate={schedule.accumulate}); "
+                "legal are even numbers, or augment.mix=0"
+            )
+
+    def notes(self) -> Iterator[str]:
+        yield f"{len(self.classes)} classes"
+        for source, what in ((self.source, "data.path"), (self.validation, "data.val_path")):
+            missing = [] if source is None else self.classes.missing(self.classes.places(source))
+            if missing:
+                more = ", ..." * (len(missing) > _LISTED)
+                yield f"{what} has no image of {len(missing)} classes: {', '.join(missing[:_LISTED])}{more}"
+
+    def kept(self) -> dict[str, Any]:
+        return {"classes": self.classes.state()}
+
+    def outline(self) -> Classifier:
+        with torch.device("meta"):
+            return self.model(len(self.classes))
+
+    def model(self, classes: int) -> Classifier:
+        """Return the classifier, built on torch's default device."""
+        head = self.recipe.head
+        return Classifier(self.encoder(), classes, pooling=head.pooling, norm=head.norm, init_std=head.init_std)
+
+    # A step
+
+    def reader(self) -> Reader | None:
+        data, magnitude = self.recipe.data, self.recipe.augment.rand_augment
+        if magnitude is None:
+            return None
+        augment = RandAugment(magnitude, self.recipe.augment.rand_augment_std, data.mean, data.size_hw)
+        return Augmented(data, self.recipe.seed, augment)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return images (B, H, W, 3), targets (B, C) and, with drop path, the multipliers of the paths."""
+        recipe, augment = self.recipe, self.recipe.augment
+        images = batch.images
+        self.labels = self.labels.to(images.device)
+        targets = mix.soft_labels(self.labels[batch.source_ids], len(self.classes), augment.label_smoothing)
+        if augment.erase or augment.mixes:
+            mean, std = (images.new_tensor(each, dtype=torch.float32) for each in (recipe.data.mean, recipe.data.std))
+            images = (images / 255 - mean) / std
+        if augment.erase:
+            images = erase(images, recipe.seed, batch.epoch, batch.sample_ids, augment.erase)
+        if augment.mixes:
+            pairs = mix.draw(recipe.seed, batch.epoch, batch.step, recipe.data.size_hw, augment)
+            images, targets = pairs.images(images), pairs.labels(targets)
+        paths = self.paths(batch)
+        return (images, targets) if paths is None else (images, targets, paths)
+
+    def result(self, output: Tensor) -> Result:
+        return Result(output, {"loss": distributed.all_sum(output) / distributed.world_size()})
+
+    # At the end of an epoch
+
+    def evaluate(self, model: Classifier, device: torch.device) -> dict[str, float]:
+        """Return accuracy and loss on data.val_path; top-5 accuracy where there are more than 5 classes."""
+        if self.validation is None:
+            return {}
+        self.last = found = self.evaluation(model, self.classes, self.validation, device)
+        top5 = {"top5": found.top5} if len(self.classes) > 5 else {}
+        return {"top1": found.top1, **top5, "val_loss": found.loss}
+
+    def evaluation(self, model: Classifier, classes: Classes, source: Source, device: torch.device) -> Evaluation:
+        """Return what a model makes of all images of a source that can be read. A collective."""
+        places, ids, count = classes.places(source), torch.arange(len(source)), len(classes)
+        table = torch.zeros(count * count, dtype=torch.int64, device=device)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        reader = Central(self.recipe.data, self.recipe.evaluation.crop)
+        for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, reader):
+            logits = self.logits(model, batch.images)[:own].float()
+            # An image that cannot be read has another one in its place, which is seen anyway.
+            read = (batch.source_ids == batch.sample_ids)[:own]
+            logits, labels = logits[read], places.to(device)[batch.source_ids[:own]][read]
+            table += torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
+            in_five = (logits.topk(min(5, count)).indices == labels[:, None]).any(1)
+            sums += torch.stack([in_five.sum().double(), F.cross_entropy(logits, labels, reduction="sum").double()])
+        table = distributed.all_sum(table).view(count, count).cpu()
+        in_five, loss = distributed.all_sum(sums).tolist()
+        images = int(table.sum())
+        return Evaluation(images, table, in_five / max(images, 1), loss / max(images, 1))
+
+    def logits(self, model: Classifier, images: Tensor) -> Tensor:
+        """Return logits (B, C) in the run's precision."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return model.logits(images)
+
+    def picture(self, model: Classifier, device: torch.device) -> bytes | None:
+        """Return the confusion matrix of data.val_path."""
+        if self.validation is None:
+            return None
+        if self.last is None:
+            self.evaluate(model, device)
+        assert self.last is not None
+        found, self.last = self.last, None
+        if distributed.rank() > 0:
+            return None
+        return confusion.matrix(found.confusion, [self.classes.name(i) for i in range(len(self.classes))])
+
+    # What a run shows
+
+    def stepped(self, model: Classifier, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
+        self.last = None

@@ -1,0 +1,84 @@
+"""What the tasks have in common that begin with a pretrained encoder: classification, segmentation, detection.
+
+`Transfer` is their base class. Its settings are the sections `finetune` and `evaluation`. It offers
+
+* `encoder()`: the encoder for the task's model, which has to name it `encoder`: with learned positions, and with the
+  parameters frozen that `finetune.freeze` names (they have no gradient, no optimizer state and stay as they are);
+* `group`: the optimizer's groups with layer-wise decay; parameters outside of `encoder` have the whole rate;
+* `paths(batch)`: the multipliers of drop path, for `Encoder.forward(images, keep=...)`;
+* `window`: the central window that is evaluated, which a `Reader` takes in place of a random one;
+* `obstacles`: what stands against attention and frozen parameters on this machine.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mimae import distributed
+from mimae.config.recipe import TransferRecipe
+from mimae.data.loading.batch import Batch
+from mimae.data.pixels.augment import Window, centre_window
+from mimae.engines.base import M, Obstacles
+from mimae.model import attention
+from mimae.model.attention_choice import Call
+from mimae.model.drop_path import keep_paths
+from mimae.model.encoder import Encoder
+from mimae.model.geometry import Grid
+from mimae.optim.groups import Group
+from mimae.optim.layer_decay import groups, layer_of
+from mimae.train.task import Task
+
+__all__ = ["Transfer"]
+
+
+class Transfer(Task[M]):
+    """A task whose model has a pretrained `encoder`."""
+
+    recipe: TransferRecipe
+
+    def encoder(self) -> Encoder:
+        """Return the encoder, built on torch's default device: the meta device in `outline`."""
+        data, model, freeze = self.recipe.data, self.recipe.model, self.recipe.finetune.freeze
+        encoder = Encoder(model, data.size_hw, data.mean, data.std, learned_positions=True)
+        frozen = {"none": -1, "all": model.depth + 1}.get(str(freeze), freeze)
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(layer_of(f"encoder.{name}", model.depth) > int(frozen))
+        return encoder
+
+    def group(self, name: str, shape: torch.Size) -> Group:
+        finetune, decay = self.recipe.finetune, self.recipe.optimizer.weight_decay
+        return groups(self.peak, decay, finetune.layer_decay, self.recipe.model.depth)(name, shape)
+
+    def paths(self, batch: Batch) -> Tensor | None:
+        """Return what multiplies the paths of the encoder's blocks in training, (B, depth, 2); None: 1."""
+        recipe = self.recipe
+        return keep_paths(recipe.seed, batch.epoch, batch.sample_ids, recipe.finetune.drop_path, recipe.model.depth)
+
+    def window(self, height: int, width: int) -> Window:
+        """Return the window of an image of height x width pixels that is evaluated."""
+        return partial(centre_window, size=self.recipe.data.size_hw, share=self.recipe.evaluation.crop)(height, width)
+
+    def attention_calls(self) -> list[Call]:
+        model, schedule = self.recipe.model, self.recipe.schedule
+        sequences = max(1, schedule.batch_size // (schedule.accumulate * distributed.world_size()))
+        tokens = 1 + Grid.of(self.recipe.data.size_hw, model.patch_size).patches
+        return [Call(sequences, model.heads, tokens, tokens, model.width // model.heads, model.depth)]
+
+    def obstacles(self, device: torch.device) -> Obstacles:
+        model, finetune, engine = self.recipe.model, self.recipe.finetune, self.recipe.engine
+        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
+        is_partitioned = engine.kind.startswith("zero") and finetune.freeze != "none"
+        return {
+            f"model.attention={model.attention}": attention.obstacle(
+                model.attention, device, dtype, {model.width // model.heads}
+            ),
+            f"finetune.freeze={finetune.freeze}": (
+                f"DeepSpeed has no place for parameters that are not trained (engine.kind={engine.kind}); "
+                "engine.kind=ddp and fsdp have"
+                if is_partitioned
+                else None
+            ),
+        }

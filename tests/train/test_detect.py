@@ -1,0 +1,155 @@
+"""The task of detection: it resumes bit for bit, learns a few images by heart, and says what it cannot use."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mimae.config.load import load_recipe
+from mimae.config.recipe import DetectRecipe
+from mimae.data.loading.batch import DataError
+from mimae.detection.vitdet import LOSSES, _from_windows, _in_windows, _windows
+from mimae.errors import UserError
+from mimae.randomness import initialise, materialise
+from mimae.train.tasks.detect import Detect
+from mimae.train.trainer import train
+from tests.detection import images
+from tests.rank_processes import run_ranks
+from tests.train.test_trainer import lines, tensors
+
+pytest.importorskip("faster_coco_eval", reason="average precision is counted by faster-coco-eval")
+
+IMAGES = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coco")
+    images.write(folder, IMAGES)
+    return folder
+
+
+def recipe(folder: Path, run: Path, *overrides: str) -> DetectRecipe:
+    tree = {
+        "task": "detect",
+        "precision": "fp32",
+        "run": {"dir": str(run)},
+        "data": {"path": str(folder / "images"), "val_path": str(folder / "images"), "image_size": 32, "workers": 0},
+        "model": {"size": "tiny", "patch_size": 4, "width": 32, "depth": 2, "heads": 2},
+        "finetune": {"drop_path": 0.2, "layer_decay": 0.8},
+        "detect": {
+            "annotations": str(folder / "instances.json"),
+            "val_annotations": str(folder / "instances.json"),
+            "window": 3,
+            "global_blocks": 1,
+            "width": 16,
+            "box_width": 32,
+            "max_objects": 3,
+        },
+        "optimizer": {"learning_rate": 0.002, "scale_by": "none", "betas": [0.9, 0.999], "clip": 1.0},
+        "schedule": {"batch_size": 4, "epochs": 2, "warmup_epochs": 0, "accumulate": 2},
+        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "images_every_epochs": 2, "trackers": []},
+    }
+    return load_recipe(tree, overrides, None, DetectRecipe).recipe
+
+
+def test_a_detector_resumes_with_equal_bits_and_draws_what_it_finds(folder: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(Detect(recipe(folder, whole))).finished
+    train(Detect(recipe(folder, parts, "run.dry=true")))
+    assert train(Detect(recipe(folder, parts))).finished
+    ends = [tensors(run) for run in (whole, parts)]
+    assert len(ends[0]) > 100 and [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+    first, last = lines(whole / "metrics.jsonl")[0], lines(whole / "metrics.jsonl")[-1]
+    assert all(first[name] > 0 for name in LOSSES) and last["loss"] < first["loss"]
+    assert 0 <= lines(whole / "epochs.jsonl")[-1]["box_ap"] <= 1
+    (picture,) = (whole / "images").glob("*.png")
+    with Image.open(picture) as drawn:
+        assert drawn.width > 2 * 32 and drawn.height > IMAGES * 32
+
+
+def test_windows_are_undone_and_pad_with_zeros() -> None:
+    tokens = torch.randn(2, 5, 7, 3)
+    parts = _in_windows(tokens, 3)
+    assert parts.shape == (2 * 2 * 3, 9, 3) and parts.sum() == pytest.approx(tokens.sum().item(), abs=1e-4)
+    assert torch.equal(_from_windows(parts, 3, (5, 7)), tokens)
+    assert torch.equal(parts[0], tokens[0, :3, :3].flatten(0, 1)), "a window is a square of neighbours"
+
+
+def test_new_relative_positions_change_nothing(folder: Path, tmp_path: Path) -> None:
+    maps = []
+    for relative in ("true", "false"):
+        task = Detect(recipe(folder, tmp_path, f"detect.relative_positions={relative}"))
+        model = task.outline()
+        materialise(model, "cpu")
+        initialise(model, 0)
+        tokens = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        maps.append(model.maps(tokens))
+    assert sorted(maps[0]) == ["0", "1", "2", "3", "pool"]
+    assert [tuple(each.shape[2:]) for each in maps[0].values()] == [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2)]
+    for name, one in maps[0].items():
+        assert torch.allclose(one, maps[1][name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["detect.annotations=null"], "detect.annotations=null: it has to name the COCO file"),
+        (["detect.val_annotations=null"], "needs detect.val_annotations"),
+        (["data.loader=dali_cpu"], "makes images alone"),
+    ],
+)
+def test_what_is_missing_is_said(folder: Path, tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=re.escape(said)):
+        train(Detect(recipe(folder, tmp_path, *overrides)))
+
+
+def test_objects_without_masks_are_said(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "instances.json").read_text().replace('"segmentation"', '"other"')
+    (tmp_path / "boxes.json").write_text(text)
+    with pytest.raises(UserError, match=r"objects without a mask: legal are detect.masks=false"):
+        train(Detect(recipe(folder, tmp_path / "run", f"detect.annotations={tmp_path}/boxes.json")))
+
+
+def _trained(folder: Path, run: Path, overrides: list[str]) -> float:
+    train(Detect(recipe(folder, run, *overrides)))
+    return float(lines(run / "metrics.jsonl")[-1]["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
+def test_engines_train_it_on_two_ranks(folder: Path, tmp_path: Path, kind: str) -> None:
+    losses = run_ranks(
+        2, tmp_path, _trained, folder, tmp_path / "run", [f"engine.kind={kind}", "schedule.accumulate=1"]
+    )
+    assert losses[0] < 6
+
+
+@pytest.mark.slow
+def test_a_few_images_are_learnt_by_heart(folder: Path, tmp_path: Path) -> None:
+    overrides = ["schedule.epochs=120", "detect.scale=[1, 1]", "data.flip=false", "finetune.drop_path=0"]
+    overrides += ["detect.width=32", "detect.box_width=64", "schedule.accumulate=1", "data.image_size=48"]
+    overrides += ["telemetry.probe_every_epochs=120", "telemetry.images_every_epochs=120", "model.width=48"]
+    assert train(Detect(recipe(folder, tmp_path, *overrides))).finished
+    end = lines(tmp_path / "epochs.jsonl")[-1]
+    assert end["box_ap50"] > 0.8 and end["mask_ap50"] > 0.5, end
+
+
+def test_the_shipped_recipe_is_vitdets() -> None:
+    """The published recipe counts steps of batches of 64 of 118,287 images."""
+    found, per_epoch = load_recipe("detect_coco_vit_base", (), None, DetectRecipe).recipe, 118_287 // 64
+    schedule = found.schedule
+    assert (schedule.batch_size, schedule.epochs, schedule.drop_factor) == (64, 100, 0.1)
+    assert [round(epoch * per_epoch) for epoch in schedule.drop_epochs] == pytest.approx([163_889, 177_546], abs=20)
+    assert round(schedule.warmup_epochs * per_epoch) == 250
+    assert (found.optimizer.learning_rate, found.optimizer.weight_decay, found.optimizer.betas) == (
+        1e-4,
+        0.1,
+        (0.9, 0.999),
+    )
+    assert (found.finetune.layer_decay, found.finetune.drop_path, found.data.image_size) == (0.7, 0.1, 1024)
+    assert _windows(12, found.detect) == [14, 14, 0] * 4
