@@ -254,6 +254,9 @@ def _place_encoder(
     source = found.source
     for name in [name for name in tensors if name.startswith("encoder.")]:
         stored = tensors[name]
+        if name not in wanted:  # as the final norm, where a task's head has one of its own
+            found.left.append(name)
+            continue
         if name == "encoder.pos_embed":
             stored = _positions(found, stored, encoder)
         elif name == "encoder.patch_embed.proj.weight" and stored.shape != wanted[name]:
@@ -263,9 +266,10 @@ def _place_encoder(
             found.notes.append(
                 f"the patches were {before} px wide, and are {after} px here: a resampled projection is a rough start"
             )
-        if name not in wanted or stored.shape != wanted[name]:
-            shape = tuple(wanted[name]) if name in wanted else "no such tensor"
-            raise RunError(f"model.init={source.name}: {name} has the shape {tuple(stored.shape)}, and ours {shape}")
+        if stored.shape != wanted[name]:
+            raise RunError(
+                f"model.init={source.name}: {name} has the shape {tuple(stored.shape)}, and ours {tuple(wanted[name])}"
+            )
         found.tensors[name] = stored
 
 

@@ -18,10 +18,15 @@ from torch import Tensor
 from mimae.checkpoints import checkpoint
 from mimae.config.recipe import Recipe
 from mimae.errors import RunError
+from mimae.model.encoder import Encoder
 from mimae.model.masking import draw
 from mimae.model.mimae import MIMAE
+from mimae.model.units import Model
+from mimae.randomness import initialise, whole_parts
 from mimae.train.tasks.pretrain import Pretrain, pretrain
 from mimae.weights.names import to_mae, to_timm, to_transformers
+from mimae.weights.open import open_source
+from mimae.weights.start import fit, place
 from tests.oracles.mae_oracle import mae_loss
 from tests.weights.conftest import Weights, encoder_of, recipe
 
@@ -138,6 +143,38 @@ def test_all_spellings_of_transformers_give_its_loss(spellings: dict[str, Path],
         with torch.no_grad():
             wanted = theirs(normalised(model, pixels()), noise=noise).loss.item()
             assert model(pixels(), visible, hidden).loss.item() == pytest.approx(wanted, rel=1e-5), name
+
+
+class Classifier(Model):
+    """A model of another task: positions that are learned, a norm behind the mean, and a head."""
+
+    def __init__(self, asked: Recipe) -> None:
+        super().__init__()
+        data = asked.data
+        self.encoder = Encoder(asked.model, data.size_hw, data.mean, data.std, learned_positions=True)
+        self.encoder.norm = torch.nn.Identity()  # type: ignore[assignment]
+        self.fc_norm, self.head = torch.nn.LayerNorm(24), torch.nn.Linear(24, 5)
+
+    def units(self) -> list[torch.nn.Module]:
+        return list(self.encoder.blocks)
+
+
+def test_a_model_of_another_task_starts_with_the_encoder(weights: Weights, images: Path, tmp_path: Path) -> None:
+    """The table of positions is a parameter there, of another size than in the source."""
+    torch.save(to_mae(weights), tmp_path / "mae_full.pth")
+    asked = recipe(images, tmp_path / "run", "data.image_size=24")
+    model = Classifier(asked)
+    initialise(model, 0)
+    parts = whole_parts(model)
+    found = fit(open_source(str(tmp_path / "mae_full.pth")), model, parts)
+    place(found, model, parts)
+    wanted = resample_abs_pos_embed(weights["encoder.pos_embed"], [6, 6], [4, 4], antialias=False)
+    assert torch.allclose(model.encoder.pos_embed, wanted, atol=1e-6)
+    assert torch.equal(
+        model.state_dict()["encoder.blocks.1.mlp.fc2.weight"], weights["encoder.blocks.1.mlp.fc2.weight"]
+    )
+    assert set(found.new) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert {"encoder.norm.weight", "decoder.mask_token"} <= set(found.left)
 
 
 def test_other_sizes_are_interpolated_as_mae_does(weights: Weights, images: Path, tmp_path: Path) -> None:
