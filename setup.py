@@ -177,5 +177,6 @@ setup(
         "dali": [DALI],
         "slurm": ["submitit"],
         "track": ["wandb", "mlflow-skinny"],
+        "gpu": ["nvidia-ml-py"],
     },
 )

@@ -18,6 +18,11 @@ SLOW = 0.05
 """A share of the wall time that is worth a sentence."""
 
 
+_WAITED = "waited for data"
+_WARNINGS = 3
+"""The most warnings of the run itself that are repeated."""
+
+
 class Finding(NamedTuple):
     weight: Weight
     text: str
@@ -51,6 +56,10 @@ def _faults(run: Run) -> list[Finding]:
         found.append(Finding("bad", f"{_times(kinds['save failed'], 'save', 'saves')} of a checkpoint failed."))
     if kinds["fault"]:
         found.append(Finding("warn", f"{_times(kinds['fault'], 'fault', 'faults')}: see the table of events."))
+    warnings = [str(event["details"].get("what")) for event in run.events if event["kind"] == "warning"]
+    # The diagnosis of waiting stands with the share of the time that it cost.
+    others = dict.fromkeys(printable(text) for text in warnings if _WAITED not in text)
+    found += [Finding("warn", f"{text[:1].upper()}{text[1:300]}.") for text in list(others)[-_WARNINGS:]]
     if kinds["resume"]:
         found.append(Finding("good", f"The run was resumed {_times(kinds['resume'], 'time', 'times')}."))
     if run.bad_samples:
@@ -74,7 +83,7 @@ def _waits(run: Run) -> list[Finding]:
     waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
     if waiting > SLOW:
         # The diagnosis of the run itself, where it lasted long enough for one.
-        causes = [str(e["details"]["what"]) for e in run.events if "waited for data" in str(e["details"].get("what"))]
+        causes = [str(e["details"]["what"]) for e in run.events if _WAITED in str(e["details"].get("what"))]
         cause = f" Its own diagnosis: {printable(causes[-1])}." if causes else " mimae bench data compares loaders."
         found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))
     saving = share("seconds_checkpoint")

@@ -22,7 +22,7 @@ from mimae.report.findings import findings
 from mimae.report.html import Html, join, table, tag
 from mimae.report.plots import Line
 from mimae.report.runs import Picture, Run, leaves, number
-from mimae.telemetry.records import PHASES
+from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
 
 PICTURES = 24
 """The most pictures on a page."""
@@ -53,6 +53,22 @@ MEANINGS = {
     "mfu": "share of the device's peak that the model's own FLOPs reach",
 }
 """What a column says, for its plot."""
+
+_GPU = {
+    "gpu_power_watts": ("GPU power", "W, the most of a rank"),
+    "gpu_clock_mhz": ("GPU clock", "MHz, the least of a rank"),
+    "gpu_celsius": ("GPU temperature", "degrees Celsius, the most of a rank"),
+    "gpu_throttled": ("GPU throttled", "share of readings, the most of a rank"),
+}
+
+_RANKS = {
+    "seconds_data": ("waiting for data", "s of an epoch", 1.0),
+    "seconds_forward": ("forward", "s of an epoch", 1.0),
+    "seconds_backward": ("backward", "s of an epoch", 1.0),
+    "exposed_communication": ("exposed communication", "% of a step", 100.0),
+    "mem_peak_bytes": ("peak memory", "GiB", 2**-30),
+}
+"""What is shown by rank, where ranks differ in it: title, unit and factor."""
 
 _EPOCH_COMMON = frozenset(
     {*("epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes"),
@@ -183,9 +199,9 @@ def _plane(run: Run) -> Html:
 
 
 def _health(run: Run) -> Iterator[Html]:
-    known = {*_EPOCH_COMMON, *run.losses, *("mi_lower_nats", "mi_upper_nats")}
+    known = {*_EPOCH_COMMON, *ACCOUNT_KEYS, *run.losses, *("mi_lower_nats", "mi_upper_nats")}
     for key in run.epochs.keys:
-        if key not in known and not key.startswith(("seconds_", "rank_")):
+        if key not in known and not key.startswith("seconds_"):
             yield _epoch_curve(run, key)
 
 
@@ -197,6 +213,22 @@ def _speed(run: Run) -> Iterator[Html]:
     yield _epoch_curve(run, "mem_reserved_bytes", "reserved memory", "GiB", zero=True, factor=2**-30)
     yield _epoch_curve(run, "mfu", "MFU", "%", zero=True, factor=100)
     yield _epoch_curve(run, "exposed_communication", "exposed communication", "%", zero=True, factor=100)
+    yield _epoch_curve(run, "workers_bytes_most", "memory of the loader's workers", "GiB", zero=True, factor=2**-30)
+    for key, (title, unit) in _GPU.items():
+        yield _epoch_curve(run, key, title, unit)
+    for key, (title, unit, factor) in _RANKS.items():
+        yield _over_ranks(run, key, title, unit, factor)
+
+
+def _over_ranks(run: Run, key: str, title: str, unit: str, factor: float) -> Html:
+    """Return the plot of a figure that ranks differ in: the least, the mean and the most of them."""
+    epochs = run.epochs
+    if not np.nansum(epochs[f"{key}_most"] - epochs[f"{key}_least"]) > 0:
+        return Html()
+    drawn = [
+        Line(kind, thinned(epochs["epoch"] + 1, epochs[f"{key}_{kind}"] * factor)) for kind in ("most", "mean", "least")
+    ]
+    return plots.lines(f"{title}, over ranks", drawn, unit=unit, x_label="epoch", zero=True)
 
 
 def _phases(run: Run) -> Html:

@@ -8,6 +8,7 @@ start on this rank to its end, which includes the wait for slower ranks.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class Exposure:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._share: float | None = None
+        self._shares: list[float] = []
 
     @contextmanager
     def measured(self, wanted: bool) -> Iterator[None]:
@@ -51,12 +52,14 @@ class Exposure:
             self._synchronize()
             elapsed = time.perf_counter_ns() - began
         # Do not use `profiled.events()`: it builds a tree of calls, which takes longer than the step.
-        self._share = exposed(*_spans(profiled.profiler.kineto_results.events(), on_cuda)) / elapsed  # type: ignore[union-attr]
+        events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+        self._shares.append(exposed(*_spans(events, on_cuda)) / elapsed)
 
     def read(self) -> float | None:
-        """Return the exposed share (0 to 1) of the step profiled since the last reading, or None if there was none."""
-        share, self._share = self._share, None
-        return share
+        """Return the mean exposed share (0 to 1) of the steps profiled since the last reading, or None if there were
+        none."""
+        shares, self._shares = self._shares, []
+        return statistics.fmean(shares) if shares else None
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

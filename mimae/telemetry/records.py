@@ -19,6 +19,15 @@ PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
 """File name of each group of records."""
 
+OVER_RANKS = (*(f"seconds_{phase}" for phase in PHASES), "exposed_communication", "mem_peak_bytes", "workers_bytes")
+"""What epochs.jsonl has the least, the mean and the most of, over ranks."""
+
+ACCOUNT_KEYS = (
+    *(f"{name}_{kind}" for name in OVER_RANKS for kind in ("least", "mean", "most")),
+    *("gpu_power_watts", "gpu_clock_mhz", "gpu_celsius", "gpu_throttled", "straggler", "straggler_lag"),
+)
+"""The account of an epoch over ranks, see `accounts`. Of GPUs the most power, heat and throttling, the least clock."""
+
 STEP_KEYS = (
     "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm",
     "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
@@ -30,6 +39,7 @@ EPOCH_KEYS = (
     "epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
     "mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu",
     *terms.ESTIMATES, *terms.LOSSES, *(f"seconds_{phase}" for phase in PHASES), *DIAGNOSTICS,
+    *ACCOUNT_KEYS,
 )  # fmt: skip
 
 

@@ -109,8 +109,8 @@ class Telemetry:
         `step` is the step at which the epoch ended. After a resume from a checkpoint without sums of its epoch, all
         counts and means are those of the part since then. `seconds` is wall time and includes the phases' `seconds_*`.
         `bytes_sent` is the number of bytes that a rank sends in a step, by the formulas of docs/scaling.md;
-        `exposed_communication` is the share (0 to 1) of the epoch's second step in which this rank was in a collective
-        without computing.
+        `exposed_communication` is the share (0 to 1) of three steps of the epoch in which this rank was in a collective
+        without computing. The columns of ACCOUNT_KEYS are over all ranks.
         """
         if self._console is None:
             return

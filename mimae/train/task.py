@@ -27,7 +27,7 @@ from mimae.model.attention_choice import Call
 from mimae.model.units import Model
 from mimae.optim.groups import Group
 from mimae.randomness import Part, initialise
-from mimae.telemetry.records import PHASES
+from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
 from mimae.weights.open import open_source as open_weights
 from mimae.weights.source import Source as Weights
 from mimae.weights.start import Fit, fit, place
@@ -214,4 +214,5 @@ class Task(ABC, Generic[M]):
             *("mem_reserved_bytes", "bytes_sent", "exposed_communication", "tflops", "mfu"),
             *(*self.estimates, *self.losses, *(f"seconds_{phase}" for phase in PHASES)),
             *("deviation", "effective_rank", "alignment", "uniformity", *self.diagnostics, *self.measures),
+            *ACCOUNT_KEYS,
         )

@@ -31,10 +31,12 @@ from mimae.faults.watchdog import Watchdog, patience
 from mimae.optim.optimizer import StepResult
 from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.plan.gpus import device_name, peak_flops
-from mimae.telemetry import collapse
+from mimae.telemetry import accounts, collapse
 from mimae.telemetry.clock import Pace, Phases
 from mimae.telemetry.exposure import Exposure
 from mimae.telemetry.memory import memory
+from mimae.telemetry.nvml import GPUReadings
+from mimae.telemetry.records import OVER_RANKS
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import choices, resume
 from mimae.train.due import Due
@@ -132,6 +134,7 @@ class Trainer(Generic[M]):
         self.events = self.telemetry.events
         self.phases = Phases(device)
         self.exposure = Exposure(device)
+        self.gpu, self.stragglers = GPUReadings(device), accounts.Stragglers()
         self.transfer = Transfer(device)
         self.stalls = Stalls(recipe.data)
         self.saver = self._saver(recipe.checkpoint)
@@ -168,7 +171,7 @@ class Trainer(Generic[M]):
         with self.telemetry, closing(self.loader), self._saved():
             while not self.due.stop:
                 self.begin_step()
-                with self.exposure.measured(self.step == self.first + 1):
+                with self.exposure.measured(self._is_sampled):
                     step = self.optimize()
                 self.step_done(step)
                 self.epoch_done(step)
@@ -250,6 +253,7 @@ class Trainer(Generic[M]):
         if self.step % self.recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
             images = (self.step - self.logged_at) * self.recipe.schedule.batch_size
             self.telemetry.step(self._record(step) | self.pace.rates(images))
+            self.gpu.read()
             self._read_stalls()
             self.logged_at = self.step
 
@@ -265,6 +269,8 @@ class Trainer(Generic[M]):
         record = {"epoch": epoch} | self.sums.record() | memory(self.device)
         record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
         record |= self._flops(record["images_per_s"])
+        everyone = self._accounts(record)
+        record |= accounts.over_ranks(everyone)
         self._read_stalls()
         if step.latents is not None and self.is_main:
             record |= collapse.collapse(step.latents)
@@ -275,10 +281,12 @@ class Trainer(Generic[M]):
                 self.telemetry.image(f"images/step-{self.step:08d}.png", png)
         for warning in (
             self.stalls.verdict(),
+            self.stragglers.verdict(everyone),
             self.task.warning(self.engine.model, self.step, self.steps, self.per_epoch),
         ):
             if warning:
                 self.telemetry.message(warning)
+                self.events.add("warning", step=self.step, what=warning)
         # The evaluation and the picture of an epoch's end are no training.
         self._read_stalls(counts=False)
         if self.step % self.per_epoch == 0:
@@ -310,6 +318,11 @@ class Trainer(Generic[M]):
         self.due = Due(stop=self.due.stop)
 
     @property
+    def _is_sampled(self) -> bool:
+        """Return whether the next step is profiled: three of an epoch, none the first of a start or epoch."""
+        return self.step - self.first in {1, self.per_epoch // 3, 2 * self.per_epoch // 3} - {0}
+
+    @property
     def _is_last(self) -> bool:
         """Return whether this step is the last one."""
         return self.recipe.run.dry or self.step >= self.steps
@@ -330,6 +343,12 @@ class Trainer(Generic[M]):
             "grad_norm": step.result.grad_norm.item(),
             "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
         }
+
+    def _accounts(self, record: Mapping[str, Any]) -> list[accounts.Account]:
+        """Return what each rank measured in the epoch. A collective."""
+        own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}
+        own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take()}
+        return distributed.gather_objects(own)
 
     def _flops(self, images_per_s: float) -> dict[str, float | None]:
         flops = self.task.flops()

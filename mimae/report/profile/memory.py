@@ -2,13 +2,16 @@
 
 The categories are sums over tensors that are known (weights, gradients, optimizer, buffers), and over allocations of
 the step: those that forward leaves behind are activations, the rest is work. The peak is the running sum of all that
-torch.profiler saw since before the model was made. Both are counted apart, so they can be held against each other.
+torch.profiler saw being allocated and freed in two steps, and of what was there before. (It does not begin before the
+model is made: a thread of gloo may free what DDP broadcasts then, and a profile sees its own thread alone.)
 """
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mimae.engines.base import Engine
 from mimae.randomness import Part
-from mimae.report.profile.marks import BACKWARD, FORWARD, PREFIX, STEP, marked
+from mimae.report.profile.marks import BACKWARD, FORWARD, PREFIX, STEP, mark, marked
 from mimae.report.profile.phases import GRADIENTS, OTHER
 from mimae.report.profile.step import Steps
 
@@ -60,6 +63,10 @@ class Known(NamedTuple):
     gradients: int
     optimizer: int
     buffers: int
+    keeps_gradients: bool = False
+    """True if their memory was there before the step, as DDP's buckets are."""
+    before: int = 0
+    """Bytes of all of these that the profile did not see being allocated."""
 
 
 class Allocation(NamedTuple):
@@ -89,28 +96,48 @@ class Trace(NamedTuple):
     """Time at which an operator of forward got an autograd's number."""
 
 
-def measure(make: Callable[[], Steps]) -> tuple[Steps, Memory]:
-    """Return the steps that `make` made, after two of them, and the memory of the second."""
+def measure(steps: Steps) -> Memory:
+    """Return the memory of the second of two steps."""
+    gradients: dict[int, int] = {}
+
+    def seeing_gradients(name: str) -> AbstractContextManager[Any]:
+        if name == "optimizer":
+            gradients.update(_storages(part.values.grad for part in steps.engine.parts.values()))
+        return mark(name)
+
+    gc.collect()  # what is freed in a profile, and was made before it, would count below zero
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        steps = make()
         steps.step()
+        gc.collect()
         with marked(steps.engine.model):
-            steps.step()
+            steps.step(seeing_gradients)
     results: Any = profiled.profiler
-    tree = results.kineto_results.experimental_event_tree()
-    return steps, at_peak(read(tree, steps.device.type), known(steps.engine))
+    trace = read(results.kineto_results.experimental_event_tree(), steps.device.type)
+    return at_peak(trace, known(steps.engine, gradients, trace))
 
 
-def known(engine: Engine[Any]) -> Known:
-    """Return what an engine holds. Gradients have the size of their weights; between two steps there may be none."""
-    weights = _bytes(part.values for part in engine.parts.values())
+def known(engine: Engine[Any], gradients: dict[int, int], trace: Trace) -> Known:
+    """Return what an engine holds; `gradients`: bytes of their storages by address, as they were before the update."""
     state = [value.values if isinstance(value, Part) else value for value in engine._optimizer_state().values()]
-    return Known(weights, weights, _bytes([*state, *engine.ema.values()]), _bytes(engine.model.buffers()))
+    weights = _storages(part.values for part in engine.parts.values())
+    optimizer, buffers = _storages([*state, *engine.ema.values()]), _storages(engine.model.buffers())
+    seen = {each.address: each.time for each in trace.allocations if each.bytes > 0}
+    start = [span for span in trace.marks if span.name == STEP][-1].start
+    everything = weights | gradients | optimizer | buffers
+    return Known(
+        weights=sum(weights.values()),
+        gradients=sum(gradients.values()),
+        optimizer=sum(optimizer.values()),
+        buffers=sum(buffers.values()),
+        keeps_gradients=all(seen.get(address, 0) < start for address in gradients),
+        before=sum(size for address, size in everything.items() if address not in seen),
+    )
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+def _storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """Return the bytes of the tensors' storages by address."""
+    found = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 def read(tree: Iterable[Any], device: str) -> Trace:
@@ -141,15 +168,12 @@ def read(tree: Iterable[Any], device: str) -> Trace:
 
 def at_peak(trace: Trace, held: Known) -> Memory:
     """Return the memory at the peak of the last step of a trace."""
-    step = [mark for mark in trace.marks if mark.name == STEP][-1]
-    forwards = [mark for mark in trace.marks if mark.name == FORWARD and mark.start >= step.start]
-    now = peak = at_start = 0
-    peak_at = step.start
+    step = [span for span in trace.marks if span.name == STEP][-1]
+    forwards = [span for span in trace.marks if span.name == FORWARD and span.start >= step.start]
+    now, peak, peak_at = held.before, 0, step.start
     for each in trace.allocations:
         now += each.bytes
-        if each.time < step.start:
-            at_start = now
-        elif each.time <= step.end and now > peak:
+        if step.start <= each.time <= step.end and now > peak:
             peak, peak_at = now, each.time
     alive = _alive(trace.allocations, peak_at)
     # What a forward under way at the peak will not leave behind is work.
@@ -161,14 +185,12 @@ def at_peak(trace: Trace, held: Known) -> Memory:
     ]
     activations = sum(each.bytes for each in in_forward)
     made = sum(each.bytes for each in alive if each.time >= step.start) - activations
-    # An engine that keeps its gradients from step to step has made them before this one.
-    keeps_gradients = at_start - held.weights - held.optimizer - held.buffers >= 0.9 * held.gradients
-    gradients = held.gradients if keeps_gradients else min(held.gradients, made)
-    work = made if keeps_gradients else made - gradients
+    gradients = held.gradients if held.keeps_gradients else min(held.gradients, made)
+    work = made if held.keeps_gradients else made - gradients
     kept: Counter[str] = Counter()
-    for mark in forwards:
-        for each in _alive(trace.allocations, mark.end):
-            if each.time >= mark.start:
+    for span in forwards:
+        for each in _alive(trace.allocations, span.end):
+            if each.time >= span.start:
                 kept[_innermost(trace.marks, each.time)] += each.bytes
     owner = _owner(trace, peak_at)
     return Memory(peak, owner, held.weights, gradients, held.optimizer, held.buffers, activations, work, dict(kept))
@@ -188,11 +210,11 @@ def _alive(allocations: Iterable[Allocation], moment: int) -> list[Allocation]:
 
 def _innermost(marks: Iterable[Span], moment: int) -> str:
     name = OTHER
-    for mark in marks:
-        if mark.start > moment:
+    for span in marks:
+        if span.start > moment:
             break
-        if mark.end >= moment:
-            name = mark.name
+        if span.end >= moment:
+            name = span.name
     return name
 
 

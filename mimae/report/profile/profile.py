@@ -1,6 +1,6 @@
 """A profile of a recipe's step: three passes over the same engine, so that none of them disturbs another.
 
-1. Memory: a profile that begins before the model is made, over two steps.
+1. Memory: a profile of every allocation, over two steps.
 2. Time: steps as they are, for the clock; then steps under the profiler with a mark on every part.
 3. Counts: one step in which each operator is counted, FLOPs and bytes.
 """
@@ -76,9 +76,9 @@ def measure(recipe: Recipe, steps: int, trace: Path | None = None) -> Profile:
     device = distributed.setup()
     try:
         task = task_of(recipe, device)
-        taken, of_memory = memory.measure(lambda: Steps(task, device))
+        taken = Steps(task, device)
         try:
-            return _measure(taken, of_memory, steps, trace)
+            return _measure(taken, memory.measure(taken), steps, trace)
         finally:
             taken.close()
     finally:

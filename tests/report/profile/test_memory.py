@@ -43,8 +43,8 @@ def test_the_peak_is_divided_into_categories() -> None:
 
 def test_gradients_that_stay_between_steps_are_no_work() -> None:
     found = at_peak(
-        trace((-7, 3, 100), (115, 10, 40), (158, 13, 60), (165, 13, -60), (172, 14, 70), (173, 14, -70)),
-        Known(weights=100, gradients=100, optimizer=200, buffers=0),
+        trace((115, 10, 40), (158, 13, 60), (165, 13, -60), (172, 14, 70), (173, 14, -70)),
+        Known(weights=100, gradients=100, optimizer=200, buffers=0, keeps_gradients=True, before=100),
     )
     assert (found.peak, found.total) == (510, 510)
     assert (found.gradients, found.work, found.owner) == (100, 70, "gradients")
