@@ -49,7 +49,7 @@ STAGES = (
     _step(
         "step, less work",
         75,
-        *_variants("decoder.predict=next_view", "decoder.heads=8", "model.checkpointing=true"),
+        *_variants("decoder.predict=next_view", "decoder.heads=8", "model.checkpointing=selective"),
         *("--rounds", "3"),
     ),
     *(

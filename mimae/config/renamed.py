@@ -1,4 +1,4 @@
-"""Keys that have a new name: recipes and old runs are read under the old one, and the user is told."""
+"""Keys that have a new name or new values: recipes and old runs are read under the old ones, and the user is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ def _trackers(tensorboard: Any) -> Any:
     return (["tensorboard"] if tensorboard else []) if isinstance(tensorboard, bool) else tensorboard
 
 
-RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {"telemetry.tensorboard": ("telemetry.trackers", _trackers)}
+def _checkpointing(old: Any) -> Any:
+    return ("full" if old else "none") if isinstance(old, bool) else old
+
+
+RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "telemetry.tensorboard": ("telemetry.trackers", _trackers),
+    "model.checkpointing": ("model.checkpointing", _checkpointing),
+}
 """New key by old key, and the function that converts the value."""
 
 
@@ -27,13 +34,18 @@ def under_new_names(given: Settings) -> Settings:
             continue
         new, convert = RENAMED[key]
         value = convert(setting.value)
-        _tell(key, setting.origin, f"{new}={text(value)}")
+        if new == key:
+            if value is not setting.value:
+                _tell(f"{key}={text(setting.value)}", setting.origin, f"{new}={text(value)}", "other values by now")
+            found[key] = Setting(value, setting.origin)
+            continue
+        _tell(key, setting.origin, f"{new}={text(value)}", "a new name")
         if new not in given:
             found[new] = Setting(value, f"{setting.origin}, as {key}")
     return found
 
 
 @cache
-def _tell(key: str, origin: str, now: str) -> None:
+def _tell(given: str, origin: str, now: str, what: str) -> None:
     """Say it once in a process for each place."""
-    say(f"{key} ({origin}) has a new name: it is read as {now}", error=True)
+    say(f"{given} ({origin}) has {what}: it is read as {now}", error=True)

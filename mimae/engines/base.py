@@ -268,11 +268,12 @@ def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
     """Compile each unit of a model in place; before sharding, after checkpointing (which wraps the call)."""
     if not will_compile(setting, device):
         return
-    from torch import _dynamo
+    from torch import _dynamo, _functorch
 
     # Inside DistributedDataParallel dynamo cuts a graph where DDP's buckets end, so that reductions start before the
     # end of a graph's backward. A unit is too small to gain from that; cut in two it fuses less and keeps more.
     _dynamo.config.optimize_ddp = False
+    _functorch.config.activation_memory_budget = model.compiled_budget
     mode = "reduce-overhead" if setting == "graphs" else None
     for unit in model.units():
         # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do),

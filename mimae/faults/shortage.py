@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mimae import distributed
 from mimae.config.recipe import Recipe, RunRecipe
 from mimae.errors import RunError
 from mimae.faults.watchdog import Watchdog
+from mimae.model.settings import Checkpointing
 from mimae.outside.files import Folder
 from mimae.plan.advice import advise
 from mimae.plan.cost import Fleet
@@ -104,7 +105,7 @@ def advice(recipe: RunRecipe, ranks: int, per_node: int) -> str:
     if not isinstance(recipe, Recipe):
         return (
             "less memory is taken with a larger schedule.accumulate or a smaller schedule.batch_size, with "
-            "model.checkpointing=true, and over several ranks with engine.kind=fsdp"
+            "model.checkpointing=full, and over several ranks with engine.kind=fsdp"
         )
     count = parameters(recipe)
     engine, schedule = recipe.engine, recipe.schedule
@@ -127,9 +128,10 @@ def advice(recipe: RunRecipe, ranks: int, per_node: int) -> str:
         twice = schedule.model_copy(update={"accumulate": 2 * schedule.accumulate})
         split = recipe.model_copy(update={"schedule": twice})
         lines.append(f"  schedule.accumulate={twice.accumulate}: {planned(layout, split, images // 2)}")
-    if not recipe.model.checkpointing:
-        smaller = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": True})})
-        lines.append(f"  model.checkpointing=true: {planned(layout, smaller)}")
+    levels = get_args(Checkpointing)
+    for level in levels[levels.index(recipe.model.checkpointing) + 1 :]:
+        smaller = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpointing": level})})
+        lines.append(f"  model.checkpointing={level}: {planned(layout, smaller)}")
     if (gpu := _gpu()) is not None:
         fleet = Fleet(gpu, ranks, per_node, share=0.45)
         lines.append(f"for {ranks} x {gpu.name}: {advise(recipe, fleet, count)[1]}")

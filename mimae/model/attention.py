@@ -30,6 +30,47 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1, dtype=q.dtype) @ v
 
 
+class _PackedPlain(torch.autograd.Function):
+    """`plain` of a packed (S, T, 3 H d), whose gradient is packed too.
+
+    Each of the two is copied once between its layout and that of the products. Autograd's own backward would copy the
+    three gradients out of their layout, and then once more into one tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, heads: int) -> Tensor:
+        S, T, d = packed.shape[0], packed.shape[1], packed.shape[2] // (3 * heads)
+        qkv = packed.view(S, T, 3, heads, d).permute(2, 0, 3, 1, 4).reshape(3, S * heads, T, d)
+        q, k, v = qkv.unbind(0)
+        weights = _scores(q, k).softmax(-1, dtype=q.dtype)
+        ctx.heads = heads
+        ctx.save_for_backward(qkv, weights)
+        return torch.bmm(weights, v).view(S, heads, T, d).transpose(1, 2).reshape(S, T, heads * d)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        qkv, weights = ctx.saved_tensors
+        (q, k, v), (S, T, width) = qkv.unbind(0), d_out.shape
+        d_out = d_out.view(S, T, ctx.heads, -1).transpose(1, 2).reshape(S * ctx.heads, T, -1)
+        d_qkv = torch.empty_like(qkv)
+        torch.bmm(weights.transpose(1, 2), d_out, out=d_qkv[2])
+        d_weights = torch.bmm(d_out, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(q.shape[-1] ** -0.5)
+        torch.bmm(d_scores, k, out=d_qkv[0])
+        torch.bmm(d_scores.transpose(1, 2), q, out=d_qkv[1])
+        return d_qkv.view(3, S, ctx.heads, T, -1).permute(1, 3, 0, 2, 4).reshape(S, T, 3 * width), None
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q, k (S H, T, d) -> q k^T / sqrt(d)."""
+    return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+
+
+def packed_plain(packed: Tensor, heads: int) -> Tensor:
+    """Queries, keys and values (S, T, 3 H d) of one set of tokens -> (S, T, H d)."""
+    return _PackedPlain.apply(packed, heads)  # type: ignore[no-untyped-call]
+
+
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """cuDNN's fused attention, which torch's own choice ranks last."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -64,6 +105,11 @@ BACKENDS: dict[str, Attend] = {
     "xformers": xformers,
     "flex": flex,
 }
+
+PACKED: dict[str, Callable[[Tensor, int], Tensor]] = {"plain": packed_plain}
+"""Backends that take queries, keys and values of one set of tokens in one tensor: (S, T, 3 H d), H -> (S, T, H d).
+
+They are for blocks that run operator by operator; the compiler sees the copies itself."""
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mimae.model.attention import BACKENDS, obstacle
+from mimae.model.attention import BACKENDS, PACKED, obstacle
 from mimae.model.geometry import geometry
 
 if TYPE_CHECKING:
@@ -99,8 +99,11 @@ def _seconds(name: str, call: Call, device: torch.device, dtype: torch.dtype) ->
     packed = torch.zeros(size, device=device, dtype=dtype, requires_grad=True)
     _wait(device)
     start = time.perf_counter()
-    q, k, v = (x.unflatten(2, (call.heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
-    out = BACKENDS[name](q[:, :, -call.queries :], k, v).transpose(1, 2).flatten(2)
+    if call.queries == call.keys and name in PACKED:
+        out = PACKED[name](packed, call.heads)
+    else:
+        q, k, v = (x.unflatten(2, (call.heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
+        out = BACKENDS[name](q[:, :, -call.queries :], k, v).transpose(1, 2).flatten(2)
     out.backward(out.detach())
     _wait(device)
     return time.perf_counter() - start

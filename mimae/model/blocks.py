@@ -5,11 +5,13 @@ Letters in shapes: S sequences, M tokens that ask, T tokens that are asked, D wi
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mimae.model.attention import BACKENDS
+from mimae.model.attention import BACKENDS, PACKED
+from mimae.model.recomputation import call
+from mimae.model.settings import Checkpointing
 
 
 class QKV(nn.Linear):
@@ -19,10 +21,10 @@ class QKV(nn.Linear):
         super().__init__(width, 3 * width)
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """queries (S, M, D), context (S, T, D) -> q (S, M, D), k and v (S, T, D); without a context all three of
-        the queries."""
+        """queries (S, M, D), context (S, T, D) -> q (S, M, D), k and v (S, T, D); without a context one tensor
+        (S, M, 3D) with all three of the queries."""
         if context is None:
-            return super().forward(queries).chunk(3, -1)
+            return (super().forward(queries),)
         parts = [self.in_features, 2 * self.in_features]
         (weight_q, weight_kv), (bias_q, bias_kv) = self.weight.split(parts), self.bias.split(parts)
         return F.linear(queries, weight_q, bias_q), *F.linear(context, weight_kv, bias_kv).chunk(2, -1)
@@ -34,13 +36,19 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, backend: str) -> None:
         super().__init__()
         self.heads = heads
-        self.attend = BACKENDS[backend]
+        self.attend, self.attend_packed = BACKENDS[backend], PACKED.get(backend)
         self.qkv = QKV(width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
         """queries (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.qkv(queries, context))
+        parts = self.qkv(queries, context)
+        if context is None:
+            (packed,) = parts
+            if self.attend_packed is not None and not torch.compiler.is_compiling():
+                return self.proj(self.attend_packed(packed, self.heads))
+            parts = packed.chunk(3, -1)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in parts)
         return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -82,7 +90,7 @@ class Block(nn.Module):
 def run_blocks(
     blocks: nn.ModuleList,
     tokens: Tensor,
-    recompute: bool,
+    checkpointing: Checkpointing,
     *,
     first: int = 0,
     context: Tensor | None = None,
@@ -102,9 +110,5 @@ def run_blocks(
         kept = None if keep is None else keep[:, i].to(flat.dtype)
         if first and block is blocks[-1]:
             flat, around = flat[:, first:], flat
-        flat = (
-            checkpoint(block, flat, around, kept, use_reentrant=False)
-            if recompute and block.training
-            else block(flat, around, kept)
-        )
+        flat = call(block, checkpointing, flat, around, kept)
     return flat.unflatten(0, tokens.shape[:2])

@@ -12,6 +12,7 @@ from mimae.data.settings import DataSettings
 from mimae.model import attention
 from mimae.model.decoder import Decoder
 from mimae.model.encoder import Encoder
+from mimae.model.recomputation import BUDGET
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.model.units import Model
 from mimae.objective.objective import Losses, Objective
@@ -38,6 +39,7 @@ class MIMAE(Model):
         super().__init__()
         self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
         self.decoder = Decoder(decoder, model, self.encoder.grid)
+        self.compiled_budget = BUDGET if model.checkpointing == "selective" else 1.0
         self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
 
     def units(self) -> Sequence[nn.Module]:
@@ -85,12 +87,12 @@ def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
     heads = {model.width // model.heads, decoder.width // decoder.heads}
     return {
         f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
-        f"model.checkpointing={str(model.checkpointing).lower()}": _checkpointing_obstacle(recipe),
+        f"model.checkpointing={model.checkpointing}": _checkpointing_obstacle(recipe),
     }
 
 
 def _checkpointing_obstacle(recipe: Recipe) -> str | None:
     """Return why blocks cannot be recomputed."""
-    if recipe.model.checkpointing and recipe.compile == "graphs":
+    if recipe.model.checkpointing == "full" and recipe.compile == "graphs":
         return "CUDA graphs replay a forward into memory that its recomputation would overwrite; compile=on does not"
     return None

@@ -34,6 +34,8 @@ Predict = Literal["hidden", "next_view"]
 
 PatchBias = Literal["zero", "uniform"]
 
+Checkpointing = Literal["none", "selective", "full"]
+
 
 class MaskingSettings(Section):
     """Views per image and what each of them shows."""
@@ -89,8 +91,11 @@ class ModelSettings(Section):
         "average), a file or folder of MAE, timm or transformers, timm:NAME from timm's cache; null: the seed alone "
         "(docs/weights.md)",
     )
-    checkpointing: bool = Field(
-        False, description="recompute each block's activations in backward: less memory, a third more compute"
+    checkpointing: Checkpointing = setting(
+        "none",
+        resume="rounding",
+        description="what is recomputed in backward for less memory; selective: norms and activations of each block, "
+        "while products and attention are kept; full: each block, a third more compute",
     )
 
     @model_validator(mode="before")

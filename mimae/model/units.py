@@ -15,6 +15,9 @@ class Model(nn.Module):
     evaluations: ClassVar[tuple[str, ...]] = ()
     """Names of its other forwards, which evaluation calls."""
 
+    compiled_budget: float = 1.0
+    """Share of the activations of a compiled unit that are kept for backward; torch recomputes the others."""
+
     @abstractmethod
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks in the order in which they compute. Each is compiled, and spread over ranks, by itself."""

@@ -36,8 +36,8 @@ def advise(recipe: Recipe, fleet: Fleet, count: Parameters) -> tuple[Row | None,
 def _variants(recipe: Recipe, fleet: Fleet) -> list[tuple[Recipe, list[str]]]:
     """Return the recipe and variants of it that need less memory, each with its overrides."""
     found: list[tuple[Recipe, list[str]]] = [(recipe, [])]
-    if not recipe.model.checkpointing:
-        found.append((_with(recipe, "model", checkpointing=True), ["model.checkpointing=true"]))
+    if recipe.model.checkpointing != "full":
+        found.append((_with(recipe, "model", checkpointing="full"), ["model.checkpointing=full"]))
     smallest, changes = found[-1]
     images = recipe.schedule.batch_size // fleet.gpus
     # InfoNCE and CLUB compare the images of a micro-batch, so all GPUs together need at least two.

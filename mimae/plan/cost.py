@@ -79,8 +79,8 @@ def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
     if peak is None:
         raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
     forward = step_flops(recipe) / 3 / (fleet.gpus * peak * fleet.share)
-    # Recomputation costs one more forward.
-    backward = (3 if recipe.model.checkpointing else 2) * forward
+    # Full recomputation costs one more forward.
+    backward = (3 if recipe.model.checkpointing == "full" else 2) * forward
     images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)
     needed = memory(recipe, layout, images, count=count)
     sent = traffic(recipe, layout, fleet.gpu, fleet.per_node, count)

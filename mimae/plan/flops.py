@@ -118,4 +118,4 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 def _counted(model: ModelSettings) -> ModelSettings:
     """Return the settings without those that do not change a product."""
-    return model.model_copy(update={"attention": "sdpa", "checkpointing": False})
+    return model.model_copy(update={"attention": "sdpa", "checkpointing": "none"})

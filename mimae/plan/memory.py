@@ -61,6 +61,8 @@ class Stage(NamedTuple):
     """Bytes in addition to the kept ones, at the peak of its backward, or of its forward if that is more."""
     parameters: int = 0
     """Number of parameters of its block, which `fsdp` gathers for it."""
+    products: float = 0.0
+    """Bytes of what is kept that are results of products and attention."""
 
 
 class Memory(NamedTuple):
@@ -220,17 +222,21 @@ def _block(
     # At the start of the MLP's backward: the gradients of the block's output (cast), of GELU's output and of a weight.
     work = S * answered * (FP32 * D + (e * D if casts else 0) + e * mlp) + (FP32 + casts) * D * mlp
     kept = S * (seen * of_seen + answered * of_answered) + casts * matrices
-    return Stage(kept, work, matrices + 9 * D + mlp)
+    # Results of the products but for the MLP's second, and of attention: what `selective` keeps beside the input.
+    products = S * (seen * 2 * e * D + answered * (3 * e * D + 4 * heads + e * mlp))
+    return Stage(kept, work, matrices + 9 * D + mlp, products)
 
 
 def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
-    """Return a block's stage with its input of `numbers` numbers.
+    """Return a block's stage with its input of so many numbers.
 
-    With checkpointing only the input is kept, and the rest is recomputed in backward.
+    With checkpointing only the input is kept, or with `selective` the results of products too; the rest is recomputed
+    in backward.
     """
-    if recipe.model.checkpointing:
-        return block._replace(kept=inputs * FP32, work=block.kept + block.work)
-    return block._replace(kept=inputs * FP32 + block.kept)
+    if recipe.model.checkpointing == "none":
+        return block._replace(kept=inputs * FP32 + block.kept)
+    products = block.products if recipe.model.checkpointing == "selective" else 0.0
+    return block._replace(kept=inputs * FP32 + products, work=block.kept - products + block.work)
 
 
 def _objective(recipe: Recipe, batch: MicroBatch) -> tuple[Stage, Stage]:

@@ -127,7 +127,7 @@ def report(recipe: Recipe, fleet: Fleet, name: str, path: Path) -> str:
     lines, terms = [], "; ".join(term.replace("\n", " ") for term in TERMS)
     for kind, engines in found.items():
         if not engines[engine]:
-            raise UserError(f"{kind}: {engine} fits on no number of GPUs; model.checkpointing=true needs less memory")
+            raise UserError(f"{kind}: {engine} fits on no number of GPUs; model.checkpointing=full needs less memory")
         lines += [kind, f"  {'':<23}{'GPUs':>6}{'images/s':>10}{'of ideal':>10}{'ms a step':>13}: {terms}"]
         lines += [_line(each, point) for each, line in engines.items() for point in line]
     _draw(found, engine, fleet, f"{name}: {count.total / 1e6:,.0f} M parameters on {fleet.gpu.name}", path)

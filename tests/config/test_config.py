@@ -573,3 +573,20 @@ def test_every_key_has_a_meaning_and_a_legal_range_in_words() -> None:
     assert len(rows) == len(keys())
     assert all(cell.strip() for row in rows for cell in row.replace("\\|", "/").strip("|").split("|"))
     assert "None" not in "".join(rows)
+
+
+@pytest.mark.parametrize(("old", "now"), [("true", "full"), ("false", "none")])
+def test_an_old_value_of_checkpointing_is_read_and_told(
+    old: str, now: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mode that is given by its present name is not told."""
+    file = tmp_path / f"{old}.yaml"
+    file.write_text(f"model: {{checkpointing: {old}}}\n")
+    assert load_recipe(file).recipe.model.checkpointing == now
+    said = capsys.readouterr().err
+    told = f"model.checkpointing={old} ({file}:1) has other values by now: it is read as model.checkpointing={now}"
+    assert told in said
+    assert load_recipe(file, ["model.checkpointing=selective"]).recipe.model.checkpointing == "selective"
+    assert "selective" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="none, selective or full"):
+        load_recipe(file, ["model.checkpointing=half"])

@@ -189,8 +189,8 @@ SLOW_KINDS = {
     "fsdp, offload": ["engine.kind=fsdp", "engine.offload=cpu"],
     "zero1, offload": ["engine.kind=zero1", "engine.offload=cpu"],
     "zero3, offload": ["engine.kind=zero3", "engine.offload=cpu"],
-    "fsdp, checkpointing": ["engine.kind=fsdp", "model.checkpointing=true"],
-    "zero3, checkpointing": ["engine.kind=zero3", "model.checkpointing=true"],
+    "fsdp, checkpointing": ["engine.kind=fsdp", "model.checkpointing=full"],
+    "zero3, checkpointing": ["engine.kind=zero3", "model.checkpointing=full"],
 }
 FOUR_RANKS = {"fsdp, replicas": ["engine.kind=fsdp", "engine.replicas=2"], "zero3": ["engine.kind=zero3"]}
 

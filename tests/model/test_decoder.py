@@ -13,6 +13,7 @@ from mimae.engines.base import compile_units
 from mimae.model import blocks, decoder
 from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
+from mimae.model.settings import Checkpointing
 from tests.rounding import DRAWS, excess, nudge
 
 DECODERS = [
@@ -61,19 +62,23 @@ def test_the_last_block_answers_for_the_targets_as_if_for_all(
     sliced = gradients(model, batch)
     seen: list[int] = []
 
-    def whole(layers: nn.ModuleList, tokens: Tensor, recompute: bool, first: int) -> Tensor:
+    def whole(layers: nn.ModuleList, tokens: Tensor, checkpointing: Checkpointing, first: int) -> Tensor:
         seen.append(first)
-        return blocks.run_blocks(layers, tokens, recompute)[:, :, first:]
+        return blocks.run_blocks(layers, tokens, checkpointing)[:, :, first:]
 
     monkeypatch.setattr(decoder, "run_blocks", whole)
     assert worst(sliced, gradients(model, batch)) < 1e-12
     assert seen == [batch[1].shape[2] + 1], "the decoder did not ask for the targets alone"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
 @pytest.mark.parametrize("settings", DECODERS)
-def test_recomputed_activations_are_the_same(settings: dict[str, Any]) -> None:
+def test_recomputed_activations_are_the_same(
+    settings: dict[str, Any], checkpointing: Checkpointing, attention: str
+) -> None:
     kept, batch = make(settings)
-    recomputing, _ = make(settings, checkpointing=True)
+    recomputing, _ = make(settings, checkpointing=checkpointing, attention=attention)
     assert worst(gradients(recomputing, batch), gradients(kept, batch)) < 1e-12
 
 

@@ -33,8 +33,16 @@ from tests.rank_processes import run_ranks
 EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
 
 
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and not each.is_meta]
+
+
 def saved_bytes(recipe: Recipe) -> int:
-    """Return the bytes that autograd keeps for a forward, each storage once, without parameters, buffers and inputs."""
+    """Return the bytes that autograd keeps for a forward, each storage once, without parameters, buffers and inputs.
+
+    What torch's selective checkpointing keeps are tensors that Python sees.
+    """
     model, images_count = build(recipe), recipe.schedule.batch_size
     images = torch.zeros(images_count, *recipe.data.size_hw, 3, dtype=torch.uint8)
     visible, targets = views(recipe, 0, 0, torch.arange(images_count))
@@ -48,9 +56,14 @@ def saved_bytes(recipe: Recipe) -> int:
         return tensor
 
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False)
+    before = {t.untyped_storage().data_ptr() for t in _tensors()}
     with saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
         loss = model(images, visible, targets).loss
     assert loss.requires_grad
+    if recipe.model.checkpointing == "selective":
+        for tensor in _tensors():
+            if (storage := tensor.untyped_storage()).data_ptr() not in before:
+                kept[storage.data_ptr()] = storage
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -61,7 +74,9 @@ def saved_bytes(recipe: Recipe) -> int:
         pytest.param([], id="self"),
         pytest.param(["decoder.attention=cross", "objective.max_mi=0"], id="cross"),
         pytest.param(["decoder.predict=next_view", "objective.projector=mlp", "model.mlp_width=80"], id="next view"),
-        pytest.param(["model.checkpointing=true"], id="checkpointing"),
+        pytest.param(["model.checkpointing=full"], id="checkpointing"),
+        pytest.param(["model.checkpointing=selective"], id="selective"),
+        pytest.param(["model.checkpointing=selective", "decoder.attention=cross"], id="selective, cross"),
         pytest.param(EVERY_TERM, id="every term"),
     ],
 )
@@ -211,7 +226,7 @@ def test_advice_takes_the_simplest_that_is_as_fast_and_fits() -> None:
     assert "engine.kind=fsdp" in take("vit_6b14", fleet) and "ddp needs" in take("vit_6b14", fleet)
     small = fleet._replace(gpu=find_gpu("a10"), gpus=8)
     said = take("vit_large_400ep", small)
-    assert "model.checkpointing=true" in said and "schedule.accumulate" not in said
+    assert "model.checkpointing=full" in said and "schedule.accumulate" not in said
     # One GPU holds 6 B parameters on the host, and a block at a time.
     assert "engine.offload=cpu schedule.accumulate=16," in take("vit_6b14", small._replace(gpus=1, per_node=1))
     tiny = fleet.gpu._replace(memory=2)
@@ -246,7 +261,7 @@ def test_every_gpu_has_a_peak() -> None:
 
 MEASURED = {
     "plain": ["schedule.batch_size=16"],
-    "checkpointing, average": ["schedule.batch_size=24", "model.checkpointing=true", "ema.decay=0.99"],
+    "checkpointing, average": ["schedule.batch_size=24", "model.checkpointing=full", "ema.decay=0.99"],
     "bf16": ["schedule.batch_size=24", "precision=bf16"],
     "fsdp": ["schedule.batch_size=12", "engine.kind=fsdp", "model.width=256"],
 }

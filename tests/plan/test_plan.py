@@ -76,7 +76,7 @@ def test_encoder_and_decoder_are_what_torch_counts(decoder: dict[str, Any]) -> N
     [
         pytest.param("vit_base_400ep", ["masking.num_masks=4"], id="ViT-B, four views"),
         pytest.param("vit_base_400ep", ["decoder.predict=next_view"], id="ViT-B, next view"),
-        pytest.param("vit_base_400ep", ["decoder.attention=cross", "model.checkpointing=true"], id="ViT-B, cross"),
+        pytest.param("vit_base_400ep", ["decoder.attention=cross", "model.checkpointing=full"], id="ViT-B, cross"),
         pytest.param("quickstart", ["objective.projector=mlp", "schedule.accumulate=2"], id="quickstart, projector"),
         pytest.param("vit_huge14", ["schedule.batch_size=4096", "model.attention=flex"], id="ViT-H, large batch"),
     ],
@@ -118,15 +118,18 @@ def test_infonce_is_over_the_micro_batch() -> None:
 
 
 @pytest.mark.parametrize("decoder", [{}, {"predict": "next_view", "attention": "cross"}], ids=["default", "cross"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: bool, decoder: dict[str, Any]) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: str, decoder: dict[str, Any]) -> None:
     no_mi = {"max_mi": 0, "min_mi": 0}
     given = recipe(objective=no_mi, model={"checkpointing": checkpointing}, decoder=decoder)
     executed = counted(given, backward=True)["Global"]
     views, K = given.schedule.batch_size * given.masking.num_masks, 6
     pixels = views * 2 * K * 3 * 8**2 * 48
-    if checkpointing:
+    if checkpointing == "full":
         assert executed > step_flops(given)  # the recomputation that the cost model leaves out
+    elif checkpointing == "selective":
+        # Attention's two products, since it runs as those here; a fused form is not computed again.
+        assert step_flops(given) - pixels < executed < 1.03 * step_flops(given)
     else:
         assert executed == step_flops(given) - pixels
 

@@ -58,7 +58,7 @@ def test_a_step_waits_for_its_data() -> None:
 
 
 def test_a_batch_that_does_not_fit_is_split() -> None:
-    recipe = load_recipe("vit_giant14", ["model.checkpointing=false"]).recipe
+    recipe = load_recipe("vit_giant14", ["model.checkpointing=none"]).recipe
     count = memory.parameters(recipe)
     points = scaling.points(recipe, "fsdp, a replica a node", FLEET, count, None)
     splits = [point.row.recipe.schedule.accumulate for point in points]
@@ -78,5 +78,5 @@ def test_the_picture_is_small_and_the_figures_are_told(tmp_path: Path, capsys: p
     assert (path).stat().st_size < 150_000
     with pytest.raises(UserError, match="drawn for ddp and fsdp"):
         command.plan("vit_giant14", ["engine.kind=zero2", "engine.replicas=1"], scaling=path, **options)
-    with pytest.raises(UserError, match=r"ddp fits on no number of GPUs; model\.checkpointing=true"):
+    with pytest.raises(UserError, match=r"ddp fits on no number of GPUs; model\.checkpointing=full"):
         command.plan("vit_6b14", ["engine.kind=ddp", "engine.replicas=1"], scaling=path, **options)
