@@ -29,7 +29,7 @@ from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
-from mimae.tools.command import convert, doctor, replay, show, status
+from mimae.tools.command import convert, doctor, evaluate, predict, replay, show, status
 from mimae.transfer.command import embed, export, features_map, neighbours, reconstruct
 
 
@@ -54,6 +54,8 @@ app = _group(
     linear=linear,
     detect=detect,
     extend=extend,
+    evaluate=evaluate,
+    predict=predict,
     config=config,
     settings=settings,
     plan=plan,

@@ -134,3 +134,70 @@ def convert(
             f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) continues there, and returns "
             "the buffers in the client state"
         )
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run of a classifier, or one of its checkpoints")],
+    data: Annotated[str | None, typer.Option(help="labelled images [default: the run's data.val_path]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="the measures, with those of each class")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="the confusion matrix")] = None,
+    average: Annotated[bool, typer.Option("--average", help="the moving average of the weights")] = False,
+) -> None:
+    """Measure a trained classifier on labelled images.
+
+    Its accuracy, overall and for each class.
+    """
+    from mimae.outside.files import write_atomically
+    from mimae.telemetry import confusion
+    from mimae.tools.classifier import evaluate as run_evaluation
+    from mimae.tools.classifier import load
+
+    trained = load(run, average)
+    name, found = run_evaluation(trained, data)
+    classes = [trained.classes.name(place) for place in range(len(trained.classes))]
+    measures = {"images": found.images, "top1": found.top1, "loss": found.loss}
+    measures |= {"top5": found.top5} if len(classes) > 5 else {}
+    print(f"step {trained.step:,} of {run} on {found.images:,} images of {name}")
+    print("  ".join(f"{key} {value:.4f}" for key, value in measures.items() if key != "images"))
+    shares = dict(zip(classes, found.per_class(), strict=True))
+    worst = sorted(shares, key=lambda key: 2 if shares[key] is None else shares[key])  # type: ignore[arg-type,return-value]
+    width = max(map(len, worst[:20]))
+    for key in worst[:20]:
+        share = shares[key]
+        print(f"  {key:<{width}}  {'no images' if share is None else f'{share:.4f}'}")
+    if len(worst) > 20:
+        print(f"  ... and {len(worst) - 20} classes with more, which --out lists")
+    if out is not None:
+        report = {"run": str(run), "step": trained.step, "data": name, **measures, "classes": shares}
+        write_atomically(out, json.dumps(report, indent=2) + "\n")
+    if picture is not None:
+        picture.write_bytes(confusion.matrix(found.confusion, classes))
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="a run of a classifier, or one of its checkpoints")],
+    data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path; labels are not read")],
+    out: Annotated[Path, typer.Option(metavar="FILE.csv", help="a line for each image, in order")],
+    top: Annotated[int, typer.Option(help="classes for each image, the most probable first", min=1)] = 1,
+    average: Annotated[bool, typer.Option("--average", help="the moving average of the weights")] = False,
+) -> None:
+    """Write the class of each image of a data set, with its probability."""
+    from mimae.errors import UserError
+    from mimae.tools.classifier import as_csv, heading, load, predictions
+
+    trained = load(run, average)
+    images = unread = 0
+    try:
+        with out.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(as_csv(heading(trained, top)))
+            for row in predictions(trained, data, top):
+                file.write(as_csv(row))
+                images, unread = images + 1, unread + (len(row) == 1)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    print(
+        f"{out}: {images:,} images"
+        + (f", of which {unread:,} cannot be read: their lines have no class" * (unread > 0))
+    )
