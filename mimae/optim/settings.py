@@ -78,8 +78,8 @@ class ScheduleSettings(Section):
     accumulate: int = Field(
         1,
         ge=1,
-        description="micro-batches per optimizer step; MI terms see one of them, and a run without such terms may "
-        "change it when it is resumed",
+        description="micro-batches per optimizer step; MI terms see one of them, and pretraining without such "
+        "terms may change it when it is resumed",
     )
 
     @model_validator(mode="after")

@@ -63,9 +63,10 @@ def check_config(recipe: RunRecipe, run: Path) -> dict[str, Any]:
 
 
 def _splits_matter(recipe: RunRecipe) -> bool:
-    """Return whether the loss depends on how a batch is split into micro-batches: a term compares its images."""
+    """Return whether the loss depends on how a batch is split into micro-batches: a term compares its images, or
+    a loss of another task is a mean over what the images of a micro-batch hold, as over objects."""
     objective = getattr(recipe, "objective", None)
-    return objective is not None and any("images" in term.compares for term in active(objective))
+    return objective is None or any("images" in term.compares for term in active(objective))
 
 
 def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
