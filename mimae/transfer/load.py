@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import Recipe, RunRecipe
 from mimae.data.settings import DataSettings
 from mimae.errors import CheckpointError
 from mimae.model.encoder import Encoder
@@ -38,6 +38,7 @@ class Loaded(NamedTuple):
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:
     """Return the encoder of a run (its newest whole checkpoint), of one checkpoint, or of an export, in eval mode.
 
+    The run may be of any task whose model keeps the encoder's norm; a classifier with `fc_norm` has none.
     `average`: the moving average of a run's weights instead of the weights. The state_dict of the encoder loads into
     the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
     """
@@ -51,7 +52,7 @@ def load(path: str | Path, average: bool = False) -> Loaded:
         if average:
             raise CheckpointError(f"{path} is an export, which holds one set of weights: leave out --average")
         return _of_export(path)
-    recipe = load_run(checkpoint.run_of(path))
+    recipe = load_run(checkpoint.run_of(path), (), None, RunRecipe)
     # Its weights go anywhere; the backend that trained them may be another machine's.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
@@ -85,7 +86,7 @@ def load_model(path: str | Path, average: bool = False) -> Trained:
 
 
 def _use(
-    path: Path, recipe: Recipe, average: bool, what: str, fill: Callable[[dict[str, Tensor]], None]
+    path: Path, recipe: RunRecipe, average: bool, what: str, fill: Callable[[dict[str, Tensor]], None]
 ) -> checkpoint.Checkpoint:
     """Give the weights of a checkpoint to `fill`, and return the checkpoint. Raises CheckpointError."""
     if average and recipe.ema.decay is None:

@@ -18,8 +18,11 @@ import torch
 from safetensors import safe_open
 
 from mimae.config.load import load_recipe
+from mimae.config.recipe import ClassifyRecipe
 from mimae.errors import CheckpointError, UserError
 from mimae.model.mimae import build
+from mimae.train.tasks.registry import make_task
+from mimae.train.trainer import train
 from mimae.transfer import export as module
 from mimae.transfer.export import TARGETS, export
 from mimae.transfer.load import load_encoder
@@ -131,6 +134,21 @@ def test_what_cannot_be_expressed_is_refused_in_words(
     with pytest.raises(UserError, match=said):
         export(run, to, tmp_path / "out", options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_encoder_comes_out_of_runs_of_other_tasks_too(run: Path, images: Path, tmp_path: Path) -> None:
+    """Frozen below a classifier it is what it was; where `fc_norm` took the place of its norm, it is refused."""
+    shared = {key: TINY[key] for key in ("precision", "data", "model", "schedule", "telemetry", "checkpoint")}
+    data = {**TINY["data"], "path": str(images), "max_bad_fraction": 1}
+    settings = {**shared, "data": data}
+    for norm in ("batch_norm", "fc_norm"):
+        overrides = [f"run.dir={tmp_path / norm}", f"head.norm={norm}", "run.dry=true"]
+        overrides += ["finetune.freeze=all", f"model.init={run}"] if norm == "batch_norm" else []
+        recipe = load_recipe({"task": "classify", **settings}, overrides, None, ClassifyRecipe).recipe
+        train(make_task(recipe))
+    assert torch.equal(features(tmp_path / "batch_norm", (8, 12)), features(run, (8, 12)))
+    with pytest.raises(CheckpointError, match=r"does not hold the encoder of config.yaml: .*norm.weight"):
+        load_encoder(tmp_path / "fc_norm")
 
 
 @pytest.mark.parametrize("to", ["mae", "transformers"])
