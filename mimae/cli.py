@@ -17,7 +17,7 @@ from mimae import __version__
 from mimae.bench.controls.command import controls
 from mimae.bench.data.command import data as bench_data
 from mimae.bench.gpu.command import gpu
-from mimae.bench.harness.command import drill, fuzz, soak
+from mimae.bench.harness.command import drill, flat, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
 from mimae.bench.step.command import engines, step
 from mimae.config.command import config, settings
@@ -86,6 +86,7 @@ app.add_typer(
         data=bench_data,
         engines=engines,
         soak=soak,
+        flat=flat,
         fuzz=fuzz,
         controls=controls,
     ),

@@ -1,4 +1,4 @@
-"""The arguments of `mimae drill`, `mimae bench soak` and `mimae bench fuzz`."""
+"""The arguments of `mimae drill`, `mimae bench soak`, `flat` and `fuzz`."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def fuzz(
         list[Path] | None, typer.Option(help="a kept input to try, before any kinds that are named; repeatable")
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for the inputs that are finds")] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write, or to add these kinds to")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="the file to write, or to go on with: it holds the counts so far")
+    ] = None,
 ) -> None:
     """Use damaged inputs of every kind, each in a separate child process.
 
@@ -135,7 +137,7 @@ def fuzz(
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # Before torch is imported: children are forked.
 
-    from mimae.bench.harness.fuzz.fuzz import KINDS, fuzz, merged, repeat
+    from mimae.bench.harness.fuzz.fuzz import KINDS, SLICE, add, fuzz, merged, read, repeat
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.text import say
@@ -149,13 +151,43 @@ def fuzz(
         kind, outcome = repeat(file)
         say(f"{file.name}: {kind}, {outcome.verdict}{f': {outcome.said}' if outcome.said else ''}")
         others += outcome.is_find
-    found = {}
     for kind in kinds or (() if case else KINDS):
-        found[kind] = fuzz(kind, seed, first, count, keep, say)
-        line = {key: value for key, value in found[kind].items() if key not in ("seed", "first", "finds")}
-        say(f"{kind:<12}" + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in line.items()))
-        others += found[kind]["others"]
-        if out is not None:
-            write_atomically(out, merged(out, found))
+        found = read(out, kind, seed, first)
+        for start_of_slice in range(first, first + count, SLICE):
+            found = add(found, fuzz(kind, seed, start_of_slice, min(SLICE, first + count - start_of_slice), keep, say))
+            if out is not None:
+                write_atomically(out, merged(out, kind, found))
+        say(
+            f"{kind:<12}"
+            + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items() if key != "finds")
+        )
+        others += found["others"]
     if others:
+        raise typer.Exit(1)
+
+
+def flat(
+    steps: Annotated[int, typer.Option(help="optimizer steps", min=400)] = 5000,
+    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+) -> None:
+    """Train thousands of tiny steps, and watch the process.
+
+    Exits with 1 where memory, file descriptors or threads grow, or the records by more and more bytes a step.
+    """
+    import tempfile
+
+    import torch
+
+    from mimae.bench.harness.flat import flat
+    from mimae.bench.machine import describe
+    from mimae.outside.files import write_atomically
+
+    with tempfile.TemporaryDirectory(prefix="mimae-flat-") as folder:
+        found = flat(steps, Path(folder))
+    for name, quarters in found.items():
+        if isinstance(quarters, list) and name not in ("seen", "columns"):
+            print(f"{name.replace('_', ' ')} by quarters of the steps: {', '.join(f'{each:g}' for each in quarters)}")
+    if out is not None:
+        write_atomically(out, json.dumps({"bench": "flat", **describe(torch.device("cpu")), **found}) + "\n")
+    if not found["flat"]:
         raise typer.Exit(1)

@@ -12,8 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from mimae.bench.harness.mounts import read_only, small_disk
-from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Start, Trial
-from mimae.errors import EXIT_MISTAKE, EXIT_SAVED
+from mimae.bench.harness.surroundings import (
+    clock_set_back,
+    close_stdout,
+    fill_shared_memory,
+    fill_the_log,
+    hang_up_ignored,
+    kill_a_worker,
+    kill_the_launcher,
+    rename_the_run,
+)
+from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Trial, at_its_step, half_written, saved
+from mimae.errors import EXIT_MISTAKE
 
 DISK = 2**21
 """Bytes of a small disk, with room for more than three checkpoints."""
@@ -21,7 +31,7 @@ DISK = 2**21
 
 def kill_a_rank(trial: Trial) -> None:
     """SIGKILL of one rank; the launcher restarts all ranks by itself."""
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     pid = trial.pid(trial.rank)
     os.kill(pid, signal.SIGKILL)
     trial.prove(start.end() == 0, "ended with 0")
@@ -30,7 +40,7 @@ def kill_a_rank(trial: Trial) -> None:
 
 def kill_a_rank_for_good(trial: Trial) -> None:
     """SIGKILL of one rank when the launcher has no restarts: it names the rank and the signal."""
-    start = _at_its_step(trial, restarts=0)
+    start = at_its_step(trial, restarts=0)
     os.kill(trial.pid(trial.rank), signal.SIGKILL)
     trial.prove(start.end() == 1, "exit code 1")
     told = f"rank {trial.rank} was ended by SIGKILL"
@@ -39,7 +49,7 @@ def kill_a_rank_for_good(trial: Trial) -> None:
 
 def kill_all(trial: Trial) -> None:
     """SIGKILL of the launcher and of every rank, as in a machine failure."""
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     start.kill()
     trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
 
@@ -49,30 +59,44 @@ def kill_in_save(trial: Trial) -> None:
     start = trial.start("slow_save")
     trial.reach(start)
     trial.keep_in_mind()
-    start.wait_for(lambda: bool(_half_written(trial)), "a save")
+    start.wait_for(lambda: bool(half_written(trial)), "a save")
     time.sleep(trial.draw.uniform(0, 1.0))
     start.kill()
-    torn = _half_written(trial)
+    torn = half_written(trial)
     trial.prove(bool(torn), f"SIGKILL left {', '.join(path.name for path in torn)}")
+
+
+def kill_a_rank_in_save(trial: Trial) -> None:
+    """SIGKILL of one rank while a checkpoint is half written; the launcher starts all of them again by itself."""
+    start = trial.start("slow_save")
+    trial.reach(start)
+    trial.keep_in_mind()
+    start.wait_for(lambda: bool(half_written(trial)), "a save")
+    time.sleep(trial.draw.uniform(0, 1.0))
+    os.kill(trial.pid(trial.rank), signal.SIGKILL)
+    torn = half_written(trial)
+    trial.prove(bool(torn), f"rank {trial.rank} lost beside {', '.join(path.name for path in torn)}")
+    trial.prove(start.end() == 0, "ended with 0")
+    trial.prove("start 2, after a rank was lost" in start.output, "start 2 by itself")
 
 
 def signal_a_rank(trial: Trial, number: signal.Signals) -> None:
     """A signal to one rank: all ranks save and end."""
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     os.kill(trial.pid(trial.rank), number)
-    _saved(trial, start)
+    saved(trial, start)
 
 
 def signal_the_launcher(trial: Trial) -> None:
     """SIGTERM to the launcher, which forwards it."""
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     start.process.terminate()
-    _saved(trial, start)
+    saved(trial, start)
 
 
 def stop_a_rank(trial: Trial) -> None:
     """SIGSTOP of one rank: the watchdog ends the others, which wait for it, and the launcher kills the stopped rank."""
-    start = _at_its_step(trial, "run.first_step_timeout=90", "run.step_timeout=20")
+    start = at_its_step(trial, "run.first_step_timeout=90", "run.step_timeout=20")
     os.kill(trial.pid(trial.rank), signal.SIGSTOP)
     trial.prove(start.end() == 0, "ended with 0")
     told = f"rank {trial.rank} left no stack: stopped (T)"
@@ -94,7 +118,7 @@ def fill_the_disk(trial: Trial) -> None:
     trial.step = max(trial.step, EVERY + 1)
     folder = trial.run / "checkpoints"
     with small_disk(folder, DISK):
-        start = _at_its_step(trial)
+        start = at_its_step(trial)
         start.wait_for(lambda: bool(trial.checkpoints()), "a checkpoint")
         before = trial.checkpoints()[-1]
         left = trial.draw.randrange(sum(path.stat().st_size for path in before.iterdir()) // 2)
@@ -117,7 +141,7 @@ def fill_the_disk(trial: Trial) -> None:
 
 def read_only_run(trial: Trial) -> None:
     """A run directory that becomes read-only, and later writable again: the run continues throughout."""
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     before = trial.checkpoints()
     with read_only(trial.run):
         start.wait_for(lambda: "could not be written" in start.output, "a save that fails")
@@ -161,7 +185,7 @@ def bad_data(trial: Trial) -> None:
         path.write_bytes(b"<html>404 Not Found</html>")
     trial.images = trial.folder / "images"
     trial.images.symlink_to(sound)
-    start = _at_its_step(trial)
+    start = at_its_step(trial)
     _point(trial.images, damaged)
     trial.prove(start.end() == EXIT_MISTAKE, f"exit code {EXIT_MISTAKE}")
     trial.prove("samples cannot be read, more than data.max_bad_fraction" in start.output, "unreadable samples listed")
@@ -193,8 +217,18 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "SIGKILL of a rank, no restart": kill_a_rank_for_good,
     "SIGKILL of all": kill_all,
     "SIGKILL in a save": kill_in_save,
+    "SIGKILL of a rank in a save": kill_a_rank_in_save,
+    "SIGKILL of the launcher": kill_the_launcher,
+    "SIGKILL of a loader worker": kill_a_worker,
     "SIGTERM to a rank": lambda trial: signal_a_rank(trial, signal.SIGTERM),
     "SIGUSR1 to a rank": lambda trial: signal_a_rank(trial, signal.SIGUSR1),
+    "SIGHUP to a rank": lambda trial: signal_a_rank(trial, signal.SIGHUP),
+    "SIGHUP under nohup": hang_up_ignored,
+    "closed stdout": close_stdout,
+    "full disk of the log": fill_the_log,
+    "full shared memory": fill_shared_memory,
+    "run directory renamed": rename_the_run,
+    "clock set back": clock_set_back,
     "SIGTERM to the launcher": signal_the_launcher,
     "torn checkpoint": tear,
     "altered checkpoint": alter,
@@ -209,7 +243,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
 }
 """Faults by name in the table."""
 
-MOUNTED = ("full disk", "read-only run")
+MOUNTED = ("full disk", "read-only run", "full disk of the log", "full shared memory")
 """Faults that need mounts."""
 
 COPIED = ("drift of a replica",)
@@ -217,24 +251,6 @@ COPIED = ("drift of a replica",)
 
 RESHAPED = "other number of ranks"
 """Fault after which weights are equal only within the tolerance."""
-
-
-def _at_its_step(trial: Trial, *overrides: str, restarts: int = 3) -> Start:
-    """Return a run that has reached its step and continues slowly."""
-    start = trial.start("pace", *overrides, restarts=restarts)
-    trial.reach(start)
-    trial.keep_in_mind()
-    return start
-
-
-def _saved(trial: Trial, start: Start) -> None:
-    trial.prove(start.end() == EXIT_SAVED, f"exit code {EXIT_SAVED}")
-    trial.prove("on a signal; the same command goes on" in start.output, "saved on a signal")
-    trial.keep_in_mind()
-
-
-def _half_written(trial: Trial) -> list[Path]:
-    return list((trial.run / "checkpoints").glob(".step-*.tmp"))
 
 
 def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:

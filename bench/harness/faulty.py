@@ -11,6 +11,7 @@ import os
 import runpy
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from mimae.launch import processes, rank
 
 PACE = 0.3
 """Shortest time in seconds of a step from the fault on, so that the drill can act from outside."""
+
+DAY = 86_400
+"""Seconds by which a clock is set back."""
 
 SYNC = 0.4
 """Seconds that each file of a slow save takes."""
@@ -62,7 +66,29 @@ def drift(run: Any, folder: Path, first: bool) -> None:
         print(f"fault: a weight of rank {distributed.rank()} changed before step {run.step + 1}", flush=True)
 
 
-KINDS: dict[str, Callable[[Any, Path, bool], None]] = {"pace": pace, "slow_save": slow_save, "nan": nan, "drift": drift}
+def clock(run: Any, folder: Path, first: bool) -> None:
+    """Set the time of day of every rank back by a day, for all Python code of it."""
+    if first:
+        from mimae.telemetry import events
+
+        class Yesterday(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> Any:
+                return datetime.now(tz) - timedelta(seconds=DAY)
+
+        now, now_ns = time.time, time.time_ns
+        vars(time).update(time=lambda: now() - DAY, time_ns=lambda: now_ns() - DAY * 10**9)
+        vars(events)["datetime"] = Yesterday
+    pace(run, folder, first)
+
+
+KINDS: dict[str, Callable[[Any, Path, bool], None]] = {
+    "pace": pace,
+    "slow_save": slow_save,
+    "nan": nan,
+    "drift": drift,
+    "clock": clock,
+}
 FAULT = json.loads(os.environ.get("MIMAE_FAULT", "null"))
 
 

@@ -6,15 +6,18 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mimae.checkpoints import checkpoint
+from mimae.errors import EXIT_SAVED
 
 STEPS = 18
 """Number of optimizer steps of a run, 4 in each epoch."""
@@ -51,16 +54,45 @@ class NotSeen(Exception):
 class Start:
     """One call of `mimae pretrain`, in a separate session."""
 
-    def __init__(self, command: list[str], output: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], output: Path, environment: dict[str, str], reader: bool = False, errors: bool = False
+    ) -> None:
+        """`reader`: stdout is a pipe, which `hang_up` closes. `errors`: stderr is a file of its own beside `output`."""
         self.file, self.is_dead = output, False
-        with output.open("w") as stream:
+        reading, writing = os.pipe() if reader else (None, None)
+        with output.open("ab") as stream, output.with_suffix(".err").open("ab") as other:
             self.process = subprocess.Popen(
                 command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
+                stdout=stream if writing is None else writing,
+                stderr=other if reader or errors else subprocess.STDOUT,
                 start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             )
+        self._hung_up = threading.Event()
+        if reading is not None and writing is not None:
+            os.close(writing)
+            self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
+            self._reader.start()
+
+    def _read(self, reading: int) -> None:
+        """Copy what is said into the file, until `hang_up`."""
+        with self.file.open("ab", buffering=0) as file, os.fdopen(reading, "rb", buffering=0) as pipe:
+            while not self._hung_up.is_set():
+                if select.select([pipe], [], [], 0.02)[0]:
+                    piece = pipe.read(1 << 16)
+                    if not piece:
+                        return
+                    file.write(piece)
+
+    def hang_up(self) -> None:
+        """Close the reading end of its stdout, as `head` does."""
+        self._hung_up.set()
+        self._reader.join()
+
+    @property
+    def errors(self) -> str:
+        """What it said on stderr, where that is a file of its own."""
+        return self.file.with_suffix(".err").read_text(errors="replace")
 
     @property
     def output(self) -> str:
@@ -110,21 +142,35 @@ class Trial:
         self.expected: list[tuple[int, int]] = []
         """Pairs of the number of output characters of the starts, and the step of the newest whole checkpoint then."""
 
-    def start(self, fault: str | None = None, *overrides: str, ranks: int | None = None, restarts: int = 3) -> Start:
-        """Call `mimae pretrain`, always with the same recipe and directory; the first call has the fault."""
+    def start(
+        self,
+        fault: str | None = None,
+        *overrides: str,
+        ranks: int | None = None,
+        restarts: int = 3,
+        prefix: Sequence[str] = (),
+        log: Path | None = None,
+        reader: bool = False,
+    ) -> Start:
+        """Call `mimae pretrain`, always on the same recipe and directory; at first with a fault.
+
+        `prefix`: a command that runs it. `log`: the file of its stdout. `reader`: see Start.
+        """
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
         module, environment = "mimae", {}
         if fault is not None:
             told = {"kind": fault, "step": self.step, "rank": self.rank, "folder": str(self.folder)}
             module, environment = "mimae.bench.harness.faulty", {"MIMAE_FAULT": json.dumps(told)}
-        command = [sys.executable, "-m", module, "pretrain", str(recipe), f"run.dir={self.run}", *self.overrides]
+        command = [*prefix, sys.executable, "-m", module, "pretrain", str(recipe), f"run.dir={self.run}"]
+        command += self.overrides
         command += overrides
         command += ["--ranks", str(ranks or self.ranks), "--restarts", str(restarts)]
         with self.lock:
             if self.is_closed:
                 raise NotSeen("the drill was ended")
-            self.starts.append(Start(command, self.folder / f"output-{len(self.starts) + 1}.txt", environment))
+            output = log or self.folder / f"output-{len(self.starts) + 1}.txt"
+            self.starts.append(Start(command, output, environment, reader, log is not None))
             return self.starts[-1]
 
     def reach(self, start: Start) -> None:
@@ -135,6 +181,12 @@ class Trial:
     def steps_done(self) -> int:
         metrics = self.run / "metrics.jsonl"
         return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Return the events of a kind, over all starts of the run."""
+        file = self.run / "events.jsonl"
+        found = map(json.loads, file.read_bytes().splitlines()) if file.exists() else ()
+        return [event for event in found if event["kind"] == kind]
 
     def pid(self, rank: int) -> int:
         return int((self.folder / f"rank-{rank}").read_text())
@@ -192,6 +244,26 @@ class Trial:
                     return 1
                 said += len(output)
         return 0
+
+
+def at_its_step(trial: Trial, *overrides: str, **how: Any) -> Start:
+    """Return a start that has reached its step, and goes on slowly."""
+    start = trial.start("pace", *overrides, **how)
+    trial.reach(start)
+    trial.keep_in_mind()
+    return start
+
+
+def saved(trial: Trial, start: Start) -> None:
+    """Prove that a start saved on a signal, and ended."""
+    trial.prove(start.end() == EXIT_SAVED, f"exit code {EXIT_SAVED}")
+    trial.prove("on a signal; the same command goes on" in start.output, "saved on a signal")
+    trial.keep_in_mind()
+
+
+def half_written(trial: Trial) -> list[Path]:
+    """Return the checkpoints that are being written."""
+    return list((trial.run / "checkpoints").glob(".step-*.tmp"))
 
 
 def _begun(output: str) -> list[str]:

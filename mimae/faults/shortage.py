@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import re
 import resource
@@ -34,6 +35,8 @@ HISTORY = 50_000
 LISTED = 100
 """Number of tensors in the snapshot of a CPU's memory: the largest ones."""
 
+_RESERVE = 32 << 20
+
 _WORDS = re.compile(r"can't allocate memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|out of memory", re.IGNORECASE)
 
 
@@ -47,11 +50,15 @@ def explained(recipe: RunRecipe, device: torch.device, watchdog: Watchdog) -> It
     if device.type == "cuda":
         # Without a history, a snapshot shows the memory in use without the stacks that allocated it.
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
+    # Address space that is never touched, and given back for the words and the snapshot: the allocation that failed may
+    # have been a small one, with nothing left below the limit.
+    reserve = mmap.mmap(-1, _RESERVE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_shortage(error):
             raise
+        reserve.close()
         phase = "".join(f"{note.removeprefix(IN_PHASE)} of " for note in getattr(error, "__notes__", ())[:1])
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         lines = [
@@ -160,7 +167,7 @@ def _snapshot(run: Path, device: torch.device) -> str:
         Folder(run).replace(f"{name}.json", json.dumps(_tensors(), indent=1))
         return f"the largest tensors are listed in {file}"
     except (OSError, MemoryError) as error:
-        return f"no snapshot was written: {error}"
+        return f"no snapshot was written: {str(error) or 'no memory is left for it'}"
 
 
 def _tensors() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_allocation_that_fails_is_told_with_advice_and_a_snapshot(images: Path, tmp_path: Path) -> None:
     """A real run, whose activations are more than the process may have."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, images, tmp_path / "run"], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", LIMITED, images, tmp_path / "run"], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     first, snapshot, *advice = done.stdout.strip().splitlines()[-7:]

@@ -42,7 +42,7 @@ def jpeg(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
             )
         elif chance < 0.6:
             scans = [each for each in segments if each[0][1] == 0xDA]
-            segments[-1:-1] = scans * draw.choice((1, 10, 2000))
+            segments[-1:-1] = scans[:1] * draw.choice((1, 10, 2000))
         else:
             fits = draw.random() < 0.7
             content = damaged(draw, content[2:], others)

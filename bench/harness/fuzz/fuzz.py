@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import random
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +32,10 @@ KINDS = {
 process has imported makes the forks of its children slow, torch above all."""
 
 
+SLICE = 100
+"""Inputs of a kind after which the counts so far are written."""
+
+
 def kind_of(name: str) -> Kind:
     """Return a kind by its name."""
     found: Kind = vars(import_module(f"{__package__}.{KINDS[name]}"))[name.upper()]
@@ -55,13 +58,14 @@ def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: C
     Each find is reported with the command that repeats it, and its input is written into `kept`.
     """
     _warm(kind)
-    began, verdicts = time.monotonic(), Counter[str]()
-    seconds = mib = 0.0
+    verdicts = Counter[str]()
+    seconds = mib = total = 0.0
     finds = []
     for number in range(first, first + count):
         outcome = try_case(kind, partial(draw_case, kind, seed, number))
         verdicts[outcome.verdict] += 1
         seconds, mib = max(seconds, outcome.seconds), max(mib, outcome.mib)
+        total += outcome.seconds
         if outcome.is_find:
             command = f"mimae bench fuzz {kind} --seed {seed} --first {number} --count 1"
             say(f"{kind} {number}: {outcome.verdict}: {outcome.said}\nrepeat: {command}")
@@ -80,7 +84,7 @@ def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: C
         "others": sum(verdicts.values()),
         "cpu_seconds_at_most": round(seconds, 2),
         "mib_at_most": round(mib),
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "cpu_minutes": round(total / 60, 2),
         "finds": finds,
     }
 
@@ -99,13 +103,30 @@ def _warm(kind: str) -> None:
     gc.freeze()  # so that children need no copies of pages for the collector's marks
 
 
-def merged(file: Path, found: Mapping[str, Any]) -> str:
-    """Return the results of `found` beside those of other kinds that a file of results holds, as JSON."""
+def read(file: Path | None, kind: str, seed: int, first: int) -> dict[str, Any]:
+    """Return the result of a kind in a file of results, where inputs from number `first` on go on with it; else {}."""
+    kinds = json.loads(file.read_text())["kinds"] if file is not None and file.exists() else {}
+    found: dict[str, Any] = kinds.get(kind, {})
+    return found if found and (found["seed"], found["first"] + found["tried"]) == (seed, first) else {}
+
+
+def add(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of two runs, of which the second goes on with the first."""
+    if not before:
+        return found
+    summed = {key: before[key] + found[key] for key in ("tried", "used", "refused", "others", "finds")}
+    largest = {key: max(before[key], found[key]) for key in ("cpu_seconds_at_most", "mib_at_most")}
+    return before | summed | largest | {"cpu_minutes": round(before["cpu_minutes"] + found["cpu_minutes"], 2)}
+
+
+def merged(file: Path, kind: str, found: dict[str, Any]) -> str:
+    """Return the result of a kind beside those of other kinds that a file of results holds, as JSON."""
     import torch
 
     from mimae.bench.machine import describe
 
     kinds = json.loads(file.read_text())["kinds"] if file.exists() else {}
-    kinds = {kind: found.get(kind, kinds.get(kind)) for kind in KINDS if kind in {**kinds, **found}}
-    bounds = {"memory_mib": {kind: kind_of(kind).memory >> 20 for kind in kinds}, "cpu_seconds": CPU_SECONDS}
-    return json.dumps({"bench": "fuzz", **describe(torch.device("cpu")), **bounds, "kinds": kinds}, indent=1) + "\n"
+    kinds = {each: (kinds | {kind: found})[each] for each in KINDS if each in {*kinds, kind}}
+    bounds = {"mib": {each: kind_of(each).memory >> 20 for each in kinds}, "cpu_seconds": CPU_SECONDS}
+    described = {"bench": "fuzz", **describe(torch.device("cpu")), "bounds": bounds, "kinds": kinds}
+    return json.dumps(described, indent=1) + "\n"

@@ -137,11 +137,11 @@ def _description(draw: random.Random, content: bytes) -> bytes:
     """Return the description of a checkpoint with another size, place or type in it."""
     try:
         found: Metadata = pickle.loads(content)
+        places = dict(found.storage_data)  # which an earlier change may have made something else
     except Exception:
         return damaged(draw, content)
     name = draw.choice(list(found.state_dict_metadata))
     of = found.state_dict_metadata[name]
-    places = found.storage_data
     place = draw.choice([place for index, place in places.items() if index.fqn == name] or [None])
     number = int.from_bytes(integer(draw, draw.choice((1, 2, 4, 8)), len(content)), "big")
     chance = draw.random()

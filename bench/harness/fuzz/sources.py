@@ -168,7 +168,7 @@ def make_lists(draw: random.Random) -> Case:
                 draw.choice((["path", "label"], [""], ["# a remark"], ["images/9.png"], ['"images/0.png'])),
             )
         elif chance < 0.7:
-            lines *= draw.choice((2, 300))
+            lines *= draw.choice((2, 300 if len(lines) < 100 else 2))
     text = draw.choice(("\n", "\n", "\r\n", "\r")).join(separator.join(line) for line in lines)
     encoding = draw.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"))
     data = text.encode(encoding, "replace" if encoding == "latin-1" else "surrogatepass")

@@ -71,7 +71,7 @@ def _other(draw: random.Random, kind: int, value: Any) -> Any:
     if kind in (_LIST, _SET):
         inner, items = value
         if not items or draw.random() < 0.15:
-            return inner, items * draw.choice((0, 2, 100))
+            return inner, items * draw.choice((0, 2, 100 if len(items) < 100 else 2))
         at = draw.randrange(len(items))
         if draw.random() < 0.1:
             return inner, items[:at] + items[at + 1 :]

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from mimae.bench.harness import drill, faulty
 from mimae.bench.harness.faults import FAULTS
+from mimae.bench.harness.flat import summary
 from mimae.bench.harness.trial import NotSeen, Trial
 from mimae.engines.base import Engine
 from mimae.engines.replicas import DivergenceError
@@ -132,3 +134,12 @@ def test_three_faults_on_three_ranks(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = json.loads(found.read_text())["faults"]
     assert len(rows) == 3 and all(row["seen"] and row["failed"] is None and not row["lost"] for row in rows)
+
+
+def test_what_grows_is_not_flat() -> None:
+    steady = np.array([[step, 500.0, 20, 9, 400 * step, 800 * step] for step in range(0, 1000, 50)])
+    assert summary(steady)["flat"]
+    for column, growth in ((1, 0.02), (2, 0.01), (3, 0.01), (4, 0.4 * steady[:, 0] / 1000)):
+        grown = steady.copy()
+        grown[:, column] += growth * steady[:, 0] * (1 if column < 4 else 400)
+        assert not summary(grown)["flat"], column

@@ -124,7 +124,7 @@ def test_the_corpus_and_some_inputs_of_each_kind() -> None:
     """The corpus holds inputs that once went wrong, and are used or refused since. One command imports once."""
     assert len(CORPUS) > 5
     kinds = [kind for kind in KINDS if kind not in ("steps", "environment")]  # These take seconds.
-    fuzz(*kinds, "--count", "10", "--seed", "7", *(word for file in CORPUS for word in ("--case", file)))
+    fuzz(*kinds, "--count", "6", "--seed", "7", *(word for file in CORPUS for word in ("--case", file)))
 
 
 @pytest.mark.slow
