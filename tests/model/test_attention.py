@@ -190,3 +190,10 @@ def test_cuda_graphs_are_refused_where_blocks_are_recomputed() -> None:
         if key == "model.checkpointing=full"
     ]
     assert reason is not None and "compile=on" in reason
+
+
+def test_selective_checkpointing_is_refused_with_zero3() -> None:
+    for kind, is_refused in (("zero3", True), ("zero2", False), ("fsdp", False)):
+        given = [f"engine.kind={kind}", "model.checkpointing=selective"]
+        reasons = obstacles(load_recipe("quickstart", given).recipe, CPU)
+        assert (reasons["model.checkpointing=selective"] is not None) == is_refused
