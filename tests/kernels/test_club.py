@@ -246,8 +246,8 @@ MUTANTS = Mutants(
         (
             "the last images of a share",
             "sizes",
-            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    """The sums',
-            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    B -= 1\n    """The sums',
+            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    """Compute the sums',
+            'IMAGES: tl.constexpr, DIMENSIONS: tl.constexpr,\n):  # fmt: skip\n    B -= 1\n    """Compute the sums',
         ),
         ("the spread of y", "nothing", "club += (N * spread + gain) * inverse", "club += (N + gain) * inverse"),
         (
