@@ -24,7 +24,7 @@ from mimae.config.command import config, settings
 from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
-from mimae.launch.command import detect, extend, finetune, linear, pretrain, submit
+from mimae.launch.command import detect, extend, finetune, linear, pretrain, segment, submit
 from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
@@ -53,6 +53,7 @@ app = _group(
     finetune=finetune,
     linear=linear,
     detect=detect,
+    segment=segment,
     extend=extend,
     evaluate=evaluate,
     predict=predict,

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     DROP_PATH = 10
     SAMPLER = 11
     SUBSET = 12
+    DROPOUT = 13
 
 
 def words(seed: int, purpose: Purpose, epoch: int, ids: Tensor, count: int, first: int = 0) -> Tensor:

@@ -25,7 +25,7 @@ LAYERS = (
     {"randomness", "ranks"},
     {"distributed"},
     {"model", "objective", "optim", "data", "checkpoints", "engines", "telemetry", "weights"},
-    {"detection"},
+    {"detection", "segmentation"},
     {"faults", "plan", "transfer.load"},
     {"evaluate"},
     {"train"},

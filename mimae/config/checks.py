@@ -183,6 +183,26 @@ def _best_is_measured(resolved: Resolved[Any]) -> Iterator[str]:
     )
 
 
+@_check("segment", "model")
+def _maps_end_with_the_last_block(resolved: Resolved[Any]) -> Iterator[str]:
+    blocks, depth = resolved.recipe.segment.blocks, resolved.recipe.model.depth
+    if blocks is not None and blocks[-1] != depth - 1:
+        yield (
+            f"{_told(resolved, 'segment.blocks')}: the last one has to be the encoder's last block, "
+            f"{depth - 1} ({_told(resolved, 'model.depth')}); blocks after it would learn nothing"
+        )
+
+
+@_check("segment", "data")
+def _windows_are_not_cropped_again(resolved: Resolved[Any]) -> Iterator[str]:
+    scale = resolved.recipe.data.crop_scale
+    if scale not in (None, type(resolved.recipe.data)().crop_scale):
+        yield (
+            f"{_told(resolved, 'data.crop_scale')}: windows of segmentation are cut by "
+            f"{_told(resolved, 'segment.scale')}; legal is null"
+        )
+
+
 def _told(resolved: Resolved[Any], key: str) -> str:
     """`key = value (origin)`."""
     return f"{key} = {text(flat(resolved.recipe)[key])} ({resolved.origins[key]})"

@@ -17,6 +17,7 @@ from mimae.engines.settings import Compile, EngineSettings
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.objective.settings import ObjectiveSettings
 from mimae.optim.settings import EMASettings, OptimizerSettings, ScheduleSettings
+from mimae.segmentation.settings import SegmentSettings
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.train.settings import RunSettings
 from mimae.train.tasks.settings import AugmentSettings, EvaluationSettings, FinetuneSettings, HeadSettings
@@ -90,7 +91,21 @@ class DetectRecipe(TransferRecipe):
     detect: DetectSettings = DetectSettings()
 
 
-RECIPES: dict[str, type[RunRecipe]] = {"pretrain": Recipe, "classify": ClassifyRecipe, "detect": DetectRecipe}
+class SegmentRecipe(TransferRecipe):
+    """The recipe of semantic segmentation."""
+
+    measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"miou": "max", "pixel_accuracy": "max"}
+
+    task: Literal["segment"] = Field("segment", description="what the run learns")
+    segment: SegmentSettings = SegmentSettings()
+
+
+RECIPES: dict[str, type[RunRecipe]] = {
+    "pretrain": Recipe,
+    "classify": ClassifyRecipe,
+    "segment": SegmentRecipe,
+    "detect": DetectRecipe,
+}
 """The class of each task's recipe. A section has the same class in every recipe that has it."""
 
 R = TypeVar("R", bound=RunRecipe)

@@ -74,6 +74,11 @@ linear = _verb(
     _is_linear,
 )
 
+segment = _verb(
+    "segment",
+    "Train a model that finds the class of each pixel, or resume an interrupted run.\n\nUses all GPUs of the machine.",
+)
+
 
 def extend(
     run: Annotated[Path, typer.Argument(help="directory of the run")],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimae import kernels
-from mimae.model.blocks import Block, run_blocks
+from mimae.model.blocks import Block, call, run_blocks
 from mimae.model.geometry import Grid
 from mimae.model.images import Images, batch_of
 from mimae.model.positions import resampled
@@ -147,10 +147,11 @@ class Encoder(nn.Module):
         """-> (B, D): the mean of the patch tokens of whole images, which `tokens` describes."""
         return self.tokens(images)[:, 1:].mean(1)
 
-    def maps(self, images: Images, blocks: Sequence[int]) -> list[Tensor]:
+    def maps(self, images: Images, blocks: Sequence[int], keep: Tensor | None = None) -> list[Tensor]:
         """-> for each of `blocks`, what it gives for the patches, (B, D, rows, columns), before the final norm.
 
-        Blocks count from 0, or from the last one as -1. Images are as in `tokens`. Raises ValueError for other blocks.
+        Blocks count from 0, or from the last one as -1. Images are as in `tokens`, `keep` (B, depth, 2) as in
+        `run_blocks`. Raises ValueError for other blocks.
         """
         depth = len(self.blocks)
         if wrong := [block for block in blocks if not -depth <= block < depth]:
@@ -160,7 +161,8 @@ class Encoder(nn.Module):
         tokens, found = self.embed(batch)[:, 0], dict[int, Tensor]()
         wanted = [block % depth for block in blocks]
         for number, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            tokens = block(tokens)
+            kept = None if keep is None else keep[:, number].to(tokens.dtype)
+            tokens = call(block, self.settings.checkpointing, tokens, None, kept)
             if number in wanted:
                 found[number] = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid.rows, grid.columns))
         return [found[number] for number in wanted]

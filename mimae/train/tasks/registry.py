@@ -12,6 +12,7 @@ from mimae.train.task import Task
 TASKS = {
     "pretrain": ("pretrain", "Pretrain"),
     "classify": ("classify", "Classify"),
+    "segment": ("segment", "Segment"),
     "detect": ("detect", "Detect"),
 }
 """Module in this folder and class of each task, by the `task` of its recipe. They are imported when they run."""

@@ -1,0 +1,164 @@
+"""Examples of segmentation: a window of an image and the class of each of its pixels.
+
+In training the image is scaled at random, a window of data.image_size is cut out, mirrored half of the time, and its
+colours change. Image and mask go through the same change, a pure function of (seed, epoch, sample id).
+
+Letters in shapes: h, w an image; H, W a window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mimae.data.loading.examples import Example
+from mimae.data.pixels.augment import Window, below
+from mimae.data.pixels.decode import Encoded, region
+from mimae.data.settings import DataSettings
+from mimae.randomness import Purpose, uniform, words
+from mimae.segmentation.labels import IGNORED
+from mimae.segmentation.masks import Masks
+from mimae.segmentation.settings import SegmentSettings
+
+TRIES = 11
+"""Windows that are drawn at most until no class has too large a share; the last one is taken anyway."""
+
+LONGEST = 4
+"""Largest side of an image at scale 1, in sides of the window: images that are longer and thinner are padded."""
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, (0.5, 1.5), (0.5, 1.5), 18 / 180
+"""Ranges of the photometric change: an amount that is added to values in [0, 1], two factors, and a part of the circle
+of hues. Each change is made half of the time (SSD's recipe, which mmsegmentation uses)."""
+
+_WORDS = 2 + 2 * TRIES + 8
+
+
+class Pair(NamedTuple):
+    """An image and its classes."""
+
+    image: Tensor
+    """uint8 (3, h, w)."""
+    classes: Tensor
+    """int16 (h, w)."""
+
+
+def covering(size: tuple[int, int], window: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """Return the size (height, width) of an image at a scale, where 1 is the smallest that covers the window; an image
+    of more than `LONGEST` windows is smaller."""
+    down, across = window[0] / size[0], window[1] / size[1]
+    ratio = scale * min(max(down, across), LONGEST * min(down, across))
+    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
+
+
+class Reader:
+    """Reads pairs of image and mask."""
+
+    def __init__(self, masks: Masks, data: DataSettings) -> None:
+        self.masks, self.window = masks, data.size_hw
+        self.paper = torch.tensor([round(255 * mean) for mean in data.mean], dtype=torch.uint8)
+
+    def pair(self, encoded: Encoded, source_id: int) -> Pair:
+        """Return an image, upright, and its classes. Raises BadImage."""
+        pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
+        classes = self.masks.classes(source_id, pixels.shape[:2])
+        return Pair(torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes))
+
+    def scaled(self, pair: Pair, scale: float) -> Pair:
+        """Return a pair at a scale, padded to the window where it is smaller."""
+        size = list(covering((pair.image.shape[1], pair.image.shape[2]), self.window, scale))
+        image = F.resize(pair.image, size, InterpolationMode.BILINEAR, antialias=True)
+        classes = F.resize(pair.classes[None].float(), size, InterpolationMode.NEAREST_EXACT)[0].short()
+        return Pair(padded(image, self.window, self.paper), padded_classes(classes, self.window))
+
+
+def padded(image: Tensor, window: tuple[int, int], paper: Tensor) -> Tensor:
+    """Return an image (3, h, w) with the colour `paper` (3,) below and to the right, where it is smaller than the
+    window."""
+    height, width = image.shape[1:]
+    canvas = paper.to(image.device)[:, None, None].expand(3, max(height, window[0]), max(width, window[1])).clone()
+    canvas[:, :height, :width] = image
+    return canvas
+
+
+def padded_classes(classes: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return classes (h, w) with ignored ones where an image is padded."""
+    below, right = (max(0, side - own) for side, own in zip(window, classes.shape))
+    return functional.pad(classes, (0, right, 0, below), value=IGNORED)
+
+
+class Jittered(Reader):
+    """Reads the windows of training."""
+
+    def __init__(self, masks: Masks, data: DataSettings, settings: SegmentSettings, seed: int) -> None:
+        super().__init__(masks, data)
+        self.settings, self.flips, self.seed = settings, data.flip, seed
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        drawn = words(self.seed, Purpose.AUGMENT, epoch, torch.tensor([sample_id]), _WORDS)[0]
+        low, high = self.settings.scale
+        pair = self.scaled(self.pair(encoded, source_id), low + (high - low) * uniform(drawn[:1]).item())
+        image, classes = self._window(pair, drawn[2 : 2 + 2 * TRIES].tolist())
+        if self.flips and drawn[1] < 1 << 31:
+            image, classes = image.flip(-1), classes.flip(-1)
+        if self.settings.photometric:
+            image = photometric(image, drawn[-8:])
+        return Example(image.permute(1, 2, 0).contiguous(), {"classes": classes.contiguous()})
+
+    def _window(self, pair: Pair, drawn: list[int]) -> Pair:
+        """Return a random window in which several classes are, and none has more than its share."""
+        height, width = self.window
+        most = self.settings.max_class_share
+        for i in range(TRIES):
+            top = below(drawn[2 * i], pair.classes.shape[0] - height + 1)
+            left = below(drawn[2 * i + 1], pair.classes.shape[1] - width + 1)
+            classes = pair.classes[top : top + height, left : left + width]
+            counts = torch.bincount(classes[classes >= 0].long())
+            if most == 1 or ((counts > 0).sum() > 1 and counts.max() < most * counts.sum()):
+                break
+        return Pair(pair.image[:, top : top + height, left : left + width], classes)
+
+
+def photometric(image: Tensor, drawn: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of an image uint8 (3, h, w), each half of the time. `drawn`: 8
+    random words."""
+    is_on = (drawn[:4] < 1 << 31).tolist()
+    at = (2 * uniform(drawn[4:]) - 1).tolist()
+    if is_on[0]:
+        image = (image.short() + round(255 * BRIGHTNESS * at[0])).clamp(0, 255).byte()
+    if is_on[1]:
+        image = F.adjust_contrast(image, _between(*CONTRAST, at[1]))
+    if is_on[2]:
+        image = F.adjust_saturation(image, _between(*SATURATION, at[2]))
+    return F.adjust_hue(image, HUE * at[3]) if is_on[3] else image
+
+
+def _between(low: float, high: float, at: float) -> float:
+    """Return the point of a range that -1 to 1 stands for."""
+    return (low + high) / 2 + (high - low) / 2 * at
+
+
+class Central(Reader):
+    """Reads the central window of an image at scale 1, for pictures."""
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        image, classes = self.scaled(self.pair(encoded, source_id), 1.0)
+        (height, width), (rows, columns) = self.window, classes.shape
+        top, left = (rows - height) // 2, (columns - width) // 2
+        cut = image[:, top : top + height, left : left + width]
+        classes = classes[top : top + height, left : left + width]
+        return Example(cut.permute(1, 2, 0).contiguous(), {"classes": classes.contiguous()})
+
+
+class Whole(Reader):
+    """Reads whole images at scale 1, and their classes at the size that they have in the file; a batch has one."""
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        image, classes = self.pair(encoded, source_id)
+        size = list(covering((image.shape[1], image.shape[2]), self.window))
+        image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+        return Example(image.permute(1, 2, 0).contiguous(), {"classes": classes})

@@ -1,0 +1,75 @@
+"""Pictures of segmentation: classes as colours over images, with a legend.
+
+Letters in shapes: B images, H, W their pixels.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mimae.telemetry import pictures
+
+_STRENGTH = 0.6
+"""Share of a class's colour in an overlay."""
+
+_SQUARE, _LINE, _PAPER, _INK = 14, 22, (255, 255, 255), (70, 70, 76)
+
+
+def colours(number: int) -> np.ndarray:
+    """Return a colour for each class, uint8 (number, 3): hues a golden section apart, in three strengths."""
+    found = [
+        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1.0, 0.7)[i % 3]) for i in range(number)
+    ]
+    return (np.array(found) * 255).round().astype(np.uint8)
+
+
+def overlay(images: Tensor, classes: Tensor, number: int) -> Tensor:
+    """Return images uint8 (B, H, W, 3) with the colours of their classes (B, H, W) over them; ignored pixels (below 0)
+    stay as they are, in grey."""
+    images, classes = images.cpu().float(), classes.cpu().long()
+    table = torch.from_numpy(colours(number)).float()
+    mixed = images * (1 - _STRENGTH) + table[classes.clamp(min=0)] * _STRENGTH
+    grey = images.mean(-1, keepdim=True).expand_as(images)
+    return torch.where((classes < 0)[..., None], grey, mixed).round().byte()
+
+
+def sheet(images: Tensor, classes: Tensor, found: Tensor, names: Sequence[str]) -> bytes:
+    """Return a PNG with a row for each image: the image, its classes and those that were found, then a legend.
+
+    images uint8 (B, H, W, 3), classes and found (B, H, W).
+    """
+    panels = [images.cpu(), *(overlay(images, each, len(names)) for each in (classes, found))]
+    png = pictures.sheet(["image", "annotated", "found"], panels, wide=())
+    present = [i for i in torch.cat([classes.cpu().flatten(), found.cpu().flatten()]).unique().tolist() if i >= 0]
+    return _with_legend(png, present, names)
+
+
+def _with_legend(png: bytes, present: Sequence[int], names: Sequence[str]) -> bytes:
+    """Return the picture with the colours and names of the classes `present` below it."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    font, table = ImageFont.load_default(size=_SQUARE), colours(len(names))
+    measure = ImageDraw.Draw(picture)
+    places, left, line = [], _SQUARE, 0
+    for number in present:
+        width = 3 * _SQUARE + round(measure.textlength(names[number], font))
+        if left > _SQUARE and left + width > picture.width:
+            left, line = _SQUARE, line + 1
+        places.append((number, left, line))
+        left += width
+    whole = Image.new("RGB", (picture.width, picture.height + (line + 1) * _LINE), _PAPER)
+    whole.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for number, left, line in places:
+        top = picture.height + line * _LINE
+        draw.rectangle((left, top, left + _SQUARE, top + _SQUARE), fill=tuple(table[number].tolist()))
+        draw.text((left + _SQUARE + 5, top + _SQUARE / 2), names[number], fill=_INK, font=font, anchor="lm")
+    out = io.BytesIO()
+    whole.save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,216 @@
+"""Segmentation: the published recipe's numbers, and runs from images and masks to their measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimae import distributed
+from mimae.config.load import load_recipe
+from mimae.config.recipe import SegmentRecipe
+from mimae.data.loading.batch import DataError
+from mimae.errors import ConfigError
+from mimae.optim.schedule import schedule_factor, total_steps
+from mimae.segmentation.examples import BRIGHTNESS, CONTRAST, HUE, SATURATION, TRIES
+from mimae.segmentation.heads import AUXILIARY_WIDTH, POOLS
+from mimae.train.tasks.segment import Segment
+from mimae.train.trainer import train
+from tests.rank_processes import run_ranks
+from tests.train.test_trainer import lines, tensors
+
+STEPS = 4
+
+
+def scene(i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image uint8 (36, 48, 3) and its classes uint8 (36, 48): a disc and a bar on a ground, each with a
+    colour and noise of its own, and a column of pixels that are ignored."""
+    generator = np.random.default_rng(i)
+    rows, columns = np.mgrid[:36, :48]
+    classes = np.zeros((36, 48), np.uint8)
+    classes[(rows - generator.integers(8, 28)) ** 2 + (columns - generator.integers(8, 40)) ** 2 < 64] = 1
+    left = generator.integers(0, 40)
+    classes[:, left : left + 8] = 2
+    colour = np.array([(90, 120, 60), (180, 60, 60), (60, 70, 190)])[classes]
+    image = np.clip(colour + generator.normal(0, 30, colour.shape), 0, 255).astype(np.uint8)
+    classes[:, -1] = 255
+    return image, classes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 pairs in ADE20K's layout: an odd number for two ranks."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for i in range(9):
+        for name, pixels in zip(("images", "annotations"), scene(i)):
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def recipe(scenes: Path, run: Path, *overrides: str) -> SegmentRecipe:
+    tree = {
+        "task": "segment",
+        "precision": "fp32",
+        "run": {"dir": str(run)},
+        "data": {"path": str(scenes / "images"), "val_path": str(scenes / "images"), "image_size": 16, "workers": 0},
+        "model": {"size": "tiny", "patch_size": 4, "width": 16, "depth": 4, "heads": 2},
+        "segment": {"classes": ["ground", "disc", "bar", "none"], "head": "upernet", "width": 16},
+        "finetune": {"layer_decay": 0.75, "drop_path": 0.2},
+        "optimizer": {"learning_rate": 3e-3, "scale_by": "none", "betas": [0.9, 0.999], "clip": 1.0},
+        "schedule": {"batch_size": 4, "epochs": 2, "warmup_epochs": 0, "accumulate": 2, "shape": "constant"},
+        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "images_every_epochs": 2, "trackers": []},
+    }
+    return load_recipe(tree, overrides, None, SegmentRecipe).recipe
+
+
+def test_the_recipe_for_ade20k_has_the_published_numbers() -> None:
+    """mmsegmentation's configs/mae and its UperNet: values, learning rates of the groups, schedule."""
+    found = load_recipe("segment_ade20k_vit_base", (), None, SegmentRecipe).recipe
+    task, schedule = Segment(found), found.schedule
+    optimizer, settings = found.optimizer, found.segment
+    assert (optimizer.kind, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (
+        "adamw",
+        (0.9, 0.999),
+        0.05,
+        None,
+    )
+    assert (task.peak, schedule.batch_size, found.data.size_hw, found.data.flip) == (1e-4, 16, (512, 512), True)
+    per_epoch = 20_210 // 16
+    assert total_steps(schedule, per_epoch) == 160_000
+    factors = [schedule_factor(schedule, step, per_epoch, task.peak) for step in (0, 1499, 1500, 80_750, 159_999)]
+    assert factors == pytest.approx([1 / 1500, 1, 1, 0.5, 0], abs=1e-4)
+    assert settings.maps(12) == (3, 5, 7, 11) and settings.head == "upernet" and settings.width == 768
+    assert (settings.auxiliary, settings.dropout, POOLS, AUXILIARY_WIDTH) == (0.4, 0.1, (1, 2, 3, 6), 256)
+    assert (settings.scale, settings.max_class_share, TRIES - 1, settings.stride) == ((0.5, 2.0), 0.75, 10, 0.5)
+    assert settings.photometric
+    assert (BRIGHTNESS, CONTRAST, SATURATION, HUE) == (32 / 255, (0.5, 1.5), (0.5, 1.5), 18 / 180)
+    assert settings.number == 150 and settings.values()[0] == (1,) and settings.ignore == (0, 255)
+    assert (found.finetune.layer_decay, found.finetune.drop_path) == (0.65, 0.1)
+    groups = {name: task.group(name, p.shape) for name, p in task.outline().named_parameters()}
+    for name in ("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.proj.weight"):
+        assert groups[name].peak == pytest.approx(0.003697e-4, rel=1e-3)
+    assert groups["encoder.blocks.11.attn.qkv.weight"].peak == pytest.approx(0.65e-4)
+    heads = {group.peak for name, group in groups.items() if not name.startswith("encoder.")}
+    assert heads == {1e-4}
+    assert groups["head.fused.0.weight"].weight_decay == 0.05 and groups["head.fused.1.weight"].weight_decay == 0
+
+
+def test_a_run_has_its_measures_its_classes_and_a_picture(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The class `none` is in no mask: it has no number, or 0 where it was found, and the run says so."""
+    assert train(Segment(recipe(scenes, tmp_path / "run", "schedule.max_steps=3", "precision=bf16"))).finished
+    step, epoch = lines(tmp_path / "run" / "metrics.jsonl")[-1], lines(tmp_path / "run" / "epochs.jsonl")[-1]
+    assert step["loss"] == pytest.approx(step["main"] + step["auxiliary"], rel=1e-5)
+    values = [epoch[f"iou_{name}"] for name in ("ground", "disc", "bar", "none")]
+    assert not values[3] and 0 <= epoch["pixel_accuracy"] <= 1
+    counted = [value for value in values if value is not None]
+    assert epoch["miou"] == pytest.approx(sum(counted) / len(counted))
+    assert "in data.val_path no pixel has the class none" in capsys.readouterr().out
+    (picture,) = (tmp_path / "run" / "images").iterdir()
+    # Three panels of 16 pixels, enlarged to 128.
+    assert Image.open(picture).width > 3 * 128
+
+
+def test_masks_that_cannot_be_used_stop_the_run_with_their_number(scenes: Path, tmp_path: Path) -> None:
+    overrides = ["segment.classes=2", "data.val_path=null"]
+    with pytest.raises(
+        DataError, match=r"(?s)its mask .*annotations/.*pixels have values that are no class: 2; legal are 0 to 1"
+    ):
+        train(Segment(recipe(scenes, tmp_path, *overrides)))
+
+
+def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held-out"
+    for i in range(3):
+        image, classes = scene(i)
+        for name, pixels in (("images", image), ("annotations", classes[:, : 48 - i])):
+            (held_out / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(held_out / name / f"{i}.png")
+    overrides = [f"data.val_path={held_out / 'images'}", "schedule.max_steps=1"]
+    task = Segment(recipe(scenes, tmp_path / "run", *overrides))
+    train(task)
+    assert "2 of 3 images could not be read, or their masks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("segment.blocks=[0,1,2,2]", "the last one has to be the encoder's last block, 3"),
+        ("data.crop_scale=[0.5,1.0]", "windows of segmentation are cut by segment.scale"),
+        ("segment.classes=[a]", "at least 2 names"),
+        ("segment.head=fcn", "upernet or linear"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(tmp_path, tmp_path, override)
+
+
+def whole_and_resumed(scenes: Path, runs: Path, ways: dict[str, list[str]]) -> dict[str, Any]:
+    """By way: the losses, measures and names of tensors that differ of a run, and of one that stopped in an epoch."""
+    leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
+    found = {}
+    try:
+        for way, overrides in ways.items():
+            whole, parts = runs / way / "whole", runs / way / "parts"
+            assert train(Segment(recipe(scenes, whole, *overrides))).finished
+            train(Segment(recipe(scenes, parts, *overrides, "run.dry=true")))
+            assert train(Segment(recipe(scenes, parts, *overrides))) == (parts, STEPS, True, False)
+            ends = [tensors(run) for run in (whole, parts)]
+            found[way] = {
+                "different": [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])],
+                "tensors": len(ends[0]),
+                "losses": [[record["loss"] for record in lines(run / "metrics.jsonl")] for run in (whole, parts)],
+                "miou": [[record["miou"] for record in lines(run / "epochs.jsonl")][-1] for run in (whole, parts)],
+            }
+    finally:
+        distributed.shutdown = leave
+    return found
+
+
+def check(found: dict[str, Any], losses: list[float], miou: float) -> None:
+    """Compare with the losses and the measure of one rank."""
+    assert not found["different"] and found["tensors"] > 100
+    whole, parts = found["losses"]
+    assert whole == parts and len(whole) == STEPS and found["miou"][0] == found["miou"][1]
+    # The order of sums differs; measured: at most 3e-6.
+    assert whole == pytest.approx(losses, rel=1e-4)
+    # A pixel whose two best classes are equal but for rounding may change.
+    assert found["miou"][0] == pytest.approx(miou, abs=2e-3)
+
+
+def alone(scenes: Path, run: Path) -> tuple[list[float], float]:
+    assert train(Segment(recipe(scenes, run))).finished
+    return [record["loss"] for record in lines(run / "metrics.jsonl")], lines(run / "epochs.jsonl")[-1]["miou"]
+
+
+def test_two_ranks_train_as_one_and_resume_with_equal_bits(scenes: Path, tmp_path: Path) -> None:
+    """Under FSDP, where evaluation is a collective: 9 images on two ranks, with 3 to 6 windows each."""
+    expected = alone(scenes, tmp_path / "alone")
+    for rank in run_ranks(2, tmp_path, whole_and_resumed, scenes, tmp_path, {"fsdp": ["engine.kind=fsdp"]}):
+        check(rank["fsdp"], *expected)
+
+
+@pytest.mark.slow
+def test_every_engine_trains_as_one_rank_does(scenes: Path, tmp_path: Path) -> None:
+    ways = {kind: [f"engine.kind={kind}"] for kind in ("ddp", "fsdp", "zero2")}
+    expected = alone(scenes, tmp_path / "alone")
+    found = run_ranks(2, tmp_path, whole_and_resumed, scenes, tmp_path, ways)[0]
+    for way in ways:
+        check(found[way], *expected)
+
+
+@pytest.mark.slow
+def test_a_few_images_are_learned_by_heart(scenes: Path, tmp_path: Path) -> None:
+    """From random weights; a guess of the ground alone has an intersection over union of 0.24."""
+    overrides = ["schedule.epochs=60", "telemetry.probe_every_epochs=60", "segment.classes=3", "finetune.drop_path=0"]
+    assert train(Segment(recipe(scenes, tmp_path, *overrides))).finished
+    assert lines(tmp_path / "epochs.jsonl")[-1]["miou"] > 0.7
