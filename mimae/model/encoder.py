@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimae import kernels
-from mimae.model.blocks import Block, call, run_blocks
+from mimae.model.blocks import Block, run_blocks
 from mimae.model.geometry import Grid
 from mimae.model.images import Images, batch_of
 from mimae.model.positions import resampled
+from mimae.model.recomputation import call
 from mimae.model.settings import ModelSettings, PatchBias
 from mimae.randomness import Initial, Uniform
 
