@@ -211,6 +211,9 @@ def test_every_engine_trains_as_one_rank_does(scenes: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_few_images_are_learned_by_heart(scenes: Path, tmp_path: Path) -> None:
     """From random weights; a guess of the ground alone has an intersection over union of 0.24."""
-    overrides = ["schedule.epochs=60", "telemetry.probe_every_epochs=60", "segment.classes=3", "finetune.drop_path=0"]
+    overrides = [
+        *("schedule.epochs=150", "telemetry.probe_every_epochs=150", "segment.classes=3", "finetune.drop_path=0"),
+        *("segment.photometric=false", "finetune.layer_decay=1", "schedule.accumulate=1"),
+    ]
     assert train(Segment(recipe(scenes, tmp_path, *overrides))).finished
     assert lines(tmp_path / "epochs.jsonl")[-1]["miou"] > 0.7
