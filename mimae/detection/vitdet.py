@@ -48,8 +48,10 @@ class RelativeAttention(Attention):
         return {"rel_pos_h": 0.0, "rel_pos_w": 0.0}
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
-        """queries (S, rows x columns, D) -> the same shape."""
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in self.qkv(queries, context))
+        """queries (S, rows x columns, D) look at each other -> the same shape."""
+        assert context is None
+        (packed,) = self.qkv(queries)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
         rows, columns = self.grid
         cells = q.unflatten(2, (rows, columns))
         by_row = torch.einsum("shrcd,rkd->shrck", cells, _relative(self.rel_pos_h, rows).to(q.dtype))

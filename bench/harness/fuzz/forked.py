@@ -181,6 +181,7 @@ def _child(
         "HOME": str(scratch / "home"),
         "XDG_CACHE_HOME": str(scratch / "home"),
         "TMPDIR": str(scratch / "home"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "home/torchinductor"),
     }
     tempfile.tempdir = None
     writes = _forbid_writes(scratch)
