@@ -499,10 +499,12 @@ def test_a_checkpoint_of_before_has_no_sums_and_is_resumed(
     with monkeypatch.context() as before:
         before.setattr(Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if k != "sums"})
         _interrupted(images, tmp_path, monkeypatch)
+    began = time.perf_counter()
     assert pretrain(recipe(images, tmp_path)).finished
+    elapsed = time.perf_counter() - began
     assert_bit_equal(tensors(tmp_path), tensors(whole))
     second = lines(tmp_path / "epochs.jsonl")[1]
-    assert second["images"] == 16 and second["seconds"] < 0.5
+    assert second["images"] == 16 and second["seconds"] < elapsed
     losses = [record["loss"] for record in lines(tmp_path / "metrics.jsonl")]
     assert second["loss"] == pytest.approx((losses[4] + losses[5]) / 2)
 
