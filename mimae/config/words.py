@@ -17,7 +17,8 @@ def strange_task(given: Settings, kind: type[RunRecipe]) -> str:
     """Return the message for a task that does not exist or that the caller has no use for."""
     legal = ", ".join(task for task, tree in RECIPES.items() if issubclass(tree, kind))
     setting = given.get("task", Setting("pretrain", "default"))
-    return f"task = {text(setting.value)} ({setting.origin}): legal here is {legal}"
+    others = "; `mimae --help` lists the commands for the other tasks" if str(setting.value) in RECIPES else ""
+    return f"task = {text(setting.value)} ({setting.origin}): legal here is {legal}{others}"
 
 
 def elsewhere(key: str, setting: Setting, tree: type[RunRecipe]) -> str | None:
