@@ -1,4 +1,4 @@
-"""What all tests share: GPU tests are skipped where there is none, and slow machines are no failure."""
+"""Rules for all tests: GPU tests are skipped where there is none, and slow machines are no failure."""
 
 from __future__ import annotations
 

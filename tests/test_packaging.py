@@ -1,4 +1,4 @@
-"""What a user installs: the sdist and the wheel, away from the checkout."""
+"""Tests of what a user installs: the sdist and the wheel, away from the checkout."""
 
 from __future__ import annotations
 

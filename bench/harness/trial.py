@@ -91,7 +91,7 @@ class Start:
 
     @property
     def errors(self) -> str:
-        """What it said on stderr, where that is a file of its own."""
+        """Text that the run wrote to stderr, if stderr is a file of its own."""
         return self.file.with_suffix(".err").read_text(errors="replace")
 
     @property

@@ -24,13 +24,13 @@ from mimae.train.tasks.settings import AugmentSettings, EvaluationSettings, Fine
 
 
 class RunRecipe(Section):
-    """What a training run of any task depends on. Each task has a class of its own, with the sections that it adds."""
+    """Settings of a training run of any task. Each task has a class of its own, with the sections that it adds."""
 
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
-    """What the task's evaluation measures, and which value is the best: checkpoint.best names one of them."""
+    """Measures of the task's evaluation, and which value is the best: checkpoint.best names one of them."""
 
     task: str
-    """What the run learns, a key of `RECIPES`. Where config.yaml of a run does not name it, it is pretraining."""
+    """Name of the task, a key of `RECIPES`. If config.yaml of a run does not name it, the task is pretraining."""
     seed: int = Field(0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of the matrix products; weights, latents and losses are fp32 in both"

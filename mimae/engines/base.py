@@ -229,7 +229,7 @@ class Engine(ABC, Generic[M]):
         return {key: self._as_part(key, value) for key, value in self.optimizer.state_dict().items()}
 
     def _empty_optimizer_state(self) -> dict[str, Tensor | Part]:
-        """The same, to be filled and adopted."""
+        """Return a state with the keys of `_optimizer_state`, to be filled and adopted."""
         return {key: self._as_part(key, value) for key, value in self.optimizer.empty_state().items()}
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:

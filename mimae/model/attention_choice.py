@@ -1,4 +1,4 @@
-"""What `model.attention=auto` stands for: the fastest backend on a step's own shapes, measured on its device."""
+"""Backend for `model.attention=auto`: the fastest one on a step's own shapes, measured on its device."""
 
 from __future__ import annotations
 

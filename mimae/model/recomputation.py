@@ -1,4 +1,4 @@
-"""What a block keeps of its forward until backward: everything, its products and its attention, or its input alone."""
+"""Choice of what a block keeps until backward: everything, its products and its attention, or only its input."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Figure(NamedTuple):
     value: float
     better: Better
     stretches: list[float]
-    """The same figure of parts of the run; empty for what is measured once."""
+    """Values of the figure in parts of the run; empty for what is measured once."""
 
 
 class Change(NamedTuple):
@@ -44,9 +44,9 @@ class Change(NamedTuple):
     worse: float
     """Share by which it is worse than the reference; below 0 it is better."""
     error: float
-    """What noise explains of it: the 95 % bound of one side."""
+    """Part of the difference that noise explains: the 95 % bound of one side."""
     by: str
-    """What the noise was read from."""
+    """Source from which the noise was read."""
     is_regression: bool
 
 

@@ -1,4 +1,4 @@
-"""What a person should know of a run at first sight, from its records: each in a sentence, the gravest first."""
+"""Findings that a person should know first about a run, from its records: each in a sentence, the gravest first."""
 
 from __future__ import annotations
 

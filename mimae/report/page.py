@@ -52,7 +52,7 @@ MEANINGS = {
     "exposed_communication": "share of a step in which ranks communicate and nothing computes",
     "mfu": "share of the device's peak that the model's own FLOPs reach",
 }
-"""What a column says, for its plot."""
+"""Explanation of each column, for its plot."""
 
 _GPU = {
     "gpu_power_watts": ("GPU power", "W, the most of a rank"),
@@ -68,7 +68,7 @@ _RANKS = {
     "exposed_communication": ("exposed communication", "% of a step", 100.0),
     "mem_peak_bytes": ("peak memory", "GiB", 2**-30),
 }
-"""What is shown by rank, where ranks differ in it: title, unit and factor."""
+"""Figures that are shown by rank if ranks differ in them: title, unit and factor."""
 
 _EPOCH_COMMON = frozenset(
     {*("epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes"),

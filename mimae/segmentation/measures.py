@@ -22,7 +22,7 @@ def confusion(classes: Tensor, found: Tensor, number: int) -> Tensor:
 
 
 class Evaluation(NamedTuple):
-    """What a model makes of images with masks."""
+    """Result of a model on images with masks."""
 
     confusion: Tensor
     """int64 (C, C) on the CPU, see `confusion`."""

@@ -21,7 +21,7 @@ _THROTTLED = 0.1
 """A share of the readings from which a GPU counts as throttled."""
 
 Account = Mapping[str, float | None]
-"""What one rank measured, by the names of OVER_RANKS and of the GPU's readings."""
+"""Measurements of one rank, by the names of OVER_RANKS and of the GPU's readings."""
 
 
 def over_ranks(everyone: Sequence[Account]) -> dict[str, Any]:

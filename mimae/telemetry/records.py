@@ -20,7 +20,7 @@ FILES = {"train": "metrics.jsonl", "epoch": "epochs.jsonl"}
 """File name of each group of records."""
 
 OVER_RANKS = (*(f"seconds_{phase}" for phase in PHASES), "exposed_communication", "mem_peak_bytes", "workers_bytes")
-"""What epochs.jsonl has the least, the mean and the most of, over ranks."""
+"""Columns of epochs.jsonl that have a least, a mean and a largest value over ranks."""
 
 ACCOUNT_KEYS = (
     *(f"{name}_{kind}" for name in OVER_RANKS for kind in ("least", "mean", "most")),

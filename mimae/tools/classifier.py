@@ -1,4 +1,4 @@
-"""What a trained classifier makes of images: `mimae evaluate` and `mimae predict`."""
+"""Use of a trained classifier on images: `mimae evaluate` and `mimae predict`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from mimae.outside.text import printable
 from mimae.telemetry import records
 
 _MEASURES = tuple(dict.fromkeys(key for tree in RECIPES.values() if tree is not Recipe for key in tree.measures))
-"""What the tasks other than pretraining measure."""
+"""Measures of the tasks other than pretraining."""
 
 
 def look(run: Path) -> dict[str, str]:

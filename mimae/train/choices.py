@@ -1,4 +1,4 @@
-"""What `auto` stands for in a run: decided once, on the main rank, and kept in config.yaml for when it is resumed."""
+"""Choice of the names that `auto` stands for: made once, on the main rank, and kept in config.yaml for a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its start when it is taken up again: where its data lie, by which rules they are numbered, and
+"""Values that a resumed run keeps from its start: where its data lie, by which rules they are numbered, and
 the defaults of keys that are newer than the run."""
 
 from __future__ import annotations

@@ -63,10 +63,10 @@ class Task(ABC, Generic[M]):
     def __init__(self, recipe: RunRecipe) -> None:
         self.recipe: RunRecipe = recipe
         self.asked: RunRecipe = recipe
-        """What the run goes on with, and what was asked for: a run keeps some of what it was started with, so that
-        `recipe` is another one once training begins."""
+        """Recipe that was asked for. A run keeps some of what it was started with, so `recipe`, with which it
+        continues, may be another one once training begins."""
         self.weights: Weights | None = None
-        """What a new run with model.init starts from."""
+        """Weights that a new run with model.init starts from."""
         self.fit: Fit | None = None
         """How that fits the model, once it started."""
 

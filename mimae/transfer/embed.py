@@ -50,7 +50,7 @@ _SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """What is taken from the encoder for each image."""
+    """Kinds of features that the encoder gives for each image."""
 
     what: What = "pooled"
     """pooled: the mean of the patch tokens (D,); class: the class token (D,); tokens: all patch tokens (L, D), all

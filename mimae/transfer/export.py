@@ -43,7 +43,7 @@ ROUNDING = 0.05
 
 
 class Report(NamedTuple):
-    """What was found of an export."""
+    """Result of an export."""
 
     folder: Path
     step: int

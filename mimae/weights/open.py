@@ -1,4 +1,4 @@
-"""What model.init names: a run, a checkpoint, a file, a folder of timm or transformers, or a model in timm's cache."""
+"""Sources that model.init names: a run, a checkpoint, a file, a folder of timm or transformers, timm's cache."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from mimae.weights.source import InCheckpoint, Known, Source, Stored
 T = TypeVar("T")
 
 TIMM, AVERAGE = "timm:", "average:"
-"""What model.init begins with for a model in timm's cache, and for the moving average of a run."""
+"""Prefixes of model.init for a model in timm's cache, and for the moving average of a run."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of transformers or timm, the preferred one first."""
 
 INIT = "init.json"
-"""What a run's directory keeps of the weights that it started from."""
+"""File of a run's directory that describes the weights from which the run started."""
 
 _JSON_BYTES = 1 << 24
 _MAE = "CC-BY-NC-4.0"
 _OF_MAE = ("mae_pretrain_vit", "mae_visualize_vit", "mae_finetuned_vit", "facebook/vit-mae", "facebook--vit-mae")
-"""What the path of facebookresearch's published weights, or of transformers' copies of them, contains."""
+"""Text in the paths of facebookresearch's published weights and of transformers' copies of them."""
 
 
 def open_source(init: str) -> Source:

@@ -1,4 +1,4 @@
-"""What weights are read from: tensors by name, read when they are needed, and what is known of them."""
+"""Sources of weights: tensors by name, read when they are needed, and what is known of them."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class Source(NamedTuple):
     """Weights of a run or of another project."""
 
     name: str
-    """What model.init says."""
+    """Value of model.init."""
     kind: str
-    """What it is, in words."""
+    """Description of the source in words."""
     tensors: Mapping[str, Stored]
     """By the names in the source."""
     known: Known

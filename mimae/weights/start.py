@@ -34,7 +34,7 @@ FOREIGN = (
     (r"\b(norm_pre|pre_layrnorm)\b", "a norm before the first block"),
     (r"\b[qv]_bias\b", "biases of queries and values alone"),
 )
-"""What an encoder of ours has not, by the names of the tensors that show it."""
+"""Features that our encoder lacks, by the names of the tensors that show it."""
 
 _IN_A_BLOCK = re.compile(r"(?:vit\.)?(?:encoder\.)?(?:blocks|layers?)\.\d+\.")
 _NUMBER = re.compile(r"\.blocks\.(\d+)\.")
@@ -56,17 +56,17 @@ class Fit:
 
     source: Source
     tensors: dict[str, Stored] = field(default_factory=dict)
-    """What goes into the model, by its names."""
+    """Tensors that go into the model, by its names."""
     new: list[str] = field(default_factory=list)
     """Names in the model that keep the seed's weights."""
     left: list[str] = field(default_factory=list)
     """Names in the source that go nowhere."""
     interpolated: list[str] = field(default_factory=list)
-    """What was made for another size, in words."""
+    """Tensors that were resampled for another size, in words."""
     notes: list[str] = field(default_factory=list)
-    """What a person should hear."""
+    """Notes for the user."""
     found: dict[str, Any] = field(default_factory=dict)
-    """What was measured with the weights."""
+    """Measurements with the weights."""
 
     @property
     def has_decoder(self) -> bool:

@@ -35,7 +35,7 @@ def group() -> Iterator[None]:
 
 
 STATE = {"data": "images", "steps": 100}
-"""What every state says."""
+"""Entries that every state has."""
 
 
 def saver(run: Path, **settings: Any) -> Saver:

@@ -1,4 +1,4 @@
-"""What DeepSpeed has to be built for: its own CPU Adam, and an optimizer in files (offload=nvme)."""
+"""Parts that DeepSpeed has to be built with: its own CPU Adam, and an optimizer in files (offload=nvme)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, recipe
 
 RANKS = (1, 2, 4, 1)
-"""Of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""
+"""Settings of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""
 
 WAYS = {kind: [kind] * 4 for kind in ("ddp", "fsdp", "zero1", "zero2", "zero3")} | {
     "all": ["ddp", "fsdp", "zero3", "ddp"],

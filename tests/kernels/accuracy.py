@@ -1,4 +1,4 @@
-"""What counts as accurate: an error against float64 of at most twice plain PyTorch's in the same dtype."""
+"""Rule for accuracy: an error against float64 of at most twice plain PyTorch's in the same dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where fused kernels run: on the GPU, or on the CPU under triton's interpreter."""
 
 SLACK = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""What is granted beyond twice plain PyTorch's error, as a share of a result's scale: a few last bits, since plain
+"""Error that is granted beyond twice plain PyTorch's, as a share of a result's scale: a few last bits, since plain
 PyTorch is exact now and then by luck."""
 
 

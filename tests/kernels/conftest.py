@@ -1,4 +1,4 @@
-"""What every output of an op starts as, in tests: NaN and huge integers, so that a place left unwritten shows."""
+"""Outputs of ops start as NaN and huge integers in tests, so that a place left unwritten shows."""
 
 from __future__ import annotations
 

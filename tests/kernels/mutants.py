@@ -32,8 +32,8 @@ class Mutants(NamedTuple):
     """The name of the test module."""
     checks: dict[str, Check]
     mutations: list[tuple[str, str, str, str]]
-    """What is lost, by which check it shows, the text, and what stands there instead. The first four run always, the
-    others among the slow tests."""
+    """Each mutation: what is lost, by which check it shows, the text, and what stands there instead. The first four
+    run always, the others among the slow tests."""
 
 
 _numbers = count()

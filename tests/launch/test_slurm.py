@@ -1,4 +1,4 @@
-"""What SLURM's variables make of a process: a rank, the launcher of a node, or an error in words."""
+"""Roles that SLURM's variables give to a process: a rank, the launcher of a node, or an error in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a block keeps for backward: counted bytes, and which operators backward runs again."""
+"""Tests of what a block keeps for backward: counted bytes, and which operators backward runs again."""
 
 from __future__ import annotations
 

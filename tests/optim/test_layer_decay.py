@@ -54,7 +54,7 @@ def test_every_parameter_is_in_the_group_that_timm_gives_it(depth: int, decay: f
 
 
 def test_the_final_norm_learns_with_the_head() -> None:
-    """As in MAE's code; timm gives it the layer of the last block where the class token is pooled."""
+    """MAE's code gives it the whole rate; timm the layer of the last block where the class token is pooled."""
     assert layer_of("encoder.norm.weight", 12) == layer_of("head.weight", 12) == 13
     assert layer_of("encoder.blocks.1.norm1.weight", 12) == 2
     assert layer_of("encoder.blocks.11.norm1.weight", 12) == 12

@@ -1,4 +1,4 @@
-"""What is opened in a directory lies in it: no link, device or second name is written through."""
+"""A file that is opened in a directory lies in it: no link, device or second name is written through."""
 
 from __future__ import annotations
 

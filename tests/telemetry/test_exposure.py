@@ -1,4 +1,4 @@
-"""What ranks send and how much of it stands alone, against what crosses between processes of two ranks."""
+"""Tests of what ranks send and how much of it stands alone, against what crosses between processes of two ranks."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def written() -> int:
 
 
 def of_engine(name: str) -> dict[str, Any]:
-    """What a step sends, its collectives, and the share that stands alone; the weights after a profiled step and after
-    the same without."""
+    """Return what a step sends, its collectives, and the share that stands alone; the weights after a profiled step
+    and after the same without."""
     settings, ends = recipe(name, distributed.world_size()), []
     for wanted in (False, True):
         engine, measure = engine_of(settings, CPU), Exposure(CPU)

@@ -1,4 +1,4 @@
-"""What `mimae status` tells of a run at each point of its life."""
+"""Tests of what `mimae status` reports about a run at each point of its life."""
 
 from __future__ import annotations
 

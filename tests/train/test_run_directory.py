@@ -1,4 +1,4 @@
-"""What a run writes lies in its directory, whatever a stranger put there; and the run outlives what is done to it."""
+"""A run writes only inside its directory, whatever a stranger put there; and the run outlives what is done to it."""
 
 from __future__ import annotations
 

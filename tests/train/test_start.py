@@ -1,4 +1,4 @@
-"""What is told before the first step."""
+"""Tests of the messages before the first step."""
 
 from __future__ import annotations
 

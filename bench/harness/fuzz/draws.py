@@ -1,4 +1,4 @@
-"""What is drawn for any format: damaged bytes, odd values, damaged trees of JSON and YAML."""
+"""Draws that serve every format: damaged bytes, odd values, damaged trees of JSON and YAML."""
 
 from __future__ import annotations
 

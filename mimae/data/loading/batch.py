@@ -54,7 +54,7 @@ class Batch:
     bad: list[BadSample] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
     targets: dict[str, Tensor] = field(default_factory=dict)
-    """What a task's `Reader` made beside the images, by name: each (B, ...)."""
+    """Tensors that a task's `Reader` made beside the images, by name: each (B, ...)."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`. From pinned memory the copy is asynchronous to the host."""

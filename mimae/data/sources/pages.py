@@ -1,4 +1,4 @@
-"""What a Parquet file claims about its columns and their pages, read before a reader makes room for it.
+"""Claims of a Parquet file about its columns and their pages, read before a reader makes room for it.
 
 Footers and the headers of pages are structs in thrift's compact protocol. pyarrow ends the process where a column's
 description in the footer is wrong, so the few numbers that are needed of it are read here.

@@ -1,4 +1,4 @@
-"""What would make a step faster or smaller, the most worth first: in words, with what it would save at most."""
+"""Advice that makes a step faster or smaller, the most valuable first: in words, with what it saves at most."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _LISTED = 5
 
 
 class Evaluation(NamedTuple):
-    """What a classifier makes of labelled images."""
+    """Result of a classifier on labelled images."""
 
     images: int
     confusion: Tensor

@@ -34,7 +34,7 @@ class FinetuneSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """What is evaluated of an image."""
+    """The part of an image that is evaluated."""
 
     on_resume: ClassVar[Resume] = "free"
 
@@ -63,7 +63,7 @@ class HeadSettings(Section):
 
 
 class AugmentSettings(Section):
-    """What is done to training images and labels beside the crop and the flip of data."""
+    """Changes of training images and labels beside the crop and the flip of data."""
 
     rand_augment: float | None = Field(
         None,

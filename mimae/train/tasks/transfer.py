@@ -1,4 +1,4 @@
-"""What the tasks have in common that begin with a pretrained encoder: classification, segmentation, detection.
+"""Base class of the tasks that begin with a pretrained encoder: classification, segmentation, detection.
 
 `Transfer` is their base class. Its settings are the sections `finetune` and `evaluation`. It offers
 

@@ -1,4 +1,4 @@
-"""What every kind of export is made of."""
+"""Parts that every kind of export is made of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Options:
     """How an export is made."""
 
     dtype: torch.dtype = torch.float32
-    """Of the stored weights."""
+    """Dtype of the stored weights."""
     decoder: bool = False
     """With MAE's decoder, for going on with its pretraining elsewhere."""
     blocks: tuple[int, ...] = ()

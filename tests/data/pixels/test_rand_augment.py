@@ -20,7 +20,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
 
 
 def test_the_pixels_are_those_of_the_published_transform() -> None:
-    """As `create_transform` builds it for MAE's fine-tuning."""
+    """Return the transform that `create_transform` builds for MAE's fine-tuning."""
     theirs: Any = rand_augment_transform(
         "rand-m9-mstd0.5-inc1",
         {"translate_const": 7, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC},
