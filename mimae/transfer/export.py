@@ -20,6 +20,7 @@ from mimae import kernels
 from mimae.checkpoints import checkpoint
 from mimae.errors import UserError
 from mimae.transfer.card import card
+from mimae.transfer.checks import comparison
 from mimae.transfer.load import load_model
 from mimae.transfer.targets import mae, onnx, safetensors, timm, transformers
 from mimae.transfer.targets import torch as torch_target
@@ -35,7 +36,7 @@ TARGETS: dict[str, Target] = {
 }
 """Kinds of exports by the word after --to."""
 
-BOUND = 1e-4
+BOUND = comparison.BOUND
 """Largest absolute difference of an output, in fp32 with the stored weights."""
 
 ROUNDING = 0.05
@@ -168,7 +169,12 @@ def _write_check(exported: Exported, target: Target, options: Options, folder: P
         stored |= _decoded(exported, images)
     np.savez(folder / "check.npz", **{name: tensor.numpy() for name, tensor in stored.items()})  # type: ignore[arg-type]
     module = import_module(f"mimae.transfer.checks.{target.check(options)}")
-    (folder / "check.py").write_text(inspect.getsource(module))
+    imports = "import sys\nfrom collections.abc import Callable\nfrom pathlib import Path\n"
+    start = inspect.getsource(module).replace("from pathlib import Path\n", imports, 1)
+    ends = [inspect.getsource(function) for function in (comparison.differences, comparison.report)]
+    main = 'if __name__ == "__main__":\n    report(differences(outputs))\n'
+    text = "\n\n".join([start, f"BOUND = {BOUND}\n", *ends, main])
+    (folder / "check.py").write_text(text)
 
 
 def _differences(exported: Exported, target: Target, options: Options, folder: Path) -> dict[str, float] | None:
@@ -177,7 +183,7 @@ def _differences(exported: Exported, target: Target, options: Options, folder: P
         return None
     with contextlib.redirect_stderr(io.StringIO()):  # transformers shows a bar
         check = runpy.run_path(str(folder / "check.py"))
-        found: dict[str, float] = check["differences"]()
+        found: dict[str, float] = check["differences"](check["outputs"])
     if options.dynamic_size:
         for more in ((2, 0), (0, 1)):
             images = _images(exported, more)
