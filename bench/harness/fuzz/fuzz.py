@@ -23,6 +23,7 @@ KINDS = {
     "lists": "sources",
     "mixtures": "sources",
     "parquet": "parquet",
+    "weights": "weights",
     "checkpoints": "runs",
     "runs": "runs",
     "steps": "runs",
