@@ -17,7 +17,7 @@ from mimae.bench.harness.fuzz.kind import Kind
 from mimae.config.layers import shipped, text
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml, explain
-from mimae.config.recipe import Recipe, flat, keys, sections
+from mimae.config.recipe import RECIPES, Recipe, RunRecipe, flat, keys, sections
 from mimae.errors import ConfigError
 
 TINY = """
@@ -33,6 +33,14 @@ telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, t
 """
 """A recipe that trains for two steps in a moment, with every part that has state."""
 
+_SHIPPED = {
+    "pretrain": "quickstart",
+    "classify": "finetune_cifar10",
+    "segment": "segment_small",
+    "detect": "detect_coco_vit_base",
+}
+"""A shipped recipe of each task."""
+
 
 @lru_cache(1)
 def every_key() -> list[str]:
@@ -41,7 +49,8 @@ def every_key() -> list[str]:
 
 @lru_cache(1)
 def _plain() -> dict[str, Any]:
-    return flat(Recipe())
+    """Return the default of each key of every task."""
+    return {key: value for recipe in RECIPES.values() for key, value in flat(recipe()).items()}
 
 
 @lru_cache(1)
@@ -104,8 +113,8 @@ def _written(draw: random.Random, value: Any) -> str:
         return json.dumps(value)
 
 
-def _key(draw: random.Random) -> str:
-    key = draw.choice(every_key())
+def _key(draw: random.Random, task: str) -> str:
+    key = draw.choice(keys(RECIPES[task]) if draw.random() < 0.95 else every_key())
     if draw.random() < 0.06:
         return draw.choice(
             (key + "s", key.upper(), key.partition(".")[0], "", ".", key + ".x", str(draw.choice(ODD_TEXTS))[:80])
@@ -114,19 +123,20 @@ def _key(draw: random.Random) -> str:
 
 
 def make(draw: random.Random) -> Case:
-    """Draw a recipe (a shipped one, a file, a file with a base, or a mapping) and overrides."""
+    """Draw a recipe of any task (a shipped one, a file, a file with a base, or a mapping) and overrides."""
     overrides = []
+    task = draw.choice(("pretrain", *RECIPES))
     for _ in range(draw.choice((0, 1, 1, 2, 5))):
-        key = _key(draw)
+        key = _key(draw, task)
         overrides.append(f"{key}={_written(draw, _value(draw, key))}" if draw.random() < 0.97 else str(odd(draw)))
     chance = draw.random()
     if chance < 0.3:
         return Case(
-            {}, [draw.choice((*shipped(), *ODD_TEXTS)) if draw.random() < 0.2 else "quickstart", "", *overrides]
+            {}, [draw.choice((*shipped(), *ODD_TEXTS)) if draw.random() < 0.2 else _SHIPPED[task], "", *overrides]
         )
-    tree: dict[Any, Any] = {}
+    tree: dict[Any, Any] = {} if task == "pretrain" else {"task": task}
     for _ in range(draw.choice((1, 2, 4, 12))):
-        key = _key(draw)
+        key = _key(draw, task)
         section, _, name = key.rpartition(".")
         inner = tree.setdefault(section, {}) if section else tree
         if isinstance(inner, dict):
@@ -136,7 +146,16 @@ def make(draw: random.Random) -> Case:
     files: dict[str, Content] = {"recipe.yaml": yaml_text(draw, tree)}
     if draw.random() < 0.25:
         base = draw.choice(
-            ("quickstart", "base.yaml", "./base.yaml", "recipe.yaml", "/dev/zero", "../canary/file", "base", *ODD_TEXTS)
+            (
+                _SHIPPED[task],
+                "base.yaml",
+                "./base.yaml",
+                "recipe.yaml",
+                "/dev/zero",
+                "../canary/file",
+                "base",
+                *ODD_TEXTS,
+            )
         )
         files["recipe.yaml"] = yaml_text(draw, {"base": base} | tree)
         files["base.yaml"] = draw.choice(
@@ -155,12 +174,12 @@ def make(draw: random.Random) -> Case:
 def use(folder: Path, case: Case) -> str:
     """Load, print, and load what was printed: it has to be the same."""
     name, mapping, *overrides = case.words
-    resolved = load_recipe(json.loads(mapping) if mapping else name, overrides)
+    resolved = load_recipe(json.loads(mapping) if mapping else name, overrides, None, RunRecipe)
     written = folder / "printed.yaml"
     for printed in (as_yaml(resolved.recipe), explain(resolved)):
         written.write_text(printed)
         try:
-            again = load_recipe(written).recipe
+            again = load_recipe(written, (), None, RunRecipe).recipe
         except ConfigError as error:
             raise Wrong(f"what `mimae config` prints is refused: {error}") from error
         if again != resolved.recipe:

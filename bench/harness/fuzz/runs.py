@@ -23,13 +23,13 @@ from mimae.bench.harness.fuzz.forked import Wrong
 from mimae.bench.harness.fuzz.formats import rezipped
 from mimae.bench.harness.fuzz.images import bases
 from mimae.bench.harness.fuzz.kind import Kind
-from mimae.bench.harness.fuzz.recipes import TINY, every_key, likely, schemas
+from mimae.bench.harness.fuzz.recipes import TINY, likely, schemas
 from mimae.checkpoints import checkpoint, contents
 from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.config.kept import load_run
 from mimae.config.layers import text
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import Recipe, keys
 from mimae.errors import CheckpointError
 from mimae.tools.status import look
 
@@ -346,7 +346,7 @@ _NOT_TRAINED = (
 def make_steps(draw: random.Random) -> Case:
     given = {}
     for _ in range(draw.choice((1, 1, 2, 3, 6))):
-        key = draw.choice([key for key in every_key() if key not in _NOT_TRAINED])
+        key = draw.choice([key for key in keys(Recipe) if key not in _NOT_TRAINED])
         given[key] = likely(draw, key)
     images = {f"images/{i}.png": bases()[6][1] for i in range(9)}
     return Case({"recipe.yaml": TINY.encode(), **images}, [f"{key}={text(value)}" for key, value in given.items()])
