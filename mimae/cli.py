@@ -6,10 +6,12 @@ body imports what it needs when it runs. Command modules import little, so that 
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -25,12 +27,42 @@ from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import detect, extend, finetune, linear, pretrain, segment, submit
+from mimae.outside import output
 from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, evaluate, predict, replay, show, status
 from mimae.transfer.command import embed, export, features_map, neighbours, reconstruct
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress: only results and errors")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON; all else goes to stderr")]
+
+
+def _command(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return a verb with the two options that all commands have."""
+
+    @wraps(verb)
+    def command(*, quiet: bool, as_json: bool, **arguments: Any) -> None:
+        with output.mode(quiet=quiet, machine=as_json):
+            try:
+                verb(**arguments)
+                return
+            except UserError as mistake:
+                if not as_json:
+                    raise
+                _report(mistake, one_line=True)
+        raise typer.Exit(EXIT_MISTAKE)
+
+    signature = inspect.signature(verb, eval_str=True)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in {"quiet": Quiet, "as_json": AsJson}.items()
+    ]
+    parameters = [*signature.parameters.values(), *added]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -43,7 +75,7 @@ def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
         rich_markup_mode=None,
     )
     for name, verb in verbs.items():
-        group.command(name)(verb)
+        group.command(name)(_command(verb))
     return group
 
 
@@ -113,8 +145,16 @@ def main() -> None:
     try:
         app(prog_name="mimae")
     except UserError as mistake:
-        rank = os.environ.get("RANK", "0")
-        # A mistake in the settings concerns every rank; one in the data may concern only one rank.
-        if rank == "0" or not isinstance(mistake, ConfigError):
-            say(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {mistake}", error=True)
+        _report(mistake)
         sys.exit(EXIT_MISTAKE)
+
+
+def _report(mistake: UserError, one_line: bool = False) -> None:
+    """Print a mistake on stderr, if this rank is the one to report it."""
+    rank = os.environ.get("RANK", "0")
+    # A mistake in the settings concerns every rank; one in the data may concern only one rank.
+    if rank == "0" or not isinstance(mistake, ConfigError):
+        said = str(mistake)
+        if one_line:
+            said = "; ".join(line.strip() for line in said.splitlines()).replace(":; ", ": ", 1)
+        say(f"mimae{f' (rank {rank})' if rank != '0' else ''}: {said}", error=True)

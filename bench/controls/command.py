@@ -37,6 +37,7 @@ def controls(
         run_trials,
         tuning_trials,
     )
+    from mimae.outside.output import as_json
 
     sets = data or ["photos"]
     stopped = False
@@ -58,7 +59,8 @@ def controls(
                 signal.signal(number, handler)
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(render(load_results(results / "controls"), load_results(results / "tuning")), encoding="utf-8")
-    print(f"wrote {docs}")
+    if not as_json({"page": docs, "stopped": stopped}):
+        print(f"wrote {docs}")
     if stopped:
         print("stopped: the same command continues from here")
         raise typer.Exit(75)

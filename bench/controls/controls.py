@@ -36,6 +36,7 @@ from mimae.evaluate.samples import ranks_in_class
 from mimae.optim.schedule import total_steps
 from mimae.optim.settings import ScheduleSettings
 from mimae.outside.files import write_atomically
+from mimae.outside.progress import track
 
 RECIPES = {"photos": "quickstart", "cifar": "cifar10"}
 """Recipe of MI-MAE for each data set. The recipes of the other controls add a suffix to its name."""
@@ -239,7 +240,7 @@ def run_trials(trials: Sequence[Trial], out: Path, runs: Path, jobs: int, runner
     failures = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(runner, trial, runs / trial.name): trial for trial in left}
-        for future in as_completed(futures):
+        for future in track(as_completed(futures), "trials", len(futures)):
             trial = futures[future]
             try:
                 result = future.result()

@@ -20,7 +20,7 @@ def data(
     recipe: Annotated[str, typer.Option(help="recipe to compare the best loader with")] = "vit_base_400ep",
     gpu: Annotated[str, typer.Option(help="the GPU of this comparison")] = "NVIDIA H100",
     mfu: Annotated[float, typer.Option(help="assumed share of the GPU's peak", min=0.01, max=1)] = 0.45,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="the file to write")] = None,
 ) -> None:
     """Measure images per second of every loader on PATH.
 
@@ -39,6 +39,7 @@ def data(
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     source = open_source(path)
     if len(source) < batch:
@@ -55,25 +56,27 @@ def data(
     cores = default_workers()
     counts = [workers] if workers else sweep(cores)
     results = measure(names, job, counts, rounds, seconds, lambda text: print(text, flush=True))
+    rate = max((results[name]["images_per_s"] for name in names if name in OBSTACLES), default=0.0)
+    feeds = fed(rate, recipe, gpu, mfu)
+    found = {
+        "bench": "data",
+        **describe(device),
+        "source": {"images": len(source), "bytes_mean": statistics.fmean(encoded_sizes(source))},
+        "settings": {"image_size": size, "batch": batch, "rounds": rounds, "seconds": seconds},
+        "left_out": {name: reason for name, reason in obstacles.items() if reason},
+        "loaders": results,
+        "feeds": feeds,
+    }
+    if out is not None:
+        write_atomically(out, json.dumps(found, indent=2) + "\n")
+    if as_json(found):
+        return
     print("\n".join(table(results)))
     print(
         "cold: images/s of the first pass, the files out of the page cache where the system allows it; off: mean "
         "difference from torchvision's antialiased bicubic on the same windows, of 255"
     )
-    rate = max((results[name]["images_per_s"] for name in names if name in OBSTACLES), default=0.0)
-    feeds = fed(rate, recipe, gpu, mfu)
     print(
         f"{rate:,.0f} images/s with {cores} cores feed {feeds['gpus']:.2f} x {gpu} that train {recipe} at an assumed "
         f"{100 * mfu:.0f} % of peak, {feeds['images_per_s_each']:,.0f} images/s each"
     )
-    if out is not None:
-        found = {
-            "bench": "data",
-            **describe(device),
-            "source": {"images": len(source), "bytes_mean": statistics.fmean(encoded_sizes(source))},
-            "settings": {"image_size": size, "batch": batch, "rounds": rounds, "seconds": seconds},
-            "left_out": {name: reason for name, reason in obstacles.items() if reason},
-            "loaders": results,
-            "feeds": feeds,
-        }
-        write_atomically(out, json.dumps(found, indent=2) + "\n")

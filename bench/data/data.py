@@ -25,6 +25,7 @@ from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.pixels.decode import whole
 from mimae.data.sources.base import Source
 from mimae.errors import UserError
+from mimae.outside.progress import track
 from mimae.plan.flops import step_flops
 from mimae.plan.gpus import peak_flops
 
@@ -180,7 +181,7 @@ def measure(
         best = max(rates, key=rates.__getitem__) if rates else counts[0]
         results[name] = {"workers": best, "sweep": rates, "turns": []}
         results[name]["cold_images_per_s"] = first_epoch(name, job._replace(workers=best)) if single else None
-    for number in range(rounds):
+    for number in track(range(rounds), "loaders", rounds, "rounds"):
         for name in names:
             made = turn(name, job._replace(workers=results[name]["workers"]), seconds)
             results[name]["turns"].append({**made._asdict(), "spent": made.spent._asdict()})

@@ -10,7 +10,7 @@ import typer
 
 
 def gpu(
-    json_file: Annotated[Path, typer.Option("--json", help="the file to write, and to go on with")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="the file to write, and to go on with")] = Path(
         "bench/results/gpu.json"
     ),
     only: Annotated[list[str] | None, typer.Option(help="stages to run; repeatable [default: all]")] = None,
@@ -26,11 +26,13 @@ def gpu(
     import json
 
     from mimae.bench.gpu.stages import STAGES
+    from mimae.outside.output import as_json
 
     if page is not None:
         from mimae.bench.gpu.page import render
 
-        page.write_text(render(json.loads(json_file.read_text()) if json_file.exists() else {}))
+        page.write_text(render(json.loads(out.read_text()) if out.exists() else {}))
+        as_json({"page": page})
         return
     import torch
 
@@ -45,9 +47,10 @@ def gpu(
     if not torch.cuda.is_available():
         raise UserError("no CUDA device: `mimae bench kernels` and `mimae bench step` run on a CPU too")
     stages = [stage for stage in STAGES if stage.name in (only or names)]
-    states = Run(stages, json_file, describe(torch.device("cuda")), seconds).run()
+    states = Run(stages, out, describe(torch.device("cuda")), seconds).run()
+    as_json({"stages": states, "file": out})
     left = {name: state or "not started" for name, state in states.items() if state != "done"}
     if left:
         told = ", ".join(f"{name} ({state})" for name, state in left.items())
-        print(f"not done: {told}; the same command goes on with them, {json_file} has their output", file=sys.stderr)
+        print(f"not done: {told}; the same command goes on with them, {out} has their output", file=sys.stderr)
         raise typer.Exit(1)

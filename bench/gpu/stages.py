@@ -23,7 +23,7 @@ class Stage(NamedTuple):
 
 
 def _step(name: str, seconds: float, *arguments: str, batch: int = 256) -> Stage:
-    command = ["mimae", "bench", "step", "--json", "{result}", *arguments, "--batch", str(batch)]
+    command = ["mimae", "bench", "step", "--out", "{result}", *arguments, "--batch", str(batch)]
     return Stage(name, command, seconds, least=30, smaller=["--batch", str(batch // 2)])
 
 
@@ -55,7 +55,7 @@ STAGES = (
     *(
         Stage(
             f"op {op}",
-            ["mimae", "bench", "kernels", "--json", "{result}", "--op", op, "--batch", "1024", "--rounds", "15"],
+            ["mimae", "bench", "kernels", "--out", "{result}", "--op", op, "--batch", "1024", "--rounds", "15"],
             24 if op == "infonce" else 14,
             least=10,
         )

@@ -18,7 +18,7 @@ def drill(
     ranks: Annotated[int, typer.Option(help="largest number of ranks of a run", min=2, max=4)] = 3,
     seed: Annotated[int, typer.Option(help="seed of the draw of kinds, steps, ranks and moments")] = 0,
     jobs: Annotated[int, typer.Option(help="number of runs at a time", min=1)] = 2,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="the file to write")] = None,
 ) -> None:
     """Inject every kind of fault into tiny runs, and compare their weights.
 
@@ -36,6 +36,7 @@ def drill(
     from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
     from mimae.bench.machine import describe
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -52,9 +53,10 @@ def drill(
     failed, lost = sum(row["failed"] is not None for row in rows), sum(row["lost"] for row in rows)
     minutes = (time.monotonic() - began) / 60
     print(f"{len(rows)} faults, {failed} failed, {lost} checkpoints lost, {minutes:.1f} minutes")
+    found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
+    found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
+    as_json(found)
     if out is not None:
-        found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
-        found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
         write_atomically(out, json.dumps(found, indent=1) + "\n")
     if failed or lost:
         print(f"the output of the runs is kept in {folder}")
@@ -70,7 +72,7 @@ def soak(
     size: Annotated[int, typer.Option(help="side of a sample in pixels", min=1)] = 224,
     batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
     restart: Annotated[float, typer.Option(help="seconds between two restarts", min=0.1)] = 60.0,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="the file to write")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="the plot to write (.png or .svg)")] = None,
 ) -> None:
     """Run loaders for minutes while random reads are damaged.
@@ -87,6 +89,7 @@ def soak(
     from mimae.data.sources.open import open_source
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     source = open_source(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,6 +107,7 @@ def soak(
             f"{', '.join(f'{mib:.0f}' for mib in result['quarters_mib'])} MiB",
             flush=True,
         )
+    as_json(found)
     if out is not None:
         write_atomically(out, json.dumps(found) + "\n")
     if picture is not None:
@@ -124,7 +128,8 @@ def fuzz(
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for the inputs that are finds")] = None,
     out: Annotated[
-        Path | None, typer.Option("--json", help="the file to write, or to go on with: it holds the counts so far")
+        Path | None,
+        typer.Option(metavar="FILE.json", help="the file to write, or, with counts so far, to go on with"),
     ] = None,
 ) -> None:
     """Use damaged inputs of every kind, each in a separate child process.
@@ -140,13 +145,14 @@ def fuzz(
     from mimae.bench.harness.fuzz.fuzz import KINDS, SLICE, add, fuzz, merged, read, repeat
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
 
     if not sys.platform.startswith("linux"):
         raise UserError("mimae bench fuzz needs Linux: it reads /proc")
     if unknown := sorted({*(kinds or ())} - {*KINDS}):
         raise UserError(f"{unknown[0]} is not a kind of input: legal are {', '.join(KINDS)}")
-    others = 0
+    others, counts = 0, dict[str, Any]()
     for file in case or ():
         kind, outcome = repeat(file)
         say(f"{file.name}: {kind}, {outcome.verdict}{f': {outcome.said}' if outcome.said else ''}")
@@ -162,13 +168,15 @@ def fuzz(
             + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items() if key != "finds")
         )
         others += found["others"]
+        counts[kind] = found
+    as_json(counts)
     if others:
         raise typer.Exit(1)
 
 
 def flat(
     steps: Annotated[int, typer.Option(help="optimizer steps", min=400)] = 5000,
-    out: Annotated[Path | None, typer.Option("--json", help="the file to write")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="the file to write")] = None,
 ) -> None:
     """Train thousands of tiny steps, and watch the process.
 
@@ -181,13 +189,16 @@ def flat(
     from mimae.bench.harness.flat import flat
     from mimae.bench.machine import describe
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     with tempfile.TemporaryDirectory(prefix="mimae-flat-") as folder:
         found = flat(steps, Path(folder))
     for name, quarters in found.items():
         if isinstance(quarters, list) and name not in ("seen", "columns"):
             print(f"{name.replace('_', ' ')} by quarters of the steps: {', '.join(f'{each:g}' for each in quarters)}")
+    found = {"bench": "flat", **describe(torch.device("cpu")), **found}
+    as_json(found)
     if out is not None:
-        write_atomically(out, json.dumps({"bench": "flat", **describe(torch.device("cpu")), **found}) + "\n")
+        write_atomically(out, json.dumps(found) + "\n")
     if not found["flat"]:
         raise typer.Exit(1)

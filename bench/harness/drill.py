@@ -31,6 +31,7 @@ from mimae.bench.harness.faults import FAULTS, RESHAPED
 from mimae.bench.harness.trial import EVERY, RECIPE, STEPS, Trial
 from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
+from mimae.outside.progress import track
 
 TOLERANCE = 1e-4
 """Tolerance, relative to the norm of each section (weights, optimizer, averages), for a different number of ranks,
@@ -62,7 +63,7 @@ def drill(
     try:
         list(pool.map(Trial.finish, undisturbed))
         wanted = {trial.ranks: _final(trial.run) for trial in undisturbed}
-        return list(pool.map(partial(_judge, wanted=wanted), trials))
+        return list(track(pool.map(partial(_judge, wanted=wanted), trials), "drill", len(trials), "faults"))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for trial in (*undisturbed, *(trial for _, trial in trials)):

@@ -20,6 +20,7 @@ from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
+from mimae.outside.progress import Progress
 
 SAMPLE_SECONDS = 2.0
 """Seconds between two readings of the memory."""
@@ -95,6 +96,7 @@ def soak(
     epoch = step = restarts = 0
     draw = random.Random(0)
     account: Account | None = None
+    progress = Progress(settings.loader, round(60 * minutes), "seconds")
     while (now := time.perf_counter()) - start < 60 * minutes:
         until = min(now + draw.uniform(0.5, 1.5) * restart_seconds, start + 60 * minutes)
         with closing(make_loader(settings, damaged, seed=0, batch_size=batch_size)) as loader:
@@ -107,7 +109,9 @@ def soak(
                     epoch, step = epoch + 1, 0
                 if time.perf_counter() - start >= len(curve) * SAMPLE_SECONDS:
                     curve.append((time.perf_counter() - start, tree_bytes() / 2**20))
+                    progress.add(round(SAMPLE_SECONDS))
         restarts += 1
+    progress.close()
     assert account is not None
     return {
         **{key: getattr(account, key) for key in ("images", "epochs", "lost", "repeated", "replaced", "unnamed")},

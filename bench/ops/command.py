@@ -17,7 +17,7 @@ def kernels(
     precision: Annotated[
         str | None, typer.Option(help="precision of the products: bf16 or fp32 [default: bf16; infonce in both]")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
 ) -> None:
     """Measure time and memory of every op.
 
@@ -32,6 +32,7 @@ def kernels(
     from mimae.bench.ops.kernels import BATCHES, contest, crossovers, roof, show, sizes_of
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     known, dtypes = {case.op: case for case in CASES}, {"bf16": torch.bfloat16, "fp32": torch.float32}
     unknown = [name for name in op or () if name not in known]
@@ -47,10 +48,10 @@ def kernels(
             contests.append(contest(case, size, images, device, rounds, compiled))
             show(contests[-1], result["roof"], Console())
             result["crossovers"] = crossovers(contests)
-            if json_file is not None:  # Write it each time: the next op may hang.
-                write_atomically(json_file, json.dumps(result, indent=2) + "\n")
-    if json_file is not None:
-        print(f"wrote {json_file}")
+            if out is not None:  # Write it each time: the next op may hang.
+                write_atomically(out, json.dumps(result, indent=2) + "\n")
+    if not as_json(result) and out is not None:
+        print(f"wrote {out}")
 
 
 def traffic(
@@ -59,9 +60,9 @@ def traffic(
         bool, typer.Option(help="compile for sm_80, 90 and 100 too; minutes, then from triton's cache")
     ] = True,
     jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
     page: Annotated[
-        Path | None, typer.Option("--render", help="render the result that --json names to this page, without a run")
+        Path | None, typer.Option("--render", help="render the result that --out names to this page, without a run")
     ] = None,
 ) -> None:
     """Count the bytes that the fused ops move; no GPU needed.
@@ -78,11 +79,13 @@ def traffic(
     from mimae.bench.ops.traffic import WIDTH, beyond_bounds, bound_of, count, flaws, render, show
     from mimae.errors import UserError
     from mimae.kernels import runtime
+    from mimae.outside.output import as_json
 
     if page is not None:
-        if json_file is None or not json_file.exists():
-            raise UserError("--render shows a result: name its file by --json")
-        page.write_text(render(json.loads(json_file.read_text())))
+        if out is None or not out.exists():
+            raise UserError("--render shows a result: name its file by --out")
+        page.write_text(render(json.loads(out.read_text())))
+        as_json({"page": page})
         return
     if runtime.triton is None:
         raise UserError("the kernels are counted and compiled by triton, which is not installed")
@@ -93,10 +96,11 @@ def traffic(
         "traffic": count(cases, jobs),
         "machine_code": offline.machine_code(cases, jobs) if machine_code else [],
     }
-    show(result, Console(width=WIDTH))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {json_file}")
+    if not as_json(result):
+        show(result, Console(width=WIDTH))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {out}")
     beyond = [line for row in result["traffic"] for line in beyond_bounds(row, bound_of(row["op"]))]
     beyond += [line for binary in result["machine_code"] for line in flaws(binary)]
     for line in beyond:

@@ -25,6 +25,7 @@ from mimae.bench.machine import Product, matmul_rate, resident_peak, synchronize
 from mimae.bench.ops.cases.case import Case, Inputs, Pass, Size, numbers
 from mimae.bench.ops.traffic import eager as eager_traffic
 from mimae.kernels.runtime import Impl, chosen, watching
+from mimae.outside.progress import track
 
 BATCHES = (256, 1024, 4096)
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
@@ -193,7 +194,7 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
             rows[name]["skipped"] = f"wrong: norms {found}, the reference has {expected}"
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
     names = list(racing)
-    for number in range(rounds):
+    for number in track(range(rounds), f"{case.op} {size.name}", rounds, "rounds"):
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             times[name].append(racing[name].once())

@@ -28,6 +28,7 @@ from mimae.bench.ops.cases import chosen
 from mimae.bench.ops.cases.case import Case, Size, recorded
 from mimae.kernels import runtime
 from mimae.kernels.runtime import H100, Launch, Target
+from mimae.outside.progress import track
 
 
 class Processor(NamedTuple):
@@ -172,7 +173,7 @@ def machine_code(
     with fresh_processes(processes, interpret=False) as pool:
         return [
             {"op": op, "size": size.name, **row}
-            for (op, size, _), rows in zip(jobs, pool.map(_rows, *zip(*jobs)))
+            for (op, size, _), rows in zip(jobs, track(pool.map(_rows, *zip(*jobs)), "machine code", len(jobs)))
             for row in rows
         ]
 

@@ -26,6 +26,7 @@ from mimae.bench.ops.cases import chosen
 from mimae.bench.ops.cases.case import Bound, Case, Inputs, Pass, Size, numbers, recorded
 from mimae.bench.ops.counting import TorchTraffic, Traffic, counting, total
 from mimae.kernels.runtime import H100, Launch, Target
+from mimae.outside.progress import track
 
 H100_BYTES_PER_S = 3.35e12
 """Memory bandwidth of an H100 SXM in bytes/s, from its data sheet."""
@@ -164,7 +165,7 @@ def count(cases: Sequence[Case], processes: int) -> list[Row]:
     """Count every case at each of its sizes, in fresh processes."""
     jobs = [(case.op, size) for case in cases for size in case.sizes]
     with offline.fresh_processes(processes, interpret=True) as pool:
-        return list(pool.map(measure, *zip(*jobs)))
+        return list(track(pool.map(measure, *zip(*jobs)), "traffic", len(jobs)))
 
 
 # Judging and showing
@@ -248,7 +249,7 @@ def render(result: Mapping[str, Any]) -> str:
     lines = [
         "# What the kernels move, counted without a GPU",
         "",
-        f"From `bench/results/traffic.json`, with {versions}. `mimae bench traffic --json` writes that file, with",
+        f"From `bench/results/traffic.json`, with {versions}. `mimae bench traffic --out` writes that file, with",
         "`--render` this page. In megabytes; *least*: each input and each result once, *issued*: what loads and stores",
         "ask for, *different*: without what is asked for again. The time is a prediction: the least at an H100's",
         f"{H100_BYTES_PER_S / 1e12:g} TB/s. `infonce` is in fp32, as training has it, where bf16 is not named.",

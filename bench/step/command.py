@@ -31,7 +31,7 @@ def step(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="number of rounds, with a turn of every contender in each", min=1)] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
 ) -> None:
     """Measure speed and memory of a training step.
 
@@ -50,6 +50,7 @@ def step(
     from mimae.errors import UserError
     from mimae.model.mimae import obstacles
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
     chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
@@ -82,8 +83,8 @@ def step(
     result["roof"] = roof(ours, device)
 
     def write() -> None:
-        if json_file is not None:  # Write it each time: the next contest may hang.
-            write_atomically(json_file, json.dumps(result, indent=2) + "\n")
+        if out is not None:  # Write it each time: the next contest may hang.
+            write_atomically(out, json.dumps(result, indent=2) + "\n")
 
     result["contests"] = []
     for contest in contests:
@@ -91,9 +92,10 @@ def step(
         write()
     measure_memory(list(zip(contests, result["contests"])), device)
     write()
-    show(result, Console())
-    if json_file is not None:
-        print(f"wrote {json_file}")
+    if not as_json(result):
+        show(result, Console())
+    if out is not None:
+        print(f"wrote {out}")
 
 
 def engines(
@@ -106,7 +108,7 @@ def engines(
     ranks: Annotated[int, typer.Option(help="number of processes of an engine", min=1)] = 2,
     batch: Annotated[int, typer.Option(help="number of images in a step, over all ranks", min=2)] = 8,
     rounds: Annotated[int, typer.Option(help="number of rounds, with a step of every engine in each", min=1)] = 7,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
 ) -> None:
     """Measure speed and memory of each engine on this CPU.
 
@@ -119,6 +121,7 @@ def engines(
     from mimae.bench.step.engines import ENGINES, MODEL, measure, sent_bytes, table
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
+    from mimae.outside.output import as_json
     from mimae.plan.memory import parameters
 
     names = list(dict.fromkeys(["ddp", *(engine or ENGINES)]))
@@ -141,7 +144,8 @@ def engines(
         name: {**row, "sent_bytes": sent_bytes(recipes[name], ranks)}
         for name, row in measure(recipes, ranks, rounds).items()
     }
-    print(table(result))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {json_file}")
+    if not as_json(result):
+        print(table(result))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {out}")

@@ -29,6 +29,7 @@ from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.errors import UserError
 from mimae.model.masking import views
+from mimae.outside.progress import track
 from mimae.plan.communication import traffic
 from mimae.plan.gpus import find_gpu
 from mimae.plan.memory import Layout, parameters
@@ -92,7 +93,7 @@ def measure(recipes: Mapping[str, Recipe], ranks: int, rounds: int) -> dict[str,
         for name, of_ranks in pipes.items():
             found[name] = {"seconds_per_step": [], "peak_bytes": max(_answers(name, of_ranks))}
         names = list(recipes)
-        for number in range(rounds):
+        for number in track(range(rounds), "engines", rounds, "rounds"):
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 for pipe in pipes[name]:

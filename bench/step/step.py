@@ -38,6 +38,7 @@ from mimae.model.groups import groups
 from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
 from mimae.optim.optimizer import Optimizer
+from mimae.outside.progress import track
 from mimae.plan.flops import step_flops
 from mimae.randomness import whole_parts
 
@@ -265,7 +266,7 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
     steps = max(1, round(ROUND_SECONDS / slowest))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for number in range(rounds):
+    for number in track(range(rounds), "step", rounds, "rounds"):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(contenders[name].timed(steps))

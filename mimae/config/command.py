@@ -15,12 +15,17 @@ def config(recipe: RecipeName, overrides: Overrides = None) -> None:
     from mimae.config.load import load_recipe
     from mimae.config.printing import explain
     from mimae.config.recipe import RunRecipe
+    from mimae.outside.output import as_json
 
-    print(explain(load_recipe(recipe, overrides or (), None, RunRecipe)), end="")
+    resolved = load_recipe(recipe, overrides or (), None, RunRecipe)
+    if not as_json({"recipe": resolved.recipe.model_dump(mode="json"), "origins": resolved.origins}):
+        print(explain(resolved), end="")
 
 
 def settings() -> None:
     """Print the reference of all settings (Markdown)."""
-    from mimae.config.printing import reference
+    from mimae.config.printing import reference, rows
+    from mimae.outside.output import as_json
 
-    print(reference(), end="")
+    if not as_json(list(rows())):
+        print(reference(), end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 from mimae.config.layers import text
@@ -63,12 +63,29 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def _table(prefix: str, names: list[str], model: type[Section]) -> str:
-    rows = ["| key | default | legal | resume | meaning |", "|---|---|---|---|---|"]
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield key, default, legal values, resume and meaning of every key."""
+    by_name = sections()
+    yield from _rows("", [name for name in Recipe.model_fields if name not in by_name], Recipe)
+    for name, section in by_name.items():
+        yield from _rows(f"{name}.", list(section.model_fields), section)
+
+
+def _rows(prefix: str, names: list[str], model: type[Section]) -> Iterator[dict[str, Any]]:
     defaults = model().model_dump(mode="json")
     for name in names:
-        meaning = model.model_fields[name].description or ""
-        key = f"{prefix}{name}"
-        row = [f"`{key}`", f"`{text(defaults[name])}`", legal(key), resume_of(key), meaning]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return "\n".join(rows) + "\n"
+        yield {
+            "key": (key := f"{prefix}{name}"),
+            "default": defaults[name],
+            "legal": legal(key),
+            "resume": resume_of(key),
+            "meaning": model.model_fields[name].description or "",
+        }
+
+
+def _table(prefix: str, names: list[str], model: type[Section]) -> str:
+    lines = ["| key | default | legal | resume | meaning |", "|---|---|---|---|---|"]
+    for row in _rows(prefix, names, model):
+        cells = [f"`{row['key']}`", f"`{text(row['default'])}`", row["legal"], row["resume"], row["meaning"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,6 @@ White = Annotated[int | None, typer.Option("--range", help="as data.range", min=
 
 def check(
     path: Annotated[str, typer.Argument(help="a data path, as data.path")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with the path of every listed sample")] = False,
     max_pixels: MaxPixels = None,
     workers: Workers = None,
     image_key: ImageKey = None,
@@ -26,20 +24,18 @@ def check(
 ) -> None:
     """Read and decode every sample of a data set.
 
-    Reports counts, sizes, formats, broken samples with the reason, and duplicates. The exit code is 1 if any sample is
-    broken.
+    Reports counts, sizes, formats, broken samples with the reason, and duplicates; with --json the path of every listed
+    sample. The exit code is 1 if any sample is broken.
     """
-
     from mimae.data.loading.workers import default_workers
     from mimae.data.settings import PILLOW_LIMIT, DataSettings
     from mimae.data.tools.check import check, show, summary
+    from mimae.outside.output import as_json
 
     pixels = min(max_pixels or DataSettings().max_pixels, PILLOW_LIMIT)
     settings = DataSettings(max_pixels=pixels, image_key=image_key, label_key=label_key, range=white)
     found = summary(check(path, settings, workers or default_workers()), white)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
+    if not as_json(found):
         show(found)
     if found["broken"]:
         raise typer.Exit(1)
@@ -65,6 +61,7 @@ def pack(
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
 
     if target.suffix != ".tar":
@@ -75,7 +72,10 @@ def pack(
     packing = Packing(opened, target, samples, shortest, max_pixels or DataSettings().max_pixels, white)
     written, left_out = pack(packing, workers or default_workers())
     shards = packing.numbers()
+    bad = target.with_suffix(".bad_samples.jsonl")
+    if as_json({"shards": [packing.shard(i) for i in shards], "written": written, "left_out": left_out, "bad": bad}):
+        return
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
     print(f"{span}: {written} written, {len(shards) - written} already there")
     if left_out:
-        print(f"left out because they cannot be used: {left_out}, listed in {target.with_suffix('.bad_samples.jsonl')}")
+        print(f"left out because they cannot be used: {left_out}, listed in {bad}")

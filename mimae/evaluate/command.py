@@ -27,9 +27,12 @@ def probe(
     from mimae.evaluate.knn import NEIGHBOURS
     from mimae.evaluate.probe import MEASURES, probe
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
 
     result = probe(run, train, test, images, baselines)
     write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")
+    if as_json(result):
+        return
     table = Table(
         title=f"{run}: {result['train_images']:,} training and {result['test_images']:,} test images of "
         f"{result['classes']} classes",

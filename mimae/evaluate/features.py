@@ -28,11 +28,17 @@ def pixels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract(
-    extractors: Mapping[str, Extractor], data: DataSettings, source: Source, ids: Tensor, device: torch.device
+    extractors: Mapping[str, Extractor],
+    data: DataSettings,
+    source: Source,
+    ids: Tensor,
+    device: torch.device,
+    done: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the features (n, D) of each extractor, float32, and their sample ids (n,), all on `device`.
 
-    Each image is decoded once for all extractors. Images that cannot be read have no features.
+    Each image is decoded once for all extractors. Images that cannot be read have no features. `done` is called with
+    the number of images of each batch.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in extractors}
     read = []
@@ -42,4 +48,5 @@ def extract(
         for name, extractor in extractors.items():
             found[name].append(extractor(batch.images)[whole].float())
         read.append(batch.sample_ids[whole])
+        done(len(batch.images))
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(read)

@@ -25,6 +25,7 @@ from mimae.evaluate.knn import nearest_neighbours
 from mimae.evaluate.linear import FOLDS, few_label_probe, few_labels, linear_probe
 from mimae.evaluate.samples import balanced_subset, shared_labels, standardise
 from mimae.model.mimae import build
+from mimae.outside.progress import Progress
 from mimae.transfer.load import load_encoder
 
 MEASURES = ("linear", "few_labels", "knn")
@@ -86,10 +87,17 @@ def probe(
     extractors: dict[str, Extractor] = {"raw pixels": pixels} if baselines else {}
     extractors |= {name: network.to(device).features for name, network in encoders.items()}
     chosen = [balanced_subset(labels[0], images, seed=0), torch.arange(len(labels[1]))]
-    (train_features, train_ids), (test_features, test_ids) = (
-        extract(extractors, recipe.data, source, ids, device) for source, ids in zip(sources, chosen, strict=True)
-    )
+    with Progress("features", sum(map(len, chosen)), "images") as progress:
+        (train_features, train_ids), (test_features, test_ids) = (
+            extract(extractors, recipe.data, source, ids, device, progress.add)
+            for source, ids in zip(sources, chosen, strict=True)
+        )
     train_labels, test_labels = labels[0].to(device)[train_ids], labels[1].to(device)[test_ids]
+    scores = {}
+    with Progress("probes", len(extractors)) as progress:
+        for name in extractors:
+            progress.begin(name)
+            scores[name] = measure(train_features[name], train_labels, test_features[name], test_labels, classes)
     return {
         "train": sources[0].name,
         "test": sources[1].name,
@@ -98,9 +106,6 @@ def probe(
         "unreadable_images": sum(map(len, chosen)) - len(train_ids) - len(test_ids),
         "classes": classes,
         "few_labels": few_labels(classes),
-        "features": {
-            name: measure(train_features[name], train_labels, test_features[name], test_labels, classes)
-            for name in extractors
-        },
+        "features": scores,
         "seconds": time.monotonic() - started,
     }

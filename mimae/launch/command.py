@@ -39,14 +39,29 @@ def _verb(task: str, help: str, check: Callable[[Any], None] = lambda _: None) -
         from mimae.config.load import load_recipe
         from mimae.config.recipe import RECIPES
 
-        check(load_recipe(recipe, overrides or (), None, RECIPES[task]).recipe)  # Raises for a recipe of another task.
+        resolved = load_recipe(recipe, overrides or (), None, RECIPES[task]).recipe  # Raises for another task's.
+        check(resolved)
         from mimae.launch import processes
 
         job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
-        raise typer.Exit(processes.train(recipe, overrides or (), job))
+        code = processes.train(recipe, overrides or (), job)
+        _tell(Path(resolved.run.dir), code)
+        raise typer.Exit(code)
 
     train.__doc__ = help
     return train
+
+
+def _tell(run: Path, code: int) -> None:
+    """Print the state of a run, for --json: its last records, as they are in metrics.jsonl and epochs.jsonl."""
+    from mimae.outside.files import Folder
+    from mimae.outside.output import as_json
+    from mimae.telemetry import records
+
+    def last(name: str) -> dict[str, Any] | None:
+        return next(reversed([*records.read(Folder(run), name, 1 << 18, tail=True)]), None)
+
+    as_json({"run": run, "exit_code": code, "step": last("metrics.jsonl"), "epoch": last("epochs.jsonl")})
 
 
 pretrain = _verb("pretrain", "Pretrain by a recipe, or resume an interrupted run.\n\nUses all GPUs of the machine.")
@@ -104,7 +119,9 @@ def extend(
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
     asked = [*overrides, f"run.dir={run}", "run.extend=true"]
     job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
-    raise typer.Exit(processes.train(str(run / "config.yaml"), asked, job))
+    code = processes.train(str(run / "config.yaml"), asked, job)
+    _tell(run, code)
+    raise typer.Exit(code)
 
 
 detect = _verb("detect", "Train a detector of boxes and masks, from an encoder or from random weights.")
@@ -140,6 +157,7 @@ def submit(
     from mimae.errors import UserError
     from mimae.launch.job import check_ranks
     from mimae.launch.submit import Training, check_time, executor, runs
+    from mimae.outside.output import as_json
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
@@ -166,9 +184,17 @@ def submit(
         mem=memory,
     )
     if dry_run:
-        print(made._make_submission_file_text(made._submitit_command_str, "JOB"), end="")
+        script = made._make_submission_file_text(made._submitit_command_str, "JOB")
+        if not as_json({"script": script}):
+            print(script, end="")
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
-    for job, each in zip(submitted, jobs, strict=True):
-        directory = load_recipe(recipe, each.overrides, None, RunRecipe).recipe.run.dir
-        print(f"job {job.job_id}: {directory}; output in {job.paths.stdout}")
+    told = [
+        {"job": job.job_id, "run": load_recipe(recipe, each.overrides, None, RunRecipe).recipe.run.dir}
+        | {"output": job.paths.stdout}
+        for job, each in zip(submitted, jobs, strict=True)
+    ]
+    if as_json(told):
+        return
+    for each in told:
+        print(f"job {each['job']}: {each['run']}; output in {each['output']}")

@@ -50,7 +50,7 @@ def shortened(line: str, most: int = 2000) -> str:
 def say(text: object, *, error: bool = False) -> None:
     """Print lines on stdout or stderr, escaped. A stream that cannot be written is noted in `losses`, never raised."""
     name: Stream = "stderr" if error else "stdout"
-    _write(name, getattr(sys, name), printable(text, lines=True) + "\n")
+    write(name, getattr(sys, name), printable(text, lines=True) + "\n")
 
 
 def losses() -> dict[Stream, Loss]:
@@ -58,36 +58,41 @@ def losses() -> dict[Stream, Loss]:
     return dict(_losses)
 
 
-def is_terminal() -> bool:
-    """Return whether stdout is a terminal."""
+def is_terminal(name: Stream = "stdout") -> bool:
+    """Return whether a stream is a terminal."""
+    stream = getattr(sys, name)
     try:
-        return sys.stdout is not None and sys.stdout.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:  # a closed file
         return False
 
 
 class Output(io.TextIOBase):
-    """The present stdout as a file for libraries; failed writes are noted, as by `say`. Control characters pass."""
+    """The present stdout or stderr as a file for libraries; failed writes are noted, as by `say`.
 
-    def __init__(self) -> None:
-        self._stream = sys.stdout  # rich replaces sys.stdout with a stream that writes here.
+    Control characters pass.
+    """
+
+    def __init__(self, name: Stream = "stdout") -> None:
+        self._name: Stream = name
+        self._stream = getattr(sys, name)  # rich replaces sys.stdout with a stream that writes here.
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of stdout."""
+        """The encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Return whether stdout is a terminal."""
-        return self._stream.isatty()
+        """Return whether the stream is a terminal."""
+        return bool(self._stream.isatty())
 
     def fileno(self) -> int:
-        """Return the descriptor of stdout."""
-        return self._stream.fileno()
+        """Return the descriptor of the stream."""
+        return int(self._stream.fileno())
 
     def write(self, text: str) -> int:
-        """Write to stdout, if that is possible."""
-        _write("stdout", self._stream, text)
+        """Write to the stream, if that is possible."""
+        write(self._name, self._stream, text)
         return len(text)
 
 
@@ -104,7 +109,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # It gets the lowest free number, which is this one.
 
 
-def _write(name: Stream, stream: TextIO | None, text: str) -> None:
+def write(name: Stream, stream: TextIO | None, text: str) -> None:
+    """Write text to a stream and flush it. A failure is noted under `name` (see `losses`), never raised."""
     if stream is None:  # The descriptor was closed before the start.
         return
     try:

@@ -61,14 +61,48 @@ def _reason(best: Row, table: list[Row]) -> str:
     return f"ddp waits {ddp.exposed:.3g} s a step for the network, this engine {best.exposed:.3g} s"
 
 
+def _steps(recipe: Recipe, dataset: int) -> int:
+    schedule = recipe.schedule
+    steps = schedule.epochs * (dataset // schedule.batch_size)
+    return steps if schedule.max_steps is None else min(steps, schedule.max_steps)
+
+
+def document(recipe: Recipe, fleet: Fleet, dataset: int) -> dict[str, Any]:
+    """Return the figures of every engine, and the best one."""
+    count, steps = parameters(recipe), _steps(recipe, dataset)
+    best, advice = advise(recipe, fleet, count)
+    return {
+        "parameters": count.total,
+        "gpus": fleet.gpus,
+        "gpu": fleet.gpu.name,
+        "images_per_step": recipe.schedule.batch_size,
+        "steps": steps,
+        "flops_per_step": step_flops(recipe),
+        "engines": [
+            {
+                "settings": row.layout.settings,
+                "fits": row.fits,
+                "memory_bytes": row.memory._asdict() | {"total": row.memory.total},
+                "largest_micro_batch": row.largest,
+                "bytes_sent": sum(each.bytes for each in row.traffic),
+                "seconds": row.seconds,
+                "exposed_seconds": row.exposed,
+                "images_per_s": row.images_per_s,
+                "hours": steps * row.seconds / 3600,
+            }
+            for row in rows(recipe, fleet, count)
+        ],
+        "best": None if best is None else best.layout.settings,
+        "advice": advice,
+    }
+
+
 def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
     """Return all figures as text."""
-    count = parameters(recipe)
+    count, steps = parameters(recipe), _steps(recipe, dataset)
     table = rows(recipe, fleet, count)
     best, advice = advise(recipe, fleet, count)
     schedule = recipe.schedule
-    steps = schedule.epochs * (dataset // schedule.batch_size)
-    steps = steps if schedule.max_steps is None else min(steps, schedule.max_steps)
     micro = schedule.batch_size // (fleet.gpus * schedule.accumulate)
     flops = step_flops(recipe)
     lines = [

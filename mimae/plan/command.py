@@ -36,7 +36,8 @@ def plan(
     """
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
-    from mimae.plan.advice import report
+    from mimae.outside.output import as_json
+    from mimae.plan.advice import document, report
     from mimae.plan.cost import Fleet
     from mimae.plan.gpus import find_gpu
     from mimae.plan.memory import Layout
@@ -54,10 +55,15 @@ def plan(
         from mimae.plan import dry
 
         layout = Layout(resolved.engine.kind, gpus, resolved.engine.replicas)
-        raise typer.Exit(not dry.report(resolved, layout, fleet.gpu, nodes_of))
+        agrees = dry.report(resolved, layout, fleet.gpu, nodes_of)
+        as_json({"agrees": agrees, "tolerance": dry.TOLERANCE})
+        raise typer.Exit(not agrees)
     if scaling is not None:
         from mimae.plan.scaling import report as draw
 
-        print(draw(resolved, fleet, Path(recipe).stem, scaling))
+        told = draw(resolved, fleet, Path(recipe).stem, scaling)
+        if not as_json({"picture": scaling}):
+            print(told)
         return
-    print(report(resolved, fleet, images))
+    if not as_json(document(resolved, fleet, images)):
+        print(report(resolved, fleet, images))

@@ -31,6 +31,7 @@ from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, obstacles, outline
 from mimae.objective.costs import FP32
 from mimae.objective.objective import Losses
+from mimae.outside.progress import track
 from mimae.plan.communication import Traffic, traffic
 from mimae.plan.gpus import GPU
 from mimae.plan.memory import Layout, Memory, kept, memory, parameters
@@ -327,7 +328,8 @@ def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
     held = kept(recipe, images, ranks, "fake") + count.root * FP32
     sent = traffic(recipe, layout, gpu, per_node, count)
     agrees = True
-    for rank in dict.fromkeys((0, ranks - 1)):
+    counted_ranks = dict.fromkeys((0, ranks - 1))
+    for rank in track(counted_ranks, "dry run", len(counted_ranks), "ranks"):
         counted = count_step(recipe, ranks, rank)
         rows, wrong = compare(counted, planned, held, sent), wrong_parts(counted)
         mine = sum(part.values.numel() for part in counted.parts.values())

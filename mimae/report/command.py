@@ -22,6 +22,7 @@ def report(
     """
     from mimae.errors import UserError
     from mimae.outside.files import Folder, write_atomically
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.report.page import page
     from mimae.report.runs import read
@@ -34,7 +35,8 @@ def report(
             write_atomically(out, made)
     except OSError as error:
         raise UserError(f"{out or run / 'report.html'} cannot be written: {error.strerror}") from error
-    say(out or run / "report.html")
+    if not as_json({"page": out or run / "report.html"}):
+        say(out or run / "report.html")
 
 
 def watch(
@@ -43,7 +45,7 @@ def watch(
 ) -> None:
     """Watch a run in the terminal, from its files, until it is finished.
 
-    Where stdout is no terminal, the view is printed once.
+    Where stdout is no terminal, the view is printed once. With --json each look is a line, until the run is finished.
     """
     from mimae.report.watch import watch
 
@@ -60,17 +62,15 @@ def compare(
     ] = 0.05,
     save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="keep these runs as a baseline")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="also a page with their curves")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Compare runs: settings first, then curves, speed, memory, measures.
 
     Runs that differ in the seed alone count as one, with their spread. With --baseline the exit code is 1 if a figure
     is worse by the tolerance or more and by more than noise explains.
     """
-    import json
-
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.report import compare
 
@@ -84,10 +84,11 @@ def compare(
             write_atomically(out, compare.as_page(found))
     except OSError as error:
         raise UserError(f"{error.filename or save or out} cannot be written: {error.strerror}") from error
-    say(json.dumps(compare.as_dict(found), indent=1) if as_json else compare.as_text(found))
-    if baseline is not None:
-        if not as_json:
+    if not as_json(compare.as_dict(found)):
+        say(compare.as_text(found))
+        if baseline is not None:
             say("\n" + compare.verdict(found, tolerance))
+    if baseline is not None:
         raise typer.Exit(1 if found.regressions else 0)
 
 
@@ -98,7 +99,6 @@ def profile(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="profile.json and a trace for Perfetto, here")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Profile the step of a recipe on this machine.
 
@@ -109,6 +109,7 @@ def profile(
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.report.profile import profile, show
     from mimae.report.profile.advice import advise
@@ -119,11 +120,13 @@ def profile(
             out.mkdir(parents=True, exist_ok=True)
         found = profile.measure(resolved, steps, out)
         advice = advise(found)
-        told = json.dumps(show.as_dict(found, advice), indent=1)
+        document = show.as_dict(found, advice)
         if out is not None:
-            write_atomically(out / "profile.json", told + "\n")
+            write_atomically(out / "profile.json", json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written: {error.strerror}") from error
-    say(told if as_json else show.as_text(found, advice))
-    if out is not None and not as_json:
+    if as_json(document):
+        return
+    say(show.as_text(found, advice))
+    if out is not None:
         say(f"\n{out / 'profile.json'}; {out / 'trace.json.gz'} opens in ui.perfetto.dev")

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from mimae import __version__
 from mimae.objective.terms import LOSSES
 from mimae.outside.files import Folder
+from mimae.outside.progress import track
 from mimae.report import plots
 from mimae.report.curves import POINTS, thinned
 from mimae.report.findings import findings
@@ -78,18 +79,7 @@ _EPOCH_COMMON = frozenset(
 
 def page(run: Run) -> str:
     """Return the page of a run."""
-    parts = [
-        _section("Training", *_training(run)),
-        _section("Information plane", _plane(run)),
-        _section("Health and measures", *_health(run)),
-        _section("Reconstructions through training", *_pictures(run)),
-        _section("Speed and memory", *_speed(run)),
-        _section("Probe", *_probe(run)),
-        _section("Events", *_events(run)),
-        _section("Samples that could not be read", *_bad_samples(run)),
-        _section("Environment", *_environment(run)),
-        _section("Recipe", *_recipe(run)),
-    ]
+    parts = [_section(title, *content(run)) for title, content in track(_SECTIONS.items(), "page", len(_SECTIONS))]
     return document(run.name, join(*_head(run), *parts))
 
 
@@ -370,3 +360,17 @@ def _bytes(count: float) -> str:
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+_SECTIONS: dict[str, Callable[[Run], Iterable[Html]]] = {
+    "Training": _training,
+    "Information plane": lambda run: [_plane(run)],
+    "Health and measures": _health,
+    "Reconstructions through training": _pictures,
+    "Speed and memory": _speed,
+    "Probe": _probe,
+    "Events": _events,
+    "Samples that could not be read": _bad_samples,
+    "Environment": _environment,
+    "Recipe": _recipe,
+}

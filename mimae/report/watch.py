@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mimae.outside.output import as_json
+from mimae.outside.progress import clock
 from mimae.outside.text import is_terminal, printable, say
 from mimae.report import runs
 from mimae.report.curves import thinned
@@ -27,6 +29,12 @@ _EVENTS = 4
 def watch(path: Path, every: float) -> None:
     """Show a run until it is finished, or until Ctrl-C; where stdout is no terminal, once. Raises UserError."""
     lines, is_done = view(path)
+    if as_json(_document(lines, is_done)):
+        while not is_done:
+            time.sleep(every)
+            lines, is_done = view(path)
+            as_json(_document(lines, is_done))
+        return
     if not is_terminal():
         say("\n".join(lines))
         return
@@ -45,6 +53,11 @@ def watch(path: Path, every: float) -> None:
                 live.update(shown(), refresh=True)
     except KeyboardInterrupt:
         pass
+
+
+def _document(lines: list[str], is_done: bool) -> dict[str, object]:
+    """Return a look for --json."""
+    return {"is_finished": is_done, "lines": lines}
 
 
 def view(path: Path) -> tuple[list[str], bool]:
@@ -112,10 +125,3 @@ def _curves(run: Run) -> Iterator[str]:
     width = max((len(printable(name)) for name, _, _ in rows), default=0)
     for name, value, values in rows:
         yield f"  {printable(name):<{width}}  {value:>9}  {sparkline(values)}"
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 0:42, 12:03 or 3:07:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

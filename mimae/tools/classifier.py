@@ -19,6 +19,7 @@ from mimae.data.sources.open import open_source
 from mimae.errors import CheckpointError, UserError
 from mimae.evaluate.classes import Classes
 from mimae.model.classifier import Classifier
+from mimae.outside.progress import Progress, track
 from mimae.outside.text import printable
 from mimae.randomness import materialise
 from mimae.train.tasks.classify import Classify, Evaluation
@@ -71,7 +72,9 @@ def evaluate(trained: Trained, data: str | None) -> tuple[str, Evaluation]:
     if path is None:
         raise UserError("the run has no data.val_path: name labelled images with --data PATH")
     source = open_source(path, settings=settings, use="held-out")
-    return source.name, trained.task.evaluation(trained.model, trained.classes, source, trained.device)
+    with Progress("evaluating", len(source), "images") as progress:
+        found = trained.task.evaluation(trained.model, trained.classes, source, trained.device, progress.add)
+    return source.name, found
 
 
 @torch.no_grad()
@@ -81,7 +84,8 @@ def predictions(trained: Trained, data: str, top: int) -> Iterator[list[str]]:
     settings = trained.task.recipe.data
     source = open_source(data, settings=settings, use="held-out")
     reader = Central(settings, trained.task.recipe.evaluation.crop)
-    for batch in evaluation_batches(settings, source, _BATCH, reader=reader):
+    batches = evaluation_batches(settings, source, _BATCH, reader=reader)
+    for batch in track(batches, "predicting", -(-len(source) // _BATCH), "batches"):
         logits = trained.task.logits(trained.model, batch.images.to(trained.device)).float()
         best = logits.softmax(1).topk(min(top, len(trained.classes)))
         read = (batch.source_ids == batch.sample_ids).tolist()

@@ -15,27 +15,29 @@ def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> 
 
     Shows if it is running, its progress, and its last checkpoint.
     """
+    from mimae.outside.output import as_json
     from mimae.tools.status import look
 
-    for key, value in look(run).items():
+    found = look(run)
+    if as_json(found):
+        return
+    for key, value in found.items():
         print(f"{key:<12}{value}")
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-) -> None:
+def doctor() -> None:
     """Report what this machine has, and what can be used.
 
     Shows versions, GPUs, the implementation of each op with the reason, back ends, and obstacles to their use.
     """
     from contextlib import redirect_stdout
 
+    from mimae.outside.output import as_json
     from mimae.tools.doctor import examine
 
     with redirect_stdout(sys.stderr):  # Some packages print a greeting when they are imported.
         report = examine()
-    if as_json:
-        print(json.dumps(report, indent=2))
+    if as_json(report):
         return
     for title, section in report.items():
         print(title)
@@ -55,6 +57,7 @@ def show(
     """Draw samples as a recipe crops them, with their masks."""
     from mimae.config.load import load_recipe
     from mimae.data.loading.batch import DataError
+    from mimae.outside.output import as_json
     from mimae.tools.show import show
 
     resolved = load_recipe(recipe or {}, overrides or (), {"data": {"path": path}}).recipe
@@ -64,6 +67,8 @@ def show(
         out.write_bytes(picture)
     except OSError as error:
         raise DataError(f"cannot write the picture {out}: {error.strerror}") from error
+    if as_json({"picture": out, "replaced": [bad._asdict() for bad in batch.bad]}):
+        return
     print(out)
     for bad in batch.bad:
         print(f"replaced: {bad.path}: {bad.reason}")
@@ -84,6 +89,7 @@ def replay(
     from mimae.config.load import load_recipe
     from mimae.errors import UserError
     from mimae.outside.files import Folder
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.tools.replay import HERE, logged, replay, report
 
@@ -96,7 +102,10 @@ def replay(
         print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ")
     findings = replay(recipe, step)
     name = f"replay/step-{step:08d}.png"
-    say(report(findings, logged(run, step)))
+    then = logged(run, step)
+    document = findings._asdict() | {"step": step, "is_finite": findings.is_finite, "in_the_run": then}
+    if not as_json(document | {"picture": run / name}):
+        say(report(findings, then))
     try:
         Folder(run).replace(name, findings.picture)
         say(run / name)
@@ -118,10 +127,13 @@ def convert(
     The kind of SOURCE decides the direction.
     """
     from mimae.errors import CheckpointError
+    from mimae.outside.output import as_json
     from mimae.tools.convert import read, root_of, write
 
     if root_of(source) is not None:
-        print(f"{read(source, target)}: mimae pretrain {target}/config.yaml run.dir={target} continues from there")
+        made = read(source, target)
+        if not as_json({"written": made}):
+            print(f"{made}: mimae pretrain {target}/config.yaml run.dir={target} continues from there")
     elif (source / "latest").is_file() and not (source / "config.yaml").exists():
         raise CheckpointError(
             f"{source} is DeepSpeed's own checkpoint: convert it first, with python -m "
@@ -129,6 +141,8 @@ def convert(
         )
     else:
         written = write(source, target, adam)
+        if as_json({"written": written}):
+            return
         print(
             f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
             f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) continues there, and returns "
@@ -150,6 +164,7 @@ def evaluate(
     Its accuracy, overall and for each class.
     """
     from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
     from mimae.telemetry import confusion
     from mimae.tools.classifier import evaluate as run_evaluation
     from mimae.tools.classifier import load
@@ -159,9 +174,16 @@ def evaluate(
     classes = [trained.classes.name(place) for place in range(len(trained.classes))]
     measures = {"images": found.images, "top1": found.top1, "loss": found.loss}
     measures |= {"top5": found.top5} if len(classes) > 5 else {}
+    shares = dict(zip(classes, found.per_class(), strict=True))
+    report = {"run": str(run), "step": trained.step, "data": name, **measures, "classes": shares}
+    if out is not None:
+        write_atomically(out, json.dumps(report, indent=2) + "\n")
+    if picture is not None:
+        picture.write_bytes(confusion.matrix(found.confusion, classes))
+    if as_json(report):
+        return
     print(f"step {trained.step:,} of {run} on {found.images:,} images of {name}")
     print("  ".join(f"{key} {value:.4f}" for key, value in measures.items() if key != "images"))
-    shares = dict(zip(classes, found.per_class(), strict=True))
     worst = sorted(shares, key=lambda key: 2 if shares[key] is None else shares[key])  # type: ignore[arg-type,return-value]
     width = max(map(len, worst[:20]))
     for key in worst[:20]:
@@ -169,11 +191,6 @@ def evaluate(
         print(f"  {key:<{width}}  {'no images' if share is None else f'{share:.4f}'}")
     if len(worst) > 20:
         print(f"  ... and {len(worst) - 20} classes with more, which --out lists")
-    if out is not None:
-        report = {"run": str(run), "step": trained.step, "data": name, **measures, "classes": shares}
-        write_atomically(out, json.dumps(report, indent=2) + "\n")
-    if picture is not None:
-        picture.write_bytes(confusion.matrix(found.confusion, classes))
 
 
 def predict(
@@ -185,6 +202,7 @@ def predict(
 ) -> None:
     """Write the class of each image of a data set, with its probability."""
     from mimae.errors import UserError
+    from mimae.outside.output import as_json
     from mimae.tools.classifier import as_csv, heading, load, predictions
 
     trained = load(run, average)
@@ -197,6 +215,8 @@ def predict(
                 images, unread = images + 1, unread + (len(row) == 1)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    if as_json({"file": out, "images": images, "unreadable": unread}):
+        return
     print(
         f"{out}: {images:,} images"
         + (f", of which {unread:,} cannot be read: their lines have no class" * (unread > 0))

@@ -32,6 +32,7 @@ from mimae.faults.lock import lock
 from mimae.model.mimae import MIMAE, outline
 from mimae.optim.schedule import total_steps
 from mimae.outside.files import write_atomically
+from mimae.outside.progress import track
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
 """DeepSpeed's names of a parameter's tensors, and the prefixes of their names in a checkpoint."""
@@ -94,7 +95,8 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
 
     model = outline(recipe)
     taken = 0
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    for name, parameter in track(parameters, "converting", len(parameters), "parameters"):
         folder = target / "zero" / name
         folder.mkdir(parents=True)
         for kind, prefix in KINDS.items():
@@ -157,7 +159,8 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     if recipe.ema.decay and not has_average:
         say(f"{root} has no average of the weights: the run's begins with the weights")
     tensors: dict[str, Tensor] = {f"model.{name}": buffer.float() for name, buffer in buffers.items()}
-    for name, parameter in model.named_parameters():
+    parameters = list(model.named_parameters())
+    for name, parameter in track(parameters, "converting", len(parameters), "parameters"):
         for kind, prefix in KINDS.items():
             tensors[f"{prefix}{name}"] = _shaped(root / "zero" / name / f"{kind}.pt", parameter.shape)
         tensors[f"optimizer.step.{name}"] = torch.tensor(float(step - skipped))

@@ -19,6 +19,7 @@ from mimae.engines.zero import files_obstacle
 from mimae.kernels import native
 from mimae.model import attention
 from mimae.optim.adamw import IMPLEMENTATIONS
+from mimae.outside.progress import track
 
 Section = dict[str, str]
 """Findings as text, by subject."""
@@ -36,25 +37,32 @@ USABLE = "usable"
 def examine() -> dict[str, Section]:
     """Return the report by section. Uses the first GPU if there is one. Errors of packages are reported, not raised."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    sections = _sections(device)
+    return {title: section() for title, section in track(sections.items(), "examining", len(sections))}
+
+
+def _sections(device: torch.device) -> dict[str, Callable[[], Section]]:
     return {
-        "versions": {
+        "versions": lambda: {
             "mimae": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "torch is built without it",
             **{package: _version(package) for package in ("triton", "torchvision", "timm")},
         },
-        "machine": _machine(),
-        "ops": {op: _told(kernels.reason, op, device) for op in OPS},
-        "extension": {"mimae._C": _told(_extension)},
-        "model.attention": {name: _told(_attention, name, device) for name in attention.BACKENDS if name != "auto"},
-        "optimizer.impl": {
+        "machine": _machine,
+        "ops": lambda: {op: _told(kernels.reason, op, device) for op in OPS},
+        "extension": lambda: {"mimae._C": _told(_extension)},
+        "model.attention": lambda: {
+            name: _told(_attention, name, device) for name in attention.BACKENDS if name != "auto"
+        },
+        "optimizer.impl": lambda: {
             name: _told(lambda one: one.obstacle(device) or USABLE, implementation)
             for name, implementation in IMPLEMENTATIONS.items()
             if name != "auto"
         },
-        "engine.offload": {"nvme": _told(lambda: files_obstacle() or USABLE)},
-        "packages": {
+        "engine.offload": lambda: {"nvme": _told(lambda: files_obstacle() or USABLE)},
+        "packages": lambda: {
             "nvidia.dali": _told(_dali),
             **{package: _version(package) for package in ("deepspeed", "xformers", "apex")},
         },

@@ -25,6 +25,7 @@ from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
 from mimae.optim.schedule import schedule_factor
 from mimae.outside.files import Folder
+from mimae.outside.progress import track
 from mimae.outside.text import say
 from mimae.telemetry import pictures, records
 from mimae.tools.show import masked
@@ -106,7 +107,7 @@ class _Replay:
             between = f"step {done + 1}" if done + 2 == step else f"steps {done + 1} to {step - 1}"
             say(f"running {between} first")
         with closing(self.loader):
-            for number in range(done + 1, step):
+            for number in track(range(done + 1, step), "steps before it", step - done - 1, "steps"):
                 losses = self._backward(self._batches(number))
                 self._step(number, losses)
             batches = self._batches(step)

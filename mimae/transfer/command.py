@@ -32,6 +32,7 @@ def export(
     """
     import torch
 
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.transfer.export import BOUND, TARGETS
     from mimae.transfer.export import export as run_export
@@ -40,6 +41,8 @@ def export(
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     options = Options(kind, decoder, numbers("--blocks", blocks), given, dynamic_size)
     report = run_export(run, to, out, options, average)
+    if as_json({"to": to, "bound": BOUND, **report._asdict()}):
+        return
     say(f"{report.folder}: step {report.step:,} of {run}, for {TARGETS[to].title}")
     if report.rounding is not None:
         say(f"rounding to bf16 changed the features by {report.rounding:.2%}")
@@ -70,11 +73,14 @@ def embed(
 
     With ids, paths and labels. The same command goes on where it was interrupted.
     """
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.transfer.embed import Request
     from mimae.transfer.embed import embed as run
 
     unreadable = run(weights, data, out, Request(what, numbers("--blocks", blocks), dtype, batch), average, ranks)
+    if as_json({"out": out, "unreadable": unreadable}):
+        return
     say(out)
     for line in unreadable[:10]:
         say(f"left out: {line}")
@@ -93,11 +99,16 @@ def reconstruct(
     average: Average = False,
 ) -> None:
     """Draw images, what each view of them shows, and what the decoder makes of it."""
+    from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.transfer.look import reconstruct
 
     found = reconstruct(run, images, average)
     write(out, found.png)
+    losses = [{"image": name, "L_rec": loss} for name, loss in zip(found.names, found.losses, strict=True)]
+    if as_json({"picture": out, "images": losses}):
+        return
+    say(out)
     for name, loss in zip(found.names, found.losses, strict=True):
         say(f"L_rec {loss:.3f}  {name}")
 
@@ -115,6 +126,7 @@ def neighbours(
     from mimae.transfer import look
 
     write(out, look.neighbours(look.bank(weights, data, limit, average), queries, nearest))
+    tell(out)
 
 
 def features_map(
@@ -128,19 +140,27 @@ def features_map(
     from mimae.transfer import look
 
     write(out, look.feature_map(look.bank(weights, data, limit, average)))
+    tell(out)
 
 
 def write(out: Path, picture: bytes) -> None:
-    """Write a picture and say where it is. Raises UserError."""
+    """Write a picture. Raises UserError."""
     from mimae.errors import UserError
-    from mimae.outside.text import say
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(picture)
     except OSError as error:
         raise UserError(f"the picture {out} cannot be written: {error.strerror}") from error
-    say(out)
+
+
+def tell(picture: Path) -> None:
+    """Print where a picture is."""
+    from mimae.outside.output import as_json
+    from mimae.outside.text import say
+
+    if not as_json({"picture": picture}):
+        say(picture)
 
 
 def numbers(option: str, text: str | None) -> tuple[int, ...]:

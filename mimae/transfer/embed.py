@@ -15,10 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +31,8 @@ from mimae.data.sources.open import open_source
 from mimae.errors import UserError
 from mimae.model.encoder import Encoder
 from mimae.outside.files import write_atomically
+from mimae.outside.progress import Progress
 from mimae.outside.reading import read_text
-from mimae.outside.text import say
 from mimae.transfer.load import load
 from mimae.transfer.processes import share
 from mimae.transfer.tables import WRITERS, Part, Table, finish, write_part
@@ -44,8 +42,6 @@ What = Literal["pooled", "class", "tokens", "maps"]
 _PART_BYTES = 1 << 26
 _PART_ROWS = 8192
 _PLAN_BYTES = 1 << 20
-_SECONDS = 10.0
-"""Least time between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -191,12 +187,15 @@ def embed(
     plan = job.plan()
     folder = prepare(out, plan)
     todo = [part for part in range(job.parts) if not part_path(folder, part).exists()]
-    progress = Progress(len(job.source), sum(len(job.ids(part)) for part in todo))
+    before = len(job.source) - sum(len(job.ids(part)) for part in todo)
     ranks = min(ranks or max(1, torch.cuda.device_count()), max(1, len(todo)))
-    if ranks == 1:
-        job.run(folder, todo, torch.device("cuda" if torch.cuda.is_available() else "cpu"), progress.add)
-    else:
-        share(_work, (weights, data, request, average, plan, folder, todo), ranks, progress.add)
+    with Progress("embedding", len(job.source), "images", before) as progress:
+        if before:
+            progress.message(f"{before:,} of {len(job.source):,} images were embedded before; going on with the rest")
+        if ranks == 1:
+            job.run(folder, todo, torch.device("cuda" if torch.cuda.is_available() else "cpu"), progress.add)
+        else:
+            share(_work, (weights, data, request, average, plan, folder, todo), ranks, progress.add)
     table = Table([part_path(folder, part) for part in range(job.parts)], job.source.classes)
     finish(table, out)
     unreadable = [line for part in table for line in part.unreadable]
@@ -222,26 +221,3 @@ def _work(
         raise UserError(f"{weights} or {data} changed while it was embedded: start again, with a checkpoint of the run")
     gpus = torch.cuda.device_count()
     job.run(folder, todo[rank::ranks], torch.device("cuda", rank % gpus) if gpus else torch.device("cpu"), done)
-
-
-class Progress:
-    """Lines on how far it is: one every ten seconds at most, and one at the end."""
-
-    def __init__(self, images: int, left: int) -> None:
-        self.images, self.left, self.added = images, left, 0
-        self.started = self.said = time.monotonic()
-        if left < images:
-            say(f"{images - left:,} of {images:,} images were embedded before; going on with the rest")
-
-    def add(self, count: int) -> None:
-        """Count images that were embedded."""
-        self.added += count
-        now = time.monotonic()
-        if now - self.said < _SECONDS and self.added < self.left:
-            return
-        self.said = now
-        rate = self.added / max(now - self.started, 1e-9)
-        seconds = round((self.left - self.added) / rate)
-        done = self.images - self.left + self.added
-        ahead = f"  {timedelta(seconds=seconds)} left" if self.added < self.left else ""
-        say(f"{done:,} of {self.images:,} images ({done / self.images:.0%})  {rate:,.0f} images/s{ahead}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from mimae import kernels
 from mimae.checkpoints import checkpoint
 from mimae.errors import UserError
+from mimae.outside.progress import Progress
 from mimae.transfer.card import card
 from mimae.transfer.checks import comparison
 from mimae.transfer.load import load_model
@@ -71,10 +72,14 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
     rounding = _rounded(exported, options.dtype)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    progress = Progress("exporting", 3)
     try:
         temporary.mkdir(parents=True)
+        progress.begin("writing the weights")
         target.write(exported, options, temporary)
+        progress.begin("writing check.py")
         _write_check(exported, target, options, temporary)
+        progress.begin("running check.py")
         differences = _differences(exported, target, options, temporary)
         about = card(checkpoint.run_of(run), found, exported, target, options, average, out.name)
         (temporary / "README.md").write_text(about)
@@ -82,6 +87,7 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
+        progress.close()
         shutil.rmtree(temporary, ignore_errors=True)
     return Report(out, int(found.state["step"]), differences, rounding)
 

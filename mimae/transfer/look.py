@@ -30,6 +30,7 @@ from mimae.errors import UserError
 from mimae.evaluate.features import extract
 from mimae.evaluate.samples import standardise
 from mimae.model.masking import views
+from mimae.outside.progress import Progress
 from mimae.telemetry import pictures
 from mimae.transfer.load import load, load_model
 
@@ -128,7 +129,9 @@ def bank(weights: Path, path: str, limit: int, average: bool = False) -> Bank:
     source = open_source(path, settings=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractors = {"encoder": encoder.to(device).features}
-    found, ids = extract(extractors, data, source, spread_ids(len(source), limit), device)
+    chosen = spread_ids(len(source), limit)
+    with Progress("features", len(chosen), "images") as progress:
+        found, ids = extract(extractors, data, source, chosen, device, progress.add)
     if len(ids) < 2:
         raise UserError(f"{path} has {len(ids)} images that can be read: it takes two and more to compare")
     (features,) = standardise(found["encoder"].cpu())

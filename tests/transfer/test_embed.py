@@ -120,7 +120,7 @@ def test_a_call_that_was_interrupted_goes_on_to_the_same_file(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(module, "finish", lambda *args: stop(seen.__setitem__(0, 2)))
         embed(run, str(images), out, request)
-    assert "4 of 11 images were embedded before" in capsys.readouterr().out
+    assert "4 of 11 images were embedded before" in capsys.readouterr().err
     (tmp_path / "out.npz.parts/part-00001.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"part-00001.safetensors is damaged .* the same command makes it again"):
         embed(run, str(images), out, request)

@@ -15,6 +15,7 @@ from typing import Any
 from mimae.bench.harness.fuzz.case import Case, from_json
 from mimae.bench.harness.fuzz.forked import CPU_SECONDS, Outcome, run
 from mimae.bench.harness.fuzz.kind import Kind
+from mimae.outside.progress import track
 
 KINDS = {
     "settings": "recipes",
@@ -62,7 +63,7 @@ def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: C
     verdicts = Counter[str]()
     seconds = mib = total = 0.0
     finds = []
-    for number in range(first, first + count):
+    for number in track(range(first, first + count), kind, count, "inputs"):
         outcome = try_case(kind, partial(draw_case, kind, seed, number))
         verdicts[outcome.verdict] += 1
         seconds, mib = max(seconds, outcome.seconds), max(mib, outcome.mib)

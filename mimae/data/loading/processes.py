@@ -1,4 +1,4 @@
-"""Parallel work on many items in several processes, with a progress bar on a terminal."""
+"""Parallel work on many items in several processes, with progress."""
 
 from __future__ import annotations
 
@@ -11,30 +11,25 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import track
-
 from mimae.data.loading.batch import DataError
+from mimae.outside.progress import track
 
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def over(items: Sequence[T], work: Callable[[S, T], R], shared: S, *, workers: int, title: str) -> Iterator[R]:
-    """Yield `work(shared, item)` for each item, in order. Raises DataError if a process dies."""
-    console = Console(stderr=True)
+def over(
+    items: Sequence[T], work: Callable[[S, T], R], shared: S, *, workers: int, title: str, unit: str = ""
+) -> Iterator[R]:
+    """Yield `work(shared, item)` for each item, in order. Raises DataError if a process dies.
+
+    `title` and `unit` are shown with the progress.
+    """
     count = max(1, min(workers, len(items)))
     with ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(), work, shared)) as pool:
         try:
-            yield from track(
-                pool.map(_work, items),
-                title,
-                len(items),
-                console=console,
-                disable=not console.is_terminal,
-                transient=True,
-            )
+            yield from track(pool.map(_work, items), title, len(items), unit)
         except BrokenProcessPool as error:
             raise DataError(
                 f"{title}: a process died, most often because memory ran out; start again with fewer --workers"

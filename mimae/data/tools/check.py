@@ -60,7 +60,7 @@ def check(path: str, settings: DataSettings, workers: int) -> Report:
     samples, broken = np.zeros(len(source), SAMPLE), list[BadSample]()
     size = max(1, min(_CHUNK, len(source) // (8 * workers)))
     chunks = [range(first, min(first + size, len(source))) for first in range(0, len(source), size)]
-    results = over(chunks, _look_at, (source, settings), workers=workers, title="checking")
+    results = over(chunks, _look_at, (source, settings), workers=workers, title="checking", unit="parts")
     for ids, (looked_at, bad) in zip(chunks, results):
         samples[ids.start : ids.stop] = looked_at
         broken += bad

@@ -70,7 +70,7 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
         _same_as_before(packing)
         _sweep(packing)
         missing = [number for number in packing.numbers() if not packing.shard(number).exists()]
-        for _ in over(missing, _write_shard, packing, workers=workers, title="packing"):
+        for _ in over(missing, _write_shard, packing, workers=workers, title="packing", unit="shards"):
             pass
         return len(missing), _gather(packing)
     except OSError as error:

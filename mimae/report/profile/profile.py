@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from mimae import distributed, kernels
 from mimae.config.recipe import Recipe
 from mimae.engines.base import will_compile
+from mimae.outside.progress import Progress
 from mimae.plan import memory as planned
 from mimae.plan.flops import step_flops
 from mimae.plan.gpus import device_name, peak_flops
@@ -78,16 +79,20 @@ def measure(recipe: Recipe, steps: int, trace: Path | None = None) -> Profile:
         task = task_of(recipe, device)
         taken = Steps(task, device)
         try:
-            return _measure(taken, memory.measure(taken), steps, trace)
+            with Progress("profiling", 3) as progress:
+                progress.begin("memory")
+                of_memory = memory.measure(taken)
+                return _measure(taken, of_memory, steps, trace, progress)
         finally:
             taken.close()
     finally:
         distributed.shutdown()
 
 
-def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None) -> Profile:
+def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None, progress: Progress) -> Profile:
     recipe, device = taken.recipe, taken.device
     on_cuda = device.type == "cuda"
+    progress.begin("time")
     seconds = _timed(taken, steps)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with marked(taken.engine.model):
@@ -99,6 +104,7 @@ def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None) ->
             _write_trace(taken, activities, trace)
     results: Any = profiled.profiler
     found = phases(results.kineto_results.events(), on_cuda)
+    progress.begin("FLOPs and bytes")
     flops, moved = count(taken)
     layout = Layout(recipe.engine.kind, distributed.world_size(), recipe.engine.replicas, recipe.engine.offload)
     images = recipe.schedule.batch_size // (recipe.schedule.accumulate * layout.ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -143,8 +143,18 @@ class Classify(Transfer[Classifier]):
         top5 = {"top5": found.top5} if len(self.classes) > 5 else {}
         return {"top1": found.top1, **top5, "val_loss": found.loss}
 
-    def evaluation(self, model: Classifier, classes: Classes, source: Source, device: torch.device) -> Evaluation:
-        """Return what a model makes of all images of a source that can be read. A collective."""
+    def evaluation(
+        self,
+        model: Classifier,
+        classes: Classes,
+        source: Source,
+        device: torch.device,
+        done: Callable[[int], None] = lambda _: None,
+    ) -> Evaluation:
+        """Return what a model makes of all images of a source that can be read. A collective.
+
+        `done` is called with the number of images of each batch.
+        """
         places, ids, count = classes.places(source), torch.arange(len(source)), len(classes)
         table = torch.zeros(count * count, dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -157,6 +167,7 @@ class Classify(Transfer[Classifier]):
             table += torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
             in_five = (logits.topk(min(5, count)).indices == labels[:, None]).any(1)
             sums += torch.stack([in_five.sum().double(), F.cross_entropy(logits, labels, reduction="sum").double()])
+            done(own)
         table = distributed.all_sum(table).view(count, count).cpu()
         in_five, loss = distributed.all_sum(sums).tolist()
         images = int(table.sum())

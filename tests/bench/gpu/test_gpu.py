@@ -228,7 +228,7 @@ def test_without_a_gpu_it_says_what_runs_here(tmp_path: Path) -> None:
     assert isinstance(answer.exception, UserError) and "mimae bench kernels" in str(answer.exception)
     page = tmp_path / "page.md"
     assert (
-        CliRunner().invoke(app, ["bench", "gpu", "--json", str(tmp_path / "no"), "--render", str(page)]).exit_code == 0
+        CliRunner().invoke(app, ["bench", "gpu", "--out", str(tmp_path / "no"), "--render", str(page)]).exit_code == 0
     )
     assert page.read_text().startswith("# A day with a GPU")
 

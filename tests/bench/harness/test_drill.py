@@ -127,7 +127,7 @@ def test_each_kind_is_drawn_as_often_as_any_other() -> None:
 def test_three_faults_on_three_ranks(tmp_path: Path) -> None:
     """On three ranks a sum depends on its order, on two it does not. The seed draws signals and a torn checkpoint."""
     found = tmp_path / "drill.json"
-    command = [sys.executable, "-m", "mimae", "drill", "--faults", "3", "--seed", "3", "--json", str(found)]
+    command = [sys.executable, "-m", "mimae", "drill", "--faults", "3", "--seed", "3", "--out", str(found)]
     ended = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}, capture_output=True, text=True
     )

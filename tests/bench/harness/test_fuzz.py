@@ -131,6 +131,6 @@ def test_the_corpus_and_some_inputs_of_each_kind() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_inputs(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "fuzz.json"
-    fuzz(kind, "--count", "500", "--seed", "11", "--json", file)
+    fuzz(kind, "--count", "500", "--seed", "11", "--out", file)
     found = json.loads(file.read_text())["kinds"][kind]
     assert found["tried"] == 500 == found["used"] + found["refused"] and found["used"] and found["refused"]

@@ -74,7 +74,7 @@ def test_the_verb_writes_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(bench, "COPY_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(bench, "SQUARE_SIDE", {"cpu": 32})
     file = tmp_path / "kernels.json"
-    small = ["--batch", "2", "--rounds", "1", "--no-compiled", "--precision", "fp32", "--json", str(file)]
+    small = ["--batch", "2", "--rounds", "1", "--no-compiled", "--precision", "fp32", "--out", str(file)]
     answer = CliRunner().invoke(app, ["bench", "kernels", "--op", "club", *small], catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
     found = json.loads(file.read_text())

@@ -197,7 +197,7 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
     rows = [measured("view_latents")]
     monkeypatch.setattr(traffic, "count", lambda cases, jobs: rows)
     file = tmp_path / "traffic.json"
-    arguments = ["bench", "traffic", "--op", "view_latents", "--no-machine-code", "--json", str(file)]
+    arguments = ["bench", "traffic", "--op", "view_latents", "--no-machine-code", "--out", str(file)]
 
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
@@ -217,11 +217,11 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
 
 def test_the_page_in_the_documentation_is_what_its_file_renders_to(tmp_path: Path) -> None:
     page = tmp_path / "traffic.md"
-    command.traffic(json_file=ROOT / "bench/results/traffic.json", page=page)
+    command.traffic(out=ROOT / "bench/results/traffic.json", page=page)
     assert (ROOT / "docs/traffic.md").read_text() == page.read_text(), (
-        "run `mimae bench traffic --json ... --render ...`"
+        "run `mimae bench traffic --out ... --render ...`"
     )
-    with pytest.raises(UserError, match="name its file by --json"):
+    with pytest.raises(UserError, match="name its file by --out"):
         command.traffic(page=page)
 
 

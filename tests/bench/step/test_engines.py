@@ -39,7 +39,7 @@ def test_only_known_engines() -> None:
 
 @pytest.mark.slow
 def test_two_engines_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command.engines(TINY, engine=["fsdp"], ranks=2, batch=4, rounds=2, json_file=tmp_path / "e.json")
+    command.engines(TINY, engine=["fsdp"], ranks=2, batch=4, rounds=2, out=tmp_path / "e.json")
     found = json.loads((tmp_path / "e.json").read_text())["engines"]
     assert list(found) == ["ddp", "fsdp"]
     assert all(len(row["seconds_per_step"]) == 2 and min(row["seconds_per_step"]) > 0 for row in found.values())

@@ -175,7 +175,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result_of(file: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     """Return the output and the JSON of `mimae bench step`."""
-    whole = ["bench", "step", "--batch", "3", "--masks", "2", "--rounds", "3", "--json", str(file), *arguments, *SMALL]
+    whole = ["bench", "step", "--batch", "3", "--masks", "2", "--rounds", "3", "--out", str(file), *arguments, *SMALL]
     answer = CliRunner().invoke(app, whole, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
     return answer.output, json.loads(file.read_text())
