@@ -22,7 +22,7 @@ from mimae.bench.harness.surroundings import (
     kill_the_launcher,
     rename_the_run,
 )
-from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Trial, at_its_step, half_written, saved
+from mimae.bench.harness.trial import EVERY, STEPS, NotSeen, Start, Trial, at_its_step, half_written, saved
 from mimae.errors import EXIT_MISTAKE
 
 DISK = 2**21
@@ -49,9 +49,7 @@ def kill_a_rank_for_good(trial: Trial) -> None:
 
 def kill_all(trial: Trial) -> None:
     """SIGKILL of the launcher and of every rank, as in a machine failure."""
-    start = at_its_step(trial)
-    start.kill()
-    trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
+    _kill(trial, at_its_step(trial))
 
 
 def kill_in_save(trial: Trial) -> None:
@@ -253,18 +251,25 @@ RESHAPED = "other number of ranks"
 """Fault after which weights are equal only within the tolerance."""
 
 
+def _kill(trial: Trial, start: Start) -> None:
+    start.kill()
+    trial.prove(start.process.returncode == -signal.SIGKILL, "launcher and ranks ended by SIGKILL")
+
+
 def _damage(trial: Trial, change: Callable[[bytes], bytes]) -> None:
     """Kill a run with at least two checkpoints, and change a file of the newest."""
-    trial.step = max(trial.step, 2 * EVERY + 2)  # By then the second checkpoint is written.
-    kill_all(trial)
+    trial.step = max(trial.step, 2 * EVERY + 2)
+    start = at_its_step(trial)
+    start.wait_for(lambda: len(trial.checkpoints()) > 1, "two checkpoints")
+    _kill(trial, start)
     *_, before, newest = trial.checkpoints()
     file = trial.draw.choice(sorted(path for path in newest.iterdir() if path.stat().st_size))
     file.write_bytes(change(file.read_bytes()))
     step = int(before.name.removeprefix("step-"))
     trial.expect(step)
     trial.finish()
-    named = [line for line in trial.starts[-1].output.splitlines() if newest.name in line and "the one before" in line]
-    trial.prove(bool(named), f"{newest.name}/{file.name} damaged, told, {before.name} taken")
+    told, resumed, _ = trial.starts[-1].output.partition("resuming ")
+    trial.prove(bool(resumed) and newest.name in told, f"{newest.name}/{file.name} damaged, told, {before.name} taken")
     if f"at step {step} of" not in trial.starts[-1].output:
         raise NotSeen(f"{before.name} was not taken\n{trial.starts[-1].output[-2000:]}")
 

@@ -51,8 +51,13 @@ def fill_shared_memory(trial: Trial) -> None:
     """No room is left in a small /dev/shm, as in a container: batches go through pipes."""
     mount = f'mount -t tmpfs -o size={SHARED} tmpfs /dev/shm && exec "$@"'
     start = at_its_step(trial, "data.workers=1", prefix=["unshare", "--mount", "sh", "-c", mount, "sh"])
-    _fill(Path(f"/proc/{trial.pid(0)}/root/dev/shm/filler"))
-    start.wait_for(lambda: "batches go through pipes" in start.output, "batches through pipes")
+    filler = Path(f"/proc/{trial.pid(0)}/root/dev/shm/filler")
+
+    def is_told() -> bool:
+        _fill(filler)  # Each batch that is consumed makes room for another.
+        return "batches go through pipes" in start.output
+
+    start.wait_for(is_told, "batches through pipes")
     trial.prove(start.end() == 0, "batches went through pipes; ended with 0")
 
 
