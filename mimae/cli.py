@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -143,10 +144,21 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="mimae")
+        app(_under_new_names(sys.argv[1:]), prog_name="mimae")
     except UserError as mistake:
         _report(mistake)
         sys.exit(EXIT_MISTAKE)
+
+
+def _under_new_names(arguments: list[str]) -> list[str]:
+    """Return the arguments of a bench with `--out FILE.json` in place of `--json FILE.json`, its old name."""
+    found = list(arguments)
+    if arguments[:1] in (["drill"], ["bench"]):
+        for i, (option, value) in enumerate(pairwise(arguments)):
+            if option == "--json" and value.endswith(".json"):
+                found[i] = "--out"
+                say(f"--json {value} has a new name: it is read as --out {value}", error=True)
+    return found
 
 
 def _report(mistake: UserError, one_line: bool = False) -> None:

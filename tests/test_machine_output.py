@@ -119,3 +119,10 @@ def test_all_commands_have_both_options() -> None:
             command = command.commands[word]
         names = {name for parameter in command.params for name in parameter.opts}
         assert {"--quiet", "--json"} <= names, words
+
+
+def test_a_file_of_results_is_read_under_its_old_name(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["bench", "flat", "--json", "flat.json", "--quiet", "--json"]
+    assert cli._under_new_names(given) == ["bench", "flat", "--out", "flat.json", "--quiet", "--json"]
+    assert "--json flat.json has a new name" in capsys.readouterr().err
+    assert cli._under_new_names(["status", "--json", "run.json"]) == ["status", "--json", "run.json"]
