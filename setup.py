@@ -1,8 +1,9 @@
 """The input of `pip install`: the packages, their folders, their requirements, and how the extension is built.
 
 The extension mimae._C (csrc/) is built where torch is importable: with `pip install --no-build-isolation`, or in a
-checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 builds its CUDA part too, which needs nvcc. Where
-it cannot be built one line says why, and nothing but speed is lost.
+checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 builds its CUDA part too, which needs nvcc. Its part for
+JPEGs needs libjpeg-turbo and its header (Debian: libjpeg62-turbo-dev, Fedora: libjpeg-turbo-devel). Where a part
+cannot be built one line says why, and nothing but speed is lost.
 """
 
 import os
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sysconfig
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +36,7 @@ GPUS = (80, 90, 100)
 torch = find_spec("torch")
 # One wheel for all versions of Python, which those without the lock do not load.
 limited = bool(torch) and not sysconfig.get_config_var("Py_GIL_DISABLED")
-extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp"], py_limited_api=limited, optional=True)
+extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp", "csrc/jpeg.cpp"], py_limited_api=limited, optional=True)
 
 
 class BuildNative(build_ext):
@@ -50,18 +52,47 @@ class BuildNative(build_ext):
         built = Path(self.get_ext_fullpath(extension.name))
         built.parent.mkdir(parents=True, exist_ok=True)
         built.unlink(missing_ok=True)
+        self.jpeg, lacking = self.find_libjpeg()
         wanted = {"mimae._C": self.cxx}
         if os.environ.get("MIMAE_CUDA") == "1":
             wanted = {"the CUDA part of mimae._C": self.nvcc, **wanted}
         for part, compiler in wanted.items():
             obstacle = self.call([*compiler(), "-o", str(built)])
             if obstacle is None:
+                if lacking is not None:
+                    print(f"mimae: mimae._C has no part for JPEGs ({lacking}): nothing but speed is lost")
                 return
             print(f"mimae: {part} was not built ({obstacle}): nothing but speed is lost")
 
+    def find_libjpeg(self):
+        """Return the source and the library of the part for JPEGs, or nothing and what went wrong.
+
+        A static library is preferred: a wheel then runs where there is none, or another one.
+        """
+        source = str(here / "csrc/jpeg.cpp")
+        compiler = [*self.compiler_words(), "-fPIC", "-shared", "-std=c++17", source]
+        try:
+            asked = [*self.compiler_words(), "-print-file-name=libjpeg.a"]
+            static = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return [], f"no {self.compiler_words()[0]}"
+        obstacle = None
+        for library in ([static] if os.path.isabs(static) else []) + ["-ljpeg"]:
+            linked = [library, "-Xlinker", "--exclude-libs=ALL"]
+            with tempfile.TemporaryDirectory() as folder:
+                # Undefined symbols would be found only where the extension is loaded.
+                checked = ["-Xlinker", "--no-undefined", "-o", f"{folder}/jpeg.so"]
+                obstacle = self.call([*compiler, *linked, *checked], "jpeg.log")
+            if obstacle is None:
+                return [source, *linked], None
+        return [], obstacle
+
+    def compiler_words(self):
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
     def cxx(self):
-        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-        return [*compiler, "-fPIC", "-fvisibility=hidden", str(here / "csrc/orthogonal_masks.cpp"), *self.common()]
+        sources = [str(here / "csrc/orthogonal_masks.cpp"), *self.jpeg]
+        return [*self.compiler_words(), "-fPIC", "-fvisibility=hidden", *sources, *self.common()]
 
     def nvcc(self):
         home = os.environ.get("CUDA_HOME")
@@ -75,7 +106,7 @@ class BuildNative(build_ext):
             *(f"{home}/bin/nvcc" if home else "nvcc", *host, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden"),
             *("-cudart=shared", "-DMIMAE_CUDA", "-DUSE_CUDA"),
             *(str(here / "csrc" / name) for name in ("orthogonal_masks.cpp", "orthogonal_masks.cu")),
-            *(*self.common(), "-ltorch_cuda"),
+            *(*self.jpeg, *self.common(), "-ltorch_cuda"),
         ]
 
     def common(self):
@@ -87,13 +118,13 @@ class BuildNative(build_ext):
             *("-Xlinker", "-z", "-Xlinker", "now", f"-L{home}/lib", "-ltorch_cpu"),
         ]
 
-    def call(self, command):
+    def call(self, command, name="native.log"):
         """Run a compiler. Returns what went wrong, or None; what the compiler says goes into a file."""
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         except OSError:
             return f"no {command[0]}"
-        log = here / "build" / "native.log"
+        log = here / "build" / name
         log.parent.mkdir(exist_ok=True)
         log.write_text(f"{shlex.join(command)}\n{done.stdout}")
         return f"{command[0]} failed, see {log}" if done.returncode else None

@@ -36,6 +36,11 @@ DEVICES = [
 ]
 
 
+def missing() -> str | None:
+    """Return the reason for which the extension is not loaded, or None."""
+    return _missing
+
+
 def obstacle(op: str, device: torch.device) -> str | None:
     """Return the reason for which `op` cannot run in C++ or CUDA on a device, or None."""
     if op not in OPS:

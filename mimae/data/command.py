@@ -46,6 +46,9 @@ def pack(
     target: Annotated[Path, typer.Argument(metavar="DST.tar", help="DIR/NAME.tar, for DIR/NAME-00000.tar, ...")],
     samples: Annotated[int, typer.Option(help="samples per shard", min=1)] = 5000,
     shortest: Annotated[int | None, typer.Option(help="resize larger images to this shortest side", min=1)] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="transcode JPEGs: the same pixels, whose crops are faster to decode")
+    ] = False,
     max_pixels: MaxPixels = None,
     workers: Workers = None,
     image_key: ImageKey = None,
@@ -58,6 +61,7 @@ def pack(
     """
     from mimae.data.loading.batch import DataError
     from mimae.data.loading.workers import default_workers
+    from mimae.data.pixels import jpeg
     from mimae.data.settings import DataSettings
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
@@ -66,10 +70,17 @@ def pack(
 
     if target.suffix != ".tar":
         raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
+    if lossless and shortest is not None:
+        raise DataError("--lossless keeps the pixels and --shortest changes them: give one of the two")
+    if lossless and (obstacle := jpeg.obstacle()) is not None:
+        raise DataError(
+            f"--lossless needs libjpeg-turbo, and {obstacle}: install it with its header (Debian: "
+            "libjpeg62-turbo-dev), and install mimae again; `mimae doctor` shows whether it is found"
+        )
     opened = open_source(source, settings=DataSettings(image_key=image_key, label_key=label_key))
     for note in opened.notes:
         say(note)
-    packing = Packing(opened, target, samples, shortest, max_pixels or DataSettings().max_pixels, white)
+    packing = Packing(opened, target, samples, shortest, max_pixels or DataSettings().max_pixels, white, lossless)
     written, left_out = pack(packing, workers or default_workers())
     shards = packing.numbers()
     bad = target.with_suffix(".bad_samples.jsonl")

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from mimae import __version__, kernels
+from mimae.data.pixels import jpeg
 from mimae.engines.zero import files_obstacle
 from mimae.kernels import native
 from mimae.model import attention
@@ -52,7 +53,10 @@ def _sections(device: torch.device) -> dict[str, Callable[[], Section]]:
         },
         "machine": _machine,
         "ops": lambda: {op: _told(kernels.reason, op, device) for op in OPS},
-        "extension": lambda: {"mimae._C": _told(_extension)},
+        "extension": lambda: {
+            "mimae._C": _told(_extension),
+            "libjpeg-turbo": _told(lambda: jpeg.obstacle() or USABLE),
+        },
         "model.attention": lambda: {
             name: _told(_attention, name, device) for name in attention.BACKENDS if name != "auto"
         },

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mimae.data.loading.batch import BadSample, Batch, DataError, Spent
 from mimae.data.loading.order import BatchRequest
+from mimae.data.pixels import jpeg
 from mimae.data.pixels.augment import Window, below, centre_window, crop_words, flips, random_window
 from mimae.data.pixels.cut import Cut, Turn, cut_from, finish
 from mimae.data.pixels.decode import BadImage, Encoded, look, region, why
@@ -58,10 +59,10 @@ class Sample(NamedTuple):
     @property
     def cut(self) -> Cut | None:
         """The cut in stored (not yet rotated) pixels of a plain JPEG; None for images that Pillow has to decode."""
-        _, image, orientation, _ = self.encoded
-        if orientation is None:
+        encoded = self.encoded
+        if encoded.orientation is None:
             return None
-        return cut_from(image.height, image.width, orientation, self.window, flip=self.flip)
+        return cut_from(encoded.height, encoded.width, encoded.orientation, self.window, flip=self.flip)
 
 
 class Decoder(Protocol):
@@ -96,6 +97,8 @@ class EachDecoder:
 def region_of(sample: Sample) -> tuple[Tensor, Turn]:
     """Return the sample's crop, uint8 (h, w, 3) and not resized, and the turn that is still to be applied."""
     if cut := sample.cut:
+        if (found := jpeg.region(sample.encoded.data, cut.window)) is not None:
+            return found, cut.turn
         top, left, height, width = cut.window
         try:
             pixels = simplejpeg.decode_jpeg(sample.encoded.data, "RGB", strict=True)

@@ -7,13 +7,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from mimae.data.pixels import jpeg
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import Turn, finish
 from mimae.outside.text import printable
@@ -46,16 +47,24 @@ class BadImage(Exception):
     """The bytes are not a usable image. The message is one line that says why."""
 
 
-class Encoded(NamedTuple):
+@dataclass
+class Encoded:
     """An image with a valid header whose pixels are not decoded yet."""
 
     data: bytes
-    image: Image.Image
-    """The image as Pillow opened it."""
+    height: int
+    width: int
+    """In stored pixels."""
     orientation: int | None
     """EXIF orientation (1 to 8) of a plain JPEG, which all decoders decode alike. None: every loader uses Pillow."""
+    max_pixels: int
     white: int | None = None
     """The 16-bit value that is mapped to 255; None: 65535."""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The image as Pillow opens it."""
+        return _open(self.data, self.max_pixels)
 
 
 def look(data: bytes, max_pixels: int, white: int | None = None) -> Encoded:
@@ -63,9 +72,15 @@ def look(data: bytes, max_pixels: int, white: int | None = None) -> Encoded:
 
     A JPEG is plain if it has 8 bits per channel, is grey or YCbCr, and is not truncated. Raises BadImage.
     """
+    if (found := jpeg.header(data)) and found.height * found.width <= max_pixels:
+        return Encoded(data, *found, max_pixels, white)
     with _bad_image():
         image = _open(data, max_pixels)
-        return Encoded(data, image, _orientation(image) if _is_plain_jpeg(image, data) else None, white)
+        encoded = Encoded(data, image.height, image.width, None, max_pixels, white)
+        encoded.image = image
+        if _is_plain_jpeg(image, data):
+            encoded.orientation = _orientation(image)
+        return encoded
 
 
 def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray:
@@ -74,7 +89,7 @@ def region(encoded: Encoded, window: Callable[[int, int], Window]) -> np.ndarray
     Alpha is dropped, 16-bit values are scaled, and only the first frame of an animation is used. Raises BadImage.
     """
     with _bad_image():
-        image = _upright(_loaded(encoded), _orientation(encoded.image))
+        image = _upright(_loaded(encoded.image, encoded.data, encoded.white), _orientation(encoded.image))
         top, left, height, width = window(image.height, image.width)
         return np.array(_rgb(image.crop((left, top, left + width, top + height)), encoded.white))
 
@@ -97,8 +112,8 @@ def decode(
 def whole(data: bytes, max_pixels: int, white: int | None = None) -> Image.Image:
     """Return the whole image, upright and RGB, checked as by `look`. Raises BadImage."""
     with _bad_image():
-        encoded = Encoded(data, _open(data, max_pixels), None, white)
-        return _rgb(_upright(_loaded(encoded), _orientation(encoded.image)), white)
+        image = _open(data, max_pixels)
+        return _rgb(_upright(_loaded(image, data, white), _orientation(image)), white)
 
 
 def brightest(encoded: Encoded) -> int | None:
@@ -118,17 +133,16 @@ def is_deep_colour(image: Image.Image) -> bool:
     return image.mode not in _GREY_16 and any(";16" in repr(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def _loaded(encoded: Encoded) -> Image.Image:
-    """Return the image with its pixels decoded. With `encoded.white`, a colour PNG is scaled from its full 16 bits."""
-    image = encoded.image
-    if encoded.white is not None and image.format == "PNG" and is_deep_colour(image):
+def _loaded(image: Image.Image, data: bytes, white: int | None) -> Image.Image:
+    """Return an opened image with its pixels decoded. With `white`, a colour PNG is scaled from its full 16 bits."""
+    if white is not None and image.format == "PNG" and is_deep_colour(image):
         # Here, since the import takes seconds and few data sets need it.
         from torchvision.io import ImageReadMode, decode_png  # type: ignore[import-untyped]
 
-        pixels = decode_png(torch.frombuffer(bytearray(encoded.data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         values = pixels.permute(1, 2, 0).numpy()
         colours = values[..., :3] if len(pixels) > 2 else np.repeat(values[..., :1], 3, 2)
-        return Image.fromarray(_scaled(colours, encoded.white))
+        return Image.fromarray(_scaled(colours, white))
     image.load()
     return image
 
@@ -174,8 +188,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*"):
             _check_channels(_tiff_channels(data), "TIFF")
-        jpeg = "; as a JPEG it is damaged, or has 12 bits per channel" if data.startswith(b"\xff\xd8") else ""
-        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{jpeg})") from None
+        hint = "; as a JPEG it is damaged, or has 12 bits per channel" if data.startswith(b"\xff\xd8") else ""
+        raise BadImage(f"no header of an image that Pillow reads (the file begins with {data[:16]!r}{hint})") from None
     except Image.DecompressionBombError as error:  # Pillow's own limit, which max_pixels cannot exceed
         raise BadImage(f"{str(error).partition(' exceeds')[0]}, more than data.max_pixels = {max_pixels}") from None
     if image.width * image.height > max_pixels:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mimae import cli
 from mimae.data.loading.batch import DataError
+from mimae.data.pixels import jpeg
 from mimae.data.sources.open import open_source
 from mimae.data.tools import pack
 from mimae.data.tools.pack import Packing
@@ -66,6 +67,23 @@ def test_images_are_resized_to_a_shortest_side(folder: Path) -> None:
     expected = Image.fromarray(large).resize((40, 60), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 3
     assert packed.read(1) == open_source(str(folder)).read(1)
+
+
+@pytest.mark.skipif(jpeg.obstacle() is not None, reason=str(jpeg.obstacle()))
+def test_lossless_shards_have_the_same_pixels(folder: Path) -> None:
+    """JPEGs are transcoded, other images copied. A packing goes on with the option that it began with."""
+    progressive = encoded(photograph(50, 40, 60), "JPEG", progressive=True)
+    (folder / "0" / "0.png").write_bytes(progressive)
+    source, job = open_source(str(folder)), packing(folder)._replace(lossless=True)
+    pack.pack(job, workers=1)
+    packed = open_source(str(folder.parent / "out"))
+    assert jpeg.header(packed.read(0)) == (40, 60, 1) and jpeg.header(progressive) is None
+    before, after = (np.asarray(Image.open(io.BytesIO(each.read(0)))) for each in (source, packed))
+    assert np.array_equal(before, after)
+    assert [packed.read(i) for i in range(1, 7)] == [source.read(i) for i in range(1, 7)]
+    assert pack.pack(job, workers=1) == (0, 0)
+    with pytest.raises(DataError, match=r"\(lossless differ\)"):
+        pack.pack(packing(folder), workers=1)
 
 
 @pytest.mark.parametrize("shortest", [None, 8])
@@ -219,3 +237,8 @@ def test_the_verb(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert Image.open(io.BytesIO(open_source(str(out)).read(0))).size == (24, 16)
     assert launch(str(folder), str(out)) == 2
     assert "cannot name the shards: give DIR/NAME.tar" in capsys.readouterr().err
+    with jpeg.unused():
+        assert launch(str(folder), str(out / "u.tar"), "--lossless") == 2
+    assert "--lossless needs libjpeg-turbo" in capsys.readouterr().err
+    assert launch(str(folder), str(out / "u.tar"), "--lossless", "--shortest", "9") == 2
+    assert "give one of the two" in capsys.readouterr().err
