@@ -43,7 +43,11 @@ def step(
     from rich.console import Console
 
     from mimae.bench.machine import describe
-    from mimae.bench.step.step import PEERS, Contest, check_baselines, compete, measure_memory, roof, show
+    from mimae.bench.step.contenders import PEERS, check_baselines
+    from mimae.bench.step.contest import Contest, compete
+    from mimae.bench.step.memory import measure_memory
+    from mimae.bench.step.roof import roof
+    from mimae.bench.step.table import show
     from mimae.config.load import load_recipe
     from mimae.config.recipe import Recipe
     from mimae.engines.make import check_machine, setup_of

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from mimae import distributed
 from mimae.bench.machine import resident_bytes
-from mimae.bench.step.step import batch_of
+from mimae.bench.step.contenders import batch_of
 from mimae.config.recipe import Recipe
 from mimae.engines.base import Engine
 from mimae.errors import UserError
