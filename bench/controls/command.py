@@ -28,15 +28,9 @@ def controls(
     """
     import signal
 
-    from mimae.bench.controls.controls import (
-        Processes,
-        Stopped,
-        control_trials,
-        load_results,
-        render,
-        run_trials,
-        tuning_trials,
-    )
+    from mimae.bench.controls.page import load_results, render
+    from mimae.bench.controls.running import Processes, Stopped, run_trials
+    from mimae.bench.controls.trials import control_trials, tuning_trials
     from mimae.outside.output import as_json
 
     sets = data or ["photos"]

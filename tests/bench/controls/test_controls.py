@@ -17,8 +17,20 @@ import pytest
 import typer
 from PIL import Image
 
-from mimae.bench.controls import command, controls
-from mimae.bench.controls.controls import CONTROLS, Processes, Result, Stopped, Trial
+from mimae.bench.controls import command
+from mimae.bench.controls.page import load_results, render
+from mimae.bench.controls.running import Processes, Stopped, finished, record, run_trials
+from mimae.bench.controls.trials import (
+    CONTROLS,
+    RECIPES,
+    Result,
+    Trial,
+    control_trials,
+    hold_out,
+    make_trial,
+    parse_data,
+    tuning_trials,
+)
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml
 from mimae.config.recipe import Recipe
@@ -61,10 +73,10 @@ def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: s
     for split in ("train", "test"):
         (tmp_path / split / "one").mkdir(parents=True)
         (tmp_path / split / "one" / "image.png").touch()
-    name, paths = controls.parse_data(data)
+    name, paths = parse_data(data)
     samples = {"photos": 6400, "cifar": 9000}[data]
     made = {
-        kind: controls.make_trial(kind, name, kind, controls.RECIPES[name] + control.suffix, [], paths, samples, 0)
+        kind: make_trial(kind, name, kind, RECIPES[name] + control.suffix, [], paths, samples, 0)
         for kind, control in CONTROLS.items()
     }
     assert len({trial.views for trial in made.values()}) == 1
@@ -92,8 +104,8 @@ def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_p
     folder = folder_of_images(tmp_path / "train", 160)
     controls_only = {kind: row for kind, row in CONTROLS.items() if kind == "mi_mae"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(controls, "CONTROLS", controls_only)
-        made = {trial.name: trial for trial in controls.control_trials(f"photos={folder}:{folder}") if trial.seed == 2}
+        patch.setattr("mimae.bench.controls.trials.CONTROLS", controls_only)
+        made = {trial.name: trial for trial in control_trials(f"photos={folder}:{folder}") if trial.seed == 2}
     steps = {name: trial.views // (32 * 4) for name, trial in made.items()}
     assert steps == {
         "photos-mi_mae-2": 60,
@@ -111,10 +123,10 @@ def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_p
 
 def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
     rows = written([("mi_mae", 0, result(0.5, 0.3, 0.4)), ("next_view", 0, result(0.6, 0.35, 0.45))])
-    page = controls.render(rows, [])
+    page = render(rows, [])
     assert "| `decoder.predict=next_view` | 1,200 | 1 | 0.600 | 0.350 | 0.450 | 0.500 | 1.0 |" in page
     assert page.count("| 6. control 5 + L_min: MI-MAE | 1 | 0.500 |") == 1
-    alone = controls.render(rows[:1], [])
+    alone = render(rows[:1], [])
     assert "by choice" not in alone
 
 
@@ -127,7 +139,7 @@ def test_the_seeds_of_the_claim_are_three() -> None:
 @pytest.mark.parametrize("data", ["flowers", "cifar=only", "cifar=a:b:c", "cifar=:b"])
 def test_what_is_no_data_set_is_told(data: str) -> None:
     with pytest.raises(UserError, match=r"legal is NAME or NAME=TRAIN:TEST"):
-        controls.parse_data(data)
+        parse_data(data)
 
 
 def folder_of_images(folder: Path, per_class: int) -> Path:
@@ -143,19 +155,19 @@ def test_unequal_views_are_refused(tmp_path: Path) -> None:
     """300 images: 9 batches of 32 an epoch, 2 of 128: MAE's epochs no longer make up for its batch."""
     folder = folder_of_images(tmp_path / "train", 150)
     with pytest.raises(UserError, match=r"different numbers of views \(quickstart_mae: 6,144"):
-        controls.control_trials(f"photos={folder}:{folder}")
+        control_trials(f"photos={folder}:{folder}")
 
 
 def test_a_split_holds_out_a_fifth_of_each_class_and_loses_nothing(tmp_path: Path) -> None:
     source = open_source(str(folder_of_images(tmp_path / "train", 10)))
-    overrides = controls.hold_out(source, tmp_path / "split")
+    overrides = hold_out(source, tmp_path / "split")
     train, held = (open_source(override.partition("=")[2]) for override in overrides)
     assert train.labels is not None and held.labels is not None
     assert np.bincount(train.labels).tolist() == [8, 8] and np.bincount(held.labels).tolist() == [2, 2]
     paths = [part.path(i) for part in (train, held) for i in range(len(part))]
     assert sorted(paths) == [source.path(i) for i in range(20)]
     assert all(Path(path).parent.name == ("cat", "dog")[train.labels[i]] for i, path in enumerate(paths[:16]))
-    assert controls.hold_out(source, tmp_path / "again")[0].endswith("again/train.tsv")
+    assert hold_out(source, tmp_path / "again")[0].endswith("again/train.tsv")
     assert (tmp_path / "again/held.tsv").read_text() == (tmp_path / "split/held.tsv").read_text()
 
 
@@ -166,19 +178,19 @@ def test_trials_of_a_tuning_train_on_the_split_and_never_see_the_test_set(tmp_pa
         "recipe: cifar10\noverrides: [schedule.epochs=3]\n"
         "trials:\n  a: {seeds: [0, 1], overrides: []}\n  b: {seeds: [0], overrides: [objective.min_mi=0.5]}\n"
     )
-    trials = controls.tuning_trials(listed, f"cifar={folder}:{tmp_path / 'test'}", tmp_path / "runs")
+    trials = tuning_trials(listed, f"cifar={folder}:{tmp_path / 'test'}", tmp_path / "runs")
     assert [trial.name for trial in trials] == ["cifar-a-0", "cifar-a-1", "cifar-b-0"]
     assert trials[2].settings["objective.min_mi"] == 0.5 and trials[1].settings["seed"] == 1
     assert all("test" not in path.partition("=")[2].removeprefix(str(tmp_path)) for path in trials[0].paths)
     assert trials[0].views == 3 * (320 // 64) * 64 * 4
     listed.write_text("recipe: cifar10\n")
     with pytest.raises(UserError, match=r"trials.yaml is not a list of trials"):
-        controls.tuning_trials(listed, f"cifar={folder}:{folder}", tmp_path / "runs")
+        tuning_trials(listed, f"cifar={folder}:{folder}", tmp_path / "runs")
 
 
 def test_the_shipped_list_of_trials_is_legal_and_not_longer_than_planned(tmp_path: Path) -> None:
     folder = folder_of_images(tmp_path / "train", 200)
-    trials = controls.tuning_trials(ROOT / "bench/controls/tuning.yaml", f"cifar={folder}:{folder}", tmp_path / "runs")
+    trials = tuning_trials(ROOT / "bench/controls/tuning.yaml", f"cifar={folder}:{folder}", tmp_path / "runs")
     assert 2 <= len({trial.name for trial in trials}) == len(trials) <= 24
 
 
@@ -192,8 +204,8 @@ def test_a_finished_trial_is_not_run_again(tmp_path: Path) -> None:
         ran.append((trial.name, run))
         return result(0.8, 0.7, 0.75)
 
-    controls.run_trials(trials[:2], tmp_path / "out", tmp_path / "runs", 1, runner)
-    controls.run_trials(trials, tmp_path / "out", tmp_path / "runs", 2, runner)
+    run_trials(trials[:2], tmp_path / "out", tmp_path / "runs", 1, runner)
+    run_trials(trials, tmp_path / "out", tmp_path / "runs", 2, runner)
     assert ran == [(name, tmp_path / "runs" / name) for name in "abc"]
     written = json.loads((tmp_path / "out" / "a.json").read_text())
     assert written["overrides"] == ["masking.ratio=0.5"] and written["probe"]["features"]["this run"]["knn"] == 0.75
@@ -209,9 +221,9 @@ def test_an_interrupted_trial_leaves_no_result_and_is_run_again(tmp_path: Path) 
 
     trials = [trial("a"), trial("b")]
     with pytest.raises(Stopped):
-        controls.run_trials(trials, tmp_path / "out", tmp_path, 2, stop_at_b)
+        run_trials(trials, tmp_path / "out", tmp_path, 2, stop_at_b)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.json"]
-    controls.run_trials(trials, tmp_path / "out", tmp_path, 2, lambda trial, run: result(0.8, 0.7, 0.75))
+    run_trials(trials, tmp_path / "out", tmp_path, 2, lambda trial, run: result(0.8, 0.7, 0.75))
     assert (tmp_path / "out" / "b.json").exists()
 
 
@@ -222,7 +234,7 @@ def test_a_trial_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path)
         return result(0.8, 0.7, 0.75)
 
     with pytest.raises(UserError, match=r"1 of 2 trials failed:\na: no memory"):
-        controls.run_trials([trial("a"), trial("b")], tmp_path / "out", tmp_path, 1, fail_at_a)
+        run_trials([trial("a"), trial("b")], tmp_path / "out", tmp_path, 1, fail_at_a)
     assert (tmp_path / "out" / "b.json").exists()
 
 
@@ -230,18 +242,18 @@ def test_a_result_of_other_settings_is_not_taken_for_this_trials(tmp_path: Path)
     def runner(trial: Trial, run: Path) -> Result:
         return result(0.8, 0.7, 0.75)
 
-    controls.run_trials([trial("a", {"masking.ratio": 0.5})], tmp_path, tmp_path / "runs", 1, runner)
+    run_trials([trial("a", {"masking.ratio": 0.5})], tmp_path, tmp_path / "runs", 1, runner)
     with pytest.raises(UserError, match=r"a\.json is the result of other settings: masking.ratio was 0\.5, is 0\.6"):
-        controls.run_trials([trial("a", {"masking.ratio": 0.6})], tmp_path, tmp_path / "runs", 1, runner)
+        run_trials([trial("a", {"masking.ratio": 0.6})], tmp_path, tmp_path / "runs", 1, runner)
 
 
 def test_a_result_that_is_older_than_a_key_has_its_default(tmp_path: Path) -> None:
-    controls.run_trials([trial("a")], tmp_path, tmp_path / "runs", 1, lambda trial, run: result(0.8, 0.7, 0.75))
-    assert controls.finished(trial("a", {"masking.rounding": "nearest"}), tmp_path)
+    run_trials([trial("a")], tmp_path, tmp_path / "runs", 1, lambda trial, run: result(0.8, 0.7, 0.75))
+    assert finished(trial("a", {"masking.rounding": "nearest"}), tmp_path)
     with pytest.raises(UserError, match=r"masking.rounding was 'nearest', is 'down'"):
-        controls.finished(trial("a", {"masking.rounding": "down"}), tmp_path)
+        finished(trial("a", {"masking.rounding": "down"}), tmp_path)
     with pytest.raises(UserError, match=r"probe.tolerance was None, is 1e-06"):
-        controls.finished(trial("a", {"probe.tolerance": 1e-6}), tmp_path)
+        finished(trial("a", {"probe.tolerance": 1e-6}), tmp_path)
 
 
 @pytest.fixture
@@ -309,7 +321,7 @@ def written(rows: list[tuple[str, int, Result]]) -> list[Result]:
         if kind != "mi_mae":
             features = row["probe"]["features"]
             row["probe"]["features"] = {"this run": features["this run"]}
-    return [controls.record(trial(f"photos-{kind}-{seed}", kind=kind, seed=seed), row) for kind, seed, row in rows]
+    return [record(trial(f"photos-{kind}-{seed}", kind=kind, seed=seed), row) for kind, seed, row in rows]
 
 
 def test_the_table_has_means_and_spreads_over_seeds() -> None:
@@ -322,7 +334,7 @@ def test_the_table_has_means_and_spreads_over_seeds() -> None:
             ("max_mi", 0, result(0.79, 0.72, 0.78)),
         ]
     )
-    lines = controls.render(rows, []).splitlines()
+    lines = render(rows, []).splitlines()
     means = "| 4. N orthogonal masks, no MI | 2 | 0.810 ± 0.014 | 0.705 ± 0.007 | 0.760 ± 0.014 | 0.500 ± 0.000 | 1.5 |"
     assert means in lines
     assert any(line.startswith("| 5. control 4 + L_max | 1 | 0.790 | 0.720 | 0.780 |") for line in lines)
@@ -337,15 +349,15 @@ def test_the_table_has_means_and_spreads_over_seeds() -> None:
 
 def test_results_of_earlier_versions_are_told_from_those_of_now() -> None:
     now = {"masking.rounding": "down", "probe.tolerance": 1e-6}
-    new, old = ([controls.record(trial("a", s, "mae"), result(0.5, 0.3, 0.4))] for s in (now, {}))
-    for early in (controls.render(old, new), controls.render(new, old)):
+    new, old = ([record(trial("a", s, "mae"), result(0.5, 0.3, 0.4))] for s in (now, {}))
+    for early in (render(old, new), render(new, old)):
         assert early.count("were not fitted to the end") == 1
-    assert "by this system's own rules" in controls.render(old, new)
-    assert "own rules" not in controls.render(new, old) and "fitted" not in controls.render(new, new)
+    assert "by this system's own rules" in render(old, new)
+    assert "own rules" not in render(new, old) and "fitted" not in render(new, new)
 
 
 def test_every_trial_of_a_tuning_is_listed_with_its_overrides() -> None:
-    page = controls.render([], written([("a", 0, result(0.5, 0.3, 0.4)), ("b", 0, result(0.6, 0.35, 0.45))]))
+    page = render([], written([("a", 0, result(0.5, 0.3, 0.4)), ("b", 0, result(0.6, 0.35, 0.45))]))
     assert "2 runs" in page
     assert "| photos | a | quickstart `masking.ratio=0.5` | 1 | 0.500 | 0.300 | 0.400 | 0.250 |" in page
     assert "| photos | b |" in page
@@ -354,12 +366,12 @@ def test_every_trial_of_a_tuning_is_listed_with_its_overrides() -> None:
 def test_a_latent_whose_deviation_was_not_finite_has_an_empty_cell() -> None:
     broken = result(0.5, 0.3, 0.4)
     broken["last_epoch"]["deviation"] = None
-    assert "| 0.400 |  |" in controls.render([], written([("a", 0, broken)]))
+    assert "| 0.400 |  |" in render([], written([("a", 0, broken)]))
 
 
 def test_the_page_in_the_documentation_is_what_its_files_render_to() -> None:
     results = ROOT / "bench/results"
-    page = controls.render(controls.load_results(results / "controls"), controls.load_results(results / "tuning"))
+    page = render(load_results(results / "controls"), load_results(results / "tuning"))
     assert (ROOT / "docs/controls.md").read_text(encoding="utf-8") == page, "run `mimae bench controls --render`"
 
 
@@ -372,8 +384,8 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     folder = folder_of_images(tmp_path / "images", 40)
     short = ["schedule.max_steps=2", "data.image_size=8", "model.patch_size=2", "schedule.batch_size=8"]
     paths = [f"data.path={folder}", f"data.val_path={folder}"]
-    made = controls.make_trial("photos-mi_mae-1", "photos", "mi_mae", "quickstart", short, paths, 80, 1)
-    monkeypatch.setattr(controls, "control_trials", lambda data: [made])
+    made = make_trial("photos-mi_mae-1", "photos", "mi_mae", "quickstart", short, paths, 80, 1)
+    monkeypatch.setattr("mimae.bench.controls.trials.control_trials", lambda data: [made])
     results, runs, docs = tmp_path / "results", tmp_path / "runs", tmp_path / "docs/controls.md"
 
     def run() -> None:
@@ -388,14 +400,14 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     assert load_recipe(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
     assert "| 6. control 5 + L_min: MI-MAE | 1 |" in docs.read_text()
     assert "| 1. raw pixels | 1 |" in docs.read_text()
-    monkeypatch.setattr(controls.Processes, "__call__", lambda *_: pytest.fail("the trial has its result"))
+    monkeypatch.setattr(Processes, "__call__", lambda *_: pytest.fail("the trial has its result"))
     run()
 
     def stop(self: Processes, trial: Trial, run: Path) -> Result:
         raise Stopped
 
     file.unlink()
-    monkeypatch.setattr(controls.Processes, "__call__", stop)
+    monkeypatch.setattr(Processes, "__call__", stop)
     with pytest.raises(typer.Exit) as ended:
         run()
     assert ended.value.exit_code == 75

@@ -1,0 +1,162 @@
+"""Running trials: each is one `mimae pretrain` and one `mimae probe` in separate processes, and leaves one JSON file.
+
+A trial that has its file is not run again, and an interrupted trial resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mimae.bench.controls.trials import Result, Trial
+from mimae.bench.machine import describe
+from mimae.config.kept import load_run
+from mimae.config.recipe import Recipe, flat
+from mimae.errors import UserError
+from mimae.evaluate.probe import MEASURES
+from mimae.outside.files import write_atomically
+from mimae.outside.progress import track
+
+Runner = Callable[[Trial, Path], Result]
+"""Function that trains and probes a trial in a separate folder, and resumes it there after an interruption."""
+
+
+class Stopped(Exception):
+    """The trial was asked to stop and has saved its state."""
+
+
+def run_trials(trials: Sequence[Trial], out: Path, runs: Path, jobs: int, runner: Runner) -> None:
+    """Run the trials without a result in `out`, `jobs` at a time, and write each result when it is there.
+
+    A trial that fails does not stop the others; UserError names the failed ones at the end. Raises Stopped.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    left = [trial for trial in trials if not finished(trial, out)]
+    print(f"{len(trials) - len(left)} of {len(trials)} trials have their result in {out}", flush=True)
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(runner, trial, runs / trial.name): trial for trial in left}
+        for future in track(as_completed(futures), "trials", len(futures)):
+            trial = futures[future]
+            try:
+                result = future.result()
+            except UserError as error:
+                failures.append(f"{trial.name}: {error}")
+                print(f"{trial.name} failed", flush=True)
+                continue
+            except Stopped:
+                continue
+            write_atomically(out / f"{trial.name}.json", json.dumps(record(trial, result), indent=2) + "\n")
+            scores = " / ".join(f"{result['probe']['features']['this run'][key]:.3f}" for key in MEASURES)
+            print(f"{trial.name}: {scores} in {result['seconds']:.0f} s", flush=True)
+    if failures:
+        raise UserError("\n".join([f"{len(failures)} of {len(left)} trials failed:", *failures]))
+    if not all(finished(trial, out) for trial in trials):
+        raise Stopped
+
+
+def finished(trial: Trial, out: Path) -> bool:
+    """Return whether `out` has the trial's result. Raises UserError if it has a result of other settings."""
+    file = out / f"{trial.name}.json"
+    if not file.exists():
+        return False
+    # Before a key existed, every run behaved as with the key's default.
+    old = {**flat(Recipe()), **json.loads(file.read_text())["settings"]}
+    if changed := _changed(old, trial.settings):
+        raise UserError(
+            f"{file} is the result of other settings: {'; '.join(changed)}. Move it away, and the folder of its run, "
+            f"to run the trial again, or give another --results and --runs"
+        )
+    return True
+
+
+def record(trial: Trial, result: Result) -> Result:
+    """Return the content of a result file, without the paths of this machine."""
+    known = {key: value for key, value in trial._asdict().items() if key != "paths"}
+    return {"bench": "controls", **describe(torch.device("cpu")), **known, **result}
+
+
+class Processes:
+    """Runner of trials: each in separate processes, which are asked to save and stop when this process is."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.stopping = False
+        self.lock = threading.RLock()
+        self.running: set[subprocess.Popen[bytes]] = set()
+
+    def __call__(self, trial: Trial, run: Path) -> Result:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
+        ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
+        with run.with_suffix(".log").open("ab") as log:
+            self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)
+            _check_trained(trial, run)
+            self._wait(["probe", str(run), *([] if trial.kind == "mi_mae" else ["--no-baselines"])], log)
+        epochs = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
+        probed = json.loads((run / "probe.json").read_text())
+        return {
+            "threads": self.threads,
+            "seconds": sum(epoch["seconds"] for epoch in epochs),
+            "last_epoch": epochs[-1],
+            "probe": {key: value for key, value in probed.items() if key not in ("train", "test")},
+        }
+
+    def _wait(self, arguments: list[str], log: Any) -> None:
+        """Run a command to its end. Raises Stopped if it saved on a signal, UserError if it failed."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        with self.lock:
+            if self.stopping:
+                raise Stopped
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mimae", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for this process, which forwards it as a signal to save.
+            )
+            self.running.add(process)
+        code = process.wait()
+        with self.lock:
+            self.running.remove(process)
+        if self.stopping:
+            raise Stopped
+        if code:
+            tail = Path(log.name).read_text(errors="replace").strip().splitlines()[-3:]
+            raise UserError("\n  ".join([f"exit code {code}, the end of {log.name}:", *tail]))
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: running trials save and stop, and no new ones start."""
+        with self.lock:
+            self.stopping = True
+            for process in self.running:
+                process.terminate()
+
+
+def _check_trained(trial: Trial, run: Path) -> None:
+    """Raise UserError if an existing run was not trained with all settings of its trial.
+
+    A run that is older than a key continues without it.
+    """
+    trained = flat(load_run(run))
+    wanted = {key: value for key, value in trial.settings.items() if key in trained and (key, value) != _ANY_LOADER}
+    if changed := _changed(trained, wanted):
+        raise UserError(f"{run} was trained with other settings: {'; '.join(changed)}. Remove it to train it anew")
+
+
+_ANY_LOADER = ("data.loader", "auto")
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a text with the `new` settings that differ from `old` or are missing there."""
+    return [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in new.items() if old.get(key) != value]
