@@ -1,15 +1,22 @@
-"""Looked at before the first step: whether this process can hold the run, and what of its schedule is worth a word."""
+"""The start of a run: whether this process can hold it, and its first lines."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from mimae import distributed
+from mimae.config.layers import text
+from mimae.config.recipe import RunRecipe
+from mimae.data.loading.loader import Loader
+from mimae.data.sources.cache import cache_note
 from mimae.errors import UserError
-
-if TYPE_CHECKING:
-    from mimae.config.recipe import RunRecipe
+from mimae.plan.gpus import device_name
+from mimae.train.task import Task
 
 
 def check_process(recipe: RunRecipe) -> None:
@@ -20,6 +27,32 @@ def check_process(recipe: RunRecipe) -> None:
             "as the workers of a pool are, and Python lets it start no processes; legal is data.workers=0, or call "
             "pretrain from a process with daemon=False"
         )
+
+
+def first_lines(
+    task: Task[Any], loader: Loader, parameters: int, steps: int, choices: str, device: torch.device, run: Path
+) -> Iterator[str]:
+    """Yield the first lines of a run of `steps`: its data, its model, its machine, and what deserves attention.
+
+    `choices` names what stands for `auto`, in words; `run` is the run directory.
+    """
+    recipe, source, validation = task.recipe, task.source, task.validation
+    yield (
+        f"{len(source):,} images of {source.name}, {loader.steps_per_epoch} steps of "
+        f"{task.batch_in_words()} an epoch, {steps} steps in all; "
+        f"each epoch leaves out {len(loader.dropped(0))} of the images\n"
+        f"{parameters / 1e6:.1f} M parameters on {distributed.world_size()} x {device_name(device)}, "
+        f"{recipe.precision}; the run is {run}\n"
+        f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
+        f"data.std={text(recipe.data.std)}; {choices}"
+    )
+    yield from source.notes
+    if validation is not None:
+        yield from (f"data.val_path: {note}" for note in validation.notes)
+    yield from task.notes()
+    yield from hints(recipe, steps, loader.steps_per_epoch)
+    if recipe.data.cache is not None:
+        yield cache_note(recipe.data, source)
 
 
 def hints(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> Iterator[str]:

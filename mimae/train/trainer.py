@@ -14,12 +14,9 @@ from torch import Tensor
 from mimae import distributed
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.config.layers import text
 from mimae.data.loading.batch import BadSamples, Batch
 from mimae.data.loading.loader import Loader, make_loader
-from mimae.data.loading.stalls import Stalls
 from mimae.data.loading.to_device import Transfer
-from mimae.data.sources.cache import cache_note
 from mimae.engines.base import M
 from mimae.engines.make import check_machine, setup_of
 from mimae.errors import RunError
@@ -30,19 +27,12 @@ from mimae.faults.signals import Signals
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.optim.optimizer import StepResult
 from mimae.optim.schedule import schedule_factor, total_steps
-from mimae.plan.gpus import device_name, peak_flops
-from mimae.telemetry import accounts, collapse
-from mimae.telemetry.clock import Pace, Phases
-from mimae.telemetry.exposure import Exposure
-from mimae.telemetry.memory import memory
-from mimae.telemetry.nvml import GPUReadings
-from mimae.telemetry.records import OVER_RANKS
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import choices, resume
 from mimae.train.due import Due
-from mimae.train.epoch import EpochSums
+from mimae.train.journal import Journal, Step
 from mimae.train.run_data import as_kept, not_taken_up
-from mimae.train.start import check_process, hints
+from mimae.train.start import check_process, first_lines
 from mimae.train.task import Result, Task
 from mimae.weights.open import INIT
 
@@ -54,16 +44,6 @@ class Outcome(NamedTuple):
     step: int
     finished: bool
     saved_on_signal: bool
-
-
-class Step(NamedTuple):
-    """An optimizer step, on the device."""
-
-    losses: dict[str, Tensor]
-    """Means over its micro-batches."""
-    latents: Tensor | None
-    """Latents of the last micro-batch."""
-    result: StepResult
 
 
 def train(task: Task[Any]) -> Outcome:
@@ -106,7 +86,6 @@ class Trainer(Generic[M]):
         self.hold, self.source = hold, task.source
         recipe, self.choices = choices.choose(task, device)
         self.recipe = task.recipe = recipe
-        self.is_main = distributed.rank() == 0
         self.loader: Loader = make_loader(
             recipe.data,
             self.source,
@@ -124,7 +103,7 @@ class Trainer(Generic[M]):
         self.telemetry = Telemetry(
             hold.folder,
             recipe.telemetry,
-            is_main=self.is_main,
+            is_main=distributed.rank() == 0,
             total_steps=self.steps,
             step_keys=task.step_keys,
             epoch_keys=task.epoch_keys,
@@ -132,14 +111,9 @@ class Trainer(Generic[M]):
             measures=tuple(task.measures),
         )
         self.events = self.telemetry.events
-        self.phases = Phases(device)
-        self.exposure = Exposure(device)
-        self.gpu, self.stragglers = GPUReadings(device), accounts.Stragglers()
         self.transfer = Transfer(device)
-        self.stalls = Stalls(recipe.data)
         self.saver = self._saver(recipe.checkpoint)
         self.guard = NonFinite(self.path, self._samples, self._keep, self.events.add)
-        self.bytes_sent = task.bytes_sent(device)
         self.due = Due()
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
@@ -149,29 +123,37 @@ class Trainer(Generic[M]):
         length = resume.Length(self.steps, self.per_epoch, task.peak)
         resumed = resume.resume(recipe, length, self.source, self.engine, self.saver, self.telemetry)
         self.recipe = task.recipe = resumed.recipe
-        self.step, kept = resumed.step, resumed.sums
+        self.step = self.first = resumed.step
         if task.fit is not None:
             with self._evaluating() as model:
                 task.started(model, device)
-            if self.is_main:
+            if distributed.rank() == 0:
                 self.telemetry.message("\n".join(task.fit.lines()))
                 hold.folder.replace(INIT, json.dumps(task.fit.record(), indent=1) + "\n", lasting=True)
-        self.first = self.logged_at = self.step
-        self.pace = Pace(self.phases, task.views)
-        self.sums = EpochSums(self.phases, task.views)
-        if kept is not None:
-            self.sums.load(kept, device)
+        self.journal = Journal(
+            task,
+            self.telemetry,
+            self.transfer,
+            device,
+            step=self.step,
+            steps=self.steps,
+            per_epoch=self.per_epoch,
+            sums=resumed.sums,
+        )
+        self.phases = self.journal.phases
 
     def train(self) -> Outcome:
         """Take the steps that are left of the run."""
         if self.step >= self.steps:
             self.telemetry.message(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
-        self._announce()
+        parameters = self.engine.num_parameters
+        for line in first_lines(self.task, self.loader, parameters, self.steps, self.choices, self.device, self.path):
+            self.telemetry.message(line)
         with self.telemetry, closing(self.loader), self._saved():
             while not self.due.stop:
                 self.begin_step()
-                with self.exposure.measured(self._is_sampled):
+                with self.journal.exposure.measured(self._is_sampled):
                     step = self.optimize()
                 self.step_done(step)
                 self.epoch_done(step)
@@ -187,7 +169,8 @@ class Trainer(Generic[M]):
                 result = self.forward(batch)
                 self.backward(result)
             self._add(losses, result.shown)
-        return Step(losses, result.latents, self.update(losses))
+        factor = schedule_factor(self.recipe.schedule, self.step, self.per_epoch, self.task.peak)
+        return Step(losses, result.latents, factor, self.update(losses, factor))
 
     # The parts of a step
 
@@ -207,7 +190,7 @@ class Trainer(Generic[M]):
             with self.signals.waiting_for("the next batch"):
                 batch = next(self.batches)
             self.bad.record(batch.bad)
-            self.stalls.made(batch.spent)
+            self.journal.taken(batch)
         return batch
 
     def forward(self, batch: Batch) -> Result:
@@ -220,12 +203,12 @@ class Trainer(Generic[M]):
         with self.phases("backward"):
             self.engine.backward(result.loss / self.recipe.schedule.accumulate)
 
-    def update(self, losses: Mapping[str, Tensor]) -> StepResult:
-        """Step the optimizer; `losses`: means over the micro-batches."""
+    def update(self, losses: Mapping[str, Tensor], factor: float) -> StepResult:
+        """Step the optimizer; `losses`: means over the micro-batches, `factor`: that of the learning rate."""
         with self.phases("checkpoint"):
             self.saver.settle()
         with self.phases("optimizer"):
-            result = self.engine.step(self._factor(self.step))
+            result = self.engine.step(factor)
             self.task.stepped(self.engine.model, losses, result.skipped)
         return result
 
@@ -240,57 +223,32 @@ class Trainer(Generic[M]):
             share = value / self.recipe.schedule.accumulate
             losses[key] = losses[key] + share if key in losses else share
 
-    def _factor(self, step: int) -> float:
-        return schedule_factor(self.recipe.schedule, step, self.per_epoch, self.task.peak)
-
     # After the step
 
     def step_done(self, step: Step) -> None:
         """Count a step, guard against those that are not finite, and log it where it is time to."""
         self.step += 1
-        self.sums.add(step.losses, self.recipe.schedule.batch_size)
         self.guard.check(self.step, step.result.skipped)
-        if self.step % self.recipe.telemetry.log_every_steps == 0 or self.step in (1, self.steps):
-            images = (self.step - self.logged_at) * self.recipe.schedule.batch_size
-            self.telemetry.step(self._record(step) | self.pace.rates(images))
-            self.gpu.read()
-            self._read_stalls()
-            self.logged_at = self.step
+        self.journal.step(self.step, step, self.engine.model)
 
     def epoch_done(self, step: Step) -> None:
-        """At the end of an epoch or of the run: the epoch's line, evaluation and picture.
+        """At the end of an epoch or of the run: evaluation, the epoch's line, and a picture.
 
         This comes before the checkpoint: a kill between the two repeats the line, and loses none.
         """
         if not (self._is_last or self.step % self.per_epoch == 0):
             return
-        epoch, checks = (self.step - 1) // self.per_epoch, self.recipe.telemetry
-        self.watchdog.wait_for(f"the end of epoch {epoch}", long=True)
-        record = {"epoch": epoch} | self.sums.record() | memory(self.device)
-        record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
-        record |= self._flops(record["images_per_s"])
-        everyone = self._accounts(record)
-        record |= accounts.over_ranks(everyone)
-        self._read_stalls()
-        if step.latents is not None and self.is_main:
-            record |= collapse.collapse(step.latents)
+        checks = self.recipe.telemetry
+        self.watchdog.wait_for(f"the end of epoch {(self.step - 1) // self.per_epoch}", long=True)
+        record = self.journal.epoch(self.step, step)
         with self._evaluating() as model:
             self.measures = self.task.evaluate(model, self.device) if self._is_time(checks.probe_every_epochs) else {}
             self.telemetry.epoch(record | self.measures)
             if self._is_time(checks.images_every_epochs) and (png := self.task.picture(model, self.device)):
                 self.telemetry.image(f"images/step-{self.step:08d}.png", png)
-        for warning in (
-            self.stalls.verdict(),
-            self.stragglers.verdict(everyone),
-            self.task.warning(self.engine.model, self.step, self.steps, self.per_epoch),
-        ):
-            if warning:
-                self.telemetry.message(warning)
-                self.events.add("warning", step=self.step, what=warning)
-        # The evaluation and the picture of an epoch's end are no training.
-        self._read_stalls(counts=False)
+        warning = self.task.warning(self.engine.model, self.step, self.steps, self.per_epoch)
+        self.journal.close_epoch(self.step, warning)
         if self.step % self.per_epoch == 0:
-            self.sums.clear()
             self.batches = None
 
     def save(self) -> None:
@@ -331,36 +289,6 @@ class Trainer(Generic[M]):
         """Return whether an action of every `every` epochs (0: never), and of the run's end, is due."""
         return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
 
-    def _record(self, step: Step) -> dict[str, Any]:
-        """Read from the device what a logged step shows."""
-        return {
-            "step": self.step,
-            "epoch": self.step / self.per_epoch,
-            "samples": self.step * self.recipe.schedule.batch_size,
-            **{key: value.item() for key, value in step.losses.items() if key in self.task.losses},
-            **self.task.gauge(self.engine.model),
-            "lr": self.task.peak * self._factor(self.step - 1),
-            "grad_norm": step.result.grad_norm.item(),
-            "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
-        }
-
-    def _accounts(self, record: Mapping[str, Any]) -> list[accounts.Account]:
-        """Return what each rank measured in the epoch. A collective."""
-        own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}
-        own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take()}
-        return distributed.gather_objects(own)
-
-    def _flops(self, images_per_s: float) -> dict[str, float | None]:
-        flops = self.task.flops()
-        if flops is None:
-            return {}
-        peak = peak_flops(device_name(self.device), self.recipe.precision)
-        flops = flops * images_per_s
-        return {"tflops": flops / 1e12, "mfu": flops / (peak * distributed.world_size()) if peak else None}
-
-    def _read_stalls(self, counts: bool = True) -> None:
-        self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=counts)
-
     @contextmanager
     def _evaluating(self) -> Iterator[M]:
         """Yield the model in eval mode, without gradients, and as it was before compiling: that is for the sizes of
@@ -390,7 +318,7 @@ class Trainer(Generic[M]):
             "measures": self.measures if self.step % self.per_epoch == 0 or self._is_last else {},
             "better": dict(self.task.measures),
             "task": self.task.kept(),
-            "sums": self.sums.state(),
+            "sums": self.journal.sums.state(),
         }
 
     def _samples(self, step: int) -> list[int]:
@@ -414,29 +342,6 @@ class Trainer(Generic[M]):
         finally:
             self.watchdog.wait_for(self.watchdog.due, long=True)
             self.saver.close()
-
-    def _announce(self) -> None:
-        """Print the first lines of the run."""
-        recipe, millions = self.recipe, self.engine.num_parameters / 1e6
-        self.telemetry.message(
-            f"{len(self.source):,} images of {self.source.name}, {self.per_epoch} steps of "
-            f"{self.task.batch_in_words()} an epoch, {self.steps} steps in all; "
-            f"each epoch leaves out {len(self.loader.dropped(0))} of the images\n"
-            f"{millions:.1f} M parameters on {distributed.world_size()} x {device_name(self.device)}, "
-            f"{recipe.precision}; the run is {self.path}\n"
-            f"data.crop_scale={text(recipe.data.crop_scale)}, data.mean={text(recipe.data.mean)}, "
-            f"data.std={text(recipe.data.std)}; {self.choices}"
-        )
-        for note in self.source.notes:
-            self.telemetry.message(note)
-        for note in self.task.validation.notes if self.task.validation is not None else ():
-            self.telemetry.message(f"data.val_path: {note}")
-        for note in self.task.notes():
-            self.telemetry.message(note)
-        for hint in hints(recipe, self.steps, self.per_epoch):
-            self.telemetry.message(hint)
-        if recipe.data.cache is not None:
-            self.telemetry.message(cache_note(recipe.data, self.source))
 
     def _outcome(self) -> Outcome:
         """Print how the run ended, and return it."""

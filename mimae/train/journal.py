@@ -1,0 +1,132 @@
+"""The book-keeping of a run: it measures the training steps, and makes the lines of its records and its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimae import distributed
+from mimae.data.loading.batch import Batch
+from mimae.data.loading.stalls import Stalls
+from mimae.data.loading.to_device import Transfer
+from mimae.engines.base import M
+from mimae.optim.optimizer import StepResult
+from mimae.plan.gpus import device_name, peak_flops
+from mimae.telemetry import accounts, collapse
+from mimae.telemetry.clock import Pace, Phases
+from mimae.telemetry.exposure import Exposure
+from mimae.telemetry.memory import memory
+from mimae.telemetry.nvml import GPUReadings
+from mimae.telemetry.records import OVER_RANKS
+from mimae.telemetry.telemetry import Telemetry
+from mimae.train.epoch import EpochSums
+from mimae.train.task import Task
+
+
+class Step(NamedTuple):
+    """An optimizer step, on the device."""
+
+    losses: dict[str, Tensor]
+    """Means over its micro-batches."""
+    latents: Tensor | None
+    """Latents of the last micro-batch."""
+    factor: float
+    """Factor of the learning rate."""
+    result: StepResult
+
+
+class Journal(Generic[M]):
+    """Measurements of the steps since the start, and of the epoch that is under way.
+
+    Every rank has one, because the line of an epoch is an account of all ranks; only the main rank writes.
+    """
+
+    def __init__(
+        self,
+        task: Task[M],
+        telemetry: Telemetry,
+        transfer: Transfer,
+        device: torch.device,
+        *,
+        step: int,
+        steps: int,
+        per_epoch: int,
+        sums: Mapping[str, Any] | None,
+    ) -> None:
+        """Start the clocks at `step` of `steps`; `sums` are those that a checkpoint has of the epoch under way."""
+        self.task, self.telemetry, self.transfer, self.device = task, telemetry, transfer, device
+        self.steps, self.per_epoch, self.logged_at = steps, per_epoch, step
+        self.phases = Phases(device)
+        self.exposure = Exposure(device)
+        self.stalls = Stalls(task.recipe.data)
+        self.gpu, self.stragglers = GPUReadings(device), accounts.Stragglers()
+        self.bytes_sent = task.bytes_sent(device)
+        self.warnings: list[str] = []
+        self.pace = Pace(self.phases, task.views)
+        self.sums = EpochSums(self.phases, task.views)
+        if sums is not None:
+            self.sums.load(sums, device)
+
+    def taken(self, batch: Batch) -> None:
+        """Count the seconds that were spent on making a micro-batch."""
+        self.stalls.made(batch.spent)
+
+    def step(self, number: int, step: Step, model: M) -> None:
+        """Count a step, and write its line where one is due: only then are values read from the device."""
+        batch_size = self.task.recipe.schedule.batch_size
+        self.sums.add(step.losses, batch_size)
+        if number % self.task.recipe.telemetry.log_every_steps == 0 or number in (1, self.steps):
+            record = {
+                "step": number,
+                "epoch": number / self.per_epoch,
+                "samples": number * batch_size,
+                **{key: value.item() for key, value in step.losses.items() if key in self.task.losses},
+                **self.task.gauge(model),
+                "lr": self.task.peak * step.factor,
+                "grad_norm": step.result.grad_norm.item(),
+                "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
+            }
+            self.telemetry.step(record | self.pace.rates((number - self.logged_at) * batch_size))
+            self.gpu.read()
+            self._read_stalls()
+            self.logged_at = number
+
+    def epoch(self, number: int, step: Step) -> dict[str, Any]:
+        """Return the columns of the epoch that ends with this step, and note its warnings. A collective."""
+        record = {"epoch": (number - 1) // self.per_epoch} | self.sums.record() | memory(self.device)
+        record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
+        record |= self._flops(record["images_per_s"])
+        own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}
+        own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take()}
+        everyone = distributed.gather_objects(own)
+        record |= accounts.over_ranks(everyone)
+        self._read_stalls()
+        if step.latents is not None and distributed.rank() == 0:
+            record |= collapse.collapse(step.latents)
+        self.warnings += [w for w in (self.stalls.verdict(), self.stragglers.verdict(everyone)) if w]
+        return record
+
+    def close_epoch(self, number: int, warning: str | None) -> None:
+        """Write the warnings, the task's own one last, and begin the next epoch where this one is whole."""
+        for what in (*self.warnings, *([warning] if warning else [])):
+            self.telemetry.message(what)
+            self.telemetry.events.add("warning", step=number, what=what)
+        self.warnings.clear()
+        # The evaluation and the picture of an epoch's end are no training.
+        self._read_stalls(counts=False)
+        if number % self.per_epoch == 0:
+            self.sums.clear()
+
+    def _flops(self, images_per_s: float) -> dict[str, float | None]:
+        flops = self.task.flops()
+        if flops is None:
+            return {}
+        peak = peak_flops(device_name(self.device), self.task.recipe.precision)
+        flops = flops * images_per_s
+        return {"tflops": flops / 1e12, "mfu": flops / (peak * distributed.world_size()) if peak else None}
+
+    def _read_stalls(self, counts: bool = True) -> None:
+        self.stalls.read(self.phases.data_seconds, self.transfer.waited, counts=counts)
