@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import Field
 
 from mimae.checkpoints.settings import CheckpointSettings
-from mimae.config.section import Resume, Section, setting
+from mimae.config.section import Resume, Section, is_section, setting
 from mimae.data.settings import DataSettings
 from mimae.detection.settings import PRECISIONS, DetectSettings
 from mimae.engines.settings import Compile, EngineSettings
@@ -41,15 +41,15 @@ class RunRecipe(Section):
         description="torch.compile of each block; graphs: with CUDA graphs; auto: on with CUDA, off on the CPU and "
         "with engine.kind=zero3",
     )
-    run: RunSettings = RunSettings()
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    ema: EMASettings = EMASettings()
-    engine: EngineSettings = EngineSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    telemetry: TelemetrySettings = TelemetrySettings()
+    run: RunSettings = Field(default_factory=RunSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    ema: EMASettings = Field(default_factory=EMASettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
 
 class Recipe(RunRecipe):
@@ -60,16 +60,16 @@ class Recipe(RunRecipe):
     task: Literal["pretrain"] = Field(
         "pretrain", description="what the run learns; it decides which sections there are"
     )
-    masking: MaskingSettings = MaskingSettings()
-    decoder: DecoderSettings = DecoderSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    decoder: DecoderSettings = Field(default_factory=DecoderSettings)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
 
 
 class TransferRecipe(RunRecipe):
     """The sections that all recipes have which begin with a pretrained encoder."""
 
-    finetune: FinetuneSettings = FinetuneSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
 
 class ClassifyRecipe(TransferRecipe):
@@ -78,8 +78,8 @@ class ClassifyRecipe(TransferRecipe):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"top1": "max", "top5": "max", "val_loss": "min"}
 
     task: Literal["classify"] = Field("classify", description="what the run learns")
-    head: HeadSettings = HeadSettings()
-    augment: AugmentSettings = AugmentSettings()
+    head: HeadSettings = Field(default_factory=HeadSettings)
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
 
 
 class DetectRecipe(TransferRecipe):
@@ -88,7 +88,7 @@ class DetectRecipe(TransferRecipe):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = dict.fromkeys(PRECISIONS, "max")
 
     task: Literal["detect"] = Field("detect", description="what the run learns")
-    detect: DetectSettings = DetectSettings()
+    detect: DetectSettings = Field(default_factory=DetectSettings)
 
 
 class SegmentRecipe(TransferRecipe):
@@ -97,7 +97,7 @@ class SegmentRecipe(TransferRecipe):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"miou": "max", "pixel_accuracy": "max"}
 
     task: Literal["segment"] = Field("segment", description="what the run learns")
-    segment: SegmentSettings = SegmentSettings()
+    segment: SegmentSettings = Field(default_factory=SegmentSettings)
 
 
 RECIPES: dict[str, type[RunRecipe]] = {
@@ -126,7 +126,7 @@ def sections(tree: type[RunRecipe] | None = None) -> dict[str, type[Section]]:
     """Return the class of each section by its name, of one task's recipe or of all."""
     trees = RECIPES.values() if tree is None else (tree,)
     annotations = {name: field.annotation for each in trees for name, field in each.model_fields.items()}
-    return {n: a for n, a in annotations.items() if isinstance(a, type) and issubclass(a, Section)}
+    return {name: kind for name, kind in annotations.items() if is_section(kind)}
 
 
 @cache
@@ -140,6 +140,13 @@ def keys(tree: type[RunRecipe] | None = None) -> tuple[str, ...]:
         for name in names
         for key in (known[name].model_fields if name in known else [name])
     )
+
+
+@cache
+def schemas() -> dict[str, Any]:
+    """Return the JSON schema of every dotted key; `task` has that of pretraining."""
+    found = {key: schema for tree in RECIPES.values() for key, schema in tree.schemas().items()}
+    return found | Recipe.schemas()
 
 
 def resume_of(key: str) -> Resume:

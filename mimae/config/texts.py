@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mimae.config.section import PATH, Section
 
@@ -25,25 +24,13 @@ class TextKeys(NamedTuple):
 def text_keys(*trees: type[Section]) -> TextKeys:
     """Return the keys of `trees` that take text. A path has `PATH` of `section` in its field."""
     texts, paths = set(), set()
-    schemas = [tree.model_json_schema() for tree in trees]
-    fields = [field for schema in schemas for field in _fields(schema, schema.get("$defs", {}), "")]
-    for key, field in fields:
-        for option in field.get("anyOf", [field]):
+    for key, schema in (item for tree in trees for item in tree.schemas().items()):
+        for option in schema.get("anyOf", [schema]):
             if option.get("type") == "string" and not {"enum", "const"} & option.keys():
                 texts.add(key)
                 if option.get("format") == PATH["format"]:
                     paths.add(key)
     return TextKeys(frozenset(texts), frozenset(paths))
-
-
-def _fields(schema: Mapping[str, Any], shared: Mapping[str, Any], prefix: str) -> list[tuple[str, Mapping[str, Any]]]:
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    for name, field in schema.get("properties", {}).items():
-        if "$ref" in field:
-            found += _fields(shared[field["$ref"].rpartition("/")[2]], shared, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", field))
-    return found
 
 
 def unquoted(value: str) -> str | None:

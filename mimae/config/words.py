@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimae.config.layers import Setting, Settings, text
-from mimae.config.recipe import RECIPES, Recipe, RunRecipe, keys, sections
+from mimae.config.recipe import RECIPES, RunRecipe, keys, schemas, sections
 
 
 def strange_task(given: Settings, kind: type[RunRecipe]) -> str:
@@ -82,10 +82,7 @@ def legal(key: str) -> str:
     """Return the legal values of a dotted key in words, from the constraints of its field."""
     if key == "task":
         return " or ".join(", ".join(RECIPES).rsplit(", ", 1))
-    section, _, name = key.rpartition(".")
-    model = sections()[section] if section else Recipe
-    schema = model.model_json_schema()
-    return _in_words(schema["properties"][name])
+    return _in_words(schemas()[key])
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:

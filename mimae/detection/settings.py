@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from mimae.config.section import PATH, Section
+from mimae.config.section import PATH, Scale, Section
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six of COCO's twelve numbers, in its order."""
@@ -36,7 +36,7 @@ class DetectSettings(Section):
         None, min_length=1, json_schema_extra=PATH, description="the same for the images of data.val_path"
     )
     masks: bool = Field(True, description="learn masks of objects beside their boxes")
-    scale: tuple[float, float] = Field(
+    scale: Scale = Field(
         (0.1, 2.0),
         description="range of the random scale of an image, where 1 fits it into data.image_size; [1, 1]: none",
     )
@@ -57,10 +57,3 @@ class DetectSettings(Section):
     width: int = Field(256, ge=8, description="channels of the feature pyramid and of the convolutions of the heads")
     box_width: int = Field(1024, ge=8, description="width of the fully connected layer of the box head")
     score: float = Field(0.05, ge=0, lt=1, description="smallest score of a detection")
-
-    @field_validator("scale")
-    @classmethod
-    def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1] <= 10:
-            raise ValueError("legal: [low, high] with 0 < low <= high <= 10")
-        return scale

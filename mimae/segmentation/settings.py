@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mimae.config.section import PATH, Section, setting
+from mimae.config.section import PATH, Scale, Section, setting
 
 LARGEST_ID = 65_535
 """Largest value of a pixel in a mask."""
@@ -54,7 +54,7 @@ class SegmentSettings(Section):
         0.4, ge=0, description="upernet: weight of the loss of a second, small head on the third map; 0: there is none"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="upernet: share of the channels that each image loses")
-    scale: tuple[float, float] = Field(
+    scale: Scale = Field(
         (0.5, 2.0),
         description="range of the random scale of an image, where 1 is the smallest that covers data.image_size; "
         "windows of this size are cut out of it",
@@ -75,13 +75,6 @@ class SegmentSettings(Section):
         description="evaluation: distance between the windows of data.image_size that an image is seen through, as a "
         "share of their sides",
     )
-
-    @field_validator("scale")
-    @classmethod
-    def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1] <= 10:
-            raise ValueError("legal: [low, high] with 0 < low <= high <= 10")
-        return scale
 
     @field_validator("blocks")
     @classmethod

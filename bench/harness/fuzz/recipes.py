@@ -17,7 +17,7 @@ from mimae.bench.harness.fuzz.kind import Kind
 from mimae.config.layers import shipped, text
 from mimae.config.load import load_recipe
 from mimae.config.printing import as_yaml, explain
-from mimae.config.recipe import RECIPES, Recipe, RunRecipe, flat, keys, sections
+from mimae.config.recipe import RECIPES, RunRecipe, flat, keys, schemas
 from mimae.errors import ConfigError
 
 TINY = """
@@ -51,17 +51,6 @@ def every_key() -> list[str]:
 def _plain() -> dict[str, Any]:
     """Return the default of each key of every task."""
     return {key: value for recipe in RECIPES.values() for key, value in flat(recipe()).items()}
-
-
-@lru_cache(1)
-def schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of each dotted key."""
-    found = {}
-    for key in every_key():
-        section, _, name = key.rpartition(".")
-        model = sections()[section] if section else Recipe
-        found[key] = model.model_json_schema()["properties"][name]
-    return found
 
 
 def likely(draw: random.Random, key: str) -> Any:

@@ -23,13 +23,13 @@ from mimae.bench.harness.fuzz.forked import Wrong
 from mimae.bench.harness.fuzz.formats import rezipped
 from mimae.bench.harness.fuzz.images import bases
 from mimae.bench.harness.fuzz.kind import Kind
-from mimae.bench.harness.fuzz.recipes import TINY, likely, schemas
+from mimae.bench.harness.fuzz.recipes import TINY, likely
 from mimae.checkpoints import checkpoint, contents
 from mimae.checkpoints.checkpoint import Checkpoint
 from mimae.config.kept import load_run
 from mimae.config.layers import text
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe, keys
+from mimae.config.recipe import Recipe, keys, schemas
 from mimae.errors import CheckpointError
 from mimae.tools.status import look
 
