@@ -21,7 +21,7 @@ from mimae.checkpoints import checkpoint
 from mimae.errors import UserError
 from mimae.outside.progress import Progress
 from mimae.transfer.card import card
-from mimae.transfer.checks import comparison
+from mimae.transfer.checks import comparison, vit
 from mimae.transfer.load import load_model
 from mimae.transfer.targets import mae, onnx, safetensors, timm, transformers
 from mimae.transfer.targets import torch as torch_target
@@ -36,6 +36,9 @@ TARGETS: dict[str, Target] = {
     "safetensors": safetensors.TARGET,
 }
 """Kinds of exports by the word after --to."""
+
+_VIT = "from mimae.transfer.checks.vit import vit\n"
+"""Import of the modules in `checks` whose format holds weights and nothing to run."""
 
 BOUND = comparison.BOUND
 """Largest absolute difference of an output, in fp32 with the stored weights."""
@@ -176,10 +179,14 @@ def _write_check(exported: Exported, target: Target, options: Options, folder: P
     np.savez(folder / "check.npz", **{name: tensor.numpy() for name, tensor in stored.items()})  # type: ignore[arg-type]
     module = import_module(f"mimae.transfer.checks.{target.check(options)}")
     imports = "import sys\nfrom collections.abc import Callable\nfrom pathlib import Path\n"
-    start = inspect.getsource(module).replace("from pathlib import Path\n", imports, 1)
-    ends = [inspect.getsource(function) for function in (comparison.differences, comparison.report)]
+    source = inspect.getsource(module)
+    # check.py stands alone, so what the module shares with others is written out at its end.
+    shared = [inspect.getsource(each) for each in (comparison.differences, comparison.report)]
+    if _VIT in source:
+        shared.insert(0, inspect.getsource(vit.vit))
+    start = source.replace(_VIT, "").replace("from pathlib import Path\n", imports, 1)
     main = 'if __name__ == "__main__":\n    report(differences(outputs))\n'
-    text = "\n\n".join([start, f"BOUND = {BOUND}\n", *ends, main])
+    text = "\n\n".join([start, f"BOUND = {BOUND}\n", *shared, main])
     (folder / "check.py").write_text(text)
 
 
