@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
+from mimae.engines.settings import EngineSettings
 from mimae.errors import UserError
 from mimae.plan.communication import Traffic, exposed, traffic
 from mimae.plan.flops import step_flops
@@ -58,11 +59,12 @@ class Row(NamedTuple):
 
 def layouts(ranks: int, per_node: int) -> list[Layout]:
     """Return the layouts to compare, simplest first."""
-    spread = [Layout(kind, ranks) for kind in ("fsdp", "zero1", "zero2", "zero3")]
+    kinds = get_args(EngineSettings.model_fields["kind"].annotation)
+    others = [Layout(kind, ranks) for kind in kinds if kind != "ddp"]
     nodes = ranks // per_node
     hybrid = [Layout("fsdp", ranks, nodes)] if nodes > 1 and ranks % per_node == 0 else []
     offloaded = [Layout("fsdp", ranks, offload="cpu"), Layout("zero3", ranks, offload="nvme")]
-    return [Layout("ddp", ranks), *hybrid, *spread, *offloaded]
+    return [Layout("ddp", ranks), *hybrid, *others, *offloaded]
 
 
 def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:

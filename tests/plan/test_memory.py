@@ -146,6 +146,9 @@ def test_every_engine_is_known_to_the_planner() -> None:
     kinds = EngineSettings.model_fields["kind"].annotation
     count, gpu = memory.parameters(recipe), find_gpu("h100")
     assert {layout.kind for layout in cost.layouts(16, 8)} == set(get_args(kinds))
+    for layout in cost.layouts(16, 8):
+        assert memory.memory(recipe, layout, 1, count=count).total > 0
+        assert communication.traffic(recipe, layout, gpu, 8, count)
     unknown = Layout("another", 16)
     with pytest.raises(ValueError, match=r"does not know what engine\.kind=another spreads"):
         memory.memory(recipe, unknown, 1, count=count)

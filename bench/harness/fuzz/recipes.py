@@ -50,7 +50,7 @@ def every_key() -> list[str]:
 @lru_cache(1)
 def _plain() -> dict[str, Any]:
     """Return the default of each key of every task."""
-    return {key: value for recipe in RECIPES.values() for key, value in flat(recipe()).items()}
+    return {key: value for recipe in RECIPES.values() for key, value in flat(recipe.model_validate({})).items()}
 
 
 def likely(draw: random.Random, key: str) -> Any:
