@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimae.bench.controls.time_to import render_times
 from mimae.bench.controls.trials import CHOICES, CONTROLS, JUDGE, Result
 from mimae.evaluate.knn import NEIGHBOURS
 from mimae.evaluate.probe import MEASURES
@@ -34,7 +35,6 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
     )
     if not results:
         yield "Not yet run.\n"
-    yield from _render_judge(results)
     if any(r["kind"] == "mae" and r["settings"].get("masking.rounding", "nearest") == "nearest" for r in results):
         yield (
             "Control 2 was trained by this system's own rules in four places where MAE's code has others: weight decay "
@@ -49,6 +49,7 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
             f"## {data}\n\n{probed['train_images']:,} training and {probed['test_images']:,} test images of "
             f"{probed['classes']} classes; {here[0]['views']:,} views in {epoch['step']:,} steps; {_where(here)}.\n"
         )
+        yield from _render_judge(every)
         yield (
             f"| control | seeds | linear probe | {probed['few_labels']} labels | {NEIGHBOURS} neighbours "
             "| L_rec | minutes |\n|---|---|---|---|---|---|---|"
@@ -63,6 +64,7 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
         yield ""
         yield from _render_differences(here)
         yield from _render_choices(every)
+        yield from render_times(every)
 
 
 def _render_judge(results: list[Result]) -> Iterator[str]:

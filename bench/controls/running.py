@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from mimae.bench.controls.trials import Result, Trial
+from mimae.bench.controls.time_to import checks_of
+from mimae.bench.controls.trials import RECIPES, Result, Trial
 from mimae.bench.machine import describe
 from mimae.config.kept import load_run
+from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe, flat
 from mimae.errors import UserError
 from mimae.evaluate.probe import MEASURES
@@ -97,10 +99,12 @@ class Processes:
 
     def __call__(self, trial: Trial, run: Path) -> Result:
         run.parent.mkdir(parents=True, exist_ok=True)
-        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
+        # A recipe of larger batches has shorter epochs: every control is checked after the same numbers of steps.
+        every = trial.settings["schedule.batch_size"] // load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
+        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", f"telemetry.probe_every_epochs={every}"]
         ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
         with run.with_suffix(".log").open("ab") as log:
-            self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)
+            cpu_seconds = self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)
             _check_trained(trial, run)
             self._wait(["probe", str(run), *([] if trial.kind == "mi_mae" else ["--no-baselines"])], log)
         epochs = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
@@ -108,12 +112,17 @@ class Processes:
         return {
             "threads": self.threads,
             "seconds": sum(epoch["seconds"] for epoch in epochs),
+            "cpu_seconds": cpu_seconds,
+            "checks": checks_of(epochs),
             "last_epoch": epochs[-1],
             "probe": {key: value for key, value in probed.items() if key not in ("train", "test")},
         }
 
-    def _wait(self, arguments: list[str], log: Any) -> None:
-        """Run a command to its end. Raises Stopped if it saved on a signal, UserError if it failed."""
+    def _wait(self, arguments: list[str], log: Any) -> float:
+        """Run a command to its end, and return the CPU seconds of its processes.
+
+        Raises Stopped if it saved on a signal, UserError if it failed.
+        """
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with self.lock:
             if self.stopping:
@@ -126,7 +135,8 @@ class Processes:
                 start_new_session=True,  # Ctrl-C is for this process, which forwards it as a signal to save.
             )
             self.running.add(process)
-        code = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)  # `Popen.wait` does not return the usage.
+        process.returncode = code = os.waitstatus_to_exitcode(status)
         with self.lock:
             self.running.remove(process)
         if self.stopping:
@@ -134,6 +144,7 @@ class Processes:
         if code:
             tail = Path(log.name).read_text(errors="replace").strip().splitlines()[-3:]
             raise UserError("\n  ".join([f"exit code {code}, the end of {log.name}:", *tail]))
+        return usage.ru_utime + usage.ru_stime
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: running trials save and stop, and no new ones start."""

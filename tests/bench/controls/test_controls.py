@@ -20,6 +20,7 @@ from PIL import Image
 from mimae.bench.controls import command
 from mimae.bench.controls.page import load_results, render
 from mimae.bench.controls.running import Processes, Stopped, finished, record, run_trials
+from mimae.bench.controls.time_to import checks_of, reached
 from mimae.bench.controls.trials import (
     CONTROLS,
     RECIPES,
@@ -41,7 +42,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def trial(name: str, settings: dict[str, Any] | None = None, kind: str = "mi_mae", seed: int = 0) -> Trial:
-    return Trial(name, "photos", kind, seed, "quickstart", ["masking.ratio=0.5"], ["data.path=x"], 128, settings or {})
+    given = settings or {"schedule.batch_size": 32}
+    return Trial(name, "photos", kind, seed, "quickstart", ["masking.ratio=0.5"], ["data.path=x"], 128, given)
 
 
 def result(linear: float, few: float, knn: float, seconds: float = 60.0) -> Result:
@@ -128,6 +130,31 @@ def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
     assert page.count("| 6. control 5 + L_min: MI-MAE | 1 | 0.500 |") == 1
     alone = render(rows[:1], [])
     assert "by choice" not in alone
+
+
+def checked(kind: str, knn: list[float], flops: float = 1e12) -> tuple[str, int, Result]:
+    """Return a trial of 100 steps between two checks, each of which takes `flops`, and 10 CPU seconds in all."""
+    epochs = [
+        {"step": 100 * i, "tflops": flops / 1e12 / 2, "seconds": 2.0, "knn": each, "val_rec": 0.5}
+        for i, each in enumerate(knn, 1)
+    ]
+    return kind, 0, result(0.5, 0.3, 0.4) | {"cpu_seconds": 10.0, "checks": checks_of(epochs)}
+
+
+def test_the_time_to_an_accuracy_is_interpolated_between_two_checks() -> None:
+    _, _, run = checked("mi_mae", [0.2, 0.4, 0.4, 0.6], flops=3e12)
+    assert reached(run, 0.3) == pytest.approx((150, 4.5e12, 3.75))
+    assert reached(run, 0.1) == pytest.approx((100, 3e12, 2.5))  # The first check has none before it.
+    assert reached(run, 0.61) is None
+
+
+def test_the_time_to_the_last_check_of_mae_is_a_table() -> None:
+    trials = [checked("mae", [0.2, 0.3, 0.4]), checked("mi_mae", [0.3, 0.5, 0.6], 0.5e12), checked("orthogonal", [0.1])]
+    page = render(written(trials), [])
+    assert "Time to MAE's final accuracy, 0.400" in page
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.600 | 1 of 1 | 150 | 0.25 | 5 |" in page
+    assert "| 4. N orthogonal masks, no MI | 1 | 0.100 | 0 of 1 | not reached |  |  |" in page
+    assert "Time to" not in render(written([("mi_mae", 0, result(0.5, 0.3, 0.4))]), [])
 
 
 def test_the_seeds_of_the_claim_are_three() -> None:
@@ -282,7 +309,8 @@ def test_a_run_of_other_settings_is_not_judged(tmp_path: Path, verbs: Callable[[
     verbs("")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").write_text(as_yaml(Recipe(), without=["masking.rounding"]))
-    older = trial("a", {"masking.rounding": "down", "data.loader": "auto", "probe.tolerance": 1e-6})
+    trained = {"schedule.batch_size": Recipe().schedule.batch_size, "data.loader": "auto", "probe.tolerance": 1e-6}
+    older = trial("a", {"masking.rounding": "down", **trained})
     with pytest.raises(UserError, match=r"trained with other settings: masking.rounding was 'nearest', is 'down'"):
         Processes(threads=1)(older, tmp_path / "a")
 

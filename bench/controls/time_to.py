@@ -1,0 +1,73 @@
+"""How soon a control is as good as MAE at its end, by the vote of the neighbours that is checked during training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from mimae.bench.controls.trials import CHOICES, CONTROLS, Result
+
+
+class Reached(NamedTuple):
+    """What a run had taken when it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command."""
+
+    steps: float
+    flops: float
+    cpu_seconds: float
+
+
+def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the checks of a run's epochs.jsonl, each with the FLOPs of the steps up to it."""
+    found, flops = [], 0.0
+    for epoch in epochs:
+        flops += 1e12 * (epoch["tflops"] or 0.0) * epoch["seconds"]
+        if epoch.get("knn") is not None:
+            found.append({"step": epoch["step"], "flops": flops, "knn": epoch["knn"], "val_rec": epoch["val_rec"]})
+    return found
+
+
+def reached(result: Result, level: float) -> Reached | None:
+    """Return when a run reached an accuracy, interpolated between two checks; None if it never did.
+
+    CPU seconds are those of the whole command, by the share of its FLOPs.
+    """
+    checks = result["checks"]
+    before = {"step": 0, "flops": 0.0, "knn": 0.0}
+    for check in checks:
+        if check["knn"] >= level:
+            # The first check has none before it to interpolate from.
+            share = (level - before["knn"]) / (check["knn"] - before["knn"]) if before["step"] else 1.0
+            steps, flops = (before[key] + share * (check[key] - before[key]) for key in ("step", "flops"))
+            return Reached(steps, flops, result["cpu_seconds"] * flops / checks[-1]["flops"])
+        before = check
+    return None
+
+
+def render_times(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the table of one data set. MAE's level is the mean of its last checks over the seeds."""
+    timed = [result for result in results if result.get("checks")]
+    mae = [result for result in timed if result["kind"] == "mae"]
+    if not mae:
+        return
+    level = statistics.fmean(result["checks"][-1]["knn"] for result in mae)
+    whole = statistics.fmean(result["checks"][-1]["flops"] for result in mae)
+    yield (
+        f"Time to MAE's final accuracy, {level:.3f} by the vote of the neighbours as it is checked during training "
+        "(fewer images than the probe's; equal steps between two checks, interpolated between them). FLOPs are those "
+        "of the steps, as a share of all of MAE's; CPU seconds those of the whole command, by that share:\n"
+    )
+    yield "| control | seeds | last check | reached by | steps | FLOPs, of MAE's | CPU s |"
+    yield "|---|---|---|---|---|---|---|"
+    for kind, row in {**CONTROLS, **CHOICES}.items():
+        rows = [result for result in timed if result["kind"] == kind]
+        if not rows:
+            continue
+        last = statistics.fmean(result["checks"][-1]["knn"] for result in rows)
+        found = [when for result in rows if (when := reached(result, level)) is not None]
+        cells = ["not reached", "", ""]
+        if found:
+            steps, flops, seconds = (statistics.fmean(column) for column in zip(*found, strict=True))
+            cells = [f"{steps:,.0f}", f"{flops / whole:.2f}", f"{seconds:.0f}"]
+        yield f"| {row.meaning} | {len(rows)} | {last:.3f} | {len(found)} of {len(rows)} | {' | '.join(cells)} |"
+    yield ""
