@@ -16,9 +16,10 @@ from mimae.bench.harness.fuzz.forked import Wrong
 from mimae.bench.harness.fuzz.images import bases
 from mimae.bench.harness.fuzz.kind import Kind
 from mimae.bench.harness.fuzz.sources import read
-from mimae.bench.harness.fuzz.thrift import damaged_struct, encode, parse
+from mimae.bench.harness.fuzz.thrift import damaged_struct, encode
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
+from mimae.data.sources.thrift import read_struct
 
 _MAGIC = b"PAR1"
 
@@ -81,7 +82,7 @@ def make(draw: random.Random) -> Case:
 def _footer(draw: random.Random, data: bytes) -> bytes:
     """Return a file with another footer; the length before the magic fits, most often."""
     length = int.from_bytes(data[-8:-4], "little")
-    fields, _ = parse(data[-8 - length : -8])
+    _, fields = read_struct(data[-8 - length : -8])
     footer = encode(damaged_struct(draw, fields))
     if draw.random() < 0.15:
         footer = damaged(draw, footer)
@@ -91,7 +92,7 @@ def _footer(draw: random.Random, data: bytes) -> bytes:
 
 def _page(draw: random.Random, data: bytes, at: int) -> bytes:
     """Return a file with another page header of the same length, most often, or with another content of the page."""
-    fields, size = parse(data[at : at + 65_536])
+    size, fields = read_struct(data[at : at + 65_536])
     if draw.random() < 0.3:
         return data[: at + size] + damaged(draw, data[at + size : at + size + 64]) + data[at + size + 64 :]
     header = encode(damaged_struct(draw, fields))

@@ -17,8 +17,9 @@ from mimae.bench.harness.fuzz.case import Case, Special, from_json
 from mimae.bench.harness.fuzz.forked import Wrong, run
 from mimae.bench.harness.fuzz.formats import tar_sealed
 from mimae.bench.harness.fuzz.fuzz import KINDS, kind_of
-from mimae.bench.harness.fuzz.thrift import encode, parse
+from mimae.bench.harness.fuzz.thrift import encode
 from mimae.data.sources.tar import intact
+from mimae.data.sources.thrift import read_struct
 from mimae.errors import UserError
 
 CORPUS = sorted((Path(__file__).parents[2] / "fixtures/fuzz").glob("*.json"))
@@ -113,9 +114,9 @@ def test_formats_are_written_as_their_readers_want_them() -> None:
     for data, pages in files():
         length = int.from_bytes(data[-8:-4], "little")
         footer = data[-8 - length : -8]
-        assert encode(parse(footer)[0]) == footer
+        assert encode(read_struct(footer)[1]) == footer
         for at in pages:
-            fields, size = parse(data[at:])
+            size, fields = read_struct(data[at:])
             assert encode(fields) == data[at : at + size]
     assert intact(tar_sealed(b"name".ljust(512, b"\0")))
 
