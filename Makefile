@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself; PYTHON=/path/to/python3.12 chooses the interpreter.
-.PHONY: help quickstart test test-all lint format setup clean
+.PHONY: help quickstart test test-all lint format docs setup clean
 
 BIN = .venv/bin
 # Tests work on small tensors in several processes: more threads make them wait for each other.
@@ -10,6 +10,7 @@ help:
 	@echo 'make test        lint, types and the fast tests'
 	@echo 'make test-all    the slow tests too'
 	@echo 'make format      give the code its form'
+	@echo 'make docs        write the documents as a site to build/site'
 
 quickstart:
 	@.ci/setup.sh
@@ -29,6 +30,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup:
 	@.ci/setup.sh dev

@@ -32,6 +32,7 @@ for name in MAPPED:
 
 OLDEST_TORCH = (2, 11)
 DALI = "nvidia-dali-cuda130 ; sys_platform == 'linux'"
+DOCS = ("mkdocs-material", "mkdocstrings[python]")
 GPUS = (80, 90, 100)
 torch = find_spec("torch")
 # One wheel for all versions of Python, which those without the lock do not load.
@@ -203,7 +204,9 @@ setup(
             "onnxscript",
             "onnxruntime",
             DALI,
+            *DOCS,
         ],
+        "docs": [*DOCS],
         "peers": ["transformers", "lightly"],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "transformers": ["transformers"],

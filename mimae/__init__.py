@@ -45,7 +45,9 @@ def run(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
     if os.environ.get("RANK", "0") == "0":
         for note in resolved.notes:
             say(note)
-    return train(make_task(resolved.recipe))
+    task = make_task(resolved.recipe)
+    task.origins = resolved.origins
+    return train(task)
 
 
 def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:

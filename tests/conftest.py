@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -20,6 +21,12 @@ if not torch.cuda.is_available():
 # The time of one example says more about the machine's load than about the code.
 settings.register_profile("mimae", deadline=None)
 settings.load_profile("mimae")
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a short command takes long enough for a line of progress, which no test expects on stderr."""
+    monkeypatch.setattr("mimae.outside.progress.FIRST", math.inf)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mimae.config.recipe import Recipe
 from mimae.outside.text import printable
-from mimae.report.runs import Run
+from mimae.report.runs import Floats, Run
+from mimae.telemetry import cores
 from mimae.telemetry.records import PHASES
 
 Weight = Literal["bad", "warn", "good"]
@@ -103,6 +105,9 @@ def _waits(run: Run) -> list[Finding]:
                 "end of an epoch (telemetry.probe_every_epochs, images_every_epochs).",
             )
         )
+    held_back = cores.cause({name: _mean(epochs[name]) for name in cores.COLUMNS if epochs.has(name)})
+    if held_back is not None:
+        found.append(Finding("warn", f"The cores were slow: {held_back}."))
     exposed = epochs.last("exposed_communication")
     if exposed > SLOW:
         found.append(
@@ -126,7 +131,7 @@ def _waits(run: Run) -> list[Finding]:
 def _learning(run: Run) -> list[Finding]:
     found = []
     gate = run.steps.last("gate")
-    if gate == 0 and run.recipe is not None and run.recipe.objective.gate_loss is not None:
+    if gate == 0 and isinstance(run.recipe, Recipe) and run.recipe.objective.gate_loss is not None:
         found.append(
             Finding("warn", "The gate of the MI terms is still closed: L_rec never fell below objective.gate_loss.")
         )
@@ -134,6 +139,11 @@ def _learning(run: Run) -> list[Finding]:
     if rank < 2:
         found.append(Finding("bad", f"Latents have collapsed: their effective rank is {rank:.2f}."))
     return found
+
+
+def _mean(values: Floats) -> float:
+    """Return the mean over the epochs that have a value."""
+    return float(np.nanmean(values))
 
 
 def _times(count: int, one: str, many: str) -> str:

@@ -328,7 +328,9 @@ def _recipe(run: Run) -> Iterator[Html]:
     same = [each for each in run.settings if each.value == each.default]
     if changed:
         rows: list[tuple[object, ...]] = [(tag("code", each.key), *each[1:]) for each in changed]
-        yield table(("key", "value", "default"), rows)
+        has_origins = any(each.origin for each in changed)
+        heads = ("key", "value", "default", "set by")[: 4 if has_origins else 3]
+        yield table(heads, [row[: len(heads)] for row in rows])
     if same:
         rows = [(tag("code", each.key), each.value) for each in same]
         title = tag("summary", f"{len(same)} keys with their defaults")

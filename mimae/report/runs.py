@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from mimae.checkpoints import contents
 from mimae.config.layers import text
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe, flat
+from mimae.config.recipe import RECIPES, RunRecipe, flat
 from mimae.errors import CheckpointError, ConfigError, UserError
 from mimae.outside.files import Folder
 from mimae.telemetry import events, records
+from mimae.telemetry.telemetry import ORIGINS
 
 Floats = NDArray[np.float64]
 
@@ -80,6 +81,8 @@ class Value(NamedTuple):
     key: str
     value: str
     default: str
+    origin: str = ""
+    """Where it was set: a file and line, an override; empty where the run does not tell, or by default."""
 
 
 class BadSample(NamedTuple):
@@ -107,7 +110,7 @@ class Run:
     """Steps that the run is to have; None where no checkpoint says it."""
     directions: Mapping[str, str]
     """"max" or "min" by measure: which of its values is the best."""
-    recipe: Recipe | None
+    recipe: RunRecipe | None
     settings: list[Value]
     recipe_fault: str = ""
     """Why the recipe could not be read."""
@@ -149,6 +152,9 @@ class Run:
         return f"at step {step}{whole} when this was read"
 
 
+_ORIGIN = 200
+"""Most characters of an origin that are shown."""
+
 _COMMON_STEP = frozenset(
     {*("step", "epoch", "samples", "lr", "grad_norm", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes")}
 )
@@ -160,7 +166,7 @@ def read(path: Path, tail: int | None = None) -> Run:
         if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
             raise UserError(f"{path} is not the directory of a run: it has neither config.yaml nor metrics.jsonl")
         folder = Folder(path)
-        recipe, settings, fault = _recipe(path)
+        recipe, settings, fault = _recipe(path, _json(folder, ORIGINS))
         planned, directions = _checkpoint(path)
         return Run(
             path=path,
@@ -195,17 +201,20 @@ def _records(folder: Folder, name: str, tail: int | None) -> Iterator[dict[str, 
     return records.read(folder, name) if tail is None else records.read(folder, name, tail, tail=True)
 
 
-def _recipe(path: Path) -> tuple[Recipe | None, list[Value], str]:
+def _recipe(path: Path, origins: Mapping[str, Any]) -> tuple[RunRecipe | None, list[Value], str]:
+    """Return the recipe of a run of any task, its values, and why it cannot be read."""
     try:
-        found = load_recipe(path / "config.yaml")
+        found = load_recipe(path / "config.yaml", (), None, RunRecipe).recipe
     except ConfigError as error:
         return None, [], str(error)
-    values, defaults = flat(found.recipe), flat(Recipe())
-    return (
-        found.recipe,
-        [Value(key, text(value), text(defaults.get(key))) for key, value in values.items()],
-        "",
-    )
+    defaults = flat(RECIPES[found.task].model_validate({}))
+
+    def origin(key: str) -> str:
+        told = str(origins.get(key, "")).rpartition("/")[2][:_ORIGIN]
+        return "" if told == "default" else told
+
+    values = [Value(key, text(value), text(defaults.get(key)), origin(key)) for key, value in flat(found).items()]
+    return found, values, ""
 
 
 def _checkpoint(path: Path) -> tuple[int | None, dict[str, str]]:

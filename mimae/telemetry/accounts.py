@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimae.telemetry import cores
+from mimae.telemetry.cores import COLUMNS as CORES
 from mimae.telemetry.nvml import COLUMNS as GPU
 from mimae.telemetry.records import OVER_RANKS
 
@@ -35,6 +37,8 @@ def over_ranks(everyone: Sequence[Account]) -> dict[str, Any]:
     for name, worst in zip(GPU, (max, min, max, max)):
         values = [value for account in everyone if (value := account.get(name)) is not None]
         record[name] = worst(values) if values else None
+    for name in CORES:
+        record[name] = max((value for account in everyone if (value := account.get(name)) is not None), default=None)
     found = straggler(everyone)
     record["straggler"], record["straggler_lag"] = (None, None) if found is None else found
     return record
@@ -78,7 +82,8 @@ def _sentence(everyone: Sequence[Account], rank: int, lag: float) -> str:
         celsius = own.get("gpu_celsius")
         cause = "its GPU lowers its clock" + ("" if celsius is None else f", at {celsius:.0f} degrees Celsius")
     else:
-        cause = "it computes slower: another program, a lower clock, or a slower device on its machine"
+        slow = cores.cause({name: own.get(name) for name in CORES})
+        cause = f"it computes slower: {slow or 'another program, a lower clock, or a slower device on its machine'}"
     return f"rank {rank} is a straggler, and the others wait for it {lag:.0%} of a step: {cause}"
 
 

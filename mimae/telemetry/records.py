@@ -25,8 +25,10 @@ OVER_RANKS = (*(f"seconds_{phase}" for phase in PHASES), "exposed_communication"
 ACCOUNT_KEYS = (
     *(f"{name}_{kind}" for name in OVER_RANKS for kind in ("least", "mean", "most")),
     *("gpu_power_watts", "gpu_clock_mhz", "gpu_celsius", "gpu_throttled", "straggler", "straggler_lag"),
+    *("cpu_waiting", "cpu_limited", "cpu_hot"),
 )
-"""The account of an epoch over ranks, see `accounts`. Of GPUs the most power, heat and throttling, the least clock."""
+"""The account of an epoch over ranks, see `accounts`. Of GPUs the most power, heat and throttling, the least clock; of
+cores the largest share of a rank, see `cores`."""
 
 STEP_KEYS = (
     "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm",

@@ -5,6 +5,7 @@ This module reads no tensors: the trainer passes numbers, and only on the steps 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,9 @@ from mimae.telemetry.events import Events
 from mimae.telemetry.records import EPOCH_KEYS, FILES, STEP_KEYS, plain
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.telemetry.trackers import JSONLines, Tracker, open_trackers
+
+ORIGINS = "origins.json"
+"""File of the origins of a run's settings: by key a file and line, "override", or "default"."""
 
 
 class Telemetry:
@@ -78,13 +82,16 @@ class Telemetry:
         for tracker in others:
             self._try(tracker, lambda tracker: tracker.rewind(step))
 
-    def describe(self, recipe: str) -> None:
+    def describe(self, recipe: str, origins: Mapping[str, str] | None = None) -> None:
         """Write config.yaml (the resolved recipe) and environment.json, and pass them to the trackers.
 
-        Raises OSError if the run directory cannot be written.
+        A new run also keeps the origins of its settings, in origins.json. Raises OSError if the run directory cannot
+        be written.
         """
         if self._console is None:
             return
+        if origins and not (self._folder.path / ORIGINS).exists():
+            self._folder.replace(ORIGINS, json.dumps(dict(origins), indent=1) + "\n")
         for name, text in {"config.yaml": recipe, "environment.json": environment()}.items():
             self._folder.replace(name, text, lasting=True)
             self._text(name, text)

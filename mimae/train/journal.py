@@ -10,13 +10,15 @@ from torch import Tensor
 
 from mimae import distributed
 from mimae.data.loading.batch import Batch
-from mimae.data.loading.stalls import Stalls
+from mimae.data.loading.stalls import WORTH, WORTH_AT_END, Stalls
 from mimae.data.loading.to_device import Transfer
+from mimae.data.sources.cache import Fullness
 from mimae.engines.base import M
 from mimae.optim.optimizer import StepResult
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import accounts, collapse
 from mimae.telemetry.clock import Pace, Phases
+from mimae.telemetry.cores import CoreReadings
 from mimae.telemetry.exposure import Exposure
 from mimae.telemetry.memory import memory
 from mimae.telemetry.nvml import GPUReadings
@@ -61,8 +63,8 @@ class Journal(Generic[M]):
         self.steps, self.per_epoch, self.logged_at = steps, per_epoch, step
         self.phases = Phases(device)
         self.exposure = Exposure(device)
-        self.stalls = Stalls(task.recipe.data)
-        self.gpu, self.stragglers = GPUReadings(device), accounts.Stragglers()
+        self.stalls, self.cache = Stalls(task.recipe.data), Fullness(task.recipe.data, task.source)
+        self.gpu, self.cores, self.stragglers = GPUReadings(device), CoreReadings(), accounts.Stragglers()
         self.bytes_sent = task.bytes_sent(device)
         self.warnings: list[str] = []
         self.pace = Pace(self.phases, task.views)
@@ -100,13 +102,14 @@ class Journal(Generic[M]):
         record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
         record |= self._flops(record["images_per_s"])
         own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}
-        own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take()}
+        own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take(), **self.cores.take()}
         everyone = distributed.gather_objects(own)
         record |= accounts.over_ranks(everyone)
         self._read_stalls()
         if step.latents is not None and distributed.rank() == 0:
             record |= collapse.collapse(step.latents)
-        self.warnings += [w for w in (self.stalls.verdict(), self.stragglers.verdict(everyone)) if w]
+        waits = self.stalls.verdict(WORTH_AT_END if number == self.steps else WORTH)
+        self.warnings += [w for w in (waits, self.stragglers.verdict(everyone), self.cache.verdict()) if w]
         return record
 
     def close_epoch(self, number: int, warning: str | None) -> None:

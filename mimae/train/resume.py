@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,10 +89,16 @@ def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
 
 
 def resume(
-    recipe: RunRecipe, length: Length, source: Source, engine: Engine[Any], saver: Saver, records: Telemetry
+    recipe: RunRecipe,
+    length: Length,
+    source: Source,
+    engine: Engine[Any],
+    saver: Saver,
+    records: Telemetry,
+    origins: Mapping[str, str],
 ) -> Resumed:
     """Make the run directory of a run of such a `length`, or take the engine back to its last whole checkpoint. A
-    collective."""
+    collective. `origins`: of the settings, which a new run keeps."""
     run, steps = Path(recipe.run.dir), length.steps
     extends = check_config(recipe, run)
     # The next start is no extension.
@@ -144,7 +151,7 @@ def resume(
         records.message(f"the images are at {recipe.data.path}, and were at {moved}{same}")
     records.rewind(step)
     try:
-        records.describe(as_yaml(recipe, without))
+        records.describe(as_yaml(recipe, without), origins)
     except OSError as error:
         raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
     records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)

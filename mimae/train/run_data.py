@@ -38,6 +38,12 @@ def not_taken_up(asked: RunRecipe, recipe: RunRecipe) -> str | None:
     )
 
 
+def changed(asked: RunRecipe, recipe: RunRecipe) -> dict[str, str]:
+    """Return the origin of each value that the run chose in place of the one that was asked for."""
+    wanted, used = flat(asked), flat(recipe)
+    return {key: f"chosen for {text(wanted[key])}" for key in used if used[key] != wanted[key]}
+
+
 def moved_from(recipe: RunRecipe) -> str | None:
     """Return the data.path that the run was last started with, where it is another one now."""
     run = Path(recipe.run.dir)

@@ -65,6 +65,8 @@ class Task(ABC, Generic[M]):
         self.asked: RunRecipe = recipe
         """Recipe that was asked for. A run keeps some of what it was started with, so `recipe`, with which it
         continues, may be another one once training begins."""
+        self.origins: Mapping[str, str] = {}
+        """Where the value of each key was set: a file and line, an override, or nowhere."""
         self.weights: Weights | None = None
         """Weights that a new run with model.init starts from."""
         self.fit: Fit | None = None

@@ -31,7 +31,7 @@ from mimae.telemetry.telemetry import Telemetry
 from mimae.train import choices, resume
 from mimae.train.due import Due
 from mimae.train.journal import Journal, Step
-from mimae.train.run_data import as_kept, not_taken_up
+from mimae.train.run_data import as_kept, changed, not_taken_up
 from mimae.train.start import check_process, first_lines
 from mimae.train.task import Result, Task
 from mimae.weights.open import INIT
@@ -121,7 +121,8 @@ class Trainer(Generic[M]):
         if note := not_taken_up(task.asked, recipe):
             self.telemetry.message(note)
         length = resume.Length(self.steps, self.per_epoch, task.peak)
-        resumed = resume.resume(recipe, length, self.source, self.engine, self.saver, self.telemetry)
+        origins = task.origins and {**task.origins, **changed(task.asked, recipe)}
+        resumed = resume.resume(recipe, length, self.source, self.engine, self.saver, self.telemetry, origins)
         self.recipe = task.recipe = resumed.recipe
         self.step = self.first = resumed.step
         if task.fit is not None:

@@ -22,6 +22,7 @@ class Terminal(io.StringIO):
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds on the clock, as the only entry of a list that a test changes."""
     seconds = [100.0]
+    monkeypatch.setattr(progress, "FIRST", 2.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
     return seconds
 

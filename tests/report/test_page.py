@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mimae.data.loading.batch import Spent
+from mimae.data.loading.stalls import Feed, diagnose
 from mimae.report import plots
 from mimae.report.findings import findings
 from mimae.report.page import page
 from mimae.report.runs import read
+from mimae.telemetry.accounts import Stragglers
 from tests.report.conftest import MakeRun, epoch_record, lines, step_record
 
 HOSTILE = (
@@ -188,6 +191,44 @@ def test_findings_name_what_is_wrong_with_a_run(make_run: MakeRun) -> None:
     ):
         assert any(words in text for text in told), (words, told)
     assert findings(read(make_run("good")))[0].text.startswith("Nothing stands out")
+
+
+def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
+    """A slow rank, a slow disk and a small cache as the run told of them; a core that was held back by its figures."""
+    feed = Feed(100.0, 60.0, 60.0, Spent(180.0, 10.0, 5.0), 2, 2, "torch", None)
+    slow = [{"seconds": 100.0, "exposed_communication": 0.3}, {"seconds": 100.0, "exposed_communication": 0.1}]
+    causes = {
+        "slow disk": (
+            diagnose(feed),
+            "storage is slow (92% of the work of 2 workers is reading); set data.cache=",
+        ),
+        "slow rank": (Stragglers().verdict(slow), "Rank 1 is a straggler, and the others wait for it 20% of a step"),
+        "small cache": ("the cache is too small: data.cache=encoded holds 1 of 4 samples", "The cache is too small"),
+    }
+    for name, (warning, words) in causes.items():
+        run = make_run(name, epochs=[epoch_record(epoch, seconds_data=40.0) for epoch in range(3)])
+        event = {"kind": "warning", "step": 300, "details": {"what": warning}}
+        (run / "events.jsonl").write_text(lines([event]))
+        assert any(words in finding.text for finding in findings(read(run))), name
+    throttled = make_run("throttled", epochs=[epoch_record(0, cpu_limited=0.6, cpu_waiting=0.7, cpu_hot=None)])
+    told = [finding.text for finding in findings(read(throttled))]
+    assert any("in 60% of the time the limit of its control group held it back" in text for text in told)
+
+
+def test_the_recipe_tells_where_each_value_was_set(make_run: MakeRun) -> None:
+    run = make_run(overrides=("seed=3",))
+    assert "set by" not in page(read(run))
+    origins = {
+        "seed": "override",
+        "model.width": "/home/me/quickstart.yaml:13",
+        "precision": "default",
+        "data.loader": ["<b>"],
+    }
+    (run / "origins.json").write_text(json.dumps(origins))
+    found = {value.key: value.origin for value in read(run).settings}
+    assert (found["seed"], found["model.width"], found["precision"]) == ("override", "quickstart.yaml:13", "")
+    made = page(read(run))
+    assert "set by" in made and "/home/me" not in made and "<b>" not in made
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ LIMIT = 0.02
 WORTH = 60.0
 """Seconds of waiting for data below which nothing is reported, because no change of settings would pay off."""
 
+WORTH_AT_END = 5.0
+"""The same at the end of a run, whose next run can be another one."""
+
 WARM_UP = 1
 """Number of readings at the start of a process that are ignored: before the reading after the first step, workers start
 and blocks are compiled."""
@@ -122,15 +125,15 @@ class Stalls:
         self._last = reading
         self._readings += 1
 
-    def verdict(self) -> str | None:
+    def verdict(self, worth: float = WORTH) -> str | None:
         """Return the diagnosis of the period since the previous verdict, or None.
 
-        There is one if the device waited for more than LIMIT of the time and for at least WORTH seconds. Short epochs
+        There is one if the device waited for more than LIMIT of the time and for at least `worth` seconds. Short epochs
         are accumulated until then.
         """
         seconds, stalled, waited, *spent = self._sum.tolist()
         is_slow = stalled > LIMIT * seconds
-        if is_slow and stalled < WORTH:
+        if is_slow and stalled < worth:
             return None
         self._sum[:] = 0
         if not is_slow:

@@ -185,6 +185,35 @@ def cache_note(settings: DataSettings, source: Source) -> str:
     )
 
 
+class Fullness:
+    """Tells once of a cache that takes no more samples, and holds a part of the data set only."""
+
+    def __init__(self, settings: DataSettings, source: Source) -> None:
+        self._settings, self._source = settings, source
+        self._is_told = settings.cache is None
+
+    def verdict(self) -> str | None:
+        """Return a sentence on a cache that is too small, with the remedy."""
+        if self._is_told:
+            return None
+        folder, samples = cache_folder_of(self._settings, self._source), len(self._source)
+        try:
+            if not (folder / _FULL).exists():
+                return None
+            entries = np.fromfile(folder / "index", dtype="<i8,<u4,<u4", offset=_HEADER)
+        except OSError:
+            return None
+        self._is_told = True
+        held = int(np.count_nonzero(entries["f1"]))
+        if held >= samples:
+            return None
+        return (
+            f"the cache is too small: data.cache={self._settings.cache} holds {held:,} of {samples:,} samples "
+            f"({held / samples:.0%}), and the others are read from storage in every epoch: set data.cache_dir to a "
+            "larger disk of this machine, or make the images smaller with mimae data pack --shortest"
+        )
+
+
 def cache_folder_of(settings: DataSettings, source: Source) -> Path:
     """Return the folder of a source's cache. Copies in other places (resized ones, say) have caches of their own."""
     if settings.cache_dir is None and not _RAM.is_dir():

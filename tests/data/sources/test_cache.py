@@ -23,7 +23,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
-from mimae.data.sources.cache import Cached, cache_folder_of, cache_note, cached
+from mimae.data.sources.cache import Cached, Fullness, cache_folder_of, cache_note, cached
 from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph, write_images
 
@@ -308,6 +308,10 @@ def test_a_full_disk_ends_the_filling_with_one_line(
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "10% of the file system stay free" in said
     assert counted.reads[0] == 4
+    fullness = Fullness(settings(tmp_path), counted)
+    told = fullness.verdict() or ""
+    assert f"the cache is too small: data.cache=encoded holds 0 of {IMAGES} samples" in told and "cache_dir" in told
+    assert fullness.verdict() is None, "it is told once"
     monkeypatch.setattr(os, "statvfs", lambda _: Room(50))
     full = Cached(settings(tmp_path), counted)
     full.read(0)
