@@ -1,15 +1,15 @@
-# Each target sets up .venv by itself; PYTHON=/path/to/python3.12 chooses the interpreter.
+# Each target first sets up .venv if necessary. PYTHON=/path/to/python3.12 chooses the interpreter.
 .PHONY: help quickstart test test-all lint format docs setup clean
 
 BIN = .venv/bin
-# Tests work on small tensors in several processes: more threads make them wait for each other.
+# Tests use small tensors in several processes. More threads per process would only compete for the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 
 help:
-	@echo 'make quickstart  pretrain on photographs for three minutes, then probe what was learned'
-	@echo 'make test        lint, types and the fast tests'
-	@echo 'make test-all    the slow tests too'
-	@echo 'make format      give the code its form'
+	@echo 'make quickstart  pretrain on photographs for three minutes, then probe the features'
+	@echo 'make test        run the linter, the type checker and the fast tests'
+	@echo 'make test-all    run the slow tests too'
+	@echo 'make format      format the code'
 	@echo 'make docs        write the documents as a site to build/site'
 
 quickstart:

@@ -1,9 +1,9 @@
-"""The input of `pip install`: the packages, their folders, their requirements, and how the extension is built.
+"""The definition of the package for pip: its packages and folders, its requirements, and the build of the extension.
 
-The extension mimae._C (csrc/) is built where torch is importable: with `pip install --no-build-isolation`, or in a
-checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 builds its CUDA part too, which needs nvcc. Its part for
-JPEGs needs libjpeg-turbo and its header (Debian: libjpeg62-turbo-dev, Fedora: libjpeg-turbo-devel). Where a part
-cannot be built one line says why, and nothing but speed is lost.
+The extension mimae._C (csrc/) is built if torch can be imported: with `pip install --no-build-isolation`, or in a
+checkout by `python setup.py build_ext --inplace`. MIMAE_CUDA=1 also builds its CUDA part, which needs nvcc. Its part
+for JPEGs needs libjpeg-turbo and its header (Debian: libjpeg62-turbo-dev, Fedora: libjpeg-turbo-devel). If a part
+cannot be built, one line reports the reason. Without it the program is slower, and nothing else changes.
 """
 
 import os
@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).parent
 
-# These folders lie beside mimae/ in the repository and are packages inside it once installed; relative links
-# (mimae/kernels -> ../kernels) give a checkout the same view. An sdist has none, hence the explicit names.
+# In the repository these folders are next to mimae/; when installed they are packages inside it. In a checkout relative
+# links (mimae/kernels -> ../kernels) have the same effect. An sdist has no links, so the names are explicit.
 MAPPED = ("kernels", "bench", "configs")
 
 packages = find_packages(include=["mimae", "mimae.*"], exclude=[f"mimae.{name}*" for name in MAPPED])
@@ -35,16 +35,16 @@ DALI = "nvidia-dali-cuda130 ; sys_platform == 'linux'"
 DOCS = ("mkdocs-material", "mkdocstrings[python]")
 GPUS = (80, 90, 100)
 torch = find_spec("torch")
-# One wheel for all versions of Python, which those without the lock do not load.
+# One wheel serves all versions of Python. Free-threaded builds of Python cannot load such a wheel.
 limited = bool(torch) and not sysconfig.get_config_var("Py_GIL_DISABLED")
 extension = Extension("mimae._C", ["csrc/orthogonal_masks.cpp", "csrc/jpeg.cpp"], py_limited_api=limited, optional=True)
 
 
 class BuildNative(build_ext):
-    """The extension by one call of the C++ compiler or of nvcc, against what torch promises to keep as it is."""
+    """Build the extension by one call of the C++ compiler or of nvcc, with torch's stable ABI."""
 
     def run(self):
-        if self.inplace:  # no older one may stay where building fails
+        if self.inplace:  # If the build fails, no older extension may remain.
             for built in here.glob("mimae/_C.*"):
                 built.unlink()
         super().run()
@@ -61,14 +61,16 @@ class BuildNative(build_ext):
             obstacle = self.call([*compiler(), "-o", str(built)])
             if obstacle is None:
                 if lacking is not None:
-                    print(f"mimae: mimae._C has no part for JPEGs ({lacking}): nothing but speed is lost")
+                    print(
+                        f"mimae: mimae._C has no part for JPEGs ({lacking}): decoding is slower"
+                    )
                 return
-            print(f"mimae: {part} was not built ({obstacle}): nothing but speed is lost")
+            print(f"mimae: {part} was not built ({obstacle}): ops are slower, and nothing else changes")
 
     def find_libjpeg(self):
-        """Return the source and the library of the part for JPEGs, or nothing and what went wrong.
+        """Return the source and the library of the part for JPEGs, or an empty list and the reason of the failure.
 
-        A static library is preferred: a wheel then runs where there is none, or another one.
+        A static library is preferred, so that a wheel does not depend on the libraries of the machine that runs it.
         """
         source = str(here / "csrc/jpeg.cpp")
         compiler = [*self.compiler_words(), "-fPIC", "-shared", "-std=c++17", source]
@@ -81,7 +83,7 @@ class BuildNative(build_ext):
         for library in ([static] if os.path.isabs(static) else []) + ["-ljpeg"]:
             linked = [library, "-Xlinker", "--exclude-libs=ALL"]
             with tempfile.TemporaryDirectory() as folder:
-                # Undefined symbols would be found only where the extension is loaded.
+                # Otherwise undefined symbols would be found only when the extension is loaded.
                 checked = ["-Xlinker", "--no-undefined", "-o", f"{folder}/jpeg.so"]
                 obstacle = self.call([*compiler, *linked, *checked], "jpeg.log")
             if obstacle is None:
@@ -97,11 +99,11 @@ class BuildNative(build_ext):
 
     def nvcc(self):
         home = os.environ.get("CUDA_HOME")
-        # Of `ccache g++ -m64` nvcc takes the compiler alone.
+        # CXX may be `ccache g++ -m64`, but nvcc accepts only the compiler.
         words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
         host = ["-ccbin", words[-1]] if words else []
         targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
-        # What is newer than all of them compiles this one's instructions as it loads.
+        # GPUs that are newer than all of these compile the last one's instructions when the extension is loaded.
         targets += [f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"]
         return [
             *(f"{home}/bin/nvcc" if home else "nvcc", *host, *targets, "-Xcompiler=-fPIC,-fvisibility=hidden"),
@@ -115,12 +117,13 @@ class BuildNative(build_ext):
         target = OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48
         return [
             *("-shared", "-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={target}ULL", "-isystem", f"{home}/include"),
-            # An older torch then refuses to load what it lacks, instead of dying where it is used.
+            # With this an older torch refuses to load the extension, instead of crashing when a missing function is
+            # used.
             *("-Xlinker", "-z", "-Xlinker", "now", f"-L{home}/lib", "-ltorch_cpu"),
         ]
 
     def call(self, command, name="native.log"):
-        """Run a compiler. Returns what went wrong, or None; what the compiler says goes into a file."""
+        """Run a compiler, write its output to a log file, and return the reason of a failure, or None."""
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         except OSError:
@@ -149,7 +152,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    # Workers go when their parent changes; from 3.14 on a server forks them.
+    # Worker processes end when their parent process changes; from Python 3.14 on a fork server would be the parent.
     python_requires=">=3.11,<3.14",
     packages=packages,
     package_dir=package_dir,

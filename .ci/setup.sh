@@ -1,12 +1,12 @@
 #!/bin/sh
-# Sets up .venv: Python, the package in place, its requirements at the versions of constraints.txt.
-# Usage: .ci/setup.sh [dev]. Does nothing while the last set-up still fits; PYTHON=... chooses the interpreter.
+# Set up .venv with Python, the package in editable mode, and its requirements at the versions of constraints.txt.
+# Usage: .ci/setup.sh [dev]. If the last set-up is up to date, nothing is done. PYTHON=... chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 
 NEEDED_GB=9
 VENV="$(pwd -P)/.venv"
-STAMP=.venv/installed # written last: extra and fingerprint. A .venv without it was cut short.
+STAMP=.venv/installed # Written last, with extra and fingerprint. Without it the set-up of .venv was interrupted.
 LOG=.venv/setup.log
 extra=${1-}
 
@@ -46,10 +46,10 @@ if [ -f "$STAMP" ]; then
     { read -r done_extra; read -r done_fingerprint; } <"$STAMP"
     done_extra=${done_extra#extra:}
 fi
-# A set-up with dev serves a run without it, and stays one.
+# A set-up with dev also serves calls without it, and keeps dev.
 [ -n "$extra" ] || extra=$done_extra
 
-# An environment is used again if it is whole, was made in this folder, runs, and is of the Python asked for.
+# An environment is reused if it is complete, was made in this folder, runs, and has the requested Python.
 usable() {
     [ -f "$STAMP" ] && grep -qxF "$VENV" .venv/location && fits .venv/bin/python || return 1
     [ -z "${PYTHON-}" ] && return 0
@@ -61,7 +61,7 @@ if usable; then
     [ "$extra $fingerprint" != "$done_extra $done_fingerprint" ] || exit 0
 else
     python=$(find_python)
-    [ ! -d .venv ] || say "making .venv anew: the one here is incomplete, was moved, or is of another Python"
+    [ ! -d .venv ] || say "making .venv again: the present one is incomplete, was moved, or has another Python"
     rm -rf .venv
 fi
 
@@ -78,10 +78,10 @@ if [ ! -d .venv ]; then
 fi
 rm -f "$STAMP" "$LOG"
 say "installing into .venv ($(.venv/bin/python --version)): some minutes, about 3 GB from the package index"
-# Progress belongs on a terminal; elsewhere only what goes wrong does.
+# Progress is shown only on a terminal; elsewhere only errors are shown.
 set --
 [ -t 2 ] || set -- -q --progress-bar off
-# pip's cache doubles what the download takes, often on the same disk.
+# pip's cache doubles the disk space of the download, often on the same disk.
 [ "$free_kb" -gt $((2 * NEEDED_GB * 1024 * 1024)) ] || set -- "$@" --no-cache-dir
 if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
     if grep -q 'No space left on device' "$LOG"; then
@@ -91,11 +91,11 @@ if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".$
     elif grep -q 'No matching distribution' "$LOG"; then
         hint="The index has no such version for this Python and system: try make PYTHON=python3.12."
     else
-        hint="pip's last words are above."
+        hint="pip's last messages are above."
     fi
     die "installing failed. $hint" "The whole log is $LOG; the next make starts again."
 fi
-# pip builds away from .venv, where there is no torch; the C++ form of the ops needs its headers.
+# pip builds outside .venv, where there is no torch. The C++ form of the ops needs torch's headers, so it is built here.
 .venv/bin/python setup.py -q build_ext --inplace >&2
 printf 'extra:%s\n%s\n' "$extra" "$fingerprint" >"$STAMP"
 say "done"

@@ -1,6 +1,6 @@
 """MI-MAE: pretraining of vision transformers by masking and mutual information.
 
-`import mimae` is instant: what needs torch is imported at its first use.
+`import mimae` is fast, because modules that need torch are imported at their first use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAZY = {"MIMAE": "mimae.model.mimae", "load_encoder": "mimae.transfer.load"}
 
 
 def run(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
-    """Train as a recipe of any task says, and resume a run that was interrupted.
+    """Train by a recipe of any task. A run that was interrupted is resumed.
 
     Args:
         recipe: a path, the name of a shipped recipe, a mapping of sections, or a recipe.
@@ -30,14 +30,14 @@ def run(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
         settings: scalars or mappings by section, applied last: `masking={"num_masks": 2}, seed=1`.
 
     Raises:
-        mimae.errors.UserError: for a mistake in the settings, the data or the run's directory.
+        mimae.errors.UserError: if there is a mistake in the settings, the data or the run's directory.
     """
     from mimae.config.load import load_recipe
     from mimae.config.recipe import RunRecipe
     from mimae.outside.text import say
     from mimae.outside.threads import yield_cores
 
-    yield_cores(os.environ)  # of use if torch is not imported yet
+    yield_cores(os.environ)  # This has an effect only if torch is not imported yet.
     from mimae.train.tasks.registry import make_task
     from mimae.train.trainer import train
 
@@ -51,10 +51,10 @@ def run(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
 
 
 def pretrain(recipe: RecipeLike, *overrides: str, **settings: Any) -> Outcome:
-    """Pretrain as a recipe says: `run` for the recipes of pretraining alone."""
+    """Pretrain by a recipe: the same as `run`, but only for recipes of pretraining."""
     from mimae.config.load import load_recipe
 
-    load_recipe(recipe, overrides, settings)  # raises for another task's
+    load_recipe(recipe, overrides, settings)  # This raises ConfigError for the recipe of another task.
     return run(recipe, *overrides, **settings)
 
 

@@ -1,4 +1,4 @@
-"""`python -m mimae`, which torchrun needs."""
+"""Entry point of `python -m mimae`, which torchrun needs."""
 
 from mimae.cli import main
 

@@ -67,7 +67,7 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
-    """A group of commands without rich, whose import takes longer than the rest of --help."""
+    """Return a group of commands without rich, because importing rich takes longer than the rest of --help."""
     group = typer.Typer(
         help=help,
         no_args_is_help=True,
@@ -112,7 +112,7 @@ app = _group(
 )
 app.add_typer(
     _group(
-        "Measure: speed and memory of a step and of its ops, the controls of the method.",
+        "Measure the speed and memory of a step and of its ops, and run the controls of the method.",
         kernels=kernels,
         gpu=gpu,
         step=step,
@@ -126,7 +126,7 @@ app.add_typer(
     ),
     name="bench",
 )
-app.add_typer(_group("Data sets: look at them, pack them into shards.", check=check, pack=pack, show=show), name="data")
+app.add_typer(_group("Check data sets, pack them, show samples.", check=check, pack=pack, show=show), name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mimae.errors import RunError, UserError
 from mimae.ranks import messages, place, unpickling
 
-# torch has the first names from 2.14 on, and the others before.
+# The first names exist in torch 2.14 and later, the others before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
@@ -53,7 +53,7 @@ _is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Make this thread act as the only rank of a run inside the block, without waits for other ranks."""
+    """Make this thread act as the only rank of a run inside the block, so that it does not wait for other ranks."""
     before = _is_alone.set(True)
     try:
         yield
@@ -62,7 +62,7 @@ def alone() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return this process's place among all ranks."""
+    """Return the number of this process among all ranks; the first is 0."""
     return dist.get_rank() if dist.is_initialized() and not _is_alone.get() else 0
 
 
@@ -76,10 +76,11 @@ def setup(patience: float | None = None) -> torch.device:
 
     An existing process group, made by the caller, is used and kept. Otherwise the environment, set by mimae's launcher,
     torchrun or srun, describes the other ranks. A process that was not started as a rank is the only rank, and listens
-    only on the loopback interface. A collective waits `patience` seconds for a rank; None stands for torch's default.
+    only on the loopback interface. A collective waits at most `patience` seconds for the other ranks; None stands for
+    torch's default.
 
     Raises UserError for an environment or a process group that does not fit, and if another thread of this process is
-    in a run. Raises RunError if the other ranks do not come.
+    in a run. Raises RunError if the other ranks do not join.
     """
     joined = _Joined()
     with _lock:
@@ -149,7 +150,7 @@ def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
     except (RuntimeError, ValueError) as error:  # torch raises many types, for names, ports and times.
         reason = str(error).partition("\n")[0]
         raise RunError(
-            f"{waiting}, in vain: {reason}. Start every rank with the same variables, or unset those of another job"
+            f"{waiting}, and failed: {reason}. Start every rank with the same variables, or unset those of another job"
         ) from error
     finally:
         timer.cancel()
@@ -169,7 +170,7 @@ def _store(told: str, ranks: int) -> dist.Store:
 def _borrowed(device: torch.device, timeout: timedelta | None) -> Iterator[None]:
     """Use the caller's process group: check its backends, and set the timeout of the run.
 
-    Raises UserError.
+    The old timeouts are restored afterwards. Raises UserError if a backend is missing.
     """
     group = dist.distributed_c10d._get_default_group()
     backends = []
@@ -221,7 +222,7 @@ def shutdown() -> None:
 
 
 def host_group() -> Group:
-    """Return a new group of all ranks over the host, for a thread whose collectives must not mix with training's."""
+    """Return a new gloo group of all ranks, for a thread whose collectives must not mix with those of training."""
     group = dist.new_group(backend="gloo", timeout=_timeout())
     assert isinstance(group, Group)
     return group
@@ -240,7 +241,8 @@ def _timeout() -> timedelta | None:
 def gather_objects(mine: T, group: Group | None = None) -> list[T]:
     """Return the value of each rank, in the order of ranks.
 
-    Values travel as JSON, which cannot run code, unlike a pickle. Raises MessageError for a message of another sender.
+    Values are sent as JSON, which cannot run code, unlike a pickle. Raises MessageError for a message of another
+    sender.
     """
     message, ranks = messages.pack(mine, f"rank {rank()}").encode(), world_size(group)
     if ranks == 1:
@@ -262,7 +264,8 @@ def gather_objects(mine: T, group: Group | None = None) -> list[T]:
 def start_all_gather(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to gather (b, ...) of each rank, and return a function that waits for the result.
 
-    The result is (W b, ...) in the order of ranks, without gradient. Computation before that call overlaps with it.
+    The result is (W b, ...) in the order of ranks, without gradient. The communication overlaps with the computation
+    that is done before the returned function is called.
     """
     tensor = tensor.detach().contiguous()
     if world_size() == 1:
@@ -284,7 +287,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_sum(tensor: Tensor, group: Group | None = None) -> Tensor:
-    """Return the sum over all ranks, or those of a group, without gradient, as a new tensor."""
+    """Return the sum over all ranks, or over the ranks of a group, as a new tensor without gradient."""
     total = tensor.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)

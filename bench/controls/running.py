@@ -162,7 +162,7 @@ def _check_trained(trial: Trial, run: Path) -> None:
     trained = flat(load_run(run))
     wanted = {key: value for key, value in trial.settings.items() if key in trained and (key, value) != _ANY_LOADER}
     if changed := _changed(trained, wanted):
-        raise UserError(f"{run} was trained with other settings: {'; '.join(changed)}. Remove it to train it anew")
+        raise UserError(f"{run} was trained with other settings: {'; '.join(changed)}. Remove it to train it again")
 
 
 _ANY_LOADER = ("data.loader", "auto")

@@ -1,4 +1,4 @@
-"""How soon a control is as good as MAE at its end, by the vote of the neighbours that is checked during training."""
+"""The time in which a control reaches MAE's final accuracy of nearest neighbours, as evaluated during training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mimae.bench.controls.trials import CHOICES, CONTROLS, Result
 
 
 class Reached(NamedTuple):
-    """What a run had taken when it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command."""
+    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command."""
 
     steps: float
     flops: float
@@ -18,7 +18,7 @@ class Reached(NamedTuple):
 
 
 def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the checks of a run's epochs.jsonl, each with the FLOPs of the steps up to it."""
+    """Return the evaluations in a run's epochs.jsonl, each with the FLOPs of all steps before it."""
     found, flops = [], 0.0
     for epoch in epochs:
         flops += 1e12 * (epoch["tflops"] or 0.0) * epoch["seconds"]
@@ -28,15 +28,15 @@ def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def reached(result: Result, level: float) -> Reached | None:
-    """Return when a run reached an accuracy, interpolated between two checks; None if it never did.
+    """Return the cost until a run reached an accuracy, interpolated between two evaluations; None if it never did.
 
-    CPU seconds are those of the whole command, by the share of its FLOPs.
+    The CPU seconds are those of the whole command times the share of its FLOPs.
     """
     checks = result["checks"]
     before = {"step": 0, "flops": 0.0, "knn": 0.0}
     for check in checks:
         if check["knn"] >= level:
-            # The first check has none before it to interpolate from.
+            # The first evaluation has no earlier one for an interpolation.
             share = (level - before["knn"]) / (check["knn"] - before["knn"]) if before["step"] else 1.0
             steps, flops = (before[key] + share * (check[key] - before[key]) for key in ("step", "flops"))
             return Reached(steps, flops, result["cpu_seconds"] * flops / checks[-1]["flops"])
@@ -45,7 +45,7 @@ def reached(result: Result, level: float) -> Reached | None:
 
 
 def render_times(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the table of one data set. MAE's level is the mean of its last checks over the seeds."""
+    """Yield the table of one data set. MAE's level is the mean of its last evaluations over the seeds."""
     timed = [result for result in results if result.get("checks")]
     mae = [result for result in timed if result["kind"] == "mae"]
     if not mae:
@@ -53,11 +53,11 @@ def render_times(results: Sequence[Result]) -> Iterator[str]:
     level = statistics.fmean(result["checks"][-1]["knn"] for result in mae)
     whole = statistics.fmean(result["checks"][-1]["flops"] for result in mae)
     yield (
-        f"Time to MAE's final accuracy, {level:.3f} by the vote of the neighbours as it is checked during training "
-        "(fewer images than the probe's; equal steps between two checks, interpolated between them). FLOPs are those "
-        "of the steps, as a share of all of MAE's; CPU seconds those of the whole command, by that share:\n"
+        f"Time to MAE's final accuracy, {level:.3f} by the vote of the neighbours as evaluated during training (with "
+        "fewer images than in the probe, and linear interpolation between evaluations). FLOPs are those of the steps, "
+        "as a share of all of MAE's. CPU seconds are those of the whole command, in proportion to the FLOPs:\n"
     )
-    yield "| control | seeds | last check | reached by | steps | FLOPs, of MAE's | CPU s |"
+    yield "| control | seeds | last evaluation | reached by | steps | FLOPs, of MAE's | CPU s |"
     yield "|---|---|---|---|---|---|---|"
     for kind, row in {**CONTROLS, **CHOICES}.items():
         rows = [result for result in timed if result["kind"] == kind]

@@ -1,4 +1,4 @@
-"""docs/gpu-day.md: what `mimae bench gpu` has measured, beside what the cost model of a step predicts."""
+"""The page docs/gpu-day.md: the measurements of `mimae bench gpu`, next to the predictions of a step's cost model."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from mimae.bench.gpu.stages import STAGES
 
 PREDICTED = {
-    "pretrain, plain": "1,443 images/s, MFU 33 % (H100: 177 ms a step of 256 images)",
-    "step, ViT-L": "795 images/s, MFU 39.5 % (H100: 322 ms a step of 256 images)",
+    "pretrain, plain": "1,443 images/s, MFU 33 % (H100: 177 ms per step of 256 images)",
+    "step, ViT-L": "795 images/s, MFU 39.5 % (H100: 322 ms per step of 256 images)",
 }
-"""Predictions of the cost model, +-15 %, made before any GPU was at hand."""
+"""Predictions of the cost model, +-15 %, made before any measurement on a GPU."""
 
-_INTRODUCTION = """# A day with a GPU
+_INTRODUCTION = """# Measurements on a GPU
 
-`mimae bench gpu` runs all that needs a GPU, in two calls of at most nine minutes: each stage is cut off at its limit,
-and the second call goes on with what is left. `mimae bench gpu --render docs/gpu-day.md` writes this page from
-`bench/results/gpu.json`. Predictions are those of a cost model and were made before; they are no measurements.
+`mimae bench gpu` runs everything that needs a GPU, in two calls of at most nine minutes. Each stage is stopped at its
+limit, and the second call runs the remaining stages. `mimae bench gpu --render docs/gpu-day.md` writes this page from
+`bench/results/gpu.json`. Predictions are those of a cost model, made before any measurement.
 """
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """Return the page of a report, which may be empty or hold a part of the stages."""
+    """Return the page for a report, which may be empty or have only some of the stages."""
     lines = [_INTRODUCTION]
     if report:
         machine, versions = report["machine"], report["versions"]
@@ -31,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"NCCL {machine['nccl']}, torch {versions['torch']}, triton {versions['triton']}.\n"
         )
     else:
-        lines.append("No GPU has been measured yet.\n")
+        lines.append("Nothing has been measured on a GPU yet.\n")
     lines += ["| stage | limit, s | state | measured | predicted |", "| --- | ---: | --- | --- | --- |"]
     for stage in STAGES:
         row = report.get("stages", {}).get(stage.name, {})
@@ -43,8 +43,8 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _measured(result: Any) -> Iterator[str]:
-    """Yield the figures of a stage's result in words."""
-    if isinstance(result, str):  # pytest's XML
+    """Yield the figures of a stage's result as text."""
+    if isinstance(result, str):  # This is pytest's XML.
         head = result.partition("<testsuite ")[2].partition(">")[0].replace('"', "").split()
         counts = dict(field.split("=", 1) for field in head if "=" in field)
         yield ", ".join(f"{counts[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in counts)

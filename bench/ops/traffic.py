@@ -244,15 +244,16 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Return a result as a page in Markdown: traffic, and machine code with a kernel's architectures in one row."""
+    """Return a result as a Markdown page: traffic, and machine code with one row per kernel and size."""
     versions = " and ".join(f"{package} {version}" for package, version in result["versions"].items())
     lines = [
-        "# What the kernels move, counted without a GPU",
+        "# Memory traffic of the kernels, counted without a GPU",
         "",
-        f"From `bench/results/traffic.json`, with {versions}. `mimae bench traffic --out` writes that file, with",
-        "`--render` this page. In megabytes; *least*: each input and each result once, *issued*: what loads and stores",
-        "ask for, *different*: without what is asked for again. The time is a prediction: the least at an H100's",
-        f"{H100_BYTES_PER_S / 1e12:g} TB/s. `infonce` is in fp32, as training has it, where bf16 is not named.",
+        f"This page is rendered from `bench/results/traffic.json`, measured with {versions}. `mimae bench traffic`",
+        "writes the file with `--out`, and this page with `--render`. Columns are in megabytes. *least*: each input",
+        "and each result once. *issued*: all bytes that loads and stores request. *different*: the requested bytes",
+        "without repeated requests. The time is a prediction for the least bytes at the",
+        f"{H100_BYTES_PER_S / 1e12:g} TB/s of an H100. `infonce` is in fp32, as in training, unless bf16 is named.",
         "",
         "| pass | size | images | launches | least | issued | of least | different | eager | extra | µs at least |",
         "| --- | --- |" + " ---: |" * 9,
@@ -276,8 +277,8 @@ def render(result: Mapping[str, Any]) -> str:
         "",
         "## Machine code",
         "",
-        "Of a thread registers and spilled bytes, of a block KiB of shared memory, and the matrix instructions; of",
-        "variants of a kernel the one with the most registers.",
+        "The cells have registers and spilled bytes per thread, KiB of shared memory per block, and the matrix",
+        "instructions. If a kernel has variants, they are those of the variant with the most registers.",
         "",
         "| kernel | size |" + "".join(f" sm_{capability} |" for capability in found),
         "| --- | --- |" + " --- |" * len(found),
@@ -302,7 +303,7 @@ def _cell(binary: Row) -> str:
 def _code_table(binaries: Sequence[Row]) -> Table:
     table = Table(
         title="machine code, compiled without a GPU",
-        caption="spilled: bytes of a thread; shared: KiB of a block; blocks: at a time on a multiprocessor",
+        caption="spilled: bytes per thread; shared: KiB per block; blocks: resident blocks per multiprocessor",
     )
     for column in (
         "kernel",

@@ -1,4 +1,4 @@
-"""The checks of keys that have to agree with each other."""
+"""Checks of settings that depend on each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mimae.objective.terms import active
 from mimae.ranks.place import number
 
 Check = Callable[[Resolved[Any]], Iterator[str]]
-"""Yields a message for each problem that it finds."""
+"""Function that yields a message for each problem that it finds."""
 
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
-"""The sections that a check reads, which have to be valid, and the check."""
+"""Registered checks: the sections that a check reads, which have to be valid, and the check."""
 
 
 def _check(*sections: str) -> Callable[[Check], Check]:
@@ -36,15 +36,15 @@ def _patches_fit(resolved: Resolved[Any]) -> Iterator[str]:
     if any(side % patch for side in size_hw):
         near = " x ".join(str(max(round(side / patch), 1) * patch) for side in size_hw)
         yield (
-            f"{_told(resolved, 'data.image_size')}: each side must be divisible by "
-            f"{_told(resolved, 'model.patch_size')}; the nearest is {near}"
+            f"{_described(resolved, 'data.image_size')}: each side must be divisible by "
+            f"{_described(resolved, 'model.patch_size')}; the nearest is {near}"
         )
 
 
 @_check("data", "masking", "model")
 def _masks_fit(resolved: Resolved[Any]) -> Iterator[str]:
     recipe, patch, size_hw = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
-    image_size, patch_size = _told(resolved, "data.image_size"), _told(resolved, "model.patch_size")
+    image_size, patch_size = _described(resolved, "data.image_size"), _described(resolved, "model.patch_size")
     if any(side % patch for side in size_hw):
         return
     patches = Grid.of(size_hw, patch).patches
@@ -55,8 +55,8 @@ def _masks_fit(resolved: Resolved[Any]) -> Iterator[str]:
     if MASK_KINDS[recipe.masking.kind].is_disjoint and recipe.masking.num_masks * visible > patches:
         others = " or ".join(name for name, kind in MASK_KINDS.items() if not kind.is_disjoint)
         yield (
-            f"{_told(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
-            f"patches each ({_told(resolved, 'masking.ratio')}) are disjoint in an image of {patches}; "
+            f"{_described(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
+            f"patches each ({_described(resolved, 'masking.ratio')}) are disjoint in an image of {patches}; "
             f"a higher masking.ratio or masking.kind={others} allows more"
         )
 
@@ -76,11 +76,11 @@ def _transformer_shape(resolved: Resolved[Any], section: Literal["model", "decod
     if settings.width % settings.heads:
         divisors = [str(n) for n in range(1, min(settings.width, 64) + 1) if settings.width % n == 0]
         yield (
-            f"{_told(resolved, f'{section}.heads')}: does not divide {_told(resolved, f'{section}.width')}; "
+            f"{_described(resolved, f'{section}.heads')}: does not divide {_described(resolved, f'{section}.width')}; "
             f"legal are {', '.join(divisors)}"
         )
     if settings.width % 4:
-        yield f"{_told(resolved, f'{section}.width')}: sin-cos positions need a multiple of 4"
+        yield f"{_described(resolved, f'{section}.width')}: sin-cos positions need a multiple of 4"
 
 
 @_check("finetune", "model")
@@ -88,17 +88,17 @@ def _frozen_blocks(resolved: Resolved[Any]) -> Iterator[str]:
     freeze, depth = resolved.recipe.finetune.freeze, resolved.recipe.model.depth
     if isinstance(freeze, int) and freeze > depth:
         yield (
-            f"{_told(resolved, 'finetune.freeze')}: the encoder has {depth} blocks "
-            f"({_told(resolved, 'model.depth')}); legal is at most {depth}, none, or all"
+            f"{_described(resolved, 'finetune.freeze')}: the encoder has {depth} blocks "
+            f"({_described(resolved, 'model.depth')}); legal is at most {depth}, none, or all"
         )
 
 
 @_check("finetune", "head")
-def _batch_norm_is_on_what_is_frozen(resolved: Resolved[Any]) -> Iterator[str]:
+def _batch_norm_needs_a_frozen_encoder(resolved: Resolved[Any]) -> Iterator[str]:
     if resolved.recipe.head.norm == "batch_norm" and resolved.recipe.finetune.freeze != "all":
         yield (
-            f"{_told(resolved, 'head.norm')}: is for frozen encoders; legal with "
-            f"{_told(resolved, 'finetune.freeze')} are fc_norm and none"
+            f"{_described(resolved, 'head.norm')}: is only for frozen encoders; legal with "
+            f"{_described(resolved, 'finetune.freeze')} are fc_norm and none"
         )
 
 
@@ -111,8 +111,8 @@ def _batch_splits(resolved: Resolved[Any]) -> Iterator[str]:
         below = schedule.batch_size // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         yield (
-            f"{_told(resolved, 'schedule.batch_size')}: must be divisible by {parts} = ranks ({ranks}) x "
-            f"{_told(resolved, 'schedule.accumulate')}, as {near} is"
+            f"{_described(resolved, 'schedule.batch_size')}: must be divisible by {parts} = ranks ({ranks}) x "
+            f"{_described(resolved, 'schedule.accumulate')}; the nearest is {near}"
         )
 
 
@@ -120,8 +120,8 @@ def _batch_splits(resolved: Resolved[Any]) -> Iterator[str]:
 def _warmup_ends(resolved: Resolved[Any]) -> Iterator[str]:
     if resolved.recipe.schedule.warmup_epochs > resolved.recipe.schedule.epochs:
         yield (
-            f"{_told(resolved, 'schedule.warmup_epochs')}: longer than the run; "
-            f"legal is at most {_told(resolved, 'schedule.epochs')}"
+            f"{_described(resolved, 'schedule.warmup_epochs')}: is longer than the run; "
+            f"legal is at most {_described(resolved, 'schedule.epochs')}"
         )
 
 
@@ -131,8 +131,8 @@ def _siblings(resolved: Resolved[Any]) -> Iterator[str]:
         return
     for key in _weights_of_terms_that_compare("views", resolved.recipe):
         yield (
-            f"{_told(resolved, key)}: compares the views of an image, and there is one: "
-            f"{_told(resolved, 'masking.num_masks')}; legal are at least 2 masks, or {key}=0"
+            f"{_described(resolved, key)}: this term compares the views of an image, but there is only one: "
+            f"{_described(resolved, 'masking.num_masks')}; legal are at least 2 masks, or {key}=0"
         )
 
 
@@ -144,9 +144,9 @@ def _next_view(resolved: Resolved[Any]) -> Iterator[str]:
         return
     disjoint = " or ".join(name for name, kind in MASK_KINDS.items() if kind.is_disjoint)
     yield (
-        f"{_told(resolved, 'decoder.predict')}: predicts what another view shows and this one does not; legal are at "
-        f"least 2 {disjoint} masks (here {_told(resolved, 'masking.kind')}, {_told(resolved, 'masking.num_masks')}), "
-        "or decoder.predict=hidden"
+        f"{_described(resolved, 'decoder.predict')}: the targets of a view are patches that another view shows; "
+        f"legal are at least 2 {disjoint} masks (here {_described(resolved, 'masking.kind')}, "
+        f"{_described(resolved, 'masking.num_masks')}), or decoder.predict=hidden"
     )
 
 
@@ -157,14 +157,14 @@ def _other_images(resolved: Resolved[Any]) -> Iterator[str]:
         return
     for key in _weights_of_terms_that_compare("images", recipe):
         yield (
-            f"{_told(resolved, key)}: compares the images of a micro-batch, which has one "
-            f"({_told(resolved, 'schedule.batch_size')}, {_told(resolved, 'schedule.accumulate')}); "
+            f"{_described(resolved, key)}: this term compares the images of a micro-batch, which has only one "
+            f"({_described(resolved, 'schedule.batch_size')}, {_described(resolved, 'schedule.accumulate')}); "
             f"legal are at least 2 images, or {key}=0"
         )
 
 
 def _weights_of_terms_that_compare(what: Literal["views", "images"], recipe: Recipe) -> list[str]:
-    """Return the keys of the weights of those terms in use that need two views or two images."""
+    """Return the keys of the weights of all active terms that compare views, or that compare images."""
     return [f"objective.{term.weight}" for term in active(recipe.objective) if what in term.compares]
 
 
@@ -172,13 +172,14 @@ def _weights_of_terms_that_compare(what: Literal["views", "images"], recipe: Rec
 def _best_is_measured(resolved: Resolved[Any]) -> Iterator[str]:
     recipe = resolved.recipe
     if recipe.checkpoint.best not in (None, *recipe.measures):
-        yield f"{_told(resolved, 'checkpoint.best')}: legal is {' or '.join(recipe.measures)}, or null"
+        yield f"{_described(resolved, 'checkpoint.best')}: legal is {' or '.join(recipe.measures)}, or null"
         return
     if recipe.checkpoint.best is None or (recipe.telemetry.probe_every_epochs and recipe.data.val_path):
         return
     yield (
-        f"{_told(resolved, 'checkpoint.best')}: measured on data.val_path every telemetry.probe_every_epochs epochs, "
-        f"here {_told(resolved, 'data.val_path')} and {_told(resolved, 'telemetry.probe_every_epochs')}; "
+        f"{_described(resolved, 'checkpoint.best')}: is measured on data.val_path every "
+        "telemetry.probe_every_epochs epochs, "
+        f"here {_described(resolved, 'data.val_path')} and {_described(resolved, 'telemetry.probe_every_epochs')}; "
         "legal is null, or set both"
     )
 
@@ -188,8 +189,8 @@ def _maps_end_with_the_last_block(resolved: Resolved[Any]) -> Iterator[str]:
     blocks, depth = resolved.recipe.segment.blocks, resolved.recipe.model.depth
     if blocks is not None and blocks[-1] != depth - 1:
         yield (
-            f"{_told(resolved, 'segment.blocks')}: the last one has to be the encoder's last block, "
-            f"{depth - 1} ({_told(resolved, 'model.depth')}); blocks after it would learn nothing"
+            f"{_described(resolved, 'segment.blocks')}: the last number has to be that of the encoder's last block, "
+            f"{depth - 1} ({_described(resolved, 'model.depth')}); later blocks would learn nothing"
         )
 
 
@@ -198,11 +199,11 @@ def _windows_are_not_cropped_again(resolved: Resolved[Any]) -> Iterator[str]:
     scale = resolved.recipe.data.crop_scale
     if scale not in (None, type(resolved.recipe.data)().crop_scale):
         yield (
-            f"{_told(resolved, 'data.crop_scale')}: windows of segmentation are cut by "
-            f"{_told(resolved, 'segment.scale')}; legal is null"
+            f"{_described(resolved, 'data.crop_scale')}: is not used in segmentation, whose windows are cut by "
+            f"{_described(resolved, 'segment.scale')}; legal is null"
         )
 
 
-def _told(resolved: Resolved[Any], key: str) -> str:
-    """`key = value (origin)`."""
+def _described(resolved: Resolved[Any], key: str) -> str:
+    """Return `key = value (origin)`."""
     return f"{key} = {text(flat(resolved.recipe)[key])} ({resolved.origins[key]})"

@@ -1,4 +1,4 @@
-"""The arguments of `mimae config` and `mimae settings`, and those that every verb with a recipe takes."""
+"""The commands `mimae config` and `mimae settings`, and the arguments of every command that takes a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 
 def config(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Print what a recipe resolves to, and the origin of each value."""
+    """Print all settings of a recipe, and the origin of each value."""
     from mimae.config.load import load_recipe
     from mimae.config.printing import explain
     from mimae.config.recipe import RunRecipe

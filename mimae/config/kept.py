@@ -1,4 +1,4 @@
-"""The recipe that a run keeps in its directory."""
+"""The recipe that a run keeps in its directory, as config.yaml."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ def load_run(
     settings: Mapping[str, Any] | None = None,
     kind: type[RunRecipe] = Recipe,
 ) -> Any:
-    """Return the recipe that a run was started with, with overrides. Raises ConfigError, also where it is not of
-    `kind` (see `load_recipe`).
+    """Return the recipe with which a run was started, with overrides applied.
 
-    A run that names no version of the rules by which files become samples was started with the first.
+    If the recipe has no version of the rules that number samples, the version is 1. Raises ConfigError, also if the
+    recipe is not of `kind` (see `load_recipe`).
     """
     found = load_recipe(run / "config.yaml", overrides, settings, kind)
     return found.recipe if found.origins[VERSION_KEY] != "default" else with_version(found.recipe, 1)
 
 
 def newer_keys(run: Path) -> list[str]:
-    """Return the fixed keys that a run's config.yaml lacks, since they are newer than the run.
+    """Return the fixed keys that a run's config.yaml lacks because they are newer than the run.
 
-    The default of a new key is what every run did before the key existed, and what the run goes on with. Its
-    config.yaml stays without the key. The version of the rules by which files become samples is an exception, see
-    `load_run`.
+    The default of a new key is the behaviour of all runs before the key existed, so the run continues with it, and its
+    config.yaml stays without the key. The version of the rules that number samples is an exception, see `load_run`.
     """
     origins = load_recipe(run / "config.yaml", (), None, RunRecipe).origins
     return [key for key, origin in origins.items() if origin == "default" and key not in (*FREE_KEYS, VERSION_KEY)]
 
 
 def with_keys_of(recipe: R, other: R, keys: Sequence[str]) -> R:
-    """Return the recipe with the values that `other` has for some dotted keys."""
+    """Return the recipe with the values of `other` for the dotted keys `keys`."""
     for section, _, name in (key.rpartition(".") for key in keys):
         value = {name: getattr(getattr(other, section) if section else other, name)}
         recipe = recipe.model_copy(
@@ -57,5 +56,5 @@ def with_keys_of(recipe: R, other: R, keys: Sequence[str]) -> R:
 
 
 def with_version(recipe: R, version: int) -> R:
-    """Return the recipe with another version of the rules by which files become samples."""
+    """Return the recipe with another version of the rules that number samples."""
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"index_version": version})})

@@ -1,6 +1,7 @@
 """Reading recipes: YAML files with `base:`, overrides and mappings, to {dotted key: (value, origin)}.
 
-Nothing here knows which keys are legal (`config` does). Problems are collected in a list, to be told at once.
+This file does not know which keys are legal (`config.recipe` does). Problems are collected in a list, so that all are
+reported at once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from mimae.outside.reading import read_text
 from mimae.outside.text import printable
 
 LARGEST_FILE = 1 << 16
-"""Bytes that a recipe may have."""
+"""Maximal size of a recipe in bytes."""
 
 LONGEST_TEXT = 4096
-"""Characters that a value may have as a recipe writes it: all texts of a recipe together stay below LARGEST_FILE."""
+"""Maximal length of a value in characters, as written in a recipe. All texts of a recipe stay below LARGEST_FILE."""
 
 MOST_VALUES = 10_000
-"""Keys and values that a recipe or an override may have, those counted again that anchors repeat."""
+"""Maximal number of keys and values in a recipe or an override. A value that anchors repeat counts each time."""
 
 
 class Setting(NamedTuple):
-    """A value that somebody gave, and where."""
+    """A value that a user set, and its origin."""
 
     value: Any
     origin: str
@@ -43,13 +44,13 @@ Settings = dict[str, Setting]
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """Return the paths of the recipes that come with the package, by name."""
     folder = Path(str(resources.files("mimae.configs"))).resolve()
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") -> Path | None:
-    """The file of a recipe: a shipped name, or a path relative to `folder`."""
+    """Return the file of a recipe, given a shipped name or a path relative to `folder`; None for a problem."""
     names = shipped()
     if recipe in names:
         return names[recipe]
@@ -59,7 +60,7 @@ def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") ->
             return path.resolve()
         fault = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
     except (OSError, ValueError) as error:  # A name that is too long, or with a zero byte.
-        fault = f"is no name of a file ({getattr(error, 'strerror', None) or error})"
+        fault = f"is not a valid file name ({getattr(error, 'strerror', None) or error})"
         recipe = recipe[:80]
     near = difflib.get_close_matches(Path(recipe).stem, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -68,11 +69,14 @@ def find(recipe: str, folder: Path, problems: list[str], wanted_by: str = "") ->
 
 
 def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[Settings]:
-    """The settings of a file's bases, the furthest first, and its own. `chain`: the files whose base this is."""
+    """Return the settings of a file's bases, the deepest base first, and then its own.
+
+    `chain` has the files that led to this one by `base:`; it serves to find circles.
+    """
     shown = _show(path)
     if path in chain:
         circle = " -> ".join(_show(p) for p in (*chain[chain.index(path) :], path))
-        problems.append(f"recipes are each other's base: {circle}")
+        problems.append(f"the bases of recipes form a circle: {circle}")
         return []
     try:
         node = compose(read_text(path, LARGEST_FILE))
@@ -85,7 +89,7 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[
         return []
     if not isinstance(node, yaml.MappingNode):
         what = "empty" if node is None else "text or a list"
-        problems.append(f"{shown}: {what}, not a recipe, which holds sections as in `masking: {{num_masks: 4}}`")
+        problems.append(f"{shown}: {what}, not a recipe, which has sections such as `masking: {{num_masks: 4}}`")
         return []
     given: Settings = {}
     for key, line, value in _leaves(node, "", f"{shown}:", problems):
@@ -98,20 +102,23 @@ def read(path: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[
 
 
 def with_base(given: Settings, folder: Path, problems: list[str], chain: tuple[Path, ...] = ()) -> list[Settings]:
-    """The settings of the `base` of the given ones (a shipped name, or a path relative to `folder`), and these."""
+    """Return the settings of the `base` that `given` names (a shipped name or a path in `folder`), and then `given`."""
     own = {key: setting for key, setting in given.items() if key != "base"}
     if "base" not in given:
         return [own]
     name, origin, _ = given["base"]
     if not isinstance(name, str):
-        problems.append(f"{origin}: base is the name or the path of one recipe, not {text(name)}")
+        problems.append(f"{origin}: base must be the name or the path of one recipe, not {text(name)}")
         return [own]
     path = find(name, folder, problems, wanted_by=f"{origin}: base ")
     return [own] if path is None else [*read(path, problems, chain), own]
 
 
 def read_override(override: str, problems: list[str], texts: AbstractSet[str] = frozenset()) -> Settings:
-    """Return the settings of one `section.key=value`, the value in YAML; for the keys in `texts` text as it stands."""
+    """Return the settings of one override `section.key=value`.
+
+    The value is YAML, except for the keys in `texts`, whose value is the text as it is written.
+    """
     key, equals, value = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -122,7 +129,7 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
     try:
         node = compose(value)
     except yaml.YAMLError as error:
-        problems.append(f"{override!r}: not YAML: {_reason(error)}; text with YAML's signs is quoted: key='\"text\"'")
+        problems.append(f"{override!r}: not YAML: {_reason(error)}; quote text with YAML's signs: key='\"text\"'")
         return {}
     if node is None:
         return {key: Setting(None, "override")}
@@ -132,12 +139,12 @@ def read_override(override: str, problems: list[str], texts: AbstractSet[str] = 
 def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) -> Settings:
     """Return the settings with `~` and environment variables replaced in the values of the keys in `paths`.
 
-    Text that no recipe could hold is a problem: bytes that are no UTF-8, and more than LONGEST_TEXT characters.
+    Text that a recipe cannot store is a problem: text that is not UTF-8 or longer than LONGEST_TEXT characters.
     """
     found = dict(given)
     for key, (value, origin, note) in given.items():
         if not _is_text(value):
-            problems.append(f"{key} = {value} ({origin}): not UTF-8; a link under another name can take its place")
+            problems.append(f"{key} = {value} ({origin}): not UTF-8; make a link with another name, and use that")
             found[key] = Setting(printable(value), origin, note)
         elif isinstance(value, str) and (length := len(text(value))) > LONGEST_TEXT:
             problems.append(f"{key} = {value} ({origin}): {length:,} characters; legal are at most {LONGEST_TEXT:,}")
@@ -153,7 +160,7 @@ def expand_paths(given: Settings, paths: AbstractSet[str], problems: list[str]) 
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether every text in a value is Unicode that UTF-8 can say."""
+    """Return True if UTF-8 can encode every text in a value."""
     if isinstance(value, Mapping):
         return all(map(_is_text, (*value.keys(), *value.values())))
     if isinstance(value, list | tuple):
@@ -168,7 +175,7 @@ def _is_text(value: Any) -> bool:
 
 
 def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Settings:
-    """The settings of a mapping of sections given in Python; of a model, those that somebody set."""
+    """Return the settings of a mapping of sections from Python. Of a model only fields that were set are returned."""
     if isinstance(tree, BaseModel):
         tree = tree.model_dump(exclude_unset=True)
     given: Settings = {}
@@ -181,16 +188,16 @@ def from_mapping(tree: Mapping[str, Any] | BaseModel, prefix: str = "") -> Setti
 
 
 def text(value: Any) -> str:
-    """A value as a recipe would write it, in one line."""
+    """Return a value as a recipe would write it, in one line."""
     return yaml.dump({"": value}, Dumper=_Dumper, width=10**9).partition(": ")[2].rstrip()
 
 
 class _YAML(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-3 is a number; on, off, yes and 2020-01-01 are text. No setting is infinite."""
+    """Loader with YAML 1.2's scalars: 1e-3 is a number; on, off, yes and 2020-01-01 are text. Infinity is left out."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_YAML` would not read as text; lists in one line."""
+    """Dumper that quotes text which `_YAML` would not read as text, and writes lists in one line."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -212,19 +219,19 @@ _Dumper.add_multi_representer(object, lambda d, value: d.represent_str(str(value
 
 
 def compose(source: str, dialect: type[yaml.SafeLoader] | None = None) -> yaml.Node | None:
-    """Return the nodes of YAML text, no more than MOST_VALUES of them. Raises YAMLError."""
+    """Return the nodes of a YAML text. Raises YAMLError, also for more than MOST_VALUES nodes."""
     try:
         node = yaml.compose(source, dialect or _YAML)
         count = 0 if node is None else _count(node, {})
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply, or holds itself") from None
+        raise yaml.YAMLError("it is nested too deeply, or contains itself") from None
     if count > MOST_VALUES:
-        raise yaml.YAMLError(f"it holds {count:,} keys and values, more than the {MOST_VALUES:,} that it may have")
+        raise yaml.YAMLError(f"it has {count:,} keys and values; at most {MOST_VALUES:,} are allowed")
     return node
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return the number of nodes below and with `node`; one that an anchor names counts wherever it is repeated."""
+    """Return the number of nodes in the tree of `node`. A node that an anchor repeats counts each time."""
     if id(node) not in known:
         below = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
         inner = below if isinstance(node, yaml.CollectionNode) else []
@@ -233,7 +240,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def _leaves(node: yaml.Node, key: str, place: str, problems: list[str]) -> Iterator[tuple[str, int, Any]]:
-    """(dotted key, line from 1, value) of each leaf of a YAML node. Problems give the line after `place`."""
+    """Yield (dotted key, line from 1, value) for each leaf of a YAML node. Problems give the line after `place`."""
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
             if not isinstance(name, yaml.ScalarNode):
@@ -256,11 +263,11 @@ def _value(node: yaml.Node) -> Any:
         return node.value
     if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
         return _SCALARS[kind][2](node.value)
-    raise ValueError(f"{kind} is not a kind of value")
+    raise ValueError(f"{kind} is not a supported kind of value")
 
 
 def _show(path: Path) -> str:
-    """The path as a person would write it: relative where it lies below the working directory."""
+    """Return the path as text; it is relative if it is below the working directory."""
     here = Path.cwd().resolve()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

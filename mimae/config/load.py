@@ -1,4 +1,4 @@
-"""Reading a recipe: its files and overrides laid over each other, then validated.
+"""Loading of a recipe: its files and overrides are merged, then validated.
 
 All problems of a recipe are reported at once, each with the key, the value, its origin and the legal values.
 """
@@ -35,7 +35,7 @@ from mimae.model.settings import SIZES
 RecipeLike = str | Path | Mapping[str, Any] | RunRecipe
 
 _UNKNOWN = 20
-"""The number of unknown keys that are reported one by one."""
+"""Maximal number of unknown keys that are reported one by one."""
 
 _SIZED = {f"model.{name}" for size in SIZES.values() for name in size}
 
@@ -62,12 +62,12 @@ def load_recipe(
 
     Args:
         recipe: a path, the name of a shipped recipe, a mapping of sections, or a recipe.
-        overrides: `section.key=value`, the value in YAML.
-        settings: the same as a mapping of sections, for callers in Python.
+        overrides: `section.key=value`, with the value in YAML.
+        settings: overrides as a mapping of sections, for callers in Python.
         kind: the class of recipe that the caller can use; `RunRecipe` stands for every task.
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: if there are problems; it has all of them.
     """
     problems: list[str] = []
     name, layers = "unnamed", list[Settings]()
@@ -78,12 +78,12 @@ def load_recipe(
     else:
         layers = with_base(from_mapping(recipe), Path(), problems)
     whole = not problems
-    # One layer, whatever their order: a width that stands beside a size is meant.
+    # All overrides are one layer, so their order does not matter: a width next to a size overrides the size's width.
     asked, is_text = Settings(), text_keys(*RECIPES.values())
     for override in overrides:
         asked |= read_override(override, problems, is_text.texts)
     layers.append(asked | from_mapping(settings or {}))
-    # The paths of a Recipe were expanded when it was made.
+    # The paths of a Recipe object were expanded when it was made.
     done = layers[:-1] if isinstance(recipe, RunRecipe) else []
     expanded = [expand_paths(layer, is_text.paths, problems) for layer in layers[len(done) :]]
     given = _over([under_new_names(layer) for layer in (*done, *expanded)])
@@ -94,11 +94,11 @@ def load_recipe(
 
 
 def _over(layers: Sequence[Settings]) -> Settings:
-    """Lay each layer over those before it.
+    """Merge the layers; a later layer replaces values of earlier ones.
 
-    A named size stands for its numbers: a layer with a size drops the numbers that earlier layers gave for another
-    size. A validation set belongs to the training images that stand beside it: a layer that names other training
-    images and no validation set has none.
+    A named size stands for its numbers: a layer with a size removes the numbers that earlier layers set for another
+    size. A validation set belongs to the training images of the same layer: a layer that names other training images
+    and no validation set has no validation set.
     """
     given = Settings()
     for layer in layers:
@@ -109,8 +109,10 @@ def _over(layers: Sequence[Settings]) -> Settings:
 
 
 def _without_validation(given: Settings, layer: Settings) -> Settings:
-    """Return data.val_path as null where `layer` replaces data.path and would inherit the val_path of the images that
-    it replaces."""
+    """Return data.val_path=null if `layer` replaces data.path but not data.val_path, else nothing.
+
+    The inherited data.val_path would belong to the images that are replaced.
+    """
     path, validation = layer.get("data.path"), given.get("data.val_path")
     if path is None or validation is None or validation.value is None or "data.val_path" in layer:
         return {}
@@ -121,15 +123,15 @@ def _without_validation(given: Settings, layer: Settings) -> Settings:
         f"no validation set: {text(validation.value)} ({validation.origin}) belongs to data.path={text(replaced)}, "
         f"which is replaced ({path.origin})"
     )
-    note = f"{why}; the run goes without checks on held-out images, which data.val_path=PATH would name"
+    note = f"{why}; the run has no evaluation on held-out images; data.val_path=PATH sets them"
     return {"data.val_path": Setting(None, why, note)}
 
 
 def _started_with(given: Settings) -> Settings:
-    """Return the data.val_path of the run in run.dir, where there is one with the data.path of `given`.
+    """Return the data.val_path of the run in run.dir, if there is a run with the data.path of `given`.
 
-    A run that is resumed keeps the validation set that it was started with. A file that is no recipe is refused later,
-    by the run.
+    A resumed run keeps the validation set with which it was started. A config.yaml that is not a recipe is reported
+    later, by the run.
     """
     file = Path(str(given["run.dir"].value), "config.yaml")
     if not file.is_file():
@@ -141,15 +143,15 @@ def _started_with(given: Settings) -> Settings:
 
 
 def _validate(given: Settings, problems: list[str], whole: bool, kind: type[RunRecipe]) -> Resolved[Any]:
-    """Return the recipe of the given settings. Raises ConfigError with `problems` and all that are found here.
+    """Return the recipe of the given settings. Raises ConfigError with `problems` and all problems found here.
 
-    `whole`: every file was read, so that a missing key is a default and keys can be compared.
+    `whole` is True if every file was read: then a missing key has its default, and keys can be compared.
     """
     task = given["task"].value if "task" in given else "pretrain"
     tree = RECIPES.get(str(task), Recipe)
     if whole and (tree.model_fields["task"].default != task or not issubclass(tree, kind)):
         problems.append(strange_task(given, kind))
-        # The keys of another task would be one problem each.
+        # Otherwise every key of the other task would be reported as a problem.
         raise ConfigError(problems)
     by_name, known = sections(tree), keys(tree)
     values: dict[str, Any] = {}
@@ -158,14 +160,14 @@ def _validate(given: Settings, problems: list[str], whole: bool, kind: type[RunR
         if key in known:
             section, _, name = key.rpartition(".")
             (values.setdefault(section, {}) if section else values)[name] = setting.value
-        elif key not in by_name or setting.value is not None:  # a section without keys is no mistake
+        elif key not in by_name or setting.value is not None:  # A section without keys is no mistake.
             strange.append(key)
-    # The nearest right key of each takes time to find, and nobody reads thousands of them.
+    # It takes time to find the nearest known key of each, and nobody reads thousands of messages.
     problems += [elsewhere(key, given[key], tree) or unknown(key, given[key], tree) for key in strange[:_UNKNOWN]]
     if more := strange[_UNKNOWN:]:
         problems.append(f"and {len(more):,} more unknown keys, the last {more[-1][:80]}")
     try:
-        # JSON, strict: lists become tuples there, and nothing else is converted ("4" to 4, true to 1).
+        # Strict JSON converts lists to tuples, and nothing else (not "4" to 4, not true to 1).
         recipe = tree.model_validate_json(json.dumps(values, default=str), strict=True)
         failed: set[str] = set()
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Recipes as text: YAML, YAML with the origins, and the reference of all settings."""
+"""Recipes as text: YAML, YAML with the origin of each value, and the reference of all settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mimae.config.words import legal
 
 
 def as_yaml(recipe: RunRecipe, without: Container[str] = ()) -> str:
-    """Return the recipe as YAML that loads again to an equal recipe; the keys in `without` are left out."""
+    """Return the recipe as YAML that loads to an equal recipe; the keys in `without` are left out."""
     return "\n".join(line for key, line in _lines(recipe) if key not in without) + "\n"
 
 
@@ -47,11 +47,11 @@ def reference() -> str:
     scalars = [name for name in Recipe.model_fields if name not in by_name]
     parts = [
         "# Settings\n\nEvery key of a recipe, its default, its legal values and its meaning. "
-        "`mimae config RECIPE [key=value ...]` prints what a recipe resolves to. "
+        "`mimae config RECIPE [key=value ...]` prints all settings of a recipe. "
         "This page is the output of `mimae settings`.\n\n"
-        "The column *resume* says whether a run that is resumed may change a key: *fixed*, it may not, since other "
-        "weights would follow; *free*, it may, and the weights stay the same; *rounding*, it may, and the weights "
-        "differ by rounding alone.\n",
+        "The column *resume* says whether a resumed run may change a key: *fixed*: no, because the weights would "
+        "change; *free*: yes, and the weights do not change; *rounding*: yes, and the weights change only by "
+        "rounding.\n",
         _table("", scalars, Recipe),
     ]
     for name, section in by_name.items():

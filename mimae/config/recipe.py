@@ -1,4 +1,4 @@
-"""The trees of settings, one for each task: every room's own class in its section, and how a key names a value."""
+"""The trees of settings, one for each task, built from the settings class of each folder, and their dotted keys."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from mimae.train.tasks.settings import AugmentSettings, EvaluationSettings, Fine
 
 
 class RunRecipe(Section):
-    """Settings of a training run of any task. Each task has a class of its own, with the sections that it adds."""
+    """Settings of a training run of any task. Each task has a subclass with the sections that it adds."""
 
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
-    """Measures of the task's evaluation, and which value is the best: checkpoint.best names one of them."""
+    """Measures of the task's evaluation, and which value is the best. checkpoint.best names one of them."""
 
     task: str
     """Name of the task, a key of `RECIPES`. If config.yaml of a run does not name it, the task is pretraining."""
     seed: int = Field(0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights")
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="of the matrix products; weights, latents and losses are fp32 in both"
+        "bf16", description="precision of the matrix products; weights, latents and losses are always fp32"
     )
     compile: Compile = setting(
         "auto",
@@ -58,7 +58,7 @@ class Recipe(RunRecipe):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"knn": "max", "val_rec": "min"}
 
     task: Literal["pretrain"] = Field(
-        "pretrain", description="what the run learns; it decides which sections there are"
+        "pretrain", description="what the run learns; it determines the sections of the recipe"
     )
     masking: MaskingSettings = Field(default_factory=MaskingSettings)
     decoder: DecoderSettings = Field(default_factory=DecoderSettings)
@@ -66,14 +66,14 @@ class Recipe(RunRecipe):
 
 
 class TransferRecipe(RunRecipe):
-    """The sections that all recipes have which begin with a pretrained encoder."""
+    """Base class of recipes that train on a pretrained encoder."""
 
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
 
 class ClassifyRecipe(TransferRecipe):
-    """The recipe of a classifier: fine-tuned, or linear on a frozen encoder."""
+    """The recipe of a classifier: with a fine-tuned encoder, or linear on a frozen encoder."""
 
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"top1": "max", "top5": "max", "val_loss": "min"}
 
@@ -113,7 +113,7 @@ R = TypeVar("R", bound=RunRecipe)
 
 @dataclass(frozen=True)
 class Resolved(Generic[R]):
-    """A validated recipe, and where each of its values came from (by dotted key)."""
+    """A validated recipe, and the origin of each value by dotted key."""
 
     recipe: R
     origins: dict[str, str]
@@ -123,7 +123,7 @@ class Resolved(Generic[R]):
 
 @cache
 def sections(tree: type[RunRecipe] | None = None) -> dict[str, type[Section]]:
-    """Return the class of each section by its name, of one task's recipe or of all."""
+    """Return the class of each section by its name, for one task's recipe or for all."""
     trees = RECIPES.values() if tree is None else (tree,)
     annotations = {name: field.annotation for each in trees for name, field in each.model_fields.items()}
     return {name: kind for name, kind in annotations.items() if is_section(kind)}
@@ -131,7 +131,7 @@ def sections(tree: type[RunRecipe] | None = None) -> dict[str, type[Section]]:
 
 @cache
 def keys(tree: type[RunRecipe] | None = None) -> tuple[str, ...]:
-    """Return every dotted key in the order in which recipes are printed, of one task's recipe or of all."""
+    """Return every dotted key in the order in which recipes are printed, for one task's recipe or for all."""
     trees = tuple(RECIPES.values()) if tree is None else (tree,)
     known = sections()
     names = dict.fromkeys(name for each in trees for name in each.model_fields)
@@ -150,17 +150,17 @@ def schemas() -> dict[str, Any]:
 
 
 def resume_of(key: str) -> Resume:
-    """Return whether a run that is resumed may change a dotted key."""
+    """Return whether a resumed run may change a dotted key: fixed, free or rounding."""
     section, _, name = key.rpartition(".")
     return (sections()[section] if section else Recipe).resume_of(name)
 
 
 FREE_KEYS = tuple(key for key in keys() if resume_of(key) != "fixed")
-"""The keys that may change when a run is resumed."""
+"""The keys that a resumed run may change."""
 
 
 def flat(recipe: RunRecipe) -> dict[str, Any]:
-    """Return {dotted key: value} of the whole recipe, with the values as YAML has them."""
+    """Return {dotted key: value} of the whole recipe, with JSON values."""
     values: dict[str, Any] = {}
     for name, value in recipe.model_dump(mode="json").items():
         values |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""Keys that have a new name or new values: recipes and old runs are read under the old ones, and the user is told."""
+"""Keys with a new name or new values. Old recipes and runs are read with the old ones, and the user gets a message."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "telemetry.tensorboard": ("telemetry.trackers", _trackers),
     "model.checkpointing": ("model.checkpointing", _checkpointing),
 }
-"""New key by old key, and the function that converts the value."""
+"""The new key and the function that converts the value, by old key."""
 
 
 def under_new_names(given: Settings) -> Settings:
-    """Return settings with all keys under their present names. A key that is given under both keeps the new one."""
+    """Return settings with all keys under their present names. If both names are given, the new one counts."""
     found: Settings = {}
     for key, setting in given.items():
         if key not in RENAMED:
@@ -36,16 +36,16 @@ def under_new_names(given: Settings) -> Settings:
         value = convert(setting.value)
         if new == key:
             if value is not setting.value:
-                _tell(f"{key}={text(setting.value)}", setting.origin, f"{new}={text(value)}", "other values by now")
+                _report_once(f"{key}={text(setting.value)}", setting.origin, f"{new}={text(value)}", "new values")
             found[key] = Setting(value, setting.origin)
             continue
-        _tell(key, setting.origin, f"{new}={text(value)}", "a new name")
+        _report_once(key, setting.origin, f"{new}={text(value)}", "a new name")
         if new not in given:
             found[new] = Setting(value, f"{setting.origin}, as {key}")
     return found
 
 
 @cache
-def _tell(given: str, origin: str, now: str, what: str) -> None:
-    """Say it once in a process for each place."""
+def _report_once(given: str, origin: str, now: str, what: str) -> None:
+    """Print a message about an old key, once per process for each origin."""
     say(f"{given} ({origin}) has {what}: it is read as {now}", error=True)

@@ -1,4 +1,4 @@
-"""The base of every settings class. Each room owns its section; `config.recipe.Recipe` is the tree of them."""
+"""The base of every settings class. Each folder owns its section; the recipe classes are the trees of sections."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 Resume = Literal["fixed", "free", "rounding"]
-"""Whether a run that is resumed may change a key. fixed: it may not, since other weights would follow; free: it may,
-and the weights stay the same; rounding: it may, and the weights differ by rounding alone."""
+"""Permission of a resumed run to change a key. fixed: no, because the weights would change; free: yes, and the weights
+do not change; rounding: yes, and the weights change only by rounding."""
 
 PATH: dict[str, Any] = {"format": "path"}
-"""`json_schema_extra` of a field whose text is a path: `~`, `$VAR` and `${VAR}` are expanded in it."""
+"""`json_schema_extra` of a field that is a path, in which `~`, `$VAR` and `${VAR}` are expanded."""
 
 
 def _is_a_range(scale: tuple[float, float]) -> tuple[float, float]:
@@ -26,14 +26,14 @@ Scale = Annotated[tuple[float, float], AfterValidator(_is_a_range)]
 
 
 class Section(BaseModel):
-    """A section of a recipe: unknown keys are refused and values do not change after validation."""
+    """A section of a recipe. Unknown keys are refused, and values cannot change after validation."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
 
     on_resume: ClassVar[Resume] = "fixed"
-    """Default for the keys of this section that do not say otherwise, see `setting`."""
+    """Default for the keys of this section; `setting` gives a key another value."""
 
     @classmethod
     @cache
@@ -53,7 +53,7 @@ class Section(BaseModel):
 
     @classmethod
     def resume_of(cls, key: str) -> Resume:
-        """Return whether a run that is resumed may change a key of this section."""
+        """Return whether a resumed run may change a key of this section: fixed, free or rounding."""
         extra = cls.model_fields[key].json_schema_extra
         said: Any = extra.get("resume") if isinstance(extra, dict) else None
         return said or cls.on_resume
@@ -65,5 +65,5 @@ def is_section(kind: Any) -> TypeGuard[type[Section]]:
 
 
 def setting(default: Any, *, resume: Resume, **details: Any) -> Any:
-    """Return pydantic's Field for a key that a resumed run may change otherwise than its section says."""
+    """Return pydantic's Field for a key whose permission to change on resume differs from its section's."""
     return Field(default, json_schema_extra={"resume": resume}, **details)

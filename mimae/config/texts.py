@@ -1,4 +1,4 @@
-"""Settings that are text: which keys take it, how an override gives it, and what `~` and `$VAR` stand for in paths."""
+"""Settings that are text: the keys that take text, text in overrides, and the expansion of `~` and `$VAR` in paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NONE = ("", "null", "Null", "NULL")
 
 
 class TextKeys(NamedTuple):
-    """The dotted keys of a tree of settings whose values are any text, and those of them whose text is a path."""
+    """The dotted keys of a tree of settings that take any text (`texts`), and those of them that are paths."""
 
     texts: frozenset[str]
     paths: frozenset[str]
@@ -22,7 +22,7 @@ class TextKeys(NamedTuple):
 
 @cache
 def text_keys(*trees: type[Section]) -> TextKeys:
-    """Return the keys of `trees` that take text. A path has `PATH` of `section` in its field."""
+    """Return the keys of `trees` that take text. The field of a path has `section.PATH`."""
     texts, paths = set(), set()
     for key, schema in (item for tree in trees for item in tree.schemas().items()):
         for option in schema.get("anyOf", [schema]):
@@ -34,7 +34,7 @@ def text_keys(*trees: type[Section]) -> TextKeys:
 
 
 def unquoted(value: str) -> str | None:
-    """Return the text that an override gives: as it stands, without a pair of quotes around it; None for null."""
+    """Return the text of an override as it is written, without a pair of quotes around it; None for null."""
     value = value.strip()
     if value in _NONE:
         return None
@@ -42,9 +42,9 @@ def unquoted(value: str) -> str | None:
 
 
 def expanded(path: str) -> str:
-    """Return the path with `~`, `~user`, `$VAR` and `${VAR}` replaced; `$$` is a dollar sign. Raises ValueError.
+    """Return the path with `~`, `~user`, `$VAR` and `${VAR}` replaced; `$$` is a dollar sign.
 
-    A path that exists as it is written stands for itself.
+    A path that exists as it is written is not changed. Raises ValueError for an unknown user or variable.
     """
     if "$" in path and not _exists(path):
         path = _VARIABLE.sub(_value, path)
@@ -54,7 +54,7 @@ def expanded(path: str) -> str:
 
 
 def escaped(path: str) -> str:
-    """Return the text that `expanded` makes `path` of again."""
+    """Return the text from which `expanded` makes `path`."""
     return path.replace("$", "$$")
 
 

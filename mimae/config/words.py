@@ -1,4 +1,4 @@
-"""Settings in words: the legal values of a key, and the messages for unknown keys and illegal values."""
+"""Texts about settings: the legal values of a key, and the messages for unknown keys and illegal values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mimae.config.recipe import RECIPES, RunRecipe, keys, schemas, sections
 
 
 def strange_task(given: Settings, kind: type[RunRecipe]) -> str:
-    """Return the message for a task that does not exist or that the caller has no use for."""
+    """Return the message for a task that does not exist or that the caller cannot use."""
     legal = ", ".join(task for task, tree in RECIPES.items() if issubclass(tree, kind))
     setting = given.get("task", Setting("pretrain", "default"))
     others = "; `mimae --help` lists the commands for the other tasks" if str(setting.value) in RECIPES else ""
@@ -22,7 +22,7 @@ def strange_task(given: Settings, kind: type[RunRecipe]) -> str:
 
 
 def elsewhere(key: str, setting: Setting, tree: type[RunRecipe]) -> str | None:
-    """Return the message for a key that only recipes of other tasks than `tree` have; None if none of them has it."""
+    """Return the message for a key that only recipes of other tasks than `tree` have, or None if no task has it."""
     tasks = [task for task, other in RECIPES.items() if key in (*keys(other), *sections(other))]
     if not tasks or key in sections(tree):
         return None
@@ -31,8 +31,10 @@ def elsewhere(key: str, setting: Setting, tree: type[RunRecipe]) -> str | None:
 
 
 def unknown(key: str, setting: Setting, tree: type[RunRecipe]) -> str:
-    """Return the message for an unknown key, with the nearest known one. The last part counts, the section breaks
-    ties."""
+    """Return the message for an unknown key, with the nearest known key.
+
+    The similarity of the last part of a key decides, and the similarity of the section breaks ties.
+    """
     known, by_name = keys(tree), sections(tree)
     if key in by_name:
         return (
@@ -55,7 +57,7 @@ def unknown(key: str, setting: Setting, tree: type[RunRecipe]) -> str:
 
 
 def illegal(error: ValidationError, given: Settings) -> Iterator[str]:
-    """Yield one message per illegal key, however many reasons pydantic has."""
+    """Yield one message per illegal key, even if pydantic reports several errors for it."""
 
     def told(key: str) -> str:
         return f"{key} = {text(given[key].value)} ({given[key].origin})" if key in given else key
@@ -71,7 +73,7 @@ def illegal(error: ValidationError, given: Settings) -> Iterator[str]:
         if detail["type"] != "value_error":
             yield f"{told(key)}: legal is {legal(key)}"
             continue
-        # The section's own check of several keys: its text names the keys that it is about.
+        # The section's own check compares several keys; its message names them.
         reason = str(detail["ctx"]["error"])
         words = re.findall(r"\w+", reason)
         about = [told(k) for k in given if k.startswith(f"{section}.") and k.partition(".")[2] in words]
@@ -79,7 +81,7 @@ def illegal(error: ValidationError, given: Settings) -> Iterator[str]:
 
 
 def legal(key: str) -> str:
-    """Return the legal values of a dotted key in words, from the constraints of its field."""
+    """Return a text with the legal values of a dotted key, made from the constraints of its field."""
     if key == "task":
         return " or ".join(", ".join(RECIPES).rsplit(", ", 1))
     return _in_words(schemas()[key])

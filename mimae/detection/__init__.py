@@ -1,1 +1,1 @@
-"""Detection of objects with boxes and masks: annotations, examples, the model and its average precision."""
+"""Object detection with boxes and masks: annotations, examples, the model and its average precision."""

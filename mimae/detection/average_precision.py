@@ -19,7 +19,7 @@ from mimae.errors import UserError
 
 
 def require() -> None:
-    """Raise UserError where the package that counts is not installed."""
+    """Raise UserError if faster-coco-eval is not installed."""
     try:
         import faster_coco_eval  # noqa: F401
     except ImportError as error:
@@ -27,9 +27,10 @@ def require() -> None:
 
 
 def as_rows(coco: Coco, i: int, found: dict[str, Tensor], ratio: tuple[float, float]) -> list[dict[str, Any]]:
-    """Return the detections of image `i` as COCO's results.
+    """Return the detections of image `i` in COCO's format of results.
 
-    `found` is what `ViTDet.detect` gives for it; `ratio` is (height, width) of a pixel of the canvas in the image.
+    `found` is the output of `ViTDet.detect` for the image. `ratio` is the (height, width) of a canvas pixel in pixels
+    of the image.
     """
     from faster_coco_eval.core import mask as coco_mask
 
@@ -55,9 +56,9 @@ def as_rows(coco: Coco, i: int, found: dict[str, Tensor], ratio: tuple[float, fl
 
 
 def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, Any]], masks: bool) -> dict[str, float]:
-    """Return COCO's numbers of some images of a set: box_ap, box_ap50, ..., and mask_ap, ... with `masks`.
+    """Return COCO's measures for `images` of a data set: box_ap, box_ap50, ..., and with `masks` mask_ap, ...
 
-    A number for which there is no object (of this size) is left out.
+    A measure is left out if there is no object (of its size).
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -76,7 +77,7 @@ def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, An
 
 
 def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
-    """Return the annotations of images as a COCO tree; masks as RLE."""
+    """Return the annotations of images as a COCO dictionary, with masks as RLE."""
     from faster_coco_eval.core import mask as coco_mask
 
     annotations: list[dict[str, Any]] = []

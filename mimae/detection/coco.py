@@ -1,7 +1,7 @@
 """Annotations in COCO's layout: the objects of each image, and their masks as polygons, RLE or panoptic segments.
 
-A box is (left, top, right, bottom) in pixels of the upright image. Categories may have any ids; a class is the position
-of its category in the file, from 0.
+A box is (left, top, right, bottom) in pixels of the upright image. Categories may have any ids. The number of a class
+is the position of its category in the file, from 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mimae.data.sources.base import Source
 from mimae.outside.text import printable
 
 MAX_BYTES = 4_000_000_000
-"""Largest size of an annotation file."""
+"""Largest allowed size of an annotation file."""
 
 
 class Objects(NamedTuple):
@@ -30,21 +30,21 @@ class Objects(NamedTuple):
     classes: np.ndarray
     """int64 (n,)."""
     crowd: np.ndarray
-    """bool (n,): regions with many objects, which are neither trained on nor counted as missed."""
+    """bool (n,): True for a region with many objects, which is not trained on and not counted if it is missed."""
     segments: list[Any]
-    """Mask of each object: polygons, RLE, or the id of a panoptic segment; None where there is none."""
+    """Mask of each object: polygons, RLE, or the id of a panoptic segment; None if there is no mask."""
     height: int
     width: int
 
 
 class Coco:
-    """A COCO file, as far as the images of a source go."""
+    """The annotations in a COCO file for the images of a source."""
 
     def __init__(self, file: str, key: str, source: Source, panoptic: str | None = None) -> None:
-        """Read the annotations of the images of `source`, which are found by their file names.
+        """Read the annotations of the images of `source`, which are matched by their file names.
 
-        `key` is the setting that names `file`, for messages. Raises DataError where the file is no COCO file, where it
-        names images that the source lacks, or where the source has an image that the file does not name.
+        `key` is the setting that names `file`, for messages. Raises DataError if the file is not a COCO file, if it
+        names images that the source lacks, or if the source has an image that the file does not name.
         """
         self.file, self.key = file, key
         self.panoptic = None if panoptic is None else Path(panoptic)
@@ -61,7 +61,7 @@ class Coco:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{key}={file} is not in COCO's layout ({type(error).__name__}: {printable(str(error))}); it needs "
-                "images, annotations and categories, as instances_train2017.json has them"
+                "images, annotations and categories, like instances_train2017.json"
             ) from error
         if not self.categories:
             raise DataError(f"{key}={file} has no categories")
@@ -77,7 +77,7 @@ class Coco:
         self.image_ids = [names[name] for name in own]
         """COCO's id of each image of the source."""
         self.objects = [found[number] for number in self.image_ids]
-        """Objects of each image of the source."""
+        """The objects of each image of the source."""
         self.stems = [name.rpartition(".")[0] for name in own]
 
     @property
@@ -86,7 +86,10 @@ class Coco:
         return [name for _, name in self.categories]
 
     def masks(self, i: int, which: np.ndarray) -> np.ndarray:
-        """Return the masks of some objects of image `i`, bool (n, height, width). Raises BadImage."""
+        """Return the masks of the objects `which` of image `i`, bool (n, height, width).
+
+        Raises BadImage if a mask is damaged.
+        """
         objects = self.objects[i]
         wanted = [objects.segments[place] for place in which.tolist()]
         shape = (len(wanted), objects.height, objects.width)
@@ -96,7 +99,7 @@ class Coco:
         return np.stack([_drawn(each, *shape[1:]) for each in wanted]) if wanted else np.zeros(shape, bool)
 
     def has_masks(self) -> bool:
-        """Return whether every object that is trained on has a mask."""
+        """Return True if every object that is trained on has a mask."""
         return all(
             segment is not None
             for objects in self.objects
@@ -113,7 +116,7 @@ class Coco:
         except OSError as error:
             raise DataError(f"{self.key}={self.file} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.key}={self.file} is no JSON: {printable(str(error))[:200]}") from error
+            raise DataError(f"{self.key}={self.file} is not JSON: {printable(str(error))[:200]}") from error
 
     def _objects(self, image: Any, annotations: list[Any], class_of: dict[int, int]) -> Objects:
         height, width = int(image["height"]), int(image["width"])
@@ -122,7 +125,7 @@ class Coco:
             raise ValueError(f"a box of image {image['id']} is not finite")
         boxes[:, 2:] += boxes[:, :2]
         inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
-        # A box that lies outside of its image has nothing to learn from.
+        # A box outside its image is left out, because it shows no object.
         kept = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(1))
         return Objects(
             inside[kept],
@@ -144,21 +147,21 @@ class Coco:
         ids: np.ndarray = pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
         if ids.shape != (self.objects[i].height, self.objects[i].width):
             raise BadImage(
-                f"its panoptic picture {file} has {ids.shape[1]} x {ids.shape[0]} pixels, the image "
+                f"its panoptic picture {file} has {ids.shape[1]} x {ids.shape[0]} pixels, but the image has "
                 f"{self.objects[i].width} x {self.objects[i].height}"
             )
         return ids
 
 
 def _segment(annotation: Any, is_panoptic: bool) -> Any:
-    """Return the mask of an object as its annotation has it."""
+    """Return the mask of an object in the form of its annotation, see `Objects.segments`."""
     if is_panoptic and "segment_id" in annotation:
         return int(annotation["segment_id"])
     return annotation.get("segmentation") or None
 
 
 def _drawn(segment: Any, height: int, width: int) -> np.ndarray:
-    """Return a mask bool (height, width) of polygons or RLE. Raises BadImage."""
+    """Return a mask bool (height, width), drawn from polygons or RLE. Raises BadImage if they are malformed."""
     from faster_coco_eval.core import mask as coco_mask
 
     try:

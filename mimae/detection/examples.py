@@ -1,8 +1,8 @@
 """Examples of detection: an image on a canvas of one size, with the boxes, classes and masks of its objects.
 
-In training the image is scaled at random and cut or padded to the canvas (large-scale jitter), and mirrored half of the
-time. In evaluation it is scaled to fit. Image, boxes and masks go through the same change, which is a pure function of
-(seed, epoch, sample id).
+In training the image is scaled at random, cut or padded to the canvas (large-scale jitter), and mirrored with
+probability 0.5. In evaluation it is scaled to fit. Image, boxes and masks have the same geometry, which is a pure
+function of (seed, epoch, sample id).
 
 Letters in shapes: H, W the canvas, M the largest number of objects.
 """
@@ -26,7 +26,7 @@ from mimae.randomness import Purpose, uniform, words
 
 
 class Placing(NamedTuple):
-    """How an image lies on the canvas: scaled to `height` x `width`, then shifted by (-top, -left), then mirrored."""
+    """The placing of an image on the canvas: it is scaled to `height` x `width`, shifted by (-top, -left), mirrored."""
 
     height: int
     width: int
@@ -36,7 +36,7 @@ class Placing(NamedTuple):
 
 
 def fitted(size: tuple[int, int], canvas: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
-    """Return the size (height, width) of an image that is scaled by `scale` times what makes it fit into the canvas."""
+    """Return the size (height, width) of an image at `scale`; at scale 1 it just fits into the canvas."""
     ratio = scale * min(canvas[0] / size[0], canvas[1] / size[1])
     return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
 
@@ -44,7 +44,7 @@ def fitted(size: tuple[int, int], canvas: tuple[int, int], scale: float = 1.0) -
 def jittered(
     seed: int, epoch: int, sample_id: int, size: tuple[int, int], canvas: tuple[int, int], settings: DetectSettings
 ) -> Placing:
-    """Return the placing of a training image of `size` (height, width)."""
+    """Return the random placing of a training image of `size` (height, width)."""
     drawn = words(seed, Purpose.AUGMENT, epoch, torch.tensor([sample_id]), 4)[0]
     low, high = settings.scale
     height, width = fitted(size, canvas, low + (high - low) * uniform(drawn[:1]).item())
@@ -54,7 +54,7 @@ def jittered(
 
 
 class DetectionReader:
-    """Makes the examples of a COCO set; without a seed, those of evaluation."""
+    """Reader of the examples of a COCO data set. Without a seed it makes examples for evaluation."""
 
     def __init__(self, coco: Coco, data: DataSettings, settings: DetectSettings, seed: int | None) -> None:
         self.coco, self.settings, self.seed = coco, settings, seed
@@ -66,7 +66,7 @@ class DetectionReader:
         pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
         if pixels.shape[:2] != (objects.height, objects.width):
             raise BadImage(
-                f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels, and its annotation says "
+                f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels, but its annotation has "
                 f"{objects.width} x {objects.height}"
             )
         if self.seed is None:
@@ -81,7 +81,7 @@ class DetectionReader:
         return Example(image, targets)
 
     def _image(self, pixels: np.ndarray, placing: Placing) -> tuple[Tensor, tuple[int, int]]:
-        """Return the canvas uint8 (H, W, 3) and the size (height, width) of the image on it."""
+        """Return the canvas, uint8 (H, W, 3), and the size (height, width) of the image on it."""
         scaled = F.resize(torch.from_numpy(pixels).permute(2, 0, 1), [placing.height, placing.width], antialias=True)
         cut = self._cut(scaled, placing)
         canvas = torch.tensor(self.paper, dtype=torch.uint8).expand(*self.canvas, 3).clone()
@@ -90,13 +90,13 @@ class DetectionReader:
         return canvas, (height, width)
 
     def _cut(self, planes: Tensor, placing: Placing) -> Tensor:
-        """Return what of scaled planes (..., h, w) lies on the canvas."""
+        """Return the part of scaled planes (..., h, w) that is on the canvas."""
         bottom, right = placing.top + self.canvas[0], placing.left + self.canvas[1]
         cut = planes[..., placing.top : bottom, placing.left : right]
         return cut.flip(-1) if placing.flip else cut
 
     def _targets(self, i: int, placing: Placing, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Return boxes (M, 4), classes (M,) from 1 on, how many there are, and masks packed to bits (M, H, W / 8)."""
+        """Return boxes (M, 4), classes (M,) from 1 on, their count, and masks packed to bits (M, H, W / 8)."""
         objects, most = self.coco.objects[i], self.settings.max_objects
         boxes = objects.boxes * np.tile([placing.width / objects.width, placing.height / objects.height], 2) - np.tile(
             [placing.left, placing.top], 2
@@ -104,7 +104,7 @@ class DetectionReader:
         if placing.flip:
             boxes = np.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], 1)
         boxes = np.clip(boxes, 0, np.array([size[1], size[0]] * 2))
-        # A side below a pixel has no positive anchor and no mask.
+        # A box with a side below one pixel has no positive anchor and no mask.
         usable = ~objects.crowd & (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
         areas = np.where(usable, (boxes[:, 2:] - boxes[:, :2]).prod(1), -1)
         chosen = np.sort(np.argsort(-areas, kind="stable")[: min(most, int(usable.sum()))])
@@ -112,7 +112,7 @@ class DetectionReader:
         if self.settings.masks:
             masks, bits = self._masks(i, chosen, placing)
             visible = masks.any(axis=(1, 2))
-            # What of an object is left on the canvas decides its box.
+            # The box of an object encloses the part of it that is on the canvas.
             boxes[chosen[visible]] = _boxes_of(masks[visible])
             chosen, bits = chosen[visible], bits[visible]
             found["masks"] = torch.zeros(most, self.canvas[0], -(-self.canvas[1] // 8), dtype=torch.uint8)
@@ -143,6 +143,6 @@ def _boxes_of(masks: np.ndarray) -> np.ndarray:
 
 
 def unpacked(bits: Tensor, width: int) -> Tensor:
-    """uint8 (n, H, W / 8) -> masks uint8 (n, H, W)."""
+    """Unpack bits uint8 (n, H, W / 8) to masks uint8 (n, H, W)."""
     shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :width]

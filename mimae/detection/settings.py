@@ -7,20 +7,20 @@ from pydantic import Field
 from mimae.config.section import PATH, Scale, Section
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-"""The first six of COCO's twelve numbers, in its order."""
+"""The first six of COCO's twelve measures, in COCO's order."""
 
 PRECISIONS = tuple(f"{kind}_{name}" for name in NAMES for kind in ("box", "mask"))
-"""The numbers of boxes and of masks, the most telling first."""
+"""The measures of boxes and of masks, the most important first."""
 
 
 class DetectSettings(Section):
-    """Annotations, the detector's head and how its images are scaled."""
+    """Annotations, the detector's heads and the scaling of images."""
 
     annotations: str | None = Field(
         None,
         min_length=1,
         json_schema_extra=PATH,
-        description="COCO file (instances_*.json) of the images of data.path; it has to be given",
+        description="COCO file (instances_*.json) of the images of data.path; required",
     )
     val_annotations: str | None = Field(
         None, min_length=1, json_schema_extra=PATH, description="COCO file of the images of data.val_path"
@@ -33,27 +33,29 @@ class DetectSettings(Section):
         "null: masks come from the COCO file",
     )
     val_panoptic: str | None = Field(
-        None, min_length=1, json_schema_extra=PATH, description="the same for the images of data.val_path"
+        None, min_length=1, json_schema_extra=PATH, description="folder with the panoptic PNGs of data.val_path"
     )
-    masks: bool = Field(True, description="learn masks of objects beside their boxes")
+    masks: bool = Field(True, description="learn masks of objects in addition to their boxes")
     scale: Scale = Field(
         (0.1, 2.0),
-        description="range of the random scale of an image, where 1 fits it into data.image_size; [1, 1]: none",
+        description="range of the random scale of an image; at scale 1 it just fits into data.image_size; [1, 1]: no "
+        "random scale",
     )
     max_objects: int = Field(
-        100, ge=1, le=1000, description="objects of an image that are trained on; the largest are kept"
+        100, ge=1, le=1000, description="maximal number of objects of a training image; the largest are kept"
     )
     window: int = Field(
         14,
         ge=0,
-        description="side of the windows, in patches, in which most blocks attend; 0: all blocks attend to all",
+        description="side, in patches, of the windows in which most blocks attend; 0: all blocks attend to the whole "
+        "image",
     )
     global_blocks: int = Field(
-        4, ge=1, description="number of blocks that attend to the whole image, spread evenly; the last is one of them"
+        4, ge=1, description="number of blocks that attend to the whole image, evenly spread and including the last one"
     )
     relative_positions: bool = Field(
-        True, description="add learned decomposed relative positions, which begin at zero, to attention"
+        True, description="add learned decomposed relative positions to attention; their initial values are zero"
     )
     width: int = Field(256, ge=8, description="channels of the feature pyramid and of the convolutions of the heads")
     box_width: int = Field(1024, ge=8, description="width of the fully connected layer of the box head")
-    score: float = Field(0.05, ge=0, lt=1, description="smallest score of a detection")
+    score: float = Field(0.05, ge=0, lt=1, description="detections with a lower score are left out")

@@ -1,6 +1,6 @@
 """ViTDet: the plain encoder with windows, a simple feature pyramid, and Mask R-CNN's heads (Li et al., 2022).
 
-The heads are torchvision's, with LayerNorm, since running moments of BatchNorm would differ between ranks.
+The heads are torchvision's, with LayerNorm, because the running moments of BatchNorm would differ between ranks.
 
 Letters in shapes: B images, H, W the canvas, P patch size, D width, C channels of the pyramid.
 """
@@ -31,7 +31,7 @@ from mimae.model.units import Model
 from mimae.randomness import Initial, Normal
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-"""Names of torchvision's losses, whose sum is trained."""
+"""Names of torchvision's losses, whose sum is minimised."""
 
 
 class RelativeAttention(Attention):
@@ -44,11 +44,11 @@ class RelativeAttention(Attention):
         self.rel_pos_w = nn.Parameter(torch.empty(2 * grid[1] - 1, width // heads))
 
     def initial_values(self) -> dict[str, Initial]:
-        """Return the start of the tables: zeros, so that the pretrained encoder begins unchanged."""
+        """Return zeros for the tables, so that they do not change the pretrained encoder at the start."""
         return {"rel_pos_h": 0.0, "rel_pos_w": 0.0}
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
-        """queries (S, rows x columns, D) look at each other -> the same shape."""
+        """Return the attention of the queries (S, rows x columns, D) to each other, in the same shape."""
         assert context is None
         (packed,) = self.qkv(queries)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
@@ -62,13 +62,13 @@ class RelativeAttention(Attention):
 
 
 def _relative(table: Tensor, length: int) -> Tensor:
-    """Table (2 length - 1, d) -> (length, length, d), by query and key."""
+    """Return the entries (length, length, d) of a table (2 length - 1, d) for each pair of query and key."""
     places = torch.arange(length, device=table.device)
     return table[places[:, None] - places[None, :] + length - 1]
 
 
 class ViTDet(Model):
-    """Encoder, pyramid and heads; forward gives the losses, `detect` the objects."""
+    """A detector of encoder, pyramid and heads. `forward` returns the losses, `detect` returns the objects."""
 
     evaluations = ("detect",)
 
@@ -77,7 +77,7 @@ class ViTDet(Model):
         model, grid = encoder.settings, encoder.grid
         self.canvas = (grid.rows * model.patch_size, grid.columns * model.patch_size)
         self.encoder = encoder
-        # The pyramid has norms of its own.
+        # The pyramid has its own norms, so the encoder's final norm is removed.
         self.encoder.norm = nn.Identity()  # type: ignore[assignment]
         self.windows = _windows(len(encoder.blocks), settings)
         if settings.relative_positions:
@@ -93,18 +93,18 @@ class ViTDet(Model):
         return tuple(self.encoder.blocks)
 
     def maps(self, images: Tensor, keep: Tensor | None = None) -> dict[str, Tensor]:
-        """images uint8 (B, H, W, 3) -> maps (B, C, H / stride, W / stride) of strides P/4, P/2, P, 2P, 4P."""
+        """Return maps (B, C, H / stride, W / stride) of strides P/4, P/2, P, 2P, 4P for images uint8 (B, H, W, 3)."""
         grid = self.encoder.grid
         tokens = self.encoder.embed(images)[:, 0, 1:].unflatten(1, (grid.rows, grid.columns))
         for i, window in enumerate(self.windows):
             parts = _in_windows(tokens, window) if window else tokens.flatten(1, 2)
-            # `run_blocks` takes views of an image, which the windows are to it.
+            # `run_blocks` processes several views per image; here each window is an image with one view.
             kept = None if keep is None else keep[:, i : i + 1].repeat_interleave(len(parts) // len(tokens), 0)
             block = self.encoder.blocks[i : i + 1]
             parts = run_blocks(block, parts[:, None], self.encoder.settings.checkpointing, keep=kept)[:, 0]
             shape = (grid.rows, grid.columns)
             tokens = _from_windows(parts, window, shape) if window else parts.unflatten(1, shape)
-        # Anchors have the dtype of the maps, and bf16 has too few places for coordinates.
+        # Anchors get the dtype of the maps, and bf16 is too imprecise for coordinates.
         return {name: each.float() for name, each in self.pyramid(tokens.permute(0, 3, 1, 2)).items()}
 
     def forward(
@@ -120,9 +120,15 @@ class ViTDet(Model):
     ) -> dict[str, Tensor]:
         """Return torchvision's losses by name.
 
-        images uint8 (B, H, W, 3), sizes (B, 2) of the image on each canvas, boxes (B, M, 4), classes (B, M) from 1 on,
-        count (B,), masks packed to bits uint8 (B, M, H, W / 8), keep (B, blocks, 2) of drop path; `word` seeds the
-        samplers of anchors and proposals.
+        Args:
+            images: uint8 (B, H, W, 3).
+            sizes: (B, 2), height and width of the image on each canvas.
+            boxes: (B, M, 4).
+            classes: (B, M), from 1 on.
+            count: (B,), the number of objects.
+            masks: packed to bits, uint8 (B, M, H, W / 8).
+            keep: factors of drop path (B, blocks, 2).
+            word: seed of the samplers of anchors and proposals.
         """
         targets: list[dict[str, Tensor]] = []
         for i, number in enumerate(count.tolist()):
@@ -138,20 +144,23 @@ class ViTDet(Model):
         return losses | more
 
     def detect(self, images: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Return for each image boxes (n, 4), labels (n,) from 1 on, scores (n,) and masks (n, 1, 28, 28) inside of the
-        boxes, in pixels of the canvas, the best first."""
+        """Return the detections of each image, the best first.
+
+        They are boxes (n, 4) in pixels of the canvas, labels (n,) from 1 on, scores (n,), and masks (n, 1, 28, 28)
+        inside the boxes.
+        """
         maps, listed = self.maps(images), self._listed(images, sizes)
         proposals, _ = self.rpn(listed, maps)
         found, _ = self.heads(maps, proposals, listed.image_sizes)
         return found
 
     def _listed(self, images: Tensor, sizes: Tensor) -> ImageList:
-        # The heads read sizes alone: of the batch for the strides, of the images for the edges.
+        # The heads read only sizes: that of the batch for the strides, those of the images for their borders.
         return ImageList(images.permute(0, 3, 1, 2), [(height, width) for height, width in sizes.tolist()])
 
 
 class Pyramid(nn.Module):
-    """The simple feature pyramid: one map of stride P becomes maps of strides P/4, P/2, P, 2P and 4P."""
+    """The simple feature pyramid, which converts one map of stride P to maps of strides P/4, P/2, P, 2P and 4P."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -174,14 +183,14 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """tokens (B, D, rows, columns) -> maps by name, "0" to "3" and "pool"."""
+        """Return maps by name, "0" to "3" and "pool", for tokens (B, D, rows, columns)."""
         levels = (self.up4, self.up2, self.same, self.down2)
         maps = {str(i): out(level(tokens)) for i, (level, out) in enumerate(zip(levels, self.out))}
         return maps | {"pool": F.max_pool2d(maps["3"], 1, 2)}
 
 
 def _windows(depth: int, settings: DetectSettings) -> list[int]:
-    """Return the side of the windows of each block, 0 for those that attend to the whole image."""
+    """Return the side of each block's windows; 0 for a block that attends to the whole image."""
     if not settings.window:
         return [0] * depth
     number = min(settings.global_blocks, depth)
@@ -190,7 +199,7 @@ def _windows(depth: int, settings: DetectSettings) -> list[int]:
 
 
 def _in_windows(tokens: Tensor, side: int) -> Tensor:
-    """(B, rows, columns, D), padded with zeros to whole windows -> (B windows, side x side, D)."""
+    """Divide tokens (B, rows, columns, D), padded with zeros, into windows (B windows, side x side, D)."""
     rows, columns = tokens.shape[1:3]
     padded = F.pad(tokens, (0, 0, 0, -columns % side, 0, -rows % side))
     cells = padded.unflatten(2, (-1, side)).unflatten(1, (-1, side))
@@ -198,7 +207,7 @@ def _in_windows(tokens: Tensor, side: int) -> Tensor:
 
 
 def _from_windows(parts: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
-    """Undo `_in_windows`."""
+    """Invert `_in_windows`, and remove the padding."""
     rows, columns = grid
     down, across = -(-rows // side), -(-columns // side)
     cells = parts.unflatten(1, (side, side)).unflatten(0, (-1, down, across)).transpose(2, 3)
@@ -206,18 +215,18 @@ def _from_windows(parts: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _rpn(patch: int, settings: DetectSettings) -> RegionProposalNetwork:
-    """Return the network that proposes boxes: an anchor of 8 strides in three shapes at each place of each map."""
+    """Return the network that proposes boxes. Each position of each map has anchors of 8 strides in three shapes."""
     strides = [patch / 4, patch / 2, patch, 2 * patch, 4 * patch]
-    with torch.device("cpu"):  # its anchors are constants, and no buffers
+    with torch.device("cpu"):  # The anchors are constants that are not buffers.
         anchors = AnchorGenerator(tuple((int(8 * stride),) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
     head = _start(RPNHead(settings.width, 3, conv_depth=2), Normal(0.01))
-    # As torchvision's Mask R-CNN has them.
+    # These numbers are those of torchvision's Mask R-CNN.
     counts = {"training": 2000, "testing": 1000}
     return RegionProposalNetwork(anchors, _exact(head), 0.7, 0.3, 256, 0.5, counts, counts, 0.7)
 
 
 def _heads(settings: DetectSettings, classes: int) -> RoIHeads:
-    """Return the heads that classify, move and mask the proposals."""
+    """Return the heads that classify proposals, refine their boxes and predict their masks."""
     width, levels = settings.width, ["0", "1", "2", "3"]
     box = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [settings.box_width], norm_layer=LayerNorm2d)
     predictor = FastRCNNPredictor(settings.box_width, classes + 1)
@@ -236,7 +245,10 @@ def _heads(settings: DetectSettings, classes: int) -> RoIHeads:
 
 
 def _start(module: nn.Module, weights: Initial | None) -> Any:
-    """Return the module with another start of its matrices: `weights`, or normal by the fan-out as for ReLU."""
+    """Set the initial values of the module's matrices, and return the module.
+
+    They are `weights`, or by default normal with deviation sqrt(2 / inputs of an output), as for ReLU.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             given = weights if weights is not None else Normal(math.sqrt(2 / (layer.weight[0].numel() or 1)))
@@ -245,7 +257,7 @@ def _start(module: nn.Module, weights: Initial | None) -> Any:
 
 
 def _exact(module: nn.Module) -> Any:
-    """Return the module with outputs in fp32: coordinates and logits are not computed in bf16."""
+    """Make the outputs of a module fp32, because coordinates and logits need it, and return the module."""
     module.register_forward_hook(lambda _, __, output: _as_float(output))
     return module
 

@@ -1,1 +1,1 @@
-"""Engines: how a model is spread over ranks, and how a step is taken there."""
+"""Engines, which shard a model over ranks and take the optimizer's steps."""

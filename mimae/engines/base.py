@@ -1,4 +1,4 @@
-"""The interface of engines, which is all that the trainer knows about sharding."""
+"""The interface of engines. The trainer knows about sharding only through it."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ class Setup(NamedTuple):
 M = TypeVar("M", bound=Model)
 
 Start = Callable[[Model, Mapping[str, Part]], None]
-"""Fills this rank's parts of a model's parameters with the start weights."""
+"""Function that fills this rank's parts of a model's parameters with the start weights."""
 
 Obstacles = dict[str, str | None]
-"""Reasons, by `key=value` of the settings, why this machine cannot do what the key asks; None where it can."""
+"""Reasons, by `key=value` of the settings, why this machine cannot do what the key asks; None if it can."""
 
 
 class Engine(ABC, Generic[M]):
-    """One model on all ranks, its optimizer and its average. A group of one rank takes the same path.
+    """One model on all ranks, with its optimizer and its moving average. A single rank takes the same path.
 
-    Of each parameter a rank keeps one part (`Part`), contiguous in the flattened whole and named by the parameter;
-    optimizer and average work on parts. A state is made of parts of whole tensors, by name: one engine reads what
-    another wrote.
+    A rank holds one part (`Part`) of each parameter, which is contiguous in the flattened parameter. Optimizer and
+    average work on these parts. A state consists of named parts of whole tensors, so an engine can read the checkpoint
+    of another engine.
     """
 
     spreads: ClassVar[frozenset[Literal["optimizer", "gradients", "weights"]]]
-    """State that is divided among the ranks; each rank holds the rest whole.
+    """Kinds of state that are sharded over the ranks; each rank holds a full copy of the others.
 
-    If weights are divided, a forward is a collective.
+    If weights are sharded, a forward is a collective.
     """
 
     compiles: ClassVar[bool] = True
@@ -74,21 +74,20 @@ class Engine(ABC, Generic[M]):
     """This rank's part of every parameter, by name."""
 
     group: distributed.Group | None = None
-    """The ranks that together hold each parameter; None: all of them."""
+    """The ranks that together hold each parameter; None: all ranks."""
 
     shard = 0
-    """Ranks with the same number hold the same `_copies`."""
+    """Number of this rank's shard. Ranks with the same number hold the same `_copies`."""
 
     def __init__(self, model: M, setup: Setup, device: torch.device, rule: Rule, start: Start) -> None:
-        """Take over a `model` on the meta device, which gets its weights from `start`; `rule` gives the optimizer's
-        groups.
+        """Prepare a `model` that is on the meta device: `start` fills its weights, `rule` gives the optimizer's groups.
 
-        Needs an initialised process group, of one rank too. In this order units are checkpointed (by the model, around
-        each call), compiled, sharded.
+        A process group has to be initialised, even for one rank. Units are checkpointed (by the model, around each
+        call), compiled and sharded, in this order.
         """
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        # No weight is used twice in a forward: the cache would only keep a second copy of all of them. Autocast lies
-        # inside of what wraps the model, which then cannot switch it off.
+        # No weight is used twice in a forward, so autocast's cache would only keep a second copy of all weights.
+        # Autocast is applied inside the wrappers of the model, which then cannot switch it off.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bf16", cache_enabled=False)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
         if self.compiles:
@@ -102,11 +101,9 @@ class Engine(ABC, Generic[M]):
 
     @classmethod
     def obstacles(cls, setup: Setup, device: torch.device) -> Obstacles:
-        """Return what stands against this engine on this machine and number of ranks."""
+        """Return the obstacles for this engine on this machine and with this number of ranks."""
         engine, impl, kind = setup.engine, setup.optimizer.impl, setup.optimizer.kind
-        needs_whole = (
-            "LARS needs the norms of whole weights, and this engine steps parts of them; engine.kind=ddp does not"
-        )
+        needs_whole = "LARS needs the norms of whole weights, but this engine steps parts of them; use engine.kind=ddp"
         return {
             f"engine.kind={engine.kind}": cls.obstacle(engine),
             f"engine.offload={engine.offload}": cls.offload_obstacle(engine),
@@ -117,65 +114,73 @@ class Engine(ABC, Generic[M]):
 
     @classmethod
     def obstacle(cls, engine: EngineSettings) -> str | None:
-        """Return why the engine cannot run here at all."""
+        """Return the reason why the engine cannot run here at all, or None if it can."""
         return None
 
     @classmethod
     def offload_obstacle(cls, engine: EngineSettings) -> str | None:
-        """Return why what is offloaded cannot be kept where the settings say."""
+        """Return the reason why state cannot be offloaded as the settings ask, or None if it can."""
         return None
 
     @classmethod
     def optimizer_obstacle(cls, impl: str, home: torch.device) -> str | None:
-        """Return why an implementation of the optimizer cannot step parameters that lie on `home`."""
+        """Return the reason why an implementation of the optimizer cannot step parameters on the device `home`, or
+        None if it can.
+        """
         if impl == "deepspeed" and home.type != "cpu":
             return (
-                "DeepSpeed's FusedAdam counts steps on the host, so a step that is not finite could only be left out "
-                "by waiting for the device in every step, as ZeRO does anyway; optimizer.impl=torch has as few launches"
+                "DeepSpeed's FusedAdam counts steps on the host, so skipping a step that is not finite would need a "
+                "wait for the device in every step, as ZeRO does anyway; optimizer.impl=torch needs as few launches"
             )
         return adamw.IMPLEMENTATIONS[impl].obstacle(home)
 
     @classmethod
     def compile_obstacle(cls, setup: Setup, device: torch.device) -> str | None:
-        """Return why units cannot be compiled as the setting asks."""
+        """Return the reason why units cannot be compiled as the setting asks, or None if they can."""
         if setup.compile != "graphs":
             return None
         if device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if setup.accumulate > 1:
             return (
-                f"torch's CUDA graphs are known to give wrong gradients where they accumulate (schedule.accumulate="
-                f"{setup.accumulate}; pytorch issues 169545 and 96693); legal is compile=on, or schedule.accumulate=1"
+                f"torch's CUDA graphs are known to give wrong gradients if gradients accumulate (schedule.accumulate="
+                f"{setup.accumulate}; pytorch issues 169545 and 96693); use compile=on, or schedule.accumulate=1"
             )
         return None
 
     @abstractmethod
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
-        """Spread `model` in place, fill it and set `parts`; return what forward calls, and the optimizer."""
+        """Shard `self.model` in place, fill its weights and set `self.parts`.
+
+        Returns the module that `forward` calls, and the optimizer.
+        """
 
     def _trained(self) -> dict[str, Part]:
-        """Return the parts of the parameters that are trained: without those that the model has frozen."""
+        """Return the parts of all parameters that are trained, without those that the model has frozen."""
         return {name: self.parts[name] for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def is_spread(self) -> bool:
-        """Return whether a forward of `model` is a collective, in which every rank has to take part."""
+        """True if a forward of `model` is a collective, in which every rank has to take part."""
         return "weights" in self.spreads
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The model's output for one micro-batch of this rank, in the run's precision."""
+        """Return the model's output for one micro-batch of this rank, in the run's precision."""
         return self.module(*inputs)
 
     @abstractmethod
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around one micro-batch; the last one ends the reduction of gradients over ranks."""
+        """Return the context of one micro-batch's forward and backward.
+
+        The last micro-batch of a step completes the reduction of gradients over ranks.
+        """
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to the accumulated one."""
+        """Add the gradient of `loss` to the accumulated gradients."""
         loss.backward()
 
     def step(self, factor: float) -> StepResult:
-        """Optimizer step at `factor` of the peak learning rates, and the average of weights."""
+        """Take an optimizer step at `factor` times the peak learning rates, and update the average of weights."""
         result = self._update(factor)
         if self.ema_decay is not None:
             averages = list(self.ema.values())
@@ -186,13 +191,15 @@ class Engine(ABC, Generic[M]):
         return result
 
     def state(self) -> State:
-        """Return this rank's share of the state by name, in the memory of the run: model.*, optimizer.*, ema.*"""
+        """Return this rank's share of the state by name: model.*, optimizer.*, ema.* The tensors are not copied."""
         return self._weights() | _named("optimizer", self._optimizer_state())
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from the tensors of a checkpoint, which any engine wrote on any number of ranks. Raises KeyError for
-        what it lacks."""
+        """Load the tensors of a checkpoint, which may be from any engine and any number of ranks.
+
+        Raises KeyError for a tensor that the checkpoint lacks.
+        """
         reader = dcp.Reader(path)
         has_stepped = any(name.startswith("optimizer.") for name in reader.described.state_dict_metadata)
         optimizer = self._empty_optimizer_state() if has_stepped else {}
@@ -204,28 +211,28 @@ class Engine(ABC, Generic[M]):
         return _named("model", self._buffers()) | _named("model", self.parts) | _named("ema", averages)
 
     def check_copies(self) -> None:
-        """Raise DivergenceError on every rank where copies of weights, or of averages, differ. A collective."""
+        """Raise DivergenceError on every rank if copies of weights or of averages differ. This is a collective."""
         replicas.compare(self._copies() | self._buffers(), self.shard)
 
     def _copies(self) -> dict[str, Tensor]:
-        """Return the tensors, other than buffers, that ranks of the same `shard` hold in equal copies."""
+        """Return the tensors, without buffers, of which ranks of the same `shard` hold equal copies."""
         return {name: part.values for name, part in self.parts.items()} | {f"ema.{n}": t for n, t in self.ema.items()}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The buffers that are state, the same on every rank."""
+        """Return the buffers that belong to the state; they are equal on every rank."""
         kept = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def _whole_norms(self, norms: Tensor) -> Tensor:
-        """Norms of this rank's parts, stacked, -> those of the whole tensors."""
+        """Return the norms of whole tensors, given the stacked norms of this rank's parts."""
         return distributed.all_sum(norms.square(), self.group).sqrt()
 
     def _update(self, factor: float) -> StepResult:
-        """The optimizer's step, and gradients set to zero."""
+        """Take the optimizer's step, and set the gradients to zero."""
         return self.optimizer.step(factor)
 
     def _optimizer_state(self) -> dict[str, Tensor | Part]:
-        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of what has been stepped."""
+        """Return `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of every parameter that has been stepped."""
         return {key: self._as_part(key, value) for key, value in self.optimizer.state_dict().items()}
 
     def _empty_optimizer_state(self) -> dict[str, Tensor | Part]:
@@ -233,7 +240,7 @@ class Engine(ABC, Generic[M]):
         return {key: self._as_part(key, value) for key, value in self.optimizer.empty_state().items()}
 
     def _adopt(self, optimizer: Mapping[str, Tensor | Part]) -> None:
-        """Take over what was loaded; nothing, where no step had been taken."""
+        """Use the optimizer state that was loaded; it is empty if the run had taken no step."""
         if optimizer:
             self.optimizer.load_state_dict({k: v.values if isinstance(v, Part) else v for k, v in optimizer.items()})
 
@@ -246,8 +253,11 @@ def _named(section: str, values: Mapping[str, Tensor] | Mapping[str, Part] | Sta
 
 
 def return_memory() -> None:
-    """Has large tensors on the host given back to the system at once. Whole weights come and go with each block; glibc,
-    which takes what is freed for a measure of what to keep, would let the holes between them grow to gigabytes."""
+    """Make the C library return large freed tensors to the system at once.
+
+    Whole weights are allocated and freed with each block. glibc raises its mmap threshold after large frees; heap
+    fragmentation would then reach gigabytes.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc's
         for threshold in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
@@ -255,30 +265,30 @@ def return_memory() -> None:
 
 
 def optimizer_device(engine: EngineSettings, device: torch.device) -> torch.device:
-    """Return where a run on `device` steps its parameters."""
+    """Return the device on which a run on `device` steps its parameters: the host if the optimizer is offloaded."""
     return device if engine.offload == "none" else torch.device("cpu")
 
 
 def will_compile(setting: Compile, device: torch.device) -> bool:
-    """Return whether the setting `compile` compiles units on a device."""
+    """Return True if the setting `compile` compiles units on `device`."""
     return setting in ("on", "graphs") or (setting == "auto" and device.type == "cuda")
 
 
 def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
-    """Compile each unit of a model in place; before sharding, after checkpointing (which wraps the call)."""
+    """Compile each unit of a model in place. This comes before sharding, and after checkpointing (around the call)."""
     if not will_compile(setting, device):
         return
     from torch import _dynamo, _functorch
 
-    # Inside DistributedDataParallel dynamo cuts a graph where DDP's buckets end, so that reductions start before the
-    # end of a graph's backward. A unit is too small to gain from that; cut in two it fuses less and keeps more.
+    # Inside DistributedDataParallel dynamo splits a graph at the ends of DDP's buckets, so that reductions start before
+    # the end of a graph's backward. A unit is too small to gain from that: a split unit fuses less and keeps more.
     _dynamo.config.optimize_ddp = False
     _functorch.config.activation_memory_budget = model.compiled_budget
     mode = "reduce-overhead" if setting == "graphs" else None
     for unit in model.units():
-        # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do),
-        # and torch would take the sizes of the second for a change, and compile for sizes that vary.
+        # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do).
+        # With dynamic shapes torch would treat the second sizes as a change, and compile for variable sizes.
         unit.compile(mode=mode, dynamic=False)
     if setting == "graphs":
-        # What the graphs put out in the pass before may be overwritten from here on.
+        # From here on the outputs that the graphs made in the previous pass may be overwritten.
         model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

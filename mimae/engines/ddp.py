@@ -1,4 +1,4 @@
-"""The whole model on every rank, gradients averaged by DistributedDataParallel."""
+"""The ddp engine: every rank holds the whole model, and DistributedDataParallel averages the gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer
 from mimae.randomness import materialise, whole_parts
 
-# What is state in buffers, as the gate of the MI terms is, each rank computes for itself, all of them the same. (The
-# second is the argument's name before torch 2.14.)
+# Every rank computes the state in buffers, such as the gate of the MI terms, itself, and all get the same values. (The
+# second name is the argument's name before torch 2.14.)
 _NO_BUFFER_SYNC: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -25,7 +25,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = (
 
 
 class DDPEngine(Engine[M]):
-    """See `engines.base.Engine`. A rank's part of a parameter is the whole."""
+    """Engine for DDP, see `engines.base.Engine`. A rank's part of a parameter is the whole parameter."""
 
     spreads = frozenset()
 
@@ -49,10 +49,12 @@ class DDPEngine(Engine[M]):
 
 
 def _settle_buckets(module: DistributedDataParallel) -> None:
-    """Has DDP lay out its buckets before the first step, which it does after a process's first backward: gloo's ring
-    sums an element in an order that depends on its place, and a run that is resumed has to round as one that is not.
+    """Make DDP lay out its buckets before the first step, by one backward of a sum of all parameters.
 
-    The layout is the order in which gradients come; those of these sums come, as a step's, from the last parameter on.
+    DDP fixes the layout after the first backward of a process. gloo's ring sums an element in an order that depends on
+    its place in a bucket, so the layout affects rounding, and a resumed run has to round like an uninterrupted one. The
+    layout follows the order in which gradients arrive. Here, as in a step, they arrive from the last parameter to the
+    first.
     """
     model = module.module
     forward = model.forward

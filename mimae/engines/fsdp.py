@@ -1,8 +1,9 @@
-"""Weights, gradients and optimizer spread over ranks by torch's FSDP2; a block is whole only while it computes.
+"""The fsdp engine: torch's FSDP2 shards weights, gradients and optimizer over ranks.
 
-Weights are gathered, and gradients reduced, in fp32, and autocast computes in bf16, as under DDP: a mixed-precision
-policy would round the weights of the norms too, which autocast leaves as they are. Without model.checkpointing autograd
-keeps the bf16 copy of each block's weights until its backward, so a model that is spread for want of memory wants both.
+A block has its whole weights only while it computes. Weights are gathered and gradients reduced in fp32, and autocast
+computes in bf16, as under DDP. A mixed-precision policy of FSDP2 would also round the weights of the norms, which
+autocast does not. Without model.checkpointing autograd keeps the bf16 copy of each block's weights until its backward,
+so a model that is sharded to save memory should use both.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from mimae.randomness import Part, materialise
 
 
 class FSDPEngine(Engine[M]):
-    """See `engines.base.Engine`. A rank's part of a parameter is some of its rows, in the order of ranks; with
-    replicas each group of neighbouring ranks has all of them.
+    """Engine for FSDP2, see `engines.base.Engine`.
 
-    Gradients are reduced with every micro-batch, inside a replica, so that no rank holds whole ones; across replicas
-    with the last one only.
+    A rank's part of a parameter is some of its rows, in the order of ranks. With replicas each group of neighbouring
+    ranks holds all rows. Inside a replica gradients are reduced after every micro-batch, so that no rank holds whole
+    gradients; across replicas they are reduced only after the last micro-batch.
     """
 
     spreads = frozenset({"optimizer", "gradients", "weights"})
@@ -57,14 +58,14 @@ class FSDPEngine(Engine[M]):
         shape = (replicas, distributed.world_size() // replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         for group in mesh.get_all_groups():
-            distributed.be_patient(group)  # torch's own limit may be shorter than the run's first step
+            distributed.be_patient(group)  # torch's default timeout may be shorter than the run's first step.
         self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
         is_offloaded, home = setup.engine.offload == "cpu", optimizer_device(setup.engine, device)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if is_offloaded else OffloadPolicy()
         modules: list[nn.Module] = [*self.model.units(), self.model]
         for module in modules:
             fully_shard(module, mesh=mesh if replicas > 1 else mesh["shard"], offload_policy=offload)
-        # The root's other forwards, of evaluation: its own weights are gathered for them too.
+        # The root's own weights have to be gathered for the forward methods of evaluation, too.
         for method in self.model.evaluations:
             register_fsdp_forward_method(self.model, method)
         materialise(self.model, home)
@@ -90,7 +91,10 @@ class FSDPEngine(Engine[M]):
 
 
 def _rows(parameter: nn.Parameter, mesh: DeviceMesh) -> Part:
-    """FSDP2 gives each rank of the mesh ceil(rows / ranks) of the rows, and the last ones what is left."""
+    """Return this rank's part of a parameter.
+
+    FSDP2 gives each rank of the mesh ceil(rows / ranks) rows, in order; the last ranks get the remaining rows, or none.
+    """
     assert isinstance(parameter, DTensor)
     shape = parameter.shape
     start = mesh.get_local_rank() * -(-shape[0] // mesh.size()) * shape[1:].numel()

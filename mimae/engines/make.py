@@ -1,4 +1,4 @@
-"""The registry of engines. A new one is a file with a class, a line here and a name in `EngineSettings.kind`."""
+"""The registry of engines. A new engine is a file with a class, a line here and a name in `EngineSettings.kind`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINES: dict[str, type[Engine[Any]]] = {
 
 
 def setup_of(recipe: RunRecipe) -> Setup:
-    """Return the sections of a recipe that engines take."""
+    """Return the settings of a recipe that engines need."""
     return Setup(
         engine=recipe.engine,
         optimizer=recipe.optimizer,
@@ -44,9 +44,11 @@ def make_engine(model: M, setup: Setup, device: torch.device, rule: Rule, start:
 
 
 def check_machine(setup: Setup, device: torch.device, of_model: Obstacles) -> None:
-    """Raise UserError for what the settings ask by name and this machine cannot do; `of_model`: the model's own
-    obstacles."""
+    """Raise UserError if the settings explicitly ask for something that this machine cannot do.
+
+    `of_model` has the model's own obstacles.
+    """
     obstacles = ENGINES[setup.engine.kind].obstacles(setup, device) | of_model
     told = [f"{key} cannot run on this {device.type}: {reason}" for key, reason in obstacles.items() if reason]
     if told:
-        raise UserError("\n".join([*told, "auto runs everywhere, as engine.kind=ddp does"]))
+        raise UserError("\n".join([*told, "auto runs everywhere, and so does engine.kind=ddp"]))

@@ -1,4 +1,4 @@
-"""Copies on several ranks are compared, so that what drifted apart in silence does not become a checkpoint."""
+"""Comparison of the copies on several ranks, so that copies that silently diverged do not become a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from mimae import distributed
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 TOLD = 3
-"""Tensors that an error names."""
+"""Maximal number of tensors that an error names."""
 
 
 class DivergenceError(RuntimeError):
-    """Ranks differ in what should be the same. No mistake of the user's: the run goes on from its last checkpoint."""
+    """Ranks differ in tensors that should be equal.
+
+    This is no mistake of the user: the run can continue from its last checkpoint.
+    """
 
 
 def compare(tensors: Mapping[str, Tensor], shard: int) -> None:
-    """Raise DivergenceError on every rank where ranks of the same `shard` hold other `tensors`: by name, the same
-    names on all ranks. A collective; by the sum of all bits, which sees every single change."""
+    """Raise DivergenceError on every rank if ranks of the same `shard` hold different `tensors`. This is a collective.
+
+    All ranks have the same names. Tensors are compared by the sum of their bits as integers, which detects every change
+    of a single element.
+    """
     mine = torch.stack([torch.tensor(shard), *(checksum(tensor).cpu() for tensor in tensors.values())])
     everyone = distributed.all_gather(mine[None])
     if told := differences(everyone[:, 1:], everyone[:, 0].tolist(), list(tensors)):
@@ -30,12 +36,12 @@ def compare(tensors: Mapping[str, Tensor], shard: int) -> None:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """int64 (): the sum of a tensor's bits, taken as integers, modulo 2^64; on the tensor's device."""
+    """Return the sum of a tensor's elements, with their bits read as integers, modulo 2^64: int64 (), same device."""
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def differences(sums: Tensor, shards: list[int], names: list[str]) -> str:
-    """Return a report on checksums (ranks, tensors) and the shards of the ranks; empty where all agree."""
+    """Return a report on checksums (ranks, tensors), given the shard of each rank. It is empty if all agree."""
     told = []
     for shard in dict.fromkeys(shards):
         ranks = [rank for rank, other in enumerate(shards) if other == shard]

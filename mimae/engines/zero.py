@@ -1,8 +1,9 @@
-"""ZeRO of DeepSpeed: the optimizer (stage 1), gradients (2) and weights (3) spread over ranks.
+"""ZeRO of DeepSpeed: the optimizer (stage 1), gradients (stage 2) and weights (stage 3) are sharded over ranks.
 
-Its configuration follows from the run's settings. DeepSpeed steps AdamW, torch's or its own, on flat fp32 partitions,
-one or more for each group of parameters. Autocast is ours, as in the other engines, so its own formats stay off. A step
-whose gradient is not finite is left out by DeepSpeed, for which the host reads the norm in every step.
+DeepSpeed's configuration follows from the run's settings. DeepSpeed steps AdamW, torch's or its own, on flat fp32
+partitions, one or more for each group of parameters. Autocast is applied by mimae, as in the other engines, so
+DeepSpeed's own reduced precision stays off. DeepSpeed skips a step whose gradient is not finite; for this the host
+reads the norm in every step.
 """
 
 from __future__ import annotations
@@ -37,36 +38,40 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def bucket(block: int) -> int:
-    """Numbers in a buffer of DeepSpeed, of a model whose largest block has so many parameters. Its own default, half a
-    billion, is 2 GB in fp32, whatever the model; beyond 40 MB a link is not used better."""
+    """Return the number of elements of DeepSpeed's buffers for a model whose largest block has `block` parameters.
+
+    DeepSpeed's own default, half a billion, takes 2 GB in fp32 for every model. Buffers above 40 MB do not use a link
+    better.
+    """
     return max(10_000_000, block)
 
 
 LIVE = 3
-"""Buckets of weights that ZeRO-3 keeps gathered, at most."""
+"""Maximal number of buckets of weights that ZeRO-3 keeps gathered."""
 
 
 class _Place(NamedTuple):
-    """Place of this rank's part of a parameter: elements of one of its flat partitions, by number."""
+    """Place of this rank's part of a parameter: `length` elements of a flat partition, from `first` on."""
 
     partition: int
     first: int
     length: int
 
     def within(self, values: Tensor) -> Tensor:
-        """The part's elements of a tensor that is laid out as the flat partition is."""
+        """Return the part's elements of a tensor that has the layout of the flat partition."""
         return values[self.first : self.first + self.length]
 
 
 class ZeroEngine(Engine[M]):
-    """See `engines.base.Engine`. A rank's part of a parameter is what falls into its share of the group (stages 1 and
-    2), or its share of the parameter's elements (stage 3).
+    """Engine for DeepSpeed's ZeRO, see `engines.base.Engine`.
 
-    Stages 2 and 3 reduce gradients with every micro-batch, so that no rank holds whole ones, stage 1 with the last.
+    With stages 1 and 2 a rank holds a share of each parameter group, and its part of a parameter is the overlap with
+    that share. With stage 3 it holds a share of the elements of each parameter. Stages 2 and 3 reduce gradients after
+    every micro-batch, so that no rank holds whole gradients; stage 1 reduces them after the last one.
     """
 
     stage: ClassVar[int]
-    """DeepSpeed's number for what is spread."""
+    """DeepSpeed's stage, which says what is sharded."""
 
     module: Any
 
@@ -79,7 +84,7 @@ class ZeroEngine(Engine[M]):
     @classmethod
     def optimizer_obstacle(cls, impl: str, home: torch.device) -> str | None:
         if impl == "apex":
-            return "DeepSpeed steps torch's AdamW here, or its own"
+            return "DeepSpeed steps only torch's AdamW or its own; use optimizer.impl=torch or deepspeed"
         return adamw.IMPLEMENTATIONS[impl].obstacle(home)
 
     def _shard(self, setup: Setup, device: torch.device, rule: Rule, start: Start) -> tuple[nn.Module, Optimizer]:
@@ -89,7 +94,7 @@ class ZeroEngine(Engine[M]):
         folder = _folder(setup, self.num_parameters)
         largest = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0)
         config = _config(self.stage, setup, device, largest, folder)
-        # Of the whole model no rank holds more than a unit at a time, where weights are spread.
+        # If weights are sharded, no rank holds more than one whole unit at a time.
         modules: list[nn.Module] = [*units, self.model]
         for module in modules:
             materialise(module, device)
@@ -113,8 +118,11 @@ class ZeroEngine(Engine[M]):
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Forward reads copies of the partitions: whole ones, or with stage 3 the shares that it gathers."""
-        parameter: Any  # DeepSpeed's, with attributes of its own
+        """Copy this rank's parts to the tensors that forward reads.
+
+        Forward reads copies of the partitions: whole parameters, or with stage 3 the shares that it gathers.
+        """
+        parameter: Any  # DeepSpeed adds attributes to parameters.
         for name, parameter in self.model.named_parameters():
             part = self.parts[name]
             if self.is_spread:
@@ -123,7 +131,7 @@ class ZeroEngine(Engine[M]):
                 parameter.copy_(_whole(part))
 
     def _find(self, parameter: Any) -> tuple[_Place, int]:
-        """The place of this rank's part of a parameter, and the part's start in the whole."""
+        """Return the place of this rank's part of a parameter, and the part's start in the whole parameter."""
         if self.is_spread:
             group, first, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(distributed.rank() * count, parameter.ds_numel)
@@ -136,17 +144,17 @@ class ZeroEngine(Engine[M]):
 
     @property
     def flats(self) -> list[Any]:
-        """This rank's fp32 partitions; empty tensors with attributes of DeepSpeed's, where they are in files."""
+        """This rank's fp32 partitions. If they are in files, they are empty tensors with attributes of DeepSpeed."""
         return self.zero.fp32_partitioned_groups_flat if self.is_spread else self.zero.single_partition_of_fp32_groups
 
     def _at_rest(self, partition: int, tensor: Any) -> Tensor:
-        """The numbers of a partition, or of one of its moments, between steps."""
+        """Return the values of a partition, or of one of its moments, between steps."""
         return tensor.detach() if tensor.numel() else self._file(partition, tensor.ds_id)
 
     def _file(self, partition: int, name: str) -> Tensor:
-        """Return DeepSpeed's file of a partition as memory that is mapped from the file.
+        """Return the memory-mapped file in which DeepSpeed keeps a partition.
 
-        Reads and writes go to the file, and the host keeps no more of it in memory than it has room for.
+        Reads and writes go to the file. The system keeps only as much of it in memory as there is room for.
         """
         swapper, length = self.zero.optimizer_swapper, self.zero.fp16_partitioned_groups_flat_numel[partition]
         path = f"{swapper.swap_folder}/{name}.tensor.swp"
@@ -157,26 +165,26 @@ class ZeroEngine(Engine[M]):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.module.backward(loss, scale_wrt_gas=False)  # the loop has divided by the micro-batches
+        self.module.backward(loss, scale_wrt_gas=False)  # The trainer has divided by the number of micro-batches.
 
     def _update(self, factor: float) -> StepResult:
         self.optimizer.set_rates(factor)
         groups = self.optimizer.stepper.optimizer.param_groups
         squares = dict.fromkeys((group["clip"] for group in groups), 0.0)
         for place, norm in self._norms():
-            # DeepSpeed's norm of what is not finite is -1.
+            # DeepSpeed returns the norm -1 for a gradient that is not finite.
             squares[groups[place]["clip"]] += norm**2 if norm >= 0 else math.nan
         clip = self.optimizer.settings.clip
         for group in groups:
             norm = math.sqrt(squares[group["clip"]])
             group["scale"] = 1.0 if clip is None else min(clip / (norm + 1e-6), 1.0)
         self.module.step()
-        # Beside the parts, which may be on the host: the average of weights reads it there.
+        # The result is on the device of the parts, which may be the host: the average of weights reads it there.
         result = torch.tensor([math.sqrt(squares[MAIN]), float(self.zero.overflow)], device=self.flats[0].device)
         return StepResult(result[0], result[1])
 
     def _norms(self) -> Iterator[tuple[int, float]]:
-        """(parameter group, norm of a partition's gradient over all ranks) of each partition."""
+        """Yield (parameter group, norm of a partition's gradient over all ranks) for each partition."""
         zero = self.zero
         if self.is_spread:
             yield from zip(zero.sub_group_to_group_id.values(), map(float, zero._get_norm_groups()), strict=True)
@@ -190,7 +198,7 @@ class ZeroEngine(Engine[M]):
 
     def _optimizer_state(self) -> dict[str, Tensor | Part]:
         states = self.optimizer.stepper.state()
-        # Partitions step together; a rank without a share of one has no count of its own.
+        # All partitions have the same step count. A rank without a share of a partition has no count for it.
         steps = [states[flat]["step"] for flat in self.flats if flat in states]
         found: dict[str, Tensor | Part] = {}
         for name, place in self.places.items():
@@ -208,10 +216,10 @@ class ZeroEngine(Engine[M]):
                 kind: self._file(partition, f"{kind}-{flat.ds_id}").zero_() if in_files else torch.zeros_like(flat)
                 for kind in _MOMENTS
             }
-            # torch keeps the count of its fused kernels beside the weights.
+            # torch's fused kernels expect the step count on the device of the weights.
             self.optimizer.stepper.load({flat: {**moments, "step": torch.zeros((), device=flat.device)}})
             if in_files:
-                self.zero.optimizer_swapper._get_param_swap_info(flat)  # takes note of the moments, by their size
+                self.zero.optimizer_swapper._get_param_swap_info(flat)  # It registers the moments by their size.
                 for moment in moments.values():
                     moment.data = torch.empty(0)
         return self._optimizer_state()
@@ -229,21 +237,21 @@ class ZeroEngine(Engine[M]):
 
 
 class Zero1Engine(ZeroEngine[M]):
-    """The optimizer is spread."""
+    """Engine for ZeRO stage 1: the optimizer is sharded."""
 
     stage = 1
     spreads = frozenset({"optimizer"})
 
 
 class Zero2Engine(ZeroEngine[M]):
-    """Optimizer and gradients are spread."""
+    """Engine for ZeRO stage 2: optimizer and gradients are sharded."""
 
     stage = 2
     spreads = frozenset({"optimizer", "gradients"})
 
 
 class Zero3Engine(ZeroEngine[M]):
-    """Optimizer, gradients and weights are spread."""
+    """Engine for ZeRO stage 3: optimizer, gradients and weights are sharded."""
 
     stage = 3
     spreads = frozenset({"optimizer", "gradients", "weights"})
@@ -255,18 +263,18 @@ class Zero3Engine(ZeroEngine[M]):
         if folder is None:
             return None
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            return f"{folder} is no folder that can be written to"
+            return f"{folder} is not a folder that can be written to"
         return files_obstacle()
 
     @classmethod
     def compile_obstacle(cls, setup: Setup, device: torch.device) -> str | None:
         if setup.compile in ("on", "graphs"):
-            return "DeepSpeed gathers weights inside of the blocks, which tears apart what is compiled; fsdp does not"
+            return "DeepSpeed gathers weights inside the blocks, which breaks the compiled graphs; fsdp does not"
         return None
 
 
 def files_obstacle() -> str | None:
-    """Return why DeepSpeed cannot keep an optimizer in files here, in words; None where it can."""
+    """Return the reason why DeepSpeed cannot keep an optimizer in files on this machine, or None if it can."""
     if find_spec("deepspeed") is None:
         return "DeepSpeed is not installed"
     missing = [op for op in ("async_io", "pin_memory") if not adamw.has_op(op)]
@@ -283,7 +291,7 @@ def files_obstacle() -> str | None:
 
 
 def _whole(part: Part) -> Tensor:
-    """The parts of all ranks side by side."""
+    """Return a whole parameter, gathered from the parts of all ranks."""
     whole = part.values.new_zeros(part.shape.numel())
     whole[part.start : part.start + part.values.numel()] = part.values.flatten()
     return distributed.all_sum(whole).view(part.shape)
@@ -298,8 +306,10 @@ def _scale(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def _keep_misaligned_gradients(swapper: Any) -> None:
-    """Has gradients stay in memory that would be read from a file to a place between two blocks of the disk, which
-    DeepSpeed asks for without a look at whether it succeeded."""
+    """Keep gradients in memory whose offset in a partition is not aligned to a block of the disk.
+
+    DeepSpeed would read them from a file to the unaligned offset, and would not check whether the read succeeded.
+    """
     split = swapper._adjust_for_misaligned_lengths
 
     def aligned(tensors: list[Any], offsets: list[int]) -> Any:
@@ -311,28 +321,30 @@ def _keep_misaligned_gradients(swapper: Any) -> None:
 
 
 def _folder(setup: Setup, num_parameters: int) -> Path | None:
-    """This machine's folder for what DeepSpeed keeps in files, removed when its first process ends; None where it keeps
-    nothing there. A collective. Raises UserError where the disk is too small."""
+    """Return this machine's folder for the files of DeepSpeed, or None if it keeps none. This is a collective.
+
+    The folder is removed when the machine's first process ends. Raises UserError if the disk is too small.
+    """
     if setup.engine.offload_path is None:
         return None
     run = hashlib.sha256(str(setup.run.absolute()).encode()).hexdigest()[:16]
     folder = setup.engine.offload_path / f"mimae-{run}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(folder, ignore_errors=True)  # A process that was killed may have left files.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     distributed.gather_objects(None)
     ranks, here = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     needed, free = 16 * num_parameters * here // ranks, shutil.disk_usage(setup.engine.offload_path).free
     if free < needed:
         raise UserError(
-            f"engine.offload_path={setup.engine.offload_path} has {free / 1e9:.2g} GB free, and the optimizer of this "
-            f"machine's ranks takes {needed / 1e9:.2g} GB"
+            f"engine.offload_path={setup.engine.offload_path} has {free / 1e9:.2g} GB free, but the optimizer of this "
+            f"machine's ranks needs {needed / 1e9:.2g} GB: choose a larger disk, or use more machines"
         )
     return folder
 
 
 def _config(stage: int, setup: Setup, device: torch.device, unit: int, folder: Path | None) -> dict[str, Any]:
-    """DeepSpeed's own settings; `unit`: parameters of the model's largest one."""
+    """Return DeepSpeed's own settings; `unit` is the number of parameters of the model's largest unit."""
     buffer = bucket(unit)
     spread: dict[str, Any] = {"stage": stage, "reduce_bucket_size": buffer, "allgather_bucket_size": buffer}
     if stage == 3:
@@ -356,13 +368,14 @@ def _config(stage: int, setup: Setup, device: torch.device, unit: int, folder: P
 
 
 def _import(device: torch.device) -> Any:
-    """DeepSpeed, quiet and building nothing."""
+    """Import DeepSpeed, with its logging reduced to errors and without building its extensions."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = import_module("deepspeed")
     import_module("deepspeed.utils").logger.setLevel(logging.ERROR)
-    # It calls torch's collectives by the names they had before torch 2.14.
+    # DeepSpeed calls torch's collectives by the names that they had before torch 2.14.
     warnings.filterwarnings("ignore", r".*`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Its collectives in shared memory are compiled at the first start, silently and for minutes; gloo has the same.
+    # DeepSpeed would compile its collectives in shared memory at the first start, silently and for minutes; gloo has
+    # equivalent ones.
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

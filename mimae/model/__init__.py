@@ -1,1 +1,1 @@
-"""The networks, and the masks that they see images through."""
+"""The networks, and the masks that choose which patches they see."""

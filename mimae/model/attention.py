@@ -1,8 +1,9 @@
-"""Backends of softmax attention: a function each, and why one cannot run.
+"""Backends of softmax attention, one function each, and the test whether a backend runs on this machine.
 
-All compute softmax(q k^T / sqrt(d)) v. `auto` is torch's own until a run has chosen, see `attention_choice`.
+All backends compute softmax(q k^T / sqrt(d)) v. `auto` is torch's own attention until the run has chosen a backend, see
+`attention_choice`.
 
-Letters in shapes: S sequences, H heads, M tokens that ask, T tokens that are asked, d width of a head.
+Letters in shapes: S sequences, H heads, M queries (tokens), T keys (tokens), d width of a head.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own, which chooses between its flash, memory-efficient and plain forms."""
+    """Compute attention with torch's own function, which chooses its flash, memory-efficient or plain form."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two products with a softmax between them. In bf16 the scores are rounded, and autograd keeps the weights."""
+    """Compute attention as two matrix products with a softmax between them.
+
+    In bf16 the scores are rounded. Autograd keeps the attention weights for backward.
+    """
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1, dtype=q.dtype) @ v
 
 
 class _PackedPlain(torch.autograd.Function):
-    """`plain` of a packed (S, T, 3 H d), whose gradient is packed too.
+    """The backend `plain` on a packed tensor (S, T, 3 H d), with a packed gradient.
 
-    Each of the two is copied once between its layout and that of the products. Autograd's own backward would copy the
-    three gradients out of their layout, and then once more into one tensor.
+    Input and gradient are each copied once between the packed layout and the layout of the matrix products. Autograd's
+    own backward would copy the three gradients twice: out of the products' layout, and then into one tensor.
     """
 
     @staticmethod
@@ -62,30 +66,34 @@ class _PackedPlain(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q, k (S H, T, d) -> q k^T / sqrt(d)."""
+    """Return the scores q k^T / sqrt(d), of shape (S H, T, T), for q and k (S H, T, d)."""
     return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
 
 
 def packed_plain(packed: Tensor, heads: int) -> Tensor:
-    """Queries, keys and values (S, T, 3 H d) of one set of tokens -> (S, T, H d)."""
+    """Return the attention (S, T, H d) for the packed queries, keys and values (S, T, 3 H d) of one set of tokens."""
     return _PackedPlain.apply(packed, heads)  # type: ignore[no-untyped-call]
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """cuDNN's fused attention, which torch's own choice ranks last."""
+    """Compute attention with cuDNN's fused kernel, which `sdpa` chooses last."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xformers' memory-efficient attention; its heads lie behind the tokens."""
+    """Compute xformers' memory-efficient attention, which expects the layout (S, T, H, d)."""
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
     return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's FlexAttention: fused on a GPU, by a compiled block around it or by itself; forward only on a CPU."""
+    """Compute attention with torch's FlexAttention.
+
+    On a GPU it is fused: it is compiled with the block around it, or separately if that block is not compiled. On a CPU
+    it has no backward.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     alone = q.is_cuda and not torch.compiler.is_compiling()
@@ -109,15 +117,18 @@ BACKENDS: dict[str, Attend] = {
 PACKED: dict[str, Callable[[Tensor, int], Tensor]] = {"plain": packed_plain}
 """Backends that take queries, keys and values of one set of tokens in one tensor: (S, T, 3 H d), H -> (S, T, H d).
 
-They are for blocks that run operator by operator; the compiler sees the copies itself."""
+They serve blocks that run eagerly, operator by operator. In a compiled block the compiler removes the copies itself."""
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str | None:
-    """Why a backend cannot train heads of these widths here, in words; None where it can: it has just done so."""
+    """Return the reason why a backend cannot train heads of these widths on `device`, or None if it can.
+
+    The function runs a small forward and backward to find out.
+    """
     try:
         for width in head_widths:
             qkv = torch.ones(3, 1, 2, 16, width, device=device, dtype=dtype, requires_grad=True)
             BACKENDS[backend](*qkv.unbind(0)).sum().backward()
-    except Exception as error:  # whatever a foreign backend raises is the reason
+    except Exception as error:  # Any exception of a third-party backend is the reason.
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None

@@ -1,4 +1,4 @@
-"""Backend for `model.attention=auto`: the fastest one on a step's own shapes, measured on its device."""
+"""Choice of the backend for `model.attention=auto`: the fastest one for a step's shapes, measured on the device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
 CANDIDATES = {"cpu": ("sdpa", "plain"), "cuda": ("sdpa", "cudnn", "xformers")}
-"""Backends that are measured, the default first. On a GPU flex is compiled for each shape, and plain moves all
-weights; both can be named."""
+"""Backends that are measured; the first is the default. Two backends are not measured on a GPU: flex, which is compiled
+for each shape, and plain, which writes all attention weights to memory. Both can be set by name."""
 
 SECONDS = 0.3
-"""Time that the turns of all backends take together; each has two turns on each shape at least."""
+"""Time budget of all measurements together, in seconds. Each backend runs at least twice on each shape."""
 
 SCORES = {"cpu": 2**20, "cuda": 2**30}
 """Number of attention weights in a measured call. A call with more is measured on fewer sequences."""
 
 MARGIN = 0.9
-"""The default stays unless another backend takes less than this share of its time."""
+"""Another backend replaces the default only if it takes less than this share of the default's time."""
 
 
 class Call(NamedTuple):
-    """A call of attention."""
+    """The shapes of a call of attention."""
 
     sequences: int
     heads: int
@@ -38,16 +38,16 @@ class Call(NamedTuple):
     width: int
     """Width of a head."""
     times: int
-    """How often a forward makes it."""
+    """Number of such calls in a forward."""
 
     def shortened(self, scores: int) -> Call:
-        """Return the call with fewer sequences, if it has more than so many attention weights."""
+        """Return the call with fewer sequences if it has more than `scores` attention weights, else the same call."""
         fitting = max(1, scores // (self.heads * self.queries * self.keys))
         return self._replace(sequences=min(self.sequences, fitting))
 
 
 def calls(recipe: Recipe, ranks: int) -> list[Call]:
-    """Return the calls of attention in a forward of one micro-batch of a rank."""
+    """Return the calls of attention in the forward of one rank's micro-batch."""
     model, decoder, sizes = recipe.model, recipe.decoder, geometry(recipe)
     sequences = max(1, recipe.schedule.batch_size // (recipe.schedule.accumulate * ranks)) * sizes.views
     shown, targets = 1 + sizes.visible, sizes.targets
@@ -60,7 +60,7 @@ def calls(recipe: Recipe, ranks: int) -> list[Call]:
 
 
 def choose(made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Return the backend for the calls of a step, and in words why it is this one."""
+    """Return the backend for the calls of a step, and the reason for the choice as text."""
     first, *others = CANDIDATES[device.type]
     if not made:
         return first, "the default"
@@ -78,7 +78,7 @@ def choose(made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> tu
 def measured(
     names: Sequence[str], made: Sequence[Call], device: torch.device, dtype: torch.dtype
 ) -> Mapping[str, float]:
-    """Return the seconds that each backend takes for all calls of a forward and its backward, at its best turns."""
+    """Return the seconds that each backend takes for all calls of a forward and its backward: best of its runs."""
     totals = dict.fromkeys(names, 0.0)
     asked = [call for call in made if call.times]
     for call in asked:
@@ -94,7 +94,7 @@ def measured(
 
 
 def _seconds(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of a forward and its backward, with queries, keys and values in one tensor as in a block."""
+    """Return the seconds of one forward and backward, with q, k and v packed in one tensor as in a block."""
     size = (call.sequences, call.keys, 3 * call.heads * call.width)
     packed = torch.zeros(size, device=device, dtype=dtype, requires_grad=True)
     _wait(device)

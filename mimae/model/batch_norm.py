@@ -1,6 +1,6 @@
-"""Batch norm without scale and shift, over the batches of all ranks: the norm in front of a linear classifier.
+"""Batch norm without scale and shift, over the batches of all ranks. It precedes a linear classifier.
 
-torch's own would keep other running moments on every rank.
+torch's own batch norm would keep different running moments on every rank.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ _MOMENTUM = 0.1
 
 
 class GlobalBatchNorm(nn.Module):
-    """(B, D) -> the same with mean 0 and variance 1 over the micro-batch of all ranks; in eval mode, of the running
-    moments. Its moments are constants for autograd: what comes in has no gradient, as a frozen encoder's output."""
+    """Normalise features (B, D) to mean 0 and variance 1 over the micro-batch of all ranks.
+
+    In eval mode the running moments are used. Autograd treats the moments as constants: the input has no gradient,
+    because it comes from a frozen encoder.
+    """
 
     mean: Tensor
     variance: Tensor

@@ -1,6 +1,6 @@
-"""The transformer block of encoder and decoder, under the names of timm's, able to answer for some tokens only.
+"""The transformer block of encoder and decoder. Its parameters have timm's names, and it can compute some tokens only.
 
-Letters in shapes: S sequences, M tokens that ask, T tokens that are asked, D width.
+Letters in shapes: S sequences, M queries (tokens), T keys (tokens), D width.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from mimae.model.settings import Checkpointing
 
 
 class QKV(nn.Linear):
-    """One weight (3D, D) for queries, keys and values, of one set of tokens or of two."""
+    """A projection to queries, keys and values with one weight (3D, D), for one set of tokens or for two."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """queries (S, M, D), context (S, T, D) -> q (S, M, D), k and v (S, T, D); without a context one tensor
-        (S, M, 3D) with all three of the queries."""
+        """Return q (S, M, D), and k and v (S, T, D), for queries (S, M, D) and context (S, T, D).
+
+        Without a context return one tensor (S, M, 3D), which holds q, k and v of the queries.
+        """
         if context is None:
             return (super().forward(queries),)
         parts = [self.in_features, 2 * self.in_features]
@@ -31,7 +33,7 @@ class QKV(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Attention of several heads, with the tokens that ask apart from those that are asked."""
+    """Multi-head attention. Queries and keys may come from different sets of tokens."""
 
     def __init__(self, width: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -41,7 +43,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, context: Tensor | None = None) -> Tensor:
-        """queries (S, M, D) look at context (S, T, D), or at each other -> (S, M, D)."""
+        """Return (S, M, D): the queries (S, M, D) attend to the context (S, T, D), or to each other if it is None."""
         parts = self.qkv(queries, context)
         if context is None:
             (packed,) = parts
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them, under the names of timm's (whose import takes seconds)."""
+    """Two linear layers with GELU between them. The names are those of timm's class, whose import takes seconds."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -61,12 +63,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map tokens (..., D) to (..., D)."""
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
 class Block(nn.Module):
-    """A pre-norm block as MAE and timm's ViT have them: biased qkv, an MLP of width `mlp` (4 x width), GELU."""
+    """A pre-norm block as in MAE and timm's ViT: qkv with bias, GELU, an MLP of width `mlp` (default: 4 x width)."""
 
     def __init__(self, width: int, heads: int, backend: str, mlp: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
@@ -76,9 +78,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp or 4 * width)
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """tokens (S, M, D) look at context (S, T, D), or at each other -> (S, M, D).
+        """Return (S, M, D): the tokens (S, M, D) attend to the context (S, T, D), or to each other if it is None.
 
-        `keep` (S, 2) multiplies what attention and MLP add to each sequence (drop path).
+        `keep` (S, 2) scales the outputs of attention and MLP before they are added to each sequence (drop path).
         """
         around = None if context is None else self.norm1(context)
         attended = self.attn(self.norm1(tokens), around)
@@ -96,15 +98,15 @@ def run_blocks(
     context: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """tokens (B, N, T, D) through every block, each view a sequence of its own -> (B, N, T - first, D).
+    """Return (B, N, T - first, D): the tokens (B, N, T, D) after every block. Each view is a separate sequence.
 
-    The tokens look at each other, or at `context` (B, N, C, D), which stays as it is. Those before `first` are not
-    asked for: what nobody reads of the last block (queries, projection and MLP of theirs) is not computed. `keep`
-    (B N, blocks, 2) multiplies what each block's attention and MLP add to a sequence: 0, or 1 / (1 - rate) where the
-    path is kept, with drop path; None: 1.
+    The tokens attend to each other, or to `context` (B, N, C, D), which no block changes. The last block computes
+    outputs only for the tokens from `first` on; queries, projection and MLP of the others are left out. `keep`
+    (B N, blocks, 2) scales the outputs of each block's attention and MLP (drop path): 0 if the path is dropped, else
+    1 / (1 - rate). None means 1 everywhere.
     """
     flat = tokens.flatten(0, 1)
-    # Contiguous once, where every block's norm would copy it.
+    # Make it contiguous once; otherwise the norm of every block would copy it.
     around = None if context is None else context.flatten(0, 1).contiguous()
     for i, block in enumerate(blocks):
         kept = None if keep is None else keep[:, i].to(flat.dtype)

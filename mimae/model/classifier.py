@@ -18,20 +18,23 @@ from mimae.randomness import Initial, Normal
 
 
 class Head(nn.Linear):
-    """A linear classifier whose first weights are normal with deviation `std`."""
+    """A linear classifier whose initial weights are normal with deviation `std`."""
 
     def __init__(self, width: int, classes: int, std: float) -> None:
         super().__init__(width, classes)
         self.std = std
 
     def initial_values(self) -> dict[str, Initial]:
-        """Return what does not begin by the rules of `randomness.initialise`."""
+        """Return the initial values that differ from the rules of `randomness.initialise`."""
         return {"weight": Normal(self.std)}
 
 
 class Classifier(Model):
-    """Pooled tokens, a norm, a linear layer. Its names are those of timm's ViT, with `encoder.` before the encoder's:
-    `fc_norm` takes the place of the encoder's own norm."""
+    """An encoder, pooling of its tokens, a norm and a linear layer.
+
+    The names are those of timm's ViT, with the prefix `encoder.` for the encoder. `fc_norm` replaces the encoder's own
+    final norm.
+    """
 
     evaluations = ("logits",)
 
@@ -58,14 +61,19 @@ class Classifier(Model):
         return tuple(self.encoder.blocks)
 
     def forward(self, images: Tensor, targets: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, H, W, 3), uint8 or normalised, targets (B, C), a distribution for each image, keep (B, depth, 2)
-        of `drop_path.keep_paths` -> the mean cross-entropy, fp32."""
+        """Return the mean cross-entropy, fp32.
+
+        Args:
+            images: (B, H, W, 3), uint8 or normalised.
+            targets: (B, C), a distribution over the classes for each image.
+            keep: (B, depth, 2), see `drop_path.keep_paths`.
+        """
         logits = self.logits(images, keep)
         with torch.autocast(images.device.type, enabled=False):
             return nn.functional.cross_entropy(logits.float(), targets)
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, H, W, 3) -> (B, C)."""
+        """Return the logits (B, C) of images (B, H, W, 3)."""
         tokens = self.encoder(images, keep=keep)[:, 0]
         pooled = tokens[:, 1:].mean(1) if self.pooling == "mean" else tokens[:, 0]
         return self.head(self.fc_norm(pooled))

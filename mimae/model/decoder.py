@@ -1,4 +1,4 @@
-"""MAE's decoder, on the sequence class | visible | targets, so that its predictions are a slice.
+"""MAE's decoder. Its sequence is class token | visible | targets, so that the predictions are a slice of it.
 
 Letters in shapes: B images, N views, L patches, K visible, M targets, D encoder width, Dd decoder width.
 """
@@ -16,10 +16,11 @@ from mimae.model.settings import DecoderSettings, ModelSettings
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of the target patches from the encoded visible tokens.
+    """A decoder that predicts the pixels of the target patches from the encoded visible tokens.
 
-    With cross attention a target knows of no other: each block's queries are the targets, its keys and values the
-    projected tokens of the encoder (class token included), which no block changes, normed by the block's own norm.
+    With cross attention the targets do not attend to each other. Each block's queries are the targets. Its keys and
+    values come from the projected tokens of the encoder, class token included: no block changes these tokens, and each
+    block applies its own norm to them.
     """
 
     pos_embed: Tensor
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(settings.width, grid.values)
 
     def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
-        """tokens (B, N, 1+K, D), visible (B, N, K), targets (B, N, M) -> predictions (B, N, M, 3P^2)."""
+        """Return predictions (B, N, M, 3P^2) for tokens (B, N, 1+K, D), visible (B, N, K) and targets (B, N, M)."""
         filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0])
         shown = tokens.shape[2]
         if self.is_cross:

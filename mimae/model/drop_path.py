@@ -1,4 +1,4 @@
-"""Drop path (stochastic depth) and dropout: which paths and channels are kept for each image of a batch."""
+"""Drop path (stochastic depth) and dropout: the factors of paths and channels for each image of a batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from mimae.randomness import Purpose, uniform, words
 
 
 def keep_paths(seed: int, epoch: int, sample_ids: Tensor, rate: float, depth: int) -> Tensor | None:
-    """Return what multiplies the paths of each image, as `blocks.run_blocks` takes it: fp32 (B, depth, 2), or None
-    where nothing is dropped.
+    """Return the factors of each image's paths for `blocks.run_blocks`: fp32 (B, depth, 2), or None if `rate` is 0.
 
-    The path of block l, of its attention (0) or its MLP (1), is dropped with probability rate * l / (depth - 1), as
-    timm does it; a path that is kept is divided by the probability that it is. Word 2 l + path of the sample's stream
-    decides, so that ranks and micro-batches do not matter.
+    Block l has two paths: attention (0) and MLP (1). Each is dropped with probability rate * l / (depth - 1), as in
+    timm. A path that is kept is divided by the probability of keeping it. Word 2 l + path of the sample's stream
+    decides, so that the result does not depend on ranks and micro-batches.
     """
     if rate == 0:
         return None
@@ -24,10 +23,10 @@ def keep_paths(seed: int, epoch: int, sample_ids: Tensor, rate: float, depth: in
 
 
 def keep_channels(seed: int, epoch: int, sample_ids: Tensor, rate: float, count: int, first: int = 0) -> Tensor | None:
-    """Return what multiplies `count` channels of each image: fp32 (B, count), or None where nothing is dropped.
+    """Return the factors of `count` channels of each image: fp32 (B, count), or None if `rate` is 0.
 
-    A channel is dropped with probability `rate`, else divided by the probability that it is kept. Words `first` on of
-    the sample's stream decide.
+    A channel is dropped with probability `rate`; else it is divided by the probability of keeping it. The words of the
+    sample's stream from number `first` on decide.
     """
     if rate == 0:
         return None

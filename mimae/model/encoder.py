@@ -1,4 +1,4 @@
-"""The encoder: a timm ViT that sees only the visible patches of each view.
+"""The encoder: a ViT with timm's names that sees only the visible patches of each view.
 
 Letters in shapes: B images, N views, L patches, K visible, T = 1 + K tokens, D width, P patch size.
 """
@@ -22,10 +22,10 @@ from mimae.randomness import Initial, Uniform
 
 
 def sincos_positions(width: int, grid: Grid) -> Tensor:
-    """Fixed positions (1 + L, D): zeros for the class token, then sin and cos of the column in the first half of
-    the channels, of the row in the second, at frequencies 10000^(-4i/D) (MAE's layout).
+    """Return fixed sin-cos positions (1 + L, D), fp32, computed in float64, in MAE's layout.
 
-    Computed in float64, returned in fp32. Raises ValueError when D is not a multiple of 4.
+    The class token's position is zero. The first half of the channels has sin and cos of the column, the second half
+    has those of the row, at frequencies 10000^(-4i/D). Raises ValueError if D is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
@@ -42,17 +42,17 @@ def sincos_positions(width: int, grid: Grid) -> Tensor:
 
 
 class PatchProjection(nn.Module):
-    """Owns the patch projection under timm's name `patch_embed.proj` and runs the fused embedding."""
+    """The patch projection, under timm's name `patch_embed.proj`; it runs the fused embedding."""
 
     def __init__(self, width: int, patch: int, bias: PatchBias = "zero") -> None:
         super().__init__()
-        # Where weights are sharded their own shape does not say how many inputs there are.
+        # The bound is computed here, because the shape of a sharded weight does not show the number of inputs.
         self.initial: dict[str, Initial] = {"bias": Uniform((3 * patch**2) ** -0.5)} if bias == "uniform" else {}
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.empty(width))
 
     def initial_values(self) -> dict[str, Initial]:
-        """Return what does not begin by the rules of `randomness.initialise`."""
+        """Return the initial values that differ from the rules of `randomness.initialise`."""
         return self.initial
 
     def forward(self, images: Tensor, visible: Tensor, pos: Tensor, cls: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class PatchProjection(nn.Module):
         return kernels.embed_visible(images, visible, self.weight, self.bias, pos, cls, mean, std)
 
     def _of_whole_images(self, images: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
-        """Return the tokens (B, 1, 1 + L, D) of images (B, H, W, 3) that are normalised already."""
+        """Return the tokens (B, 1, 1 + L, D) of images (B, H, W, 3) that are already normalised."""
         side = self.weight.shape[-1]
         patches = images.unfold(1, side, side).unfold(2, side, side)  # (B, rows, columns, 3, P, P)
         tokens = F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias) + pos[1:]
@@ -69,7 +69,7 @@ class PatchProjection(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT over visible tokens. Its state_dict has the names and shapes of timm's ViT of the same size."""
+    """A ViT over visible tokens. Its state_dict has the names and shapes of timm's ViT of the same size."""
 
     mean: Tensor
     std: Tensor
@@ -84,7 +84,11 @@ class Encoder(nn.Module):
         *,
         learned_positions: bool = False,
     ) -> None:
-        """`learned_positions`: the positions are a parameter that begins with these values, as in MAE's fine-tuning."""
+        """Build the encoder.
+
+        With `learned_positions` the positions are a parameter, as in MAE's fine-tuning. Its initial values are the
+        fixed positions.
+        """
         super().__init__()
         self.settings = settings
         self.grid = Grid.of(image_size, settings.patch_size)
@@ -104,25 +108,31 @@ class Encoder(nn.Module):
             for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(settings.width, eps=settings.norm_eps)
-        # Of the data set, not of the network: timm's state_dict has no place for them.
+        # Mean and std belong to the data set, not to the network: timm's state_dict has no keys for them.
         self.register_buffer("mean", torch.tensor(mean, device="cpu"), persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu"), persistent=False)
 
     def initial_values(self) -> dict[str, Initial]:
-        """Return the start of learned positions."""
+        """Return the initial values of learned positions."""
         return self.initial
 
     def forward(self, images: Tensor, visible: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """images (B, H, W, 3) uint8, visible (B, N, K) patch ids, or None for every patch in one view
-        -> tokens (B, N, 1+K, D) after the final norm. `keep`: see `run_blocks`.
+        """Return the tokens (B, N, 1+K, D) after the final norm.
 
-        Floating-point images are normalised already, as mixed or erased ones are, and seen whole."""
+        Args:
+            images: (B, H, W, 3), uint8. Floating-point images have to be normalised already, as mixed and erased images
+                are; all their patches are encoded.
+            visible: (B, N, K) patch ids; None stands for one view with every patch.
+            keep: factors of drop path, see `run_blocks`.
+        """
         tokens = run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing, keep=keep)
         return self.norm(tokens)
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """-> the tokens (B, N, 1+K, D) that enter the first block; `forward` says what it takes. Positions are
-        interpolated for images of another size than the encoder's."""
+        """Return the tokens (B, N, 1+K, D) that enter the first block; the arguments are those of `forward`.
+
+        If the images have another size than the encoder's, the positions are interpolated.
+        """
         grid = Grid.of(images.shape[1:3], self.settings.patch_size)
         if visible is None:
             every = torch.arange(grid.patches, device=images.device, dtype=torch.int32)
@@ -137,22 +147,22 @@ class Encoder(nn.Module):
         return tokens + positions[places]
 
     def tokens(self, images: Images) -> Tensor:
-        """-> (B, 1 + L, D) after the final norm, of whole images: the class token, then the patches row by row.
+        """Return the tokens (B, 1 + L, D) of whole images after the final norm: class token, then patches row by row.
 
-        images: uint8 (B, H, W, 3), one or several images as tensors, arrays or Pillow's; see `batch_of`. They are
-        taken at their own size, a multiple of the patch size, which may be another than the encoder's.
+        images: uint8 (B, H, W, 3), one or several images as tensors, arrays or Pillow images; see `batch_of`. They are
+        not resized. Their size must be a multiple of the patch size, and may differ from the encoder's.
         """
         return self(batch_of(images, self.mean.device))[:, 0]
 
     def features(self, images: Images) -> Tensor:
-        """-> (B, D): the mean of the patch tokens of whole images, which `tokens` describes."""
+        """Return the mean (B, D) of the patch tokens of whole images; see `tokens` for the images."""
         return self.tokens(images)[:, 1:].mean(1)
 
     def maps(self, images: Images, blocks: Sequence[int], keep: Tensor | None = None) -> list[Tensor]:
-        """-> for each of `blocks`, what it gives for the patches, (B, D, rows, columns), before the final norm.
+        """Return, for each of `blocks`, its output for the patches before the final norm: (B, D, rows, columns).
 
-        Blocks count from 0, or from the last one as -1. Images are as in `tokens`, `keep` (B, depth, 2) as in
-        `run_blocks`. Raises ValueError for other blocks.
+        Blocks are counted from 0, or from the last one as -1. See `tokens` for images, and `run_blocks` for `keep`
+        (B, depth, 2). Raises ValueError for a block that does not exist.
         """
         depth = len(self.blocks)
         if wrong := [block for block in blocks if not -depth <= block < depth]:

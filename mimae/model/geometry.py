@@ -1,4 +1,4 @@
-"""How images are cut into patches, and how many of them each view shows and predicts. Needs no torch.
+"""The grid of patches of an image, and the number of patches that each view shows and predicts. It needs no torch.
 
 Letters in shapes: N views, L patches, K visible, M targets, P patch size.
 """
@@ -22,18 +22,18 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, size_hw: Sequence[int], patch_size: int) -> Grid:
-        """Return the grid of an image of (height, width) pixels; pixels that fill no patch are left out."""
+        """Return the grid of an image of (height, width) pixels. Pixels at the end that fill no patch are left out."""
         height, width = size_hw
         return cls(height // patch_size, width // patch_size, patch_size)
 
     @property
     def patches(self) -> int:
-        """L, the patches of an image."""
+        """L, the number of patches of an image."""
         return self.rows * self.columns
 
     @property
     def values(self) -> int:
-        """3P^2, the values of a patch."""
+        """3P^2, the number of values of a patch."""
         return 3 * self.patch_size**2
 
     @property
@@ -47,15 +47,15 @@ class Geometry(NamedTuple):
 
     grid: Grid
     views: int
-    """N, the views of an image."""
+    """N, the number of views of an image."""
     visible: int
-    """K, the patches that a view shows."""
+    """K, the number of patches that a view shows."""
     targets: int
-    """M, the patches that the decoder predicts from a view."""
+    """M, the number of patches that the decoder predicts from a view."""
 
     @property
     def hidden(self) -> int:
-        """L - K, the patches that a view hides."""
+        """L - K, the number of patches that a view hides."""
         return self.grid.patches - self.visible
 
 

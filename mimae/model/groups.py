@@ -9,9 +9,11 @@ from mimae.optim.settings import OptimizerSettings
 
 
 def groups(optimizer: OptimizerSettings, images: int, views: int) -> Rule:
-    """Return the rule: weight decay for matrices, and for tokens where it is asked for; V has a learning rate of its
-    own, is clipped apart from the rest (method 3) and is not decayed. `images` of the global batch, each with so many
-    `views`, scale the rates.
+    """Return the rule that assigns each parameter to a group.
+
+    Matrices have weight decay, and so have tokens if `optimizer.decay_tokens` is set. The posterior V has a separate
+    learning rate, is clipped separately (method 3) and has no weight decay. The learning rates scale with `images`, the
+    number of images in the global batch, and `views`, the number of views of each image.
     """
     main = optimizer.peak(optimizer.learning_rate, images, views)
     posterior = optimizer.peak(optimizer.posterior_learning_rate or optimizer.learning_rate, images, views)

@@ -1,4 +1,4 @@
-"""Images as people hold them, for an encoder: one batch of uint8 pixels.
+"""Conversion of a user's images (tensors, arrays, Pillow images) to one batch of uint8 pixels.
 
 Letters in shapes: B images, H rows and W columns of pixels.
 """
@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 Picture = Tensor | np.ndarray | Image.Image
-"""One image: uint8 (H, W, 3), or one of Pillow's in any mode."""
+"""One image: uint8 (H, W, 3), or a Pillow image of any mode."""
 
 Images = Picture | Sequence[Picture]
-"""Several images of one size, uint8 (B, H, W, 3); or one."""
+"""Several images of one size, uint8 (B, H, W, 3), or one image."""
 
 
 def batch_of(images: Images, device: torch.device) -> Tensor:

@@ -37,7 +37,7 @@ def _orthogonal(
 def _independent(
     seed: int, epoch: int, sample_ids: Tensor, grid: Grid, num_views: int, num_visible: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw a permutation for each view, from the key of seed + view * 2^32 (a recipe's seed is below 2^32).
+    """Draw a permutation for each view, with the key seed + view * 2^32 (a recipe's seed is below 2^32).
 
     With N=1 the masks are those of `_orthogonal`.
     """
@@ -58,14 +58,15 @@ def draw(masking: MaskingSettings, seed: int, epoch: int, sample_ids: Tensor, gr
 def targets(predict: Predict, visible: Tensor, hidden: Tensor) -> Tensor:
     """Return the patches (B, N, M) that each view's decoder predicts, given visible (B, N, K) and hidden (B, N, L - K).
 
-    hidden: all that the view hides, M = L - K. next_view: what the next view shows, the first after the last, M = K;
-    disjoint views then have every visible patch predicted once per image, from another view.
+    With predict=hidden they are all patches that the view hides: M = L - K. With predict=next_view they are the visible
+    patches of the next view (of the first one, for the last view): M = K. If the views are disjoint, every visible
+    patch of an image is then predicted exactly once, from another view.
     """
     return hidden if predict == "hidden" else visible.roll(-1, 1)
 
 
 def views(recipe: Sections, seed: int, epoch: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what each view of a batch shows and predicts: visible (B, N, K) and targets (B, N, M)."""
+    """Return the patches that each view of a batch shows and predicts: visible (B, N, K) and targets (B, N, M)."""
     grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
     visible, hidden = draw(recipe.masking, seed, epoch, sample_ids, grid)
     return visible, targets(recipe.decoder.predict, visible, hidden)

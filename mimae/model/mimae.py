@@ -1,4 +1,4 @@
-"""MI-MAE: encoder, decoder and objective in one forward, uint8 pixels in and losses out."""
+"""MI-MAE: encoder, decoder and objective in one forward, from uint8 pixels to losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MIMAE(Model):
-    """The model that is pretrained. With N=1 and no MI terms its loss and gradients are MAE's, exactly."""
+    """The model of pretraining. With N=1 and without MI terms its loss and gradients are exactly MAE's."""
 
     evaluations = ("predict", "features")
 
@@ -47,9 +47,12 @@ class MIMAE(Model):
         return (*self.encoder.blocks, *self.decoder.blocks)
 
     def forward(self, images: Tensor, visible: Tensor, targets: Tensor) -> Losses:
-        """images (B, H, W, 3) uint8, visible (B, N, K), targets (B, N, M) -> losses; `loss` carries the graph."""
+        """Return the losses for images (B, H, W, 3) uint8, visible (B, N, K) and targets (B, N, M).
+
+        Only the field `loss` has a gradient.
+        """
         tokens = self.encoder(images, visible)
-        # Latents and losses are fp32 (or float64) whatever the precision of the networks.
+        # Latents and losses are fp32 (or float64) for every precision of the networks.
         exact = torch.autocast(images.device.type, enabled=False)
         with exact:
             started = self.objective.start(tokens)
@@ -58,7 +61,7 @@ class MIMAE(Model):
             return self.objective(predictions, started, images, targets, self.encoder.mean, self.encoder.std)
 
     def predict(self, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
-        """-> predictions (B, N, M, 3P^2), in the space of the reconstruction target."""
+        """Return predictions (B, N, M, 3P^2) in the space of the reconstruction target; arguments as in `forward`."""
         return self.decoder(self.encoder(images, visible), visible, targets)
 
     def features(self, images: Tensor) -> Tensor:
@@ -67,13 +70,13 @@ class MIMAE(Model):
 
 
 def outline(recipe: Recipe) -> MIMAE:
-    """The model of a recipe on the meta device: shapes and constants, no weights."""
+    """Return the model of a recipe on the meta device: it has shapes and constants, but no weights."""
     with torch.device("meta"):
         return MIMAE(recipe.data, recipe.masking, recipe.model, recipe.decoder, recipe.objective)
 
 
 def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
-    """The model of a recipe with the initial weights of its seed, on `device`."""
+    """Return the model of a recipe on `device`, with the initial weights of the recipe's seed."""
     model = outline(recipe)
     materialise(model, device)
     initialise(model, recipe.seed)
@@ -81,7 +84,7 @@ def build(recipe: Recipe, device: torch.device | str = "cpu") -> MIMAE:
 
 
 def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
-    """Return, by `key=value`, why the model of a recipe cannot run on a device; None where it can."""
+    """Return, by `key=value`, the reason why a setting of the model cannot run on a device, or None if it can."""
     model, decoder = recipe.model, recipe.decoder
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     heads = {model.width // model.heads, decoder.width // decoder.heads}
@@ -92,7 +95,7 @@ def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
 
 
 def _checkpointing_obstacle(recipe: Recipe) -> str | None:
-    """Return why blocks cannot be recomputed."""
+    """Return the reason why model.checkpointing cannot do what the recipe asks, or None if it can."""
     if recipe.model.checkpointing == "selective" and recipe.engine.kind == "zero3":
         return (
             "with engine.kind=zero3, which gathers weights inside blocks, its losses differed from those without by "

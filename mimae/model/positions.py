@@ -1,4 +1,4 @@
-"""Positions of an encoder for another grid of patches.
+"""Interpolation of an encoder's positions for another grid of patches.
 
 Letters in shapes: L patches, D width.
 """
@@ -13,9 +13,10 @@ from mimae.model.geometry import Grid
 
 
 def resampled(positions: Tensor, grid: Grid, other: Grid) -> Tensor:
-    """Return positions (1, 1 + L, D) of `grid` for the patches of `other`; the class token keeps its own.
+    """Interpolate positions (1, 1 + L, D) from `grid` to the patches of `other`; the class token's position is kept.
 
-    Bicubic without antialiasing, as MAE's code interpolates them. The same tensor where the grids are equal.
+    The interpolation is bicubic without antialiasing, as in MAE's code. If the grids are equal, the same tensor is
+    returned.
     """
     if (grid.rows, grid.columns) == (other.rows, other.columns):
         return positions

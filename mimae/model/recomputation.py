@@ -1,4 +1,4 @@
-"""Choice of what a block keeps until backward: everything, its products and its attention, or only its input."""
+"""Activation checkpointing: a block keeps all activations, its products and attention, or only its input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mimae.model.settings import Checkpointing
 
 BUDGET = 0.7
-"""Share of the activations of a compiled block that torch's partitioner keeps with `selective`. It is the share of
-products and attention; with 0.6 attention is recomputed too."""
+"""Share of the activations of a compiled block that torch's partitioner keeps with `selective`. Products and attention
+take about this share; with 0.6 attention would be recomputed too."""
 
 _ops = torch.ops.aten
 
@@ -30,8 +30,8 @@ _ATTENTION = {
 def _policy(context: Any, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
     """Return whether the result of an operator is kept.
 
-    The second product of the MLP is the last operator of a block with anything to recompute before it, so nothing
-    needs its result. It is the one that has more inputs than outputs.
+    The result of the MLP's second product is not kept: it is the last operator of a block, so no recomputation needs
+    it. The policy recognises it as the product with more inputs than outputs.
     """
     if op in _PRODUCTS:
         *_, weight = inputs
@@ -43,9 +43,9 @@ _SELECTIVE = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def call(block: nn.Module, how: Checkpointing, *inputs: Tensor | None) -> Tensor:
-    """Return block(*inputs). In training it keeps for backward what `how` says, and recomputes the rest there.
+    """Return block(*inputs). In training, `how` chooses the activations that are kept; backward recomputes the others.
 
-    A compiled block keeps what its graph was divided for, see `BUDGET`: with `selective` nothing wraps it.
+    With `selective` a compiled block is called directly, because its graph was already partitioned by `BUDGET`.
     """
     is_compiled = block._compiled_call_impl is not None
     if how == "none" or not block.training or (how == "selective" and is_compiled):

@@ -20,10 +20,10 @@ SIZES = {
 
 
 class MaskKind(NamedTuple):
-    """Properties of a mask kind that the checks of settings need; `masking.DRAWS` holds how it is drawn."""
+    """Properties of a mask kind that the checks of settings need. `masking.DRAWS` has the functions that draw masks."""
 
     is_disjoint: bool
-    """True if the views of an image share no patch; N K must then be at most L."""
+    """True if the views of an image share no patch. N K must then be at most L."""
 
 
 MASK_KINDS = {"orthogonal": MaskKind(is_disjoint=True), "independent": MaskKind(is_disjoint=False)}
@@ -38,26 +38,26 @@ Checkpointing = Literal["none", "selective", "full"]
 
 
 class MaskingSettings(Section):
-    """Views per image and what each of them shows."""
+    """The number of views per image, and the patches that each of them shows."""
 
     kind: Literal["orthogonal", "independent"] = Field(
         "orthogonal",
-        description="orthogonal: the views of an image share no patch; independent: each view is drawn alone",
+        description="orthogonal: the views of an image share no patch; independent: each view is drawn by itself",
     )
     num_masks: int = Field(4, ge=1, le=64, description="views per image, N")
     ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that a view hides")
     rounding: Literal["nearest", "down"] = Field(
-        "nearest", description="how the number of patches that a view shows is made whole; down: as in MAE's code"
+        "nearest", description="rounding of the number of patches that a view shows; down: as in MAE's code"
     )
 
     def num_visible(self, num_patches: int) -> int:
-        """K, the patches that a view shows: L (1 - ratio), made whole by `rounding`, at least 1 and at most L - 1."""
+        """Return K, the number of patches that a view shows: L (1 - ratio), rounded by `rounding`, from 1 to L - 1."""
         shown = num_patches * (1 - self.ratio)
         return min(max(int(shown) if self.rounding == "down" else round(shown), 1), num_patches - 1)
 
 
 class ModelSettings(Section):
-    """The encoder. `size` gives the numbers below it; each can be set alone, beside `size` or after it."""
+    """The encoder. `size` sets the numbers below it; a number that is set itself overrides `size`."""
 
     size: Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"] = Field(
         "base", description="named ViT size"
@@ -72,13 +72,13 @@ class ModelSettings(Section):
     attention: Literal["auto", "sdpa", "plain", "cudnn", "xformers", "flex"] = setting(
         "auto",
         resume="rounding",
-        description="what computes attention, in the decoder too; sdpa: torch's own choice; plain: two products and a "
-        "softmax; auto: the fastest one, as measured when a run starts",
+        description="backend of attention in encoder and decoder; sdpa: torch's own choice; plain: two matrix products "
+        "and a softmax; auto: the fastest one, as measured when a run starts",
     )
     patch_bias: PatchBias = Field(
         "zero",
-        description="where the bias of the patch projection begins; uniform: in ±1/sqrt(3 P^2), P the side of a patch, "
-        "as in MAE's code",
+        description="initial values of the bias of the patch projection; uniform: in ±1/sqrt(3 P^2), where P is the "
+        "side of a patch, as in MAE's code",
     )
     norm_eps: float = Field(
         1e-6, gt=0, description="epsilon of every LayerNorm, in the decoder too; transformers' own default is 1e-12"
@@ -87,15 +87,15 @@ class ModelSettings(Section):
         None,
         min_length=1,
         json_schema_extra=PATH,
-        description="what the weights start from: a run, a checkpoint or an export of ours (average:RUN: its moving "
-        "average), a file or folder of MAE, timm or transformers, timm:NAME from timm's cache; null: the seed alone "
-        "(docs/weights.md)",
+        description="source of the start weights: a run, a checkpoint or an export of mimae (average:RUN: its moving "
+        "average), a file or folder of MAE, timm or transformers, timm:NAME from timm's cache; null: random weights "
+        "from the seed (docs/weights.md)",
     )
     checkpointing: Checkpointing = setting(
         "none",
         resume="rounding",
-        description="what is recomputed in backward for less memory; selective: norms and activations of each block, "
-        "while products and attention are kept; full: each block, a third more compute",
+        description="recomputation in backward, which saves memory; selective: norms and activations of each block are "
+        "recomputed, products and attention are kept; full: each block is recomputed, which costs a third more compute",
     )
 
     @model_validator(mode="before")
@@ -113,14 +113,14 @@ class ModelSettings(Section):
 
 
 class DecoderSettings(Section):
-    """The decoder; used in pretraining alone."""
+    """The decoder, which is used only in pretraining."""
 
     width: int = Field(512, ge=4, description="decoder width")
     depth: int = Field(8, ge=1, description="decoder blocks")
     heads: int = Field(16, ge=1, description="attention heads of the decoder")
     predict: Predict = Field(
-        "hidden", description="targets of a view: all patches that it hides, or those that the next view shows"
+        "hidden", description="targets of a view: all patches that it hides, or the patches that the next view shows"
     )
     attention: Literal["self", "cross"] = Field(
-        "self", description="self: all tokens look at each other; cross: targets look at the visible tokens alone"
+        "self", description="self: all tokens attend to each other; cross: targets attend only to the visible tokens"
     )

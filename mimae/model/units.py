@@ -13,11 +13,11 @@ class Model(nn.Module):
     """A model that any engine can train: its forward takes the tensors of a micro-batch."""
 
     evaluations: ClassVar[tuple[str, ...]] = ()
-    """Names of its other forwards, which evaluation calls."""
+    """Names of the model's other forward methods, which evaluation calls."""
 
     compiled_budget: float = 1.0
     """Share of the activations of a compiled unit that are kept for backward; torch recomputes the others."""
 
     @abstractmethod
     def units(self) -> Sequence[nn.Module]:
-        """Return the blocks in the order in which they compute. Each is compiled, and spread over ranks, by itself."""
+        """Return the blocks in the order in which they compute. Each is compiled and sharded over ranks separately."""

@@ -49,7 +49,7 @@ def plan(
         near = max(round(resolved.schedule.batch_size / parts), 1) * parts
         raise UserError(
             f"schedule.batch_size={resolved.schedule.batch_size} must be divisible by {parts} = GPUs ({gpus}) x "
-            f"schedule.accumulate={resolved.schedule.accumulate}, as {near} is"
+            f"schedule.accumulate={resolved.schedule.accumulate}; the nearest is {near}"
         )
     if dry_run:
         from mimae.plan import dry

@@ -1,1 +1,1 @@
-"""Looking at runs: a report of one, a comparison of many, a live view, a profile of a step."""
+"""Analysis of runs: a report of one run, a comparison of several runs, a live view, a profile of a step."""

@@ -1,4 +1,4 @@
-"""The arguments of the verbs that look at runs: `mimae report`, `watch`, `compare` and `profile`."""
+"""The commands `mimae report`, `watch`, `compare` and `profile`, which analyse runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def report(
     run: RunPath,
     out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="the page [default: RUN/report.html]")] = None,
 ) -> None:
-    """Write a page of a run: curves, pictures, speed, memory, faults, recipe.
+    """Write an HTML page about a run: curves, pictures, speed, memory, faults, recipe.
 
-    One file, which needs no network. Also of a run that is under way.
+    The page is one file and needs no network. The run may still be in progress.
     """
     from mimae.errors import UserError
     from mimae.outside.files import Folder, write_atomically
@@ -41,11 +41,11 @@ def report(
 
 def watch(
     run: RunPath,
-    every: Annotated[float, typer.Option(help="seconds between two looks", min=0.2)] = 2.0,
+    every: Annotated[float, typer.Option(help="seconds between two updates", min=0.2)] = 2.0,
 ) -> None:
     """Watch a run in the terminal, from its files, until it is finished.
 
-    Where stdout is no terminal, the view is printed once. With --json each look is a line, until the run is finished.
+    If stdout is not a terminal, the view is printed once. With --json each update is a line, until the run is finished.
     """
     from mimae.report.watch import watch
 
@@ -55,18 +55,18 @@ def watch(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="directories of runs", metavar="RUN...")],
     baseline: Annotated[
-        Path | None, typer.Option(help="a file that --save wrote, or a run: exits with 1 past a regression")
+        Path | None, typer.Option(help="a file that --save wrote, or a run; a regression gives exit code 1")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="a share; what is worse by less is no regression", min=0.0, max=1.0)
+        float, typer.Option(help="a share; a figure that is worse by less is no regression", min=0.0, max=1.0)
     ] = 0.05,
-    save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="keep these runs as a baseline")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="also a page with their curves")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="save these runs as a baseline")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="also write a page with the curves")] = None,
 ) -> None:
     """Compare runs: settings first, then curves, speed, memory, measures.
 
-    Runs that differ in the seed alone count as one, with their spread. With --baseline the exit code is 1 if a figure
-    is worse by the tolerance or more and by more than noise explains.
+    Runs that differ only in the seed form one group, with a spread. With --baseline the exit code is 1 if a figure is
+    worse by the tolerance or more and by more than noise explains.
     """
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
@@ -95,14 +95,14 @@ def compare(
 def profile(
     recipe: RecipeName,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="steps that are profiled", min=1, max=1000)] = 20,
+    steps: Annotated[int, typer.Option(help="number of steps that are profiled", min=1, max=1000)] = 20,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="profile.json and a trace for Perfetto, here")
+        Path | None, typer.Option(metavar="FOLDER", help="write profile.json and a trace for Perfetto to this folder")
     ] = None,
 ) -> None:
-    """Profile the step of a recipe on this machine.
+    """Profile the training step of a recipe on this machine.
 
-    Time, FLOPs and memory by phase, beside what is planned; then what would save time. Nothing is trained or kept.
+    Prints time, FLOPs and memory by phase next to the planned figures, then advice that saves time. Nothing is saved.
     """
     import json
 

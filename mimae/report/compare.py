@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in their settings, then curves and figures; and a stored baseline."""
+"""Comparison of runs: differing settings, then curves and figures; also with a stored baseline."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from mimae.report.page import document
 from mimae.report.plots import Line
 
 _OWN = ("seed", "run.dir")
-"""Settings that every run has for itself."""
+"""Settings that differ between runs of the same group."""
 
 _AT = (0.1, 0.25, 0.5, 1.0)
-"""Shares of the steps that all runs have, at which their curves are compared."""
+"""Shares of the steps that all runs have in common, at which their curves are compared."""
 
 _BASELINE_BYTES = 1 << 24
 
 
 class Summary(NamedTuple):
-    """Figures of a run that are compared, and stored in a baseline."""
+    """The part of a run that is compared and stored in a baseline."""
 
     name: str
     settings: dict[str, str]
     machine: dict[str, str]
     figures: dict[str, Figure]
     run: runs.Run | None = None
-    """None for a run of which only the baseline is left."""
+    """The run itself; None if only its summary in a baseline is known."""
 
 
 class Group(NamedTuple):
-    """Runs that differ in the seed alone."""
+    """Runs that differ only in the seed."""
 
     name: str
     members: list[Summary]
@@ -53,15 +53,15 @@ class Group(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Groups of runs; the first is what the others are held against."""
+    """A comparison of groups of runs. The first group is the reference."""
 
     groups: list[Group]
     differences: list[tuple[str, list[str]]]
-    """Settings, and facts of the machine, that are not the same in all groups; "" where a group has none."""
+    """Settings, and facts about the machine, that differ between groups; "" if a group lacks one."""
     keys: list[str]
     """Names of the figures, in order."""
     changes: dict[tuple[str, str], Change]
-    """By group and figure."""
+    """Changes by group and figure."""
 
     @property
     def regressions(self) -> list[tuple[str, str, Change]]:
@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
 
 
 def summary(path: Path) -> Summary:
-    """Read what is compared of a run. Raises UserError."""
+    """Read the summary of a run. Raises UserError if there is no run."""
     run = runs.read(path)
     settings = {each.key: each.value for each in run.settings}
     machine = {key: str(value) for key, value in runs.leaves(run.environment) if key != "git.commit"}
@@ -77,8 +77,10 @@ def summary(path: Path) -> Summary:
 
 
 def contrast(summaries: Sequence[Summary], reference: Sequence[Summary] = (), *, tolerance: float) -> Comparison:
-    """Compare runs: with the runs of a baseline, or with the first of them and those that differ from it in the seed
-    alone."""
+    """Compare runs with the runs of a baseline, or else with the group of the first run.
+
+    A group consists of runs that differ only in the seed.
+    """
     groups = [*([Group("baseline", list(reference))] if reference else []), *_groups(summaries)]
     first, *rest = groups
     keys = list(dict.fromkeys(key for group in groups for member in group.members for key in member.figures))
@@ -92,10 +94,13 @@ def contrast(summaries: Sequence[Summary], reference: Sequence[Summary] = (), *,
 
 
 def save(path: Path, summaries: Sequence[Summary]) -> None:
-    """Keep runs as a baseline. Raises UserError for runs that differ in more than the seed, OSError."""
+    """Save runs as a baseline.
+
+    Raises UserError if the runs differ in more than the seed, and OSError if the file cannot be written.
+    """
     if differing := _differences(_groups(summaries)):
         keys = ", ".join(key for key, _ in differing[:5])
-        raise UserError(f"a baseline is of runs that differ in the seed alone; these differ in {keys}")
+        raise UserError(f"the runs of a baseline may differ only in the seed; these differ in {keys}")
     kept = [
         {
             "name": each.name,
@@ -109,7 +114,7 @@ def save(path: Path, summaries: Sequence[Summary]) -> None:
 
 
 def load(path: Path) -> list[Summary]:
-    """Read a baseline: a file that `save` wrote, or a run. Raises UserError."""
+    """Read a baseline: a file that `save` wrote, or a run. Raises UserError if it is neither."""
     if path.is_dir():
         return [summary(path)]
     try:
@@ -127,7 +132,7 @@ def load(path: Path) -> list[Summary]:
         raise UserError(f"the baseline {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is no baseline ({type(error).__name__}); mimae compare RUN... --save FILE writes one"
+            f"{path} is not a baseline ({type(error).__name__}); mimae compare RUN... --save FILE writes one"
         ) from error
 
 
@@ -137,31 +142,31 @@ def as_text(found: Comparison) -> str:
     names = [group.name for group in found.groups]
     if found.differences:
         rows = [[key, *values] for key, values in found.differences]
-        parts.append("What differs\n" + _aligned([["", *names], *rows]))
+        parts.append("Differences\n" + _aligned([["", *names], *rows]))
     else:
-        parts.append("The settings are the same but for the seed, and so is the machine.")
+        parts.append("The settings are equal except for the seed, and the machine is the same.")
     if curves := _at_steps(found.groups):
-        parts.append("Losses on the way (means over a group's runs and 5 % of the steps)\n" + _aligned(curves))
+        parts.append("Losses during training (means over a group's runs and 5 % of the steps)\n" + _aligned(curves))
     rows = [["", *names]]
     for key in found.keys:
         rows.append([key, *(_cell(found, group, key, place > 0) for place, group in enumerate(found.groups))])
-    parts.append("Figures (mean ± deviation over runs; the change from the first column)\n" + _aligned(rows))
+    parts.append("Figures (mean ± deviation over runs; change from the first column)\n" + _aligned(rows))
     return "\n\n".join(parts)
 
 
 def verdict(found: Comparison, tolerance: float) -> str:
-    """Return whether something is worse than the baseline, in words."""
+    """Return a text that says whether some figure is worse than the baseline."""
     if not found.regressions:
         return f"no figure is worse than the baseline by {tolerance:.0%} or more, beyond its noise"
     told = [
-        f"  {key} of {group}: worse by {change.worse:.1%}, and noise explains {change.error:.1%} ({change.by})"
+        f"  {key} of {group}: worse by {change.worse:.1%}; noise explains {change.error:.1%} ({change.by})"
         for group, key, change in found.regressions
     ]
     return "\n".join(["worse than the baseline:", *told])
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
-    """Return a comparison as JSON has it."""
+    """Return a comparison as JSON values."""
     return {
         "groups": [
             {
@@ -177,7 +182,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
 
 
 def as_page(found: Comparison) -> str:
-    """Return a comparison as one page, with the curves of all runs over each other."""
+    """Return a comparison as an HTML page, with the curves of all runs in the same plots."""
     names = tuple(group.name for group in found.groups)
     known = [
         (f"{group.name}/{member.name}" if len(group.members) > 1 else group.name, member.run)
@@ -202,8 +207,8 @@ def as_page(found: Comparison) -> str:
         (key, *(_cell(found, group, key, place > 0) for place, group in enumerate(found.groups))) for key in found.keys
     ]
     body = join(
-        tag("header", tag("h1", " · ".join(names)), tag("p", "runs beside each other", class_="state")),
-        tag("section", tag("h2", "What differs"), _differing(found, names)),
+        tag("header", tag("h1", " · ".join(names)), tag("p", "comparison of runs", class_="state")),
+        tag("section", tag("h2", "Differences"), _differing(found, names)),
         tag("section", tag("h2", "Figures"), table(("figure", *names), rows, numeric=len(names))),
         tag("section", tag("h2", "Curves"), *drawn),
     )
@@ -211,7 +216,7 @@ def as_page(found: Comparison) -> str:
 
 
 def _groups(summaries: Sequence[Summary]) -> list[Group]:
-    """Put runs together that differ in the seed alone."""
+    """Group runs that differ only in the seed."""
     found: dict[str, list[Summary]] = {}
     for each in summaries:
         same = json.dumps([pair for pair in sorted(each.settings.items()) if pair[0] not in _OWN])
@@ -237,7 +242,7 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 
 def _at_steps(groups: Sequence[Group]) -> list[list[str]]:
-    """Return the rows of a table of losses at shares of the steps that all runs have."""
+    """Return the rows of a table of losses at some shares of the steps that all runs have in common."""
     known = [group for group in groups if all(member.run is not None for member in group.members)]
     members = [member.run for group in known for member in group.members if member.run is not None]
     last = min((run.step for run in members), default=0)
@@ -280,7 +285,7 @@ def _cell(found: Comparison, group: Group, key: str, is_changed: bool) -> str:
 
 def _differing(found: Comparison, names: tuple[str, ...]) -> Html:
     if not found.differences:
-        return tag("p", "The settings are the same but for the seed, and so is the machine.")
+        return tag("p", "The settings are equal except for the seed, and the machine is the same.")
     return table(("key", *names), [(key, *values) for key, values in found.differences])
 
 

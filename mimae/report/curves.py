@@ -1,7 +1,7 @@
-"""Long curves in few points: the mean of a stretch as a line, its least and its most as a band.
+"""Reduction of long curves to few points: the mean of each segment as a line, its minimum and maximum as a band.
 
-A curve of 100,000 points drawn as it is hides its mean in its noise, and leaving points out hides its spikes. Means
-with a band show both, and their number is bounded.
+If all 100,000 points of a curve are drawn, noise hides the mean. If points are left out, spikes are lost. Means with a
+band show both, and the number of points is bounded.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import numpy as np
 from mimae.report.runs import Floats
 
 POINTS = 300
-"""The most points of a drawn curve."""
+"""Maximal number of points of a drawn curve."""
 
 
 class Curve(NamedTuple):
-    """Points of a line; NaN is a gap."""
+    """The points of a line; NaN is a gap."""
 
     x: Floats
     y: Floats
     low: Floats | None = None
-    """Least value of the stretch that a point stands for, as `high` is the most; None where a point is one value."""
+    """Minimum of the segment that a point stands for; None if a point is a single value."""
     high: Floats | None = None
+    """Maximum of that segment."""
 
 
 def thinned(x: Floats, y: Floats, points: int = POINTS) -> Curve:
-    """Return a curve of at most `points` points: stretches of equal length, each at the mean of its x and y.
+    """Return a curve of at most `points` points: the means of x and y over segments of equal length.
 
-    A stretch without any finite value is a gap.
+    A segment without a finite value is a gap.
     """
     if len(x) <= points:
         return Curve(x, y)
@@ -38,7 +39,7 @@ def thinned(x: Floats, y: Floats, points: int = POINTS) -> Curve:
     is_finite = np.isfinite(y)
     finite = np.add.reduceat(is_finite.astype(float), starts)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.add.reduceat(np.where(is_finite, y, 0.0), starts) / finite  # 0/0 is the NaN of a gap
+        mean = np.add.reduceat(np.where(is_finite, y, 0.0), starts) / finite  # 0/0 gives the NaN of a gap.
     low = np.minimum.reduceat(np.where(is_finite, y, np.inf), starts)
     high = np.maximum.reduceat(np.where(is_finite, y, -np.inf), starts)
     gap = finite == 0

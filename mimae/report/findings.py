@@ -1,4 +1,4 @@
-"""Findings that a person should know first about a run, from its records: each in a sentence, the gravest first."""
+"""The most important findings about a run, from its records: one sentence each, the most serious first."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mimae.telemetry.records import PHASES
 Weight = Literal["bad", "warn", "good"]
 
 SLOW = 0.05
-"""A share of the wall time that is worth a sentence."""
+"""Smallest share of the wall time that is reported."""
 
 
 _WAITED = "waited for data"
 _WARNINGS = 3
-"""The most warnings of the run itself that are repeated."""
+"""Maximal number of the run's own warnings that are repeated."""
 
 
 class Finding(NamedTuple):
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def findings(run: Run) -> list[Finding]:
-    """Return what is worth a person's attention; one sentence where nothing is."""
+    """Return the findings about a run, or one sentence if nothing is remarkable."""
     found = [*_faults(run), *_waits(run), *_learning(run)]
     order = ("bad", "warn", "good")
     return sorted(found, key=lambda finding: order.index(finding.weight)) or [
@@ -46,7 +46,7 @@ def _faults(run: Run) -> list[Finding]:
     if last.get("kind") == "error":
         details = last["details"]
         said = printable(f"{details.get('error', '?')}: {details.get('message', '')}")
-        found.append(Finding("bad", f"The run ended by an error: {said[:300]}"))
+        found.append(Finding("bad", f"The run ended with an error: {said[:300]}"))
     if kinds["skipped"]:
         found.append(
             Finding("bad", f"{_times(kinds['skipped'], 'step was', 'steps were')} skipped: a gradient was not finite.")
@@ -59,7 +59,7 @@ def _faults(run: Run) -> list[Finding]:
     if kinds["fault"]:
         found.append(Finding("warn", f"{_times(kinds['fault'], 'fault', 'faults')}: see the table of events."))
     warnings = [str(event["details"].get("what")) for event in run.events if event["kind"] == "warning"]
-    # The diagnosis of waiting stands with the share of the time that it cost.
+    # The diagnosis of waiting is reported together with its share of the time.
     others = dict.fromkeys(printable(text) for text in warnings if _WAITED not in text)
     found += [Finding("warn", f"{text[:1].upper()}{text[1:300]}.") for text in list(others)[-_WARNINGS:]]
     if kinds["resume"]:
@@ -72,7 +72,7 @@ def _faults(run: Run) -> list[Finding]:
 
 
 def _waits(run: Run) -> list[Finding]:
-    """Return where the wall time goes that is no computing."""
+    """Return findings about wall time that is not spent on computing."""
     epochs = run.epochs
     seconds = np.nansum(epochs["seconds"])
     if not seconds > 0:
@@ -84,7 +84,7 @@ def _waits(run: Run) -> list[Finding]:
     found = []
     waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
     if waiting > SLOW:
-        # The diagnosis of the run itself, where it lasted long enough for one.
+        # The run has its own diagnosis if it lasted long enough.
         causes = [str(e["details"]["what"]) for e in run.events if _WAITED in str(e["details"].get("what"))]
         cause = f" Its own diagnosis: {printable(causes[-1])}." if causes else " mimae bench data compares loaders."
         found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))
@@ -101,8 +101,8 @@ def _waits(run: Run) -> list[Finding]:
         found.append(
             Finding(
                 "warn",
-                f"{rest:.0%} of the time lies outside of the step's phases: logging, pictures, and the checks at the "
-                "end of an epoch (telemetry.probe_every_epochs, images_every_epochs).",
+                f"{rest:.0%} of the time was spent outside the phases of a step: logging, pictures, and the evaluation "
+                "at the end of an epoch (telemetry.probe_every_epochs, images_every_epochs).",
             )
         )
     held_back = cores.cause({name: _mean(epochs[name]) for name in cores.COLUMNS if epochs.has(name)})
@@ -111,7 +111,7 @@ def _waits(run: Run) -> list[Finding]:
     exposed = epochs.last("exposed_communication")
     if exposed > SLOW:
         found.append(
-            Finding("warn", f"In {exposed:.0%} of a step ranks communicate and nothing computes: docs/scaling.md.")
+            Finding("warn", f"During {exposed:.0%} of a step ranks communicate and nothing computes: docs/scaling.md.")
         )
     rates = epochs["images_per_s"][np.isfinite(epochs["images_per_s"])]
     if len(rates) >= 4 and rates[-1] < 0.85 * np.median(rates):
@@ -119,7 +119,7 @@ def _waits(run: Run) -> list[Finding]:
             Finding(
                 "warn",
                 f"The last epoch ran at {rates[-1]:,.0f} images/s, {1 - rates[-1] / np.median(rates):.0%} below the "
-                f"median epoch: another program on the machine, or a device that slows itself down when it is hot.",
+                f"median epoch: possible causes are another program on the machine, or a device that is too hot.",
             )
         )
     memory = epochs["mem_peak_bytes"][np.isfinite(epochs["mem_peak_bytes"])]

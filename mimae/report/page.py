@@ -1,4 +1,4 @@
-"""report.html: one run on one page that needs no network."""
+"""report.html: a page about one run, which needs no network."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from mimae.report.runs import Picture, Run, leaves, number
 from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
 
 PICTURES = 24
-"""The most pictures on a page."""
+"""Maximal number of pictures on a page."""
 
 PICTURE_BYTES = 3 << 20
-"""The most that all of them have; as text they have a third more."""
+"""Maximal size of all pictures together, in bytes; encoded as text they need a third more."""
 
 _PICTURE_FILE, _PIXELS = 1 << 26, 1 << 26
 _ROWS = 100
 
 MEANINGS = {
-    "loss": "what is minimised: the sum of the weighted terms",
+    "loss": "the minimised sum of the weighted terms",
     "rec": "reconstruction: squared error of the hidden patches",
     "max_mi": "InfoNCE: falls as the views of an image agree",
-    "min_mi": "CLUB per dimension: falls as a latent forgets what only its own input explains",
-    "fit": "likelihood of the network V that CLUB needs; it trains V alone",
+    "min_mi": "CLUB per dimension: falls as a latent loses information that only its own input explains",
+    "fit": "likelihood of the network V that CLUB needs; it trains only V",
     "gate": "weight of the MI terms: 0 closed, 1 open",
-    "accuracy": "share of right answers",
+    "accuracy": "share of right predictions",
     "deviation": "mean deviation of the latents over images; near 0 they have collapsed",
-    "effective_rank": "directions that the latents use; 1 is a collapse",
+    "effective_rank": "number of directions that the latents use; 1 is a collapse",
     "alignment": "squared distance between views of an image; lower is closer",
     "uniformity": "spread of latents over the sphere; lower is more even",
-    "saturated": "share of V's log-variances at their bounds; CLUB is no bound there",
+    "saturated": "share of V's log-variances at their limits, where CLUB is not a bound",
     "knn": "accuracy of nearest neighbours on held-out images",
     "val_rec": "reconstruction loss on held-out images",
     "grad_norm": "norm of the whole gradient before clipping",
     "exposed_communication": "share of a step in which ranks communicate and nothing computes",
-    "mfu": "share of the device's peak that the model's own FLOPs reach",
+    "mfu": "FLOPs of the model as a share of the device's peak",
 }
 """Explanation of each column, for its plot."""
 
 _GPU = {
-    "gpu_power_watts": ("GPU power", "W, the most of a rank"),
-    "gpu_clock_mhz": ("GPU clock", "MHz, the least of a rank"),
-    "gpu_celsius": ("GPU temperature", "degrees Celsius, the most of a rank"),
-    "gpu_throttled": ("GPU throttled", "share of readings, the most of a rank"),
+    "gpu_power_watts": ("GPU power", "W, maximum over ranks"),
+    "gpu_clock_mhz": ("GPU clock", "MHz, minimum over ranks"),
+    "gpu_celsius": ("GPU temperature", "degrees Celsius, maximum over ranks"),
+    "gpu_throttled": ("GPU throttled", "share of readings, maximum over ranks"),
 }
 
 _RANKS = {
@@ -69,7 +69,7 @@ _RANKS = {
     "exposed_communication": ("exposed communication", "% of a step", 100.0),
     "mem_peak_bytes": ("peak memory", "GiB", 2**-30),
 }
-"""Figures that are shown by rank if ranks differ in them: title, unit and factor."""
+"""Figures that are shown over ranks if ranks differ in them: title, unit and factor."""
 
 _EPOCH_COMMON = frozenset(
     {*("epoch", "step", "images", "seconds", "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes"),
@@ -78,17 +78,17 @@ _EPOCH_COMMON = frozenset(
 
 
 def page(run: Run) -> str:
-    """Return the page of a run."""
+    """Return the HTML page about a run."""
     parts = [_section(title, *content(run)) for title, content in track(_SECTIONS.items(), "page", len(_SECTIONS))]
     return document(run.name, join(*_head(run), *parts))
 
 
 def document(title: str, body: Html) -> str:
-    """Return a whole page around its body."""
+    """Return a complete HTML document with the given body."""
     files = resources.files("mimae.report")
     style, script = (Html(files.joinpath(name).read_text("utf-8")) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The page has no address to fetch from, and runs no script but its own, whatever a run put into it.
+    # The policy forbids the page to load anything and to run other scripts, whatever the run's files contain.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = tag(
         "head",
@@ -101,8 +101,8 @@ def document(title: str, body: Html) -> str:
     )
     foot = tag(
         "footer",
-        f"Written by mimae {__version__}. Where a curve has a band, the line is the mean of a stretch of records, and "
-        "the band goes from its least to its most.",
+        f"Written by mimae {__version__}. If a curve has a band, the line is the mean of a segment of records, and the "
+        "band shows its minimum and maximum.",
     )
     main = tag("main", body)
     return f"<!doctype html>\n{tag('html', head, tag('body', main, foot, tag('script', script)), lang='en')}\n"
@@ -179,12 +179,12 @@ def _plane(run: Run) -> Html:
         most = f" The bound on shared information cannot exceed log {batch:,} = {math.log(batch):.2f} nats."
     names = [f"epoch {epochs['epoch'][place] + 1:g}" for place in places]
     return plots.path(
-        "shared against input information",
+        "shared information and input information",
         *(own[places], shared[places], names),
-        "estimate of what latents keep of their own input, nats (CLUB)",
-        "bound on what views share, nats (InfoNCE)",
-        "Each point is an epoch, from faint to strong. A run does well when it moves up (views agree on more) and left "
-        f"(latents keep less that only their input explains).{most}",
+        "estimate of the information between latent and its own input, nats (CLUB)",
+        "lower bound of the information between views, nats (InfoNCE)",
+        "Each point is an epoch, from faint to strong. Training goes well if the path moves up (views share more "
+        f"information) and left (latents have less information that only their own input explains).{most}",
     )
 
 
@@ -211,7 +211,7 @@ def _speed(run: Run) -> Iterator[Html]:
 
 
 def _over_ranks(run: Run, key: str, title: str, unit: str, factor: float) -> Html:
-    """Return the plot of a figure that ranks differ in: the least, the mean and the most of them."""
+    """Return the plot of a figure over ranks: minimum, mean and maximum. It is empty if the ranks do not differ."""
     epochs = run.epochs
     if not np.nansum(epochs[f"{key}_most"] - epochs[f"{key}_least"]) > 0:
         return Html()
@@ -222,7 +222,7 @@ def _over_ranks(run: Run, key: str, title: str, unit: str, factor: float) -> Htm
 
 
 def _phases(run: Run) -> Html:
-    """Return the stacked bars of the phases, at most 60."""
+    """Return a plot of the phases' shares of time as stacked bars, at most 60."""
     epochs = run.epochs
     if not epochs.has("seconds_forward"):
         return Html()
@@ -232,7 +232,7 @@ def _phases(run: Run) -> Html:
     shares["other"] = np.maximum(0.0, 100 - np.sum([np.nan_to_num(share) for share in shares.values()], axis=0))
     curves = {name: thinned(epochs["epoch"] + 1, share, 60) for name, share in shares.items()}
     x = next(iter(curves.values())).x
-    note = "Other: logging, pictures, and the checks between two epochs."
+    note = "Other: logging, pictures, and the evaluation between two epochs."
     parts = {name: curve.y for name, curve in curves.items()}
     return plots.bars("where the time goes", x, parts, unit="% of an epoch", x_label="epoch", note=note)
 
@@ -267,7 +267,7 @@ def _evenly(pictures: list[Picture]) -> list[Picture]:
 
 
 def _jpeg(run: Run, picture: Picture) -> bytes | None:
-    """Return a picture small enough for a page; None for what is no picture."""
+    """Return a picture as a JPEG that is small enough for a page, or None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(Folder(run.path).read(picture.name, _PICTURE_FILE)), formats=["PNG"]) as image:
             if image.width * image.height > _PIXELS:
@@ -302,7 +302,7 @@ def _events(run: Run) -> Iterator[Html]:
     others = [event for event in run.events if event["kind"] != "save"]
     if others:
         rows = [(_time(each), _step(each), each["kind"], _in_words(each["details"])) for each in others[-_ROWS:]]
-        yield table(("time (UTC)", "step", "what", "details"), rows)
+        yield table(("time (UTC)", "step", "event", "details"), rows)
     if len(others) > _ROWS:
         yield tag("p", f"The last {_ROWS} of {len(others):,}; events.jsonl has all.", class_="note")
 
@@ -318,7 +318,7 @@ def _environment(run: Run) -> Iterator[Html]:
     facts = [*leaves(run.environment), *leaves(run.start, "init")]
     rows = [(key, str(value)[:500]) for key, value in facts if value is not None and value != []]
     if rows:
-        yield table(("what", "value"), rows[:_ROWS])
+        yield table(("fact", "value"), rows[:_ROWS])
 
 
 def _recipe(run: Run) -> Iterator[Html]:

@@ -1,7 +1,7 @@
 """Plots of a page: lines, the path of the information plane, stacked bars.
 
-The drawing is an SVG that takes any shape; the text beside it is HTML, so that it has its size on a phone too. A plot
-is complete without a script. The values that `page.js` reads out stand beside it as JSON.
+The drawing is an SVG that can be stretched. The text around it is HTML, so that it keeps its size on a phone. A plot is
+complete without a script. The page has the plot's values as JSON, which `page.js` shows at the cursor.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mimae.report.html import Html, join, tag
 from mimae.report.runs import Floats
 
 SIDE = 1000
-"""Units of a drawing in both directions."""
+"""Width and height of a drawing in its own units."""
 
 _LOGARITHMIC = 30.0
-"""A curve whose most is so many times its median is drawn on a logarithmic scale."""
+"""A curve is drawn on a logarithmic scale if its maximum is more than this many times its median."""
 
 
 _SMALLEST = 1e-200
-"""A range that is smaller is none."""
+"""A smaller range counts as empty."""
 
 
 class Line(NamedTuple):
@@ -44,14 +44,14 @@ class Scale(NamedTuple):
     is_log: bool = False
 
     def places(self, values: Floats) -> Floats:
-        """Return 0 to 1 for values in the range."""
+        """Return positions on the axis: 0 to 1 for values in the range."""
         low, high = self.low, self.high
         if self.is_log:
             values, low, high = np.log(np.maximum(values, low / 10)), math.log(low), math.log(high)
         return (values - low) / (high - low)
 
     def ticks(self, count: int, whole: bool = False) -> list[float]:
-        """Return at most about `count` round values of the range; `whole`: whole numbers alone."""
+        """Return about `count` round values of the range; with `whole` only whole numbers."""
         if self.is_log:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             every = max(1, -(-(last - first + 1) // (count + 1)))
@@ -70,7 +70,7 @@ def round_step(least: float) -> float:
 
 
 def scale(values: Floats, zero: bool = False, whole: bool = False) -> Scale:
-    """Return a range that shows `values`; `zero`: from 0 on; `whole`: without a margin."""
+    """Return a range that shows `values`; with `zero` it begins at 0, with `whole` it has no margin."""
     values = values[np.isfinite(values)]
     if not len(values):
         return Scale(0.0, 1.0)
@@ -79,7 +79,7 @@ def scale(values: Floats, zero: bool = False, whole: bool = False) -> Scale:
         return Scale(low / 1.1, high * 1.1, is_log=True)
     if zero:
         return Scale(min(0.0, low), high * 1.05 if high > _SMALLEST else 1.0)
-    if high - low <= max(1e-9 * max(abs(low), abs(high)), _SMALLEST):  # one value in the middle
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _SMALLEST):  # A single value is in the middle.
         low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
         return Scale(low, high)
     margin = 0 if whole else 0.05 * (high - low)
@@ -96,7 +96,7 @@ def lines(
     zero: bool = False,
     x_scale: Scale | None = None,
 ) -> Html:
-    """Return a plot of lines over the same axis; empty where none of them has a number."""
+    """Return a plot of lines with common axes. It is empty if no line has a finite value."""
     drawn = [line for line in drawn if np.isfinite(line.curve.y).any()]
     if not drawn:
         return Html()
@@ -119,11 +119,11 @@ def lines(
 
 
 def path(title: str, x: Floats, y: Floats, names: Sequence[str], x_label: str, y_label: str, note: str) -> Html:
-    """Return a plot of points in their order, joined by a line; `names`: of each point."""
+    """Return a plot of points that are joined by a line in their order; `names` has the name of each point."""
     x_scale, y_scale = scale(x), scale(y)
     across, up = x_scale.places(x), y_scale.places(y)
     dots = [
-        # A line of no length with a round cap: a circle would become an ellipse as the drawing is stretched.
+        # A dot is a line of length 0 with round caps: a circle would become an ellipse when the drawing is stretched.
         tag("path", class_="dot", style=f"stroke: var(--ramp{round(9 * place / max(1, len(x) - 1))})",
             d=f"M{across[place] * SIDE:.0f} {(1 - up[place]) * SIDE:.0f}h0")
         for place in range(len(x)) if np.isfinite(across[place]) and np.isfinite(up[place])
@@ -139,7 +139,7 @@ def path(title: str, x: Floats, y: Floats, names: Sequence[str], x_label: str, y
 
 
 def bars(title: str, x: Floats, parts: dict[str, Floats], *, unit: str, x_label: str, note: str = "") -> Html:
-    """Return stacked bars: one for each x, of the parts from below."""
+    """Return a plot of stacked bars, one for each x, with the first part at the bottom."""
     total = np.sum([np.nan_to_num(part) for part in parts.values()], axis=0)
     x_scale, y_scale = Scale(0.0, float(len(x))), scale(total, zero=True)
     base, drawn = np.zeros(len(x)), []
@@ -227,13 +227,13 @@ def _legend(names: Sequence[str]) -> Html:
 
 
 def as_json(data: object) -> Html:
-    """Return JSON that cannot end the element that it stands in."""
+    """Return JSON that cannot end the HTML element that contains it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return Html(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def readable(value: float) -> str:
-    """Return a number for people: 12k, 1.5M, 0.003."""
+    """Return a number in short form: 12k, 1.5M, 0.003."""
     if value and not 1e-4 <= abs(value) < 1e15:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -243,15 +243,17 @@ def readable(value: float) -> str:
 
 
 def _shown(curve: Curve) -> Floats:
-    """Return the values that an axis has to show: all of the line, and of its band what is no rare spike."""
+    """Return the values that an axis has to show: the whole line, and its band without rare spikes."""
     if curve.low is None or curve.high is None or not np.isfinite(curve.low).any():
         return curve.y
     return np.concatenate([curve.y, [np.nanquantile(curve.low, 0.01), np.nanquantile(curve.high, 0.99)]])
 
 
 def _path(across: Floats, up: Floats) -> str:
-    """Return the d of a line, broken at NaN. A point between two gaps is a dot: a line of no length with a round
-    cap."""
+    """Return the SVG path of a line, which is broken at NaN.
+
+    A point between two gaps is drawn as a dot: a line of length 0 with round caps.
+    """
     parts, is_open = [], False
     for place in range(len(across)):
         if not (np.isfinite(across[place]) and np.isfinite(up[place])):
@@ -266,7 +268,7 @@ def _path(across: Floats, up: Floats) -> str:
 
 
 def _band(across: Floats, y: Scale, low: Floats, high: Floats) -> str:
-    """Return the d of the area between two lines, in pieces between gaps."""
+    """Return the SVG path of the area between two lines, in pieces between gaps."""
     bottom, top = y.places(low), y.places(high)
     parts = []
     for piece in _pieces(np.isfinite(low) & np.isfinite(high)):
@@ -282,7 +284,7 @@ def _pieces(is_there: NDArray[np.bool_]) -> list[range]:
 
 
 def _unit(place: float) -> str:
-    # Beyond the drawing a place says nothing but the direction; engines of drawing dislike huge numbers.
+    # Positions far outside the drawing are limited, because SVG renderers do not handle huge numbers well.
     return f"{min(max(place, -1), 2) * SIDE:.0f}"
 
 

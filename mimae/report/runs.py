@@ -1,7 +1,8 @@
-"""Reading a run directory: records, events, pictures, environment and recipe, whatever state its files are in.
+"""Reading of a run directory: records, events, pictures, environment and recipe, in any state of its files.
 
-A run may come from a stranger, from an older version, or be under way. A line that is torn or no record is left out; a
-value that is no number is NaN; a file that is missing or broken is empty. Only what is no run at all is an error.
+A run may be of unknown origin, from an older version, or in progress. A line that is incomplete or no record is left
+out, a value that is not a number is NaN, and a missing or damaged file counts as empty. The only error is a directory
+that is not a run.
 """
 
 from __future__ import annotations
@@ -34,42 +35,42 @@ Floats = NDArray[np.float64]
 _MOST_COLUMNS = 200
 _LARGEST = 1e200
 _SMALL = 1 << 22
-"""Bytes that a JSON file of a run may have here."""
+"""Maximal size in bytes of a JSON file that is read here."""
 
 _PICTURE = re.compile(r"step-(\d{1,15})\.png")
 
 
 class Table:
-    """Records as columns of float64, in the order of the file; NaN where a record has no number."""
+    """Records as columns of float64, in the order of steps; NaN if a record has no number."""
 
     def __init__(self, found: Iterable[Mapping[str, Any]]) -> None:
-        """`found`: records with a `step`. Of two records of a step the later one counts; the order is that of steps."""
+        """Collect the records, each of which has a `step`. If a step has several records, the last one counts."""
         by_step = {record["step"]: record for record in found if 0 <= record["step"] < 2**53}
         rows = [by_step[step] for step in sorted(by_step)]
         self._length = len(rows)
         self.keys = list(dict.fromkeys(key for row in (*rows[:1], *rows[-1:]) for key in row))[:_MOST_COLUMNS]
-        """The columns, named by the first and the last record."""
+        """The names of the columns: the keys of the first and the last record."""
         self._columns = {key: np.array([number(row.get(key)) for row in rows]) for key in self.keys}
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, key: str) -> Floats:
-        """Return a column; all NaN for one that is not there."""
+        """Return a column; a column that does not exist is all NaN."""
         return self._columns.get(key, np.full(len(self), np.nan))
 
     def has(self, key: str) -> bool:
-        """Return whether a column holds any number."""
+        """Return True if a column has a finite number."""
         return bool(np.isfinite(self[key]).any())
 
     def last(self, key: str) -> float:
-        """Return the last number of a column; NaN where it has none."""
+        """Return the last finite number of a column, or NaN if it has none."""
         found = self[key][np.isfinite(self[key])]
         return float(found[-1]) if len(found) else math.nan
 
 
 def number(value: Any) -> float:
-    """Return a value of JSON as a number; NaN for anything else, and for what no sum could hold."""
+    """Return a JSON value as a number; NaN for other types, and for numbers that are too large for sums."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         return math.nan
     return float(value)
@@ -93,30 +94,30 @@ class BadSample(NamedTuple):
 class Picture(NamedTuple):
     step: int
     name: str
-    """Path inside of the run."""
+    """Path inside the run directory."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as far as its files tell. Read once: a run that is under way goes on without it."""
+    """The contents of a run's files at one moment. It is not updated if the run is in progress."""
 
     path: Path
     steps: Table
-    """metrics.jsonl."""
+    """Records of metrics.jsonl."""
     epochs: Table
-    """epochs.jsonl."""
+    """Records of epochs.jsonl."""
     events: list[dict[str, Any]]
     planned: int | None
-    """Steps that the run is to have; None where no checkpoint says it."""
+    """Planned number of steps; None if no checkpoint states it."""
     directions: Mapping[str, str]
-    """"max" or "min" by measure: which of its values is the best."""
+    """The best value of each measure: "max" or "min"."""
     recipe: RunRecipe | None
     settings: list[Value]
     recipe_fault: str = ""
-    """Why the recipe could not be read."""
+    """Reason why the recipe could not be read."""
     environment: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
-    """init.json: the weights that the run began with."""
+    """Contents of init.json: the weights from which the run started."""
     probe: dict[str, Any] = field(default_factory=dict)
     bad_samples: list[BadSample] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -137,14 +138,14 @@ class Run:
 
     @property
     def state(self) -> str:
-        """In what state the run was when it was read."""
+        """A description of the run's state when it was read."""
         step, last = f"{self.step:,}", self.events[-1] if self.events else {}
         whole = "" if self.planned is None or self.planned <= self.step else f" of {self.planned:,}"
         kind = last.get("kind")
         if kind == "finish":
             return f"finished after {step} steps"
         if kind == "error":
-            return f"ended by an error after step {step}{whole}"
+            return f"ended with an error after step {step}{whole}"
         if not len(self.steps):
             return "no step logged yet"
         if kind == "signal" or any(event["kind"] == "signal" for event in self.events[-2:]):
@@ -161,7 +162,7 @@ _COMMON_STEP = frozenset(
 
 
 def read(path: Path, tail: int | None = None) -> Run:
-    """Read a run, or of its records the last `tail` bytes alone. Raises UserError where there is none."""
+    """Read a run; with `tail`, read only the last `tail` bytes of its records. Raises UserError if there is no run."""
     try:
         if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
             raise UserError(f"{path} is not the directory of a run: it has neither config.yaml nor metrics.jsonl")
@@ -218,7 +219,7 @@ def _recipe(path: Path, origins: Mapping[str, Any]) -> tuple[RunRecipe | None, l
 
 
 def _checkpoint(path: Path) -> tuple[int | None, dict[str, str]]:
-    """Return what the newest checkpoint that can be read says of the whole run: its steps, and its measures."""
+    """Return the run's planned steps and the directions of its measures, from the newest readable checkpoint."""
     for name in contents.names(path):
         with suppress(CheckpointError, OSError):
             state = contents.read_state(path / "checkpoints" / name)

@@ -1,4 +1,4 @@
-"""A live view of a run in a terminal, from its files: state, time left, small curves, last events."""
+"""A live view of a run in a terminal, from its files: state, remaining time, small curves, last events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mimae.report.runs import Floats, Run
 from mimae.tools import status
 
 TAIL = 1 << 20
-"""Bytes of metrics.jsonl that are looked at: some thousand records."""
+"""Number of bytes of metrics.jsonl that are read: some thousand records."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
@@ -27,7 +27,10 @@ _EVENTS = 4
 
 
 def watch(path: Path, every: float) -> None:
-    """Show a run until it is finished, or until Ctrl-C; where stdout is no terminal, once. Raises UserError."""
+    """Show a run until it is finished or the user presses Ctrl-C; if stdout is not a terminal, show it once.
+
+    Raises UserError if there is no run.
+    """
     lines, is_done = view(path)
     if as_json(_document(lines, is_done)):
         while not is_done:
@@ -61,7 +64,7 @@ def _document(lines: list[str], is_done: bool) -> dict[str, object]:
 
 
 def view(path: Path) -> tuple[list[str], bool]:
-    """Return the lines of the view, and whether the run is finished. Raises UserError where there is no run."""
+    """Return the lines of the view, and True if the run is finished. Raises UserError if there is no run."""
     state = status.look(path)["state"]
     run = runs.read(path, tail=TAIL)
     lines = [f"{printable(path)}: {state}", *_progress(run), *_curves(run)]
@@ -76,7 +79,7 @@ def view(path: Path) -> tuple[list[str], bool]:
 
 
 def sparkline(values: Floats, width: int = _WIDTH) -> str:
-    """Return a curve of block characters, the newest value at the right; a blank where there is no number."""
+    """Return a curve of block characters with the newest value at the right; a blank stands for a missing number."""
     y = thinned(np.arange(len(values), dtype=float), values, width).y
     finite = y[np.isfinite(y)]
     if not len(finite):
@@ -87,7 +90,7 @@ def sparkline(values: Floats, width: int = _WIDTH) -> str:
 
 
 def _progress(run: Run) -> Iterator[str]:
-    """Yield the line of steps done and time left."""
+    """Yield the line with the number of steps done and the remaining time."""
     if not len(run.steps):
         return
     planned = run.planned or _planned(run)
@@ -103,7 +106,7 @@ def _progress(run: Run) -> Iterator[str]:
 
 
 def _planned(run: Run) -> int | None:
-    """Return the steps of the whole run by its recipe, as no checkpoint says them yet."""
+    """Return the planned number of steps by the recipe, for a run without checkpoints."""
     if run.recipe is None:
         return None
     schedule, epochs = run.recipe.schedule, run.steps.last("epoch")

@@ -1,1 +1,1 @@
-"""Semantic segmentation: pairs of image and mask, heads, evaluation by sliding windows."""
+"""Semantic segmentation: pairs of image and mask, heads, evaluation with sliding windows."""

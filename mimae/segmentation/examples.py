@@ -1,7 +1,7 @@
 """Examples of segmentation: a window of an image and the class of each of its pixels.
 
-In training the image is scaled at random, a window of data.image_size is cut out, mirrored half of the time, and its
-colours change. Image and mask go through the same change, a pure function of (seed, epoch, sample id).
+In training the image is scaled at random, a window of data.image_size is cut out and mirrored with probability 0.5, and
+its colours are changed. Image and mask have the same geometry, which is a pure function of (seed, epoch, sample id).
 
 Letters in shapes: h, w an image; H, W a window.
 """
@@ -26,20 +26,20 @@ from mimae.segmentation.masks import Masks
 from mimae.segmentation.settings import SegmentSettings
 
 TRIES = 11
-"""Windows that are drawn at most until no class has too large a share; the last one is taken anyway."""
+"""Maximal number of windows that are drawn until no class has too large a share. The last one is used anyway."""
 
 LONGEST = 4
-"""Largest side of an image at scale 1, in sides of the window: images that are longer and thinner are padded."""
+"""Largest side of an image at scale 1, in sides of the window. More elongated images are scaled down and padded."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, (0.5, 1.5), (0.5, 1.5), 18 / 180
-"""Ranges of the photometric change: an amount that is added to values in [0, 1], two factors, and a part of the circle
-of hues. Each change is made half of the time (SSD's recipe, which mmsegmentation uses)."""
+"""Ranges of the photometric changes: an offset for values in [0, 1], two factors, and a share of the hue circle. Each
+change is made with probability 0.5 (SSD's recipe, which mmsegmentation uses)."""
 
 _WORDS = 2 + 2 * TRIES + 8
 
 
 class Pair(NamedTuple):
-    """An image and its classes."""
+    """An image and the classes of its pixels."""
 
     image: Tensor
     """uint8 (3, h, w)."""
@@ -48,28 +48,30 @@ class Pair(NamedTuple):
 
 
 def covering(size: tuple[int, int], window: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
-    """Return the size (height, width) of an image at a scale, where 1 is the smallest that covers the window; an image
-    of more than `LONGEST` windows is smaller."""
+    """Return the size (height, width) of an image at `scale`; scale 1 is the smallest that covers the window.
+
+    An image whose longer side would exceed `LONGEST` windows is scaled down, so that it does not cover the window.
+    """
     down, across = window[0] / size[0], window[1] / size[1]
     ratio = scale * min(max(down, across), LONGEST * min(down, across))
     return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
 
 
 class Reader:
-    """Reads pairs of image and mask."""
+    """Reader of pairs of image and mask."""
 
     def __init__(self, masks: Masks, data: DataSettings) -> None:
         self.masks, self.window = masks, data.size_hw
         self.paper = torch.tensor([round(255 * mean) for mean in data.mean], dtype=torch.uint8)
 
     def pair(self, encoded: Encoded, source_id: int) -> Pair:
-        """Return an image, upright, and its classes. Raises BadImage."""
+        """Return an upright image and its classes. Raises BadImage if one of them cannot be read."""
         pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
         classes = self.masks.classes(source_id, pixels.shape[:2])
         return Pair(torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes))
 
     def scaled(self, pair: Pair, scale: float) -> Pair:
-        """Return a pair at a scale, padded to the window where it is smaller."""
+        """Return a pair at a scale, padded to the size of the window if it is smaller."""
         size = list(covering((pair.image.shape[1], pair.image.shape[2]), self.window, scale))
         image = F.resize(pair.image, size, InterpolationMode.BILINEAR, antialias=True)
         classes = F.resize(pair.classes[None].float(), size, InterpolationMode.NEAREST_EXACT)[0].short()
@@ -77,8 +79,7 @@ class Reader:
 
 
 def padded(image: Tensor, window: tuple[int, int], paper: Tensor) -> Tensor:
-    """Return an image (3, h, w) with the colour `paper` (3,) below and to the right, where it is smaller than the
-    window."""
+    """Pad an image (3, h, w) below and to the right with the colour `paper` (3,), if it is smaller than the window."""
     height, width = image.shape[1:]
     canvas = paper.to(image.device)[:, None, None].expand(3, max(height, window[0]), max(width, window[1])).clone()
     canvas[:, :height, :width] = image
@@ -86,13 +87,13 @@ def padded(image: Tensor, window: tuple[int, int], paper: Tensor) -> Tensor:
 
 
 def padded_classes(classes: Tensor, window: tuple[int, int]) -> Tensor:
-    """Return classes (h, w) with ignored ones where an image is padded."""
+    """Pad classes (h, w) with `IGNORED` where an image is padded."""
     below, right = (max(0, side - own) for side, own in zip(window, classes.shape))
     return functional.pad(classes, (0, right, 0, below), value=IGNORED)
 
 
 class Jittered(Reader):
-    """Reads the windows of training."""
+    """Reader of training windows."""
 
     def __init__(self, masks: Masks, data: DataSettings, settings: SegmentSettings, seed: int) -> None:
         super().__init__(masks, data)
@@ -110,7 +111,7 @@ class Jittered(Reader):
         return Example(image.permute(1, 2, 0).contiguous(), {"classes": classes.contiguous()})
 
     def _window(self, pair: Pair, drawn: list[int]) -> Pair:
-        """Return a random window in which several classes are, and none has more than its share."""
+        """Return a random window with several classes, none of which has more than the largest allowed share."""
         height, width = self.window
         most = self.settings.max_class_share
         for i in range(TRIES):
@@ -124,8 +125,10 @@ class Jittered(Reader):
 
 
 def photometric(image: Tensor, drawn: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of an image uint8 (3, h, w), each half of the time. `drawn`: 8
-    random words."""
+    """Change brightness, contrast, saturation and hue of an image uint8 (3, h, w), each with probability 0.5.
+
+    `drawn` has 8 random words.
+    """
     is_on = (drawn[:4] < 1 << 31).tolist()
     at = (2 * uniform(drawn[4:]) - 1).tolist()
     if is_on[0]:
@@ -138,12 +141,12 @@ def photometric(image: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _between(low: float, high: float, at: float) -> float:
-    """Return the point of a range that -1 to 1 stands for."""
+    """Return the point of the range at position `at`, from -1 (low) to 1 (high)."""
     return (low + high) / 2 + (high - low) / 2 * at
 
 
 class Central(Reader):
-    """Reads the central window of an image at scale 1, for pictures."""
+    """Reader of the central window of an image at scale 1, for pictures."""
 
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
         image, classes = self.scaled(self.pair(encoded, source_id), 1.0)
@@ -155,7 +158,7 @@ class Central(Reader):
 
 
 class Whole(Reader):
-    """Reads whole images at scale 1, and their classes at the size that they have in the file; a batch has one."""
+    """Reader of whole images at scale 1, and of their classes at the size of the file. A batch has one image."""
 
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
         image, classes = self.pair(encoded, source_id)

@@ -1,8 +1,8 @@
-"""Heads of segmentation: from four maps of an encoder to the logits of each pixel.
+"""Heads of segmentation, which map four feature maps of an encoder to the logits of each pixel.
 
-Their norms are those that engines can spread over ranks: GroupNorm and LayerNorm know no batch.
+Their norms are GroupNorm and LayerNorm, which do not depend on the batch, so that any engine can train them.
 
-Letters in shapes: B images, D width of the encoder, W of the head, r, c rows and columns of patches, C classes.
+Letters in shapes: B images, D width of the encoder, W width of the head, r, c rows and columns of patches, C classes.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from mimae.randomness import Initial, Normal
 _GROUPS, _CHANNELS = 32, 8
 
 POOLS = (1, 2, 3, 6)
-"""Sides of the grids that the coarsest map is pooled to."""
+"""Sides of the grids to which the coarsest map is pooled."""
 
 AUXILIARY_WIDTH = 256
-"""Channels of the second, small head."""
+"""Number of channels of the auxiliary head."""
 
 
 class Classes(nn.Conv2d):
-    """The logits of each place of a map."""
+    """A 1 x 1 convolution that computes the logits at each position of a map."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__(width, classes, 1)
 
     def initial_values(self) -> dict[str, Initial]:
-        """Return what does not begin by the rules of `randomness.initialise`."""
+        """Return the initial values that differ from the rules of `randomness.initialise`."""
         return {"weight": Normal(0.01)}
 
 
 class ChannelNorm(nn.LayerNorm):
-    """A layer norm over the channels of each place of a map."""
+    """A layer norm over the channels at each position of a map."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    """Return a norm of at most 32 groups, each with several channels: one value alone, in a map of 1 x 1, would always
-    become 0."""
+    """Return a GroupNorm of at most 32 groups, each with several channels.
+
+    In a map of 1 x 1 a group with a single channel would always be normalised to 0.
+    """
     most = max(1, min(_GROUPS, width // _CHANNELS))
     return nn.GroupNorm(max(n for n in range(1, most + 1) if width % n == 0), width)
 
 
 def _conv(inputs: int, outputs: int, side: int) -> nn.Sequential:
-    """Return a convolution, a norm and ReLU."""
+    """Return a convolution followed by a norm and ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False), _norm(outputs), nn.ReLU())
 
 
@@ -64,7 +66,7 @@ def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Module):
-    """One linear layer on the four maps, each with a norm of its own."""
+    """A head of one linear layer on the four maps, each of which has a separate norm."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
@@ -72,12 +74,12 @@ class Linear(nn.Module):
         self.classes = Classes(4 * inputs, classes)
 
     def forward(self, maps: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Four maps (B, D, r, c) -> (B, C, r, c)."""
+        """Return logits (B, C, r, c) for four maps (B, D, r, c)."""
         return self.classes(torch.cat([norm(each) for norm, each in zip(self.norms, maps)], 1))
 
 
 class Pyramid(nn.Module):
-    """Four maps of one size -> maps of 4, 2, 1 and 1/2 times their size."""
+    """Layers that resize four maps of one size to 4, 2, 1 and 1/2 times that size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -99,8 +101,10 @@ class Pyramid(nn.Module):
 
 
 class UperNet(nn.Module):
-    """UPerHead of mmsegmentation: pooling on the coarsest map, a pyramid from there to the finest one, and one map of
-    all levels (Xiao et al., Unified Perceptual Parsing for Scene Understanding)."""
+    """UPerHead of mmsegmentation (Xiao et al., Unified Perceptual Parsing for Scene Understanding).
+
+    It pools the coarsest map, builds a feature pyramid down to the finest map, and fuses all levels to one map.
+    """
 
     def __init__(self, inputs: int, width: int, classes: int) -> None:
         super().__init__()
@@ -112,7 +116,10 @@ class UperNet(nn.Module):
         self.classes = Classes(width, classes)
 
     def forward(self, levels: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """Maps (B, D, ., .) from the finest to the coarsest, keep (B, W) of dropout -> (B, C, ., .) of the finest."""
+        """Return logits (B, C, ., .) at the finest size.
+
+        `levels` are maps (B, D, ., .) from the finest to the coarsest. `keep` (B, W) has the factors of dropout.
+        """
         coarsest = levels[3]
         pools = [
             _resized(pool(F.adaptive_avg_pool2d(coarsest, side)), coarsest.shape[2:])
@@ -130,7 +137,7 @@ class UperNet(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """FCNHead of mmsegmentation with one convolution."""
+    """The auxiliary head: FCNHead of mmsegmentation with one convolution."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
@@ -138,5 +145,5 @@ class Auxiliary(nn.Module):
         self.classes = Classes(AUXILIARY_WIDTH, classes)
 
     def forward(self, level: Tensor, keep: Tensor | None = None) -> Tensor:
-        """A map (B, D, r, c), keep (B, 256) of dropout -> (B, C, r, c)."""
+        """Return logits (B, C, r, c) for a map (B, D, r, c). `keep` (B, 256) has the factors of dropout."""
         return self.classes(_kept(self.conv(level), keep))

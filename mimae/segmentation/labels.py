@@ -1,4 +1,4 @@
-"""From the values of a mask to classes.
+"""Conversion of the values in a mask to classes.
 
 Letters in shapes: h, w an image.
 """
@@ -15,20 +15,20 @@ from mimae.errors import UserError
 from mimae.segmentation.settings import LARGEST_ID, SegmentSettings
 
 IGNORED = -1
-"""Class of the pixels that are neither learned nor judged."""
+"""Class of the pixels that are ignored in training and evaluation."""
 
 _UNKNOWN = -2
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes and the values that they have in masks."""
+    """The classes, and their values in masks."""
 
     settings: SegmentSettings
 
     @classmethod
     def of(cls, settings: SegmentSettings) -> Labels:
-        """Return the labels that the settings name. Raises UserError where they name none."""
+        """Return the labels of the settings. Raises UserError if the settings have no classes."""
         if settings.classes is None:
             raise UserError("segment.classes=null: it has to be the number of classes, or the list of their names")
         return cls(settings)
@@ -48,8 +48,10 @@ class Labels:
         return table
 
     def classes(self, values: np.ndarray) -> np.ndarray:
-        """Return the class of each pixel, int16 (h, w), from the mask's values, integers (h, w). Raises BadImage for
-        values that no class has."""
+        """Return the class of each pixel, int16 (h, w), given the integer values (h, w) of a mask.
+
+        Raises BadImage for values that belong to no class.
+        """
         outside = (values < 0) | (values > LARGEST_ID)
         found = self.table[np.where(outside, 0, values)]
         found[outside] = _UNKNOWN

@@ -1,4 +1,4 @@
-"""Where the masks of a source's images are, and how one is read.
+"""The masks of a source's images: how their files are found and read.
 
 Letters in shapes: h, w an image.
 """
@@ -24,7 +24,7 @@ from mimae.outside.text import printable
 from mimae.segmentation.labels import Labels
 
 ENDINGS = (".png", ".tif", ".tiff", ".bmp", ".gif")
-"""Extensions of masks. JPEG is none of them: it changes values."""
+"""Extensions of masks. JPEG is not among them, because it changes values."""
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 _MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -35,14 +35,21 @@ class Masks:
     """The masks of a source, by its sample ids."""
 
     def __init__(self, source: Source, folder: str | None, key: str, labels: Labels, max_pixels: int) -> None:
-        """`folder`: where they are, under the names of the images; None: where the source says, see `_by_layout`.
-        `key`: the name of the setting, for messages. Raises DataError where an image has no mask."""
+        """Find the mask of every image of a source.
+
+        Args:
+            folder: the folder of the masks, which have the names of the images; None: see `_by_layout`. A list file
+                names the masks itself.
+            key: the name of the setting, for messages.
+
+        Raises DataError if an image has no mask.
+        """
         self.labels, self.max_pixels = labels, max_pixels
         images = [source.path(i) for i in range(len(source))]
         if not os.path.exists(images[0]):
             raise DataError(
-                f"{printable(source.name)} has images inside of other files, and masks go with image files: legal is "
-                "a folder of images, or a list file with an image and its mask on each line"
+                f"{printable(source.name)} has images inside other files, but masks need image files: legal is a "
+                "folder of images, or a list file with an image and its mask on each line"
             )
         is_list = Path(source.name).suffix.lower() in lists.EXTENSIONS
         if is_list:
@@ -65,15 +72,18 @@ class Masks:
                         f"{len(missing):,} of {len(images):,} images of {printable(source.name)} have no mask:",
                         *named[:_SHOWN],
                         *more,
-                        f"A mask has the name of its image, but for the extension ({', '.join(ENDINGS)}); add the "
-                        "masks, or leave these images out of a list file",
+                        f"A mask has the name of its image, with another extension ({', '.join(ENDINGS)}); add the "
+                        "masks, or use a list file without these images",
                     ]
                 )
             )
 
     def classes(self, i: int, size: tuple[int, int]) -> np.ndarray:
-        """Return the class of each pixel of sample i, int16 (h, w), an image of `size` (height, width). Raises BadImage
-        with the mask's path: of another size, in colours, damaged, or with values that no class has."""
+        """Return the class of each pixel of sample i, int16 (h, w); `size` is (height, width) of the image.
+
+        Raises BadImage, with the mask's path, if the mask has another size, is in colours or damaged, or has values
+        that belong to no class.
+        """
         path = self.paths[i]
         assert path is not None
         try:
@@ -88,26 +98,26 @@ def _values(path: str, size: tuple[int, int], max_pixels: int) -> np.ndarray:
             image = Image.open(io.BytesIO(file.read()), formats=_FORMATS)
         found = (image.height, image.width)
         if found != size:
-            raise BadImage(f"{found[1]} x {found[0]} pixels, and the image has {size[1]} x {size[0]}")
+            raise BadImage(f"it has {found[1]} x {found[0]} pixels, but the image has {size[1]} x {size[0]}")
         if found[0] * found[1] > max_pixels:
-            raise BadImage(f"{found[0] * found[1]} pixels, more than data.max_pixels = {max_pixels}")
+            raise BadImage(f"it has {found[0] * found[1]} pixels, more than data.max_pixels = {max_pixels}")
         if image.mode not in _MODES:
             raise BadImage(
-                f"it has colours (mode {image.mode}), and a mask is grey or has a palette, with the number of a class "
-                "for each pixel"
+                f"it has colours (mode {image.mode}), but a mask must be grey or have a palette, with the number of a "
+                "class for each pixel"
             )
         return np.asarray(image).astype(np.int64)
     except BadImage:
         raise
-    except Exception as error:  # On damaged files decoders raise almost anything.
+    except Exception as error:  # Decoders raise almost any exception on damaged files.
         raise BadImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def _of_list(source: Source) -> list[str | None]:
-    """Return the masks that stand in the second column of a list, which is its class for other tasks."""
+    """Return the masks in the second column of a list file; for other tasks this column is the class."""
     if source.labels is None or source.classes is None:
         raise DataError(
-            f"{printable(source.name)} names images alone; for segmentation each line is an image and, after a tab "
+            f"{printable(source.name)} names only images; for segmentation each line must be an image and, after a tab "
             "(in .csv a comma), its mask"
         )
     folder = Path(source.name).absolute().parent
@@ -116,10 +126,10 @@ def _of_list(source: Source) -> list[str | None]:
 
 
 def _beside(images: list[str], root: str, folder: str) -> list[str | None]:
-    """Return the masks in `folder` that have the images' names below `root`."""
+    """Return the masks in `folder`, which have the same relative paths as the images below `root`."""
     place = Path(folder).expanduser().absolute()
     if not place.is_dir():
-        raise DataError(f"{printable(folder)} is no folder; masks are in a folder, under the names of their images")
+        raise DataError(f"{printable(folder)} is not a folder; it must be a folder of masks with the images' names")
     start, listed = Path(root).expanduser().absolute(), cache(_listed)
     return [_find(listed, os.path.join(place, os.path.relpath(os.path.dirname(path), start)), path) for path in images]
 
@@ -132,16 +142,16 @@ def _by_layout(images: list[str], key: str) -> list[str | None]:
         before, part, after = os.path.dirname(path).rpartition(os.sep + "images")
         if not part or (after and not after.startswith(os.sep)):
             raise DataError(
-                f"{key}=null, and {printable(path)} is in no folder images/ with a folder annotations/ beside it: "
-                f"write {key}=FOLDER, with a mask for each image under its name, or a list file with an image and its "
-                "mask on each line for the images"
+                f"{key}=null, but {printable(path)} is not in a folder images/ that has a folder annotations/ next to "
+                f"it: set {key} to a folder that has a mask with the name of each image, or set the path of the images "
+                "to a list file with an image and its mask on each line"
             )
         found.append(_find(listed, f"{before}{os.sep}annotations{after}", path))
     return found
 
 
 def _find(listed: Callable[[str], Mapping[str, list[str]]], folder: str, image: str) -> str | None:
-    """Return the mask of an image in a folder; None where there is none. Raises DataError for several."""
+    """Return the mask of an image in a folder, or None if there is none. Raises DataError if there are several."""
     stem = os.path.splitext(os.path.basename(image))[0]
     names = listed(os.path.normpath(folder)).get(stem, [])
     if len(names) > 1:

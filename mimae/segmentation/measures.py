@@ -14,42 +14,44 @@ from mimae.segmentation.labels import IGNORED
 
 
 def confusion(classes: Tensor, found: Tensor, number: int) -> Tensor:
-    """Return the pixels by true class (row) and by the class that was found (column), int64 (C, C); ignored ones are
-    left out."""
+    """Return the number of pixels by true class (row) and predicted class (column), int64 (C, C).
+
+    Ignored pixels are left out.
+    """
     counted = classes != IGNORED
     pairs = classes[counted].long() * number + found[counted]
     return torch.bincount(pairs, minlength=number * number).view(number, number)
 
 
 class Evaluation(NamedTuple):
-    """Result of a model on images with masks."""
+    """The result of a model on images with masks."""
 
     confusion: Tensor
     """int64 (C, C) on the CPU, see `confusion`."""
     images: int
     left_out: int
-    """Images that could not be read, or whose mask could not."""
+    """Number of images that could not be read, or whose masks could not."""
 
     @property
     def per_class(self) -> list[float | None]:
-        """Intersection over union of each class; None for a class that no pixel has and that was found nowhere."""
+        """Intersection over union of each class; None for a class that is neither annotated nor predicted anywhere."""
         both = self.confusion.diagonal()
         either = self.confusion.sum(0) + self.confusion.sum(1) - both
         return [b / e if e else None for b, e in zip(both.tolist(), either.tolist())]
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that have a value; not finite where none has."""
+        """Mean intersection over union of the classes that have a value; NaN if none has."""
         values = [value for value in self.per_class if value is not None]
         return sum(values) / len(values) if values else float("nan")
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels whose class was found; not finite where there are none."""
+        """Share of the pixels whose predicted class is right; NaN if there are no pixels."""
         pixels = int(self.confusion.sum())
         return int(self.confusion.diagonal().sum()) / pixels if pixels else float("nan")
 
     @property
     def absent(self) -> list[int]:
-        """The classes that no pixel has."""
+        """The classes that no pixel is annotated with."""
         return (self.confusion.sum(1) == 0).nonzero()[:, 0].tolist()

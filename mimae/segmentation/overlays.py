@@ -1,4 +1,4 @@
-"""Pictures of segmentation: classes as colours over images, with a legend.
+"""Pictures of segmentation: images with classes as coloured overlays, and a legend.
 
 Letters in shapes: B images, H, W their pixels.
 """
@@ -23,7 +23,7 @@ _SQUARE, _LINE, _PAPER, _INK = 14, 22, (255, 255, 255), (70, 70, 76)
 
 
 def colours(number: int) -> np.ndarray:
-    """Return a colour for each class, uint8 (number, 3): hues a golden section apart, in three strengths."""
+    """Return a colour for each class, uint8 (number, 3): hues at golden-ratio steps, in three intensities."""
     found = [
         colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1.0, 0.7)[i % 3]) for i in range(number)
     ]
@@ -31,8 +31,10 @@ def colours(number: int) -> np.ndarray:
 
 
 def overlay(images: Tensor, classes: Tensor, number: int) -> Tensor:
-    """Return images uint8 (B, H, W, 3) with the colours of their classes (B, H, W) over them; ignored pixels (below 0)
-    stay as they are, in grey."""
+    """Return images uint8 (B, H, W, 3) with the colours of their classes (B, H, W) as overlays.
+
+    Ignored pixels (classes below 0) have no overlay and are grey.
+    """
     images, classes = images.cpu().float(), classes.cpu().long()
     table = torch.from_numpy(colours(number)).float()
     mixed = images * (1 - _STRENGTH) + table[classes.clamp(min=0)] * _STRENGTH
@@ -41,9 +43,9 @@ def overlay(images: Tensor, classes: Tensor, number: int) -> Tensor:
 
 
 def sheet(images: Tensor, classes: Tensor, found: Tensor, names: Sequence[str]) -> bytes:
-    """Return a PNG with a row for each image: the image, its classes and those that were found, then a legend.
+    """Return a PNG with a row for each image (image, annotated classes, predicted classes) and a legend.
 
-    images uint8 (B, H, W, 3), classes and found (B, H, W).
+    Shapes: images uint8 (B, H, W, 3), annotated `classes` and predicted classes `found` (B, H, W).
     """
     panels = [images.cpu(), *(overlay(images, each, len(names)) for each in (classes, found))]
     png = pictures.sheet(["image", "annotated", "found"], panels, wide=())
@@ -52,7 +54,7 @@ def sheet(images: Tensor, classes: Tensor, found: Tensor, names: Sequence[str]) 
 
 
 def _with_legend(png: bytes, present: Sequence[int], names: Sequence[str]) -> bytes:
-    """Return the picture with the colours and names of the classes `present` below it."""
+    """Return the picture with a legend below it: the colours and names of the classes `present`."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     font, table = ImageFont.load_default(size=_SQUARE), colours(len(names))
     measure = ImageDraw.Draw(picture)

@@ -1,4 +1,4 @@
-"""An encoder with a head of segmentation.
+"""An encoder with a segmentation head.
 
 Letters in shapes: B images, H, W their pixels, C classes.
 """
@@ -19,7 +19,7 @@ from mimae.segmentation.settings import SegmentSettings
 
 
 class Segmenter(Model):
-    """The maps of four blocks of an encoder, before its final norm, and a head."""
+    """A model of an encoder and a head, which takes the maps of four blocks before the encoder's final norm."""
 
     evaluations = ("logits",)
 
@@ -49,8 +49,17 @@ class Segmenter(Model):
         keep: Tensor | None = None,
         keep_auxiliary: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """images (B, H, W, 3) uint8, classes (B, H, W), paths (B, depth, 2) of drop path, keep of the heads' dropout
-        -> their losses, fp32: cross-entropies, over all pixels, where an ignored pixel counts as 0."""
+        """Return the losses of the heads by name, fp32.
+
+        Each is a cross-entropy averaged over all pixels, where an ignored pixel counts as 0.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            classes: (B, H, W).
+            paths: factors of drop path (B, depth, 2).
+            keep: factors of the head's dropout (B, channels).
+            keep_auxiliary: factors of the auxiliary head's dropout (B, channels).
+        """
         levels = self._levels(images, paths)
         losses = {"main": _loss(self.head(levels, keep), classes)}
         if self.auxiliary_weight:
@@ -58,22 +67,22 @@ class Segmenter(Model):
         return losses
 
     def logits(self, images: Tensor) -> Tensor:
-        """images (B, H, W, 3) uint8 -> (B, C, H, W)."""
+        """Return logits (B, C, H, W) for images (B, H, W, 3) uint8."""
         found = self.head(self._levels(images))
         return F.interpolate(found.float(), images.shape[1:3], mode="bilinear", align_corners=False)
 
     def _levels(self, images: Tensor, paths: Tensor | None = None) -> list[Tensor]:
-        """Return what the heads see."""
+        """Return the maps that are the heads' inputs."""
         maps = self.encoder.maps(images, self.blocks, keep=paths)
-        # Their channels lie next to each other, as tokens do; gradients of convolutions would have that order too,
-        # another one than the buckets of DDP.
+        # The maps have channels last, because they come from tokens. Without the copy the gradients of convolutions
+        # would have that layout too, which differs from the buckets of DDP.
         return self.pyramid([each.contiguous() for each in maps])  # type: ignore[no-any-return]
 
 
 def _loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (B, C, ., .), enlarged to classes (B, H, W)."""
+    """Return the cross-entropy of logits (B, C, ., .), which are interpolated to the size of classes (B, H, W)."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = F.interpolate(logits.float(), classes.shape[1:], mode="bilinear", align_corners=False)
         total = F.cross_entropy(logits, classes.long(), ignore_index=IGNORED, reduction="sum")
-    # By a number that no rank has to ask others for: the mean over ranks is that of the batch.
+    # The divisor is equal on all ranks without communication, so the mean over ranks is the mean over the batch.
     return total / classes.numel()

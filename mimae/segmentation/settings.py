@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from mimae.config.section import PATH, Scale, Section, setting
 
 LARGEST_ID = 65_535
-"""Largest value of a pixel in a mask."""
+"""Largest allowed value of a pixel in a mask."""
 
 PathText = Annotated[str, Field(min_length=1, json_schema_extra=PATH)]
 
@@ -17,25 +17,27 @@ Id = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 
 
 class SegmentSettings(Section):
-    """Masks, classes, the head, and how images are scaled and cut."""
+    """Masks, classes, the head, and the scaling and cutting of images."""
 
     masks: PathText | None = setting(
         None,
         resume="free",
-        description="folder with the masks of the images of data.path, under the same names but for the extension; "
-        "null: a list file names them after its images, and in a folder images/ they lie beside it in annotations/",
+        description="folder with the masks of the images of data.path, with the names of the images and other "
+        "extensions; null: a list file names the masks, and for a folder images/ they are in annotations/ next to it",
     )
-    val_masks: PathText | None = setting(None, resume="free", description="the same for the images of data.val_path")
+    val_masks: PathText | None = setting(
+        None, resume="free", description="folder with the masks of the images of data.val_path, as segment.masks"
+    )
     classes: Annotated[int, Field(ge=2, le=32_767)] | tuple[str, ...] | None = Field(
-        None, description="the number of classes, or their names in order; it has to be given"
+        None, description="the number of classes, or their names in order; required"
     )
     ids: tuple[Id | tuple[Id, ...], ...] | None = Field(
         None,
-        description="value that each class has in the masks, in the order of the classes, or a list of several values; "
-        "null: 0, 1, 2, ... without those of segment.ignore",
+        description="value of each class in the masks, in the order of the classes; a class can have a list of values; "
+        "null: 0, 1, 2, ... without the values of segment.ignore",
     )
     ignore: tuple[Id, ...] = Field(
-        (255,), description="values in the masks of pixels that are neither learned nor judged"
+        (255,), description="values in the masks of pixels that are ignored in training and evaluation"
     )
     head: Literal["upernet", "linear"] = Field(
         "upernet",
@@ -46,25 +48,25 @@ class SegmentSettings(Section):
         None,
         min_length=4,
         max_length=4,
-        description="the four blocks of the encoder, from 0, whose maps the head sees, ascending, the last block among "
-        "them; null: those after a third, half, two thirds and all of the depth",
+        description="the four blocks of the encoder, counted from 0 and ascending, whose maps are the head's input; "
+        "the last block must be one of them; null: the blocks at a third, half, two thirds and all of the depth",
     )
     width: int = Field(768, ge=8, description="upernet: channels of the head")
     auxiliary: float = Field(
-        0.4, ge=0, description="upernet: weight of the loss of a second, small head on the third map; 0: there is none"
+        0.4, ge=0, description="upernet: weight of the loss of an auxiliary head on the third map; 0: no such head"
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="upernet: share of the channels that each image loses")
+    dropout: float = Field(0.1, ge=0, lt=1, description="upernet: share of the channels that is dropped per image")
     scale: Scale = Field(
         (0.5, 2.0),
-        description="range of the random scale of an image, where 1 is the smallest that covers data.image_size; "
-        "windows of this size are cut out of it",
+        description="range of the random scale of an image; at scale 1 it just covers data.image_size, the size of the "
+        "windows that are cut out of it",
     )
     max_class_share: float = Field(
         0.75,
         gt=0,
         le=1,
-        description="a window in which one class has more than this share is drawn anew, up to ten times; 1: any is "
-        "taken",
+        description="a window in which one class has more than this share is drawn again, up to ten times; 1: every "
+        "window is used",
     )
     photometric: bool = Field(True, description="change brightness, contrast, saturation and hue at random")
     stride: float = setting(
@@ -72,8 +74,7 @@ class SegmentSettings(Section):
         resume="free",
         gt=0,
         le=1,
-        description="evaluation: distance between the windows of data.image_size that an image is seen through, as a "
-        "share of their sides",
+        description="evaluation: distance between the sliding windows of data.image_size, as a share of their sides",
     )
 
     @field_validator("blocks")
@@ -95,31 +96,31 @@ class SegmentSettings(Section):
         if self.ids is None or self.classes is None:
             return self
         if len(self.ids) != self.number:
-            raise ValueError(f"ids has values for {len(self.ids)} classes, and classes says {self.number}")
+            raise ValueError(f"ids has values for {len(self.ids)} classes, but classes has {self.number}")
         values = [*self.ignore, *(value for values in self.values() for value in values)]
         if twice := sorted({value for value in values if values.count(value) > 1}):
-            raise ValueError(f"the value {twice[0]} stands twice in ids and ignore; legal is each value once")
+            raise ValueError(f"the value {twice[0]} occurs twice in ids and ignore; legal is each value once")
         return self
 
     @property
     def number(self) -> int:
-        """The number of classes; 0 where it is not given."""
+        """The number of classes; 0 if it is not set."""
         return len(self.classes) if isinstance(self.classes, tuple) else self.classes or 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes, their numbers where they have none."""
+        """The names of the classes, or their numbers if they have no names."""
         return self.classes if isinstance(self.classes, tuple) else tuple(map(str, range(self.number)))
 
     def values(self) -> list[tuple[int, ...]]:
-        """Return the values that each class has in the masks."""
+        """Return the values of each class in the masks."""
         if self.ids is not None:
             return [(each,) if isinstance(each, int) else each for each in self.ids]
         used = (value for value in range(LARGEST_ID + 1) if value not in self.ignore)
         return [(value,) for _, value in zip(range(self.number), used)]
 
     def maps(self, depth: int) -> tuple[int, ...]:
-        """Return the four blocks, of `depth`, whose maps the head sees."""
+        """Return the four of `depth` blocks whose maps are the head's input."""
         if self.blocks is not None:
             return self.blocks
         return tuple(max(end, 1) - 1 for end in (depth // 3, depth // 2, 2 * depth // 3, depth))

@@ -1,4 +1,4 @@
-"""Segmentation of an image of any size through windows that overlap.
+"""Segmentation of an image of any size with overlapping windows.
 
 Letters in shapes: h, w an image; H, W a window; C classes.
 """
@@ -15,16 +15,16 @@ from mimae import distributed
 from mimae.segmentation.examples import padded
 
 BATCH = 8
-"""Windows of a forward."""
+"""Number of windows in a forward."""
 
 _CLASSES = 16
-"""Classes that are enlarged at a time: the logits of all of them at the size of a large photograph take gigabytes."""
+"""Number of classes that are interpolated at a time; the logits of all would take gigabytes for a large photo."""
 
 
 def corners(size: tuple[int, int], window: tuple[int, int], stride: float) -> list[tuple[int, int]]:
-    """Return top and left of the windows that cover an image of `size`, which is no smaller than a window.
+    """Return (top, left) of the windows that cover an image of `size`, which must not be smaller than a window.
 
-    Neighbours are `stride` of a side apart; the last ones end with the image.
+    The distance of neighbouring windows is `stride` times a side. The last windows end at the image's border.
     """
     places = []
     for side, length in zip(size, window):
@@ -37,10 +37,11 @@ def corners(size: tuple[int, int], window: tuple[int, int], stride: float) -> li
 def slide(
     logits: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], stride: float, paper: Tensor
 ) -> Tensor:
-    """Return the mean of the logits of all windows at each pixel, fp32 (C, h, w), of an image uint8 (h, w, 3).
+    """Return the logits fp32 (C, h, w) of an image uint8 (h, w, 3), averaged over all windows at each pixel.
 
-    `logits` maps images (B, H, W, 3) to (B, C, H, W). It may be a collective, so all ranks make as many calls: this is
-    a collective, for an image on each rank. `paper` (3,) fills up images that are smaller than a window.
+    `logits` maps images (B, H, W, 3) to (B, C, H, W). It may be a collective, so all ranks call it equally often;
+    therefore this function is a collective too, for one image on each rank. `paper` (3,) is the colour that pads images
+    smaller than a window.
     """
     height, width = image.shape[:2]
     planes = padded(image.permute(2, 0, 1), window, paper).permute(1, 2, 0)
@@ -63,7 +64,7 @@ def slide(
 
 
 def classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the best class of each pixel, int64 (*size), from logits (C, h, w), which are enlarged to `size`."""
+    """Return the best class of each pixel, int64 (*size), given logits (C, h, w), which are interpolated to `size`."""
     best = torch.full(size, -torch.inf, device=logits.device)
     found = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for first in range(0, len(logits), _CLASSES):

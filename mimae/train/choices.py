@@ -1,4 +1,4 @@
-"""Choice of the names that `auto` stands for: made once, on the main rank, and kept in config.yaml for a resume."""
+"""Choice of the values that replace `auto`. The main rank chooses once; config.yaml keeps the choice for a resume."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mimae.plan.gpus import device_name, peak_flops
 from mimae.train.task import Task
 
 SHARE = 0.5
-"""Share of a GPU's peak that a step reaches at most; the cost model of a step gives 0.33 to 0.4."""
+"""Upper bound of the share of a GPU's peak that a step reaches; the cost model of a step gives 0.33 to 0.4."""
 
 _KEPT = "as the run was started"
 
 
 def choose(task: Task[Any], device: torch.device) -> tuple[RunRecipe, str]:
-    """Return a task's recipe with names in the place of `auto`, and the choices in words. A collective."""
+    """Return a task's recipe with `auto` replaced, and a text that reports the choices. This is a collective."""
     recipe, chosen = task.recipe, dict[str, tuple[str, str]]()
     if distributed.rank() == 0:
         run = Path(recipe.run.dir)
@@ -41,7 +41,7 @@ def choose(task: Task[Any], device: torch.device) -> tuple[RunRecipe, str]:
 def _loader(task: Task[Any], kept: RunRecipe | None, device: torch.device) -> tuple[str, str]:
     recipe = task.recipe
     if recipe.data.loader != "auto":
-        return recipe.data.loader, "as the recipe says"
+        return recipe.data.loader, "as set in the recipe"
     if task.reader() is not None:
         return "torch", "the only one that makes targets with the images"
     if kept is not None:
@@ -61,9 +61,9 @@ def _loader(task: Task[Any], kept: RunRecipe | None, device: torch.device) -> tu
 
 
 def _images_per_s(task: Task[Any], device: torch.device) -> float | None:
-    """Return the images per second that the step of a rank takes at most, or None if nothing is known of that.
+    """Return the largest number of images per second that a rank's step can take, or None if it is unknown.
 
-    A step on the CPU takes as many as its cores have left: then every loader is fast enough.
+    On the CPU it is 0: step and loader share the cores, so every loader is fast enough.
     """
     if device.type == "cpu":
         return 0.0
@@ -74,9 +74,9 @@ def _images_per_s(task: Task[Any], device: torch.device) -> float | None:
 def _attention(task: Task[Any], kept: RunRecipe | None, device: torch.device) -> tuple[str, str]:
     recipe = task.recipe
     if recipe.model.attention != "auto":
-        return recipe.model.attention, "as the recipe says"
+        return recipe.model.attention, "as set in the recipe"
     if kept is not None:
-        # Where auto stands in config.yaml, the run is older than the choice and had sdpa.
+        # If config.yaml has auto, the run is older than this choice and used sdpa.
         return "sdpa" if kept.model.attention == "auto" else kept.model.attention, _KEPT
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     return attention_choice.choose(task.attention_calls(), device, dtype)

@@ -1,4 +1,4 @@
-"""Actions that are due once a step is over."""
+"""Actions that are due after a step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from mimae.checkpoints.settings import CheckpointSettings
 
 
 class Due(NamedTuple):
-    """Actions: to save, to keep the saved checkpoint for good, to stop."""
+    """Actions that are due: save, keep the saved checkpoint permanently, stop."""
 
     save: bool = False
     for_good: bool = False
-    """The checkpoint stays, beside the newest ones."""
+    """True if the checkpoint is kept permanently, in addition to the newest ones."""
     stop: bool = False
 
     def after(self, step: int, per_epoch: int, settings: CheckpointSettings, measures_every: int, stop: bool) -> Due:
-        """Return what is due after `step`, with what was due before and is not done yet; `measures_every`: epochs
-        between two evaluations."""
+        """Return the actions that are due after `step`, including earlier ones that are not done yet.
+
+        `measures_every` is the number of epochs between two evaluations.
+        """
         epochs, inside = divmod(step, per_epoch)
 
         def ends(every: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""The sums of an epoch, which go through its checkpoints."""
+"""The sums of an epoch (losses, images, seconds), which checkpoints keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS = ("seconds", *(f"seconds_{phase}" for phase in PHASES))
 
 
 class Sums(NamedTuple):
-    """Sums of an epoch, as a checkpoint keeps them."""
+    """The sums of an epoch as a checkpoint keeps them; times are in seconds."""
 
     steps: int
     images: int
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 
 def read_sums(state: Any) -> Sums:
-    """Return the sums that a checkpoint keeps. Raises ValueError for anything else."""
+    """Return the sums that a checkpoint keeps. Raises ValueError if they are malformed."""
     try:
         return Sums(
             int(state["steps"]),
@@ -40,26 +40,26 @@ def read_sums(state: Any) -> Sums:
 
 
 class EpochSums:
-    """Losses on the device, images and seconds of the epoch that is under way.
+    """The sums of the current epoch: losses on the device, images and seconds.
 
-    Checkpoints keep them, so that the epoch's line is of the whole epoch however often the run was interrupted. Seconds
-    in which steps were taken that no checkpoint kept are lost with them.
+    Checkpoints keep them, so that the epoch's record covers the whole epoch even if the run was interrupted. Steps that
+    no checkpoint kept are lost, and so are their seconds.
     """
 
     def __init__(self, phases: Phases, views: int) -> None:
-        """Seconds count from now on; `views`: how often a step sees each image."""
+        """Start to count seconds. `views` is the number of times that a step sees each image."""
         self._pace, self._views = Pace(phases, views), views
         self.clear()
 
     def clear(self) -> None:
-        """Begin a new epoch."""
+        """Begin a new epoch: set all sums to zero."""
         self._losses: dict[str, Tensor] = {}
         self._steps = self._images = self._uncounted = 0
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
         self._waited = 0.0
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Add a step. Reads nothing from the device."""
+        """Add a step, without reading from the device."""
         self._steps += 1
         self._images += images
         self._uncounted += images
@@ -67,7 +67,7 @@ class EpochSums:
             self._losses[key] = self._losses[key] + value if key in self._losses else value
 
     def record(self) -> dict[str, Any]:
-        """Return images, seconds, rates, and the means of the losses. Waits for the device."""
+        """Return images, seconds, rates and the means of the losses. The call waits for the device."""
         self._read_pace()
         seconds = max(self._seconds["seconds"], 1e-9)
         return {
@@ -80,7 +80,7 @@ class EpochSums:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the sums as JSON has them. Waits for the device."""
+        """Return the sums as JSON values. The call waits for the device."""
         self._read_pace()
         sums = {key: value.item() for key, value in self._losses.items()}
         return {
@@ -88,12 +88,12 @@ class EpochSums:
             "images": self._images,
             "seconds": self._seconds,
             "waited": self._waited,
-            # JSON has no word for what is not finite; the mean of it is null in the records anyway.
+            # JSON cannot represent numbers that are not finite; their mean is null in the records anyway.
             "losses": {key: value if math.isfinite(value) else None for key, value in sums.items()},
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Continue from what `state` returned. Raises ValueError for anything else."""
+        """Continue from the sums that `state` returned. Raises ValueError if they are malformed."""
         self._steps, self._images, self._seconds, self._waited, losses = read_sums(state)
         self._losses = {key: torch.tensor(value, device=device) for key, value in losses.items()}
 

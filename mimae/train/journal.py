@@ -1,4 +1,4 @@
-"""The book-keeping of a run: it measures the training steps, and makes the lines of its records and its warnings."""
+"""The book-keeping of a run: it measures the training steps, and writes the records and warnings."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from mimae.train.task import Task
 
 
 class Step(NamedTuple):
-    """An optimizer step, on the device."""
+    """The results of an optimizer step, on the device."""
 
     losses: dict[str, Tensor]
-    """Means over its micro-batches."""
+    """Means over the micro-batches."""
     latents: Tensor | None
     """Latents of the last micro-batch."""
     factor: float
@@ -41,9 +41,9 @@ class Step(NamedTuple):
 
 
 class Journal(Generic[M]):
-    """Measurements of the steps since the start, and of the epoch that is under way.
+    """The measurements of the steps since the start, and of the current epoch.
 
-    Every rank has one, because the line of an epoch is an account of all ranks; only the main rank writes.
+    Every rank has one, because the record of an epoch covers all ranks. Only the main rank writes records.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Journal(Generic[M]):
         per_epoch: int,
         sums: Mapping[str, Any] | None,
     ) -> None:
-        """Start the clocks at `step` of `steps`; `sums` are those that a checkpoint has of the epoch under way."""
+        """Start the clocks at `step` of `steps`. `sums` are the sums of the current epoch from a checkpoint."""
         self.task, self.telemetry, self.transfer, self.device = task, telemetry, transfer, device
         self.steps, self.per_epoch, self.logged_at = steps, per_epoch, step
         self.phases = Phases(device)
@@ -73,11 +73,11 @@ class Journal(Generic[M]):
             self.sums.load(sums, device)
 
     def taken(self, batch: Batch) -> None:
-        """Count the seconds that were spent on making a micro-batch."""
+        """Count the seconds in which the loader made a micro-batch."""
         self.stalls.made(batch.spent)
 
     def step(self, number: int, step: Step, model: M) -> None:
-        """Count a step, and write its line where one is due: only then are values read from the device."""
+        """Count a step, and write its record if one is due; values are read from the device only then."""
         batch_size = self.task.recipe.schedule.batch_size
         self.sums.add(step.losses, batch_size)
         if number % self.task.recipe.telemetry.log_every_steps == 0 or number in (1, self.steps):
@@ -97,7 +97,7 @@ class Journal(Generic[M]):
             self.logged_at = number
 
     def epoch(self, number: int, step: Step) -> dict[str, Any]:
-        """Return the columns of the epoch that ends with this step, and note its warnings. A collective."""
+        """Return the columns of the epoch that ends with this step, and note its warnings. This is a collective."""
         record = {"epoch": (number - 1) // self.per_epoch} | self.sums.record() | memory(self.device)
         record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
         record |= self._flops(record["images_per_s"])
@@ -113,12 +113,12 @@ class Journal(Generic[M]):
         return record
 
     def close_epoch(self, number: int, warning: str | None) -> None:
-        """Write the warnings, the task's own one last, and begin the next epoch where this one is whole."""
+        """Write the warnings, the task's own one last, and begin the next epoch if this one is complete."""
         for what in (*self.warnings, *([warning] if warning else [])):
             self.telemetry.message(what)
             self.telemetry.events.add("warning", step=number, what=what)
         self.warnings.clear()
-        # The evaluation and the picture of an epoch's end are no training.
+        # Evaluation and picture do not count as training time.
         self._read_stalls(counts=False)
         if number % self.per_epoch == 0:
             self.sums.clear()

@@ -1,4 +1,4 @@
-"""The rules of resuming: which settings may change, and what all ranks have to have in common."""
+"""The rules of resuming: which settings may change, and what has to be equal on all ranks."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ class Length(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on."""
+    """The state from which a run continues."""
 
     recipe: RunRecipe
-    """With the schedule of a run that is extended."""
+    """The recipe; if the run is extended, its schedule is the extended one."""
     step: int
-    """Steps that are done."""
+    """Number of steps that are done."""
     sums: dict[str, Any] | None
-    """The sums of the epoch under way, where the checkpoint has them."""
+    """The sums of the current epoch, if the checkpoint has them."""
 
 
 def check_config(recipe: RunRecipe, run: Path) -> dict[str, Any]:
-    """Return the keys of the schedule that extend the run, with their values so far. Raises RunError where a run was
-    started with other settings that would have made other weights."""
+    """Return the keys of the schedule that extend the run, with their values before the extension.
+
+    Raises RunError if the run was started with other settings that affect the weights.
+    """
     if not (run / "config.yaml").exists():
         return {}
     old = flat(load_run(run, (), None, type(recipe)))
@@ -57,22 +59,27 @@ def check_config(recipe: RunRecipe, run: Path) -> dict[str, Any]:
     if changed and (changed != extends or not recipe.run.extend):
         told = [f"  {key}: {old[key]!r} in the run, {new[key]!r} now" for key in changed]
         command = " ".join(["mimae extend", str(run), *(f"{key}={text(new[key])}" for key in extends)])
-        hint = [f"a new schedule for it, from its last step on: {command}"] if changed == extends else []
-        head = f"{run} was started with other settings; choose another run.dir or go back:"
+        hint = [f"to continue from its last step with a new schedule: {command}"] if changed == extends else []
+        head = f"{run} was started with other settings; choose another run.dir or restore these settings:"
         raise RunError("\n".join([head, *told, *hint]))
     return {key: old[key] for key in extends}
 
 
 def _splits_matter(recipe: RunRecipe) -> bool:
-    """Return whether the loss depends on how a batch is split into micro-batches: a term compares its images, or
-    a loss of another task is a mean over what the images of a micro-batch hold, as over objects."""
+    """Return True if the loss depends on how a batch is split into micro-batches.
+
+    It does if a term compares the images of a micro-batch. It may do so for other tasks, whose loss can be a mean over,
+    for example, all objects in a micro-batch.
+    """
     objective = getattr(recipe, "objective", None)
     return objective is None or any("images" in term.compares for term in active(objective))
 
 
 def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
-    """Raise RunError where ranks would go on from different weights or data: they would average the gradients of
-    different models. A collective."""
+    """Raise RunError if ranks would continue with different weights or data. This is a collective.
+
+    Such ranks would average the gradients of different models.
+    """
     mine = {
         "checkpoints (run.dir)": ", ".join(checkpoint.names(run)),
         "data (data.path)": source.fingerprint,
@@ -84,7 +91,7 @@ def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
                 raise RunError(
                     f"ranks {distributed.rank()} and {rank} differ in {what}: {value[:80]!r} and "
                     f"{other[what][:80]!r}; "
-                    "run.dir and data.path have to be the same storage on every node"
+                    "run.dir and data.path have to be on storage that all nodes share"
                 )
 
 
@@ -97,25 +104,27 @@ def resume(
     records: Telemetry,
     origins: Mapping[str, str],
 ) -> Resumed:
-    """Make the run directory of a run of such a `length`, or take the engine back to its last whole checkpoint. A
-    collective. `origins`: of the settings, which a new run keeps."""
+    """Make the run directory of a run of this `length`, or load its last complete checkpoint into the engine.
+
+    This is a collective. A new run keeps `origins`, the origins of its settings.
+    """
     run, steps = Path(recipe.run.dir), length.steps
     extends = check_config(recipe, run)
-    # The next start is no extension.
+    # The next start of the run is no extension.
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"extend": False})})
     check_ranks(recipe, run, source)
     passed_over: list[str] = []
 
     def take(found: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises CheckpointError for one that is not this run's."""
+        """Continue from a checkpoint. Raises CheckpointError or RunError if it does not belong to this run."""
         if found.state["data"] != source.fingerprint:
-            before = "" if moved is None else f", which lay at {moved}"
+            before = "" if moved is None else f", which were at {moved}"
             raise RunError(f"data.path={recipe.data.path} does not hold the images that {run} was started with{before}")
         if extends and found.state["step"] >= steps:
             asked = ", ".join(f"{key}={text(flat(recipe)[key])}" for key in extends)
             raise RunError(f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}")
         if found.state["step"] > steps:
-            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and the run has {steps}")
+            raise CheckpointError(f"{found.path} is of step {found.state['step']}, but the run has {steps} steps")
         if "sums" in found.state:
             try:
                 read_sums(found.state["sums"])
@@ -143,7 +152,7 @@ def resume(
         recipe = recipe.model_copy(update={"schedule": schedule})
         first, share, before = schedule.extended[-1]
         records.message(
-            f"extended: {before}; the learning rate goes on from {share:.3g} of its peak at step {first}, "
+            f"extended: {before}; the learning rate continues from {share:.3g} of its peak at step {first}, "
             f"schedule.shape={schedule.shape} to step {steps}"
         )
     if moved is not None:

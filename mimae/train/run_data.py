@@ -1,5 +1,5 @@
-"""Values that a resumed run keeps from its start: where its data lie, by which rules they are numbered, and
-the defaults of keys that are newer than the run."""
+"""Values that a resumed run keeps from its start: the paths of its data, the rules that number its samples, and the
+defaults of keys that are newer than the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from mimae.data.sources.open import absolute_path
 
 
 def as_kept(recipe: R) -> R:
-    """Return the recipe as the run keeps it: with absolute paths of data, the numbering of its first start, as it
-    was extended, and without keys that are newer than the run."""
+    """Return the recipe as the run keeps it.
+
+    Paths of data are absolute. For an existing run the numbering of samples is that of its first start, extensions of
+    the schedule are kept, and keys that are newer than the run have their defaults.
+    """
     run = Path(recipe.run.dir)
     if (run / "config.yaml").exists():
         old = load_run(run, (), None, type(recipe))
@@ -26,14 +29,17 @@ def as_kept(recipe: R) -> R:
 
 
 def not_taken_up(asked: RunRecipe, recipe: RunRecipe) -> str | None:
-    """Return in words what was asked for and is newer than the run, which goes on with `recipe`; None if nothing is."""
+    """Return a message about requested settings that are newer than the run and not applied, or None if there are none.
+
+    `asked` is the recipe that was requested, `recipe` the one with which the run continues.
+    """
     run, wanted, used = Path(recipe.run.dir), flat(asked), flat(recipe)
     newer = newer_keys(run) if (run / "config.yaml").exists() else []
     others = [f"{key}={text(used[key])} (not {text(wanted[key])})" for key in newer if wanted[key] != used[key]]
     if not others:
         return None
     return (
-        f"{run} is older than some keys of its recipe and goes on as it was started, with {', '.join(others)}; "
+        f"{run} is older than some keys of its recipe and continues as it was started, with {', '.join(others)}; "
         "another run.dir begins a new run"
     )
 
@@ -45,7 +51,7 @@ def changed(asked: RunRecipe, recipe: RunRecipe) -> dict[str, str]:
 
 
 def moved_from(recipe: RunRecipe) -> str | None:
-    """Return the data.path that the run was last started with, where it is another one now."""
+    """Return the data.path of the run's last start if it differs from the present one, else None."""
     run = Path(recipe.run.dir)
     old = load_run(run, (), None, RunRecipe).data.path if (run / "config.yaml").exists() else recipe.data.path
     return None if absolute_path(old) == recipe.data.path else old

@@ -10,7 +10,7 @@ from mimae.config.section import PATH, Resume, Section
 
 
 class RunSettings(Section):
-    """Directory of a run, and the times after which it counts as hung."""
+    """The directory of a run, and the times after which it counts as hung."""
 
     on_resume: ClassVar[Resume] = "free"
 
@@ -18,18 +18,18 @@ class RunSettings(Section):
         "runs/unnamed",
         min_length=1,
         json_schema_extra=PATH,
-        description="the run's directory; where no recipe or override names one: runs/ and the recipe's name",
+        description="the run's directory; if no recipe or override names one: runs/ and the recipe's name",
     )
-    dry: bool = Field(False, description="one step of everything, checkpoint included, then stop")
+    dry: bool = Field(False, description="take one step, evaluate, write a checkpoint, then stop")
     extend: bool = Field(
         False,
-        description="take a changed schedule as a new one from the step on that the run has reached; `mimae extend` "
-        "sets it (docs/weights.md)",
+        description="apply a changed schedule from the step on that the run has reached; `mimae extend` sets it "
+        "(docs/weights.md)",
     )
     first_step_timeout: float = Field(
         1800,
         ge=0,
-        description="seconds until the first step of a start or of an epoch is done, and for checks and checkpoints; a "
-        "run that takes longer ends with its ranks' stacks, to be started again; 0: no limit",
+        description="time limit in seconds of the first step of a start or of an epoch, of checks and of checkpoints; "
+        "a run that exceeds it writes the stacks of its ranks and ends, to be started again; 0: no limit",
     )
-    step_timeout: float = Field(300, ge=0, description="the same for all other steps")
+    step_timeout: float = Field(300, ge=0, description="time limit in seconds of all other steps; 0: no limit")

@@ -1,4 +1,4 @@
-"""The start of a run: whether this process can hold it, and its first lines."""
+"""The start of a run: the check that this process can start workers, and the first lines that the run prints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mimae.train.task import Task
 
 
 def check_process(recipe: RunRecipe) -> None:
-    """Raise UserError where the caller's process may not start what the run needs."""
+    """Raise UserError if the caller's process may not start the loader's worker processes."""
     if multiprocessing.current_process().daemon and recipe.data.workers != 0:
         raise UserError(
             f"data.workers={'null' if recipe.data.workers is None else recipe.data.workers}: this process is daemonic, "
-            "as the workers of a pool are, and Python lets it start no processes; legal is data.workers=0, or call "
+            "like the workers of a pool, so Python does not let it start processes; use data.workers=0, or call "
             "pretrain from a process with daemon=False"
         )
 
@@ -32,14 +32,14 @@ def check_process(recipe: RunRecipe) -> None:
 def first_lines(
     task: Task[Any], loader: Loader, parameters: int, steps: int, choices: str, device: torch.device, run: Path
 ) -> Iterator[str]:
-    """Yield the first lines of a run of `steps`: its data, its model, its machine, and what deserves attention.
+    """Yield the first lines of a run of `steps` steps: its data, its model, its machine, and hints.
 
-    `choices` names what stands for `auto`, in words; `run` is the run directory.
+    `choices` is a text about the values that replace `auto`; `run` is the run directory.
     """
     recipe, source, validation = task.recipe, task.source, task.validation
     yield (
         f"{len(source):,} images of {source.name}, {loader.steps_per_epoch} steps of "
-        f"{task.batch_in_words()} an epoch, {steps} steps in all; "
+        f"{task.batch_in_words()} per epoch, {steps} steps in total; "
         f"each epoch leaves out {len(loader.dropped(0))} of the images\n"
         f"{parameters / 1e6:.1f} M parameters on {distributed.world_size()} x {device_name(device)}, "
         f"{recipe.precision}; the run is {run}\n"
@@ -56,18 +56,21 @@ def first_lines(
 
 
 def hints(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> Iterator[str]:
-    """Yield what a person may not have meant in a run of `steps`, and could not see in its settings alone."""
+    """Yield warnings about a run of `steps` steps whose schedule may not be intended.
+
+    They depend on the number of steps in an epoch, which the settings alone do not show.
+    """
     schedule = recipe.schedule
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if warmup >= steps > 1:
         limit = "" if schedule.max_steps is None else f" (schedule.max_steps={schedule.max_steps})"
         yield (
-            f"the run ends inside its warm-up: {steps} steps{limit}, and the learning rate rises for {warmup} "
-            f"(schedule.warmup_epochs={schedule.warmup_epochs:g}); a short trial of the whole schedule takes "
+            f"the run ends inside its warm-up: it has {steps} steps{limit}, and the learning rate rises for {warmup} "
+            f"(schedule.warmup_epochs={schedule.warmup_epochs:g}); for a short trial of the whole schedule use "
             f"schedule.warmup_epochs={max(1, steps // 10) / steps_per_epoch:.2g}"
         )
     if recipe.ema.decay is not None and steps * (1 - recipe.ema.decay) < 1:
         yield (
             f"the average of the weights reaches back 1 / (1 - ema.decay) = {1 / (1 - recipe.ema.decay):.0f} steps, "
-            f"beyond all {steps} of the run: it stays close to the initial weights"
+            f"more than the {steps} of the run: it stays close to the initial weights"
         )

@@ -1,7 +1,8 @@
-"""The protocol between the trainer and what a run learns.
+"""The protocol between the trainer and a task, which defines what a run learns.
 
-To write a task, give its model, its optimizer groups, its inputs and its losses; the rest has defaults. A task owns all
-that depends on what is learned. The trainer owns order, resuming, engine, checkpoints, watchdog, faults and records.
+To write a task, define its model, its optimizer groups, its inputs and its losses; the other methods have defaults. A
+task owns everything that depends on what is learned. The trainer owns the order of samples, resuming, engine,
+checkpoints, watchdog, faults and records.
 """
 
 from __future__ import annotations
@@ -36,106 +37,113 @@ __all__ = ["Group", "Result", "Task"]
 
 
 class Result(NamedTuple):
-    """Result of one micro-batch, as the trainer reads it."""
+    """The result of one micro-batch for the trainer."""
 
     loss: Tensor
-    """The local loss, which carries the graph."""
+    """The loss of this rank, with its autograd graph."""
     shown: dict[str, Tensor]
     """Scalars by column of the records, detached and equal on every rank."""
     latents: Tensor | None = None
-    """(B, ..., D) of this rank, detached, for the signs of collapse."""
+    """Latents (B, ..., D) of this rank, detached, for the measures of collapse."""
 
 
 class Task(ABC, Generic[M]):
-    """A task: what a run learns. Every rank has one."""
+    """A task, which defines what a run learns. Every rank has one."""
 
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     """Keys of `Result.shown`: columns of metrics.jsonl and, as means, of epochs.jsonl."""
     estimates: ClassVar[tuple[str, ...]] = ()
-    """Keys of `Result.shown` that are columns of epochs.jsonl alone: losses in other units."""
+    """Keys of `Result.shown` that are columns only of epochs.jsonl: losses in other units."""
     diagnostics: ClassVar[tuple[str, ...]] = ()
-    """Keys of `Result.shown` that are columns of epochs.jsonl alone: signs of health."""
+    """Keys of `Result.shown` that are columns only of epochs.jsonl: diagnostics of the training."""
     gauges: ClassVar[tuple[str, ...]] = ()
     """Keys of `gauge`: columns of metrics.jsonl."""
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
-    """Keys of `evaluate`, columns of epochs.jsonl, and which value is the best: checkpoint.best may name each."""
+    """Keys of `evaluate`, which are columns of epochs.jsonl, and which value is the best. checkpoint.best names one."""
 
     def __init__(self, recipe: RunRecipe) -> None:
         self.recipe: RunRecipe = recipe
         self.asked: RunRecipe = recipe
-        """Recipe that was asked for. A run keeps some of what it was started with, so `recipe`, with which it
-        continues, may be another one once training begins."""
+        """The recipe that was requested. A resumed run keeps some settings of its start, so `recipe`, with which it
+        continues, may differ from this one."""
         self.origins: Mapping[str, str] = {}
-        """Where the value of each key was set: a file and line, an override, or nowhere."""
+        """The origin of each key's value: a file and line, an override, or a default."""
         self.weights: Weights | None = None
-        """Weights that a new run with model.init starts from."""
+        """The weights from which a new run with model.init starts."""
         self.fit: Fit | None = None
-        """How that fits the model, once it started."""
+        """The report how these weights fit the model; set when the run has started."""
 
     @cached_property
     def source(self) -> Source:
-        """The images that are trained on."""
+        """The training images."""
         return open_source(self.recipe.data.path, settings=self.recipe.data)
 
     @cached_property
     def validation(self) -> Source | None:
-        """The images that are evaluated on."""
+        """The validation images, or None."""
         path = self.recipe.data.val_path
         return open_source(path, settings=self.recipe.data, use="held-out") if path else None
 
     @property
     def views(self) -> int:
-        """Number of times that a step sees each image of its batch."""
+        """The number of times that a step sees each image of its batch."""
         return 1
 
     @property
     def peak(self) -> float:
-        """The learning rate that records show at factor 1 of the schedule."""
+        """The peak learning rate, which records show at factor 1 of the schedule."""
         optimizer = self.recipe.optimizer
         return optimizer.peak(optimizer.learning_rate, self.recipe.schedule.batch_size, self.views)
 
     def check(self) -> None:
-        """Open the data. Raises UserError for data or settings that the task cannot use, before the ranks meet."""
+        """Open the data, before the process group is made.
+
+        Raises UserError for data or settings that the task cannot use.
+        """
         _ = self.source, self.validation
 
     def notes(self) -> Iterator[str]:
-        """Yield what the first lines of a run say of its data."""
+        """Yield lines about the data, which a run prints when it starts."""
         return iter(())
 
     def kept(self) -> dict[str, Any]:
-        """Return what checkpoints keep of the task, as JSON has it."""
+        """Return the state of the task that checkpoints keep, as JSON values."""
         return {}
 
     def obstacles(self, device: torch.device) -> Obstacles:
-        """Return what stands against the model on this machine."""
+        """Return the obstacles for the model on this machine."""
         return {}
 
     # The model and its optimizer
 
     @abstractmethod
     def outline(self) -> M:
-        """Return the model on the meta device: shapes and constants, no weights."""
+        """Return the model on the meta device: it has shapes and constants, but no weights."""
 
     def start(self, model: Model, parts: Mapping[str, Part]) -> None:
-        """Fill this rank's parts with the weights that a new run starts with: those of the seed, and over them those of
-        model.init. A collective."""
+        """Fill this rank's parts with the start weights of a new run. This is a collective.
+
+        The start weights are the random ones of the seed, replaced by those of model.init where it has them.
+        """
         initialise(model, self.recipe.seed, parts)
         if self.weights is not None:
             self.fit = fit(self.weights, model, parts)
             place(self.fit, model, parts)
 
     def started(self, model: M, device: torch.device) -> None:
-        """Look at what a new run has started from, and note it in `fit`, before the first step. The model is in eval
-        mode, without gradients. A collective."""
+        """Measure the start weights of a new run before its first step, and record the result in `fit`.
+
+        The model is in eval mode, without gradients. This is a collective.
+        """
 
     @abstractmethod
     def group(self, name: str, shape: torch.Size) -> Group:
         """Return the optimizer's group of a parameter."""
 
     def engine(self, device: torch.device) -> Engine[M]:
-        """Return the engine of the recipe with the start weights. Needs an initialised process group.
+        """Return the engine of the recipe with the start weights. A process group has to be initialised.
 
-        A run that has checkpoints goes on from them, and does not need what model.init names any more.
+        A run that has checkpoints continues from them, and does not read the source that model.init names.
         """
         if self.recipe.model.init is not None and not checkpoint.names(Path(self.recipe.run.dir)):
             self.weights = open_weights(self.recipe.model.init)
@@ -144,58 +152,65 @@ class Task(ABC, Generic[M]):
     # A step
 
     def reader(self) -> Reader | None:
-        """Return what makes the examples of training in the loader's processes: images with targets; None: images that
-        are cropped, flipped and resized as the settings of data say."""
+        """Return the reader that makes training examples (images with targets) in the loader's processes.
+
+        None stands for images that are cropped, flipped and resized by the settings of `data`.
+        """
         return None
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return what the model's forward takes, on the device of the batch: a pure function of the seed and of the
-        batch's epoch, step and sample ids, so that a run which is resumed goes on with equal bits."""
+        """Return the inputs of the model's forward, on the device of the batch.
+
+        They are a pure function of the seed and of the batch's epoch, step and sample ids, so that a resumed run is
+        equal bit for bit.
+        """
 
     @abstractmethod
     def result(self, output: Any) -> Result:
-        """Read the output of the model's forward. A collective, where what is shown is summed over ranks."""
+        """Convert the output of the model's forward. This is a collective if the shown values are summed over ranks."""
 
     def stepped(self, model: M, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Follow an optimizer step, with the means of what was shown over its micro-batches; `skipped`: 1.0 where the
-        step was left out. Reads nothing from the device."""
+        """Update the task after an optimizer step, without reading from the device.
+
+        `shown` has the means of `Result.shown` over the micro-batches. `skipped` is 1.0 if the step was skipped.
+        """
 
     def gauge(self, model: M) -> dict[str, float]:
-        """Return what a logged step shows beside its losses."""
+        """Return the values that the record of a step has in addition to the losses."""
         return {}
 
-    # At the end of an epoch. The model is in eval mode, without gradients. Its forwards may be collectives, so
-    # each rank has to make as many of them as the others: with `evaluate.share.batches` it does.
+    # At the end of an epoch. The model is in eval mode, without gradients. Its forwards may be collectives, so all
+    # ranks have to call them equally often; `evaluate.share.batches` ensures this.
 
     def evaluate(self, model: M, device: torch.device) -> dict[str, float]:
-        """Return the `measures`, equal on every rank. A collective: each rank takes its share of the images."""
+        """Return the `measures`, equal on every rank. This is a collective: each rank evaluates its share of images."""
         return {}
 
     def picture(self, model: M, device: torch.device) -> bytes | None:
-        """Return a PNG of what the model does, on the main rank. A collective."""
+        """Return a PNG that shows the model's outputs, on the main rank. This is a collective."""
         return None
 
     def warning(self, model: M, step: int, steps: int, steps_per_epoch: int) -> str | None:
-        """Return what a person should hear at the end of an epoch, after `step` of `steps`."""
+        """Return a warning at the end of an epoch, after `step` of `steps`, or None."""
         return None
 
     # What it costs
 
     def flops(self) -> float | None:
-        """Return the FLOPs that a step takes for one image."""
+        """Return the FLOPs of a step for one image, or None if they are unknown."""
         return None
 
     def attention_calls(self) -> Sequence[Call]:
-        """Return the calls of attention in a forward of one micro-batch, on which model.attention=auto is decided."""
+        """Return the calls of attention in the forward of one micro-batch; they decide model.attention=auto."""
         return ()
 
     def bytes_sent(self, device: torch.device) -> int | None:
-        """Return the bytes that this rank sends in a step."""
+        """Return the number of bytes that this rank sends in a step, or None if it is unknown."""
         return None
 
     def batch_in_words(self) -> str:
-        """Return what a step sees, for the first lines of a run."""
+        """Return a description of a step's batch for the first lines of a run."""
         return f"{self.recipe.schedule.batch_size} images"
 
     # Columns of the records

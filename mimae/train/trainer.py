@@ -47,10 +47,10 @@ class Outcome(NamedTuple):
 
 
 def train(task: Task[Any]) -> Outcome:
-    """Train a task to the end of its recipe, from its run's last checkpoint on; every rank of a job calls it.
+    """Train a task to the end of its schedule, from its run's last checkpoint on. Every rank of a job calls it.
 
-    Raises UserError for what a person can mend: data, run directory, checkpoints, what this machine cannot do, memory
-    that runs out, ten non-finite steps in a row.
+    Raises UserError for problems that a user can correct: data, run directory, checkpoints, settings that this machine
+    cannot run, lack of memory, ten non-finite steps in a row.
     """
     recipe = task.recipe = as_kept(task.recipe)
     check_process(recipe)
@@ -72,7 +72,7 @@ def train(task: Task[Any]) -> Outcome:
 
 
 class Trainer(Generic[M]):
-    """The parts of a run, put together once: data, engine, checkpoints, records."""
+    """The trainer of a run. It builds data, engine, checkpoints and records once, and then takes the steps."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Trainer(Generic[M]):
         self.due = Due()
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
-        """The micro-batches that are left of the epoch; None between two epochs."""
+        """The remaining micro-batches of the epoch; None between two epochs."""
         if note := not_taken_up(task.asked, recipe):
             self.telemetry.message(note)
         length = resume.Length(self.steps, self.per_epoch, task.peak)
@@ -144,7 +144,7 @@ class Trainer(Generic[M]):
         self.phases = self.journal.phases
 
     def train(self) -> Outcome:
-        """Take the steps that are left of the run."""
+        """Take the remaining steps of the run."""
         if self.step >= self.steps:
             self.telemetry.message(f"{self.path} is finished: {self.step} of {self.steps} steps")
             return Outcome(self.path, self.step, finished=True, saved_on_signal=False)
@@ -162,7 +162,7 @@ class Trainer(Generic[M]):
         return self._outcome()
 
     def optimize(self) -> Step:
-        """Take one optimizer step over its micro-batches. Reads nothing back from the device."""
+        """Take one optimizer step over its micro-batches, without reading from the device."""
         losses: dict[str, Tensor] = {}
         for is_last in self._micro_batches():
             with self.engine.accumulate(is_last):
@@ -176,7 +176,7 @@ class Trainer(Generic[M]):
     # The parts of a step
 
     def begin_step(self) -> None:
-        """Begin an epoch where one is due; `first` is the step that this start or epoch goes on from."""
+        """Begin an epoch if none is in progress, and set `first` to the step from which it continues."""
         if self.batches is not None:
             self.watchdog.wait_for(f"step {self.step + 1}", long=not self.saver.is_settled)
             return
@@ -205,7 +205,7 @@ class Trainer(Generic[M]):
             self.engine.backward(result.loss / self.recipe.schedule.accumulate)
 
     def update(self, losses: Mapping[str, Tensor], factor: float) -> StepResult:
-        """Step the optimizer; `losses`: means over the micro-batches, `factor`: that of the learning rate."""
+        """Step the optimizer. `losses` are means over the micro-batches, `factor` is that of the learning rate."""
         with self.phases("checkpoint"):
             self.saver.settle()
         with self.phases("optimizer"):
@@ -214,12 +214,12 @@ class Trainer(Generic[M]):
         return result
 
     def _micro_batches(self) -> Iterator[bool]:
-        """Yield for each micro-batch of a step whether it is the last one."""
+        """Yield, for each micro-batch of a step, True if it is the last one."""
         count = self.recipe.schedule.accumulate
         return (micro == count - 1 for micro in range(count))
 
     def _add(self, losses: dict[str, Tensor], shown: Mapping[str, Tensor]) -> None:
-        """Add what a micro-batch shows to the means of its step."""
+        """Add the values of a micro-batch to the means of its step."""
         for key, value in shown.items():
             share = value / self.recipe.schedule.accumulate
             losses[key] = losses[key] + share if key in losses else share
@@ -227,15 +227,16 @@ class Trainer(Generic[M]):
     # After the step
 
     def step_done(self, step: Step) -> None:
-        """Count a step, guard against those that are not finite, and log it where it is time to."""
+        """Count a step, check that it was finite, and log it if it is due."""
         self.step += 1
         self.guard.check(self.step, step.result.skipped)
         self.journal.step(self.step, step, self.engine.model)
 
     def epoch_done(self, step: Step) -> None:
-        """At the end of an epoch or of the run: evaluation, the epoch's line, and a picture.
+        """Evaluate, write the epoch's record and draw the picture, at the end of an epoch or of the run.
 
-        This comes before the checkpoint: a kill between the two repeats the line, and loses none.
+        This comes before the checkpoint: if the process is killed between the two, the record is written again, not
+        lost.
         """
         if not (self._is_last or self.step % self.per_epoch == 0):
             return
@@ -253,7 +254,7 @@ class Trainer(Generic[M]):
             self.batches = None
 
     def save(self) -> None:
-        """Save where it is time to, and before the run stops."""
+        """Save a checkpoint if one is due, and before the run stops."""
         settings, checks = self.recipe.checkpoint, self.recipe.telemetry.probe_every_epochs
         stop = self.signals.agreed() or self._is_last
         if stop and not self._is_last:
@@ -263,7 +264,7 @@ class Trainer(Generic[M]):
             return
         self.watchdog.wait_for(f"the checkpoint of step {self.step}", long=True)
         self.guard.drain()
-        # Skipped steps are not made up for: a run that they end has to go on from before them.
+        # Skipped steps are not repeated. If they end the run, it has to resume from a step before them.
         if self.guard.streak and not self.due.stop:
             return
         self.engine.check_copies()
@@ -271,29 +272,31 @@ class Trainer(Generic[M]):
             self.saver.start(self.step, self.engine.state(), self._state())
             if self.due.stop and not self.saver.finish():
                 raise RunError(
-                    f"{self.path} stops at step {self.step} unsaved: make room, and the same command goes on from "
-                    "its last checkpoint"
+                    f"{self.path} stops at step {self.step} without saving it: free some disk space, then the same "
+                    "command continues from its last checkpoint"
                 )
         self.due = Due(stop=self.due.stop)
 
     @property
     def _is_sampled(self) -> bool:
-        """Return whether the next step is profiled: three of an epoch, none the first of a start or epoch."""
+        """True if the next step is profiled: three steps of an epoch, but not the first one of a start or epoch."""
         return self.step - self.first in {1, self.per_epoch // 3, 2 * self.per_epoch // 3} - {0}
 
     @property
     def _is_last(self) -> bool:
-        """Return whether this step is the last one."""
+        """True if this step is the last one of the run or of a dry run."""
         return self.recipe.run.dry or self.step >= self.steps
 
     def _is_time(self, every: int) -> bool:
-        """Return whether an action of every `every` epochs (0: never), and of the run's end, is due."""
+        """Return True if an action is due that happens every `every` epochs (0: never) and at the end of the run."""
         return bool(every) and (-(-self.step // self.per_epoch) % every == 0 or self._is_last)
 
     @contextmanager
     def _evaluating(self) -> Iterator[M]:
-        """Yield the model in eval mode, without gradients, and as it was before compiling: that is for the sizes of
-        training, and each other one would compile anew."""
+        """Yield the model in eval mode, without gradients and without the compiled code.
+
+        The compiled code is for the sizes of training. Every other size would cause a recompilation.
+        """
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield self.engine.model.eval()
         self.engine.model.train()
@@ -302,7 +305,7 @@ class Trainer(Generic[M]):
 
     @property
     def path(self) -> Path:
-        """The run directory, which somebody may rename meanwhile."""
+        """The run directory. A user may rename it while the run is in progress."""
         return self.hold.folder.path
 
     def _saver(self, settings: CheckpointSettings, inside: str = "") -> Saver:
@@ -310,7 +313,7 @@ class Trainer(Generic[M]):
         return Saver(self.path, settings, self.device, say, self.hold, inside, note)
 
     def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside tensors."""
+        """Return the state that a checkpoint keeps in addition to the tensors."""
         return {
             "samples": self.step * self.recipe.schedule.batch_size,
             "steps": self.steps,
@@ -327,8 +330,10 @@ class Trainer(Generic[M]):
         return self.loader.samples(*divmod(step - 1, self.per_epoch)).tolist()
 
     def _keep(self, first: int, last: int) -> bool:
-        """Save, apart from the checkpoints, the weights that steps `first` to `last` began with and left as they were;
-        return whether that succeeded."""
+        """Save the weights for `mimae replay`, separately from the checkpoints, and return True on success.
+
+        All steps from `first` to `last` were skipped, so the weights did not change in between.
+        """
         self.saver.finish()
         settings = CheckpointSettings(keep=1, background=False)
         keeper = self._saver(settings, "nonfinite")
@@ -337,7 +342,7 @@ class Trainer(Generic[M]):
 
     @contextmanager
     def _saved(self) -> Iterator[None]:
-        """End the save that is under way before the run ends, however its steps end."""
+        """Finish the save that is in progress before the run ends, also if the steps end with an exception."""
         try:
             yield
         finally:
@@ -345,13 +350,13 @@ class Trainer(Generic[M]):
             self.saver.close()
 
     def _outcome(self) -> Outcome:
-        """Print how the run ended, and return it."""
+        """Print how the run ended, and return its outcome."""
         finished = self.step >= self.steps
         if finished:
             self.events.add("finish", step=self.step)
         on_signal = self.signals.received and not finished
         if on_signal:
-            self.telemetry.message(f"saved at step {self.step} on a signal; the same command goes on from there")
+            self.telemetry.message(f"saved at step {self.step} on a signal; the same command continues from there")
         elif finished:
             self.telemetry.message(f"finished: {self.path}")
         return Outcome(self.path, self.step, finished, saved_on_signal=on_signal)

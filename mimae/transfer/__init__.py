@@ -1,1 +1,1 @@
-"""The encoder out of a run: exports for other libraries, features of data sets, pictures."""
+"""Use of a trained encoder outside its run: exports for other libraries, features of data sets, pictures."""

@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was made, how it is opened, whose it is."""
+"""The README.md of an export: the model, its pretraining, the code that opens it, and its licence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ _BYTES = 1 << 24
 
 
 def licence_of(run: Path) -> str | None:
-    """Return the licence that a run inherited from the weights that it started from; None where it started from none,
-    or from weights that name none."""
+    """Return the licence that a run inherited from its start weights, or None if there is none."""
     found = _json(run / "init.json").get("licence")
     return printable(found)[:100] if isinstance(found, str) else None
 
@@ -25,7 +24,7 @@ def licence_of(run: Path) -> str | None:
 def card(
     run: Path, found: Checkpoint, exported: Exported, target: Target, options: Options, average: bool, name: str
 ) -> str:
-    """Return the text of the card, with the licence at its head as model hubs read it."""
+    """Return the text of the card. It begins with the metadata, such as the licence, that model hubs read."""
     recipe, grid = exported.recipe, exported.grid
     model, masking = recipe.model, recipe.masking
     height, width = grid.size_hw
@@ -36,22 +35,22 @@ def card(
     rows = {
         "encoder": f"ViT, patches of {grid.patch_size} px, {model.depth} blocks of width {model.width}, "
         f"{model.heads} heads",
-        "holds": "encoder and decoder" if options.decoder else "the encoder",
+        "contents": "encoder and decoder" if options.decoder else "the encoder",
         "images": f"{height} x {width} px (height x width)",
         "normalisation": f"of pixels in [0, 1]: mean {_list(recipe.data.mean)}, deviation {_list(recipe.data.std)}",
-        "resizing": "bicubic with antialiasing, of the largest central window with the images' aspect ratio",
+        "resizing": "bicubic with antialiasing, of the largest central window with the aspect ratio of the input",
         "features": "the mean of the patch tokens after the final norm, without the class token",
         "pretraining": _objective(exported),
-        "views": f"{masking.num_masks} of an image, {masking.ratio:.0%} of the patches hidden ({masking.kind})",
+        "views": f"{masking.num_masks} per image, with {masking.ratio:.0%} of the patches hidden ({masking.kind})",
         "data": printable(recipe.data.path),
-        "length": f"step {found.state['step']:,}, {found.state.get('samples', 0):,} images seen; {weights} of it",
+        "length": f"step {found.state['step']:,}, {found.state.get('samples', 0):,} images seen; {weights}",
         "stored as": str(options.dtype).removeprefix("torch."),
         **_measures(run, found),
     }
     if target.is_graph:
         rows["input"] = (
             "uint8 (B, H, W, 3), 0 to 255" if options.given == "uint8" else "float32 (B, 3, H, W), 0 to 1"
-        ) + "; the batch is dynamic; normalisation is inside"
+        ) + "; any batch size; the graph normalises the pixels"
         rows["size"] = (
             "any multiple of the patch size; some runtimes (TensorRT) refuse its bicubic interpolation of positions"
             if options.dynamic_size
@@ -63,9 +62,9 @@ def card(
         rows["pixels that the decoder predicts"] = kind
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     rights = (
-        f"{licence}, inherited from the weights that its pretraining started from."
+        f"{licence}, inherited from the weights from which its pretraining started."
         if licence
-        else "None was chosen: whoever publishes this folder names one, as `license:` at the head of this file."
+        else "No licence was chosen. To publish this folder, add one as `license:` at the head of this file."
     )
     alone = "torch" if target.title.startswith("the code") else target.title
     return f"""{chr(10).join(head)}
@@ -79,8 +78,8 @@ mimae {__version__} for {target.title}.
 {target.loading.replace("DIR", name)}
 ```
 
-`python check.py` opens the folder with {alone} alone, and compares what the model gives for the images in check.npz
-with what the encoder gave when it was exported.
+`python check.py` opens the folder with {alone}, without mimae. It compares the model's outputs for the images in
+check.npz with the outputs that the encoder had when it was exported.
 
 | | |
 | --- | --- |
@@ -101,7 +100,7 @@ def _objective(exported: Exported) -> str:
 
 
 def _measures(run: Path, found: Checkpoint) -> dict[str, str]:
-    """Return what the run knows of its features: the measures of the checkpoint, and `mimae probe`'s."""
+    """Return the measures of the features: those of the checkpoint, and those of `mimae probe`."""
     told = {}
     measures = found.state.get("measures") or {}
     if values := [f"{key} {value:.3f}" for key, value in measures.items() if isinstance(value, float)]:
@@ -114,7 +113,7 @@ def _measures(run: Path, found: Checkpoint) -> dict[str, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON file of a run; nothing where there is none, or it is broken."""
+    """Return the contents of a JSON file of a run, or an empty mapping if it is missing or damaged."""
     try:
         found = json.loads(read_text(path, _BYTES))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The arguments of the verbs that take an encoder, or what it sees, out of a run."""
+"""The commands that use a trained encoder or draw its outputs: export, embed, reconstruct, neighbours, map."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Average = Annotated[bool, typer.Option("--average", help="the moving average of 
 
 def export(
     run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to make")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write; it must not exist")],
     to: Annotated[
-        Literal["timm", "transformers", "mae", "onnx", "torch", "safetensors"], typer.Option(help="who opens it")
+        Literal["timm", "transformers", "mae", "onnx", "torch", "safetensors"], typer.Option(help="export format")
     ] = "timm",
     average: Average = False,
-    decoder: Annotated[bool, typer.Option("--decoder", help="MAE's decoder too (transformers, mae)")] = False,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the stored weights")] = "fp32",
+    decoder: Annotated[bool, typer.Option("--decoder", help="export MAE's decoder too (transformers, mae)")] = False,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="dtype of the stored weights")] = "fp32",
     blocks: Annotated[
-        str | None, typer.Option(metavar="3,5,7,11", help="blocks, counted from 0, whose maps a graph gives too")
+        str | None, typer.Option(metavar="3,5,7,11", help="blocks, counted from 0, whose maps a graph outputs too")
     ] = None,
-    given: Annotated[Literal["uint8", "float"], typer.Option("--input", help="pixels that a graph takes")] = "uint8",
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph takes any size of images")] = False,
+    given: Annotated[Literal["uint8", "float"], typer.Option("--input", help="dtype of a graph's input")] = "uint8",
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph takes images of any size")] = False,
 ) -> None:
-    """Write the encoder of a run as a folder that others open without mimae.
+    """Write the encoder of a run as a folder that other libraries open without mimae.
 
-    With a card, and a check.py that compares it anywhere.
+    The folder has a model card, and a check.py that compares the outputs with the encoder's on any machine.
     """
     import torch
 
@@ -47,7 +47,7 @@ def export(
     if report.rounding is not None:
         say(f"rounding to bf16 changed the features by {report.rounding:.2%}")
     if report.differences is None:
-        say(f"not compared: {TARGETS[to].title} is not installed here; run check.py where it is")
+        say(f"not compared: {TARGETS[to].title} is not installed here; run check.py on a machine that has it")
     else:
         told = ", ".join(f"{name} {worst:.1e}" for name, worst in report.differences.items())
         say(f"differs from the encoder by at most: {told} (allowed: {BOUND:.0e})")
@@ -62,16 +62,16 @@ def embed(
         typer.Option(help="mean of the patch tokens, class token, all patch tokens, or maps of --blocks"),
     ] = "pooled",
     blocks: Annotated[str | None, typer.Option(metavar="3,5,7,11", help="blocks for maps, counted from 0")] = None,
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="of the stored features")] = "float32",
-    batch: Annotated[int, typer.Option(help="images at once", min=1)] = 64,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="dtype of the stored features")] = "float32",
+    batch: Annotated[int, typer.Option(help="images per batch", min=1)] = 64,
     average: Average = False,
     ranks: Annotated[
         int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)
     ] = None,
 ) -> None:
-    """Write the features of every image of a data set.
+    """Write the features of every image of a data set, with ids, paths and labels.
 
-    With ids, paths and labels. The same command goes on where it was interrupted.
+    If the command is interrupted, the same command continues from there.
     """
     from mimae.outside.output import as_json
     from mimae.outside.text import say
@@ -85,20 +85,20 @@ def embed(
     for line in unreadable[:10]:
         say(f"left out: {line}")
     if len(unreadable) > 10:
-        say(f"left out: {len(unreadable):,} images in all, which could not be read")
+        say(f"left out: {len(unreadable):,} images in total, which could not be read")
 
 
-Picture = Annotated[Path, typer.Option(metavar="FILE.png", help="the picture")]
-Limit = Annotated[int, typer.Option(help="images to use at most, evenly spread", min=2)]
+Picture = Annotated[Path, typer.Option(metavar="FILE.png", help="the picture to write")]
+Limit = Annotated[int, typer.Option(help="maximal number of images to use, evenly spread", min=2)]
 
 
 def reconstruct(
     run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="image files, or data sets for some of each")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="image files, or data sets (some of each)")],
     out: Picture = Path("reconstructions.png"),
     average: Average = False,
 ) -> None:
-    """Draw images, what each view of them shows, and what the decoder makes of it."""
+    """Draw images, their masked views, and the decoder's reconstructions."""
     from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.transfer.look import reconstruct
@@ -117,12 +117,12 @@ def neighbours(
     weights: Weights,
     data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path")],
     out: Picture = Path("neighbours.png"),
-    queries: Annotated[int, typer.Option(help="images whose neighbours are shown", min=1, max=64)] = 8,
-    nearest: Annotated[int, typer.Option(help="neighbours of each", min=1, max=32)] = 8,
+    queries: Annotated[int, typer.Option(help="number of images whose neighbours are shown", min=1, max=64)] = 8,
+    nearest: Annotated[int, typer.Option(help="number of neighbours per image", min=1, max=32)] = 8,
     limit: Limit = 5000,
     average: Average = False,
 ) -> None:
-    """Draw images beside those whose features are nearest to theirs."""
+    """Draw images next to the images with the most similar features."""
     from mimae.transfer import look
 
     write(out, look.neighbours(look.bank(weights, data, limit, average), queries, nearest))
@@ -144,7 +144,7 @@ def features_map(
 
 
 def write(out: Path, picture: bytes) -> None:
-    """Write a picture. Raises UserError."""
+    """Write a picture. Raises UserError if it cannot be written."""
     from mimae.errors import UserError
 
     try:
@@ -164,13 +164,13 @@ def tell(picture: Path) -> None:
 
 
 def numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """Return the numbers in `3,5,7`. Raises UserError."""
+    """Return the numbers in a text such as `3,5,7`. Raises UserError if it is malformed."""
     from mimae.errors import UserError
 
     try:
         found = tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise UserError(f"{option} {text}: legal are numbers from 0 on, as 3,5,7,11") from None
+        raise UserError(f"{option} {text}: legal are numbers from 0 on, such as 3,5,7,11") from None
     if len(set(found)) < len(found):
-        raise UserError(f"{option} {text}: a number is there twice")
+        raise UserError(f"{option} {text}: a number occurs twice")
     return found

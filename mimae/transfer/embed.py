@@ -1,10 +1,9 @@
-"""`mimae embed`: what an encoder makes of each image of a data set, in a file.
+"""`mimae embed`: the features of each image of a data set, written to a file.
 
-The samples are cut into parts of fixed size. Ranks take turns at the parts, and each part is written whole or not at
-all, so that memory does not grow with the data set, a run that was killed goes on with the next part, and the file is
-the same however often that happened.
+The samples are divided into parts of fixed size, which ranks take in turn. Each part is written atomically. So memory
+does not grow with the data set, a killed run continues with the next part, and interruptions do not change the file.
 
-    OUT.parts/plan.json                  what is embedded; a rerun that wants something else is refused
+    OUT.parts/plan.json                  what is embedded; a rerun with another plan is refused
     OUT.parts/part-00000.safetensors     a part: ids, paths, labels, features
 
 Letters in shapes: n samples, B images, L patches, D width.
@@ -46,11 +45,12 @@ _PLAN_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """Kinds of features that the encoder gives for each image."""
+    """The kind of features that is computed for each image."""
 
     what: What = "pooled"
-    """pooled: the mean of the patch tokens (D,); class: the class token (D,); tokens: all patch tokens (L, D), all
-    three after the final norm; maps: what `blocks` give for the patches (D, rows, columns), before it."""
+    """pooled: the mean of the patch tokens (D,); class: the class token (D,); tokens: all patch tokens (L, D); these
+    three are after the final norm. maps: the outputs of `blocks` for the patches (D, rows, columns), before the
+    norm."""
     blocks: tuple[int, ...] = ()
     dtype: Literal["float32", "float16"] = "float32"
     batch: int = 64
@@ -74,7 +74,7 @@ _TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Job:
-    """The embedding of one data set by one encoder. Raises UserError where they cannot be opened."""
+    """The embedding of one data set by one encoder. Raises UserError if they cannot be opened."""
 
     def __init__(self, weights: Path, data: str, request: Request, average: bool = False) -> None:
         self.encoder, settings = load(weights, average)
@@ -85,16 +85,16 @@ class Job:
         if wrong := [block for block in request.blocks if not 0 <= block < depth]:
             raise UserError(f"--blocks {wrong[0]}: the encoder has blocks 0 to {depth - 1}")
         if (request.what == "maps") != bool(request.blocks):
-            raise UserError(f"--what maps needs --blocks, as 0,{depth - 1}; --what {request.what} takes none")
+            raise UserError(f"--what maps needs --blocks, such as 0,{depth - 1}; --what {request.what} takes none")
         values = len(request.blocks) if request.what == "maps" else 1
         values *= self.encoder.width * (self.encoder.grid.patches if request.what in ("tokens", "maps") else 1)
         row = values * getattr(torch, request.dtype).itemsize
-        # Whole batches, since the rounding of a sample's features can depend on its batch.
+        # A part consists of whole batches, because the rounding of a sample's features can depend on its batch.
         self.rows = max(1, min(_PART_ROWS, _PART_BYTES // row) // request.batch) * request.batch
         self.parts = -(-len(self.source) // self.rows)
 
     def plan(self) -> dict[str, object]:
-        """Return all that decides the bytes of the result, and the number of parts."""
+        """Return everything that determines the bytes of the result, and the number of parts."""
         digest = hashlib.sha256()
         tensors = self.encoder.state_dict() | {"mean": self.encoder.mean, "std": self.encoder.std}
         for name, tensor in sorted(tensors.items()):
@@ -110,7 +110,7 @@ class Job:
         }
 
     def run(self, folder: Path, parts: Sequence[int], device: torch.device, done: Callable[[int], None]) -> None:
-        """Write the parts of these numbers (ascending); `done` is told the images of every batch."""
+        """Write the parts with these numbers (ascending). `done` is called with the number of images of every batch."""
         encoder = self.encoder.to(device)
         ids = torch.cat([self.ids(part) for part in parts]) if parts else torch.empty(0, dtype=torch.int64)
         batches = evaluation_batches(self.settings, self.source, self.request.batch, ids)
@@ -142,10 +142,13 @@ class Job:
 
 
 def prepare(out: Path, plan: dict[str, object]) -> Path:
-    """Return the folder of parts beside OUT, made or found. Raises UserError where it holds another embedding's."""
+    """Make or find the folder of parts next to OUT, and return it.
+
+    Raises UserError if OUT exists, or if the folder has the parts of another embedding.
+    """
     folder = out.with_name(f"{out.name}.parts")
     if out.exists():
-        raise UserError(f"{out} is there already: remove it, or give another --out")
+        raise UserError(f"{out} exists already: remove it, or give another --out")
     text = json.dumps(plan, indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,10 +179,10 @@ def part_path(folder: Path, part: int) -> Path:
 def embed(
     weights: Path, data: str, out: Path, request: Request, average: bool = False, ranks: int | None = None
 ) -> list[str]:
-    """Embed the data set `data` into OUT, or go on where an interrupted call with the same arguments stopped.
+    """Embed the data set `data` into OUT, or continue from where a call with the same arguments was interrupted.
 
-    `ranks`: processes on this machine; None: one for each GPU, or one. Returns path and reason of each image that
-    could not be read and has no features. Raises UserError.
+    `ranks` is the number of processes on this machine; None stands for one per GPU, or one. Returns path and reason of
+    each image that could not be read and has no features. Raises UserError if the embedding is impossible.
     """
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: legal endings are .npz and .parquet; without one it is a folder of safetensors")
@@ -218,6 +221,6 @@ def _work(
     """Write a rank's share of the parts `todo`."""
     job = Job(weights, data, request, average)
     if job.plan() != plan:
-        raise UserError(f"{weights} or {data} changed while it was embedded: start again, with a checkpoint of the run")
+        raise UserError(f"{weights} or {data} changed during the embedding: start again, with a checkpoint of the run")
     gpus = torch.cuda.device_count()
     job.run(folder, todo[rank::ranks], torch.device("cuda", rank % gpus) if gpus else torch.device("cpu"), done)

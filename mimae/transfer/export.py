@@ -1,4 +1,4 @@
-"""`mimae export`: a pretrained model as a folder that others open without this project."""
+"""`mimae export`: a pretrained model as a folder that other libraries open without this project."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ TARGETS: dict[str, Target] = {
     "torch": torch_target.TARGET,
     "safetensors": safetensors.TARGET,
 }
-"""Kinds of exports by the word after --to."""
+"""Kinds of exports by the value of --to."""
 
 _VIT = "from mimae.transfer.checks.vit import vit\n"
 """Import of the modules in `checks` whose format holds weights and nothing to run."""
 
 BOUND = comparison.BOUND
-"""Largest absolute difference of an output, in fp32 with the stored weights."""
+"""Largest allowed absolute difference of an output, in fp32 with the stored weights."""
 
 ROUNDING = 0.05
-"""Largest share by which the rounding of the weights to bf16 may change the features, as |difference| / |features|."""
+"""Largest allowed relative change of the features, |difference| / |features|, by rounding the weights to bf16."""
 
 
 class Report(NamedTuple):
-    """Result of an export."""
+    """The result of an export."""
 
     folder: Path
     step: int
     differences: dict[str, float] | None
-    """Largest absolute difference of each output; None where the library that opens the folder is not installed."""
+    """Largest absolute difference of each output; None if the library that opens the folder is not installed."""
     rounding: float | None
-    """Share by which rounded weights changed the features; None for fp32."""
+    """Relative change of the features by rounded weights; None for fp32."""
 
 
 def export(run: Path, to: str, out: Path, options: Options, average: bool = False) -> Report:
-    """Write the folder OUT, whole or not at all, and hold its outputs to the encoder's.
+    """Write the folder OUT atomically, and compare its outputs with the encoder's.
 
-    Raises UserError for what cannot be expressed, where OUT is there, and where the outputs differ.
+    Raises UserError if the format cannot express the model, if OUT exists, and if the outputs differ.
     """
     target = TARGETS[to]
     _refuse(to, target, options)
     if out.exists():
-        raise UserError(f"{out} is there already: remove it, or give another --out")
+        raise UserError(f"{out} exists already: remove it, or give another --out")
     recipe, model, found = load_model(run, average)
     depth = recipe.model.depth
     if wrong := [block for block in options.blocks if not 0 <= block < depth]:
@@ -96,7 +96,7 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
 
 
 def _refuse(to: str, target: Target, options: Options) -> None:
-    """Raise UserError for options that a kind of export does not have."""
+    """Raise UserError for options that the kind of export does not have."""
     graphs = ", ".join(name for name, each in TARGETS.items() if each.is_graph)
     given = {
         "--blocks": bool(options.blocks),
@@ -107,16 +107,16 @@ def _refuse(to: str, target: Target, options: Options) -> None:
         raise UserError(f"{wrong[0]} is for graphs ({graphs}); --to {to} holds weights for a library's own model")
     if target.is_graph and options.dtype != torch.float32:
         raise UserError(
-            f"--dtype bf16 rounds stored weights; a graph (--to {to}) computes in fp32, cast it where it runs"
+            f"--dtype bf16 rounds stored weights, but a graph (--to {to}) computes in fp32: cast it when you load it"
         )
     if options.decoder and not target.has_decoder:
         holders = ", ".join(name for name, each in TARGETS.items() if each.has_decoder)
-        raise UserError(f"--decoder: --to {to} holds the encoder alone; with the decoder go {holders}")
+        raise UserError(f"--decoder: --to {to} has only the encoder; exports with the decoder are {holders}")
 
 
 @torch.no_grad()
 def _rounded(exported: Exported, dtype: torch.dtype) -> float | None:
-    """Give the model the values that will be stored, and return by what share its features change."""
+    """Round the weights of the model as they will be stored, and return the relative change of its features."""
     if dtype == torch.float32:
         return None
     images = _images(exported)
@@ -133,8 +133,10 @@ def _rounded(exported: Exported, dtype: torch.dtype) -> float | None:
 
 
 def _images(exported: Exported, more: tuple[int, int] = (0, 0)) -> Tensor:
-    """Return images to compare with, uint8 (3, H, W, 3): noise, a coloured slope, a chequered field. `more` patches
-    make them larger than the run's."""
+    """Return images for the comparison, uint8 (3, H, W, 3): noise, a colour gradient, a checkerboard.
+
+    They have `more` (rows, columns) patches than the run's images.
+    """
     rows, columns, patch = exported.grid
     height, width = (rows + more[0]) * patch, (columns + more[1]) * patch
     noise = kernels.philox_words(0, 0, 0, torch.arange(height), 3 * width).view(height, width, 3) & 255
@@ -146,7 +148,7 @@ def _images(exported: Exported, more: tuple[int, int] = (0, 0)) -> Tensor:
 
 @torch.no_grad()
 def _expected(exported: Exported, options: Options, images: Tensor) -> dict[str, Tensor]:
-    """Return what the encoder gives for images."""
+    """Return the outputs of the encoder for images, by name."""
     tokens = exported.encoder.tokens(images)
     maps = exported.encoder.maps(images, options.blocks)
     named = {f"block_{number}": each for number, each in zip(options.blocks, maps, strict=True)}
@@ -155,12 +157,12 @@ def _expected(exported: Exported, options: Options, images: Tensor) -> dict[str,
 
 @torch.no_grad()
 def _decoded(exported: Exported, images: Tensor) -> dict[str, Tensor]:
-    """Return what the decoder gives where a quarter of the patches is seen, those of least noise; and the noise."""
+    """Return the noise that chooses visible patches (the quarter with the least noise), and the decoder's outputs."""
     patches, model = exported.grid.patches, exported.model
     words = kernels.philox_words(1, 0, 0, torch.arange(len(images)), patches)
     noise = words.double().div(2.0**32).float()
     order = noise.argsort(1)
-    # As MAE's code rounds it.
+    # The number of visible patches is rounded down, as in MAE's code.
     visible, hidden = (part.sort(1).values[:, None] for part in order.tensor_split([int(patches * 0.25)], 1))
     predictions = model.predict(images, visible.int(), hidden.int())
     normalize = exported.recipe.objective.normalize_pixels
@@ -171,7 +173,7 @@ def _decoded(exported: Exported, images: Tensor) -> dict[str, Tensor]:
 
 
 def _write_check(exported: Exported, target: Target, options: Options, folder: Path) -> None:
-    """Write check.py, and check.npz with images and what the encoder gives for them."""
+    """Write check.py, and check.npz with images and the encoder's outputs for them."""
     images = _images(exported)
     stored = {"images": images, **_expected(exported, options, images)}
     if target.check(options) == "transformers_mae":
@@ -191,10 +193,13 @@ def _write_check(exported: Exported, target: Target, options: Options, folder: P
 
 
 def _differences(exported: Exported, target: Target, options: Options, folder: Path) -> dict[str, float] | None:
-    """Run check.py, and for a graph of dynamic size its outputs at two other sizes too. Raises UserError."""
+    """Run check.py, for a graph of dynamic size also at two other sizes, and return the largest differences.
+
+    Raises UserError if a difference is too large. Returns None if the library is not installed.
+    """
     if any(importlib.util.find_spec(module) is None for module in target.modules):
         return None
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers shows a bar
+    with contextlib.redirect_stderr(io.StringIO()):  # This hides the progress bar of transformers.
         check = runpy.run_path(str(folder / "check.py"))
         found: dict[str, float] = check["differences"](check["outputs"])
     if options.dynamic_size:
@@ -203,10 +208,10 @@ def _differences(exported: Exported, target: Target, options: Options, folder: P
             given, expected = check["outputs"](images.numpy()), _expected(exported, options, images)
             for name, values in given.items():
                 found[name] = max(found[name], float((torch.from_numpy(values) - expected[name]).abs().max()))
-    # Not "worst > BOUND": a difference that is no number is refused too.
+    # The condition is not "worst > BOUND", so that NaN is refused too.
     if wrong := [name for name, worst in found.items() if not worst <= BOUND]:
         told = ", ".join(f"{name} {found[name]:.1e}" for name in wrong)
         raise UserError(
-            f"not exported: what {target.title} gives differs from the encoder by more than {BOUND:.0e} ({told})"
+            f"not exported: the outputs of {target.title} differ from the encoder's by more than {BOUND:.0e} ({told})"
         )
     return found

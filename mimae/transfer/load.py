@@ -1,4 +1,4 @@
-"""Models out of a run, and the encoder out of a run or an export."""
+"""Loading of the model of a run, and of the encoder of a run or an export."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ _CONFIG_BYTES = 1 << 20
 
 
 class Loaded(NamedTuple):
-    """An encoder in eval mode, and the settings by which its images were cut."""
+    """An encoder in eval mode, and the settings of the data on which it was trained."""
 
     encoder: Encoder
     data: DataSettings
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:
-    """Return the encoder of a run (its newest whole checkpoint), of one checkpoint, or of an export, in eval mode.
+    """Return the encoder of a run (its newest complete checkpoint), of one checkpoint, or of an export, in eval mode.
 
-    The run may be of any task whose model keeps the encoder's norm; a classifier with `fc_norm` has none.
-    `average`: the moving average of a run's weights instead of the weights. The state_dict of the encoder loads into
-    the timm ViT of the same size. Raises CheckpointError where there is none, ConfigError for a damaged config.yaml.
+    The run may be of any task whose model keeps the encoder's norm; a classifier with `fc_norm` has none. With
+    `average` the weights are the run's moving average. The state_dict of the encoder loads into the timm ViT of the
+    same size. Raises CheckpointError if there is no such encoder, ConfigError for a damaged config.yaml.
     """
     return load(path, average).encoder
 
 
 def load(path: str | Path, average: bool = False) -> Loaded:
-    """Return what `load_encoder` does, with its data settings."""
+    """Return the encoder as `load_encoder` does, with its data settings."""
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "config.yaml").exists():
         if average:
-            raise CheckpointError(f"{path} is an export, which holds one set of weights: leave out --average")
+            raise CheckpointError(f"{path} is an export, which has only one set of weights: leave out --average")
         return _of_export(path)
     recipe = load_run(checkpoint.run_of(path), (), None, RunRecipe)
-    # Its weights go anywhere; the backend that trained them may be another machine's.
+    # The weights do not depend on the attention backend of the training, which may not exist on this machine.
     settings = recipe.model.model_copy(update={"attention": "auto"})
     encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
 
@@ -67,7 +67,7 @@ def load(path: str | Path, average: bool = False) -> Loaded:
 
 
 class Trained(NamedTuple):
-    """A whole model of a run, in eval mode, and the checkpoint that it came from."""
+    """The whole model of a run, in eval mode, with its recipe and checkpoint."""
 
     recipe: Recipe
     model: MIMAE
@@ -75,7 +75,10 @@ class Trained(NamedTuple):
 
 
 def load_model(path: str | Path, average: bool = False) -> Trained:
-    """Return encoder, decoder and objective of a run or of one checkpoint. Raises CheckpointError, ConfigError."""
+    """Return the model (encoder, decoder and objective) of a run or of one checkpoint.
+
+    Raises CheckpointError if there is none, ConfigError for a damaged config.yaml.
+    """
     path = Path(path)
     recipe = load_run(checkpoint.run_of(path))
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "auto"})})
@@ -88,7 +91,7 @@ def load_model(path: str | Path, average: bool = False) -> Trained:
 def _use(
     path: Path, recipe: RunRecipe, average: bool, what: str, fill: Callable[[dict[str, Tensor]], None]
 ) -> checkpoint.Checkpoint:
-    """Give the weights of a checkpoint to `fill`, and return the checkpoint. Raises CheckpointError."""
+    """Call `fill` with the weights of a checkpoint, and return the checkpoint. Raises CheckpointError."""
     if average and recipe.ema.decay is None:
         raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
 
@@ -98,7 +101,7 @@ def _use(
             raise CheckpointError(f"{found.path} has no moving average")
         try:
             fill(found.tensors("model") | averages)
-        except RuntimeError as error:  # other names or shapes
+        except RuntimeError as error:  # Names or shapes differ.
             said = printable(" ".join(str(error).split()))[:300]
             raise CheckpointError(f"{found.path} does not hold {what} of config.yaml: {said}") from error
 
@@ -106,13 +109,13 @@ def _use(
 
 
 def _of_export(folder: Path) -> Loaded:
-    """Return the encoder of a folder that `mimae export` wrote."""
+    """Return the encoder of a folder that `mimae export` wrote. Raises CheckpointError."""
     try:
         config = json.loads(read_text(folder / "config.json", _CONFIG_BYTES))
         if not isinstance(config, dict) or not isinstance(config.get("mimae"), dict):
             raise CheckpointError(
-                f"{folder} is neither a run nor an export of one: its config.json does not name mimae. Published "
-                "weights of others start a run (model.init)"
+                f"{folder} is neither a run nor an export of a run: its config.json does not name mimae. To start a "
+                "run from published weights of other projects, use model.init"
             )
         told: dict[str, Any] = config["mimae"]
         sizes = {key: told[key] for key in ("patch_size", "width", "depth", "heads", "mlp_width", "norm_eps")}
@@ -136,7 +139,7 @@ def _of_export(folder: Path) -> Loaded:
 
 
 def _weights_of(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an export by the names that they have there. Raises CheckpointError."""
+    """Return the tensors of an export by their names in the export. Raises CheckpointError."""
     if (file := folder / "model.safetensors").is_file():
         return load_file(file)
     if (file := folder / "model.pth").is_file():
@@ -149,7 +152,7 @@ def _weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def _of_graph(file: Path) -> dict[str, Tensor]:
-    """Return the weights of an ONNX graph. Those of linear layers lie there transposed, without their names."""
+    """Return the weights of an ONNX graph. It stores the weights of linear layers transposed and without names."""
     try:
         import onnx
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Pictures of what a model has learned: reconstructions, nearest neighbours, a map of features.
+"""Pictures of a model's outputs: reconstructions, nearest neighbours, a map of features.
 
 Letters in shapes: n samples, B images, D features.
 """
@@ -35,28 +35,28 @@ from mimae.telemetry import pictures
 from mimae.transfer.load import load, load_model
 
 _EACH = 8
-"""Images that are shown of a data set."""
+"""Number of images of a data set that are shown."""
 _PAPER, _INK, _RIGHT, _WRONG = "#ffffff", "#46464c", "#2b8a3e", "#c92a2a"
 _CLASSES = 20
-"""The most classes that colours can tell apart."""
+"""Maximal number of classes that colours can distinguish."""
 _CELLS = np.array([18, 18])
 """Columns and rows of images in a map."""
 
 
 class Reconstruction(NamedTuple):
-    """A picture with a row for each image, and the images' names and losses in the order of the rows."""
+    """A picture with one row per image, and the names and losses of the images in the order of the rows."""
 
     png: bytes
     names: list[str]
     losses: list[float]
-    """L_rec of each image, a mean over its views."""
+    """L_rec of each image, averaged over its views."""
 
 
 @torch.no_grad()
 def reconstruct(run: Path, paths: Sequence[str], average: bool = False) -> Reconstruction:
-    """Mask images as the run does and predict what is hidden.
+    """Mask images as the run does, and draw the model's predictions of the hidden patches.
 
-    `paths`: image files, or data sets, of which some images are taken. Raises UserError.
+    `paths` are image files, or data sets, of which some images are used. Raises UserError if they cannot be read.
     """
     recipe, model, _ = load_model(run, average)
     pairs = [pair for path in paths for pair in _images(path, recipe.data)]
@@ -108,7 +108,7 @@ class Bank(NamedTuple):
     ids: Tensor
     """int64 (n,)."""
     features: Tensor
-    """float32 (n, D), each feature with mean 0 and variance 1."""
+    """float32 (n, D); each feature has mean 0 and variance 1."""
 
     def images(self, rows: Tensor) -> Tensor:
         """Return the pixels of rows (B,) of the bank, uint8 (B, H, W, 3)."""
@@ -116,7 +116,7 @@ class Bank(NamedTuple):
         return batch.images
 
     def classes(self) -> list[str] | None:
-        """Return the name of each row's class; None where the source has no classes."""
+        """Return the name of each row's class, or None if the source has no classes."""
         if self.source.labels is None:
             return None
         labels = self.source.labels[self.ids.numpy()]
@@ -133,15 +133,15 @@ def bank(weights: Path, path: str, limit: int, average: bool = False) -> Bank:
     with Progress("features", len(chosen), "images") as progress:
         found, ids = extract(extractors, data, source, chosen, device, progress.add)
     if len(ids) < 2:
-        raise UserError(f"{path} has {len(ids)} images that can be read: it takes two and more to compare")
+        raise UserError(f"{path} has {len(ids)} images that can be read: a comparison needs at least two")
     (features,) = standardise(found["encoder"].cpu())
     return Bank(source, data, ids.cpu(), features)
 
 
 def neighbours(found: Bank, queries: int, nearest: int) -> bytes:
-    """Return a PNG: a row for each of `queries` images, spread evenly, and its nearest ones by cosine.
+    """Return a PNG with a row for each of `queries` images, evenly spread, and its nearest images by cosine similarity.
 
-    Below each is its cosine, and its class where there are classes: green where it is the query's, red where not.
+    Below each image are its similarity and, if there are classes, its class: green if it is the query's, else red.
     """
     rows = spread_ids(len(found.ids), queries)
     unit = F.normalize(found.features, dim=1)
@@ -162,7 +162,7 @@ def neighbours(found: Bank, queries: int, nearest: int) -> bytes:
     draw = ImageDraw.Draw(picture)
     draw.text((gap, 4), "query", fill=_INK, font=font)
     draw.text(
-        (width + 2 * gap + apart, 4), "nearest of the others by cosine of their features, left to right", _INK, font
+        (width + 2 * gap + apart, 4), "nearest other images by cosine of their features, left to right", _INK, font
     )
     for row, ids in enumerate(shown.tolist()):
         for column, i in enumerate(ids):
@@ -183,7 +183,7 @@ def neighbours(found: Bank, queries: int, nearest: int) -> bytes:
 def _fitted(
     draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    """Return the text, shortened to a width in pixels."""
+    """Return the text, shortened to `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "...", font=font) > width:
@@ -192,8 +192,11 @@ def _fitted(
 
 
 def feature_map(found: Bank) -> bytes:
-    """Return a PNG of the features in the plane of their first two principal components: a dot for each image, in the
-    colour of its class where there are at most twenty, and beside it the images themselves at their places."""
+    """Return a PNG of the features in the plane of their first two principal components.
+
+    The left panel has a dot for each image, in the colour of its class if there are at most twenty classes. The right
+    panel has the images themselves at their positions.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -234,7 +237,7 @@ def feature_map(found: Bank) -> bytes:
 
 
 def _nearest_to_centres(points: np.ndarray) -> tuple[np.ndarray, Tensor]:
-    """Return the unit cells that hold some of the points (n, 2), (m, 2), and the point nearest to each one's centre."""
+    """Return the unit cells (m, 2) that contain points (n, 2), and the point nearest to each cell's centre."""
     cells = np.floor(points).astype(int)
     order = np.argsort(np.abs(points - cells - 0.5).max(1), kind="stable")
     distinct, firsts = np.unique(cells[order], axis=0, return_index=True)
@@ -242,7 +245,7 @@ def _nearest_to_centres(points: np.ndarray) -> tuple[np.ndarray, Tensor]:
 
 
 def _batch(source: Source, data: DataSettings, ids: Tensor) -> Iterator[Batch]:
-    """Yield one batch of all of these samples."""
+    """Yield one batch with all of these samples."""
     return evaluation_batches(data.model_copy(update={"workers": 0}), source, len(ids), ids)
 
 

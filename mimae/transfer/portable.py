@@ -1,4 +1,4 @@
-"""An encoder in plain operators, for graphs: pixels in, normalisation inside, tokens and features out.
+"""An encoder in plain operators, for graphs: it normalises pixels and returns tokens and features.
 
 Letters in shapes: B images, L patches, D width.
 """
@@ -19,7 +19,7 @@ Input = Literal["uint8", "float"]
 
 
 class Portable(nn.Module):
-    """The whole images' forward of an encoder, with its weights under their names."""
+    """The forward of an encoder for whole images. The weights keep their names."""
 
     pos_embed: Tensor
     mean: Tensor
@@ -36,7 +36,7 @@ class Portable(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """-> tokens (B, 1 + L, D), features (B, D), and block_N (B, D, rows, columns) before the final norm."""
+        """Return tokens (B, 1 + L, D), features (B, D), and block_N (B, D, rows, columns) before the final norm."""
         pixels = images.permute(0, 3, 1, 2).float() / 255 if self.given == "uint8" else images
         pixels = (pixels - self.mean) / self.std
         projection = self.patch_embed.get_submodule("proj")
@@ -50,7 +50,7 @@ class Portable(nn.Module):
             if number in self.wanted:
                 found[number] = tokens[:, 1:].transpose(1, 2).reshape(plane.shape)
         tokens = self.norm(tokens)
-        maps = {f"block_{number}": found[number] for number in self.wanted}  # in the order of the graph's outputs
+        maps = {f"block_{number}": found[number] for number in self.wanted}  # This is the order of the graph's outputs.
         return {"tokens": tokens, "features": tokens[:, 1:].mean(1), **maps}
 
     def _positions(self, plane: Tensor) -> Tensor:

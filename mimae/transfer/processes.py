@@ -1,4 +1,4 @@
-"""Processes on this machine that share independent work: each does its part, and tells how far it is."""
+"""Processes on this machine that share independent work, and report their progress."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from mimae.errors import RunError, UserError
 
 Work = Callable[..., None]
-"""work(*arguments, rank, ranks, done): does the share of a rank, and calls done(count) as it goes on."""
+"""Function work(*arguments, rank, ranks, done) that does a rank's share and calls done(count) to report progress."""
 
 
 def share(work: Work, arguments: tuple[Any, ...], ranks: int, done: Callable[[int], None]) -> None:
-    """Run `work`, a function of a module, in `ranks` new processes, and pass on what they tell `done`.
+    """Run `work`, a function of a module, in `ranks` new processes, and call `done` with the progress that they report.
 
-    Raises UserError that one of them raised, RunError where one died. The others are then ended, as they are where
-    this process ends for any reason.
+    Raises the UserError that a process raised, and RunError if a process died. The other processes are then ended. They
+    also end if this process ends for any reason.
     """
     context = multiprocessing.get_context("spawn")
     running = {}
@@ -41,7 +41,7 @@ def share(work: Work, arguments: tuple[Any, ...], ranks: int, done: Callable[[in
                     process.join()
                     raise RunError(
                         f"process {process.pid} of {ranks} ended with exit code {process.exitcode} before its work was "
-                        "done; the same command goes on from what is finished"
+                        "done; the same command continues from the finished part"
                     ) from None
                 if isinstance(told, str):
                     raise UserError(told)
@@ -57,9 +57,9 @@ def share(work: Work, arguments: tuple[Any, ...], ranks: int, done: Callable[[in
 
 
 def _rank(connection: Connection, work: Work, arguments: tuple[Any, ...], rank: int, ranks: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent, which gets it too, ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent gets the signal too, and ends this process.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # How many share the cores.
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # The number of processes that share the cores.
     try:
         work(*arguments, rank, ranks, connection.send)
         connection.send(None)

@@ -1,7 +1,7 @@
-"""Files of features: parts, and what is made of them (npz, Parquet, a folder of safetensors).
+"""Files of features: parts, and the files that are made from them (npz, Parquet, a folder of safetensors).
 
-Every writer reads one part after the other, so that memory does not grow with the number of samples, and gives the
-same bytes for the same parts. Letters in shapes: n samples of a part, N of all.
+Every writer reads one part after the other, so that memory does not grow with the number of samples. Equal parts give
+equal bytes. Letters in shapes: n samples of a part, N samples of all parts.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Part(NamedTuple):
     """int64 (n,)."""
     paths: list[str]
     labels: Tensor | None
-    """int64 (n,): the class of each sample; None where the source has no classes."""
+    """int64 (n,): the class of each sample; None if the source has no classes."""
     columns: dict[str, Tensor]
-    """(n, ...) by name."""
+    """Features (n, ...) by name."""
     unreadable: list[str]
     """Path and reason of each sample that has no features."""
 
@@ -49,18 +49,18 @@ class Table(NamedTuple):
 
 
 def write_part(path: Path, part: Part) -> None:
-    """Write a part, whole or not at all."""
+    """Write a part atomically."""
     tensors = {"ids": part.ids, **part.columns} | ({} if part.labels is None else {"labels": part.labels})
-    # A single key, since the order of several would change from run to run.
+    # There is only one key, because the order of several keys would change from run to run.
     texts = json.dumps({"paths": part.paths, "unreadable": part.unreadable})
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_TEXTS: texts})
-    temporary.chmod(0o644)  # safetensors lets its owner alone read it
+    temporary.chmod(0o644)  # safetensors makes files that only the owner can read.
     temporary.replace(path)
 
 
 def read_part(path: Path) -> Part:
-    """Read a part. Raises UserError for one that is damaged."""
+    """Read a part. Raises UserError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             texts = json.loads(file.metadata()[_TEXTS])
@@ -72,8 +72,10 @@ def read_part(path: Path) -> Part:
 
 
 def write_npz(table: Table, out: Path) -> None:
-    """Write arrays ids (N,), paths (N,) of text, labels (N,) and classes where there are any, and each column (N, ...):
-    `numpy.load(out)["features"]`."""
+    """Write a .npz file, for `numpy.load(out)["features"]`.
+
+    It has arrays ids (N,), paths (N,) of text, labels (N,) and classes if there are classes, and each column (N, ...).
+    """
     rows, longest, first = 0, 1, next(iter(table))
     for part in table:
         rows += len(part.ids)
@@ -103,8 +105,8 @@ def _of(labels: Tensor | None) -> np.ndarray:
 def _member(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray], compressed: bool = False
 ) -> None:
-    """Write an array of `shape`, of which `blocks` are the rows in order."""
-    entry = zipfile.ZipInfo(f"{name}.npy")  # Without a date: the same bytes each time.
+    """Write an array of `shape`, whose rows are `blocks` in order."""
+    entry = zipfile.ZipInfo(f"{name}.npy")  # The entry has no date, so the bytes are the same each time.
     entry.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with archive.open(entry, "w", force_zip64=True) as file:
         started = False
@@ -117,10 +119,10 @@ def _member(
 
 
 def write_parquet(table: Table, out: Path) -> None:
-    """Write columns id, path, label where there are classes, and each column as (nested) lists of fixed size.
+    """Write a Parquet file with columns id, path, label if there are classes, and the features.
 
-    A part is a row group. The names of the classes are in the metadata under `classes`, as JSON. Raises UserError
-    where pyarrow is missing.
+    Features are (nested) lists of fixed size. Each part is a row group. The names of the classes are in the metadata
+    under `classes`, as JSON. Raises UserError if pyarrow is missing.
     """
     try:
         import pyarrow as pa
@@ -155,9 +157,9 @@ def write_parquet(table: Table, out: Path) -> None:
 
 
 def write_folder(table: Table, out: Path) -> None:
-    """Make a folder of the parts as they are, with `index.json`: samples of each part, and names of the classes.
+    """Write a folder with the parts, and `index.json` with the samples of each part and the names of the classes.
 
-    A part holds tensors ids, labels and each column, and its paths as JSON in the metadata under `texts`.
+    A part has tensors ids, labels and each column, and its paths as JSON in the metadata under `texts`.
     """
     out.mkdir()
     files = {}
@@ -165,7 +167,7 @@ def write_folder(table: Table, out: Path) -> None:
         name = f"part-{number:05d}-of-{len(table.parts):05d}.safetensors"
         try:
             os.link(path, out / name)
-        except OSError:  # A file system without hard links.
+        except OSError:  # The file system has no hard links.
             shutil.copyfile(path, out / name)
         files[name] = len(read_part(path).ids)
     index = {"samples": sum(files.values()), "parts": files, "classes": table.classes}
@@ -173,11 +175,11 @@ def write_folder(table: Table, out: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Table, Path], None]] = {".npz": write_npz, ".parquet": write_parquet, "": write_folder}
-"""Writers by the ending of the file; no ending is a folder."""
+"""Writers by the ending of the file; no ending stands for a folder."""
 
 
 def finish(table: Table, out: Path) -> None:
-    """Make OUT of the parts, whole or not at all."""
+    """Write OUT from the parts, atomically."""
     temporary = out.with_name(f".{out.name}.tmp")
     if temporary.is_dir():
         shutil.rmtree(temporary)

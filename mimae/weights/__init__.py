@@ -1,1 +1,1 @@
-"""Weights of other runs and projects: their names, their files, and how a model starts from them."""
+"""Weights of other runs and projects: their names, their files, and the start of a model from them."""

@@ -1,4 +1,4 @@
-"""Files of weights: those of torch.save and of safetensors, mapped into memory, and opened without running any code."""
+"""Reading of weight files (torch.save, safetensors). They are memory-mapped, and opening them never runs code."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from mimae.outside.text import printable
 from mimae.weights.source import Known, Mapped, Stored
 
 HARMLESS: list[Any] = [argparse.Namespace, scalar, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
-"""All that a file may hold beside tensors and Python's own numbers, texts and containers: MAE's code saves its
-arguments and its losses with the weights."""
+"""Types that a file may contain in addition to tensors and Python's numbers, strings and containers. MAE's code saves
+its arguments and its losses with the weights."""
 
 _STATES = ("model", "state_dict", "model_state_dict", "module")
-"""Names under which a file keeps the weights."""
+"""Keys under which a file may keep the weights."""
 
 _NOT_ALLOWED = re.compile(r"GLOBAL (\S+)")
 _LONGEST = 300
 
 
 def read(path: Path) -> tuple[dict[str, Stored], Known]:
-    """Return the tensors of a file, and what it says of them. Raises RunError, naming the file."""
+    """Return the tensors of a file, and the facts that it states about them.
+
+    Raises RunError, which names the file, if it cannot be read or has no weights.
+    """
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _safetensors(path), Known()
@@ -44,12 +47,12 @@ def read(path: Path) -> tuple[dict[str, Stored], Known]:
     if not tensors:
         raise RunError(
             f"{path} holds {_some(list(found)) or 'nothing'}, and no weights: legal is a dictionary of tensors by "
-            f"name, or one under {', '.join(_STATES[:-1])} or {_STATES[-1]}"
+            f"name, itself or under {', '.join(_STATES[:-1])} or {_STATES[-1]}"
         )
     size = path.stat().st_size
     for name, tensor in tensors.items():
         if not _is_plain(tensor) or tensor.numel() * tensor.element_size() > size:
-            raise RunError(f"{path}: {printable(name)} is no plain tensor of numbers that lies in the file")
+            raise RunError(f"{path}: {printable(name)} is not a plain tensor of numbers stored in the file")
     return {name: Mapped(tensor) for name, tensor in tensors.items()}, _of_arguments(found.get("args"))
 
 
@@ -64,49 +67,49 @@ def _first_bytes(path: Path) -> bytes:
 def _safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, "pt")
-        # Mapped from the file: nothing is read here.
+        # The tensors are memory-mapped; no values are read here.
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is no safetensors file, or is torn: {_line(error)}") from error
+        raise RunError(f"{path} is not a safetensors file, or is damaged: {_line(error)}") from error
     return {name: Mapped(tensor) for name, tensor in tensors.items() if _is_plain(tensor)}
 
 
 def _torch(path: Path, is_zip: bool) -> dict[Any, Any]:
-    """Return what torch.save wrote."""
+    """Return the dictionary that torch.save wrote to a file. Raises RunError."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
             if is_zip:
                 with zipfile.ZipFile(path) as archive:
                     if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
                         raise RunError(f"{path} is a compressed archive, which torch.save does not write")
-            # Only archives, which torch writes since version 1.6, can be mapped.
+            # Only zip archives, which torch has written since version 1.6, can be memory-mapped.
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickles that torch did not write
+                warnings.simplefilter("ignore")  # torch warns about pickles that it did not write.
                 found = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except RunError:
         raise
-    except Exception as error:  # whatever the bytes of a stranger come to
+    except Exception as error:  # Bytes of unknown origin can cause any exception.
         if codes := _code(path, error):
             raise RunError(
-                f"{path} holds Python objects, which loading would run as code: {printable(codes)}; only tensors, "
-                "numbers, text and argparse's arguments are read. Whoever trusts the file saves its state_dict alone"
+                f"{path} contains Python objects, whose loading would run code: {printable(codes)}; only tensors, "
+                "numbers, text and argparse's arguments are read. If you trust the file, save only its state_dict anew"
             ) from error
         raise RunError(
-            f"{path} is no file of torch.save or safetensors, or is torn ({path.stat().st_size:,} bytes): "
+            f"{path} is not a file of torch.save or safetensors, or is damaged ({path.stat().st_size:,} bytes): "
             f"{_line(error)}"
         ) from error
     if not isinstance(found, dict):
-        raise RunError(f"{path} holds a {type(found).__name__}, and no dictionary of tensors by name")
+        raise RunError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors by name")
     return found
 
 
 def _code(path: Path, error: Exception) -> str:
-    """Return the names that a pickle asks for and does not get; nothing where it is not that."""
+    """Return the globals that a pickle asks for and that are not allowed; an empty string for other errors."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
             if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
                 return ", ".join(sorted(names)[:5])
-    except Exception:  # no archive, or torn
+    except Exception:  # The file is no archive, or is damaged.
         pass
     found = _NOT_ALLOWED.search(str(error))
     return found[1] if found else ""
@@ -117,14 +120,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _of_arguments(found: Any) -> Known:
-    """Return what the arguments that MAE's code saves say of the weights."""
+    """Return the facts about the weights in the arguments that MAE's code saves."""
     given = vars(found) if isinstance(found, argparse.Namespace) else {}
     normalised = given.get("norm_pix_loss")
     return Known(normalize_pixels=normalised if isinstance(normalised, bool) else None)
 
 
 def _line(error: Exception) -> str:
-    """Return the first sentence of an error of a library."""
+    """Return the first sentence of a library's error message."""
     said = " ".join(printable(str(error)).split())
     if not said or said.startswith("Weights only load failed"):
         return "its bytes are no tensors" if said else "it ends too early"

@@ -1,16 +1,17 @@
-"""Names of the weights of a ViT and of MAE's decoder: ours, facebookresearch's, timm's, transformers'. Needs no torch.
+"""Names of the weights of a ViT and of MAE's decoder in mimae ("ours"), facebookresearch's MAE, timm and transformers.
 
     ours                         facebookresearch     timm         transformers, as on its hub
     encoder.cls_token            cls_token            cls_token    vit.embeddings.cls_token
     encoder.blocks.0.attn.qkv.*  blocks.0.attn.qkv.*  as left      vit.encoder.layer.0.attention.attention.{query,...}.*
     decoder.embed.*              decoder_embed.*                   decoder.decoder_embed.*
 
-Shapes are the same everywhere, but that transformers keeps queries, keys and values apart: a third of the rows of our
-`qkv` each, in this order. A ViTModel alone has the names of transformers without `vit.`.
+All projects have the same shapes, with one exception: transformers has separate tensors for queries, keys and values,
+each of which is a third of the rows of our `qkv`, in this order. A ViTModel without a decoder has the names of
+transformers without `vit.`.
 
-transformers has three spellings. Its hub and version 4 have the one above; version 5 has in memory
-`vit.layers.0.attention.q_proj`, and saves the decoder's blocks as `decoder.decoder_encoder.layer.0`. All are read, and
-the first is written.
+transformers has three spellings. Its hub and version 4 use the one above. Version 5 uses
+`vit.layers.0.attention.q_proj` in memory, and saves the decoder's blocks as `decoder.decoder_encoder.layer.0`. All
+spellings are read, and the first one is written. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Mapping[str, "Tensor"]
-"""Tensors by our names: `encoder.*`, and `decoder.*` with `decoder.pos_embed`, which checkpoints do not keep."""
+"""Tensors by our names: `encoder.*`, `decoder.*`, and `decoder.pos_embed`, which checkpoints do not have."""
 
-# Ours -> transformers', of what is not in a block.
+# Ours -> transformers', for tensors outside the blocks.
 _ENCODER = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-# Ours -> facebookresearch's and transformers' (behind its `decoder.`).
+# Ours -> facebookresearch's, and transformers' (after the prefix `decoder.`).
 _DECODER = {
     "embed": "decoder_embed",
     "mask_token": "mask_token",
@@ -40,7 +41,7 @@ _DECODER = {
     "norm": "decoder_norm",
     "head": "decoder_pred",
 }
-# Ours -> transformers', in a block: the spelling of the hub, then that of version 5 in memory.
+# Ours -> transformers', inside a block: the spelling of the hub, then the spelling of version 5 in memory.
 _BLOCK = {
     "norm1": ("layernorm_before", "layernorm_before"),
     "norm2": ("layernorm_after", "layernorm_after"),
@@ -64,25 +65,29 @@ _WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model)\.)+")
 
 
 class Place(NamedTuple):
-    """Place of another project's tensor in our model."""
+    """The place of another project's tensor in our model."""
 
     name: str
-    """Our name of it."""
+    """Our name of the tensor."""
     third: int | None = None
-    """0, 1, 2: it is the queries, keys or values of our tensor; None: it is the whole tensor."""
+    """Part of our tensor: 0, 1, 2 for queries, keys and values; None for the whole tensor."""
 
 
 def to_timm(state: State) -> dict[str, Tensor]:
-    """Return the weights of an encoder under timm's names. Raises ValueError for names that timm's ViT does not have,
-    as those of a decoder."""
+    """Return the weights of an encoder under timm's names.
+
+    Raises ValueError for names that timm's ViT does not have, such as those of a decoder.
+    """
     if wrong := [name for name in state if not _is_ours(name) or not name.startswith("encoder.")]:
         raise ValueError(f"timm's ViT has no {wrong[0]}")
     return {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
 
 
 def to_mae(state: State) -> dict[str, Tensor]:
-    """Return the weights of an encoder, or of encoder and decoder, under the names of facebookresearch's MAE. Raises
-    ValueError for names that it does not have."""
+    """Return the weights of an encoder, or of encoder and decoder, under the names of facebookresearch's MAE.
+
+    Raises ValueError for names that it does not have.
+    """
     found = {}
     for name, tensor in state.items():
         if not _is_ours(name):
@@ -94,8 +99,11 @@ def to_mae(state: State) -> dict[str, Tensor]:
 
 
 def to_transformers(state: State) -> dict[str, Tensor]:
-    """Return the weights under the names of transformers' hub: those of a ViTMAEForPreTraining where there are some of
-    a decoder, else those of a ViTModel. Raises ValueError for names that they do not have."""
+    """Return the weights under the names of transformers' hub.
+
+    The names are those of a ViTMAEForPreTraining if `state` has a decoder, else those of a ViTModel. Raises ValueError
+    for names that these models do not have.
+    """
     vit = "vit." if any(name.startswith("decoder.") for name in state) else ""
     found = {}
     for name, tensor in state.items():
@@ -115,7 +123,7 @@ def to_transformers(state: State) -> dict[str, Tensor]:
 
 
 def place(name: str) -> Place | None:
-    """Return the place of another project's tensor by its name, in any of the spellings; None where it has none."""
+    """Return the place in our model of a tensor by its name, in any of the spellings, or None if it has no place."""
     name = _WRAPPERS.sub("", name) if _WRAPPERS.match(name) else name
     stem, leaf = _split(name)
     if found := _THEIRS_IN_A_BLOCK.fullmatch(stem):
@@ -132,17 +140,19 @@ def place(name: str) -> Place | None:
 
 
 class Sorted(NamedTuple):
-    """The names of a file, sorted."""
+    """The names of a file, assigned to our names."""
 
     placed: dict[str, tuple[str, ...]]
-    """By our name, the name in the file; three names for queries, keys and values, which are one tensor of ours."""
+    """The name in the file by our name; three names for queries, keys and values, which are one tensor of ours."""
     left: tuple[str, ...]
     """Names that our models do not have."""
 
 
 def sort(names: Iterable[str]) -> Sorted:
-    """Return where the tensors of a file go. Raises ValueError where two go to the same place, or only some of
-    queries, keys and values are there."""
+    """Assign the tensor names of a file to our names.
+
+    Raises ValueError if two names have the same place, or if only some of queries, keys and values are there.
+    """
     found: dict[str, dict[int | None, str]] = {}
     left = []
     for name in names:
@@ -155,12 +165,12 @@ def sort(names: Iterable[str]) -> Sorted:
         row[its.third] = name
     for ours, row in found.items():
         if None not in row and len(row) < len(_QKV):
-            raise ValueError(f"{next(iter(row.values()))} stands without the rest of {ours}")
+            raise ValueError(f"{next(iter(row.values()))} is there without the rest of {ours}")
     return Sorted({ours: tuple(row[key] for key in sorted(row, key=str)) for ours, row in found.items()}, tuple(left))
 
 
 def kind(names: Iterable[str]) -> str:
-    """Return whose names these are, in words."""
+    """Return a text that says from which project these names are."""
     known = set(names)
     if any(name.startswith(("vit.", "embeddings.", "decoder.decoder_")) for name in known):
         return "names of transformers"
@@ -168,7 +178,7 @@ def kind(names: Iterable[str]) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return a name without `.weight` or `.bias`, and what was taken off."""
+    """Return a name without `.weight` or `.bias`, and the part that was removed."""
     found = _LEAF.fullmatch(name)
     return (found[1], f".{found[2]}") if found else (name, "")
 

@@ -1,4 +1,7 @@
-"""Sources that model.init names: a run, a checkpoint, a file, a folder of timm or transformers, timm's cache."""
+"""Opening of the source of weights that model.init names.
+
+It is a run, a checkpoint, a file, a folder of timm or transformers, or a model in timm's cache.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +29,22 @@ TIMM, AVERAGE = "timm:", "average:"
 """Prefixes of model.init for a model in timm's cache, and for the moving average of a run."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Weights in a folder of transformers or timm, the preferred one first."""
+"""File names of weights in a folder of transformers or timm; the first one is preferred."""
 
 INIT = "init.json"
-"""File of a run's directory that describes the weights from which the run started."""
+"""Name of the file in a run's directory that describes the weights from which the run started."""
 
 _JSON_BYTES = 1 << 24
 _MAE = "CC-BY-NC-4.0"
 _OF_MAE = ("mae_pretrain_vit", "mae_visualize_vit", "mae_finetuned_vit", "facebook/vit-mae", "facebook--vit-mae")
-"""Text in the paths of facebookresearch's published weights and of transformers' copies of them."""
+"""Substrings of the paths of facebookresearch's published weights and of transformers' copies of them."""
 
 
 def open_source(init: str) -> Source:
-    """Open what model.init names. A collective: raises RunError on every rank where one rank cannot open it, or has
-    another file."""
+    """Open the source that model.init names. This is a collective.
+
+    Raises RunError on every rank if any rank cannot open it, or if the ranks see different files.
+    """
     name = init.removeprefix(AVERAGE)
     kind = agreed(lambda: _kind(init, name), lambda found: found)
     if kind == "run":
@@ -48,7 +53,10 @@ def open_source(init: str) -> Source:
 
 
 def agreed(make: Callable[[], T], sign: Callable[[T], str]) -> T:
-    """Return what `make` does, on ranks that all succeed and sign alike. Raises RunError on all of them otherwise."""
+    """Return the result of `make`, if it succeeds on all ranks and `sign` gives equal texts for their results.
+
+    Otherwise RunError is raised on every rank. This is a collective.
+    """
     results, wrong, mine = list[T](), "", ""
     try:
         results.append(make())
@@ -59,7 +67,7 @@ def agreed(make: Callable[[], T], sign: Callable[[T], str]) -> T:
     if first := next(filter(None, all_wrong), ""):
         raise RunError(first)
     if len(set(signs)) > 1:
-        raise RunError("model.init: the ranks do not see the same file; it has to be on storage that every node has")
+        raise RunError("model.init: the ranks do not see the same file; it has to be on storage that all nodes share")
     return results[0]
 
 
@@ -81,18 +89,18 @@ def _kind(init: str, name: str) -> Literal["timm", "run", "path"]:
     if is_folder and ((path / "config.yaml").exists() or (path / ".metadata").exists()):
         return "run"
     if init.startswith(AVERAGE):
-        raise RunError(f"model.init={init}: {path} is no run of ours, and others have no moving average that is known")
+        raise RunError(f"model.init={init}: {path} is not a run of mimae, and only such runs have a moving average")
     return "path"
 
 
 def _perhaps_timm(name: str) -> str:
     import timm
 
-    return f"; a model of timm's is written {TIMM}{name}" if timm.is_model(name.partition(".")[0]) else ""
+    return f"; for the model of timm, write {TIMM}{name}" if timm.is_model(name.partition(".")[0]) else ""
 
 
 def _open_run(init: str, path: Path, average: bool) -> Source:
-    """Open a run (its newest whole checkpoint) or one checkpoint. A collective."""
+    """Open a run (its newest complete checkpoint) or one checkpoint. This is a collective."""
     try:
         run = checkpoint.run_of(path)
         recipe = load_run(run, (), None, RunRecipe)
@@ -122,14 +130,14 @@ def _open_run(init: str, path: Path, average: bool) -> Source:
         licence=_licence_of_run(run),
     )
     step = f"step {found.state.get('step', 0)} of a run"
-    # Parameters of the average, and buffers, which have none, of the weights.
+    # With `average` the parameters are those of the average; buffers have no average and are those of the model.
     tensors = sections["model."] | sections.get("ema.", {})
     kind = f"the moving average at {step}" if average else step
     return Source(init, kind, tensors, known, read_manifest(found.path), (found.path,), is_ours=True)
 
 
 def _open_path(init: str, path: Path) -> Source:
-    """Open a file of weights, or a folder of timm, of transformers, or with one file of weights."""
+    """Open a file of weights, a folder of timm or transformers, or a folder with one file of weights."""
     if path.is_file():
         return _source(init, (path,), _json(path.parent / "config.json") if path.name in WEIGHTS else {}, path.parent)
     config, index = _json(path / "config.json"), _json(path / "model.safetensors.index.json")
@@ -137,12 +145,12 @@ def _open_path(init: str, path: Path) -> Source:
     if isinstance(shards, dict):
         inside = sorted({str(name) for name in shards.values()})
         if wrong := [name for name in inside if not is_inside(name)]:
-            raise RunError(f"model.init={init}: its index names {printable(wrong[0])}, which is no file of the folder")
+            raise RunError(f"model.init={init}: its index names {printable(wrong[0])}, which is not inside the folder")
         return _source(init, tuple(path / name for name in inside), config, path)
     found = [path / name for name in WEIGHTS if (path / name).is_file()][:1]
     found = found or [each for each in sorted(path.iterdir()) if each.suffix in (".safetensors", ".pth", ".pt", ".bin")]
     if len(found) != 1:
-        what = f"{len(found)} files of weights, of which model.init can name one" if found else "no file of weights"
+        what = f"{len(found)} files of weights, so model.init must name one" if found else "no file of weights"
         raise RunError(
             f"model.init={init}: the folder has {what}; legal is a run (with config.yaml), a folder with "
             f"{' or '.join(WEIGHTS)}, or a .safetensors, .pth, .pt or .bin file"
@@ -151,7 +159,7 @@ def _open_path(init: str, path: Path) -> Source:
 
 
 def _open_timm(init: str) -> Source:
-    """Open a model of timm's that lies in the cache of huggingface_hub or of torch.hub. Nothing is downloaded."""
+    """Open a model of timm from the cache of huggingface_hub or of torch.hub. Nothing is downloaded."""
     import timm
     import torch
     from huggingface_hub import try_to_load_from_cache
@@ -170,8 +178,8 @@ def _open_timm(init: str) -> Source:
     found = next((each for each in places if each.is_file()), None)
     if found is None:
         raise RunError(
-            f"model.init={init}: its weights are not in timm's cache, and nothing is downloaded here; on a machine "
-            f'with a network: python -c "import timm; timm.create_model({name!r}, pretrained=True)"'
+            f"model.init={init}: its weights are not in timm's cache, and mimae downloads nothing; on a machine "
+            f'with a network run: python -c "import timm; timm.create_model({name!r}, pretrained=True)"'
         )
     return _source(init, (found,), {"pretrained_cfg": config.to_dict()}, found.parent)
 
@@ -190,7 +198,7 @@ def _source(init: str, paths: tuple[Path, ...], config: Mapping[str, Any], folde
 
 
 def _of_config(config: Mapping[str, Any], processor: Mapping[str, Any], known: Known) -> Known:
-    """Return what config.json and preprocessor_config.json say, of transformers or of timm."""
+    """Return the facts in config.json and preprocessor_config.json of transformers or timm."""
     ours, pretrained = (_mapping(config.get(key)) for key in ("model_args", "pretrained_cfg"))
     is_transformers = "model_type" in config
     size = config.get("image_size") if is_transformers else ours.get("img_size", pretrained.get("input_size"))
@@ -209,7 +217,7 @@ def _of_config(config: Mapping[str, Any], processor: Mapping[str, Any], known: K
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """Return a JSON file of a folder; nothing where there is none. Raises RunError for one that is broken."""
+    """Return the contents of a JSON file, or an empty mapping if there is none. Raises RunError if it is damaged."""
     try:
         found = json.loads(read_text(path, _JSON_BYTES))
     except FileNotFoundError:
@@ -217,12 +225,12 @@ def _json(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or printable(error)}") from error
     if not isinstance(found, dict):
-        raise RunError(f"{path} holds no settings")
+        raise RunError(f"{path} has no settings: it is not a JSON object")
     return found
 
 
 def _licence_of_run(run: Path) -> str | None:
-    """Return the licence that a run inherited from the weights that it started from."""
+    """Return the licence that a run inherited from its start weights, or None."""
     try:
         found = _json(run / INIT).get("licence")
     except RunError:
@@ -231,7 +239,7 @@ def _licence_of_run(run: Path) -> str | None:
 
 
 def _licence_of_card(folder: Path) -> str | None:
-    """Return the licence at the head of a folder's README.md, as the hub has it."""
+    """Return the licence in the metadata block of a folder's README.md (a model card of the hub), or None."""
     try:
         lines = read_text(folder / "README.md", _JSON_BYTES).splitlines()
     except OSError:
@@ -265,7 +273,7 @@ def _triple(found: Any) -> tuple[float, ...] | None:
 
 
 def _grid(size: Any, patch: Any) -> tuple[int, int] | None:
-    """Return rows and columns of images of a `size`: a side, (height, width) or (channels, height, width)."""
+    """Return rows and columns of patches for an image `size`: a side, (height, width) or (channels, height, width)."""
     sides = [size, size] if _integer(size) else list(size)[-2:] if isinstance(size, list | tuple) else []
     if len(sides) != 2 or not all(map(_integer, sides)) or not _integer(patch) or patch <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Positions of one grid of patches for another, and patch projections of one size for another.
+"""Conversion of positions to another grid of patches, and of patch projections to another patch size.
 
 Letters in shapes: L patches, D width, P patch size.
 """
@@ -17,8 +17,10 @@ from mimae.model.positions import resampled
 
 
 def grid_of(patches: int, known: tuple[int, int] | None, wanted: Grid) -> Grid | None:
-    """Return the grid of a table of so many patches: the one that is `known`, a square, or the one that is `wanted`.
-    None where the table fits none of them."""
+    """Return the grid of a table of positions for `patches` patches: `known`, a square grid, or `wanted`.
+
+    None means that the number of patches fits none of them.
+    """
     if known is not None and known[0] * known[1] == patches:
         return Grid(*known, wanted.patch_size)
     side = isqrt(patches)
@@ -28,26 +30,29 @@ def grid_of(patches: int, known: tuple[int, int] | None, wanted: Grid) -> Grid |
 
 
 def with_class_token(positions: Tensor, grid: Grid) -> Tensor:
-    """Return positions (1, 1 + L, D) of a table (1, L, D) or (1, 1 + L, D): a class token without one gets zeros."""
+    """Return positions (1, 1 + L, D) of a table (1, L, D) or (1, 1 + L, D); a missing class token gets zeros."""
     if positions.shape[1] > grid.patches:
         return positions
     return torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
 
 
 def for_grid(positions: Tensor, grid: Grid, other: Grid) -> Tensor:
-    """Return positions (1, 1 + L, D) for another grid, interpolated as MAE does it: see `resampled`."""
+    """Return positions (1, 1 + L, D) for another grid, interpolated as in MAE, see `resampled`."""
     return resampled(positions, grid, other)
 
 
 def are_sincos(positions: Tensor, grid: Grid) -> bool:
-    """Return whether positions (1, 1 + L, D) are the fixed ones that the decoder computes by itself."""
+    """Return True if positions (1, 1 + L, D) equal the fixed positions that the decoder computes itself."""
     width = positions.shape[2]
     return width % 4 == 0 and torch.allclose(positions[0], sincos_positions(width, grid), atol=1e-4)
 
 
 def resized_projection(weight: Tensor, patch_size: int) -> Tensor:
-    """Return the weight (D, 3, P, P) of a patch projection for another P: timm's, by the pseudo-inverse of the resizing
-    of images (FlexiViT), so that an image that is enlarged gives the same tokens."""
+    """Return the weight (D, 3, P, P) of a patch projection, resampled for the patch size `patch_size`.
+
+    It is computed by timm with the pseudo-inverse of image resizing (FlexiViT), so that an enlarged image gives the
+    same tokens.
+    """
     from timm.layers.patch_embed import resample_patch_embed
 
     with warnings.catch_warnings():

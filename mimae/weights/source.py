@@ -1,4 +1,4 @@
-"""Sources of weights: tensors by name, read when they are needed, and what is known of them."""
+"""Sources of weights: tensors by name, which are read when they are needed, and known facts about them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mimae.randomness import Part
 
 
 class Stored(Protocol):
-    """A tensor in a file. Nothing of it is in memory before it is copied."""
+    """A tensor in a file, which is not read into memory before it is copied."""
 
     @property
     def shape(self) -> torch.Size: ...
 
     def copy_to(self, values: Tensor, start: int) -> None:
-        """Copy elements start, start + 1, ... of the flattened tensor into all of `values` (n,)."""
+        """Copy elements start .. start + n - 1 of the flattened tensor into `values` (n,)."""
 
 
 class Mapped:
@@ -36,10 +36,10 @@ class Mapped:
 
 
 class Joined:
-    """Tensors one behind the other along their first dimension."""
+    """Tensors that are concatenated along their first dimension."""
 
     def __init__(self, tensors: Sequence[Stored]) -> None:
-        """`tensors` have equal shapes, but for the first dimension."""
+        """Concatenate `tensors`, whose shapes are equal except for the first dimension."""
         first = tensors[0].shape
         self._tensors, self.shape = tensors, torch.Size([sum(each.shape[0] for each in tensors), *first[1:]])
 
@@ -53,7 +53,7 @@ class Joined:
 
 
 class InCheckpoint:
-    """A tensor of one of our checkpoints."""
+    """A tensor in a checkpoint of mimae."""
 
     def __init__(self, reader: dcp.Reader, name: str, shape: torch.Size) -> None:
         self._reader, self._name, self.shape = reader, name, shape
@@ -63,21 +63,21 @@ class InCheckpoint:
 
 
 def whole(stored: Stored) -> Tensor:
-    """Return all of a small tensor, in fp32."""
+    """Return a whole tensor in fp32. It has to be small, because it is read into memory."""
     values = torch.empty(prod(stored.shape), device="cpu")
     stored.copy_to(values, 0)
     return values.view(stored.shape)
 
 
 class Known(NamedTuple):
-    """Facts that a source states about its weights, in addition to names and shapes; None where it states nothing."""
+    """Facts that a source states about its weights, in addition to names and shapes. None means unknown."""
 
     heads: int | None = None
     decoder_heads: int | None = None
     norm_eps: float | None = None
     activation: str | None = None
     grid: tuple[int, int] | None = None
-    """Rows and columns of its patches."""
+    """Rows and columns of the grid of patches."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     normalize_pixels: bool | None = None
@@ -90,12 +90,12 @@ class Source(NamedTuple):
     name: str
     """Value of model.init."""
     kind: str
-    """Description of the source in words."""
+    """Description of the source as text."""
     tensors: Mapping[str, Stored]
-    """By the names in the source."""
+    """Tensors by their names in the source."""
     known: Known
     files: Manifest
-    """Size and SHA-256 of a checkpoint's files; empty where `paths` are not read yet."""
+    """Size and SHA-256 of a checkpoint's files; empty if `paths` are not read yet."""
     paths: tuple[Path, ...]
     is_ours: bool = False
-    """True for a run of ours: its names are ours, beyond encoder and decoder too."""
+    """True for a run of mimae: all of its names are ours, also those outside encoder and decoder."""

@@ -1,4 +1,4 @@
-"""A model starts from weights: how they fit it, and their copy into the parts of it that a rank holds."""
+"""Start of a model from given weights: how they fit the model, and their copy into this rank's parts of it."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ FOREIGN = (
     (r"\bmlp\.(fc1_[gx]|w\d+|gate_proj|up_proj|weights_in|norm)\b", "SwiGLU or another MLP than two layers"),
     (r"relative_position|rel_pos|\brope\b|freqs", "relative or rotary positions"),
     (r"\b(norm_pre|pre_layrnorm)\b", "a norm before the first block"),
-    (r"\b[qv]_bias\b", "biases of queries and values alone"),
+    (r"\b[qv]_bias\b", "biases of queries and values, but not of keys"),
 )
-"""Features that our encoder lacks, by the names of the tensors that show it."""
+"""Features that our encoder lacks, by patterns of the names of their tensors."""
 
 _IN_A_BLOCK = re.compile(r"(?:vit\.)?(?:encoder\.)?(?:blocks|layers?)\.\d+\.")
 _NUMBER = re.compile(r"\.blocks\.(\d+)\.")
 _OPTIONAL = re.compile(
     r"encoder\.(?:cls_token|pos_embed|norm\..*|blocks\.\d+\.attn\.qkv\.bias|patch_embed\.proj\.bias)"
 )
-"""Encoder weights that a ViT may lack: seeded ones take their place, which are zero where a ViT has none."""
+"""Encoder weights that a ViT may lack. They keep the seed's values, which are zero for biases."""
 
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
-"""Heads of the published ViTs, by width."""
+"""Number of heads of the published ViTs, by width."""
 
 _CHUNK = 1 << 22
-"""Elements that are copied, and looked at, at once."""
+"""Number of elements that are checked at once."""
 
 
 @dataclass
 class Fit:
-    """How the weights of a source fit a model."""
+    """A report on how the weights of a source fit a model."""
 
     source: Source
     tensors: dict[str, Stored] = field(default_factory=dict)
-    """Tensors that go into the model, by its names."""
+    """Tensors that are copied into the model, by the model's names."""
     new: list[str] = field(default_factory=list)
     """Names in the model that keep the seed's weights."""
     left: list[str] = field(default_factory=list)
-    """Names in the source that go nowhere."""
+    """Names in the source that are not used."""
     interpolated: list[str] = field(default_factory=list)
-    """Tensors that were resampled for another size, in words."""
+    """Descriptions of the tensors that were resampled for another size."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user."""
     found: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Fit:
 
     @property
     def has_decoder(self) -> bool:
-        """Return whether the model's decoder starts from the source, all of it."""
+        """True if the whole decoder of the model starts from the source."""
         return any(n.startswith("decoder.") for n in self.tensors) and not any(
             n.startswith("decoder.") for n in self.new
         )
@@ -78,8 +78,11 @@ class Fit:
     def measured(
         self, losses: Mapping[str, float], shares: Mapping[str, float], normalize_pixels: bool, images: int
     ) -> None:
-        """Note which pixels the decoder predicts: `losses` are L_rec on training images, of normalised and of raw
-        pixels, and `shares` the same in units of the loss of a prediction of zeros."""
+        """Record whether the decoder predicts normalised or raw pixels.
+
+        `losses` are L_rec on `images` training images for both kinds of pixels. `shares` are these losses divided by
+        the loss of a prediction of zeros.
+        """
         best = min(shares, key=lambda kind: shares[kind])
         said = self.source.known.normalize_pixels
         self.found["reconstruction"] = {"images": images, "loss": dict(losses), "share_of_zeros": dict(shares)}
@@ -87,7 +90,7 @@ class Fit:
         measured = f"L_rec of its decoder on {images} training images is {told}"
         key = f"objective.normalize_pixels={str(normalize_pixels).lower()}"
         if said is None and shares[best] >= 1:
-            self.notes.append(f"{measured}: no better than a prediction of zeros, so it fits neither")
+            self.notes.append(f"{measured}: it is no better than a prediction of zeros, so it fits neither")
             return
         best = best if said is None else "normalised" if said else "raw"
         why = "it predicts" if said is None else "by its own settings it predicts"
@@ -95,12 +98,12 @@ class Fit:
             self.notes.append(f"{measured}: {why} {best} pixels, as {key} asks")
         else:
             self.notes.append(
-                f"WARNING: {measured}: {why} {best} pixels, and {key} trains it for the others; "
-                f"objective.normalize_pixels={str(not normalize_pixels).lower()} fits it"
+                f"WARNING: {measured}: {why} {best} pixels, but {key} trains it for the other kind; "
+                f"use objective.normalize_pixels={str(not normalize_pixels).lower()}"
             )
 
     def lines(self) -> list[str]:
-        """Return what a person should know, a few lines."""
+        """Return a summary for the user, as a few lines of text."""
         source, values = self.source, sum(prod(each.shape) for each in self.tensors.values())
         told = {
             f"placed, {values:,} values": in_words(self.tensors),
@@ -117,7 +120,7 @@ class Fit:
         ]
 
     def record(self) -> dict[str, Any]:
-        """Return the contents of init.json. Reads the whole source, for its SHA-256."""
+        """Return the contents of init.json. The call may read the whole source to compute its SHA-256."""
         source = self.source
         return {
             "source": source.name,
@@ -135,7 +138,7 @@ class Fit:
 
 
 def in_words(names: Iterable[str]) -> str:
-    """Return names in a line: those of an encoder, a decoder and the like as a number, few others one by one."""
+    """Return names as one line. Groups of three and more (encoder, decoder) are given by their number of tensors."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)
@@ -147,19 +150,20 @@ def in_words(names: Iterable[str]) -> str:
 
 
 def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
-    """Return how a source fits a model that has our `Encoder` as `encoder`, and may have our `Decoder` as `decoder`.
+    """Fit the weights of a source to a model, and return the report.
 
-    Raises RunError, in one sentence, for weights that are not those of such a model.
+    The model has our `Encoder` as `encoder`, and may have our `Decoder` as `decoder`. Raises RunError if the weights do
+    not fit such a model.
     """
     encoder = model.encoder
     assert isinstance(encoder, Encoder)
-    # Positions are a parameter or a buffer; a parameter itself may be spread, and does not say its whole shape.
+    # Positions are a parameter or a buffer. The shape of a sharded parameter is not the whole shape, so parts are used.
     wanted = {"encoder.pos_embed": encoder.pos_embed.shape} | {name: part.shape for name, part in parts.items()}
     found = Fit(source)
     try:
         names = sort(source.tensors)
     except ValueError as error:
-        raise RunError(f"model.init={source.name} is no ViT that is known here: {error}") from error
+        raise RunError(f"model.init={source.name} is not a ViT of a known kind: {error}") from error
     tensors = {
         ours: source.tensors[theirs[0]] if len(theirs) == 1 else Joined([source.tensors[name] for name in theirs])
         for ours, theirs in names.placed.items()
@@ -170,10 +174,10 @@ def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
     if (lacking := [n for n in wanted if n.startswith("encoder.") and n not in found.tensors]) and (
         missing := [name for name in lacking if not _OPTIONAL.fullmatch(name)]
     ):
-        raise RunError(f"model.init={source.name} lacks {in_words(missing[:2])} of the encoder: it is not whole")
+        raise RunError(f"model.init={source.name} lacks {in_words(missing[:2])} of the encoder: it is incomplete")
     _place_decoder(found, tensors, getattr(model, "decoder", None), encoder, wanted)
     for name in names.left:
-        # Beyond encoder and decoder the names of others mean something else.
+        # Outside encoder and decoder, names of other projects may mean something else.
         if source.is_ours and name in parts and source.tensors[name].shape == parts[name].shape:
             found.tensors[name] = source.tensors[name]
         else:
@@ -184,8 +188,11 @@ def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
 
 
 def place(found: Fit, model: nn.Module, parts: Mapping[str, Part]) -> None:
-    """Copy what fits into this rank's parts of a model, and into the positions of its encoder where they are no
-    parameter. A collective: raises RunError on every rank where a part holds a number that is not finite."""
+    """Copy the fitting tensors into this rank's parts of a model, and into the encoder's positions if they are a
+    buffer.
+
+    This is a collective. Raises RunError on every rank if a tensor has a number that is not finite.
+    """
     buffers = dict(model.named_buffers())
 
     @torch.no_grad()
@@ -201,23 +208,23 @@ def place(found: Fit, model: nn.Module, parts: Mapping[str, Part]) -> None:
 
 
 def _check_kind(source: Source, tensors: Mapping[str, Stored], left: Iterable[str]) -> None:
-    """Raise RunError for weights of something else than a ViT as ours."""
+    """Raise RunError for weights of a model that is not a ViT like ours."""
     if not any(name.startswith("encoder.") for name in tensors):
         some = ", ".join(printable(name) for name in list(source.tensors)[:3])
         raise RunError(f"model.init={source.name} holds no weights of a ViT: its tensors are called {some}, ...")
     for name in left:
         for pattern, what in FOREIGN:
             if re.search(pattern, name) and not source.is_ours:
-                raise RunError(f"model.init={source.name} is a ViT with {what} ({printable(name)}), which ours has not")
+                raise RunError(f"model.init={source.name} is a ViT with {what} ({printable(name)}), which ours lacks")
         if _IN_A_BLOCK.match(name) and not source.is_ours:
-            raise RunError(f"model.init={source.name}: {printable(name)} has no place in a block of ours")
+            raise RunError(f"model.init={source.name}: {printable(name)} does not exist in our blocks")
     activation = source.known.activation
     if activation not in (None, "gelu"):
         raise RunError(f"model.init={source.name} has the activation {printable(activation)}; ours is gelu")
 
 
 def _check_sizes(source: Source, tensors: Mapping[str, Stored], encoder: Encoder) -> None:
-    """Raise RunError for an encoder of another size than `encoder`, with the settings that would take it."""
+    """Raise RunError if the weights are for another size than `encoder`'s. The message has the settings that fit."""
     settings, known = encoder.settings, source.known
     projection = tensors.get("encoder.patch_embed.proj.weight")
     if projection is not None:
@@ -226,8 +233,8 @@ def _check_sizes(source: Source, tensors: Mapping[str, Stored], encoder: Encoder
             raise RunError(f"model.init={source.name}: its patch embedding has the shape {shape}, not (D, 3, P, P)")
         if shape[1] != 3:
             raise RunError(
-                f"model.init={source.name}: its patch embedding takes images of {shape[1]} channels, and the images "
-                "here have 3"
+                f"model.init={source.name}: its patch embedding takes images of {shape[1]} channels, but images here "
+                "have 3"
             )
     widths = [tensor.shape[-1] for name, tensor in tensors.items() if re.fullmatch(r"encoder\..*norm\d?\.weight", name)]
     widths += [projection.shape[0]] if projection is not None else []
@@ -236,16 +243,16 @@ def _check_sizes(source: Source, tensors: Mapping[str, Stored], encoder: Encoder
     theirs = {"width": widths[0] if widths else settings.width, "depth": depth}
     mlp_in, mlp_out = (tensors.get(f"encoder.blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if mlp_in is not None and mlp_out is not None and mlp_in.shape[0] == 2 * mlp_out.shape[-1]:
-        raise RunError(f"model.init={source.name} is a ViT with SwiGLU or another gated MLP, which ours has not")
+        raise RunError(f"model.init={source.name} is a ViT with SwiGLU or another gated MLP, which ours lacks")
     theirs["mlp_width"] = settings.mlp if mlp_in is None else mlp_in.shape[0]
-    if ours["mlp_width"] / ours["width"] == theirs["mlp_width"] / theirs["width"]:  # follows from the width
+    if ours["mlp_width"] / ours["width"] == theirs["mlp_width"] / theirs["width"]:  # It follows from the width.
         theirs["mlp_width"] = ours["mlp_width"]
     if known.heads is not None:
         ours["heads"], theirs["heads"] = settings.heads, known.heads
     if other := [key for key in ours if ours[key] != theirs[key]]:
-        differences = ", ".join(f"{key} {theirs[key]} and not {ours[key]}" for key in other)
+        differences = ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in other)
         keys = " ".join(f"model.{key}={theirs[key]}" for key in other)
-        raise RunError(f"model.init={source.name} is another ViT, of {differences}; {keys} takes it")
+        raise RunError(f"model.init={source.name} is a ViT of another size, {differences}; set {keys}")
 
 
 def _place_encoder(
@@ -254,7 +261,7 @@ def _place_encoder(
     source = found.source
     for name in [name for name in tensors if name.startswith("encoder.")]:
         stored = tensors[name]
-        if name not in wanted:  # as the final norm, where a task's head has one of its own
+        if name not in wanted:  # For example the final norm, if the task's head has another one.
             found.left.append(name)
             continue
         if name == "encoder.pos_embed":
@@ -268,13 +275,13 @@ def _place_encoder(
             )
         if stored.shape != wanted[name]:
             raise RunError(
-                f"model.init={source.name}: {name} has the shape {tuple(stored.shape)}, and ours {tuple(wanted[name])}"
+                f"model.init={source.name}: {name} has shape {tuple(stored.shape)}, but ours has {tuple(wanted[name])}"
             )
         found.tensors[name] = stored
 
 
 def _positions(found: Fit, stored: Stored, encoder: Encoder) -> Stored:
-    """Return the positions of a source for the grid of `encoder`."""
+    """Return the positions of a source, interpolated for the grid of `encoder` if necessary."""
     source, wanted = found.source, encoder.grid
     shape = tuple(stored.shape)
     rows = shape[1] if len(shape) == 3 and shape[0] == 1 else 0
@@ -282,8 +289,8 @@ def _positions(found: Fit, stored: Stored, encoder: Encoder) -> Stored:
     grid = next(filter(None, grids), None)
     if grid is None or shape[2] != encoder.width:
         raise RunError(
-            f"model.init={source.name}: positions of the shape {shape} are those of no square grid of patches, nor of "
-            f"the {wanted.rows} x {wanted.columns} patches here"
+            f"model.init={source.name}: positions of shape {shape} fit neither a square grid of patches nor the "
+            f"{wanted.rows} x {wanted.columns} patches here"
         )
     if (grid.rows, grid.columns) == (wanted.rows, wanted.columns) and rows == 1 + grid.patches:
         return stored
@@ -300,7 +307,7 @@ def _place_decoder(
     encoder: Encoder,
     wanted: Mapping[str, torch.Size],
 ) -> None:
-    """Place the decoder of a source where it fits as a whole; else the model's own begins new."""
+    """Place the decoder of a source if all of it fits; otherwise the model's decoder keeps the seed's weights."""
     source, known = found.source, found.source.known
     theirs = {name: stored for name, stored in tensors.items() if name.startswith("decoder.")}
     table = theirs.pop("decoder.pos_embed", None)
@@ -318,17 +325,17 @@ def _place_decoder(
         embed = theirs.get("decoder.embed.weight")
         width = embed.shape[0] if embed is not None else "?"
         if encoder.grid.patch_size != _patch_size(tensors):
-            found.notes.append("its decoder predicts patches of another size, and ours begins new")
+            found.notes.append("its decoder predicts patches of another size, so ours starts from the seed")
             return
         keys = [f"decoder.width={width}", f"decoder.depth={depth}"]
         keys += [f"decoder.heads={known.decoder_heads}"] if known.decoder_heads is not None else []
-        found.notes.append(f"its decoder does not fit, and ours begins new; {' '.join(keys)} would take it")
+        found.notes.append(f"its decoder does not fit, so ours starts from the seed; to use it, set {' '.join(keys)}")
         return
     if table is not None:
         grid = positions.grid_of(table.shape[1] - 1, known.grid, encoder.grid)
         if grid is None or len(table.shape) != 3 or not positions.are_sincos(whole(table), grid):
             raise RunError(
-                f"model.init={source.name}: the decoder's positions are not the fixed sines and cosines that ours has"
+                f"model.init={source.name}: the decoder's positions are not the fixed sin-cos positions of ours"
             )
     found.tensors |= theirs
 
@@ -339,23 +346,23 @@ def _patch_size(tensors: Mapping[str, Stored]) -> int | None:
 
 
 def _compare(found: Fit, encoder: Encoder) -> None:
-    """Note what a source says of itself and the run has otherwise."""
+    """Add notes about facts of the source that differ from the settings of the run."""
     known, settings = found.source.known, encoder.settings
     if known.norm_eps is not None and known.norm_eps != settings.norm_eps:
         found.notes.append(
-            f"its norms were trained with an epsilon of {known.norm_eps:g}: model.norm_eps={known.norm_eps:g} is the "
-            f"same, model.norm_eps={settings.norm_eps:g} nearly so"
+            f"its norms were trained with an epsilon of {known.norm_eps:g}; model.norm_eps={settings.norm_eps:g} gives "
+            f"nearly the same features, model.norm_eps={known.norm_eps:g} exactly the same"
         )
     usual = _HEADS.get(settings.width)
     if known.heads is None and usual not in (None, settings.heads):
         found.notes.append(
-            f"nothing in it says how many heads it has; published ViTs of width {settings.width} have {usual}, and "
+            f"it does not state its number of heads; published ViTs of width {settings.width} have {usual}, but "
             f"model.heads={settings.heads}"
         )
     for key in ("mean", "std"):
         theirs, ours = getattr(known, key), tuple(getattr(encoder, key).tolist())
         if theirs is not None and any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
             shown = "[" + ", ".join(f"{value:g}" for value in theirs) + "]"
-            found.notes.append(f"it was trained with data.{key}={shown}, and the run has another")
+            found.notes.append(f"it was trained with data.{key}={shown}, but the run has another value")
     if "encoder.norm.weight" in found.new:
-        found.notes.append("it has no final norm: the encoder's begins new")
+        found.notes.append("it has no final norm: the encoder's norm starts from the seed")

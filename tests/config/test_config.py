@@ -298,14 +298,14 @@ def test_text_that_a_run_could_not_keep() -> None:
         ),
         (b"seed: 1\nseed: 2\n", "bad.yaml:2: seed is given twice"),
         (b"base: nosuch\n", "bad.yaml:1: base recipe 'nosuch' is neither a file nor a shipped recipe"),
-        (b"base: [a]\n", "bad.yaml:1: base is the name or the path of one recipe, not [a]"),
+        (b"base: [a]\n", "bad.yaml:1: base must be the name or the path of one recipe, not [a]"),
         (b"seed: !!int one\n", "seed (bad.yaml:1): invalid literal"),
         (
             b"data:\n  path: !env HOME\n",
-            "data.path (bad.yaml:2): !env is not a kind of value; a value is null",
+            "data.path (bad.yaml:2): !env is not a supported kind of value; a value is null",
         ),
         (b"? [a, b]\n: 1\n", "bad.yaml:1: a key is a name, not a list or a mapping"),
-        (b"base: bad.yaml\n", "recipes are each other's base: bad.yaml -> bad.yaml"),
+        (b"base: bad.yaml\n", "the bases of recipes form a circle: bad.yaml -> bad.yaml"),
     ],
 )
 def test_files_that_are_no_recipe(small: str, content: bytes, said: str) -> None:
@@ -331,7 +331,7 @@ def test_overrides_that_are_none(small: str) -> None:
         "'seed': an override is written section.key=value",
         "'=3': an override is written section.key=value",
         "'data.mean=[a': not YAML: expected ',' or ']', but got '<stream end>'; "
-        "text with YAML's signs is quoted: key='\"text\"'",
+        "quote text with YAML's signs: key='\"text\"'",
     ]
 
 
@@ -469,7 +469,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
         (
             ["schedule.accumulate=3"],
             ["schedule.accumulate=4"],
-            ["schedule.batch_size = 32 (small.yaml:10)", "by 3", "ranks (1)", "as 30 or 33 is"],
+            ["schedule.batch_size = 32 (small.yaml:10)", "by 3", "ranks (1)", "; the nearest is 30 or 33"],
         ),
         (
             ["schedule.warmup_epochs=6.5"],
@@ -520,8 +520,9 @@ def test_keys_that_must_agree(small: str, wrong: list[str], right: list[str], sa
 
 def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override), as 30 or 36 is" in problem(
-        small, "schedule.accumulate=2"
+    assert (
+        "must be divisible by 6 = ranks (3) x schedule.accumulate = 2 (override); the nearest is 30 or 36"
+        in problem(small, "schedule.accumulate=2")
     )
     load_recipe(small, ["schedule.accumulate=2", "schedule.batch_size=36"])
 
@@ -584,7 +585,7 @@ def test_an_old_value_of_checkpointing_is_read_and_told(
     file.write_text(f"model: {{checkpointing: {old}}}\n")
     assert load_recipe(file).recipe.model.checkpointing == now
     said = capsys.readouterr().err
-    told = f"model.checkpointing={old} ({file}:1) has other values by now: it is read as model.checkpointing={now}"
+    told = f"model.checkpointing={old} ({file}:1) has new values: it is read as model.checkpointing={now}"
     assert told in said
     assert load_recipe(file, ["model.checkpointing=selective"]).recipe.model.checkpointing == "selective"
     assert "selective" not in capsys.readouterr().err

@@ -130,14 +130,14 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (BOMB, "holds 1,234,567,909 keys and values"),
-        ("seed: &a [*a]\n", "nested too deeply, or holds itself"),
+        (BOMB, "has 1,234,567,909 keys and values"),
+        ("seed: &a [*a]\n", "nested too deeply, or contains itself"),
         ("seed: " + "[" * 5000, "nested too deeply"),
         ("seed: 1\n#" + "x" * (1 << 16), "more than 65,536 bytes"),
         ("data:\n" + "".join(f"  unknown_{i}: 1\n" for i in range(2000)), "and 1,980 more unknown keys"),
-        ("".join(f"a{i}: 1\n" for i in range(6000)), "more than the 10,000 that it may have"),
+        ("".join(f"a{i}: 1\n" for i in range(6000)), "at most 10,000 are allowed"),
         ("seed: " + "9" * 5000, "Exceeds the limit"),
-        ("base: " + "x" * 5000, "is no name of a file"),
+        ("base: " + "x" * 5000, "is not a valid file name"),
         ("base: /dev/zero\n", "neither a file nor a shipped recipe"),
         ("base: $NOWHERE/x\n", "the environment variable NOWHERE is not set"),
         ("seed: 1\n".encode("utf-16").decode("latin-1"), "written in UTF-16"),

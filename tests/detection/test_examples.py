@@ -119,7 +119,7 @@ def test_an_image_that_is_not_there_is_named(folder: Path) -> None:
 
 def test_text_and_missing_files_are_refused(folder: Path) -> None:
     (folder / "text.json").write_text("no JSON")
-    for name, said in (("text.json", "is no JSON"), ("nothing.json", "cannot be read")):
+    for name, said in (("text.json", "is not JSON"), ("nothing.json", "cannot be read")):
         with pytest.raises(DataError, match=said):
             Coco(str(folder / name), "detect.annotations", source(folder))
 
@@ -129,6 +129,4 @@ def test_an_image_of_another_size_than_its_annotation_is_a_bad_sample(folder: Pa
     tree["images"][2]["height"] += 1
     reader = DetectionReader(coco(folder, images=tree["images"]), DATA, DetectSettings(masks=False), 0)
     (batch,) = make_loader(DATA, source(folder), seed=0, batch_size=5, reader=reader).epoch(0)
-    assert {(bad.id, bad.reason) for bad in batch.bad} == {
-        (2, "it has 72 x 64 pixels, and its annotation says 72 x 65")
-    }
+    assert {(bad.id, bad.reason) for bad in batch.bad} == {(2, "it has 72 x 64 pixels, but its annotation has 72 x 65")}

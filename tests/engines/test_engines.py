@@ -385,7 +385,7 @@ def test_each_block_is_one_graph_under_ddp_and_fsdp(monkeypatch: pytest.MonkeyPa
     ("overrides", "told"),
     [
         (["engine.replicas=2"], "replicas is a setting of kind=fsdp"),
-        (["engine.offload=cpu"], "offload needs a kind that spreads"),
+        (["engine.offload=cpu"], "offload needs a kind that shards"),
         (["engine.kind=zero2", "engine.offload=nvme", "engine.offload_path=/tmp"], "is a setting of kind=zero3"),
         (["engine.kind=zero3", "engine.offload=nvme"], "offload_path need each other"),
     ],
@@ -402,8 +402,8 @@ def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"engine\.kind=fsdp cannot run .*replicas=2 does not divide the 1 ranks"):
         check(recipe("engine.kind=fsdp", "engine.replicas=2"))
     for wishes, told in (
-        (["engine.kind=zero3", "compile=on"], "gathers weights inside of the blocks"),
-        (["engine.kind=zero1", "optimizer.impl=apex"], "steps torch's AdamW here, or its own"),
+        (["engine.kind=zero3", "compile=on"], "gathers weights inside the blocks"),
+        (["engine.kind=zero1", "optimizer.impl=apex"], "steps only torch's AdamW or its own"),
     ):
         with pytest.raises(UserError, match=told):
             check(recipe(*wishes))
@@ -418,7 +418,7 @@ def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="DS_BUILD_CPU_ADAM=1"):
         check(recipe("engine.kind=zero1", "optimizer.impl=deepspeed"))
     nowhere = recipe("engine.kind=zero3", "engine.offload=nvme", f"engine.offload_path={tmp_path / 'missing'}")
-    with pytest.raises(UserError, match="missing is no folder that can be written to"):
+    with pytest.raises(UserError, match="missing is not a folder that can be written to"):
         check(nowhere)
     monkeypatch.setattr(zero, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"engine\.kind=zero2 cannot run .*pip install 'mimae\[deepspeed\]'"):

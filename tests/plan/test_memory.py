@@ -250,7 +250,7 @@ def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], {"gpu": "h1000"}, "legal is gb200, b200"),
         ([], {"gpu": "v100"}, "legal is precision=fp32"),
-        (["schedule.batch_size=100"], {"gpus": 64}, "must be divisible by 64 .* as 128 is"),
+        (["schedule.batch_size=100"], {"gpus": 64}, "must be divisible by 64 .*; the nearest is 128"),
     ],
 )
 def test_mistakes_are_told(overrides: list[str], options: dict[str, Any], told: str) -> None:

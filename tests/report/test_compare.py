@@ -55,7 +55,7 @@ def test_what_is_no_baseline_is_an_error_in_words(make_run: MakeRun, tmp_path: P
     run, file = make_run(), tmp_path / "baseline.json"
     for content in ("", "[]", '{"baseline": [{"name": 1}]}', '{"baseline": [[]]}'):
         file.write_text(content)
-        with pytest.raises(UserError, match="is no baseline"):
+        with pytest.raises(UserError, match="is not a baseline"):
             command.compare([run], baseline=file)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         command.compare([run], baseline=tmp_path / "none.json")

@@ -63,7 +63,7 @@ def test_a_run_that_has_just_begun_and_one_that_failed(make_run: MakeRun) -> Non
     assert runs.read(run).state == "no step logged yet"
     event = {"time": "", "step": 0, "kind": "error", "details": {"error": "RunError", "message": "no memory"}}
     (run / "events.jsonl").write_text(json.dumps(event))
-    assert runs.read(run).state == "ended by an error after step 0"
+    assert runs.read(run).state == "ended with an error after step 0"
 
 
 def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:

@@ -139,5 +139,5 @@ def test_a_mask_of_another_size_than_its_image_is_refused(pairs: Path, tmp_path:
     (tmp_path / "annotations").mkdir()
     Image.new("L", (90, 60)).save(tmp_path / "images" / "a.png")
     Image.new("L", (60, 90)).save(tmp_path / "annotations" / "a.png")
-    with pytest.raises(BadImage, match=r"annotations/a\.png: 60 x 90 pixels, and the image has 90 x 60"):
+    with pytest.raises(BadImage, match=r"annotations/a\.png: it has 60 x 90 pixels, but the image has 90 x 60"):
         read(reader(Whole, tmp_path), tmp_path)

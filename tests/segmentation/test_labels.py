@@ -42,9 +42,9 @@ def test_classes_have_to_be_given() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"classes": 3, "ids": (1, 2)}, "ids has values for 2 classes, and classes says 3"),
-        ({"classes": 2, "ids": (1, (2, 1))}, "the value 1 stands twice"),
-        ({"classes": 2, "ids": (1, 255)}, "the value 255 stands twice"),
+        ({"classes": 3, "ids": (1, 2)}, "ids has values for 2 classes, but classes has 3"),
+        ({"classes": 2, "ids": (1, (2, 1))}, "the value 1 occurs twice"),
+        ({"classes": 2, "ids": (1, 255)}, "the value 255 occurs twice"),
         ({"classes": ("a", "a")}, "each once"),
         ({"blocks": (3, 1, 5, 7)}, "ascending"),
         ({"scale": (2.0, 1.0)}, "low <= high"),

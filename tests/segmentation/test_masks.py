@@ -110,10 +110,10 @@ def elsewhere(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (shards, "images inside of other files.*a folder of images, or a list file"),
+        (shards, "images inside other files.*a folder of images, or a list file"),
         (several, "several masks in .*: a.png, a.tif"),
-        (bare_list, "each line is an image and, after a tab"),
-        (elsewhere, "segment.masks=null.*in no folder images/.*segment.masks=FOLDER"),
+        (bare_list, "each line must be an image and, after a tab"),
+        (elsewhere, "segment.masks=null.*not in a folder images/.*set segment.masks to a folder"),
     ],
 )
 def test_sources_without_masks_are_told_what_to_do(made: Callable[[Path], str], message: str, tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_sources_without_masks_are_told_what_to_do(made: Callable[[Path], str], 
 @pytest.mark.parametrize(
     ("size", "mode", "message"),
     [
-        ((4, 6), "L", "4 x 6 pixels, and the image has 6 x 4"),
-        ((6, 4), "RGB", "it has colours .mode RGB.*grey or has a palette"),
+        ((4, 6), "L", "it has 4 x 6 pixels, but the image has 6 x 4"),
+        ((6, 4), "RGB", "it has colours .mode RGB.*grey or have a palette"),
         ((0, 0), "L", "UnidentifiedImageError"),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_do(
 def test_the_old_key_is_read_and_told_once(
     value: str, expected: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    renamed._tell.cache_clear()
+    renamed._report_once.cache_clear()
     for _ in range(2):
         resolved = load_recipe("quickstart", [f"telemetry.tensorboard={value}"])
     assert resolved.recipe.telemetry.trackers == expected

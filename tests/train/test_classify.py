@@ -265,11 +265,11 @@ def test_the_batch_norm_is_torchs() -> None:
 
 
 def test_mistakes_are_one_line(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mix pairs of images, and a micro-batch of one rank has 1 .*augment.mix=0"):
+    with pytest.raises(UserError, match=r"mix pairs of images, but a micro-batch of one rank has 1 .*augment.mix=0"):
         Classify(recipe(images, tmp_path, "schedule.batch_size=2")).check()
     with pytest.raises(ConfigError, match="the encoder has 2 blocks"):
         recipe(images, tmp_path, "finetune.freeze=3")
-    with pytest.raises(ConfigError, match="is for frozen encoders"):
+    with pytest.raises(ConfigError, match="is only for frozen encoders"):
         recipe(images, tmp_path, "head.norm=batch_norm")
     with pytest.raises(ConfigError, match="legal is top1 or top5 or val_loss, or null"):
         recipe(images, tmp_path, "checkpoint.best=knn")

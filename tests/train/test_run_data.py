@@ -54,7 +54,7 @@ def test_a_run_goes_on_where_its_images_have_moved(here: Path, capsys: pytest.Ca
     shutil.copytree(here / "images", here.parent / "job 2")
     (here / "images").rename(here / "other")
     (here / "other/a/1.png").rename(here / "other/a/5.png")
-    with pytest.raises(UserError, match=rf"{here}/other does not hold the images .*, which lay at {here}/images"):
+    with pytest.raises(UserError, match=rf"{here}/other does not hold the images .*, which were at {here}/images"):
         pretrain(tiny("data.path=other"))
     assert pretrain(tiny(f"data.path={here.parent}/job 2")).finished
     said = capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_a_run_that_is_older_than_a_key_goes_on_as_it_was_started(
         capsys.readouterr()
         pretrain(tiny(*asked, f"run.dry={dry}"))
         said = capsys.readouterr().out
-        assert "run is older than some keys of its recipe and goes on as it was started, with " in said
+        assert "run is older than some keys of its recipe and continues as it was started, with " in said
         assert "optimizer.decay_tokens=false (not true)" in said and "masking.rounding=nearest (not down)" in said
         assert not [name for name in names if f"\n{name}" in file.read_text()]
     weights, wanted = (load_encoder(run).state_dict() for run in ("run", "whole"))

@@ -137,14 +137,14 @@ def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(
     overrides = [f"data.val_path={held_out / 'images'}", "schedule.max_steps=1"]
     task = Segment(recipe(scenes, tmp_path / "run", *overrides))
     train(task)
-    assert "2 of 3 images could not be read, or their masks" in capsys.readouterr().out
+    assert "2 of 3 images or their masks could not be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("segment.blocks=[0,1,2,2]", "the last one has to be the encoder's last block, 3"),
-        ("data.crop_scale=[0.5,1.0]", "windows of segmentation are cut by segment.scale"),
+        ("data.crop_scale=[0.5,1.0]", "windows are cut by segment.scale"),
         ("segment.classes=[a]", "at least 2 names"),
         ("segment.head=fcn", "upernet or linear"),
     ],

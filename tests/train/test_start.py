@@ -11,8 +11,16 @@ from mimae.train.start import hints
 @pytest.mark.parametrize(
     ("overrides", "steps", "told"),
     [
-        (["schedule.warmup_epochs=2", "schedule.max_steps=20"], 20, "the run ends inside its warm-up: 20 steps (sch"),
-        (["schedule.warmup_epochs=2", "schedule.epochs=2"], 200, "the run ends inside its warm-up: 200 steps, and"),
+        (
+            ["schedule.warmup_epochs=2", "schedule.max_steps=20"],
+            20,
+            "the run ends inside its warm-up: it has 20 steps (sch",
+        ),
+        (
+            ["schedule.warmup_epochs=2", "schedule.epochs=2"],
+            200,
+            "the run ends inside its warm-up: it has 200 steps, and",
+        ),
         (["ema.decay=0.999"], 500, "the average of the weights reaches back 1 / (1 - ema.decay) = 1000 steps"),
         (["schedule.warmup_epochs=2"], 1, ""),
         (["schedule.warmup_epochs=2"], 201, ""),

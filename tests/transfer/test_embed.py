@@ -128,7 +128,7 @@ def test_a_call_that_was_interrupted_goes_on_to_the_same_file(
     (tmp_path / "out.npz.parts/part-00001.safetensors").unlink()
     embed(run, str(images), out, request)
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         embed(run, str(images), out, request)
 
 
@@ -136,7 +136,7 @@ def test_a_call_that_was_interrupted_goes_on_to_the_same_file(
     ("request_", "out", "said"),
     [
         (Request(), "x.safetensors", r"legal endings are .npz and .parquet; without one it is a folder"),
-        (Request("maps"), "x.npz", r"--what maps needs --blocks, as 0,2"),
+        (Request("maps"), "x.npz", r"--what maps needs --blocks, such as 0,2"),
         (Request("maps", (3,)), "x.npz", r"--blocks 3: the encoder has blocks 0 to 2"),
         (Request("class", (1,)), "x.npz", r"--what class takes none"),
     ],

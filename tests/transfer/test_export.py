@@ -51,7 +51,7 @@ def test_images_that_are_not_square_go_out_and_come_back(run: Path, tmp_path: Pa
     assert report.differences is not None and set(report.differences) == {"tokens", "features"}
     assert max(report.differences.values()) < 1e-5 and report.rounding is None
     assert torch.equal(features(tmp_path / to, (8, 12)), features(run, (8, 12)))
-    with pytest.raises(CheckpointError, match="is an export, which holds one set of weights"):
+    with pytest.raises(CheckpointError, match="is an export, which has only one set of weights"):
         load_encoder(tmp_path / to, average=True)
     assert list(tmp_path.iterdir()) == [tmp_path / to]
     assert (tmp_path / to / "model.safetensors").stat().st_mode & 0o777 == 0o644
@@ -76,7 +76,7 @@ def test_timm_pools_as_the_card_says(run: Path, tmp_path: Path) -> None:
     assert timm.data.resolve_model_data_config(tuned)["mean"] == [0.4, 0.5, 0.6]
     card = (out / "README.md").read_text()
     assert 'timm.create_model("local-dir:timm", pretrained=True)' in card and card.startswith("---\ntags:")
-    assert "without the class token" in card and "8 x 12 px (height x width)" in card and "None was chosen" in card
+    assert "without the class token" in card and "8 x 12 px (height x width)" in card and "No licence was" in card
 
 
 def test_the_licence_of_the_first_weights_is_inherited(run: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_outputs_that_differ_are_no_export(run: Path, tmp_path: Path, monkeypatc
 
     for value in (1.0, float("nan")):
         monkeypatch.setitem(TARGETS, "safetensors", target._replace(write=spoil(value)))
-        with pytest.raises(UserError, match=r"not exported: .* differs from the encoder by more than 1e-04 \(tokens"):
+        with pytest.raises(UserError, match=r"not exported: .* differ from the encoder's by more than 1e-04 \(tokens"):
             export(run, "safetensors", tmp_path / "out", Options())
     assert not list(tmp_path.iterdir())
 
@@ -119,9 +119,9 @@ def test_outputs_that_differ_are_no_export(run: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("to", "options", "said"),
     [
-        ("mae", Options(), "holds square images alone, and this run's have 8 x 12 pixels"),
-        ("transformers", Options(decoder=True), "ViTMAEForPreTraining holds square images alone"),
-        ("timm", Options(decoder=True), "--to timm holds the encoder alone; with the decoder go transformers, mae"),
+        ("mae", Options(), "takes only square images, but this run's have 8 x 12 pixels"),
+        ("transformers", Options(decoder=True), "ViTMAEForPreTraining takes only square images"),
+        ("timm", Options(decoder=True), "--to timm has only the encoder; exports with the decoder are"),
         ("timm", Options(blocks=(1,)), r"--blocks is for graphs \(onnx, torch\)"),
         ("safetensors", Options(dynamic_size=True), "--dynamic-size is for graphs"),
         ("torch", Options(torch.bfloat16), "--dtype bf16 rounds stored weights"),
@@ -155,12 +155,12 @@ def test_the_encoder_comes_out_of_runs_of_other_tasks_too(run: Path, images: Pat
 @pytest.mark.parametrize("key", ["predict=next_view", "attention=cross"])
 def test_decoders_that_mae_does_not_have_are_refused(tmp_path: Path, to: str, key: str) -> None:
     recipe = load_recipe(TINY, ["data.image_size=16", f"decoder.{key}"]).recipe
-    with pytest.raises(UserError, match=rf"has decoder.{key}, for which .* has no counterpart .* leave out --decoder"):
+    with pytest.raises(UserError, match=rf"has decoder.{key}, but .* supports only .*leave out --decoder"):
         TARGETS[to].write(Exported(recipe, build(recipe)), Options(decoder=True), tmp_path)
 
 
 def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export(run, "timm", tmp_path, Options())
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mimae import cli
 
-PAGE = (Path(__file__).parents[2] / "docs/weights.md").read_text().partition("## Take the encoder with you")[2]
+PAGE = (Path(__file__).parents[2] / "docs/weights.md").read_text().partition("## Export the encoder")[2]
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 (PYTHON,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 

@@ -175,5 +175,5 @@ def test_two_for_one_place_are_refused() -> None:
 
 
 def test_queries_alone_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"stands without the rest of encoder\.blocks\.0\.attn\.qkv\.bias"):
+    with pytest.raises(ValueError, match=r"is there without the rest of encoder\.blocks\.0\.attn\.qkv\.bias"):
         sort(["layers.0.attention.q_proj.bias", "layers.0.attention.v_proj.bias"])

@@ -312,25 +312,25 @@ def test_files_of_strangers_are_one_sentence_each(
     wide = {name: tensor.repeat_interleave(2, 0) for name, tensor in theirs.items() if "norm" in name}
     nan = theirs | {"norm.bias": torch.full((24,), torch.nan)}
     cases = {
-        "torn": (good[:5000], "is torn"),
-        "garbage": (bytes(range(256)) * 9, "is no file of torch.save or safetensors"),
-        "empty": (b"", "is torn (0 bytes)"),
-        "code": ({"model": theirs, "more": Code()}, "holds Python objects, which loading would run as code: "),
-        "text.safetensors": (b"I am text.\n" * 9, "is no safetensors file"),
+        "torn": (good[:5000], "is damaged"),
+        "garbage": (bytes(range(256)) * 9, "is not a file of torch.save or safetensors"),
+        "empty": (b"", "is damaged (0 bytes)"),
+        "code": ({"model": theirs, "more": Code()}, "contains Python objects, whose loading would run code: "),
+        "text.safetensors": (b"I am text.\n" * 9, "is not a safetensors file"),
         "nothing": ({"epoch": 3}, "holds epoch, and no weights"),
         "convolutions": ({"conv1.weight": torch.zeros(4, 3, 7, 7)}, "holds no weights of a ViT"),
         "wide": (theirs | wide | {"patch_embed.proj.weight": torch.zeros(48, 3, 4, 4)}, "model.width=48"),
-        "shallow": ({n: t for n, t in theirs.items() if "blocks.1" not in n}, "depth 1 and not 2; model.depth=1"),
+        "shallow": ({n: t for n, t in theirs.items() if "blocks.1" not in n}, "depth 1 instead of 2; set model.depth"),
         "channels": (theirs | {"patch_embed.proj.weight": torch.zeros(24, 4, 4, 4)}, "images of 4 channels"),
         "layerscale": (theirs | {"blocks.0.ls1.gamma": torch.zeros(24)}, "LayerScale"),
         "registers": (theirs | {"reg_token": torch.zeros(1, 4, 24)}, "register tokens"),
         "qk-norm": (theirs | {"blocks.0.attn.q_norm.weight": torch.zeros(8)}, "qk-norm"),
         "swiglu": (theirs | {"blocks.0.mlp.fc1_g.weight": torch.zeros(96, 24)}, "SwiGLU"),
         "packed": (theirs | {"blocks.0.mlp.fc1.weight": torch.zeros(192, 24)}, "SwiGLU"),
-        "not-square": (theirs | {"pos_embed": torch.zeros(1, 13, 24)}, "no square grid"),
+        "not-square": (theirs | {"pos_embed": torch.zeros(1, 13, 24)}, "fit neither a square grid"),
         "nan": (nan, "encoder.norm.bias holds numbers that are not finite"),
-        "half": ({n: t for n, t in theirs.items() if n != "blocks.0.mlp.fc2.weight"}, "it is not whole"),
-        "positions": (theirs | {"decoder_pos_embed": torch.zeros(1, 17, 16)}, "not the fixed sines and cosines"),
+        "half": ({n: t for n, t in theirs.items() if n != "blocks.0.mlp.fc2.weight"}, "it is incomplete"),
+        "positions": (theirs | {"decoder_pos_embed": torch.zeros(1, 17, 16)}, "not the fixed sin-cos positions"),
     }
     for name, (content, words) in cases.items():
         assert words in refusal(made(name, content), images, tmp_path), name

@@ -1,1 +1,1 @@
-"""The fuzz harness: inputs that are drawn and damaged, each used in a forked child with bounds on memory and time."""
+"""The fuzz harness: random damaged inputs, each used in a forked child with limits on memory and time."""

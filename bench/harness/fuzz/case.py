@@ -1,4 +1,4 @@
-"""One input of the harness: files, words and environment variables, and how it is kept as JSON."""
+"""An input of the harness: files, words and environment variables; and its storage as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 
 class Special(NamedTuple):
-    """A name that stands for no content: a symbolic link to `value`, a FIFO, a folder, or `value` bytes of holes."""
+    """A special file: a symbolic link to `value`, a FIFO, a folder, or a sparse file of `value` bytes."""
 
     kind: Literal["link", "fifo", "folder", "sparse"]
     value: str = ""
@@ -27,12 +27,12 @@ class Case:
     """An input. Its meaning depends on its kind: `words` may be overrides, a data path or a verb."""
 
     files: Mapping[str, Content] = field(default_factory=dict)
-    """Content by relative path."""
+    """Contents by relative path."""
     words: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Create the files below an existing folder. A name that the file system refuses is left out."""
+        """Create the files in an existing folder. Names that the file system refuses are left out."""
         for name, content in self.files.items():
             path = folder / name
             try:
@@ -59,7 +59,7 @@ class Case:
 
 
 def from_json(text: str) -> tuple[str, Case]:
-    """Return the kind and the case of `to_json`."""
+    """Return the kind and the case from the output of `to_json`."""
     tree = json.loads(text)
     files = {
         name: Special(*each) if isinstance(each, list) else zlib.decompress(base64.b85decode(each))

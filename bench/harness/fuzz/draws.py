@@ -1,4 +1,4 @@
-"""Draws that serve every format: damaged bytes, odd values, damaged trees of JSON and YAML."""
+"""Random draws for every format: damaged bytes, odd values, damaged trees of JSON and YAML."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ ODD: tuple[Any, ...] = (*ODD_NUMBERS, *ODD_TEXTS, None, True, False, [], {}, [1]
 
 
 def times(draw: random.Random, most: int = 4) -> range:
-    """Return how often something is done: once as a rule, seldom more."""
+    """Return a range with a random number of repetitions, usually one and at most `most`."""
     return range(min(most, 1 + int(draw.expovariate(1.0))))
 
 
 def damaged(draw: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """Return bytes with a few changes that know no format; `others` may be spliced in."""
+    """Return bytes with a few changes that do not depend on the format. Pieces of `others` may be spliced in."""
     for _ in times(draw):
         data = draw.choice(_CHANGES)(draw, data, others)
     return data
@@ -108,7 +108,7 @@ def _overwrite(draw: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
 
 
 def _number(draw: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
-    """Overwrite a few bytes with a number that a length could be."""
+    """Overwrite a few bytes with a number that could be a length."""
     width = draw.choice(WIDTHS)
     at = draw.randrange(max(1, len(data)))
     return data[:at] + integer(draw, width, len(data)) + data[at + width :]
@@ -125,13 +125,13 @@ _CHANGES: tuple[Callable[[random.Random, bytes, Sequence[bytes]], bytes], ...] =
 
 
 def place(draw: random.Random, data: bytes) -> tuple[int, int]:
-    """Return start and end of a piece of `data`, most often a short one."""
+    """Return start and end of a random piece of `data`, usually a short one."""
     start = draw.randrange(len(data) + 1)
     return start, min(len(data), start + int(draw.expovariate(1 / 24)))
 
 
 def integer(draw: random.Random, width: int, near: int) -> bytes:
-    """Return `width` bytes: an extreme number, or one near `near`, in either order of bytes."""
+    """Return `width` bytes with an extreme number, or a number close to `near`, in a random byte order."""
     top = 1 << 8 * width
     value = draw.choice(
         (0, 1, 2, near, near + 1, near - 1, 2 * near, top - 1, top // 2, top // 2 - 1, draw.randrange(top))
@@ -140,7 +140,7 @@ def integer(draw: random.Random, width: int, near: int) -> bytes:
 
 
 def odd(draw: random.Random) -> Any:
-    """Return a value that a setting, a label or a field of JSON is not expected to have."""
+    """Return a value that is unusual for a setting, a label or a JSON field."""
     chance = draw.random()
     if chance < 0.1:
         return draw.randrange(-(2 ** draw.choice((4, 16, 70))), 2 ** draw.choice((4, 16, 70)))
@@ -156,7 +156,7 @@ def odd(draw: random.Random) -> Any:
 
 
 def damaged_tree(draw: random.Random, tree: Any) -> Any:
-    """Return a copy of a tree of dicts and lists with one change: a value, a key, one more or one less."""
+    """Return a copy of a tree of dicts and lists with one change: of a value or a key, or an added or removed entry."""
     if isinstance(tree, dict) and tree and draw.random() < 0.85:
         key = draw.choice(list(tree))
         rest = {other: value for other, value in tree.items() if other != key}
@@ -175,7 +175,7 @@ def damaged_tree(draw: random.Random, tree: Any) -> Any:
 
 
 def json_text(draw: random.Random, tree: Any) -> bytes:
-    """Return a tree as JSON, most often well-formed, with values that JSON can say and few expect."""
+    """Return a damaged tree as JSON. It is usually well-formed, with values that are legal JSON but unusual."""
     for _ in times(draw):
         tree = damaged_tree(draw, tree)
     chance = draw.random()
@@ -190,7 +190,7 @@ def json_text(draw: random.Random, tree: Any) -> bytes:
 
 
 def json_lines(draw: random.Random, lines: Sequence[bytes], newest: Any) -> bytes:
-    """Return a file of JSON lines with some of them damaged, at the end most often; `newest` is a sound record."""
+    """Return a file of JSON lines in which some are damaged, usually at the end. `newest` is a valid record."""
     kept = list(lines)
     for _ in times(draw):
         chance = draw.random()
@@ -207,7 +207,7 @@ def json_lines(draw: random.Random, lines: Sequence[bytes], newest: Any) -> byte
 
 
 def yaml_text(draw: random.Random, tree: object) -> bytes:
-    """Return a tree as YAML, with tags, anchors, other encodings or damage at times."""
+    """Return a tree as YAML, sometimes with tags, anchors, other encodings or damage."""
     style = draw.choice((None, None, False, True))
     try:
         text = yaml.safe_dump(tree, default_flow_style=style, allow_unicode=draw.random() < 0.5, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Environment variables: of torchrun, SLURM, terminals and libraries, with values that nobody expects."""
+"""Fuzzing of environment variables of torchrun, SLURM, terminals and libraries, with unusual values."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make(draw: random.Random) -> Case:
 
 
 def use(folder: Path, case: Case) -> str:
-    """Do what the word says; a verb of the command line ends with an exit code."""
+    """Do the action that the case's word names; return the exit code of a command that fails."""
     from mimae.config.load import load_recipe
     from mimae.data.loading.workers import default_workers
     from mimae.launch import slurm
@@ -92,7 +92,7 @@ def use(folder: Path, case: Case) -> str:
 
 
 def _command(arguments: list[str]) -> str:
-    """Run a command as the shell would; return its last line where it is refused."""
+    """Run a command as the shell would; return its exit code as text if it is not 0."""
     sys.argv = ["mimae", *arguments]
     try:
         runpy.run_module("mimae", run_name="__main__")

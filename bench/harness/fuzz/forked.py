@@ -1,4 +1,4 @@
-"""One input in a forked child: what became of it, in bounded memory and time, and whether it wrote where it may not."""
+"""The use of an input in a forked child with limited memory and time, which may write only to its own folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mimae.errors import UserError
 from mimae.outside.text import printable
 
 CPU_SECONDS = 10
-"""Processor time that an input may take."""
+"""Maximal processor time of an input, in seconds."""
 
 WALL_SECONDS = 300.0
-"""Time after which an input counts as a hang: on a busy machine a child may wait long for its CPU_SECONDS."""
+"""Wall time in seconds after which an input counts as a hang. It is long, because the machine may be busy."""
 
 MEMORY = 1 << 30
-"""Bytes that an input may take beyond what the warm process had."""
+"""Maximal number of bytes that an input may take in addition to the memory of the warm process."""
 
 LONGEST = 60_000
-"""Characters of a refusal. A longer one tells nobody anything."""
+"""Maximal number of characters of a refusal. Nobody would read a longer one."""
 
 _CANARY = b"a file that is not of the run\n"
 _MIB = 1 << 20
@@ -40,19 +40,19 @@ Verdict = Literal["used", "refused", "traceback", "hang", "memory", "count", "ou
 
 
 class Wrong(Exception):
-    """An input was used, and what came of it is not what the input holds."""
+    """An input was used, but the result does not correspond to the input."""
 
 
 class Outcome(NamedTuple):
-    """Result of an input. All verdicts except used and refused are finds."""
+    """The result of an input. All verdicts except used and refused are finds."""
 
     verdict: Verdict
     said: str
-    """The refusal, or what is wrong."""
+    """The message of the refusal, or a description of the error."""
     seconds: float
-    """Processor time."""
+    """Processor time in seconds."""
     mib: float
-    """Memory at most, beyond the warm process's."""
+    """Peak memory in MiB, in addition to the memory of the warm process."""
 
     @property
     def is_find(self) -> bool:
@@ -60,9 +60,9 @@ class Outcome(NamedTuple):
 
 
 def run(make: Callable[[], Case], use: Callable[[Path, Case], str], memory: int = MEMORY) -> Outcome:
-    """Make a case and use it in a child. `use(folder, case)` returns why the input was refused, or nothing.
+    """Make a case and use it in a child. `use(folder, case)` returns the reason of a refusal, or an empty string.
 
-    The child's working directory holds `case`, where the case's files are and where it may write.
+    The child's working directory is the folder `case`, which has the case's files and in which it may write.
     """
     scratch = Path(tempfile.mkdtemp(prefix="mimae-fuzz-"))
     for name in ("case", "home", "canary/folder"):
@@ -87,12 +87,12 @@ def run(make: Callable[[], Case], use: Callable[[Path, Case], str], memory: int 
     finally:
         os.close(reading)
         with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # what the child has started
+            os.killpg(pid, signal.SIGKILL)  # This ends the processes that the child has started.
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _watch(pid: int, reading: int, memory: int) -> tuple[bytes, Verdict | None]:
-    """Return what the child reported, and why it was stopped, if it was."""
+    """Return the report of the child, and the reason if it was stopped."""
     begun = resident(pid)
     text, end = b"", time.monotonic() + WALL_SECONDS
     while True:
@@ -113,7 +113,7 @@ def _watch(pid: int, reading: int, memory: int) -> tuple[bytes, Verdict | None]:
 
 
 def resident(pid: int) -> int:
-    """Return the bytes of memory of a process that no file backs; 0 where it is gone."""
+    """Return the anonymous resident memory of a process in bytes; 0 if the process does not exist."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -139,12 +139,12 @@ def _judge(scratch: Path, text: bytes, stopped: Verdict | None, status: int, use
         report = json.loads(text)
     except ValueError:
         return Outcome(
-            "killed", f"ended with {os.waitstatus_to_exitcode(status)}, without a word\n{output}", seconds, 0.0
+            "killed", f"ended with {os.waitstatus_to_exitcode(status)}, without a report\n{output}", seconds, 0.0
         )
     verdict, said = report["verdict"], report["said"]
     intact = all((scratch / name).read_bytes() == _CANARY for name in ("canary/file", "canary/folder/file"))
     if sorted(path.name for path in (scratch / "canary").rglob("*")) != ["file", "file", "folder"] or not intact:
-        verdict, said = "outside", f"a file outside of the case was changed; {said}"
+        verdict, said = "outside", f"a file outside the case was changed; {said}"
     elif "Traceback (most recent call last)" in output and verdict in ("used", "refused"):
         verdict, said = "traceback", f"printed\n{output}"
     return Outcome(verdict, said, seconds, report["mib"])
@@ -165,7 +165,7 @@ def _child(
     ):
         resource.setrlimit(kind, (limit, limit + 5 * (kind == resource.RLIMIT_CPU)))
     status = Path("/proc/self/status").read_text()
-    # Beyond the bound that is watched, so that a sudden allocation cannot bring the machine down.
+    # This limit is above the one that is watched. It prevents that a sudden allocation brings the machine down.
     space = _kib(status, "VmSize") * 1024 + 8 * memory
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     with suppress(OSError):
@@ -202,7 +202,7 @@ def _report(writing: int, verdict: Verdict, said: str, mib: float) -> NoReturn:
 
 def _set(environment: Mapping[str, str]) -> None:
     for name, value in environment.items():
-        with suppress(ValueError, UnicodeEncodeError):  # no variable can have such a name or value
+        with suppress(ValueError, UnicodeEncodeError):  # No variable can have such a name or value.
             os.environ[name] = value
 
 
@@ -221,7 +221,7 @@ def _use(folder: Path, case: Case, use: Callable[[Path, Case], str]) -> tuple[Ve
 
 
 def _forbid_writes(scratch: Path) -> list[str]:
-    """Return a list that collects each path outside of the case and its home that Python code opens for writing."""
+    """Return a list that collects each path outside the case and its home that Python code opens for writing."""
     found: list[str] = []
     legal = tuple(f"{Path(path).resolve()}/" for path in (scratch / "case", scratch / "home", "/dev", "/proc"))
 
@@ -235,7 +235,7 @@ def _forbid_writes(scratch: Path) -> list[str]:
         if event == "open":
             path, mode, flags = arguments
             writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            # A name relative to an open folder comes without it; what is written there the canary shows.
+            # A name relative to an open folder is reported without the folder; the canary detects such writes.
             if (writes or (isinstance(mode, str) and set(mode) & set("wax+"))) and os.path.isabs(
                 os.fsdecode(path) if not isinstance(path, int) else ""
             ):

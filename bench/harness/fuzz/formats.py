@@ -1,4 +1,4 @@
-"""Damage that knows a format: checksums and lengths fit again, so that readers look beyond the first bytes."""
+"""Format-aware damage: checksums and lengths are repaired, so that readers look beyond the first bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jpeg(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
             )
         elif chance < 0.5 and (sizes := [i for i, (m, _) in enumerate(segments) if 0xC0 <= m[1] <= 0xC2]):
             frame = segments[sizes[0]]
-            place = draw.choice((2, 3, 4, 5, 6, 7, 8, 9))  # precision, height, width, components, factors
+            place = draw.choice((2, 3, 4, 5, 6, 7, 8, 9))  # precision, height, width, components, sampling factors
             segments[sizes[0]] = (
                 frame[0],
                 frame[1][:place] + integer(draw, draw.choice((1, 2)), 16) + frame[1][place + 1 :],
@@ -52,12 +52,12 @@ def jpeg(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 
 def _segments(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Return (marker, what follows it) of a sound JPEG; entropy-coded bytes belong to their scan."""
+    """Return the segments of a valid JPEG as (marker, content). Entropy-coded bytes belong to their scan."""
     found, at = [], 0
     while at < len(data):
         end = at + 2
         while end < len(data) - 1 and not (data[end] == 0xFF and data[end + 1] not in (0, *range(0xD0, 0xD8), 0xFF)):
-            # The length is trusted where there is one: contents of segments may look like markers.
+            # If there is a length, the segment is skipped by it, because its content may look like markers.
             jump = end == at + 2 and data[at + 1] not in (0xD8, 0xD9)
             end += struct.unpack(">H", data[end : end + 2])[0] if jump else 1
         end = len(data) if end >= len(data) - 1 else end
@@ -70,7 +70,7 @@ def _segments(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Return a PNG with other chunks; their lengths and checksums fit, most often."""
+    """Return a PNG with other chunks, whose lengths and checksums are usually right."""
     chunks, at = [], 8
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -125,7 +125,7 @@ def _inflated(content: bytes) -> bytes:
 
 
 def tiff(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Return a TIFF with other entries in its directory: tags, types, counts, values."""
+    """Return a TIFF with changed entries in its directory: tags, types, counts, values."""
     order = "<" if data.startswith(b"II") else ">"
     changed = bytearray(data)
     try:
@@ -153,7 +153,7 @@ def tiff(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 
 def boxes(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Return the file with another length of a box, or another content in it."""
+    """Return the file with a changed length or content of a box."""
     places = [
         at
         for at in range(0, len(data) - 8)
@@ -174,7 +174,7 @@ def boxes(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 
 def tar(draw: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Return an archive with other headers, whose checksums fit most often, or with other members."""
+    """Return an archive with other members, or with changed headers, whose checksums are usually right."""
     headers = tar_headers(data)
     for _ in times(draw):
         if not headers:
@@ -201,7 +201,7 @@ def tar_headers(data: bytes) -> list[int]:
 
 
 def tar_field(draw: random.Random, header: bytes, near: int) -> bytes:
-    """Return a header with another field, and with the checksum of its bytes, most often."""
+    """Return a header with a changed field, usually with the right checksum."""
     name, start, width = draw.choice(
         (
             ("name", 0, 100),
@@ -251,13 +251,13 @@ def tar_field(draw: random.Random, header: bytes, near: int) -> bytes:
 
 
 def tar_sealed(header: bytes) -> bytes:
-    """Return a header with the checksum that fits."""
+    """Return a header with the right checksum."""
     total = sum(header[:148]) + 8 * 32 + sum(header[156:])
     return header[:148] + b"%06o\0 " % total + header[156:]
 
 
 def _extra(draw: random.Random, header: bytes) -> bytes:
-    """Return a header of pax or GNU before another one, with its content."""
+    """Return an extension header of pax or GNU with its content; it precedes another header."""
     kind = draw.choice((b"x", b"g", b"L", b"K"))
     if kind in (b"x", b"g"):
         key = draw.choice((b"path", b"size", b"GNU.sparse.size", b"hdrcharset", b"linkpath"))
@@ -281,11 +281,11 @@ def _extra(draw: random.Random, header: bytes) -> bytes:
     return block + content + bytes(-len(content) % BLOCK)
 
 
-# Zip, as torch writes tensors
+# Zip files, in which torch stores tensors
 
 
 def rezipped(draw: random.Random, data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Return a zip file with the content of one member changed; sizes and checksums fit."""
+    """Return a zip file with the content of one member changed, and with right sizes and checksums."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(name, archive.read(name)) for name in archive.namelist()]

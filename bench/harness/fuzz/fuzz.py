@@ -1,4 +1,4 @@
-"""Many inputs of a kind: drawn by (seed, kind, number), each used in a child, counted by what became of them."""
+"""Fuzzing with many inputs of a kind, each drawn by (seed, kind, number) and used in a child, and their verdicts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ KINDS = {
     "steps": "runs",
     "environment": "environment",
 }
-"""Module of each kind, which has the kind under its name in capital letters. It is imported where it is used: what a
-process has imported makes the forks of its children slow, torch above all."""
+"""Module of each kind, in which the kind has its name in capital letters. Modules are imported only when they are used,
+because imported libraries, above all torch, make forks slow."""
 
 
 SLICE = 100
-"""Inputs of a kind after which the counts so far are written."""
+"""Number of inputs of a kind after which the counts so far are written."""
 
 
 def kind_of(name: str) -> Kind:
@@ -45,19 +45,19 @@ def kind_of(name: str) -> Kind:
 
 
 def draw_case(kind: str, seed: int, number: int) -> Case:
-    """Return an input; equal arguments give equal inputs."""
+    """Draw an input. Equal arguments give equal inputs."""
     return kind_of(kind).make(random.Random(f"{seed} {kind} {number}"))
 
 
 def try_case(kind: str, make: Callable[[], Case]) -> Outcome:
-    """Make an input of a kind and use it, in a child."""
+    """Make an input of a kind and use it in a child."""
     return run(make, kind_of(kind).use, kind_of(kind).memory)
 
 
 def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Try `count` inputs of a kind from number `first` on; return what became of them.
+    """Try `count` inputs of a kind from number `first` on, and return the counts of verdicts.
 
-    Each find is reported with the command that repeats it, and its input is written into `kept`.
+    Each find is reported with the command that repeats it, and its input is written to the folder `kept`.
     """
     _warm(kind)
     verdicts = Counter[str]()
@@ -92,28 +92,28 @@ def fuzz(kind: str, seed: int, first: int, count: int, kept: Path | None, say: C
 
 
 def repeat(file: Path) -> tuple[str, Outcome]:
-    """Try a kept input again; return its kind and what became of it."""
+    """Try a stored input again; return its kind and outcome."""
     kind, case = from_json(file.read_text())
     _warm(kind)
     return kind, try_case(kind, lambda: case)
 
 
 def _warm(kind: str) -> None:
-    """Import and make what the children of a kind share."""
+    """Import the modules and make the data that the children of a kind share."""
     kind_of(kind).prepare()
     gc.collect()
-    gc.freeze()  # so that children need no copies of pages for the collector's marks
+    gc.freeze()  # Otherwise the garbage collector's marks would copy pages in every child.
 
 
 def read(file: Path | None, kind: str, seed: int, first: int) -> dict[str, Any]:
-    """Return the result of a kind in a file of results, where inputs from number `first` on go on with it; else {}."""
+    """Return the earlier result of a kind if inputs from number `first` on continue it, else an empty dictionary."""
     kinds = json.loads(file.read_text())["kinds"] if file is not None and file.exists() else {}
     found: dict[str, Any] = kinds.get(kind, {})
     return found if found and (found["seed"], found["first"] + found["tried"]) == (seed, first) else {}
 
 
 def add(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of two runs, of which the second goes on with the first."""
+    """Return the combined result of two runs, the second of which continues the first."""
     if not before:
         return found
     summed = {key: before[key] + found[key] for key in ("tried", "used", "refused", "others", "finds")}
@@ -122,7 +122,7 @@ def add(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(file: Path, kind: str, found: dict[str, Any]) -> str:
-    """Return the result of a kind beside those of other kinds that a file of results holds, as JSON."""
+    """Return the contents of a file of results, as JSON, with the result of a kind added or replaced."""
     import torch
 
     from mimae.bench.machine import describe

@@ -1,4 +1,4 @@
-"""Images of every format, by all decoders of the CPU: a damaged one among sound ones."""
+"""Fuzzing of images of every format with all CPU decoders: one damaged image among intact ones."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from mimae.data.tools.check import _look_at
 Change = Callable[[random.Random, bytes, Sequence[bytes]], bytes]
 
 MOST_PIXELS = 1_000_000
-"""data.max_pixels of this kind: far below what MEMORY holds, so that what a header claims beyond it shows."""
+"""data.max_pixels of this kind. It is far below MEMORY, so that trust in a larger size of a header is detected."""
 
 _SOUND = ("0.png", "2.png")
 
 
 @lru_cache(1)
 def bases() -> list[tuple[str, bytes, Change]]:
-    """Return sound images of all formats that this Pillow writes: name, content, and the damage that knows them."""
+    """Return intact images of all formats that this Pillow writes: name, content, and format-aware damage."""
     draw = np.random.default_rng(0)
     grey = draw.integers(0, 256, (20, 24), dtype=np.uint8)
     noise = draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -92,13 +92,13 @@ def bases() -> list[tuple[str, bytes, Change]]:
     for name, make, change in made:
         try:
             found.append((name, make(), change))
-        except (OSError, KeyError):  # A Pillow that was built without the format.
+        except (OSError, KeyError):  # This Pillow was built without the format.
             continue
     return found
 
 
 def damaged_image(draw: random.Random) -> tuple[str, bytes]:
-    """Return a damaged image and a name for it; seldom a sound one."""
+    """Return the name and the content of a damaged image, in rare cases of an intact one."""
     every = bases()
     name, data, change = draw.choice(every)
     others = [other for _, other, _ in every]
@@ -125,7 +125,7 @@ def make(draw: random.Random) -> Case:
 
 
 def use(folder: Path, case: Case) -> str:
-    """Make a batch by each decoder, and check the sample as `mimae data check` does. All have to agree."""
+    """Make a batch with each decoder, and check the samples as `mimae data check` does. All results have to agree."""
     given = dict(word.split("=") for word in case.words)
     settings = DataSettings.model_validate(
         {
@@ -137,7 +137,7 @@ def use(folder: Path, case: Case) -> str:
     )
     source = open_source(str(folder / "images"), settings=settings)
     if len(source) != len(case.files):
-        raise Wrong(f"{len(source)} samples of {len(case.files)} images")
+        raise Wrong(f"{len(source)} samples from {len(case.files)} images")
     epoch = int(given["epoch"])
     batches = {"torch": batch_of(settings, source, epoch, EachDecoder())}
     with libjpeg.unused():
@@ -145,7 +145,7 @@ def use(folder: Path, case: Case) -> str:
         if OBSTACLES["dali_cpu"](torch.device("cpu")) is None:
             batches["dali_cpu"] = batch_of(settings, source, epoch, RegionDecoder())
     reason = account(first, len(source))
-    # DALI sees no damage outside of a region, and makes other pixels of damaged data (docs/data.md).
+    # DALI does not see damage outside its region, and decodes damaged data to other pixels (docs/data.md).
     if any(_has_damaged_pixels(source.read(i)) for i in range(len(source))):
         batches.pop("dali_cpu", None)
     for name, other in batches.items():
@@ -154,7 +154,7 @@ def use(folder: Path, case: Case) -> str:
         if not torch.equal(first.images, other.images):
             apart = (first.images.int() - other.images.int()).abs()
             raise Wrong(
-                f"{name}: {int((apart > 0).sum())} values are not those of a whole decode, by up to {apart.max()}"
+                f"{name}: {int((apart > 0).sum())} values differ from those of a whole decode, by up to {apart.max()}"
             )
     samples, broken = _look_at((source, settings), range(len(source)))
     if int(samples["ok"].sum()) + len(broken) != len(source) or {bad.id for bad in broken} != {
@@ -165,7 +165,7 @@ def use(folder: Path, case: Case) -> str:
 
 
 def _has_damaged_pixels(data: bytes) -> bool:
-    """Return whether an image is a plain JPEG that libjpeg-turbo decodes with a warning or not at all."""
+    """Return True if an image is a plain JPEG that libjpeg-turbo decodes with a warning or not at all."""
     try:
         if look(data, MOST_PIXELS).orientation is None:
             return False
@@ -183,12 +183,15 @@ def batch_of(settings: DataSettings, source: Source, epoch: int, decoder: Decode
 
 
 def account(batch: Batch, samples: int) -> str:
-    """Return why a sample was replaced, or nothing. Raises Wrong where one was and is not named."""
+    """Return the reason why a sample was replaced, or an empty string.
+
+    Raises Wrong if a sample was replaced but is not named.
+    """
     named = {bad.id for bad in batch.bad}
     own = batch.sample_ids % samples
     moved = own[own != batch.source_ids].tolist()
     if not set(moved) <= named or len(set(batch.sample_ids.tolist())) != len(batch.sample_ids):
-        raise Wrong(f"samples {moved} were replaced, {sorted(named)} are named")
+        raise Wrong(f"samples {moved} were replaced, but {sorted(named)} are named")
     if any(not bad.reason or len(bad.reason) > 1000 for bad in batch.bad):
         raise Wrong(f"reasons {[bad.reason for bad in batch.bad]!r}"[:2000])
     return batch.bad[0].reason if batch.bad else ""

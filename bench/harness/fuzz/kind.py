@@ -1,4 +1,4 @@
-"""A kind of input: how one is drawn, and how it is used."""
+"""A kind of input: the function that draws an input, and the function that uses it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from mimae.bench.harness.fuzz.forked import MEMORY
 
 
 class Kind(NamedTuple):
-    """`make` draws a case; `use(folder, case)` returns why the input was refused, or nothing, and raises Wrong."""
+    """A kind of input. `make` draws a case. `use(folder, case)` uses it.
+
+    `use` returns the reason of a refusal, or an empty string, and raises Wrong for a wrong result.
+    """
 
     make: Callable[[random.Random], Case]
     use: Callable[[Path, Case], str]
     prepare: Callable[[], object] = lambda: None
-    """Called once in the warm process, for what all children share."""
+    """Function that is called once in the warm process, to make the data that all children share."""
     memory: int = MEMORY
-    """Bytes that a child may take."""
+    """Maximal number of bytes that a child may take."""

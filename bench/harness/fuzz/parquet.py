@@ -1,4 +1,4 @@
-"""Parquet files with other footers, page headers and pages."""
+"""Fuzzing of Parquet files with changed footers, page headers and pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _MAGIC = b"PAR1"
 
 @lru_cache(1)
 def files() -> list[tuple[bytes, list[int]]]:
-    """Return sound files and the offsets of their pages: plain, compressed, of Hugging Face, with names and numbers."""
+    """Return valid files with the offsets of their pages.
+
+    They are plain, compressed, or in Hugging Face's layout, with class names or numbers.
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -80,7 +83,7 @@ def make(draw: random.Random) -> Case:
 
 
 def _footer(draw: random.Random, data: bytes) -> bytes:
-    """Return a file with another footer; the length before the magic fits, most often."""
+    """Return a file with a changed footer. The length before the magic bytes is usually right."""
     length = int.from_bytes(data[-8:-4], "little")
     _, fields = read_struct(data[-8 - length : -8])
     footer = encode(damaged_struct(draw, fields))
@@ -96,7 +99,7 @@ def _page(draw: random.Random, data: bytes, at: int) -> bytes:
     if draw.random() < 0.3:
         return data[: at + size] + damaged(draw, data[at + size : at + size + 64]) + data[at + size + 64 :]
     header = encode(damaged_struct(draw, fields))
-    # Offsets in the footer hold only while the length stays.
+    # Offsets in the footer are valid only if the length does not change.
     kept = data[at + size :] if draw.random() < 0.3 else data[at + len(header) :]
     return data[:at] + header + kept
 
@@ -112,7 +115,7 @@ def use(folder: Path, case: Case) -> str:
 
     rows = pq.read_metadata(folder / "set/1.parquet").num_rows
     if rows != len(source):
-        raise Wrong(f"{len(source)} samples of {rows} rows")
+        raise Wrong(f"{len(source)} samples from {rows} rows")
     return read(source, settings)
 
 

@@ -1,4 +1,4 @@
-"""Settings: values at every key, as overrides, mappings and files. No torch, so that children are forked in no time."""
+"""Fuzzing of settings: values of every key, as overrides, mappings and files. Without torch, so that forks are fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ema: {decay: 0.5}
 checkpoint: {every_steps: 1}
 telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, trackers: []}
 """
-"""A recipe that trains for two steps in a moment, with every part that has state."""
+"""A recipe that trains two steps within a second, with every part that has state."""
 
 _SHIPPED = {
     "pretrain": "quickstart",
@@ -54,7 +54,7 @@ def _plain() -> dict[str, Any]:
 
 
 def likely(draw: random.Random, key: str) -> Any:
-    """Return a value that a key's schema allows, or nearly so."""
+    """Return a value that a key's schema allows, or almost allows."""
     options = schemas()[key].get("anyOf", [schemas()[key]])
     schema = draw.choice(options)
     if "enum" in schema:
@@ -161,7 +161,7 @@ def make(draw: random.Random) -> Case:
 
 
 def use(folder: Path, case: Case) -> str:
-    """Load, print, and load what was printed: it has to be the same."""
+    """Load a recipe, print it and load the printed text: the results have to be equal."""
     name, mapping, *overrides = case.words
     resolved = load_recipe(json.loads(mapping) if mapping else name, overrides, None, RunRecipe)
     written = folder / "printed.yaml"
@@ -170,11 +170,11 @@ def use(folder: Path, case: Case) -> str:
         try:
             again = load_recipe(written, (), None, RunRecipe).recipe
         except ConfigError as error:
-            raise Wrong(f"what `mimae config` prints is refused: {error}") from error
+            raise Wrong(f"the output of `mimae config` is refused: {error}") from error
         if again != resolved.recipe:
             mine, other = flat(resolved.recipe), flat(again)
             differ = [(key, mine[key], other[key]) for key in mine if mine[key] != other[key]]
-            raise Wrong(f"printed and read again differ: {differ!r}")
+            raise Wrong(f"a recipe differs after printing and reading it: {differ!r}")
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints and run directories of a tiny run, damaged: looked at, loaded and gone on from."""
+"""Fuzzing of checkpoints and run directories of a tiny run: they are damaged, then inspected, loaded and resumed."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from mimae.tools.status import look
 NEWEST, BEFORE = "run/checkpoints/step-00000002", "run/checkpoints/step-00000001"
 _SECTIONS = ("model", "optimizer", "ema")
 _LARGEST = 1 << 22
-"""Pixels of all views of a step, times the depth of the model, that this harness trains."""
+"""Maximal number of pixels of all views of a step, times the depth of the model, that this harness trains."""
 
 
 def train(recipe: Recipe) -> None:
-    """Train in this process."""
+    """Train a recipe in this process."""
     from mimae.train.tasks.pretrain import pretrain
 
     pretrain(recipe)
 
 
 def is_small(recipe: Recipe) -> bool:
-    """Return whether a recipe trains in a moment."""
+    """Return True if a recipe is small enough to train within seconds."""
     height, width = recipe.data.size_hw
     pixels = height * width * recipe.schedule.batch_size * recipe.masking.num_masks
     shape = (recipe.model.width or 192) * (recipe.model.depth or 12) + recipe.decoder.width * recipe.decoder.depth
@@ -60,7 +60,7 @@ def is_small(recipe: Recipe) -> bool:
 
 @lru_cache(1)
 def run_files() -> dict[str, bytes]:
-    """Return the files of a run that is finished, with two checkpoints, and its images; made in a child."""
+    """Return the files of a finished run with two checkpoints, and its images. A child makes them."""
     with tempfile.TemporaryDirectory() as folder:
         pid = os.fork()
         if pid == 0:
@@ -124,7 +124,7 @@ def _other(draw: random.Random, name: str, content: bytes) -> bytes:
     if name.endswith(".json"):
         try:
             return json_text(draw, json.loads(content))
-        except (ValueError, RecursionError):  # damaged twice
+        except (ValueError, RecursionError):  # An earlier change has damaged it.
             return damaged(draw, content)
     if name == ".metadata" and draw.random() < 0.7:
         return _description(draw, content)
@@ -134,10 +134,10 @@ def _other(draw: random.Random, name: str, content: bytes) -> bytes:
 
 
 def _description(draw: random.Random, content: bytes) -> bytes:
-    """Return the description of a checkpoint with another size, place or type in it."""
+    """Return the description of a checkpoint with a changed size, place or type."""
     try:
         found: Metadata = pickle.loads(content)
-        places = dict(found.storage_data)  # which an earlier change may have made something else
+        places = dict(found.storage_data)  # This fails if an earlier change has replaced it.
     except Exception:
         return damaged(draw, content)
     name = draw.choice(list(found.state_dict_metadata))
@@ -182,7 +182,7 @@ def _description(draw: random.Random, content: bytes) -> bytes:
 
 
 def _tensors(draw: random.Random, content: bytes) -> bytes:
-    """Return a file of tensors, which lie one behind another as zip files, with one of them changed."""
+    """Return a file of tensors with one tensor changed. The tensors are consecutive zip files."""
     starts = [
         at
         for at in range(len(content))
@@ -202,7 +202,7 @@ def _tensors(draw: random.Random, content: bytes) -> bytes:
 
 
 def _seal(files: dict[str, Content], draw: random.Random) -> None:
-    """Make the manifest fit the files, as whoever means harm does; at times only nearly."""
+    """Make the manifest match the files, as an attacker would; sometimes it is damaged instead."""
     entries: dict[str, object] = {}
     for name, content in files.items():
         if name.startswith(NEWEST) and isinstance(content, bytes) and not name.endswith("manifest.json"):
@@ -211,7 +211,7 @@ def _seal(files: dict[str, Content], draw: random.Random) -> None:
 
 
 def use_checkpoints(folder: Path, case: Case) -> str:
-    """Load the newest checkpoint that can be used; say why the damaged one was passed over."""
+    """Load the newest usable checkpoint, and return the reason why a damaged one was not used."""
     said: list[str] = []
     originals = run_files()
     look(folder / "run")
@@ -222,19 +222,19 @@ def use_checkpoints(folder: Path, case: Case) -> str:
     try:
         used = checkpoint.use(folder / "run", take, said.append)
     except CheckpointError as error:
-        raise Wrong(f"an older checkpoint is whole, and none is used: {error}") from error
+        raise Wrong(f"an older checkpoint is intact, but none is used: {error}") from error
     assert used is not None
     found, tensors = used
     if found.path.name not in (Path(NEWEST).name, Path(BEFORE).name) or bool(said) != (
         found.path.name == Path(BEFORE).name
     ):
-        raise Wrong(f"{found.path.name} is used, and {said} said")
+        raise Wrong(f"{found.path.name} is used, and the messages are {said}")
     if case.words == ["as it was"] and found.path.name == Path(NEWEST).name:
         kept = [name for name in originals if name.startswith(NEWEST)]
         if any((folder / name).read_bytes() != originals[name] for name in kept if not name.endswith("manifest.json")):
-            raise Wrong("a checkpoint is used whose files are not those that were saved")
+            raise Wrong("a checkpoint is used whose files differ from those that were saved")
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise Wrong("something else than tensors was loaded")
+        raise Wrong("something other than tensors was loaded")
     return "; ".join(said)
 
 
@@ -278,7 +278,7 @@ def _record(draw: random.Random, name: str, content: bytes) -> bytes:
             return damaged(draw, content)
     if name == "lock":
         owner = {"host": "elsewhere", "boot": "other", "pid": 1, "token": "x", "beats": 0}
-        # A whole owner of another host would be watched for ten seconds.
+        # A valid owner on another host would be watched for ten seconds.
         return json_text(draw, owner | {"boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()})
     if name == "latest":
         return draw.choice(
@@ -311,11 +311,11 @@ def _record(draw: random.Random, name: str, content: bytes) -> bytes:
 
 
 def use_runs(folder: Path, case: Case) -> str:
-    """Look at the run; then find its checkpoint or go on with it, by the words."""
+    """Read the status of the run; then locate its checkpoint or resume it, as the case's words say."""
     run = folder / "run"
     told = look(run)
     if any(not heading or not text for heading, text in told.items()):
-        raise Wrong(f"status tells {told!r}")
+        raise Wrong(f"the status is {told!r}")
     contents.names(run)
     if case.words == ["locate"]:
         load_run(run)
@@ -324,11 +324,11 @@ def use_runs(folder: Path, case: Case) -> str:
         recipe = load_recipe("recipe.yaml", [], {"run": {"dir": "run"}}).recipe
         train(recipe)
         if not look(run)["state"].startswith("finished after 2"):
-            raise Wrong(f"the run was gone on with and is {look(run)['state']}")
+            raise Wrong(f"the run was resumed, and its state is {look(run)['state']}")
     return ""
 
 
-# Legal settings, trained for a step or two
+# Legal settings, trained for one or two steps
 
 
 _NOT_TRAINED = (
@@ -340,7 +340,7 @@ _NOT_TRAINED = (
     "schedule.epochs",
     "data.workers",
 )
-"""Keys that would train for long, on other images, or in many processes."""
+"""Keys whose values could train for a long time, on other images, or in many processes."""
 
 
 def make_steps(draw: random.Random) -> Case:

@@ -1,4 +1,4 @@
-"""Tar shards, lists of files and mixtures: opened, counted, read, and compared with what their bytes hold."""
+"""Fuzzing of tar shards, lists of files and mixtures: they are opened and read, and compared with their contents."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ from mimae.outside.text import printable
 
 _SETTINGS = DataSettings(image_size=16, max_pixels=1_000_000)
 _READ = 64
-"""Samples of a source that are read."""
+"""Number of samples of a source that are read."""
 
 
 def read(source: Source, settings: DataSettings = _SETTINGS) -> str:
-    """Read the first samples of a source in two ways; return why one is bad, or nothing. Raises Wrong, DataError."""
+    """Read the first samples of a source in two ways; return the reason why one is bad, or an empty string.
+
+    Raises Wrong if the results do not fit the source, and DataError if too many samples are bad.
+    """
     total, labels = len(source), source.labels
     if labels is not None and (labels.shape != (total,) or labels.dtype != np.int64 or int(labels.min()) < 0):
         raise Wrong(f"labels {labels!r} of {total} samples")
@@ -56,7 +59,7 @@ def read(source: Source, settings: DataSettings = _SETTINGS) -> str:
 
 @lru_cache(1)
 def shards() -> list[bytes]:
-    """Return sound archives: of ustar, GNU and pax, with classes, JSON, folders and long names."""
+    """Return valid archives in the formats ustar, GNU and pax, with classes, JSON, folders and long names."""
     every = [(name, data) for name, data, _ in bases()][:8]
     made = []
     for style, label, folder in (
@@ -121,13 +124,13 @@ def make_shards(draw: random.Random) -> Case:
 
 
 def _sound(base: bytes, data: bytes) -> list[str]:
-    """Return the SHA-256 of the images of an archive that lie before its first changed byte."""
+    """Return the SHA-256 of each image in an archive that precedes the first changed byte."""
     same = next((i for i, (ours, theirs) in enumerate(zip(base, data)) if ours != theirs), min(len(base), len(data)))
     found = []
     with tarfile.open(fileobj=io.BytesIO(base)) as archive:
         for info in archive:
             end = info.offset_data + -(-info.size // 512) * 512
-            # The header after it is read too: a name of GNU or pax there could not reach back.
+            # The next header has to be unchanged too; an extension header there cannot affect earlier members.
             if end <= same and not info.name.endswith((".cls", ".json", ".txt")):
                 found.append(hashlib.sha256(base[info.offset_data : info.offset_data + info.size]).hexdigest())
     return found
@@ -140,7 +143,7 @@ def use_shards(folder: Path, case: Case) -> str:
     source = open_source(path, folder, settings)
     for i, digest in enumerate(json.loads(sound)):
         if hashlib.sha256(source.read(i)).hexdigest() != digest:
-            raise Wrong(f"sample {i}, {source.path(i)}, which lies before the damage, is another one")
+            raise Wrong(f"sample {i}, {source.path(i)}, which precedes the damage, has changed")
     return read(source, settings)
 
 
@@ -192,7 +195,7 @@ def use_lists(folder: Path, case: Case) -> str:
     if case.words[0].startswith("list.t") and isinstance(content, bytes) and b"\r" not in content:
         lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
         if len(source) != len(lines):
-            raise Wrong(f"{len(source)} samples of {len(lines)} lines")
+            raise Wrong(f"{len(source)} samples from {len(lines)} lines")
     return read(source)
 
 

@@ -25,7 +25,7 @@ def encode(fields: list[Field]) -> bytes:
 
 
 def damaged_struct(draw: random.Random, fields: list[Field]) -> list[Field]:
-    """Return a struct in which something has another value, is missing or comes twice, at any depth."""
+    """Return a struct in which, at any depth, a field has another value, is missing or occurs twice."""
     for _ in times(draw):
         fields = _changed(draw, fields)
     return fields

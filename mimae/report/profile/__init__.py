@@ -1,1 +1,1 @@
-"""A step of a recipe under torch.profiler: time, FLOPs and memory by phase, beside what the planner foresees."""
+"""The profile of a recipe's step by torch.profiler: time, FLOPs and memory by phase, next to the planned figures."""

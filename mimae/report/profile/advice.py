@@ -1,4 +1,4 @@
-"""Advice that makes a step faster or smaller, the most valuable first: in words, with what it saves at most."""
+"""Advice that makes a step faster or smaller, with an upper bound of its savings, the most valuable first."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mimae.report.profile.phases import COMMUNICATION, IDLE
 from mimae.report.profile.profile import Profile, is_compiled, matrix_rate
 
 WORTH = 0.02
-"""A share of the step below which nothing is said."""
+"""Smallest share of the step's time for which advice is given."""
 
 
 class Advice(NamedTuple):
-    """A change, and the share of the step's time that it saves at most."""
+    """A change of settings, and the largest share of the step's time that it can save."""
 
     saves: float
     text: str
 
 
 def advise(found: Profile) -> list[Advice]:
-    """Return what is worth a try, the most worth first."""
+    """Return the advice that applies to a profile, the most valuable first."""
     every = (_data, _precision, _decoder, _idle, _communication, _optimizer, _waits)
     told = [advice for rule in every if (advice := rule(found)) is not None and advice.saves >= WORTH]
     return sorted(told, reverse=True)
@@ -36,9 +36,7 @@ def _share(found: Profile, *names: str) -> float:
 def _data(found: Profile) -> Advice | None:
     share, data = _share(found, "data wait"), found.recipe.data
     if data.workers == 0:
-        return Advice(
-            share, "the training process makes the batches itself: data.workers=null gives the loader workers"
-        )
+        return Advice(share, "the training process makes the batches itself: data.workers=null starts worker processes")
     return Advice(share, "the step waits for data: mimae bench data PATH compares loaders, data.cache keeps images")
 
 
@@ -51,7 +49,7 @@ def _precision(found: Profile) -> Advice | None:
     if with_bf16 < 1.2 * in_fp32:
         return None
     at_rate = found.flops / in_fp32 / found.seconds
-    text = f"precision=bf16: products of large matrices run {with_bf16 / in_fp32:.1f} times as fast here"
+    text = f"precision=bf16: products of large matrices are {with_bf16 / in_fp32:.1f} times as fast here"
     return Advice(min(at_rate, 1.0) * (1 - in_fp32 / with_bf16), text)
 
 
@@ -63,7 +61,7 @@ def _decoder(found: Profile) -> Advice | None:
     smaller = recipe.model_copy(update={"decoder": recipe.decoder.model_copy(update={"predict": "next_view"})})
     text = (
         f"decoder.predict=next_view: the decoder takes {_share(found, *names):.0%} of the step, and would have fewer "
-        "tokens; it is another task, compared in docs/controls.md"
+        "tokens; this changes the training task, see docs/controls.md"
     )
     return Advice(1 - image_flops(smaller) / image_flops(recipe), text)
 
@@ -71,18 +69,18 @@ def _decoder(found: Profile) -> Advice | None:
 def _idle(found: Profile) -> Advice | None:
     if IDLE not in found.phases:
         return None
-    way = "compile=graphs launches a step as one" if is_compiled(found) else "compile=on fuses small kernels"
+    way = "compile=graphs launches all kernels at once" if is_compiled(found) else "compile=on fuses small kernels"
     return Advice(_share(found, IDLE), f"the device is idle between kernels: {way}; larger batches hide launches")
 
 
 def _communication(found: Profile) -> Advice | None:
-    return Advice(_share(found, COMMUNICATION), "gradient communication: docs/scaling.md says what hides it")
+    return Advice(_share(found, COMMUNICATION), "gradient communication: docs/scaling.md describes how to hide it")
 
 
 def _optimizer(found: Profile) -> Advice | None:
     share, accumulate = _share(found, "optimizer"), found.recipe.schedule.accumulate
-    # Twice the images halve its share of the time; more of them less and less.
-    return Advice(share / 2, f"the optimizer takes {share:.0%}: twice the images a step (now accumulate={accumulate})")
+    # With twice the images its share of the time is halved.
+    return Advice(share / 2, f"the optimizer takes {share:.0%}: use twice the images (now accumulate={accumulate})")
 
 
 def _waits(found: Profile) -> Advice | None:

@@ -1,7 +1,7 @@
-"""FLOPs and bytes of a step by phase, counted operator by operator as a step runs.
+"""FLOPs and bytes of a step by phase, counted for each operator while a step runs.
 
-A multiply-add counts as two FLOPs; norms, softmax and other element-wise operators count as none, as in the planner.
-The bytes of an operator are those of the tensors that it takes and gives: what it would move if no cache kept any.
+A multiply-add counts as two FLOPs. Norms, softmax and element-wise operators count as zero, as in the planner. The
+bytes of an operator are those of its input and output tensors: its memory traffic without any cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OUTER = (STEP, FORWARD, BACKWARD)
 
 
 class Counts(TorchDispatchMode):
-    """Counts by phase. `mark` names phases; an operator of backward belongs to the phase that made its node."""
+    """Counters by phase. `mark` names phases. A backward operator belongs to the phase that made its autograd node."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class Counts(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         self._open: list[str] = []
         self._edges: list[int] = []
-        """Autograd's numbers at which another phase began, rising; `_names` are those phases."""
+        """Ascending sequence numbers of autograd at which another phase began; `_names` has those phases."""
         self._names: list[str] = []
 
     @contextmanager
     def mark(self, name: str) -> Iterator[None]:
-        """Name what runs inside."""
+        """Assign the operators inside the block to the phase `name`."""
         self._enter(name)
         self._open.append(name)
         try:
@@ -73,11 +73,11 @@ class Counts(TorchDispatchMode):
             self._names.append(name)
 
     def _phase(self) -> tuple[str, bool]:
-        """Return the phase of what runs now, and whether it is backward."""
+        """Return the phase of the current operator, and True if it belongs to backward."""
         inner = self._open[-1] if self._open else OTHER
         if BACKWARD not in self._open:
             return OTHER if inner in _OUTER else inner, False
-        if inner != BACKWARD:  # a forward that is computed again
+        if inner != BACKWARD:  # This is a forward that is recomputed.
             return inner, True
         node = torch._C._current_autograd_node()
         place = -1 if node is None else bisect_right(self._edges, node._sequence_nr()) - 1

@@ -1,6 +1,6 @@
-"""Names for the parts of a step, as spans that torch.profiler records.
+"""Marks for the parts of a step: spans that torch.profiler records.
 
-A training run has none of these marks: they are put onto a model for a profile alone, and taken off again.
+A training run does not have these marks. They are added to a model only for a profile, and removed afterwards.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ STEP, FORWARD, BACKWARD = "step", "forward", "backward"
 
 
 Mark = Callable[[str], AbstractContextManager[Any]]
-"""Makes a context that names what runs inside."""
+"""Function that returns a context, which names the operators inside."""
 
 
 def mark(name: str) -> AbstractContextManager[Any]:
-    """Return a context whose inside is a span of torch.profiler's."""
+    """Return a context that torch.profiler records as a span."""
     return record_function(PREFIX + name)
 
 
 @contextmanager
 def marked(model: Model, mark: Mark = mark) -> Iterator[None]:
-    """Inside, each call of a part of the model has its name: blocks, what lies beside them, terms of the objective."""
+    """Mark each call of a part of the model with its name: blocks, modules next to them, terms of the objective."""
     with ExitStack() as undo:
         for name, module in parts(model):
             _around(module, name, mark, undo)
@@ -43,7 +43,7 @@ def marked(model: Model, mark: Mark = mark) -> Iterator[None]:
 
 
 def parts(model: Model) -> list[tuple[str, nn.Module]]:
-    """Return the modules that get a name: units (blocks), modules that hold units, and the largest that hold none."""
+    """Return the modules that are marked: units (blocks), modules that contain units, and the largest other modules."""
     units = set(map(id, model.units()))
     holders = {
         name for name, module in model.named_modules() if any(id(below) in units for below in module.modules())
@@ -53,7 +53,7 @@ def parts(model: Model) -> list[tuple[str, nn.Module]]:
     def walk(module: nn.Module, prefix: str) -> None:
         for key, child in module.named_children():
             name = f"{prefix}{key}"
-            is_container = isinstance(child, nn.ModuleList | nn.ModuleDict)  # never called itself
+            is_container = isinstance(child, nn.ModuleList | nn.ModuleDict)  # A container is never called.
             if not is_container:
                 found.append((name, child))
             if is_container or name in holders:
@@ -64,7 +64,7 @@ def parts(model: Model) -> list[tuple[str, nn.Module]]:
 
 
 def _around(module: nn.Module, name: str, mark: Mark, undo: ExitStack) -> None:
-    """Put a span around the calls of a module; of a compiled one around the compiled code, which stays as it is."""
+    """Put a span around the calls of a module. If it is compiled, the span is around the unchanged compiled code."""
     compiled = getattr(module, "_compiled_call_impl", None)
     if compiled is not None:
 
@@ -97,7 +97,7 @@ def _removed(hook: Any) -> Iterator[None]:
 
 
 def _replace(owner: Any, method: str, name: str, mark: Mark, undo: ExitStack) -> None:
-    """Put a span around a method of one object."""
+    """Put a span around the calls of a method of one object."""
     plain: Callable[..., Any] = getattr(owner, method)
 
     def call(*inputs: Any, **named: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Memory of a step: what holds it at the peak, by category, and whose the peak is.
+"""Memory of a step at its peak, by category, and the phase of the peak.
 
-The categories are sums over tensors that are known (weights, gradients, optimizer, buffers), and over allocations of
-the step: those that forward leaves behind are activations, the rest is work. The peak is the running sum of all that
-torch.profiler saw being allocated and freed in two steps, and of what was there before. (It does not begin before the
-model is made: a thread of gloo may free what DDP broadcasts then, and a profile sees its own thread alone.)
+Some categories are sums over known tensors (weights, gradients, optimizer, buffers). The others are sums over
+allocations of the step: those that remain after forward are activations, the others are workspace. The peak is computed
+from the memory before the profile and all allocations and frees that torch.profiler recorded in two steps. (The profile
+does not begin before the model is made: a thread of gloo may free the tensors that DDP broadcasts then, and a profile
+records only its own thread.)
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ class Memory(NamedTuple):
     """Bytes of a step's tensors at their peak."""
 
     peak: int
-    """All of them, by the profiler."""
+    """Bytes of all tensors, by the profiler."""
     owner: str
-    """Where the peak lies: a phase, in forward or in backward."""
+    """Phase of the peak, in forward or in backward."""
     weights: int
     gradients: int
     optimizer: int
-    """With the moving average of the weights."""
+    """State of the optimizer, including the moving average of the weights."""
     buffers: int
     activations: int
     work: int
-    """Inputs and outputs of the operators that run at the peak, gradients of activations among them."""
+    """Workspace: inputs and outputs of the operators at the peak, including gradients of activations."""
     kept: dict[str, int]
-    """Bytes that the forward of each phase leaves behind for backward."""
+    """Bytes that the forward of each phase keeps for backward."""
 
     @property
     def categories(self) -> dict[str, int]:
@@ -57,20 +58,20 @@ class Memory(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Bytes of the tensors that stay from step to step."""
+    """Bytes of the tensors that persist between steps."""
 
     weights: int
     gradients: int
     optimizer: int
     buffers: int
     keeps_gradients: bool = False
-    """True if their memory was there before the step, as DDP's buckets are."""
+    """True if the memory of gradients was allocated before the step, as DDP's buckets are."""
     before: int = 0
-    """Bytes of all of these that the profile did not see being allocated."""
+    """Bytes of all these tensors that were allocated before the profile."""
 
 
 class Allocation(NamedTuple):
-    """An allocation, or (negative bytes) its end."""
+    """An allocation; negative bytes stand for a free."""
 
     time: int
     address: int
@@ -78,7 +79,7 @@ class Allocation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A mark, or a node of backward with the time at which forward made it."""
+    """A mark of the profile with its start and end, in nanoseconds."""
 
     start: int
     end: int
@@ -86,14 +87,14 @@ class Span(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Memory events of a profile, in the order of time."""
+    """The memory events of a profile, in the order of time."""
 
     allocations: list[Allocation]
     marks: list[Span]
     nodes: list[tuple[int, int, int]]
-    """Start, end and autograd's number of each node of backward; -1: it sums up a gradient."""
+    """Start, end and sequence number of each backward node; -1 marks a node that accumulates a gradient."""
     numbers: dict[int, int]
-    """Time at which an operator of forward got an autograd's number."""
+    """Start time of the forward operator with each sequence number of autograd."""
 
 
 def measure(steps: Steps) -> Memory:
@@ -105,7 +106,7 @@ def measure(steps: Steps) -> Memory:
             gradients.update(_storages(part.values.grad for part in steps.engine.parts.values()))
         return mark(name)
 
-    gc.collect()  # what is freed in a profile, and was made before it, would count below zero
+    gc.collect()  # Memory that was allocated before the profile and freed in it would have a negative count.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         steps.step()
         gc.collect()
@@ -117,7 +118,10 @@ def measure(steps: Steps) -> Memory:
 
 
 def known(engine: Engine[Any], gradients: dict[int, int], trace: Trace) -> Known:
-    """Return what an engine holds; `gradients`: bytes of their storages by address, as they were before the update."""
+    """Return the bytes of an engine's tensors.
+
+    `gradients` has the bytes of the gradients' storages by address, as they were before the update.
+    """
     state = [value.values if isinstance(value, Part) else value for value in engine._optimizer_state().values()]
     weights = _storages(part.values for part in engine.parts.values())
     optimizer, buffers = _storages([*state, *engine.ema.values()]), _storages(engine.model.buffers())
@@ -141,7 +145,7 @@ def _storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
 
 
 def read(tree: Iterable[Any], device: str) -> Trace:
-    """Read the events of a profile: allocations on a type of device, marks, and nodes of backward."""
+    """Read the events of a profile: allocations on a device type, marks, and nodes of backward."""
     found = Trace([], [], [], {})
     waiting = list(tree)
     while waiting:
@@ -159,7 +163,7 @@ def read(tree: Iterable[Any], device: str) -> Trace:
             if name.startswith(_NODE):
                 found.nodes.append((start, event.end_time_ns, -1 if "AccumulateGrad" in name else number))
             elif number >= 0:
-                # The node itself runs as an operator too, later.
+                # The backward node runs as an operator with the same number later, so the earliest time counts.
                 found.numbers[number] = min(start, found.numbers.get(number, start))
     found.allocations.sort()
     found.marks.sort(key=lambda span: (span.start, -span.end))
@@ -176,7 +180,7 @@ def at_peak(trace: Trace, held: Known) -> Memory:
         if step.start <= each.time <= step.end and now > peak:
             peak, peak_at = now, each.time
     alive = _alive(trace.allocations, peak_at)
-    # What a forward under way at the peak will not leave behind is work.
+    # If a forward is in progress at the peak, tensors that it will free before its end are workspace.
     in_forward = [
         each
         for mark in forwards

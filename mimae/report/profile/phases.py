@@ -1,9 +1,9 @@
 """Time by phase, from the events of torch.profiler.
 
-A phase is the innermost mark around an operator. The backward of a phase is found by autograd's numbers: an operator of
-forward and the node of backward that belongs to it have the same one. Time of a step that lies in no mark is `other`.
+The phase of an operator is the innermost mark around it. The backward of a phase is found by autograd's sequence
+numbers: a forward operator and its backward node have the same number. Time of a step outside all marks is `other`.
 
-On CUDA a phase's time is that of the kernels that its operators launched; what the device does between them is idle.
+On CUDA the time of a phase is that of the kernels that its operators launched; the time between kernels is `idle`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ _WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynch
 """Operators and calls in which the host waits for the device."""
 
 _OUTER = {STEP, FORWARD, BACKWARD}
-"""Marks whose own time, without that of the marks inside, has no name."""
+"""Marks whose own time, without the time of marks inside, counts as `other`."""
 
 
 @dataclass
 class Phase:
-    """A part of a step; seconds and counts of one step on average."""
+    """A part of a step. Seconds and counts are averages per step."""
 
     name: str
     forward: float = 0.0
-    """Seconds, as the next."""
+    """Seconds in forward."""
     backward: float = 0.0
+    """Seconds in backward."""
     launches: float = 0.0
-    """Kernels on CUDA; on the CPU operators that no other operator calls."""
+    """Number of kernels on CUDA; on the CPU, number of operators that no other operator calls."""
     waits: float = 0.0
-    """Times that the host waited for the device."""
+    """Number of times that the host waited for the device."""
 
     @property
     def seconds(self) -> float:
@@ -47,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Span:
-    """A mark, or a node of backward."""
+    """A mark, or a node of backward; start and end are in nanoseconds."""
 
     name: str
     is_backward: bool
@@ -56,7 +57,7 @@ class Span:
 
 
 def phases(events: Iterable[Any], on_cuda: bool) -> dict[str, Phase]:
-    """Return the phases of the profiled steps by name, and `other`; their seconds add up to the steps'."""
+    """Return the phases of the profiled steps by name, including `other`. Their seconds add up to the steps' time."""
     host, kernels = [], []
     for event in events:
         if event.device_type() == DeviceType.CPU:
@@ -77,27 +78,27 @@ def phases(events: Iterable[Any], on_cuda: bool) -> dict[str, Phase]:
 
 
 class _Host:
-    """Sorts the host's events into phases, in the order of time."""
+    """The assignment of the host's events to phases, in the order of time."""
 
     def __init__(self, events: Sequence[Any], threads: set[int], is_timed: bool) -> None:
         self.phases: dict[str, Phase] = {}
         self._is_timed = is_timed
         self._by_number: dict[int, str] = {}
-        """Phase of forward by autograd's number."""
+        """Phase of forward by autograd's sequence number."""
         self._by_operator: dict[int, tuple[str, bool]] = {}
         """Phase by the correlation id of an operator, for its kernels."""
         self._open: list[tuple[Span, int]] = []
-        """Spans that are open, each with the nanoseconds of those inside."""
+        """Open spans, each with the nanoseconds of the spans inside it."""
         self._called = 0
-        """Until when an operator runs that no other calls."""
+        """End of the last operator that no other operator calls."""
         for event in sorted(events, key=lambda event: (event.start_ns(), -event.end_ns())):
-            # Autograd of a GPU has a thread of its own; all that nests is of one thread.
+            # Autograd has a separate thread for a GPU. Nested events are always in the same thread.
             if event.start_thread_id() in threads or event.name().startswith(_NODE) or not is_timed:
                 self._see(event)
         self._close(1 << 62)
 
     def add_kernels(self, kernels: Sequence[Any], steps: Sequence[Any]) -> None:
-        """Give each kernel's time to the phase of the operator that launched it; the rest of the steps is idle."""
+        """Add each kernel's time to the phase of the operator that launched it; the remaining time is idle."""
         busy = 0
         for kernel in kernels:
             name, is_backward = self._by_operator.get(kernel.linked_correlation_id(), (OTHER, False))
@@ -136,7 +137,7 @@ class _Host:
             phase.launches += 1
 
     def _close(self, now: int) -> None:
-        """Close the spans that end before `now`: each keeps its time without that of the spans inside."""
+        """Close the spans that end before `now`, and add their own time, without the spans inside, to their phases."""
         while self._open and self._open[-1][0].end <= now:
             span, inside = self._open.pop()
             length = span.end - span.start
@@ -158,5 +159,5 @@ class _Host:
 
 
 def _own(name: str) -> str:
-    """Return the phase that time right inside of a span belongs to."""
+    """Return the phase of the time directly inside a span."""
     return OTHER if name in _OUTER else name

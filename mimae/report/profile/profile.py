@@ -1,8 +1,8 @@
-"""A profile of a recipe's step: three passes over the same engine, so that none of them disturbs another.
+"""The profile of a recipe's step, in three passes with the same engine, so that the measurements do not interfere.
 
-1. Memory: a profile of every allocation, over two steps.
-2. Time: steps as they are, for the clock; then steps under the profiler with a mark on every part.
-3. Counts: one step in which each operator is counted, FLOPs and bytes.
+1. Memory: every allocation of two steps is recorded.
+2. Time: unmodified steps are timed; then steps with a mark on every part run under the profiler.
+3. Counts: the FLOPs and bytes of each operator are counted, in two steps.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from mimae.report.profile.step import Steps, task_of
 from mimae.telemetry.memory import memory as process_memory
 
 WARM_UP = 2
-"""Steps before the clock runs: after them blocks are compiled, and workers have their first batches ready."""
+"""Number of steps before the timing, in which blocks are compiled and workers prepare their first batches."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measurements of a profile; seconds, FLOPs and bytes are those of one step."""
+    """The measurements of a profile. Seconds, FLOPs and bytes are those of one step."""
 
     recipe: Recipe
     device: str
     peak: float | None
-    """FLOP/s of the device in the recipe's precision: by the data sheet, on a CPU by a product of large matrices."""
+    """FLOP/s of the device in the recipe's precision: from the data sheet, or measured with a large matrix product."""
     seconds: float
-    """Median of the steps without a profiler."""
+    """Median time of the steps without the profiler."""
     profiled_seconds: float
     phases: dict[str, Phase]
     forward_flops: dict[str, float]
@@ -57,7 +57,7 @@ class Profile:
     planned_flops: float
     planned_memory: dict[str, float]
     resident: int | None
-    """Most bytes that the process had resident; on CUDA those that the allocator reserved."""
+    """Peak resident memory of the process in bytes; on CUDA the bytes that the allocator reserved."""
 
     @property
     def flops(self) -> float:
@@ -65,15 +65,18 @@ class Profile:
 
     @property
     def named(self) -> float:
-        """Share of the profiled steps that lies in a named phase."""
+        """Share of the profiled steps' time that is in a named phase."""
         total = sum(phase.seconds for phase in self.phases.values())
         return 1 - self.phases[OTHER].seconds / total if OTHER in self.phases else 1.0
 
 
 def measure(recipe: Recipe, steps: int, trace: Path | None = None) -> Profile:
-    """Profile `steps` steps of a recipe on this machine; `trace`: a folder for the files that viewers read. Raises
-    UserError."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its start and stop on stderr
+    """Profile `steps` steps of a recipe on this machine.
+
+    `trace` is a folder for trace files, which viewers such as Perfetto open. Raises UserError for unusable data or
+    settings.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # This hides the profiler's messages on stderr.
     device = distributed.setup()
     try:
         task = task_of(recipe, device)
@@ -128,7 +131,7 @@ def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None, pr
 
 
 def _timed(taken: Steps, steps: int) -> list[float]:
-    """Return the seconds of steps without a profiler."""
+    """Return the seconds of each step without the profiler."""
     for _ in range(WARM_UP):
         taken.step()
     seconds = []
@@ -140,8 +143,11 @@ def _timed(taken: Steps, steps: int) -> list[float]:
 
 
 def count(taken: Steps) -> tuple[Counts, Counts]:
-    """Return the FLOPs of a step, counted on its plain ops with attention as two products (torch has formulas for
-    these), and the bytes of another, counted on the ops that run."""
+    """Return the counts of FLOPs of one step, and the counts of bytes of another step.
+
+    FLOPs are counted with plain ops and attention as two products, because torch has formulas for these. Bytes are
+    counted with the ops that training uses.
+    """
     flops, moved = Counts(), Counts()
     with torch.compiler.set_stance("force_eager"):
         with (
@@ -157,7 +163,7 @@ def count(taken: Steps) -> tuple[Counts, Counts]:
 
 
 def matrix_rate(recipe: Recipe, device: torch.device, seconds: float = 0.3) -> float:
-    """Return the FLOP/s of a product of two square matrices in the recipe's precision: its best time."""
+    """Return the FLOP/s of the product of two square matrices in the recipe's precision, by its best time."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -173,14 +179,16 @@ def matrix_rate(recipe: Recipe, device: torch.device, seconds: float = 0.3) -> f
 
 
 def is_compiled(found: Profile) -> bool:
-    """Return whether the blocks of the profiled step were compiled."""
+    """Return True if the blocks of the profiled step were compiled."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return will_compile(found.recipe.compile, torch.device(kind))
 
 
 def _write_trace(taken: Steps, activities: list[ProfilerActivity], folder: Path) -> None:
-    """Write trace.json.gz, two steps with stacks and shapes, for Perfetto or chrome://tracing; on CUDA also
-    memory.pickle, for pytorch.org/memory_viz."""
+    """Write trace.json.gz with stacks and shapes of two steps, for Perfetto or chrome://tracing.
+
+    On CUDA also write memory.pickle, for pytorch.org/memory_viz.
+    """
     on_cuda = taken.device.type == "cuda"
     if on_cuda:
         torch.cuda.memory._record_memory_history()

@@ -10,23 +10,23 @@ from mimae.report.profile.phases import Phase
 from mimae.report.profile.profile import Profile
 
 _LARGEST = 0.001
-"""A phase below this share of the step is in the last row."""
+"""Phases below this share of the step are summed up in the last row."""
 
 
 def as_text(found: Profile, advice: Sequence[Advice]) -> str:
-    """Return the whole profile for a terminal."""
+    """Return the whole profile as text for a terminal."""
     images = found.recipe.schedule.batch_size
     slower = sum(phase.seconds for phase in found.phases.values()) / found.seconds - 1
     head = (
         f"a step of {images} images on {found.device} takes {1e3 * found.seconds:.1f} ms without the profiler "
         f"({images / found.seconds:,.3g} images/s), {slower:+.0%} with it\n"
-        f"named phases make {found.named:.1%} of it"
+        f"named phases take {found.named:.1%} of it"
     )
     return "\n\n".join([head, _phases(found), _totals(found), _memory(found), _advice(advice)])
 
 
 def as_dict(found: Profile, advice: Sequence[Advice]) -> dict[str, Any]:
-    """Return the profile as JSON has it."""
+    """Return the profile as JSON values."""
     return {
         "device": found.device,
         "images": found.recipe.schedule.batch_size,
@@ -74,13 +74,13 @@ def _phases(found: Profile) -> str:
         rows.append(_row(found, name, phase, total))
     if few:
         rows.append(_row(found, f"{few} smaller ones", small, total))
-    return "of one step, in ms and MiB:\n" + aligned(rows)
+    return "averages per step, in ms and MiB:\n" + aligned(rows)
 
 
 def _row(found: Profile, name: str, phase: Phase, total: float) -> list[str]:
     flops = found.forward_flops.get(name, 0) + found.backward_flops.get(name, 0)
     rate = flops / phase.seconds if phase.seconds else 0.0
-    # What the phase could have computed in its time at the peak, and did not.
+    # The share of the step in which the phase would not have been busy at the peak rate.
     lost = f"{max(0.0, phase.seconds - flops / found.peak) / total:.1%}" if found.peak else ""
     return [
         name,
@@ -100,13 +100,13 @@ def _totals(found: Profile) -> str:
     rate = found.flops / found.seconds
     told = f"{found.flops / 1e9:,.2f} GFLOP a step, planned {found.planned_flops / 1e9:,.2f}; {rate / 1e12:.3f} TFLOP/s"
     if found.peak:
-        told += f", {rate / found.peak:.1%} of the {found.peak / 1e12:.3f} that large matrices reach"
+        told += f", {rate / found.peak:.1%} of the {found.peak / 1e12:.3f} TFLOP/s that large matrices reach"
     return told
 
 
 def _memory(found: Profile) -> str:
     memory, planned = found.memory, dict(found.planned_memory)
-    # The planner keeps what the losses hold apart; here it is among the activations.
+    # The planner lists the memory of the losses separately; here it is part of the activations.
     planned["activations"] += planned.pop("losses")
     planned["work"] = planned.pop("workspace")
     rows = [["MiB at the peak", "measured", "planned"]]
@@ -116,14 +116,14 @@ def _memory(found: Profile) -> str:
     rows.append(["by the profiler", _mib(memory.peak), ""])
     if found.resident is not None:
         rows.append(["resident, the whole process", _mib(found.resident), ""])
-    return f"the peak lies in: {memory.owner}\n" + aligned(rows)
+    return f"the peak is in: {memory.owner}\n" + aligned(rows)
 
 
 def _advice(advice: Sequence[Advice]) -> str:
     if not advice:
-        return "nothing stands out that a setting would save"
+        return "no setting would save a notable share of the time"
     told = [f"  {each.saves:4.0%}  {each.text}" for each in advice]
-    return "\n".join(["what would save time, and how much of the step at most:", *told])
+    return "\n".join(["advice, with the share of the step that it saves at most:", *told])
 
 
 def _mib(count: float) -> str:
@@ -131,7 +131,7 @@ def _mib(count: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table: the first column to the left, figures to the right."""
+    """Return a table as text, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     cells = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows

@@ -1,4 +1,4 @@
-"""Steps of a recipe outside of a run: the parts of a training step in the trainer's order, each under its name."""
+"""Training steps of a recipe outside a run, with the parts in the trainer's order, each of them marked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mimae.train.tasks.pretrain import Pretrain
 
 
 def task_of(recipe: Recipe, device: torch.device) -> Pretrain:
-    """Return the task of a recipe, with names in place of auto. Raises UserError for unusable data or settings."""
+    """Return the task of a recipe, with `auto` replaced. Raises UserError for unusable data or settings."""
     task = Pretrain(recipe)
     task.check()
     check_machine(setup_of(recipe), device, task.obstacles(device))
@@ -43,7 +43,7 @@ class Steps:
         """Losses of the last micro-batch."""
 
     def step(self, mark: Mark = mark) -> None:
-        """Take one optimizer step. Waits for the device at its end, so that steps do not overlap in a profile."""
+        """Take one optimizer step, and wait for the device, so that steps do not overlap in a profile."""
         accumulate = self.recipe.schedule.accumulate
         with mark(STEP):
             for micro in range(accumulate):
@@ -63,7 +63,7 @@ class Steps:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the device has done all that it was given."""
+        """Wait until the device has finished all work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

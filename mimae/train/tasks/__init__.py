@@ -1,1 +1,1 @@
-"""Tasks, each in a file of its own."""
+"""Tasks, one file each."""

@@ -1,4 +1,4 @@
-"""The task of classification: an encoder is fine-tuned with a linear classifier, or stays frozen below one."""
+"""The task of classification: a linear classifier is trained on an encoder, which is fine-tuned or frozen."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from mimae.train.tasks.transfer import Transfer
 
 _BATCH = 128
 _LISTED = 5
-"""Names that a note lists."""
+"""Maximal number of names in a note."""
 
 
 class Evaluation(NamedTuple):
-    """Result of a classifier on labelled images."""
+    """The result of a classifier on labelled images."""
 
     images: int
     confusion: Tensor
-    """int64 (C, C) on the CPU: images by true class (row) and by the class that was found (column)."""
+    """int64 (C, C) on the CPU: number of images by true class (row) and predicted class (column)."""
     top5: float
     loss: float
 
     @property
     def top1(self) -> float:
-        """Share of the images whose class was found."""
+        """The share of the images whose predicted class is right."""
         return self.confusion.diagonal().sum().item() / max(self.images, 1)
 
     def per_class(self) -> list[float | None]:
-        """Return the share that was found of each class; None for one without images."""
+        """Return the share of right predictions for each class; None for a class without images."""
         counts, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
         return [found / count if count else None for found, count in zip(right, counts)]
 
 
 class Classify(Transfer[Classifier]):
-    """Augmented images in, cross-entropy out; judged by accuracy on data.val_path."""
+    """The task of classification: cross-entropy on augmented images, evaluated by accuracy on data.val_path."""
 
     recipe: ClassifyRecipe
     measures = ClassifyRecipe.measures
     last: Evaluation | None = None
-    """The last evaluation, for the picture."""
+    """The last evaluation, which the picture shows."""
 
     @cached_property
     def classes(self) -> Classes:
@@ -74,12 +74,12 @@ class Classify(Transfer[Classifier]):
         super().check()
         _ = self.labels
         if self.validation is not None:
-            self.classes.places(self.validation)  # raises for classes that training has not
+            self.classes.places(self.validation)  # This raises UserError for classes that the training set lacks.
         schedule = self.recipe.schedule
         each = schedule.batch_size // (schedule.accumulate * distributed.world_size())
         if self.recipe.augment.mixes and each % 2:
             raise UserError(
-                f"mixup and cutmix mix pairs of images, and a micro-batch of one rank has {each} (schedule.batch_size="
+                f"mixup and cutmix mix pairs of images, but a micro-batch of one rank has {each} (schedule.batch_size="
                 f"{schedule.batch_size}, {distributed.world_size()} ranks, schedule.accumulate={schedule.accumulate}); "
                 "legal are even numbers, or augment.mix=0"
             )
@@ -114,7 +114,7 @@ class Classify(Transfer[Classifier]):
         return Augmented(data, self.recipe.seed, augment)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return images (B, H, W, 3), targets (B, C) and, with drop path, the multipliers of the paths."""
+        """Return images (B, H, W, 3), targets (B, C) and, with drop path, the factors of the paths."""
         recipe, augment = self.recipe, self.recipe.augment
         images = batch.images
         self.labels = self.labels.to(images.device)
@@ -136,7 +136,7 @@ class Classify(Transfer[Classifier]):
     # At the end of an epoch
 
     def evaluate(self, model: Classifier, device: torch.device) -> dict[str, float]:
-        """Return accuracy and loss on data.val_path; top-5 accuracy where there are more than 5 classes."""
+        """Return accuracy and loss on data.val_path, and top-5 accuracy if there are more than 5 classes."""
         if self.validation is None:
             return {}
         self.last = found = self.evaluation(model, self.classes, self.validation, device)
@@ -151,7 +151,7 @@ class Classify(Transfer[Classifier]):
         device: torch.device,
         done: Callable[[int], None] = lambda _: None,
     ) -> Evaluation:
-        """Return what a model makes of all images of a source that can be read. A collective.
+        """Evaluate a model on all readable images of a source. This is a collective.
 
         `done` is called with the number of images of each batch.
         """
@@ -161,7 +161,7 @@ class Classify(Transfer[Classifier]):
         reader = Central(self.recipe.data, self.recipe.evaluation.crop)
         for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, reader):
             logits = self.logits(model, batch.images)[:own].float()
-            # An image that cannot be read has another one in its place, which is seen anyway.
+            # An image that cannot be read is replaced by another one, which is evaluated in its own place anyway.
             read = (batch.source_ids == batch.sample_ids)[:own]
             logits, labels = logits[read], places.to(device)[batch.source_ids[:own]][read]
             table += torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
@@ -190,7 +190,7 @@ class Classify(Transfer[Classifier]):
             return None
         return confusion.matrix(found.confusion, [self.classes.name(i) for i in range(len(self.classes))])
 
-    # What a run shows
+    # After a step
 
     def stepped(self, model: Classifier, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
         self.last = None

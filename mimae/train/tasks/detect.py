@@ -1,4 +1,4 @@
-"""The task of detection: boxes and masks of objects, on a pretrained encoder."""
+"""The task of detection: a detector of objects, with boxes and masks, on a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from mimae.train.task import Result
 from mimae.train.tasks.transfer import Transfer
 
 PICTURED = 8
-"""Images in a picture of detections."""
+"""Number of images in a picture of detections."""
 
 SURE = 0.5
-"""Smallest score of a detection that pictures show."""
+"""Smallest score of the detections that a picture shows."""
 
 _BATCH = 8
 
 
 class Detect(Transfer[ViTDet]):
-    """Images with objects in, Mask R-CNN's losses out; judged by COCO's average precision on data.val_path."""
+    """The task of detection: Mask R-CNN's losses, evaluated by COCO's average precision on data.val_path."""
 
     recipe: DetectRecipe
     losses = ("loss", *LOSSES)
@@ -66,7 +66,7 @@ class Detect(Transfer[ViTDet]):
 
     @cached_property
     def held_out(self) -> Coco | None:
-        """The annotations of the images that are evaluated on."""
+        """The annotations of the validation images, or None."""
         settings = self.recipe.detect
         if self.validation is None or settings.val_annotations is None:
             return None
@@ -80,8 +80,11 @@ class Detect(Transfer[ViTDet]):
         return DetectionReader(self.coco, self.recipe.data, self.recipe.detect, self.recipe.seed)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what `ViTDet.forward` takes. The samplers' seed depends on the first sample of the micro-batch, so a
-        run on other ranks samples other anchors."""
+        """Return the inputs of `ViTDet.forward`.
+
+        The samplers' seed depends on the first sample of the micro-batch, so the sampled anchors depend on the number
+        of ranks.
+        """
         found = batch.targets
         word = words(self.recipe.seed, Purpose.SAMPLER, batch.epoch, batch.sample_ids[:1], 1)[0, 0]
         named = (found[name] for name in ("size", "boxes", "classes", "count"))
@@ -110,16 +113,16 @@ class Detect(Transfer[ViTDet]):
         return ap.average_precision(coco, range(len(validation)), every, recipe.detect.masks)
 
     def picture(self, model: ViTDet, device: torch.device) -> bytes | None:
-        """Return the first images of the validation set, or of the training set, with what is annotated and found."""
+        """Return the first validation images, or else training images, with their annotated and detected objects."""
         recipe = self.recipe
         coco, source = (self.coco, self.source) if self.held_out is None else (self.held_out, self.validation)
         assert source is not None
-        # The boxes of a training example, with an image that is placed as in evaluation.
+        # Training examples have boxes; without jitter and flip the image is placed as in evaluation.
         plain = recipe.detect.model_copy(update={"scale": (1.0, 1.0)})
         data = recipe.data.model_copy(update={"flip": False})
         reader = DetectionReader(coco, data, plain, recipe.seed)
         ids = torch.arange(min(PICTURED, len(source)))
-        # The same images on every rank, whose forwards are a collective under some engines.
+        # Every rank takes the same images, because forwards are collectives under some engines.
         batches = evaluation_batches(data, source, len(ids), ids, reader)
         (batch,) = (each.to(device) for each in batches)
         found = self._detect(model, batch)
@@ -137,7 +140,7 @@ class Detect(Transfer[ViTDet]):
         return pictures.sheet(["annotated", "found"], [torch.stack(annotated), torch.stack(detected)], wide=())
 
     def _detect(self, model: ViTDet, batch: Batch) -> list[dict[str, Tensor]]:
-        """Return detections in the run's precision."""
+        """Return the detections, computed in the run's precision."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.detect(batch.images, batch.targets["size"])
 

@@ -1,4 +1,4 @@
-"""The task of pretraining: MI-MAE learns to predict what masks hide of each view of an image."""
+"""The task of pretraining: MI-MAE learns to predict the hidden patches of each view of an image."""
 
 from __future__ import annotations
 
@@ -31,30 +31,33 @@ from mimae.train.task import Result, Task
 from mimae.train.trainer import Outcome, train
 
 VALIDATION_IMAGES = 2048
-"""Images of data.val_path that the checks during pretraining look at, and as many of the training set."""
+"""Number of validation images, and of training images, that the evaluation during pretraining uses."""
 
 PICTURED = 8
-"""Images in a reconstruction picture."""
+"""Number of images in a picture of reconstructions."""
 
 MEASURED = 32
-"""Training images on which a decoder that a run starts with is looked at."""
+"""Number of training images on which a decoder from model.init is measured."""
 
 _BATCH = 64
 
 
 def pretrain(recipe: Recipe) -> Outcome:
-    """Pretrain as a recipe says; see `trainer.train`."""
+    """Pretrain by a recipe; see `trainer.train`."""
     return train(Pretrain(recipe))
 
 
 def engine_of(recipe: Recipe, device: torch.device) -> Engine[MIMAE]:
-    """Return the engine of a recipe with the initial weights of its seed, whatever model.init says."""
+    """Return the engine of a recipe with the initial weights of its seed; model.init is ignored."""
     seeded = recipe.model.model_copy(update={"init": None})
     return Pretrain(recipe.model_copy(update={"model": seeded})).engine(device)
 
 
 class Pretrain(Task[MIMAE]):
-    """Masks in, losses of the objective out; judged by reconstruction and nearest neighbours on data.val_path."""
+    """The task of pretraining: the losses of the objective on masked views.
+
+    It is evaluated by the reconstruction loss and by nearest neighbours on data.val_path.
+    """
 
     losses = LOSSES
     estimates = ESTIMATES
@@ -71,7 +74,7 @@ class Pretrain(Task[MIMAE]):
     def check(self) -> None:
         super().check()
         if self.validation is not None and self.source.labels is not None and self.validation.labels is not None:
-            shared_labels(self.source, self.validation)  # raises for classes that do not fit
+            shared_labels(self.source, self.validation)  # This raises UserError for classes that do not match.
 
     def obstacles(self, device: torch.device) -> Obstacles:
         return obstacles(self.recipe, device)
@@ -83,7 +86,7 @@ class Pretrain(Task[MIMAE]):
         return groups(self.recipe.optimizer, self.recipe.schedule.batch_size, self.views)(name, shape)
 
     def started(self, model: MIMAE, device: torch.device) -> None:
-        """Say whether a decoder that was placed predicts normalised or raw pixels, which nothing in a file says."""
+        """Measure whether a decoder from model.init predicts normalised or raw pixels, which no file records."""
         if self.fit is None or not self.fit.has_decoder:
             return
         ids = share.evenly(self.source, MEASURED)
@@ -147,7 +150,7 @@ class Pretrain(Task[MIMAE]):
     def picture(self, model: MIMAE, device: torch.device) -> bytes | None:
         """Return reconstructions of the first images of the validation set, or of the training set."""
         recipe, source = self.recipe, self.validation or self.source
-        # The same images on every rank, whose forwards are a collective under some engines.
+        # Every rank takes the same images, because forwards are collectives under some engines.
         ids = share.evenly(source, PICTURED)
         (batch,) = evaluation_batches(recipe.data, source, len(ids), ids)
         images, visible, targets = self.inputs(batch.to(device))
@@ -174,7 +177,7 @@ class Pretrain(Task[MIMAE]):
             return None
         return (
             f"the gate is still closed after a quarter of the run: L_rec is not below objective.gate_loss="
-            f"{objective.gate_loss}, so the MI terms train nothing; raise it, or set it to null"
+            f"{objective.gate_loss}, so the MI terms have no effect; raise it, or set it to null"
         )
 
     def flops(self) -> float:
@@ -190,7 +193,7 @@ class Pretrain(Task[MIMAE]):
         return f"{self.recipe.schedule.batch_size} x {self.views} views"
 
     def _predict(self, model: MIMAE, images: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
-        """Return predictions in the run's precision."""
+        """Return predictions, computed in the run's precision."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.predict(images, visible, targets)
 

@@ -1,4 +1,4 @@
-"""The registry of tasks. A new one is a file with a class here and a line in `TASKS`, and its recipe's class in
+"""The registry of tasks. A new task is a file with a class in this folder, a line in `TASKS`, and a class of recipe in
 `config.recipe.RECIPES`."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TASKS = {
     "segment": ("segment", "Segment"),
     "detect": ("detect", "Detect"),
 }
-"""Module in this folder and class of each task, by the `task` of its recipe. They are imported when they run."""
+"""Module in this folder and class of each task, by the `task` of its recipe. A task is imported when it runs."""
 
 
 def make_task(recipe: RunRecipe) -> Task[Any]:

@@ -1,4 +1,4 @@
-"""The task of segmentation: the class of each pixel, on a pretrained encoder."""
+"""The task of semantic segmentation: the class of each pixel is predicted, on a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from mimae.train.task import Result
 from mimae.train.tasks.transfer import Transfer
 
 PICTURED = 8
-"""Images in a picture of overlays."""
+"""Number of images in a picture of overlays."""
 
 _NAMED = 8
-"""Classes that a warning names."""
+"""Maximal number of classes that a warning names."""
 
 
 class Segment(Transfer[Segmenter]):
-    """Windows of images in, cross-entropy of their pixels out; judged by intersection over union on data.val_path."""
+    """The task of segmentation: cross-entropy of pixels, evaluated by intersection over union on data.val_path."""
 
     recipe: SegmentRecipe
     losses = ("loss", "main", "auxiliary")
@@ -58,7 +58,7 @@ class Segment(Transfer[Segmenter]):
 
     @cached_property
     def held_out(self) -> Masks | None:
-        """The masks of the images that are evaluated on."""
+        """The masks of the validation images, or None."""
         if self.validation is None:
             return None
         return self._masks(self.validation, self.recipe.segment.val_masks, "segment.val_masks")
@@ -75,7 +75,7 @@ class Segment(Transfer[Segmenter]):
         return Jittered(self.masks, recipe.data, recipe.segment, recipe.seed)
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return what `Segmenter.forward` takes."""
+        """Return the inputs of `Segmenter.forward`."""
         recipe, settings = self.recipe, self.recipe.segment
         keep: list[Tensor | None] = [None, None]
         if settings.head == "upernet":
@@ -92,7 +92,7 @@ class Segment(Transfer[Segmenter]):
     # Evaluation
 
     def evaluate(self, model: Segmenter, device: torch.device) -> dict[str, float]:
-        """Return the measures on data.val_path, and the intersection over union of each class that has one."""
+        """Return the measures on data.val_path, and the intersection over union of each class that occurs."""
         if self.validation is None or self.held_out is None:
             return {}
         self.found = found = self.evaluation(model, self.validation, self.held_out, device)
@@ -100,7 +100,7 @@ class Segment(Transfer[Segmenter]):
         return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy, **per_class}
 
     def evaluation(self, model: Segmenter, source: Source, masks: Masks, device: torch.device) -> Evaluation:
-        """Return what the model makes of a source. A collective: each rank takes its share of the images."""
+        """Evaluate the model on a source. This is a collective: each rank evaluates its share of the images."""
         data, classes = self.recipe.data, len(self.labels.names)
         table = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -108,7 +108,7 @@ class Segment(Transfer[Segmenter]):
         reader = Whole(masks, data)
         for batch, own in share.batches(data, source, ids, device, 1, reader):
             logits = self.slide(model, batch.images[0])
-            # Another image stands for one that cannot be read.
+            # An image that cannot be read is replaced by another one, which is not counted here.
             is_read = torch.equal(batch.source_ids, batch.sample_ids)
             if own and is_read:
                 true = batch.targets["classes"][0]
@@ -118,7 +118,7 @@ class Segment(Transfer[Segmenter]):
         return Evaluation(distributed.all_sum(table).cpu(), images - left_out, left_out)
 
     def slide(self, model: Segmenter, image: Tensor) -> Tensor:
-        """Return logits fp32 (C, h, w) of an image uint8 (h, w, 3) at scale 1. A collective."""
+        """Return logits fp32 (C, h, w) of an image uint8 (h, w, 3) at scale 1. This is a collective."""
         data = self.recipe.data
         paper = torch.tensor([round(255 * mean) for mean in data.mean], dtype=torch.uint8)
 
@@ -128,16 +128,16 @@ class Segment(Transfer[Segmenter]):
         return slide(logits, image, data.size_hw, self.recipe.segment.stride, paper)
 
     def _logits(self, model: Segmenter, images: Tensor) -> Tensor:
-        """Return logits in the run's precision."""
+        """Return logits, computed in the run's precision."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.logits(images)
 
     def picture(self, model: Segmenter, device: torch.device) -> bytes | None:
-        """Return overlays on the first images of the validation set, or of the training set."""
+        """Return a PNG of overlays on images of the validation set, or else of the training set."""
         source, masks = self.source, self.masks
         if self.validation is not None and self.held_out is not None:
             source, masks = self.validation, self.held_out
-        # The same images on every rank, whose forwards are a collective under some engines.
+        # Every rank takes the same images, because forwards are collectives under some engines.
         ids = share.evenly(source, PICTURED)
         reader = Central(masks, self.recipe.data)
         (batch,) = evaluation_batches(self.recipe.data, source, len(ids), ids, reader)
@@ -153,7 +153,7 @@ class Segment(Transfer[Segmenter]):
             return None
         said = []
         if found.left_out:
-            said.append(f"{found.left_out} of {found.images + found.left_out} images could not be read, or their masks")
+            said.append(f"{found.left_out} of {found.images + found.left_out} images or their masks could not be read")
         if step >= steps and (absent := found.absent):
             more = f" and {len(absent) - _NAMED} more" * (len(absent) > _NAMED)
             said.append(f"no pixel has the class {', '.join(self.labels.names[i] for i in absent[:_NAMED])}{more}")
@@ -161,7 +161,7 @@ class Segment(Transfer[Segmenter]):
 
     @property
     def _columns(self) -> list[str]:
-        """The columns of epochs.jsonl of the classes."""
+        """The columns of epochs.jsonl for the classes."""
         return [f"iou_{name}" for name in self.labels.names]
 
     @property

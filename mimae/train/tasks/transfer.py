@@ -1,13 +1,13 @@
-"""Base class of the tasks that begin with a pretrained encoder: classification, segmentation, detection.
+"""Base class of the tasks that train on a pretrained encoder: classification, segmentation, detection.
 
-`Transfer` is their base class. Its settings are the sections `finetune` and `evaluation`. It offers
+The settings of `Transfer` are the sections `finetune` and `evaluation`. It offers
 
-* `encoder()`: the encoder for the task's model, which has to name it `encoder`: with learned positions, and with the
-  parameters frozen that `finetune.freeze` names (they have no gradient, no optimizer state and stay as they are);
-* `group`: the optimizer's groups with layer-wise decay; parameters outside of `encoder` have the whole rate;
-* `paths(batch)`: the multipliers of drop path, for `Encoder.forward(images, keep=...)`;
-* `window`: the central window that is evaluated, which a `Reader` takes in place of a random one;
-* `obstacles`: what stands against attention and frozen parameters on this machine.
+* `encoder()`: the encoder for the task's model, which has to name it `encoder`. Its positions are learned. Parameters
+  that `finetune.freeze` names are frozen: they have no gradient and no optimizer state, and do not change;
+* `group`: the optimizer's groups with layer-wise decay; parameters outside `encoder` have the full learning rate;
+* `paths(batch)`: the factors of drop path, for `Encoder.forward(images, keep=...)`;
+* `window`: the central window that is evaluated, which a `Reader` uses instead of a random one;
+* `obstacles`: the obstacles for attention and frozen parameters on this machine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Transfer(Task[M]):
         return groups(self.peak, decay, finetune.layer_decay, self.recipe.model.depth)(name, shape)
 
     def paths(self, batch: Batch) -> Tensor | None:
-        """Return what multiplies the paths of the encoder's blocks in training, (B, depth, 2); None: 1."""
+        """Return the factors (B, depth, 2) of the paths of the encoder's blocks in training; None stands for 1."""
         recipe = self.recipe
         return keep_paths(recipe.seed, batch.epoch, batch.sample_ids, recipe.finetune.drop_path, recipe.model.depth)
 
@@ -76,8 +76,8 @@ class Transfer(Task[M]):
                 model.attention, device, dtype, {model.width // model.heads}
             ),
             f"finetune.freeze={finetune.freeze}": (
-                f"DeepSpeed has no place for parameters that are not trained (engine.kind={engine.kind}); "
-                "engine.kind=ddp and fsdp have"
+                f"DeepSpeed does not support parameters that are not trained (engine.kind={engine.kind}); "
+                "use engine.kind=ddp or fsdp"
                 if is_partitioned
                 else None
             ),

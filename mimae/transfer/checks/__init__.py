@@ -1,1 +1,1 @@
-"""The check.py of each kind of export: scripts that need one library, and nothing of this project."""
+"""The check.py of each kind of export: scripts that need one library, but not this project."""

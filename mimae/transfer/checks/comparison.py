@@ -1,6 +1,6 @@
-"""End of every check.py: the comparison of the outputs of a library with those that were stored at the export.
+"""The end of every check.py: the comparison of a library's outputs with those that were stored at the export.
 
-A check.py is the source of a module of this folder, which defines `outputs`, followed by the source of these functions.
+A check.py consists of a module of this folder, which defines `outputs`, and of the source of these functions.
 """
 
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 BOUND = 1e-4
-"""Largest difference that is allowed in fp32."""
+"""Largest allowed difference in fp32."""
 
 
 def differences(outputs: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[str, float]:
@@ -22,6 +22,6 @@ def differences(outputs: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[
 
 
 def report(found: dict[str, float]) -> None:
-    """Print the differences, and exit with 1 if one of them is too large or no number."""
+    """Print the differences, and exit with 1 if one of them is too large or NaN."""
     print("\n".join(f"{name}: differs by {worst:.1e} at most (allowed: {BOUND:.0e})" for name, worst in found.items()))
     sys.exit(not max(found.values()) <= BOUND)

@@ -1,6 +1,6 @@
-"""Open this folder with torch alone, and compare its outputs with those stored at its export.
+"""Open this folder with only torch, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 import json

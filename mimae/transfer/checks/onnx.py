@@ -1,6 +1,6 @@
-"""Open this folder with onnxruntime alone, and compare its outputs with those stored at its export.
+"""Open this folder with only onnxruntime, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 from pathlib import Path
@@ -12,13 +12,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what the graph gives for images uint8 (B, H, W, 3): tokens, pooled features, maps of blocks."""
+    """Return the graph's outputs for images uint8 (B, H, W, 3): tokens, pooled features, maps of blocks."""
     session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
     wanted = session.get_inputs()[0]
     if wanted.type == "tensor(float)":
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 255
     names = [output.name for output in session.get_outputs()]
-    # One by one and all at once: the batch is dynamic.
+    # Two batch sizes test that the batch is dynamic.
     single = session.run(names, {wanted.name: images[:1]})
     several = session.run(names, {wanted.name: images[1:]})
     return {name: np.concatenate(parts) for name, parts in zip(names, zip(single, several))}

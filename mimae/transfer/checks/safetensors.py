@@ -1,6 +1,6 @@
-"""Open this folder with torch and safetensors alone, and compare its outputs with those stored at its export.
+"""Open this folder with only torch and safetensors, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Open this folder with timm alone, and compare its outputs with those stored at its export.
+"""Open this folder with only timm, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 from pathlib import Path

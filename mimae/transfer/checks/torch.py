@@ -1,6 +1,6 @@
-"""Open this folder with torch alone, and compare its outputs with those stored at its export.
+"""Open this folder with only torch, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 import json
@@ -13,11 +13,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what the program gives for images uint8 (B, H, W, 3): tokens, pooled features, maps of blocks."""
+    """Return the program's outputs for images uint8 (B, H, W, 3): tokens, pooled features, maps of blocks."""
     program = torch.export.load(HERE / "model.pt2").module()
     pixels = torch.from_numpy(images)
     if json.loads((HERE / "config.json").read_text())["input"] == "float":
         pixels = pixels.permute(0, 3, 1, 2) / 255
-    # One by one and all at once: the batch is dynamic.
+    # Two batch sizes test that the batch is dynamic.
     single, several = program(pixels[:1]), program(pixels[1:])
     return {name: torch.cat([single[name], several[name]]).numpy() for name in single}

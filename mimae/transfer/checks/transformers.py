@@ -1,6 +1,6 @@
-"""Open this folder with transformers alone, and compare its outputs with those stored at its export.
+"""Open this folder with only transformers, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 import json

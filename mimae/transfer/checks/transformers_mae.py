@@ -1,6 +1,6 @@
-"""Open this folder with transformers alone, and compare its outputs with those stored at its export.
+"""Open this folder with only transformers, and compare its outputs with those stored at its export.
 
-python check.py
+Usage: python check.py
 """
 
 import json
@@ -14,8 +14,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return, for images uint8 (B, H, W, 3), tokens (B, 1 + L, D) and pooled features (B, D) of the whole images, and
-    the predictions (B, M, 3P^2) and the loss for a quarter of the patches, those of least noise."""
+    """Return the outputs for images uint8 (B, H, W, 3).
+
+    tokens (B, 1 + L, D) and features (B, D) are those of whole images. predictions (B, M, 3P^2) and the loss are those
+    of the decoder if only the quarter of the patches with the least noise is visible.
+    """
     model = ViTMAEForPreTraining.from_pretrained(HERE).float().eval()
     config = json.loads((HERE / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("image_mean", "image_std"))

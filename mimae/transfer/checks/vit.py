@@ -1,4 +1,4 @@
-"""The whole ViT in plain torch: part of the check.py of formats that hold weights and nothing to run."""
+"""The whole ViT in plain torch, which is part of the check.py of formats that have only weights."""
 
 from __future__ import annotations
 

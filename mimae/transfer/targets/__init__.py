@@ -1,1 +1,1 @@
-"""The kinds of exports, a file each: what lies in the folder, and what cannot be expressed there."""
+"""The kinds of exports, one file each: the files in the folder, and the models that the format cannot express."""

@@ -1,4 +1,4 @@
-"""Parts that every kind of export is made of."""
+"""The interface of a kind of export, and functions that several kinds share."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mimae.transfer.portable import Input
 
 @dataclass(frozen=True)
 class Options:
-    """How an export is made."""
+    """Options of an export."""
 
     dtype: torch.dtype = torch.float32
     """Dtype of the stored weights."""
     decoder: bool = False
-    """With MAE's decoder, for going on with its pretraining elsewhere."""
+    """True to include MAE's decoder, so that pretraining can continue elsewhere."""
     blocks: tuple[int, ...] = ()
-    """Blocks whose maps a graph gives too."""
+    """Blocks whose maps a graph outputs too."""
     given: Input = "uint8"
-    """Pixels that a graph takes."""
+    """Format of the pixels that a graph takes."""
     dynamic_size: bool = False
-    """A graph takes images of any size, too."""
+    """True if a graph takes images of any size."""
 
 
 class Exported(NamedTuple):
-    """A pretrained model on its way out, in fp32 with the values that will be stored."""
+    """A pretrained model that is exported, in fp32 with the values that will be stored."""
 
     recipe: Recipe
     model: MIMAE
@@ -49,11 +49,11 @@ class Exported(NamedTuple):
 
     @property
     def grid(self) -> Grid:
-        """The patches of an image."""
+        """The grid of patches of an image."""
         return self.model.encoder.grid
 
     def state(self, decoder: bool = False) -> dict[str, Tensor]:
-        """Return the weights under our names: `encoder.*`, and `decoder.*` with its positions."""
+        """Return the weights under our names: `encoder.*`, and with `decoder` also `decoder.*` with its positions."""
         found = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         if decoder:
             found |= {f"decoder.{name}": tensor for name, tensor in self.model.decoder.state_dict().items()}
@@ -61,7 +61,7 @@ class Exported(NamedTuple):
         return found
 
     def description(self) -> dict[str, Any]:
-        """Return what this project needs to open an export; it is `mimae` in every config.json."""
+        """Return the description that this project needs to open an export: `mimae` in every config.json."""
         data, model = self.recipe.data, self.recipe.model
         return {
             "image_size": list(self.grid.size_hw),
@@ -78,22 +78,22 @@ class Exported(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One kind of export."""
+    """A kind of export."""
 
     title: str
-    """The library that opens it, with its version where that matters."""
+    """The library that opens it, with its version if that matters."""
     write: Callable[[Exported, Options, Path], None]
-    """Writes the folder's files but card and check. Raises UserError for what cannot be expressed."""
+    """Function that writes all files but card and check. Raises UserError if the format cannot express the model."""
     check: Callable[[Options], str]
-    """Name of the module of `mimae.transfer.checks` that becomes check.py."""
+    """Function that returns the name of the module of `mimae.transfer.checks` that becomes check.py."""
     loading: str
-    """How the folder is opened, for the card: Python, DIR stands for the folder."""
+    """Python code for the card that opens the folder; DIR stands for the folder."""
     is_graph: bool = False
-    """It computes by itself, and takes blocks, input and dynamic size."""
+    """True if it is a computation graph, which takes the options blocks, input and dynamic size."""
     has_decoder: bool = False
-    """It can hold MAE's decoder."""
+    """True if it can contain MAE's decoder."""
     modules: tuple[str, ...] = ()
-    """Modules that its check needs, beside torch."""
+    """Modules that its check needs, in addition to torch."""
 
 
 def write_config(folder: Path, values: Mapping[str, Any], name: str = "config.json") -> None:
@@ -105,15 +105,15 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype)
     """Write model.safetensors."""
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors lets its owner alone read it
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only the owner can read.
 
 
 def need_norm_eps(exported: Exported, what: str) -> None:
     """Raise UserError for norms with another epsilon than 1e-6."""
     if (eps := exported.recipe.model.norm_eps) != 1e-6:
         raise UserError(
-            f"{what} has 1e-06 as epsilon of its norms, and this run model.norm_eps={eps:g}: --to transformers, onnx, "
-            "torch and safetensors take it"
+            f"{what} has 1e-06 as epsilon of its norms, but this run has model.norm_eps={eps:g}: use --to "
+            "transformers, onnx, torch or safetensors"
         )
 
 
@@ -122,8 +122,8 @@ def need_square(exported: Exported, what: str) -> None:
     height, width = exported.grid.size_hw
     if height != width:
         raise UserError(
-            f"{what} holds square images alone, and this run's have {height} x {width} pixels: --to timm, onnx, torch "
-            "and safetensors take them"
+            f"{what} takes only square images, but this run's have {height} x {width} pixels: use --to timm, onnx, "
+            "torch or safetensors"
         )
 
 
@@ -133,8 +133,8 @@ def need_mae(exported: Exported, what: str) -> None:
     for key, value, legal in (("predict", decoder.predict, "hidden"), ("attention", decoder.attention, "self")):
         if value != legal:
             raise UserError(
-                f"the decoder of this run has decoder.{key}={value}, for which {what} has no counterpart (only "
-                f"{legal}): leave out --decoder, the encoder can go alone"
+                f"the decoder of this run has decoder.{key}={value}, but {what} supports only {legal}: leave out "
+                "--decoder to export only the encoder"
             )
 
 

@@ -1,4 +1,4 @@
-"""A file in the layout of facebookresearch's MAE: `torch.load(...)["model"]`."""
+"""Export as a file in the layout of facebookresearch's MAE: `torch.load(...)["model"]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX graph: pixels in, normalisation inside, tokens and features out."""
+"""Export as an ONNX graph, which normalises pixels and returns tokens and features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
     module = Portable(exported.encoder, options.given, options.blocks, options.dynamic_size).eval()
     images, dynamic = example(exported, options)
     config = graph_config(exported, options)
-    # Above 2 GB of weights a graph has them in a file beside it.
+    # An ONNX file cannot exceed 2 GB, so large weights are stored in a separate file.
     large = sum(parameter.numel() * 4 for parameter in module.parameters()) > 1_900_000_000
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -41,7 +41,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
             output_names=config["outputs"],
             opset_version=OPSET,
             external_data=large,
-            optimize=False,  # Runtimes optimise too; here the weights keep their names.
+            optimize=False,  # Runtimes optimise anyway; without it the weights keep their names.
             verbose=False,
         )
     write_config(folder, config)
@@ -54,7 +54,7 @@ TARGET = Target(
     loading="""import onnxruntime
 
 session = onnxruntime.InferenceSession("DIR/model.onnx")
-tokens, features = session.run(["tokens", "features"], {"images": images})  # normalisation is inside""",
+tokens, features = session.run(["tokens", "features"], {"images": images})  # the graph normalises the pixels""",
     is_graph=True,
     modules=("onnxruntime",),
 )

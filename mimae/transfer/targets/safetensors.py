@@ -1,4 +1,4 @@
-"""The weights under this project's names, with the sizes in config.json: for everything that is none of the others."""
+"""Export of the weights under this project's names, with the sizes in config.json, for code of your own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ TARGET = Target(
     loading="""from safetensors.torch import load_file
 
 weights = load_file("DIR/model.safetensors")  # the names of timm's VisionTransformer
-# check.py holds the whole forward in 30 lines of torch; mimae.load_encoder("DIR") opens the folder too""",
+# check.py has the whole forward in 30 lines of torch; mimae.load_encoder("DIR") opens the folder too""",
     modules=("safetensors",),
 )

@@ -1,4 +1,4 @@
-"""A folder that `timm.create_model("local-dir:...")` opens."""
+"""Export as a folder that `timm.create_model("local-dir:...")` opens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
         "num_classes": 0,
         "num_features": model.width,
         "global_pool": "avg",
-        # timm reads the pooling here alone; with its own fc_norm the final norm would be lost.
+        # timm reads the pooling only here. With timm's fc_norm the final norm would be lost.
         "model_args": {
             "img_size": list(grid.size_hw),
             "patch_size": model.patch_size,
@@ -52,7 +52,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 
 
 def _architecture(exported: Exported) -> str:
-    """Return the name of timm's model of this size; the sizes in model_args hold in any case."""
+    """Return the name of timm's model of this size. The sizes in model_args override it in any case."""
     model = exported.recipe.model
     for size, numbers in SIZES.items():
         if all(getattr(model, key) == value for key, value in numbers.items() if key != "mlp_width"):

@@ -1,4 +1,4 @@
-"""A program of `torch.export`: pixels in, normalisation inside, tokens and features out."""
+"""Export as a program of `torch.export`, which normalises pixels and returns tokens and features."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mimae.transfer.targets.base import Exported, Options, Target, write_config
 
 
 def example(exported: Exported, options: Options) -> tuple[Tensor, dict[str, dict[int, Any]]]:
-    """Return images to trace a graph with, and which of their sides are dynamic."""
+    """Return images for tracing a graph, and their dynamic dimensions."""
     rows, columns, patch = exported.grid
-    if options.dynamic_size:  # Sides of their own: a size that the tracer takes for a constant would be found.
+    if options.dynamic_size:  # The sides differ from the run's, so that a size traced as a constant is detected.
         height, width = (rows + 1) * patch, (columns + 2) * patch
     else:
         height, width = exported.grid.size_hw
@@ -58,6 +58,6 @@ TARGET = Target(
     loading="""import torch
 
 model = torch.export.load("DIR/model.pt2").module()
-features = model(images)["features"]  # and "tokens"; normalisation is inside""",
+features = model(images)["features"]  # also "tokens"; the model normalises the pixels""",
     is_graph=True,
 )

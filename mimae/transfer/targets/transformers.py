@@ -1,4 +1,4 @@
-"""A folder that transformers opens: a ViTModel, or with the decoder a ViTMAEForPreTraining."""
+"""Export as a folder that transformers opens: a ViTModel, or with the decoder a ViTMAEForPreTraining."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ TARGET = Target(
     check=lambda options: "transformers_mae" if options.decoder else "transformers",
     loading="""from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained("DIR", add_pooling_layer=False).eval()  # its own pooler has no weights here
+model = AutoModel.from_pretrained("DIR", add_pooling_layer=False).eval()  # the folder has no weights for its pooler
 pixels = AutoImageProcessor.from_pretrained("DIR")(images, return_tensors="pt")
 features = model(**pixels).last_hidden_state[:, 1:].mean(1)""",
     has_decoder=True,

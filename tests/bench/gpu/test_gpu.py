@@ -216,7 +216,7 @@ def test_the_page_renders_whatever_the_file_holds(report: Any, tmp_path: Path) -
         report = {"calls": 2, "stages": found}
     page = render(report and {**MACHINE, **report})
     assert all(f"| {each.name} |" in page for each in STAGES)
-    assert "177 ms" in page and ("No GPU has been measured yet" in page) == (not report)
+    assert "177 ms" in page and ("Nothing has been measured on a GPU yet" in page) == (not report)
     if report and report["stages"]:
         assert "| cut off | 1,234 images/s at step 20 |" in page
         assert "| failed | mimae 800 images/s |" in page and "| done | 9 tests, 1 failures, 0 errors |" in page
@@ -230,7 +230,7 @@ def test_without_a_gpu_it_says_what_runs_here(tmp_path: Path) -> None:
     assert (
         CliRunner().invoke(app, ["bench", "gpu", "--out", str(tmp_path / "no"), "--render", str(page)]).exit_code == 0
     )
-    assert page.read_text().startswith("# A day with a GPU")
+    assert page.read_text().startswith("# Measurements on a GPU")
 
 
 @pytest.mark.slow  # trains, and compiles the ops' kernels
