@@ -61,9 +61,7 @@ class BuildNative(build_ext):
             obstacle = self.call([*compiler(), "-o", str(built)])
             if obstacle is None:
                 if lacking is not None:
-                    print(
-                        f"mimae: mimae._C has no part for JPEGs ({lacking}): decoding is slower"
-                    )
+                    print(f"mimae: mimae._C has no part for JPEGs ({lacking}): decoding is slower")
                 return
             print(f"mimae: {part} was not built ({obstacle}): ops are slower, and nothing else changes")
 
