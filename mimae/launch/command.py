@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,22 +34,27 @@ def _verb(task: str, help: str, check: Callable[[Any], None] = lambda _: None) -
         wait: Wait = 300,
         secret_file: SecretFile = None,
     ) -> None:
-        # Set before torch is loaded. torch's store logs a lost node as a C++ trace; our own message is in plain words.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from mimae.config.load import load_recipe
         from mimae.config.recipe import RECIPES
 
         resolved = load_recipe(recipe, overrides or (), None, RECIPES[task]).recipe  # Raises for another task's.
         check(resolved)
-        from mimae.launch import processes
-
-        job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
-        code = processes.train(recipe, overrides or (), job)
-        _tell(Path(resolved.run.dir), code)
-        raise typer.Exit(code)
+        job = (ranks, nodes, rendezvous, restarts, wait, secret_file)
+        _launch(recipe, overrides or (), Path(resolved.run.dir), *job)
 
     train.__doc__ = help
     return train
+
+
+def _launch(recipe: str, overrides: Sequence[str], run: Path, *job: Any) -> None:
+    """Train in the processes of a job, whose options are the arguments of `default_job`, and exit."""
+    # Set before torch is loaded. torch's store logs a lost node as a C++ trace; our own message is in plain words.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from mimae.launch import processes
+
+    code = processes.train(recipe, overrides, processes.default_job(*job))
+    _tell(run, code)
+    raise typer.Exit(code)
 
 
 def _tell(run: Path, code: int) -> None:
@@ -111,17 +116,12 @@ def extend(
     to its peak in schedule.warmup_epochs epochs, and then follows schedule.shape. The same command resumes an
     interrupted extension.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from mimae.errors import UserError
-    from mimae.launch import processes
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
     asked = [*overrides, f"run.dir={run}", "run.extend=true"]
-    job = processes.default_job(ranks, nodes, rendezvous, restarts, wait, secret_file)
-    code = processes.train(str(run / "config.yaml"), asked, job)
-    _tell(run, code)
-    raise typer.Exit(code)
+    _launch(str(run / "config.yaml"), asked, run, ranks, nodes, rendezvous, restarts, wait, secret_file)
 
 
 detect = _verb("detect", "Train a detector of boxes and masks, from an encoder or from random weights.")
