@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "mimae"
 LAYERS = (
     {"kernels", "outside", "errors", "ranks.place", "ranks.messages", "config.section"},
     {"settings"},
-    {"model.geometry", "objective.terms"},
+    {"model.geometry", "objective.terms", "optim.resolution"},
     {"config"},
     {"randomness", "ranks"},
     {"distributed"},

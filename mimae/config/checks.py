@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 from mimae.config.layers import text
@@ -11,6 +12,7 @@ from mimae.config.recipe import Recipe, Resolved, flat
 from mimae.model.geometry import Grid
 from mimae.model.settings import MASK_KINDS
 from mimae.objective.terms import active
+from mimae.optim import resolution
 from mimae.ranks.place import number
 
 Check = Callable[[Resolved[Any]], Iterator[str]]
@@ -43,20 +45,54 @@ def _patches_fit(resolved: Resolved[Any]) -> Iterator[str]:
 
 @_check("data", "masking", "model")
 def _masks_fit(resolved: Resolved[Any]) -> Iterator[str]:
-    recipe, patch, size_hw = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
-    image_size, patch_size = _described(resolved, "data.image_size"), _described(resolved, "model.patch_size")
+    yield from _masks_fit_in(resolved, resolved.recipe.data.size_hw, "data.image_size")
+
+
+@_check("data", "masking", "model", "schedule")
+def _stages_fit(resolved: Resolved[Any]) -> Iterator[str]:
+    recipe, patch, last = resolved.recipe, resolved.recipe.model.patch_size, resolved.recipe.data.size_hw
+    sizes = resolution.sizes(recipe.schedule, last)
+    told, image_size = _described(resolved, "schedule.resolution"), _described(resolved, "data.image_size")
+    if sizes[-1] != last:
+        yield f"{told}: the run ends with images of {resolution.in_words(sizes[-1])}; legal is {image_size}"
+        return
+    for size, following in pairwise(sizes):
+        words = resolution.in_words(size)
+        if size[0] >= following[0] or size[1] >= following[1]:
+            yield f"{told}: {words} before {resolution.in_words(following)}; legal are sizes that grow"
+        elif size[0] * last[1] != size[1] * last[0]:
+            yield f"{told}: {words} has another shape than {image_size}, and crops would be distorted"
+        elif any(side % patch for side in size):
+            yield f"{told}: each side of {words} must be divisible by {_described(resolved, 'model.patch_size')}"
+        else:
+            yield from _masks_fit_in(resolved, size, "schedule.resolution")
+
+
+@_check("finetune", "schedule")
+def _stages_are_for_pretraining(resolved: Resolved[Any]) -> Iterator[str]:
+    if resolved.recipe.schedule.resolution:
+        yield f"{_described(resolved, 'schedule.resolution')}: applies to pretraining; legal here is []"
+
+
+def _masks_fit_in(resolved: Resolved[Any], size_hw: tuple[int, int], key: str) -> Iterator[str]:
+    """Yield why the masks do not fit in images of `size_hw`, which `key` asks for."""
+    recipe, patch = resolved.recipe, resolved.recipe.model.patch_size
     if any(side % patch for side in size_hw):
         return
     patches = Grid.of(size_hw, patch).patches
     if patches < 2:
-        yield f"{image_size}: one patch ({patch_size}); an image needs at least 2, one visible and one hidden"
+        yield (
+            f"{_described(resolved, key)}: {resolution.in_words(size_hw)} are one patch "
+            f"({_described(resolved, 'model.patch_size')}); an image needs at least 2, one visible and one hidden"
+        )
         return
     visible = recipe.masking.num_visible(patches)
     if MASK_KINDS[recipe.masking.kind].is_disjoint and recipe.masking.num_masks * visible > patches:
         others = " or ".join(name for name, kind in MASK_KINDS.items() if not kind.is_disjoint)
         yield (
             f"{_described(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
-            f"patches each ({_described(resolved, 'masking.ratio')}) are disjoint in an image of {patches}; "
+            f"patches each ({_described(resolved, 'masking.ratio')}) are disjoint in an image of {patches} "
+            f"({resolution.in_words(size_hw)}); "
             f"a higher masking.ratio or masking.kind={others} allows more"
         )
 

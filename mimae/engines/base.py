@@ -24,6 +24,9 @@ from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import Part
 
+RECOMPILE_LIMIT = 8
+"""Dynamo's default number of variants of one code that it compiles."""
+
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameter numbers of `mallopt` in glibc's malloc.h."""
 
@@ -284,6 +287,8 @@ def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
     # the end of a graph's backward. A unit is too small to gain from that: a split unit fuses less and keeps more.
     _dynamo.config.optimize_ddp = False
     _functorch.config.activation_memory_budget = model.compiled_budget
+    # Dynamo counts the variants of a unit's code over all units. It has room for those of one size of images.
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, RECOMPILE_LIMIT * model.num_sizes)
     mode = "reduce-overhead" if setting == "graphs" else None
     for unit in model.units():
         # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do).

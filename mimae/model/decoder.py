@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
-from mimae.model.encoder import sincos_positions
 from mimae.model.geometry import Grid
+from mimae.model.positions import sincos_positions
 from mimae.model.settings import DecoderSettings, ModelSettings
 
 
@@ -39,9 +39,13 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(settings.width, eps=encoder.norm_eps)
         self.head = nn.Linear(settings.width, grid.values)
 
-    def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor) -> Tensor:
-        """Return predictions (B, N, M, 3P^2) for tokens (B, N, 1+K, D), visible (B, N, K) and targets (B, N, M)."""
-        filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], self.pos_embed[0])
+    def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return predictions (B, N, M, 3P^2) for tokens (B, N, 1+K, D), visible (B, N, K) and targets (B, N, M).
+
+        `positions` (1 + L, Dd) are those of the images' grid; None stands for the decoder's own.
+        """
+        table = self.pos_embed[0] if positions is None else positions
+        filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], table)
         shown = tokens.shape[2]
         if self.is_cross:
             decoded = run_blocks(self.blocks, filled[:, :, shown:], self.checkpointing, context=filled[:, :, :shown])

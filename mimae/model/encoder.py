@@ -15,30 +15,10 @@ from mimae import kernels
 from mimae.model.blocks import Block, run_blocks
 from mimae.model.geometry import Grid
 from mimae.model.images import Images, batch_of
-from mimae.model.positions import resampled
+from mimae.model.positions import resampled, sincos_positions
 from mimae.model.recomputation import call
 from mimae.model.settings import ModelSettings, PatchBias
 from mimae.randomness import Initial, Uniform
-
-
-def sincos_positions(width: int, grid: Grid) -> Tensor:
-    """Return fixed sin-cos positions (1 + L, D), fp32, computed in float64, in MAE's layout.
-
-    The class token's position is zero. The first half of the channels has sin and cos of the column, the second half
-    has those of the row, at frequencies 10000^(-4i/D). Raises ValueError if D is not a multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
-    with torch.device("cpu"):
-        omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-        rows, columns = torch.meshgrid(
-            torch.arange(grid.rows, dtype=torch.float64),
-            torch.arange(grid.columns, dtype=torch.float64),
-            indexing="ij",
-        )
-        angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
-        table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
-        return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).to(torch.float32)
 
 
 class PatchProjection(nn.Module):
@@ -116,7 +96,13 @@ class Encoder(nn.Module):
         """Return the initial values of learned positions."""
         return self.initial
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Return the tokens (B, N, 1+K, D) after the final norm.
 
         Args:
@@ -124,20 +110,20 @@ class Encoder(nn.Module):
                 are; all their patches are encoded.
             visible: (B, N, K) patch ids; None stands for one view with every patch.
             keep: factors of drop path, see `run_blocks`.
+            positions: (1 + L, D), those of the images' grid; None stands for the encoder's own positions, interpolated
+                if the images have another size than the encoder's.
         """
-        tokens = run_blocks(self.blocks, self.embed(images, visible), self.settings.checkpointing, keep=keep)
-        return self.norm(tokens)
+        tokens = self.embed(images, visible, positions)
+        return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing, keep=keep))
 
-    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return the tokens (B, N, 1+K, D) that enter the first block; the arguments are those of `forward`.
-
-        If the images have another size than the encoder's, the positions are interpolated.
-        """
+    def embed(self, images: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Return the tokens (B, N, 1+K, D) that enter the first block; the arguments are those of `forward`."""
         grid = Grid.of(images.shape[1:3], self.settings.patch_size)
         if visible is None:
             every = torch.arange(grid.patches, device=images.device, dtype=torch.int32)
             visible = every.expand(images.shape[0], 1, -1)
-        positions = resampled(self.pos_embed, self.grid, grid)[0]
+        if positions is None:
+            positions = resampled(self.pos_embed, self.grid, grid)[0]
         if not self.learned_positions:
             return self.patch_embed["proj"](images, visible, positions, self.cls_token[0, 0], self.mean, self.std)
         # The fused embedding has no gradient for positions.

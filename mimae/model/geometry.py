@@ -72,9 +72,9 @@ class Sections(Protocol):
     def decoder(self) -> DecoderSettings: ...
 
 
-def geometry(recipe: Sections) -> Geometry:
-    """Return the geometry of a recipe."""
-    grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
+def geometry(recipe: Sections, size_hw: Sequence[int] | None = None) -> Geometry:
+    """Return the geometry of a recipe's images, of (height, width) pixels; None: of the size of data.image_size."""
+    grid = Grid.of(size_hw or recipe.data.size_hw, recipe.model.patch_size)
     visible = recipe.masking.num_visible(grid.patches)
     targets = visible if recipe.decoder.predict == "next_view" else grid.patches - visible
     return Geometry(grid, recipe.masking.num_masks, visible, targets)

@@ -5,6 +5,7 @@ To add a kind, name it in `MaskingSettings.kind`, describe it in `settings.MASK_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -65,8 +66,13 @@ def targets(predict: Predict, visible: Tensor, hidden: Tensor) -> Tensor:
     return hidden if predict == "hidden" else visible.roll(-1, 1)
 
 
-def views(recipe: Sections, seed: int, epoch: int, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the patches that each view of a batch shows and predicts: visible (B, N, K) and targets (B, N, M)."""
-    grid = Grid.of(recipe.data.size_hw, recipe.model.patch_size)
+def views(
+    recipe: Sections, seed: int, epoch: int, sample_ids: Tensor, size_hw: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the patches that each view of a batch shows and predicts: visible (B, N, K) and targets (B, N, M).
+
+    `size_hw` is the height and width of the images; None stands for data.image_size.
+    """
+    grid = Grid.of(size_hw or recipe.data.size_hw, recipe.model.patch_size)
     visible, hidden = draw(recipe.masking, seed, epoch, sample_ids, grid)
     return visible, targets(recipe.decoder.predict, visible, hidden)

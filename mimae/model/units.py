@@ -18,6 +18,9 @@ class Model(nn.Module):
     compiled_budget: float = 1.0
     """Share of the activations of a compiled unit that are kept for backward; torch recomputes the others."""
 
+    num_sizes: int = 1
+    """Number of sizes of images that the model is trained on; a unit is compiled for each."""
+
     @abstractmethod
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks in the order in which they compute. Each is compiled and sharded over ranks separately."""

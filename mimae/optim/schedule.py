@@ -51,7 +51,8 @@ def extended(
     start = _start(old)
     is_warming_up = step < start[0] + _warmup(old, steps_per_epoch) and "warmup_epochs" not in changed
     has_no_end = new.shape in ("constant", "steps") and {"epochs", "max_steps"}.issuperset(changed)
-    if not is_warming_up and not has_no_end:
+    # Of a run with several resolutions, the steps before an extension had other sizes: see `resolution.stages`.
+    if new.resolution or not (is_warming_up or has_no_end):
         start = step, schedule_factor(old, step, steps_per_epoch, peak)
     before = " ".join(f"schedule.{key}={text(getattr(old, key))}" for key in changed)
     return new.model_copy(update={"extended": (*old.extended, (*start, f"{before} until step {step}"))})

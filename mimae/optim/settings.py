@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimae.config.section import Section, setting
+from mimae.data.settings import Side
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class OptimizerSettings(Section):
@@ -68,6 +72,12 @@ class ScheduleSettings(Section):
     drop_epochs: tuple[float, ...] = Field((), description="steps: epochs at which the learning rate drops")
     drop_factor: float = Field(0.1, gt=0, lt=1, description="steps: factor of the learning rate at a drop")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than its epochs have")
+    resolution: tuple[tuple[Side | tuple[Side, Side], Share], ...] = Field(
+        (),
+        description="pretraining on images that grow: for each stage of the run the size of its images, as in "
+        "data.image_size, and its share of the steps: [[16, 0.3], [24, 0.3], [32, 0.4]]; the last size is "
+        "data.image_size; []: one size",
+    )
     extended: tuple[tuple[int, float, str], ...] = setting(
         (),
         resume="free",
@@ -89,6 +99,13 @@ class ScheduleSettings(Section):
         if bool(self.drop_epochs) != (self.shape == "steps"):
             raise ValueError(f"drop_epochs and shape=steps go together, and shape={self.shape}")
         return self
+
+    @field_validator("resolution")
+    @classmethod
+    def _is_a_whole_run(cls, stages: tuple[tuple[Any, float], ...]) -> tuple[tuple[Any, float], ...]:
+        if stages and not math.isclose(total := math.fsum(share for _, share in stages), 1, abs_tol=1e-6):
+            raise ValueError(f"the shares of the stages sum to {total:g}; legal is 1")
+        return stages
 
 
 class EMASettings(Section):

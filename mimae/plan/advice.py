@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mimae.optim.resolution import Stage, in_words, stages
 from mimae.plan.communication import DISK, HOST, LINKS, OVERLAP
-from mimae.plan.cost import USABLE, Fleet, Row, rows
-from mimae.plan.flops import image_flops, step_flops
+from mimae.plan.cost import USABLE, Fleet, Row, row, rows
+from mimae.plan.flops import run_flops
 from mimae.plan.memory import Parameters, parameters
 
 if TYPE_CHECKING:
@@ -104,13 +105,14 @@ def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
     best, advice = advise(recipe, fleet, count)
     schedule = recipe.schedule
     micro = schedule.batch_size // (fleet.gpus * schedule.accumulate)
-    flops = step_flops(recipe)
+    flops = run_flops(recipe)
+    planned = stages(schedule, recipe.data.size_hw, steps)
     lines = [
         f"{count.total / 1e6:,.1f} M parameters, {count.encoder / 1e6:,.1f} M of them in the encoder",
         f"{fleet.gpus} x {fleet.gpu.name}, {fleet.per_node} a node; {schedule.batch_size} images a step, "
         f"{micro} a GPU and micro-batch, {schedule.accumulate} micro-batches",
-        f"{image_flops(recipe) * 3 / 1e12:.3g} TFLOP a training image, {flops / 1e15:.3g} PFLOP a step, "
-        f"{flops / fleet.gpus / 1e12:.4g} TFLOP a GPU",
+        f"{flops / schedule.batch_size / 1e12:.3g} TFLOP a training image, {flops / 1e15:.3g} PFLOP a step, "
+        f"{flops / fleet.gpus / 1e12:.4g} TFLOP a GPU{', as means over the stages' * (len(planned) > 1)}",
         "",
         "GiB a GPU" + " " * 23 + "weights   grads   optim  activ.  losses    work   total       largest micro-batch",
     ]
@@ -124,13 +126,19 @@ def report(recipe: Recipe, fleet: Fleet, dataset: int) -> str:
         for row in table
     ]
     if best is not None:
-        height, width = recipe.data.size_hw
-        rate, nodes = best.images_per_s, -(-fleet.gpus // fleet.per_node)
+        of_stages = [row(best.recipe, best.layout, fleet, count, stage.size_hw) for stage in planned]
+        # The first images are the smallest ones, and are needed the fastest.
+        rate, nodes = of_stages[0].images_per_s, -(-fleet.gpus // fleet.per_node)
+        height, width = planned[0].size_hw
+        seconds = sum((stage.end - stage.first) * each.seconds for stage, each in zip(planned, of_stages, strict=True))
+        if len(planned) > 1:
+            lines += ["", "stages of schedule.resolution          steps  s a step  images/s    hours"]
+            lines += [_stage_line(stage, each) for stage, each in zip(planned, of_stages, strict=True)]
         lines += [
             "",
             f"data: {rate:,.0f} images/s, {rate / nodes:,.0f} on each node, "
             f"{rate * height * width * 3 / nodes / 1e9:.3g} GB/s of pixels to its GPUs",
-            f"time: {steps:,} steps of {best.seconds:.3g} s are {steps * best.seconds / 3600:,.1f} hours",
+            f"time: {steps:,} steps of {seconds / max(steps, 1):.3g} s are {seconds / 3600:,.1f} hours",
         ]
     lines += [
         "",
@@ -154,6 +162,14 @@ def _memory_line(row: Row) -> str:
     parts = "".join(f"{_gib(part):>8}" for part in (*row.memory, row.memory.total))
     verdict = "fits" if row.fits else "too much"
     return f"  {row.layout.settings.replace('engine.', ''):<29}{parts}  {verdict:<8} {row.largest:>4}"
+
+
+def _stage_line(stage: Stage, row: Row) -> str:
+    steps = stage.end - stage.first
+    return (
+        f"  {in_words(stage.size_hw):<30} {steps:>11,} {row.seconds:>9.3g} {row.images_per_s:>9,.0f} "
+        f"{steps * row.seconds / 3600:>8,.1f}"
+    )
 
 
 def _speed_line(row: Row, steps: int) -> str:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from mimae.engines.settings import EngineSettings
 from mimae.errors import UserError
+from mimae.optim.resolution import Size
 from mimae.plan.communication import Traffic, exposed, traffic
-from mimae.plan.flops import step_flops
+from mimae.plan.flops import run_flops, step_flops
 from mimae.plan.gpus import GPU, peak_flops
 from mimae.plan.memory import Layout, Memory, Parameters, largest, memory
 
@@ -72,15 +73,16 @@ def rows(recipe: Recipe, fleet: Fleet, count: Parameters) -> list[Row]:
     return [row(recipe, layout, fleet, count) for layout in layouts(fleet.gpus, fleet.per_node)]
 
 
-def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters) -> Row:
+def row(recipe: Recipe, layout: Layout, fleet: Fleet, count: Parameters, size_hw: Size | None = None) -> Row:
     """Return the cost of one engine with the recipe's micro-batch.
 
-    Raises UserError if the GPU cannot compute in the recipe's precision.
+    The time is that of a step with images of `size_hw`, or the mean over the run; the memory is that of the largest
+    images. Raises UserError if the GPU cannot compute in the recipe's precision.
     """
     peak = peak_flops(fleet.gpu.name, recipe.precision)
     if peak is None:
         raise UserError(f"{fleet.gpu.name} has no units for precision={recipe.precision}; legal is precision=fp32")
-    forward = step_flops(recipe) / 3 / (fleet.gpus * peak * fleet.share)
+    forward = (step_flops(recipe, size_hw) if size_hw else run_flops(recipe)) / 3 / (fleet.gpus * peak * fleet.share)
     # Full recomputation costs one more forward.
     backward = (3 if recipe.model.checkpointing == "full" else 2) * forward
     images = recipe.schedule.batch_size // (fleet.gpus * recipe.schedule.accumulate)

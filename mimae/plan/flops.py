@@ -4,6 +4,8 @@ A multiply-add counts as two. Norms, softmax, activations, the optimizer and rec
 counted. The counted model is the one that runs, so a new term or layer needs no formula here. The closed formula of
 method 7 gives the same numbers, see tests/plan/formula.py. A count takes 0.1 to 1 s and is cached.
 
+`size_hw`: height and width of the images in pixels; None: those of data.image_size.
+
 Letters: B images, N views, K visible, M targets, D width, P patch size.
 """
 
@@ -23,45 +25,56 @@ from mimae import distributed, kernels
 from mimae.data.settings import DataSettings
 from mimae.model.decoder import Decoder
 from mimae.model.encoder import Encoder
-from mimae.model.geometry import Geometry, geometry
+from mimae.model.geometry import Geometry, Grid, geometry
 from mimae.model.settings import DecoderSettings, ModelSettings
 from mimae.objective.objective import Objective
 from mimae.objective.settings import ObjectiveSettings
+from mimae.optim import resolution
+from mimae.optim.resolution import Size
 
 if TYPE_CHECKING:
     from mimae.config.recipe import Recipe
 
 
-def encoder_flops(recipe: Recipe) -> int:
+def encoder_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of the encoder for one view: its K visible patches and the class token."""
-    sizes = geometry(recipe)
-    return _encoder(recipe.data, _counted(recipe.model), sizes.visible)
+    sizes = geometry(recipe, size_hw)
+    data = recipe.data.model_copy(update={"image_size": sizes.grid.size_hw})
+    return _encoder(data, _counted(recipe.model), sizes.visible)
 
 
-def decoder_flops(recipe: Recipe) -> int:
+def decoder_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of the decoder for one view."""
-    return _decoder(recipe.decoder, _counted(recipe.model), geometry(recipe))
+    return _decoder(recipe.decoder, _counted(recipe.model), geometry(recipe, size_hw))
 
 
-def objective_flops(recipe: Recipe) -> int:
+def objective_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of the objective for one image.
 
     They are InfoNCE's products over the micro-batch of all ranks, and the networks of the terms. At production sizes
     they are negligible; there the memory of these terms matters.
     """
     images = recipe.schedule.batch_size // recipe.schedule.accumulate
-    return _objective(recipe.objective, recipe.model.width, geometry(recipe), images) // images
+    sizes, whole = geometry(recipe, size_hw), geometry(recipe).grid
+    return _objective(recipe.objective, recipe.model.width, sizes, whole, images) // images
 
 
-def image_flops(recipe: Recipe) -> int:
+def image_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of one image with all of its views."""
-    views = recipe.masking.num_masks * (encoder_flops(recipe) + decoder_flops(recipe))
-    return views + objective_flops(recipe)
+    views = recipe.masking.num_masks * (encoder_flops(recipe, size_hw) + decoder_flops(recipe, size_hw))
+    return views + objective_flops(recipe, size_hw)
 
 
-def step_flops(recipe: Recipe) -> int:
+def step_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the FLOPs of an optimizer step over all ranks; backward counts as two forwards."""
-    return 3 * image_flops(recipe) * recipe.schedule.batch_size
+    return 3 * image_flops(recipe, size_hw) * recipe.schedule.batch_size
+
+
+def run_flops(recipe: Recipe) -> float:
+    """Return the FLOPs of an optimizer step over all ranks, as a mean over the stages of schedule.resolution."""
+    shares = [share for _, share in recipe.schedule.resolution] or [1.0]
+    sizes = resolution.sizes(recipe.schedule, recipe.data.size_hw)
+    return sum(share * step_flops(recipe, size_hw) for share, size_hw in zip(shares, sizes, strict=True))
 
 
 @cache
@@ -86,9 +99,9 @@ def _decoder(settings: DecoderSettings, model: ModelSettings, sizes: Geometry) -
 
 
 @cache
-def _objective(settings: ObjectiveSettings, width: int, sizes: Geometry, images: int) -> int:
+def _objective(settings: ObjectiveSettings, width: int, sizes: Geometry, whole: Grid, images: int) -> int:
     with _counting() as counter:
-        objective = Objective(settings, sizes.views, width, sizes.grid).requires_grad_(False)
+        objective = Objective(settings, sizes.views, width, whole).requires_grad_(False)
         tokens = torch.empty(images, sizes.views, 1 + sizes.visible, width)
         predictions = torch.empty(images, sizes.views, sizes.targets, sizes.grid.values)
         pixels = torch.empty(images, *sizes.grid.size_hw, 3, dtype=torch.uint8)

@@ -15,11 +15,11 @@ FILE = "events.jsonl"
 
 KINDS = (
     *("start", "resume", "extend", "finish", "signal", "error"),
-    *("save", "save failed", "skipped", "fault", "warning", "output lost", "moved"),
+    *("save", "save failed", "skipped", "fault", "warning", "output lost", "moved", "resolution"),
 )
 """Kinds of events: starts, new schedules and ends; saves; steps whose gradient was not finite; faults such as lost
 ranks or checkpoints that were passed over; warnings of what slows a run down or keeps it from learning; a stdout that
-cannot be written; a run directory that was renamed or deleted."""
+cannot be written; a run directory that was renamed or deleted; the first step with images of another size."""
 
 
 class Events:

@@ -31,7 +31,7 @@ ACCOUNT_KEYS = (
 cores the largest share of a rank, see `cores`."""
 
 STEP_KEYS = (
-    "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm",
+    "step", "epoch", "samples", *terms.LOSSES, "gate", "lr", "grad_norm", "image_size",
     "images_per_s", "views_per_s", "data_wait", "mem_peak_bytes",
 )  # fmt: skip
 

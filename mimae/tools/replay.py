@@ -23,7 +23,8 @@ from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
-from mimae.optim.schedule import schedule_factor
+from mimae.optim.resolution import Size, stage_at
+from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.outside.files import Folder
 from mimae.outside.progress import track
 from mimae.outside.text import say
@@ -92,6 +93,7 @@ class _Replay:
             seed=self.recipe.seed,
             batch_size=schedule.batch_size,
             accumulate=schedule.accumulate,
+            size_at=self._size_at,
         )
         self.engine = task.engine(device)
         self.model = self.engine.model
@@ -123,6 +125,11 @@ class _Replay:
                 say(f"replaced: {bad.path}: {bad.reason}")
         shown = {key: losses[key].item() for key in self.task.losses if key in losses}
         return Findings(shown, norm, weights, gradients, next(iter(module), None), rec, self._picture(batches, rec))
+
+    def _size_at(self, step: int) -> Size:
+        """Return the size of the images of a step, counted from 0."""
+        schedule, size_hw = self.recipe.schedule, self.recipe.data.size_hw
+        return stage_at(schedule, size_hw, total_steps(schedule, self.loader.steps_per_epoch), step).size_hw
 
     def _load(self, step: int, say: Callable[[str], None]) -> int:
         """Load the newest usable state before a step; return the number of steps before it."""

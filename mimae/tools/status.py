@@ -16,7 +16,7 @@ from mimae.faults import lock
 from mimae.objective.terms import TERMS
 from mimae.outside.files import Folder
 from mimae.outside.text import printable
-from mimae.telemetry import records
+from mimae.telemetry import events, records
 
 _MEASURES = tuple(dict.fromkeys(key for tree in RECIPES.values() if tree is not Recipe for key in tree.measures))
 """Measures of the tasks other than pretraining."""
@@ -38,6 +38,9 @@ def _look(run: Path, folder: Folder) -> dict[str, str]:
     if last:
         epochs = _number(last, "epoch")
         parts = [f"{last['step']:,}", "" if epochs is None else f"{epochs:.2f} epochs", _ago(run / "metrics.jsonl")]
+        size = _number(last, "image_size")
+        if size is not None and any(event["kind"] == "resolution" for event in events.read(folder)):
+            parts.insert(-1, f"images of {size:.0f} px")
         told["step"] = ", ".join(filter(None, parts))
         found = {key: _number(last, key) for key in ("loss", *(term.name for term in TERMS))}
         losses = [f"{key} {value:.3f}" for key, value in found.items() if value is not None]

@@ -12,6 +12,7 @@ from mimae.config.kept import load_run
 from mimae.config.recipe import RunRecipe
 from mimae.data.loading import backend
 from mimae.model import attention_choice
+from mimae.optim import resolution
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.train.task import Task
 
@@ -67,7 +68,10 @@ def _images_per_s(task: Task[Any], device: torch.device) -> float | None:
     """
     if device.type == "cpu":
         return 0.0
-    peak, flops = peak_flops(device_name(device), task.recipe.precision), task.flops()
+    recipe = task.recipe
+    # The smallest images take the least, and need the fastest loader.
+    smallest = resolution.sizes(recipe.schedule, recipe.data.size_hw)[0]
+    peak, flops = peak_flops(device_name(device), recipe.precision), task.flops(smallest)
     return None if peak is None or not flops else SHARE * peak / flops
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple
 
@@ -15,6 +16,7 @@ from mimae.data.loading.to_device import Transfer
 from mimae.data.sources.cache import Fullness
 from mimae.engines.base import M
 from mimae.optim.optimizer import StepResult
+from mimae.optim.resolution import Size, stage_at
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.telemetry import accounts, collapse
 from mimae.telemetry.clock import Pace, Phases
@@ -89,6 +91,7 @@ class Journal(Generic[M]):
                 **self.task.gauge(model),
                 "lr": self.task.peak * step.factor,
                 "grad_norm": step.result.grad_norm.item(),
+                "image_size": self._size(number - 1)[0],
                 "mem_peak_bytes": memory(self.device)["mem_peak_bytes"],
             }
             self.telemetry.step(record | self.pace.rates((number - self.logged_at) * batch_size))
@@ -100,7 +103,7 @@ class Journal(Generic[M]):
         """Return the columns of the epoch that ends with this step, and note its warnings. This is a collective."""
         record = {"epoch": (number - 1) // self.per_epoch} | self.sums.record() | memory(self.device)
         record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
-        record |= self._flops(record["images_per_s"])
+        record |= self._flops(number, record["images_per_s"])
         own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}
         own |= {"workers_bytes": accounts.workers_bytes(), **self.gpu.take(), **self.cores.take()}
         everyone = distributed.gather_objects(own)
@@ -123,12 +126,20 @@ class Journal(Generic[M]):
         if number % self.per_epoch == 0:
             self.sums.clear()
 
-    def _flops(self, images_per_s: float) -> dict[str, float | None]:
-        flops = self.task.flops()
-        if flops is None:
+    def _size(self, step: int) -> Size:
+        """Return height and width of the images of a step, counted from 0."""
+        recipe = self.task.recipe
+        return stage_at(recipe.schedule, recipe.data.size_hw, self.steps, step).size_hw
+
+    def _flops(self, number: int, images_per_s: float) -> dict[str, float | None]:
+        """Return the rate of an epoch's steps up to `number`, each with the FLOPs of its own size of images."""
+        first = (number - 1) // self.per_epoch * self.per_epoch
+        counts = Counter(self._size(step) for step in range(first, number))
+        of_sizes = [(self.task.flops(size_hw), count) for size_hw, count in counts.items()]
+        if any(flops is None for flops, _ in of_sizes):
             return {}
         peak = peak_flops(device_name(self.device), self.task.recipe.precision)
-        flops = flops * images_per_s
+        flops = images_per_s * sum((flops or 0.0) * count for flops, count in of_sizes) / counts.total()
         return {"tflops": flops / 1e12, "mfu": flops / (peak * distributed.world_size()) if peak else None}
 
     def _read_stalls(self, counts: bool = True) -> None:

@@ -18,7 +18,8 @@ from mimae.data.sources.base import Source
 from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
 from mimae.objective.terms import active
-from mimae.optim.schedule import EXTENDABLE, extended
+from mimae.optim.resolution import in_words, stages
+from mimae.optim.schedule import EXTENDABLE, extended, total_steps
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
@@ -148,6 +149,12 @@ def resume(
         records.message(f"resuming {run} at step {step} of {steps}")
     if extends and step:
         old = load_run(run, (), None, type(recipe)).schedule
+        last = stages(old, recipe.data.size_hw, total_steps(old, length.steps_per_epoch))[-1]
+        if step < last.first:
+            raise RunError(
+                f"{run} is at step {step}, and schedule.resolution reaches {in_words(last.size_hw)} at step "
+                f"{last.first}: it can be extended from there on"
+            )
         schedule = extended(old, recipe.schedule, step, length.steps_per_epoch, length.peak)
         recipe = recipe.model_copy(update={"schedule": schedule})
         first, share, before = schedule.extended[-1]

@@ -27,6 +27,7 @@ from mimae.engines.make import make_engine, setup_of
 from mimae.model.attention_choice import Call
 from mimae.model.units import Model
 from mimae.optim.groups import Group
+from mimae.optim.resolution import Size
 from mimae.randomness import Part, initialise
 from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
 from mimae.weights.open import open_source as open_weights
@@ -197,8 +198,8 @@ class Task(ABC, Generic[M]):
 
     # What it costs
 
-    def flops(self) -> float | None:
-        """Return the FLOPs of a step for one image, or None if they are unknown."""
+    def flops(self, size_hw: Size) -> float | None:
+        """Return the FLOPs of a step for one image of (height, width) pixels, or None if they are unknown."""
         return None
 
     def attention_calls(self) -> Sequence[Call]:
@@ -219,7 +220,7 @@ class Task(ABC, Generic[M]):
     def step_keys(self) -> tuple[str, ...]:
         """The columns of metrics.jsonl."""
         return (
-            *("step", "epoch", "samples", *self.losses, *self.gauges, "lr", "grad_norm"),
+            *("step", "epoch", "samples", *self.losses, *self.gauges, "lr", "grad_norm", "image_size"),
             *("images_per_s", "views_per_s", "data_wait", "mem_peak_bytes"),
         )
 

@@ -26,6 +26,7 @@ from mimae.faults.nonfinite import NonFinite
 from mimae.faults.signals import Signals
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.optim.optimizer import StepResult
+from mimae.optim.resolution import Stage, in_words, stage_at
 from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import choices, resume
@@ -95,6 +96,7 @@ class Trainer(Generic[M]):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             reader=task.reader(),
+            size_at=lambda step: self._stage(step).size_hw,
         )
         self.per_epoch = self.loader.steps_per_epoch
         self.steps = total_steps(recipe.schedule, self.per_epoch)
@@ -177,12 +179,27 @@ class Trainer(Generic[M]):
 
     def begin_step(self) -> None:
         """Begin an epoch if none is in progress, and set `first` to the step from which it continues."""
+        is_new = self._enter_stage()
         if self.batches is not None:
-            self.watchdog.wait_for(f"step {self.step + 1}", long=not self.saver.is_settled)
+            self.watchdog.wait_for(f"step {self.step + 1}", long=is_new or not self.saver.is_settled)
             return
         self.watchdog.wait_for(f"step {self.step + 1}, the first of this start or epoch", long=True)
         self.first = self.step
         self.batches = self.transfer(self.loader.epoch(*divmod(self.step, self.per_epoch)))
+
+    def _stage(self, step: int) -> Stage:
+        """Return the stage of schedule.resolution that a step is in, counted from 0."""
+        return stage_at(self.recipe.schedule, self.recipe.data.size_hw, self.steps, step)
+
+    def _enter_stage(self) -> bool:
+        """Note the first step with images of another size, whose blocks may have to be compiled; return whether the
+        next step is that."""
+        stage = self._stage(self.step)
+        if not self.recipe.schedule.resolution or self.step != stage.first:
+            return False
+        self.telemetry.message(f"from step {self.step + 1} to {stage.end}: images of {in_words(stage.size_hw)}")
+        self.events.add("resolution", step=self.step, size=stage.size_hw, until=stage.end)
+        return True
 
     def take(self) -> Batch:
         """Wait for the next micro-batch."""

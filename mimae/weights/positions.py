@@ -11,9 +11,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from mimae.model.encoder import sincos_positions
 from mimae.model.geometry import Grid
-from mimae.model.positions import resampled
+from mimae.model.positions import resampled, sincos_positions
 
 
 def grid_of(patches: int, known: tuple[int, int] | None, wanted: Grid) -> Grid | None:

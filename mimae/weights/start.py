@@ -170,7 +170,7 @@ def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
     }
     _check_kind(source, tensors, names.left)
     _check_sizes(source, tensors, encoder)
-    _place_encoder(found, tensors, encoder, wanted)
+    _place_encoder(found, tensors, model, encoder, wanted)
     if (lacking := [n for n in wanted if n.startswith("encoder.") and n not in found.tensors]) and (
         missing := [name for name in lacking if not _OPTIONAL.fullmatch(name)]
     ):
@@ -256,7 +256,7 @@ def _check_sizes(source: Source, tensors: Mapping[str, Stored], encoder: Encoder
 
 
 def _place_encoder(
-    found: Fit, tensors: Mapping[str, Stored], encoder: Encoder, wanted: Mapping[str, torch.Size]
+    found: Fit, tensors: Mapping[str, Stored], model: Model, encoder: Encoder, wanted: Mapping[str, torch.Size]
 ) -> None:
     source = found.source
     for name in [name for name in tensors if name.startswith("encoder.")]:
@@ -266,6 +266,11 @@ def _place_encoder(
             continue
         if name == "encoder.pos_embed":
             stored = _positions(found, stored, encoder)
+            if model.num_sizes > 1 and not positions.are_sincos(whole(stored), encoder.grid):
+                raise RunError(
+                    f"model.init={source.name}: its positions are not the fixed sines and cosines that every stage of "
+                    "schedule.resolution computes for its images; legal is schedule.resolution=[]"
+                )
         elif name == "encoder.patch_embed.proj.weight" and stored.shape != wanted[name]:
             before, after = stored.shape[-1], encoder.grid.patch_size
             stored = Mapped(positions.resized_projection(whole(stored), after))

@@ -67,4 +67,4 @@ def loader_on_cpu(
         return make_loader(named, source, seed=seed, batch_size=batch_size, **plan)
     like = loader_on_cpu("torch", settings, source, seed=seed, batch_size=batch_size, **plan)
     backend = DaliGpuBackend(settings, source, seed, torch.device("cpu"))
-    return Loader(like.plan, backend, like._order)
+    return Loader(like.plan, backend, like._order, like._size_at)

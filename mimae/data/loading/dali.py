@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,11 @@ class Held:
     cuts: Tensor
     """int32 (n, 6): their cuts, in the form of `row`."""
 
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the samples of the batch."""
+        return self.batch.images.shape[1], self.batch.images.shape[2]
+
     def feed(self) -> Feed:
         """Return the inputs of the pipeline. It needs at least one image, so an empty list becomes one black image."""
         if not len(self.places):
@@ -296,7 +301,7 @@ class DaliGpuBackend:
         """
         if self._running is not None:
             self._running.close()
-        self._running = self._run(self._workers.batches(requests))
+        self._running = self._of_each_size(self._workers.batches(requests))
         return self._running
 
     def close(self) -> None:
@@ -305,6 +310,11 @@ class DaliGpuBackend:
             self._running.close()
         self._running = None
         self._workers.close()
+
+    def _of_each_size(self, made: Iterator[Held]) -> Generator[Batch, None, None]:
+        """Yield the batches, with a pipeline for each run of batches with images of one size."""
+        for _, alike in groupby(made, key=lambda held: held.size_hw):
+            yield from self._run(alike)
 
     def _run(self, made: Iterator[Held]) -> Generator[Batch, None, None]:
         waiting: deque[Held] = deque()
@@ -325,8 +335,8 @@ class DaliGpuBackend:
         if first is None:
             return
         ahead = chain([first], made)
-        samples = len(first.batch.sample_ids)
-        pipeline = _build_or_refuse(feed, samples, self._device, self._settings.size_hw, ahead=True)
+        samples, size = len(first.batch.sample_ids), first.size_hw
+        pipeline = _build_or_refuse(feed, samples, self._device, size, ahead=True)
         in_use, again = _InUse(self._device), None
         try:
             while True:
@@ -339,7 +349,7 @@ class DaliGpuBackend:
                     tensors = None
                 held = waiting.popleft()
                 if tensors is None:
-                    again = again or _InHalves(samples, self._device, self._settings.size_hw)
+                    again = again or _InHalves(samples, self._device, size)
                     yield self._remade(held.batch, again)
                     continue
                 pixels = torch.from_dlpack(tensors.as_tensor())
@@ -351,7 +361,8 @@ class DaliGpuBackend:
             raise failures[0]
 
     def _remade(self, batch: Batch, decoder: _InHalves) -> Batch:
-        request = BatchRequest(batch.epoch, batch.step, batch.sample_ids.numpy())
+        size_hw = (batch.images.shape[1], batch.images.shape[2])
+        request = BatchRequest(batch.epoch, batch.step, batch.sample_ids.numpy(), size_hw)
         return make_batch(self._settings, self._source, self._seed, request, decoder).to(self._device)
 
     def _finished(self, held: Held, pixels: Tensor) -> Batch:
@@ -360,7 +371,7 @@ class DaliGpuBackend:
         total = len(batch.sample_ids)
         if len(held.places) == total:
             return replace(batch, images=pixels)
-        images = pixels.new_empty((total, *self._settings.size_hw, 3))
+        images = pixels.new_empty((total, *held.size_hw, 3))
         made = torch.ones(total, dtype=torch.bool)
         made[held.places] = False
         images[made.to(self._device)] = batch.images.to(self._device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.examples import Reader, make_examples
-from mimae.data.loading.order import BatchRequest, Plan, epoch_order
+from mimae.data.loading.order import BatchRequest, Plan, SizeAt, epoch_order
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.loading.shared_memory import has_room
 from mimae.data.loading.workers import Workers, default_workers
@@ -27,8 +27,10 @@ __all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_lo
 class Loader:
     """Micro-batches of one rank, epoch by epoch. To resume it needs only (epoch, step)."""
 
-    def __init__(self, plan: Plan, backend: DecoderBackend, order: Callable[[int], Tensor]) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Plan, backend: DecoderBackend, order: Callable[[int], Tensor], size_at: SizeAt | None = None
+    ) -> None:
+        self.plan, self._size_at = plan, size_at
         self._backend = backend
         self._order = lru_cache(maxsize=1)(order)
 
@@ -48,7 +50,7 @@ class Loader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of the epoch from `first_step` on, `accumulate` per step."""
-        return self._backend.batches(self.plan.requests(self._order(epoch), epoch, first_step))
+        return self._backend.batches(self.plan.requests(self._order(epoch), epoch, first_step, self._size_at))
 
     def close(self) -> None:
         """Stop the loader's worker processes."""
@@ -65,12 +67,14 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     reader: Reader | None = None,
+    size_at: SizeAt | None = None,
 ) -> Loader:
     """Return the loader of training batches of `source`: `batch_size` images per step over all ranks and micro-batches.
 
     `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `backend.choose`. A
-    `reader` makes the examples, in the processes of the loader "torch". Raises DataError if the batch does not divide
-    evenly, if the source has no full batch, or if the backend cannot run.
+    `reader` makes the examples, in the processes of the loader "torch"; without one, images of step s have the size
+    `size_at(s)`, at most that of the settings (None: always that of the settings). Raises DataError if the batch does
+    not divide evenly, if the source has no full batch, or if the backend cannot run.
     """
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
@@ -82,7 +86,7 @@ def make_loader(
     by_pipe = workers > 0 and not has_room(batch_bytes, workers, number(os.environ, "LOCAL_WORLD_SIZE", 1, least=1))
     kept = cached(settings, source)
     if reader is None:
-        return Loader(plan, make_backend(settings, kept, seed, by_pipe=by_pipe), order)
+        return Loader(plan, make_backend(settings, kept, seed, by_pipe=by_pipe), order, size_at)
     if settings.loader not in ("auto", "torch"):
         raise DataError(
             f"data.loader={settings.loader} makes images alone, and this task needs targets with them: legal are torch "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mimae.data.loading.batch import DataError
 from mimae.randomness import Purpose, words
+
+SizeAt = Callable[[int], tuple[int, int]]
+"""Function from an optimizer step of the run, counted from 0, to the height and width of its images."""
 
 GROUP = 16_384
 """Size of the shuffle window, in samples, for `data.shuffle=blocks`."""
@@ -86,6 +89,8 @@ class BatchRequest(NamedTuple):
     epoch: int
     step: int
     ids: np.ndarray
+    size_hw: tuple[int, int] | None = None
+    """Height and width of its images; None: those of the settings. The windows that are cut are the same."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,16 @@ class Plan:
         """Number of samples in a micro-batch of one rank."""
         return self.batch_size // (self.accumulate * self.world_size)
 
-    def requests(self, order: Tensor, epoch: int, first_step: int = 0) -> Iterator[BatchRequest]:
+    def requests(
+        self, order: Tensor, epoch: int, first_step: int = 0, size_at: SizeAt | None = None
+    ) -> Iterator[BatchRequest]:
         """Yield the requests for this rank's micro-batches of the epoch from `first_step` on."""
         size = self.micro_batch
         for step in range(first_step, self.steps_per_epoch):
+            size_hw = None if size_at is None else size_at(epoch * self.steps_per_epoch + step)
             for micro in range(self.accumulate):
                 start = step * self.batch_size + (micro * self.world_size + self.rank) * size
-                yield BatchRequest(epoch, step, order[start : start + size].numpy())
+                yield BatchRequest(epoch, step, order[start : start + size].numpy(), size_hw)
 
     def dropped(self, order: Tensor) -> Tensor:
         """Return the slots that the epoch drops: the tail of its order that fills no batch."""

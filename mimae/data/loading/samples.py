@@ -111,7 +111,8 @@ def region_of(sample: Sample) -> tuple[Tensor, Turn]:
 
 def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
     """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
-    images = torch.empty((len(request.ids), *settings.size_hw, 3), dtype=torch.uint8)
+    size_hw = request.size_hw or settings.size_hw
+    images = torch.empty((len(request.ids), *size_hw, 3), dtype=torch.uint8)
     slots, places, clock = slots_of(settings, source, seed, request), cuts(settings, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
         taken = slots[start : start + decoder.at_once]

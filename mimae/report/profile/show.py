@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mimae.optim.resolution import in_words
 from mimae.report.profile.advice import Advice
 from mimae.report.profile.phases import Phase
 from mimae.report.profile.profile import Profile
@@ -22,6 +23,12 @@ def as_text(found: Profile, advice: Sequence[Advice]) -> str:
         f"({images / found.seconds:,.3g} images/s), {slower:+.0%} with it\n"
         f"named phases take {found.named:.1%} of it"
     )
+    if found.recipe.schedule.resolution:
+        size = in_words(found.recipe.data.size_hw)
+        head += (
+            f"\nimages have {size}, as at the end of the run; for an earlier stage: schedule.resolution=[] "
+            "data.image_size=SIZE"
+        )
     return "\n\n".join([head, _phases(found), _totals(found), _memory(found), _advice(advice)])
 
 

@@ -24,6 +24,7 @@ from mimae.model.mimae import MIMAE, obstacles, outline
 from mimae.objective.objective import Losses
 from mimae.objective.terms import DIAGNOSTICS, ESTIMATES, LOSSES, active
 from mimae.optim.groups import Group
+from mimae.optim.resolution import Size
 from mimae.plan.communication import bytes_sent
 from mimae.plan.flops import step_flops
 from mimae.telemetry import pictures
@@ -105,7 +106,8 @@ class Pretrain(Task[MIMAE]):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (B, H, W, 3), visible (B, N, K) and targets (B, N, M)."""
-        visible, targets = views(self.recipe, self.recipe.seed, batch.epoch, batch.sample_ids)
+        size_hw = batch.images.shape[1:3]
+        visible, targets = views(self.recipe, self.recipe.seed, batch.epoch, batch.sample_ids, size_hw)
         return batch.images, visible, targets
 
     def result(self, output: Losses) -> Result:
@@ -180,8 +182,8 @@ class Pretrain(Task[MIMAE]):
             f"{objective.gate_loss}, so the MI terms have no effect; raise it, or set it to null"
         )
 
-    def flops(self) -> float:
-        return step_flops(self.recipe) / self.recipe.schedule.batch_size
+    def flops(self, size_hw: Size) -> float:
+        return step_flops(self.recipe, size_hw) / self.recipe.schedule.batch_size
 
     def attention_calls(self) -> list[Call]:
         return attention_choice.calls(self.recipe, distributed.world_size())

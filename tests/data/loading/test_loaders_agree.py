@@ -24,7 +24,7 @@ from mimae.data.loading import backend as backends
 from mimae.data.loading import dali
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.dali import DaliGpuBackend, RegionDecoder
-from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.order import BatchRequest, SizeAt
 from mimae.data.loading.samples import make_batch
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.settings import DataSettings
@@ -336,3 +336,23 @@ def test_losses_differ_less_than_with_another_seed(tmp_path: Path, monkeypatch: 
     other = np.abs(losses("torch", 1) - reference).mean()
     np.testing.assert_array_equal(losses("dali_cpu", 0), reference)
     assert np.abs(losses("dali_gpu", 0) - reference).mean() < other / 10
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_images_of_another_size_are_cut_from_the_same_windows(jpegs: str, name: str) -> None:
+    """A loader whose size changes from step to step gives the images of loaders that have each size throughout."""
+
+    def batches(size: int, size_at: SizeAt | None = None) -> list[Batch]:
+        settings = DataSettings(image_size=size, workers=0)
+        loader = loader_on_cpu(name, settings, open_source(jpegs), seed=5, batch_size=3, size_at=size_at)
+        try:
+            return [*loader.epoch(0), *loader.epoch(1)]
+        finally:
+            loader.close()
+
+    grown = batches(24, lambda step: (12, 12) if step < 3 else (24, 24))
+    small, large = batches(12), batches(24)
+    assert len(grown) > 6
+    for step, batch in enumerate(grown):
+        wanted = (small if step < 3 else large)[step]
+        assert torch.equal(batch.images, wanted.images) and torch.equal(batch.sample_ids, wanted.sample_ids), step

@@ -1,0 +1,222 @@
+"""Runs with images that grow: exact resuming in and between stages, what a stage computes, records, plans, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mimae.checkpoints import checkpoint
+from mimae.config.load import load_recipe
+from mimae.config.recipe import ClassifyRecipe
+from mimae.errors import ConfigError, RunError, UserError
+from mimae.launch.command import extend
+from mimae.model.masking import views
+from mimae.model.mimae import build
+from mimae.objective.posterior import cell_means
+from mimae.optim.resolution import Stage, stages
+from mimae.outside.files import Folder
+from mimae.plan.advice import report
+from mimae.plan.cost import Fleet
+from mimae.plan.flops import encoder_flops, image_flops, objective_flops, run_flops, step_flops
+from mimae.plan.gpus import find_gpu
+from mimae.randomness import whole_parts
+from mimae.telemetry import events
+from mimae.tools import status
+from mimae.tools.replay import replay
+from mimae.train.tasks.pretrain import Pretrain, pretrain
+from mimae.weights.open import open_source as open_weights
+from tests.oracles.mae_oracle import sincos_positions
+from tests.plan import formula
+from tests.train.test_trainer import assert_bit_equal, images, lines, recipe, tensors  # noqa: F401
+
+GROWING = "schedule.resolution=[[4, 0.34], [6, 0.33], [8, 0.33]]"
+"""Images of 2 x 2, 3 x 3 (which the 4 x 4 cells of V do not divide) and 4 x 4 patches, for 3 steps each of 9."""
+
+EACH_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=9")
+
+QUIET = ("telemetry.probe_every_epochs=0", "telemetry.images_every_epochs=0")
+
+SIZES = [4, 4, 4, 6, 6, 6, 8, 8, 8]
+
+
+def only_until(run: Path, step: int) -> None:
+    """Delete a run's checkpoints after a step."""
+    for name in checkpoint.names(run):
+        if int(name.removeprefix("step-")) > step:
+            shutil.rmtree(run / "checkpoints" / name)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The run that nothing disturbed, with all of its checkpoints."""
+    run = tmp_path_factory.mktemp("whole")
+    pretrain(recipe(images, run, GROWING, *EACH_STEP, *QUIET))
+    return run
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(3, id="between two stages", marks=pytest.mark.slow),
+        pytest.param(5, id="inside a stage, with a worker that loads the next one"),
+    ],
+)
+def test_a_run_resumes_with_equal_bits(whole: Path, images: Path, tmp_path: Path, step: int) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    only_until(run, step)
+    workers = f"data.workers={step % 3 // 2}"
+    assert pretrain(recipe(images, run, GROWING, *EACH_STEP, *QUIET, workers)).finished
+    assert_bit_equal(tensors(run), tensors(whole))
+    assert [line["loss"] for line in lines(run / "metrics.jsonl")] == [
+        line["loss"] for line in lines(whole / "metrics.jsonl")
+    ]
+
+
+def test_records_events_and_status_name_the_sizes(whole: Path) -> None:
+    assert [line["image_size"] for line in lines(whole / "metrics.jsonl")] == SIZES
+    found = [(event["step"], event["details"]) for event in events.read(Folder(whole)) if event["kind"] == "resolution"]
+    assert found == [
+        (0, {"size": [4, 4], "until": 3}),
+        (3, {"size": [6, 6], "until": 6}),
+        (6, {"size": [8, 8], "until": 9}),
+    ]
+    assert "images of 8 px" in status.look(whole)["step"]
+
+
+def test_a_step_of_an_early_stage_can_be_replayed(whole: Path, images: Path) -> None:  # noqa: F811
+    found = replay(recipe(images, whole, GROWING), 5, say=lambda _: None)
+    line = lines(whole / "metrics.jsonl")[4]
+    assert found.losses["loss"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+def test_stages_are_a_function_of_the_step() -> None:
+    schedule = load_recipe("quickstart_fast").recipe.schedule
+    assert stages(schedule, (32, 32), 1200) == [
+        Stage((16, 16), 0, 360),
+        Stage((24, 24), 360, 720),
+        Stage((32, 32), 720, 1200),
+    ]
+    # A stage without a step is left out, and the run ends where it ends.
+    assert stages(schedule, (32, 32), 1) == [Stage((24, 24), 0, 1)]
+    assert stages(schedule, (32, 32), 2) == [Stage((16, 16), 0, 1), Stage((32, 32), 1, 2)]
+    plain = load_recipe("quickstart").recipe.schedule
+    assert stages(plain, (32, 32), 7) == [Stage((32, 32), 0, 7)]
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_a_stage_computes_what_a_model_of_its_size_does(images: Path, tmp_path: Path, size: int) -> None:  # noqa: F811
+    """A model with images of that size alone gives the same predictions bit for bit; a seed gives both equal weights,
+    for weights are drawn by their names."""
+    grown = build(recipe(images, tmp_path, GROWING))
+    small = recipe(images, tmp_path, f"data.image_size={size}")
+    alone = build(small)
+    pixels = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = views(small, 0, 0, torch.arange(3))
+    grown_seen = views(recipe(images, tmp_path, GROWING), 0, 0, torch.arange(3), (size, size))
+    assert all(torch.equal(a, b) for a, b in zip(seen, grown_seen, strict=True))
+    with torch.no_grad():
+        assert torch.equal(grown.predict(pixels, *seen), alone.predict(pixels, *seen))
+        losses, wanted = grown(pixels, *seen).columns, alone(pixels, *seen).columns
+    assert losses["rec"] == wanted["rec"] and losses["max_mi"] == wanted["max_mi"]
+    assert losses["fit"] != wanted["fit"], "V has the cells of the last size"
+    side = size // 2
+    table = next(iter(t for n, t in grown.named_buffers() if n == f"encoder_positions.{side}x{side}"))
+    np.testing.assert_allclose(table.double(), sincos_positions((side, side), 16), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (4, 6), (6, 9), (5, 7)])
+def test_cells_of_v_are_means_of_their_pixels(shape: tuple[int, int]) -> None:
+    """4 x 6 cells on images that have several pixels a cell, one, and a share of one."""
+    rows, columns = 4, 6
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3)).astype(np.float64)
+    wanted = np.empty((2, rows, columns, 3))
+    for r in range(rows):
+        for c in range(columns):
+            # Floor of where the cell begins, ceiling of where it ends.
+            tall = slice(r * shape[0] // rows, -(-(r + 1) * shape[0] // rows))
+            wide = slice(c * shape[1] // columns, -(-(c + 1) * shape[1] // columns))
+            wanted[:, r, c] = pixels[:, tall, wide].mean((1, 2))
+    np.testing.assert_allclose(cell_means(torch.from_numpy(pixels), rows, columns).numpy(), wanted, rtol=1e-12)
+
+
+def test_the_planner_knows_the_stages() -> None:
+    given = load_recipe("quickstart_fast").recipe
+    for size in (16, 24, 32):
+        alone = load_recipe("quickstart_next_view", [f"data.image_size={size}"]).recipe
+        assert encoder_flops(given, (size, size)) == encoder_flops(alone)
+        # V sees as many cells whatever the size is; all else is the work of a run with this size alone.
+        assert image_flops(given, (size, size)) - objective_flops(given, (size, size)) == image_flops(
+            alone
+        ) - objective_flops(alone)
+    assert step_flops(given) == formula.step_flops(given)
+    parts = [step_flops(given, (size, size)) for size in (16, 24, 32)]
+    assert run_flops(given) == pytest.approx(0.3 * parts[0] + 0.3 * parts[1] + 0.4 * parts[2])
+    told = report(given, Fleet(find_gpu("H100"), 1, 1, 0.45), 6400)
+    rows = [line.split() for line in told.splitlines() if line.strip().startswith(("16 px", "24 px", "32 px"))]
+    assert [row[2] for row in rows] == ["360", "360", "480"]
+    assert Pretrain(given).flops((16, 16)) == parts[0] / given.schedule.batch_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["schedule.resolution=[[4, 0.5], [8, 0.4]]"], "sum to 0.9; legal is 1"),
+        (["schedule.resolution=[[4, 0.5], [6, 0.5]]"], "ends with images of 6 px; legal is data.image_size = 8"),
+        (["schedule.resolution=[[12, 0.5], [8, 0.5]]"], "12 px before 8 px; legal are sizes that grow"),
+        (["schedule.resolution=[[5, 0.5], [8, 0.5]]"], "each side of 5 px must be divisible by model.patch_size = 2"),
+        (["schedule.resolution=[[2, 0.5], [8, 0.5]]"], "2 px are one patch"),
+        (["schedule.resolution=[[[4, 6], 0.5], [8, 0.5]]"], "4 x 6 px has another shape than data.image_size = 8"),
+        (["schedule.resolution=[[6, 0.5], [8, 0.5]]", "masking.num_masks=5", "masking.ratio=0.8"], "an image of 9 (6"),
+    ],
+)
+def test_stages_that_cannot_be(images: Path, tmp_path: Path, overrides: list[str], wanted: str) -> None:  # noqa: F811
+    with pytest.raises(ConfigError) as caught:
+        recipe(images, tmp_path, *overrides)
+    assert wanted in str(caught.value)
+
+
+def test_other_tasks_and_cuda_graphs_have_one_size(images: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ConfigError, match="applies to pretraining; legal here is \\[\\]"):
+        load_recipe("finetune_cifar10", ["schedule.resolution=[[16, 0.5], [32, 0.5]]"], None, ClassifyRecipe)
+    with pytest.raises(UserError, match=r"compile=graphs with schedule\.resolution .* several sizes"):
+        pretrain(recipe(images, tmp_path / "run", GROWING, "compile=graphs"))
+
+
+def test_positions_that_are_learned_are_no_start(images: Path, tmp_path: Path) -> None:  # noqa: F811
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    asked = recipe(images, tmp_path / "run", GROWING, f"model.init={file}")
+    weights = dict(build(asked).encoder.state_dict())
+    for added, wanted in ((0.0, None), (0.1, r"not the fixed sines and cosines.*legal is schedule\.resolution=\[\]")):
+        save_file(weights | {"pos_embed": weights["pos_embed"] + added}, file)
+        model, task = build(asked), Pretrain(asked)
+        task.weights = open_weights(str(file))
+        if wanted is None:
+            task.start(model, whole_parts(model))
+            continue
+        with pytest.raises(RunError, match=wanted):
+            task.start(model, whole_parts(model))
+
+
+def test_a_run_is_extended_in_its_last_stage_and_stays_there(
+    whole: Path,
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    only_until(run, 5)
+    with pytest.raises(RunError, match=r"is at step 5, and schedule.resolution reaches 8 px at step 6"):
+        extend(run, ["schedule.epochs=4"], ranks=1)
+    shutil.rmtree(run)
+    shutil.copytree(whole, run)
+    pretrain(recipe(images, run, GROWING, "schedule.epochs=4", "run.extend=true", *EACH_STEP, *QUIET))
+    assert [line["image_size"] for line in lines(run / "metrics.jsonl")] == [*SIZES, 8, 8, 8]
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
