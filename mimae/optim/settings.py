@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mimae.config.section import Section, setting
-from mimae.data.settings import Side
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+Side = Annotated[int, Field(ge=1, le=16384)]
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

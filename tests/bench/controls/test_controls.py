@@ -101,7 +101,7 @@ def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: s
         assert {key for key, value in terms[kind].items() if value != terms["mi_mae"][key]} <= keys
 
 
-def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_path: Path) -> None:
+def test_a_choice_differs_in_what_it_says_and_runs_as_long_as_it_says(tmp_path: Path) -> None:
     """Equal time means more steps, on one schedule that ends with them: 10 batches of 32 an epoch, 60 steps in all."""
     folder = folder_of_images(tmp_path / "train", 160)
     controls_only = {kind: row for kind, row in CONTROLS.items() if kind == "mi_mae"}
@@ -113,6 +113,7 @@ def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_p
         "photos-mi_mae-2": 60,
         "photos-next_view-2": 60,
         "photos-next_view_long-2": 78,
+        "photos-fast-2": 60,
         "photos-cross-2": 60,
         "photos-cross_long-2": 67,
     }
@@ -120,7 +121,10 @@ def test_a_choice_differs_in_the_decoder_alone_and_runs_as_long_as_it_says(tmp_p
     for kind, key in (("next_view", "decoder.predict"), ("cross", "decoder.attention")):
         differing = {k for k, v in made[f"photos-{kind}-2"].settings.items() if v != default[k]}
         longer = {k for k, v in made[f"photos-{kind}_long-2"].settings.items() if v != default[k]}
-        assert differing == {key} and longer == {key, "schedule.max_steps", "schedule.epochs"}
+        assert differing == {key}
+        assert longer == {key, "schedule.max_steps", "schedule.epochs"}
+    fast = {k for k, v in made["photos-fast-2"].settings.items() if v != default[k]}
+    assert fast == {"decoder.predict", "schedule.resolution"}
 
 
 def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
