@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mimae.optim.resolution import Stage, in_words, stages
 from mimae.plan.communication import DISK, HOST, LINKS, OVERLAP
 from mimae.plan.cost import USABLE, Fleet, Row, row, rows
-from mimae.plan.flops import run_flops
+from mimae.plan.flops import run_flops, step_flops
 from mimae.plan.memory import Parameters, parameters
 
 if TYPE_CHECKING:
@@ -78,7 +78,15 @@ def document(recipe: Recipe, fleet: Fleet, dataset: int) -> dict[str, Any]:
         "gpu": fleet.gpu.name,
         "images_per_step": recipe.schedule.batch_size,
         "steps": steps,
-        "flops_per_step": step_flops(recipe),
+        "flops_per_step": run_flops(recipe),
+        "stages": [
+            {
+                "size": stage.size_hw,
+                "steps": stage.end - stage.first,
+                "flops_per_step": step_flops(recipe, stage.size_hw),
+            }
+            for stage in stages(recipe.schedule, recipe.data.size_hw, steps)
+        ],
         "engines": [
             {
                 "settings": row.layout.settings,
