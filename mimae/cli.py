@@ -23,6 +23,7 @@ from mimae.bench.gpu.command import gpu
 from mimae.bench.harness.command import drill, flat, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
 from mimae.bench.step.command import engines, step
+from mimae.bench.tasks.command import tasks
 from mimae.config.command import config, settings
 from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
@@ -31,9 +32,8 @@ from mimae.launch.command import detect, extend, finetune, linear, pretrain, seg
 from mimae.outside import output
 from mimae.outside.text import open_standard_streams, say
 from mimae.outside.threads import yield_cores
-from mimae.plan.command import plan
 from mimae.report.command import compare, profile, report, watch
-from mimae.tools.command import convert, doctor, evaluate, predict, replay, show, status
+from mimae.tools.command import convert, doctor, evaluate, plan, predict, replay, show, status
 from mimae.transfer.command import embed, export, features_map, neighbours, reconstruct
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress: only results and errors")]
@@ -119,6 +119,7 @@ app.add_typer(
         traffic=traffic,
         data=bench_data,
         engines=engines,
+        tasks=tasks,
         soak=soak,
         flat=flat,
         fuzz=fuzz,

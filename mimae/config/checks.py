@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from mimae.config.layers import text
-from mimae.config.recipe import Recipe, Resolved, flat
+from mimae.config.recipe import ClassifyRecipe, Recipe, Resolved, flat
 from mimae.model.geometry import Grid
 from mimae.model.settings import MASK_KINDS
 from mimae.objective.terms import active
@@ -237,6 +237,24 @@ def _windows_are_not_cropped_again(resolved: Resolved[Any]) -> Iterator[str]:
         yield (
             f"{_described(resolved, 'data.crop_scale')}: is not used in segmentation, whose windows are cut by "
             f"{_described(resolved, 'segment.scale')}; legal is null"
+        )
+
+
+@_check("evaluation")
+def _whole_images_are_evaluated(resolved: Resolved[Any]) -> Iterator[str]:
+    if not isinstance(resolved.recipe, ClassifyRecipe) and resolved.recipe.evaluation.crop != 1:
+        yield (
+            f"{_described(resolved, 'evaluation.crop')}: is for classifiers; task={resolved.recipe.task} is evaluated "
+            "on whole images; legal is 1.0"
+        )
+
+
+@_check("detect", "model")
+def _strides_are_whole(resolved: Resolved[Any]) -> Iterator[str]:
+    if resolved.recipe.model.patch_size % 4:
+        yield (
+            f"{_described(resolved, 'model.patch_size')}: the finest map of a detector has a quarter of it as its "
+            "stride, in whole pixels; legal is a multiple of 4"
         )
 
 

@@ -29,6 +29,11 @@ class RunRecipe(Section):
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
     """Measures of the task's evaluation, and which value is the best. checkpoint.best names one of them."""
 
+    labels: ClassVar[tuple[str, ...]] = ()
+    """Keys of files and folders with the labels of the images; a run keeps them as absolute paths."""
+    of_validation: ClassVar[tuple[str, ...]] = ()
+    """Keys that belong to the images of data.val_path: other images have others."""
+
     task: str
     """Name of the task, a key of `RECIPES`. If config.yaml of a run does not name it, the task is pretraining."""
     seed: int = Field(0, ge=0, lt=2**32, description="key of all random streams: masks, order, crops, weights")
@@ -86,6 +91,13 @@ class DetectRecipe(TransferRecipe):
     """The recipe of a detector."""
 
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = dict.fromkeys(PRECISIONS, "max")
+    labels: ClassVar[tuple[str, ...]] = (
+        "detect.annotations",
+        "detect.val_annotations",
+        "detect.panoptic",
+        "detect.val_panoptic",
+    )
+    of_validation: ClassVar[tuple[str, ...]] = ("detect.val_annotations", "detect.val_panoptic")
 
     task: Literal["detect"] = Field("detect", description="what the run learns")
     detect: DetectSettings = Field(default_factory=DetectSettings)
@@ -95,6 +107,8 @@ class SegmentRecipe(TransferRecipe):
     """The recipe of semantic segmentation."""
 
     measures: ClassVar[Mapping[str, Literal["max", "min"]]] = {"miou": "max", "pixel_accuracy": "max"}
+    labels: ClassVar[tuple[str, ...]] = ("segment.masks", "segment.val_masks")
+    of_validation: ClassVar[tuple[str, ...]] = ("segment.val_masks",)
 
     task: Literal["segment"] = Field("segment", description="what the run learns")
     segment: SegmentSettings = Field(default_factory=SegmentSettings)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from mimae.data.pixels.decode import BadImage
-from mimae.detection.coco import Coco
+from mimae.detection.coco import Category, Coco
 from mimae.detection.settings import NAMES
 from mimae.errors import UserError
 
@@ -26,44 +26,57 @@ def require() -> None:
         raise UserError(f"detection needs faster-coco-eval ({error}): pip install 'mimae[detect]'") from error
 
 
-def as_rows(coco: Coco, i: int, found: dict[str, Tensor], ratio: tuple[float, float]) -> list[dict[str, Any]]:
-    """Return the detections of image `i` in COCO's format of results.
+def as_rows(
+    found: Mapping[str, Tensor],
+    image_id: int,
+    categories: Sequence[Category],
+    size: tuple[int, int],
+    on_canvas: tuple[int, int],
+) -> list[dict[str, Any]]:
+    """Return the objects of an image in COCO's format of results.
 
-    `found` is the output of `ViTDet.detect` for the image. `ratio` is the (height, width) of a canvas pixel in pixels
-    of the image.
+    `found` is the output of `ViTDet.detect` for the image. `size` and `on_canvas` are its (height, width) in the file
+    and on the canvas.
     """
     from faster_coco_eval.core import mask as coco_mask
 
-    objects = coco.objects[i]
-    boxes = found["boxes"].cpu() * torch.tensor([ratio[1], ratio[0]]).repeat(2)
+    ratio = torch.tensor([size[1] / on_canvas[1], size[0] / on_canvas[0]], dtype=torch.float64)
+    boxes = found["boxes"].cpu() * ratio.float().repeat(2)
     rows: list[dict[str, Any]] = []
     for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist()):
         left, top, right, bottom = box
         rows.append(
             {
-                "image_id": coco.image_ids[i],
-                "category_id": coco.categories[label - 1][0],
+                "image_id": image_id,
+                "category_id": categories[label - 1][0],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": score,
             }
         )
     if "masks" in found and rows:
-        masks = paste_masks_in_image(found["masks"].cpu().float(), boxes, (objects.height, objects.width))
+        masks = paste_masks_in_image(found["masks"].cpu().float(), boxes, size)
         for row, mask in zip(rows, masks[:, 0].numpy() > 0.5):
             runs = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
             row["segmentation"] = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
     return rows
 
 
-def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, Any]], masks: bool) -> dict[str, float]:
-    """Return COCO's measures for `images` of a data set: box_ap, box_ap50, ..., and with `masks` mask_ap, ...
+class Precision(NamedTuple):
+    """COCO's measures of a data set of images."""
 
-    A measure is left out if there is no object (of its size).
-    """
+    measures: dict[str, float]
+    """box_ap, box_ap50, ..., and mask_ap, ... with masks. A measure is left out if there is no object (of its size)."""
+    per_class: list[float | None]
+    """box_ap of each class; None for one without an object."""
+
+
+def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, Any]], masks: bool) -> Precision:
+    """Return COCO's numbers of some images of a set, of boxes and, with `masks`, of masks."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
     measures: dict[str, float] = {}
+    per_class: list[float | None] = []
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(_truth(coco, images, masks))
         for kind, name in kinds.items():
@@ -73,7 +86,15 @@ def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, An
             judge.summarize()
             numbers = dict(zip(NAMES, judge.stats[: len(NAMES)]))
             measures |= {f"{kind}_{key}": float(value) for key, value in numbers.items() if value >= 0}
-    return measures
+            per_class = per_class or _per_class(judge.eval["precision"])
+    return Precision(measures, per_class)
+
+
+def _per_class(precision: np.ndarray) -> list[float | None]:
+    """Return the average precision of each class from COCO's table (IoUs, recalls, classes, sizes, most objects), where
+    -1 is no object: all sizes, 100 objects."""
+    tables = np.moveaxis(precision[:, :, :, 0, -1], 2, 0)
+    return [float(table[table > -1].mean()) if (table > -1).any() else None for table in tables]
 
 
 def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:

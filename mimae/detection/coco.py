@@ -18,6 +18,9 @@ from mimae.data.pixels.decode import BadImage
 from mimae.data.sources.base import Source
 from mimae.outside.text import printable
 
+Category = tuple[int, str]
+"""Id and name."""
+
 MAX_BYTES = 4_000_000_000
 """Largest allowed size of an annotation file."""
 
@@ -46,18 +49,20 @@ class Coco:
         `key` is the setting that names `file`, for messages. Raises DataError if the file is not a COCO file, if it
         names images that the source lacks, or if the source has an image that the file does not name.
         """
-        self.file, self.key = file, key
+        self.file, self.key, self.outside = file, key, 0
         self.panoptic = None if panoptic is None else Path(panoptic)
         tree = self._read()
         try:
-            self.categories = [(int(each["id"]), str(each["name"])) for each in tree["categories"]]
+            self.categories: list[Category] = [(int(each["id"]), str(each["name"])) for each in tree["categories"]]
             images = {int(each["id"]): each for each in tree["images"]}
             by_image: dict[int, list[Any]] = {number: [] for number in images}
+            class_of = {number: place for place, (number, _) in enumerate(self.categories)}
             for each in tree["annotations"]:
                 by_image[int(each["image_id"])].append(each)
+            unknown = _unknown(tree["annotations"], class_of) if class_of else None
             names = {str(images[number]["file_name"]).rpartition("/")[2]: number for number in images}
-            class_of = {number: place for place, (number, _) in enumerate(self.categories)}
-            found = {number: self._objects(images[number], by_image[number], class_of) for number in images}
+            numbers = () if unknown else images
+            found = {number: self._objects(images[number], by_image[number], class_of) for number in numbers}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{key}={file} is not in COCO's layout ({type(error).__name__}: {printable(str(error))}); it needs "
@@ -65,6 +70,8 @@ class Coco:
             ) from error
         if not self.categories:
             raise DataError(f"{key}={file} has no categories")
+        if unknown:
+            raise DataError(f"{key}={file}: {unknown}")
         own = [source.path(i).rpartition("/")[2] for i in range(len(source))]
         strange = [name for name in own if name not in names]
         missing = sorted(names.keys() - set(own))
@@ -77,7 +84,8 @@ class Coco:
         self.image_ids = [names[name] for name in own]
         """COCO's id of each image of the source."""
         self.objects = [found[number] for number in self.image_ids]
-        """The objects of each image of the source."""
+        """The objects of each image of the source. `outside` counts those that were left out: their boxes are empty, or
+        outside of their images."""
         self.stems = [name.rpartition(".")[0] for name in own]
 
     @property
@@ -127,6 +135,7 @@ class Coco:
         inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         # A box outside its image is left out, because it shows no object.
         kept = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(1))
+        self.outside += len(boxes) - len(kept)
         return Objects(
             inside[kept],
             np.array([class_of[int(annotations[place]["category_id"])] for place in kept], np.int64),
@@ -151,6 +160,18 @@ class Coco:
                 f"{self.objects[i].width} x {self.objects[i].height}"
             )
         return ids
+
+
+def _unknown(annotations: list[Any], class_of: dict[int, int]) -> str | None:
+    """Return what is wrong with annotations of categories that the file lacks; None where nothing is."""
+    wrong = [each for each in annotations if int(each["category_id"]) not in class_of]
+    if not wrong:
+        return None
+    numbers = ", ".join(map(str, list(class_of)[:8])) + ", ..." * (len(class_of) > 8)
+    return (
+        f"{len(wrong):,} of {len(annotations):,} annotations have a category_id that categories lacks, as "
+        f"{wrong[0]['category_id']}; legal are {numbers}"
+    )
 
 
 def _segment(annotation: Any, is_panoptic: bool) -> Any:

@@ -53,47 +53,55 @@ def jittered(
     return Placing(height, width, top, left, int(drawn[3]) < 1 << 31)
 
 
-class DetectionReader:
-    """Reader of the examples of a COCO data set. Without a seed it makes examples for evaluation."""
+class FittedReader:
+    """Reads images that are scaled to fit onto the canvas, without objects."""
 
-    def __init__(self, coco: Coco, data: DataSettings, settings: DetectSettings, seed: int | None) -> None:
-        self.coco, self.settings, self.seed = coco, settings, seed
+    def __init__(self, data: DataSettings) -> None:
         self.canvas, self.flips = data.size_hw, data.flip
         self.paper = [round(255 * mean) for mean in data.mean]
 
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
-        objects = self.coco.objects[source_id]
-        pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
-        if pixels.shape[:2] != (objects.height, objects.width):
-            raise BadImage(
-                f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels, but its annotation has "
-                f"{objects.width} x {objects.height}"
-            )
-        if self.seed is None:
-            placing = Placing(*fitted(pixels.shape[:2], self.canvas), 0, 0, False)
-        else:
-            placing = jittered(self.seed, epoch, sample_id, pixels.shape[:2], self.canvas, self.settings)
-            placing = placing._replace(flip=placing.flip and self.flips)
-        image, size = self._image(pixels, placing)
-        targets = {"size": torch.tensor(size), "source_size": torch.tensor(pixels.shape[:2])}
-        if self.seed is not None:
-            targets |= self._targets(source_id, placing, size)
-        return Example(image, targets)
+        pixels = _pixels(encoded)
+        return self._example(pixels, Placing(*fitted(pixels.shape[:2], self.canvas), 0, 0, False))
 
-    def _image(self, pixels: np.ndarray, placing: Placing) -> tuple[Tensor, tuple[int, int]]:
-        """Return the canvas, uint8 (H, W, 3), and the size (height, width) of the image on it."""
+    def _example(self, pixels: np.ndarray, placing: Placing) -> Example:
+        """Return the canvas, uint8 (H, W, 3), the size (height, width) of the image on it, and that in the file."""
         scaled = F.resize(torch.from_numpy(pixels).permute(2, 0, 1), [placing.height, placing.width], antialias=True)
         cut = self._cut(scaled, placing)
         canvas = torch.tensor(self.paper, dtype=torch.uint8).expand(*self.canvas, 3).clone()
         height, width = cut.shape[-2:]
         canvas[:height, :width] = cut.permute(1, 2, 0)
-        return canvas, (height, width)
+        return Example(canvas, {"size": torch.tensor((height, width)), "source_size": torch.tensor(pixels.shape[:2])})
 
     def _cut(self, planes: Tensor, placing: Placing) -> Tensor:
         """Return the part of scaled planes (..., h, w) that is on the canvas."""
         bottom, right = placing.top + self.canvas[0], placing.left + self.canvas[1]
         cut = planes[..., placing.top : bottom, placing.left : right]
         return cut.flip(-1) if placing.flip else cut
+
+
+class DetectionReader(FittedReader):
+    """Makes the examples of a COCO set; without a seed, those of evaluation."""
+
+    def __init__(self, coco: Coco, data: DataSettings, settings: DetectSettings, seed: int | None) -> None:
+        super().__init__(data)
+        self.coco, self.settings, self.seed = coco, settings, seed
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        objects = self.coco.objects[source_id]
+        pixels = _pixels(encoded)
+        if pixels.shape[:2] != (objects.height, objects.width):
+            raise BadImage(
+                f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels, but its annotation has "
+                f"{objects.width} x {objects.height}"
+            )
+        if self.seed is None:
+            return self._example(pixels, Placing(*fitted(pixels.shape[:2], self.canvas), 0, 0, False))
+        placing = jittered(self.seed, epoch, sample_id, pixels.shape[:2], self.canvas, self.settings)
+        placing = placing._replace(flip=placing.flip and self.flips)
+        image, sizes = self._example(pixels, placing)
+        height, width = sizes["size"].tolist()
+        return Example(image, sizes | self._targets(source_id, placing, (height, width)))
 
     def _targets(self, i: int, placing: Placing, size: tuple[int, int]) -> dict[str, Tensor]:
         """Return boxes (M, 4), classes (M,) from 1 on, their count, and masks packed to bits (M, H, W / 8)."""
@@ -129,6 +137,11 @@ class DetectionReader:
         masks = np.zeros((len(chosen), *self.canvas), bool)
         masks[:, : cut.shape[1], : cut.shape[2]] = cut.numpy()
         return masks, np.packbits(masks, axis=2)
+
+
+def _pixels(encoded: Encoded) -> np.ndarray:
+    """Return an image, upright, uint8 (h, w, 3). Raises BadImage."""
+    return region(encoded, lambda height, width: Window(0, 0, height, width))
 
 
 def _boxes_of(masks: np.ndarray) -> np.ndarray:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from mimae.config.section import PATH, Scale, Section
+from mimae.config.section import PATH, Scale, Section, setting
+
+PathText = Annotated[str, Field(min_length=1, json_schema_extra=PATH)]
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six of COCO's twelve measures, in COCO's order."""
@@ -16,24 +20,22 @@ PRECISIONS = tuple(f"{kind}_{name}" for name in NAMES for kind in ("box", "mask"
 class DetectSettings(Section):
     """Annotations, the detector's heads and the scaling of images."""
 
-    annotations: str | None = Field(
+    annotations: PathText | None = setting(
         None,
-        min_length=1,
-        json_schema_extra=PATH,
+        resume="free",
         description="COCO file (instances_*.json) of the images of data.path; required",
     )
-    val_annotations: str | None = Field(
-        None, min_length=1, json_schema_extra=PATH, description="COCO file of the images of data.val_path"
+    val_annotations: PathText | None = setting(
+        None, resume="free", description="COCO file of the images of data.val_path"
     )
-    panoptic: str | None = Field(
+    panoptic: PathText | None = setting(
         None,
-        min_length=1,
-        json_schema_extra=PATH,
+        resume="free",
         description="folder with the panoptic PNG of each image, which gives the masks of objects with a segment_id; "
         "null: masks come from the COCO file",
     )
-    val_panoptic: str | None = Field(
-        None, min_length=1, json_schema_extra=PATH, description="folder with the panoptic PNGs of data.val_path"
+    val_panoptic: PathText | None = setting(
+        None, resume="free", description="folder with the panoptic PNGs of data.val_path"
     )
     masks: bool = Field(True, description="learn masks of objects in addition to their boxes")
     scale: Scale = Field(

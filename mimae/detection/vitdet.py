@@ -22,11 +22,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from mimae.detection.examples import unpacked
 from mimae.detection.settings import DetectSettings
+from mimae.errors import UserError
 from mimae.model.blocks import Attention, Block, run_blocks
 from mimae.model.encoder import Encoder
+from mimae.model.portable import Form, Graph
 from mimae.model.units import Model
 from mimae.randomness import Initial, Normal
 
@@ -86,7 +89,7 @@ class ViTDet(Model):
                 assert isinstance(block, Block)
                 block.attn = RelativeAttention(model.width, model.heads, side)
         self.pyramid = Pyramid(model.width, settings.width)
-        self.rpn, self.heads = _rpn(model.patch_size, settings), _heads(settings, classes)
+        self.rpn, self.heads = _rpn(model.patch_size, settings), _heads(model.patch_size, settings, classes)
 
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks of the encoder."""
@@ -154,9 +157,36 @@ class ViTDet(Model):
         found, _ = self.heads(maps, proposals, listed.image_sizes)
         return found
 
+    def example_loss(self, images: Tensor) -> Tensor:
+        """Return a number that depends on what a training step computes for images (B, H, W, 3), without their objects:
+        the maps, all anchors, and as many regions as the samplers take at most."""
+        maps = self.maps(images)
+        heads = self.heads
+        regions = len(images) * heads.fg_bg_sampler.batch_size_per_image
+        parts = [each for level in self.rpn.head(list(maps.values())) for each in level]
+        parts += heads.box_predictor(heads.box_head(_regions(maps, regions, heads.box_roi_pool.output_size[0])))
+        if heads.mask_head is not None:
+            objects = int(regions * heads.fg_bg_sampler.positive_fraction)
+            seen = _regions(maps, objects, heads.mask_roi_pool.output_size[0])
+            parts.append(heads.mask_predictor(heads.mask_head(seen)))
+        return torch.stack([each.sum() for each in parts]).sum()
+
+    def graph(self, form: Form) -> Graph:
+        """Raise UserError: there is no graph of a detector."""
+        raise UserError(
+            "torch.export cannot follow a detector: how torchvision's batched_nms (torchvision/ops/boxes.py) and its "
+            "heads compute depends on the number of boxes; mimae predict writes what it finds"
+        )
+
     def _listed(self, images: Tensor, sizes: Tensor) -> ImageList:
         # The heads read only sizes: that of the batch for the strides, those of the images for their borders.
         return ImageList(images.permute(0, 3, 1, 2), [(height, width) for height, width in sizes.tolist()])
+
+
+def _regions(maps: dict[str, Tensor], count: int, side: int) -> Tensor:
+    """Return regions (count, C, side, side) that depend on the maps."""
+    levels = torch.stack([maps[name].mean((0, 2, 3)) for name in ("0", "1", "2", "3")]).mean(0)
+    return levels[None, :, None, None].expand(count, -1, side, side)
 
 
 class Pyramid(nn.Module):
@@ -225,9 +255,9 @@ def _rpn(patch: int, settings: DetectSettings) -> RegionProposalNetwork:
     return RegionProposalNetwork(anchors, _exact(head), 0.7, 0.3, 256, 0.5, counts, counts, 0.7)
 
 
-def _heads(settings: DetectSettings, classes: int) -> RoIHeads:
+def _heads(patch: int, settings: DetectSettings, classes: int) -> RoIHeads:
     """Return the heads that classify proposals, refine their boxes and predict their masks."""
-    width, levels = settings.width, ["0", "1", "2", "3"]
+    width = settings.width
     box = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [settings.box_width], norm_layer=LayerNorm2d)
     predictor = FastRCNNPredictor(settings.box_width, classes + 1)
     _start(box, None)
@@ -236,12 +266,24 @@ def _heads(settings: DetectSettings, classes: int) -> RoIHeads:
     masks: dict[str, Any] = {}
     if settings.masks:
         masks = {
-            "mask_roi_pool": MultiScaleRoIAlign(levels, 14, 2),
+            "mask_roi_pool": _pool(patch, 14),
             "mask_head": _start(MaskRCNNHeads(width, [width] * 4, 1, norm_layer=LayerNorm2d), None),
             "mask_predictor": _exact(_start(MaskRCNNPredictor(width, width, classes + 1), None)),
         }
-    pool = MultiScaleRoIAlign(levels, 7, 2)
-    return RoIHeads(pool, box, _exact(predictor), 0.5, 0.5, 512, 0.25, None, settings.score, 0.5, 100, **masks)
+    return RoIHeads(
+        _pool(patch, 7), box, _exact(predictor), 0.5, 0.5, 512, 0.25, None, settings.score, 0.5, 100, **masks
+    )
+
+
+def _pool(patch: int, side: int) -> MultiScaleRoIAlign:
+    """Return torchvision's pooling of regions to side x side with the strides of the pyramid. By itself it would infer
+    them from the first batch that it sees, and keep them: from the size of the largest jittered image."""
+    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], side, 2)
+    strides = [patch / 4, patch / 2, patch, 2 * patch]
+    first, last = (round(math.log2(stride)) for stride in (strides[0], strides[-1]))
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
+    return pool
 
 
 def _start(module: nn.Module, weights: Initial | None) -> Any:

@@ -32,7 +32,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features = features.float()
         if not self.training:
-            return (features - self.mean) * (self.variance + _EPS).rsqrt()
+            return (features - self.mean) * self.scale()
         sums = torch.cat([features.sum(0), features.square().sum(0), features.new_tensor([len(features)])])
         total = distributed.all_sum(sums.double())
         count = total[-1]
@@ -42,3 +42,7 @@ class GlobalBatchNorm(nn.Module):
             self.mean.lerp_(mean.float(), _MOMENTUM)
             self.variance.lerp_((variance * count / (count - 1).clamp_min(1)).float(), _MOMENTUM)
         return ((features - mean) * (variance.clamp_min(0) + _EPS).rsqrt()).float()
+
+    def scale(self) -> Tensor:
+        """Return what eval mode multiplies centred features with, (D,)."""
+        return (self.variance + _EPS).rsqrt()

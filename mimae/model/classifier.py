@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mimae.model.batch_norm import GlobalBatchNorm
 from mimae.model.encoder import Encoder
+from mimae.model.portable import Form, Graph, head_graph
 from mimae.model.units import Model
 from mimae.randomness import Initial, Normal
 
@@ -74,6 +75,14 @@ class Classifier(Model):
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the logits (B, C) of images (B, H, W, 3)."""
-        tokens = self.encoder(images, keep=keep)[:, 0]
+        return self.classified(self.encoder(images, keep=keep)[:, 0])
+
+    def classified(self, tokens: Tensor) -> Tensor:
+        """Tokens of an encoder (B, 1 + L, D) -> (B, C)."""
         pooled = tokens[:, 1:].mean(1) if self.pooling == "mean" else tokens[:, 0]
         return self.head(self.fc_norm(pooled))
+
+    def graph(self, form: Form) -> Graph:
+        """Return the classifier in plain operators: images -> logits (B, C)."""
+        parts = {"fc_norm": self.fc_norm, "head": self.head}
+        return head_graph(self.encoder, form, parts, lambda tokens, _: self.classified(tokens), self.logits)

@@ -13,6 +13,7 @@ from mimae.model import attention
 from mimae.model.decoder import Decoder
 from mimae.model.encoder import Encoder
 from mimae.model.geometry import Grid
+from mimae.model.portable import Form, Graph, encoder_graph
 from mimae.model.positions import GridPositions
 from mimae.model.recomputation import BUDGET
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
@@ -80,6 +81,10 @@ class MIMAE(Model):
     def features(self, images: Tensor) -> Tensor:
         """See `Encoder.features`."""
         return self.encoder.features(images)
+
+    def graph(self, form: Form) -> Graph:
+        """Return the encoder in plain operators."""
+        return encoder_graph(self.encoder, form)
 
 
 def outline(recipe: Recipe) -> MIMAE:

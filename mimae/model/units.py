@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from mimae.errors import UserError
+from mimae.model.portable import Form, Graph
+
 
 class Model(nn.Module):
     """A model that any engine can train: its forward takes the tensors of a micro-batch."""
@@ -24,3 +27,7 @@ class Model(nn.Module):
     @abstractmethod
     def units(self) -> Sequence[nn.Module]:
         """Return the blocks in the order in which they compute. Each is compiled and sharded over ranks separately."""
+
+    def graph(self, form: Form) -> Graph:
+        """Return the model in plain operators, for `mimae export`. Raises UserError where it cannot be one."""
+        raise UserError(f"a {type(self).__name__} has no graph: --to onnx and --to torch cannot hold it")

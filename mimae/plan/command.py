@@ -35,22 +35,15 @@ def plan(
     The last line names the best engine.
     """
     from mimae.config.load import load_recipe
-    from mimae.errors import UserError
     from mimae.outside.output import as_json
     from mimae.plan.advice import document, report
-    from mimae.plan.cost import Fleet
+    from mimae.plan.cost import Fleet, micro_batch
     from mimae.plan.gpus import find_gpu
     from mimae.plan.memory import Layout
 
     resolved = load_recipe(recipe, overrides or ()).recipe
     fleet = Fleet(find_gpu(gpu), gpus, nodes_of, share)
-    parts = gpus * resolved.schedule.accumulate
-    if resolved.schedule.batch_size % parts:
-        near = max(round(resolved.schedule.batch_size / parts), 1) * parts
-        raise UserError(
-            f"schedule.batch_size={resolved.schedule.batch_size} must be divisible by {parts} = GPUs ({gpus}) x "
-            f"schedule.accumulate={resolved.schedule.accumulate}; the nearest is {near}"
-        )
+    micro_batch(resolved, gpus)  # raises for a batch that cannot be dealt evenly
     if dry_run:
         from mimae.plan import dry
 

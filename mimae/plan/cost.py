@@ -13,7 +13,7 @@ from mimae.plan.gpus import GPU, peak_flops
 from mimae.plan.memory import Layout, Memory, Parameters, largest, memory
 
 if TYPE_CHECKING:
-    from mimae.config.recipe import Recipe
+    from mimae.config.recipe import Recipe, RunRecipe
 
 USABLE = 0.9
 """Assumed share of a GPU's memory for a step: the rest is the CUDA context, buffers of NCCL, and gaps."""
@@ -31,6 +31,19 @@ class Fleet(NamedTuple):
     @property
     def budget(self) -> float:
         return USABLE * self.gpu.memory * 2**30
+
+
+def micro_batch(recipe: RunRecipe, gpus: int) -> int:
+    """Return the images of a GPU's micro-batch. Raises UserError if the batch cannot be dealt evenly."""
+    schedule = recipe.schedule
+    parts = gpus * schedule.accumulate
+    if schedule.batch_size % parts:
+        near = max(round(schedule.batch_size / parts), 1) * parts
+        raise UserError(
+            f"schedule.batch_size={schedule.batch_size} must be divisible by {parts} = GPUs ({gpus}) x "
+            f"schedule.accumulate={schedule.accumulate}; the nearest is {near}"
+        )
+    return schedule.batch_size // parts
 
 
 class Row(NamedTuple):

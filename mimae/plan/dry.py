@@ -8,7 +8,7 @@ weights, the bytes that are alive at any time, and every collective. Temporary m
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from mimae import kernels
 from mimae.engines import fsdp
-from mimae.engines.base import Engine
+from mimae.engines.base import Engine, Obstacles, Setup
 from mimae.engines.make import check_machine, make_engine, setup_of
 from mimae.errors import UserError
 from mimae.model.groups import groups
 from mimae.model.masking import views
-from mimae.model.mimae import MIMAE, obstacles, outline
+from mimae.model.mimae import obstacles, outline
 from mimae.objective.costs import FP32
 from mimae.objective.objective import Losses
 from mimae.outside.progress import track
@@ -82,7 +82,7 @@ class Counted(NamedTuple):
     """Bytes that the last micro-batch's forward keeps, including the weights that stay gathered."""
     peak: int
     collectives: list[Collective]
-    losses: Losses
+    losses: Any
 
 
 class Watch(TorchDispatchMode):
@@ -138,33 +138,57 @@ class Watch(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
+class Job(NamedTuple):
+    """A training step of any task, on fake tensors."""
+
+    setup: Setup
+    obstacles: Obstacles
+    engine: Callable[[], Engine[Any]]
+    batch: Callable[[], Any]
+    """Makes what a micro-batch of a rank has on its device, with the next one, which is there too in training."""
+    forward: Callable[[Engine[Any], Any], tuple[Tensor, Any]]
+    """Returns the loss of a batch, and the losses that are shown."""
+
+
 def count_step(recipe: Recipe, ranks: int, rank: int) -> Counted:
+    """Count a step of pretraining on `rank` among `ranks`. Raises UserError for settings that a CPU cannot execute."""
+    images = recipe.schedule.batch_size // (ranks * recipe.schedule.accumulate)
+    rule = groups(recipe.optimizer, recipe.schedule.batch_size, recipe.masking.num_masks)
+    setup, device = setup_of(recipe), torch.device("cpu")
+
+    def batch() -> list[Tensor]:
+        return [torch.empty(images, *recipe.data.size_hw, 3, dtype=torch.uint8) for _ in range(2)]
+
+    def forward(engine: Engine[Any], batch: list[Tensor]) -> tuple[Tensor, Losses]:
+        visible, targets = views(recipe, 0, 0, torch.arange(images))
+        losses = engine.forward(batch[0], visible, targets)
+        return losses.loss, losses
+
+    def engine() -> Engine[Any]:
+        return make_engine(outline(recipe), setup, device, rule, lambda m, parts: initialise(m, recipe.seed, parts))
+
+    return count(Job(setup, obstacles(recipe, device), engine, batch, forward), ranks, rank)
+
+
+def count(job: Job, ranks: int, rank: int) -> Counted:
     """Count a step of `rank` among `ranks`. Raises UserError for settings that a CPU cannot execute."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        device = torch.device("cpu")
-        check_machine(setup_of(recipe), device, obstacles(recipe, device))
+        check_machine(job.setup, torch.device("cpu"), job.obstacles)
         with FakeTensorMode(), _real_meshes(), kernels.prefer("triton"):
-            return _count(recipe, ranks)
+            return _count(job)
     finally:
         dist.destroy_process_group()
 
 
-def _count(recipe: Recipe, ranks: int) -> Counted:
-    rule = groups(recipe.optimizer, recipe.schedule.batch_size, recipe.masking.num_masks)
-    engine = make_engine(
-        outline(recipe),
-        setup_of(recipe),
-        torch.device("cpu"),
-        rule,
-        start=lambda model, parts: initialise(model, recipe.seed, parts),
-    )
+def _count(job: Job) -> Counted:
+    engine = job.engine()
     held = [*engine.model.buffers(), *(part.values for part in engine.parts.values()), *engine.ema.values()]
     with Watch(held) as watch:
-        _step(recipe, ranks, engine, watch)  # This step allocates the optimizer's moments.
+        _step(job, engine, watch)  # This step allocates the optimizer's moments.
         watch.collectives.clear()
         watch.peak = watch.live
-        gradients, kept, losses = _step(recipe, ranks, engine, watch)
+        gradients, kept, losses = _step(job, engine, watch)
     moments = [value for kinds in engine.optimizer.stepper.state().values() for value in kinds.values()]
     return Counted(
         engine.parts,
@@ -180,21 +204,17 @@ def _count(recipe: Recipe, ranks: int) -> Counted:
     )
 
 
-def _step(recipe: Recipe, ranks: int, engine: Engine[MIMAE], watch: Watch) -> tuple[int, int, Losses]:
+def _step(job: Job, engine: Engine[Any], watch: Watch) -> tuple[int, int, Any]:
     """Run a step as the trainer does; return bytes of gradients, bytes kept by the last forward, and losses."""
-    accumulate = recipe.schedule.accumulate
-    images = recipe.schedule.batch_size // (ranks * accumulate)
-    # In training the next batch is on the device too.
-    batch, _next = (torch.empty(images, *recipe.data.size_hw, 3, dtype=torch.uint8) for _ in range(2))
+    accumulate, batch = job.setup.accumulate, job.batch()
     for micro in range(accumulate):
         watch.phase = "forward"
         before = watch.live
-        visible, targets = views(recipe, 0, 0, torch.arange(images))
         with engine.accumulate(is_last=micro == accumulate - 1):
-            losses = engine.forward(batch, visible, targets)
+            loss, losses = job.forward(engine, batch)
             kept = watch.live - before
             watch.phase = "backward"
-            engine.backward(losses.loss / accumulate)
+            engine.backward(loss / accumulate)
     gradients = _bytes(p.grad for p in engine.model.parameters() if p.grad is not None)
     watch.phase = "optimizer"
     engine.step(1.0)

@@ -11,12 +11,13 @@ Letters: B images, N views, K visible, M targets, D width, P patch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,12 +41,12 @@ def encoder_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of the encoder for one view: its K visible patches and the class token."""
     sizes = geometry(recipe, size_hw)
     data = recipe.data.model_copy(update={"image_size": sizes.grid.size_hw})
-    return _encoder(data, _counted(recipe.model), sizes.visible)
+    return _encoder(data, counted(recipe.model), sizes.visible)
 
 
 def decoder_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
     """Return the forward FLOPs of the decoder for one view."""
-    return _decoder(recipe.decoder, _counted(recipe.model), geometry(recipe, size_hw))
+    return _decoder(recipe.decoder, counted(recipe.model), geometry(recipe, size_hw))
 
 
 def objective_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
@@ -75,6 +76,32 @@ def run_flops(recipe: Recipe) -> float:
     shares = [share for _, share in recipe.schedule.resolution] or [1.0]
     sizes = resolution.sizes(recipe.schedule, recipe.data.size_hw)
     return sum(share * step_flops(recipe, size_hw) for share, size_hw in zip(shares, sizes, strict=True))
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def trained_flops(outline: Callable[[], M], loss: Callable[[M], Tensor | None]) -> int | None:
+    """Return the FLOPs of the forward and the backward that `loss` makes of a model: those of parameters that are not
+    trained are left out; None where it makes none. `outline` makes the model on the meta device; `loss` runs on fake
+    tensors."""
+    with _counting() as counter:
+        model = outline()
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty_like(parameter, device="cpu")
+                module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
+        with counter:
+            total = loss(model)
+            if total is None:
+                return None
+            total.backward()  # type: ignore[no-untyped-call]
+    return counter.get_total_flops()
+
+
+def counted(model: ModelSettings) -> ModelSettings:
+    """Return the settings without those that do not change a product."""
+    return model.model_copy(update={"attention": "sdpa", "checkpointing": "none"})
 
 
 @cache
@@ -127,8 +154,3 @@ def _counting() -> Iterator[FlopCounterMode]:
         torch.autocast("cpu", enabled=False),
     ):
         yield FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _counted(model: ModelSettings) -> ModelSettings:
-    """Return the settings without those that do not change a product."""
-    return model.model_copy(update={"attention": "sdpa", "checkpointing": "none"})

@@ -66,9 +66,9 @@ class Reader:
 
     def pair(self, encoded: Encoded, source_id: int) -> Pair:
         """Return an upright image and its classes. Raises BadImage if one of them cannot be read."""
-        pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
-        classes = self.masks.classes(source_id, pixels.shape[:2])
-        return Pair(torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes))
+        image = _planes(encoded)
+        classes = self.masks.classes(source_id, (image.shape[1], image.shape[2]))
+        return Pair(image, torch.from_numpy(classes))
 
     def scaled(self, pair: Pair, scale: float) -> Pair:
         """Return a pair at a scale, padded to the size of the window if it is smaller."""
@@ -162,6 +162,27 @@ class Whole(Reader):
 
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
         image, classes = self.pair(encoded, source_id)
-        size = list(covering((image.shape[1], image.shape[2]), self.window))
-        image = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
-        return Example(image.permute(1, 2, 0).contiguous(), {"classes": classes})
+        return Example(_at_scale_1(image, self.window), {"classes": classes})
+
+
+class Unmasked:
+    """Reads whole images at scale 1 that have no mask, and the size that they have in the file; a batch has one."""
+
+    def __init__(self, data: DataSettings) -> None:
+        self.window = data.size_hw
+
+    def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
+        image = _planes(encoded)
+        return Example(_at_scale_1(image, self.window), {"size": torch.tensor(image.shape[1:])})
+
+
+def _planes(encoded: Encoded) -> Tensor:
+    """Return an image, upright, uint8 (3, h, w). Raises BadImage."""
+    pixels = region(encoded, lambda height, width: Window(0, 0, height, width))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _at_scale_1(image: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return an image (3, h, w) at scale 1, (h', w', 3)."""
+    size = list(covering((image.shape[1], image.shape[2]), window))
+    return F.resize(image, size, InterpolationMode.BILINEAR, antialias=True).permute(1, 2, 0).contiguous()

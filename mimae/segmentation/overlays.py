@@ -50,12 +50,13 @@ def sheet(images: Tensor, classes: Tensor, found: Tensor, names: Sequence[str]) 
     panels = [images.cpu(), *(overlay(images, each, len(names)) for each in (classes, found))]
     png = pictures.sheet(["image", "annotated", "found"], panels, wide=())
     present = [i for i in torch.cat([classes.cpu().flatten(), found.cpu().flatten()]).unique().tolist() if i >= 0]
-    return _with_legend(png, present, names)
+    out = io.BytesIO()
+    with_legend(Image.open(io.BytesIO(png)).convert("RGB"), present, names).save(out, "PNG")
+    return out.getvalue()
 
 
-def _with_legend(png: bytes, present: Sequence[int], names: Sequence[str]) -> bytes:
+def with_legend(picture: Image.Image, present: Sequence[int], names: Sequence[str]) -> Image.Image:
     """Return the picture with a legend below it: the colours and names of the classes `present`."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
     font, table = ImageFont.load_default(size=_SQUARE), colours(len(names))
     measure = ImageDraw.Draw(picture)
     places, left, line = [], _SQUARE, 0
@@ -72,6 +73,4 @@ def _with_legend(png: bytes, present: Sequence[int], names: Sequence[str]) -> by
         top = picture.height + line * _LINE
         draw.rectangle((left, top, left + _SQUARE, top + _SQUARE), fill=tuple(table[number].tolist()))
         draw.text((left + _SQUARE + 5, top + _SQUARE / 2), names[number], fill=_INK, font=font, anchor="lm")
-    out = io.BytesIO()
-    whole.save(out, "PNG")
-    return out.getvalue()
+    return whole

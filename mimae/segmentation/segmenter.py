@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimae.model.blocks import Block
 from mimae.model.encoder import Encoder
+from mimae.model.portable import Form, Graph, head_graph
 from mimae.model.units import Model
+from mimae.segmentation.attention import BiasedAttention
 from mimae.segmentation.heads import Auxiliary, Linear, Pyramid, UperNet
 from mimae.segmentation.labels import IGNORED
 from mimae.segmentation.settings import SegmentSettings
@@ -27,6 +30,11 @@ class Segmenter(Model):
         super().__init__()
         self.encoder, self.blocks = encoder, settings.maps(encoder.settings.depth)
         encoder.norm = nn.Identity()  # type: ignore[assignment]
+        if settings.relative_positions:
+            grid = (encoder.grid.rows, encoder.grid.columns)
+            for block in encoder.blocks:
+                assert isinstance(block, Block)
+                block.attn = BiasedAttention(encoder.width, encoder.settings.heads, grid)
         self.auxiliary_weight = settings.auxiliary if settings.head == "upernet" else 0.0
         if settings.head == "linear":
             self.pyramid: nn.Module = nn.Identity()
@@ -60,7 +68,7 @@ class Segmenter(Model):
             keep: factors of the head's dropout (B, channels).
             keep_auxiliary: factors of the auxiliary head's dropout (B, channels).
         """
-        levels = self._levels(images, paths)
+        levels = self._levels(self.encoder.maps(images, self.blocks, keep=paths))
         losses = {"main": _loss(self.head(levels, keep), classes)}
         if self.auxiliary_weight:
             losses["auxiliary"] = self.auxiliary_weight * _loss(self.auxiliary(levels[2], keep_auxiliary), classes)
@@ -68,12 +76,20 @@ class Segmenter(Model):
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits (B, C, H, W) for images (B, H, W, 3) uint8."""
-        found = self.head(self._levels(images))
-        return F.interpolate(found.float(), images.shape[1:3], mode="bilinear", align_corners=False)
+        return self.segmented(self.encoder.maps(images, self.blocks))
 
-    def _levels(self, images: Tensor, paths: Tensor | None = None) -> list[Tensor]:
-        """Return the maps that are the heads' inputs."""
-        maps = self.encoder.maps(images, self.blocks, keep=paths)
+    def segmented(self, maps: Sequence[Tensor]) -> Tensor:
+        """Four maps of the encoder (B, D, r, c) -> (B, C, H, W)."""
+        found = self.head(self._levels(maps))
+        return F.interpolate(found.float(), self.encoder.grid.size_hw, mode="bilinear", align_corners=False)
+
+    def graph(self, form: Form) -> Graph:
+        """Return the segmenter in plain operators: windows -> logits (B, C, H, W)."""
+        parts = {"pyramid": self.pyramid, "head": self.head}
+        return head_graph(self.encoder, form, parts, lambda _, maps: self.segmented(maps), self.logits, self.blocks)
+
+    def _levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the heads see of the encoder's maps."""
         # The maps have channels last, because they come from tokens. Without the copy the gradients of convolutions
         # would have that layout too, which differs from the buckets of DDP.
         return self.pyramid([each.contiguous() for each in maps])  # type: ignore[no-any-return]

@@ -51,6 +51,11 @@ class SegmentSettings(Section):
         description="the four blocks of the encoder, counted from 0 and ascending, whose maps are the head's input; "
         "the last block must be one of them; null: the blocks at a third, half, two thirds and all of the depth",
     )
+    relative_positions: bool = Field(
+        False,
+        description="add a learned bias for each distance between two patches to the logits of attention, which begins "
+        "at zero, as MAE's recipe for ADE20K does; attention is then torch's own",
+    )
     width: int = Field(768, ge=8, description="upernet: channels of the head")
     auxiliary: float = Field(
         0.4, ge=0, description="upernet: weight of the loss of an auxiliary head on the third map; 0: no such head"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from mimae.plan.command import plan as plan_pretraining
+
+_SHOWN = 20
+"""Classes that an evaluation prints."""
 
 
 def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> None:
@@ -87,6 +94,7 @@ def replay(
 
     from mimae.config.kept import load_run
     from mimae.config.load import load_recipe
+    from mimae.config.recipe import RunRecipe
     from mimae.errors import UserError
     from mimae.outside.files import Folder
     from mimae.outside.output import as_json
@@ -95,11 +103,13 @@ def replay(
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
-    recipe = load_run(run, [*HERE, *(overrides or ())], {"run": {"dir": str(run)}})
+    recipe = load_run(run, [*HERE, *(overrides or ())], {"run": {"dir": str(run)}}, RunRecipe)
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
-        recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"]).recipe
-        print(f"--split {split}: the MI terms compare fewer images than in the run, so their losses differ")
+        recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"], None, RunRecipe).recipe
+        print(
+            f"--split {split}: losses that depend on the whole micro-batch, as the MI terms do, differ from the run's"
+        )
     findings = replay(recipe, step)
     name = f"replay/step-{step:08d}.png"
     then = logged(run, step)
@@ -150,74 +160,133 @@ def convert(
         )
 
 
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as segment.val_masks=FOLDER")
+]
+Average = Annotated[bool, typer.Option("--average", help="the moving average of the weights")]
+
+
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run of a classifier, or one of its checkpoints")],
+    run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
+    overrides: Settings = None,
     data: Annotated[str | None, typer.Option(help="labelled images [default: the run's data.val_path]")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="the measures, with those of each class")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="the confusion matrix")] = None,
-    average: Annotated[bool, typer.Option("--average", help="the moving average of the weights")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="what the run draws of an evaluation, as a confusion matrix")
+    ] = None,
+    average: Average = False,
 ) -> None:
-    """Measure a trained classifier on labelled images.
+    """Measure a trained model on labelled images.
 
-    Its accuracy, overall and for each class.
+    With the measures of its task, overall and for each class.
     """
+    from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.output import as_json
-    from mimae.telemetry import confusion
-    from mimae.tools.classifier import evaluate as run_evaluation
-    from mimae.tools.classifier import load
+    from mimae.tools.predict import evaluate as run_evaluation
+    from mimae.train.trained import load
 
-    trained = load(run, average)
-    name, found = run_evaluation(trained, data)
-    classes = [trained.classes.name(place) for place in range(len(trained.classes))]
-    measures = {"images": found.images, "top1": found.top1, "loss": found.loss}
-    measures |= {"top5": found.top5} if len(classes) > 5 else {}
-    shares = dict(zip(classes, found.per_class(), strict=True))
-    report = {"run": str(run), "step": trained.step, "data": name, **measures, "classes": shares}
-    if out is not None:
-        write_atomically(out, json.dumps(report, indent=2) + "\n")
-    if picture is not None:
-        picture.write_bytes(confusion.matrix(found.confusion, classes))
+    trained = load(run, average, overrides or (), data)
+    found = run_evaluation(trained, draw=picture is not None)
+    details = found.details
+    report = {"run": str(run), "step": trained.step, "data": found.data, **found.measures}
+    if details is not None:
+        report |= {"images": details.images, "left_out": details.left_out}
+        report |= {"of_classes": details.measure, "classes": details.classes}
+    try:
+        if out is not None:
+            write_atomically(out, json.dumps(report, indent=2) + "\n")
+        if picture is not None and found.picture is not None:
+            picture.write_bytes(found.picture)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
     if as_json(report):
         return
-    print(f"step {trained.step:,} of {run} on {found.images:,} images of {name}")
-    print("  ".join(f"{key} {value:.4f}" for key, value in measures.items() if key != "images"))
-    worst = sorted(shares, key=lambda key: 2 if shares[key] is None else shares[key])  # type: ignore[arg-type,return-value]
-    width = max(map(len, worst[:20]))
-    for key in worst[:20]:
-        share = shares[key]
-        print(f"  {key:<{width}}  {'no images' if share is None else f'{share:.4f}'}")
-    if len(worst) > 20:
-        print(f"  ... and {len(worst) - 20} classes with more, which --out lists")
+    left_out = f", {details.left_out:,} left out, which cannot be read" if details and details.left_out else ""
+    number = f"{details.images:,} images of " if details else ""
+    print(f"step {trained.step:,} of {run} on {number}{found.data}{left_out}")
+    print("  ".join(f"{key} {value:.4f}" for key, value in found.measures.items()))
+    if details is not None:
+        _print_classes(details.measure, details.classes)
+
+
+def _print_classes(measure: str, classes: Mapping[str, float | None]) -> None:
+    """Print a measure of each class, the worst first."""
+    worst = sorted(classes, key=lambda key: 2.0 if (value := classes[key]) is None else value)
+    width = max(map(len, worst[:_SHOWN]), default=0)
+    print(f"{measure} of each class:")
+    for key in worst[:_SHOWN]:
+        value = classes[key]
+        print(f"  {key:<{width}}  {'absent' if value is None else f'{value:.4f}'}")
+    if len(worst) > _SHOWN:
+        print(f"  ... and {len(worst) - _SHOWN} classes with more, which --out lists")
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="a run of a classifier, or one of its checkpoints")],
-    data: Annotated[str, typer.Argument(metavar="PATH", help="images, in any form of data.path; labels are not read")],
-    out: Annotated[Path, typer.Option(metavar="FILE.csv", help="a line for each image, in order")],
-    top: Annotated[int, typer.Option(help="classes for each image, the most probable first", min=1)] = 1,
-    average: Annotated[bool, typer.Option("--average", help="the moving average of the weights")] = False,
+    run: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints")],
+    data: Annotated[str, typer.Argument(metavar="PATH", help="an image, or images in any form of data.path")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="OUT", help="FILE.csv of classes, FILE.json of objects as COCO has them, FOLDER of masks"),
+    ],
+    overrides: Settings = None,
+    overlays: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="masks, objects: a picture of each image with them")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(help="classes: how many for each image, the most probable first [default: 1]", min=1)
+    ] = None,
+    average: Average = False,
 ) -> None:
-    """Write the class of each image of a data set, with its probability."""
+    """Write what a trained model finds in each image of a data set: its class, its objects, or a mask.
+
+    Labels are not read. What is found goes to OUT image by image.
+    """
+    from mimae.outside.output import as_json
+    from mimae.outside.text import say
+    from mimae.tools.predict import predict as run_prediction
+    from mimae.tools.predict import predictor
+    from mimae.train.predictors.base import Options
+    from mimae.train.trained import load
+
+    trained = load(run, average, overrides or ())
+    finds = predictor(trained, Options(top, overlays))
+    found = run_prediction(trained, finds, data, out, overlays)
+    if as_json({"file": out, "images": found.images, "unreadable": found.unread}):
+        return
+    unread = f", of which {found.unread:,} cannot be read" * (found.unread > 0)
+    say(f"{out}: {finds.out} of {found.images:,} images{unread}")
+    for path in found.listed:
+        say(f"  {path}")
+    if found.unread > len(found.listed):
+        say(f"  and {found.unread - len(found.listed):,} more")
+
+
+@wraps(plan_pretraining)
+def plan(**given: Any) -> None:
+    """Plan a recipe of any task; those of pretraining as `mimae.plan` does."""
+    from mimae.config.load import load_recipe
+    from mimae.config.recipe import Recipe, RunRecipe
+
+    resolved = load_recipe(given["recipe"], given["overrides"] or (), None, RunRecipe).recipe
+    if isinstance(resolved, Recipe):
+        plan_pretraining(**given)
+        return
     from mimae.errors import UserError
     from mimae.outside.output import as_json
-    from mimae.tools.classifier import as_csv, heading, load, predictions
+    from mimae.plan.cost import Fleet
+    from mimae.plan.gpus import find_gpu
+    from mimae.tools.plan import document, report
 
-    trained = load(run, average)
-    images = unread = 0
-    try:
-        with out.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(as_csv(heading(trained, top)))
-            for row in predictions(trained, data, top):
-                file.write(as_csv(row))
-                images, unread = images + 1, unread + (len(row) == 1)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    if as_json({"file": out, "images": images, "unreadable": unread}):
-        return
-    print(
-        f"{out}: {images:,} images"
-        + (f", of which {unread:,} cannot be read: their lines have no class" * (unread > 0))
-    )
+    for option, is_given in (("--dry-run", given["dry_run"]), ("--scaling", given["scaling"] is not None)):
+        if is_given:
+            raise UserError(
+                f"{option} is for pretraining, which has formulas of its own; the plan of task={resolved.task} is "
+                "counted on fake tensors in any case"
+            )
+    fleet = Fleet(find_gpu(given["gpu"]), given["gpus"], given["nodes_of"], given["share"])
+    found = document(resolved, fleet, given["images"])
+    if not as_json(found):
+        print(report(found, fleet))

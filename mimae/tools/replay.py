@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mimae import distributed
 from mimae.checkpoints import checkpoint, contents
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import RunRecipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.engines.make import check_machine, setup_of
@@ -30,7 +30,9 @@ from mimae.outside.progress import track
 from mimae.outside.text import say
 from mimae.telemetry import pictures, records
 from mimae.tools.show import masked
+from mimae.train.task import Task
 from mimae.train.tasks.pretrain import Pretrain
+from mimae.train.tasks.registry import make_task
 from mimae.weights.open import open_source
 
 PICTURED = 32
@@ -58,23 +60,23 @@ class Findings(NamedTuple):
     module: str | None
     """First module whose output is not finite."""
     rec: dict[int, float]
-    """L_rec by sample id."""
+    """L_rec by sample id, in pretraining."""
     picture: bytes
-    """PNG of the inputs: samples and their views."""
+    """PNG of the inputs: samples, and in pretraining their views."""
 
     @property
     def is_finite(self) -> bool:
         return not self.gradients and all(map(math.isfinite, (*self.losses.values(), self.grad_norm)))
 
 
-def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findings:
+def replay(recipe: RunRecipe, step: int, say: Callable[[str], None] = say) -> Findings:
     """Run optimizer step `step` (from 1) of the run in recipe.run.dir, from the newest state before it.
 
     Writes no files. Raises UserError.
     """
     device = distributed.setup()
     try:
-        task = Pretrain(recipe)
+        task = make_task(recipe)
         check_machine(setup_of(recipe), device, task.obstacles(device))
         return _Replay(task, device).run(step, say)
     finally:
@@ -84,7 +86,7 @@ def replay(recipe: Recipe, step: int, say: Callable[[str], None] = say) -> Findi
 class _Replay:
     """Parts of a run that are needed for a step."""
 
-    def __init__(self, task: Pretrain, device: torch.device) -> None:
+    def __init__(self, task: Task[Any], device: torch.device) -> None:
         self.task, self.recipe, self.device = task, task.recipe, device
         schedule = self.recipe.schedule
         self.loader = make_loader(
@@ -94,6 +96,7 @@ class _Replay:
             batch_size=schedule.batch_size,
             accumulate=schedule.accumulate,
             size_at=self._size_at,
+            reader=task.reader(),
         )
         self.engine = task.engine(device)
         self.model = self.engine.model
@@ -188,13 +191,18 @@ class _Replay:
 
     @torch.no_grad()
     def _rec(self, batch: Batch) -> dict[int, float]:
-        """Return L_rec of each sample, by id."""
+        """Return L_rec of each sample, by id; {} where there is no reconstruction."""
+        if not isinstance(self.task, Pretrain):
+            return {}
         return dict(zip(batch.sample_ids.tolist(), self.task.sample_losses(self.model, batch), strict=True))
 
     def _picture(self, batches: list[Batch], rec: dict[int, float]) -> bytes:
         worst = sorted(rec, key=lambda sample: rec[sample] if math.isfinite(rec[sample]) else math.inf)[-PICTURED:]
         rows = []
         for batch in batches:
+            if not rec:
+                rows.append(batch.images[:, None].cpu())
+                continue
             chosen = [i for i, sample in enumerate(batch.sample_ids.tolist()) if sample in worst]
             images = batch.images[chosen].cpu()
             visible = self.task.inputs(batch)[1][chosen].cpu()

@@ -3,6 +3,7 @@ defaults of keys that are newer than the run."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mimae.config.kept import load_run, newer_keys, with_keys_of, with_version
@@ -25,7 +26,13 @@ def as_kept(recipe: R) -> R:
     paths = {
         key: absolute_path(path) for key in ("path", "val_path") if (path := getattr(recipe.data, key)) is not None
     }
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=paths)})
+    for section, _, name in (key.partition(".") for key in recipe.labels):
+        settings = getattr(recipe, section)
+        if (path := getattr(settings, name)) is not None:
+            absolute = os.path.abspath(os.path.expanduser(path))
+            recipe = recipe.model_copy(update={section: settings.model_copy(update={name: absolute})})
+    return recipe
 
 
 def not_taken_up(asked: RunRecipe, recipe: RunRecipe) -> str | None:

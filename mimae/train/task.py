@@ -7,8 +7,9 @@ checkpoints, watchdog, faults and records.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple
@@ -28,13 +29,15 @@ from mimae.model.attention_choice import Call
 from mimae.model.units import Model
 from mimae.optim.groups import Group
 from mimae.optim.resolution import Size
+from mimae.plan import flops
 from mimae.randomness import Part, initialise
 from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
+from mimae.train.predictors.base import Options, Predictor
 from mimae.weights.open import open_source as open_weights
 from mimae.weights.source import Source as Weights
 from mimae.weights.start import Fit, fit, place
 
-__all__ = ["Group", "Result", "Task"]
+__all__ = ["Details", "Group", "Result", "Task"]
 
 
 class Result(NamedTuple):
@@ -46,6 +49,19 @@ class Result(NamedTuple):
     """Scalars by column of the records, detached and equal on every rank."""
     latents: Tensor | None = None
     """Latents (B, ..., D) of this rank, detached, for the measures of collapse."""
+
+
+class Details(NamedTuple):
+    """What an evaluation found beside its measures."""
+
+    images: int
+    """Images that it looked at."""
+    left_out: int
+    """Images that could not be read, or whose labels could not."""
+    measure: str
+    """Name of the measure that `classes` has."""
+    classes: dict[str, float | None]
+    """A measure of each class, by its name; None for a class for which there is nothing to measure."""
 
 
 class Task(ABC, Generic[M]):
@@ -73,6 +89,8 @@ class Task(ABC, Generic[M]):
         """The weights from which a new run with model.init starts."""
         self.fit: Fit | None = None
         """The report how these weights fit the model; set when the run has started."""
+        self.seen: Callable[[int], None] = lambda count: None
+        """Called by `evaluate` with the number of images of each batch."""
 
     @cached_property
     def source(self) -> Source:
@@ -110,6 +128,9 @@ class Task(ABC, Generic[M]):
     def kept(self) -> dict[str, Any]:
         """Return the state of the task that checkpoints keep, as JSON values."""
         return {}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Take up what `kept` gave a checkpoint, so that a trained model can be used without its training images."""
 
     def obstacles(self, device: torch.device) -> Obstacles:
         """Return the obstacles for the model on this machine."""
@@ -188,6 +209,10 @@ class Task(ABC, Generic[M]):
         """Return the `measures`, equal on every rank. This is a collective: each rank evaluates its share of images."""
         return {}
 
+    def details(self) -> Details | None:
+        """Return what the last call of `evaluate` found beside the measures; None where there is nothing more."""
+        return None
+
     def picture(self, model: M, device: torch.device) -> bytes | None:
         """Return a PNG that shows the model's outputs, on the main rank. This is a collective."""
         return None
@@ -196,11 +221,42 @@ class Task(ABC, Generic[M]):
         """Return a warning at the end of an epoch, after `step` of `steps`, or None."""
         return None
 
+    # After training
+
+    def predictor(self, model: M, options: Options) -> Predictor[Any] | None:
+        """Return what `mimae predict` finds in images with a model in eval mode; None for a task that is for nothing
+        but pretraining."""
+        return None
+
+    def outputs(self) -> Sequence[str]:
+        """Return the names of the classes that a fine-tuned model tells apart, in the order of its outputs."""
+        return ()
+
     # What it costs
 
-    def flops(self, size_hw: Size) -> float | None:
-        """Return the FLOPs of a step for one image of (height, width) pixels, or None if they are unknown."""
+    def example(self, images: int) -> tuple[Any, ...] | None:
+        """Return tensors of the shapes that the model's forward takes for so many images, on the default device; None
+        where what it computes depends on their values."""
         return None
+
+    def example_loss(self, model: M) -> Tensor | None:
+        """Return a number whose forward and backward cost what a step does for one image; None where nobody knows."""
+        example = self.example(1)
+        return None if example is None else self.result(model(*example)).loss
+
+    def flops(self, size_hw: Size) -> float | None:
+        """Return the FLOPs of a step for one image of (height, width) pixels, or None if they are unknown.
+
+        Only pretraining has images of other sizes than data.image_size.
+        """
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float | None:
+        recipe = self.recipe
+        plain = copy.copy(self)
+        plain.recipe = recipe.model_copy(update={"model": flops.counted(recipe.model)})
+        return flops.trained_flops(plain.outline, plain.example_loss)
 
     def attention_calls(self) -> Sequence[Call]:
         """Return the calls of attention in the forward of one micro-batch; they decide model.attention=auto."""

@@ -26,12 +26,15 @@ def export(
     given: Annotated[Literal["uint8", "float"], typer.Option("--input", help="dtype of a graph's input")] = "uint8",
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph takes images of any size")] = False,
 ) -> None:
-    """Write the encoder of a run as a folder that other libraries open without mimae.
+    """Write the model of a run as a folder that other libraries open without mimae.
 
-    The folder has a model card, and a check.py that compares the outputs with the encoder's on any machine.
+    The model is an encoder, a classifier or a segmenter.
+
+    The folder has a model card, and a check.py that compares the outputs with the model's on any machine.
     """
     import torch
 
+    from mimae.model.portable import Form
     from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.transfer.export import BOUND, TARGETS
@@ -39,18 +42,18 @@ def export(
     from mimae.transfer.targets.base import Options
 
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    options = Options(kind, decoder, numbers("--blocks", blocks), given, dynamic_size)
+    options = Options(kind, decoder, Form(given, numbers("--blocks", blocks), dynamic_size))
     report = run_export(run, to, out, options, average)
     if as_json({"to": to, "bound": BOUND, **report._asdict()}):
         return
     say(f"{report.folder}: step {report.step:,} of {run}, for {TARGETS[to].title}")
     if report.rounding is not None:
-        say(f"rounding to bf16 changed the features by {report.rounding:.2%}")
+        say(f"rounding to bf16 changed its outputs by {report.rounding:.2%}")
     if report.differences is None:
         say(f"not compared: {TARGETS[to].title} is not installed here; run check.py on a machine that has it")
     else:
         told = ", ".join(f"{name} {worst:.1e}" for name, worst in report.differences.items())
-        say(f"differs from the encoder by at most: {told} (allowed: {BOUND:.0e})")
+        say(f"differs from the model by at most: {told} (allowed: {BOUND:.0e})")
 
 
 def embed(

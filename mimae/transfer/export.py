@@ -1,4 +1,4 @@
-"""`mimae export`: a pretrained model as a folder that other libraries open without this project."""
+"""`mimae export`: a trained model of any task as a folder that other libraries open without this project."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from mimae import kernels
 from mimae.checkpoints import checkpoint
 from mimae.errors import UserError
+from mimae.model.mimae import MIMAE
 from mimae.outside.progress import Progress
+from mimae.train.trained import load
 from mimae.transfer.card import card
 from mimae.transfer.checks import comparison, vit
-from mimae.transfer.load import load_model
 from mimae.transfer.targets import mae, onnx, safetensors, timm, transformers
 from mimae.transfer.targets import torch as torch_target
 from mimae.transfer.targets.base import Exported, Options, Target
@@ -59,19 +60,21 @@ class Report(NamedTuple):
 
 
 def export(run: Path, to: str, out: Path, options: Options, average: bool = False) -> Report:
-    """Write the folder OUT atomically, and compare its outputs with the encoder's.
+    """Write the folder OUT atomically, and compare its outputs with the model's.
 
     Raises UserError if the format cannot express the model, if OUT exists, and if the outputs differ.
     """
     target = TARGETS[to]
-    _refuse(to, target, options)
+    _refuse_options(to, target, options)
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or give another --out")
-    recipe, model, found = load_model(run, average)
-    depth = recipe.model.depth
-    if wrong := [block for block in options.blocks if not 0 <= block < depth]:
+    trained = load(run, average, device=torch.device("cpu"))
+    task, found = trained.task, trained.checkpoint
+    exported = Exported(task.recipe, trained.model, tuple(task.outputs()))
+    _refuse(to, target, options, exported)
+    depth = task.recipe.model.depth
+    if wrong := [block for block in options.form.blocks if not 0 <= block < depth]:
         raise UserError(f"--blocks {wrong[0]}: the encoder has blocks 0 to {depth - 1}")
-    exported = Exported(recipe, model)
     rounding = _rounded(exported, options.dtype)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,16 +95,26 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
     finally:
         progress.close()
         shutil.rmtree(temporary, ignore_errors=True)
-    return Report(out, int(found.state["step"]), differences, rounding)
+    return Report(out, trained.step, differences, rounding)
 
 
-def _refuse(to: str, target: Target, options: Options) -> None:
+def _refuse(to: str, target: Target, options: Options, exported: Exported) -> None:
+    """Raise UserError for a model that a kind of export cannot hold."""
+    if not isinstance(exported.model, target.models):
+        exported.graph(Options())  # A model that no kind can hold says why.
+        holders = ", ".join(name for name, each in TARGETS.items() if isinstance(exported.model, each.models))
+        raise UserError(f"--to {to} holds pretrained encoders; a run of task={exported.recipe.task} goes to {holders}")
+    if options.decoder and not isinstance(exported.model, MIMAE):
+        raise UserError(f"--decoder: a run of task={exported.recipe.task} has none")
+
+
+def _refuse_options(to: str, target: Target, options: Options) -> None:
     """Raise UserError for options that the kind of export does not have."""
     graphs = ", ".join(name for name, each in TARGETS.items() if each.is_graph)
     given = {
-        "--blocks": bool(options.blocks),
-        "--input": options.given != "uint8",
-        "--dynamic-size": options.dynamic_size,
+        "--blocks": bool(options.form.blocks),
+        "--input": options.form.given != "uint8",
+        "--dynamic-size": options.form.dynamic_size,
     }
     if not target.is_graph and (wrong := [name for name, is_given in given.items() if is_given]):
         raise UserError(f"{wrong[0]} is for graphs ({graphs}); --to {to} holds weights for a library's own model")
@@ -119,15 +132,15 @@ def _rounded(exported: Exported, dtype: torch.dtype) -> float | None:
     """Round the weights of the model as they will be stored, and return the relative change of its features."""
     if dtype == torch.float32:
         return None
-    images = _images(exported)
-    before = exported.encoder.features(images)
-    for tensor in (*exported.model.parameters(), exported.encoder.pos_embed):
+    images, (*_, name) = _images(exported), exported.graph(Options()).outputs
+    before = _expected(exported, Options(), images)[name]
+    positions = [tensor for key, tensor in exported.model.named_buffers() if key.endswith("pos_embed")]
+    for tensor in (*exported.model.parameters(), *positions):
         tensor.copy_(tensor.to(dtype))
-    exported.model.decoder.pos_embed.copy_(exported.model.decoder.pos_embed.to(dtype))
-    share = float((exported.encoder.features(images) - before).norm() / before.norm())
+    share = float((_expected(exported, Options(), images)[name] - before).norm() / before.norm())
     if not share <= ROUNDING:
         raise UserError(
-            f"rounded to bf16 the weights change the features by {share:.1%}, more than {ROUNDING:.0%}: export in fp32"
+            f"rounded to bf16 the weights change the {name} by {share:.1%}, more than {ROUNDING:.0%}: export in fp32"
         )
     return share
 
@@ -148,17 +161,14 @@ def _images(exported: Exported, more: tuple[int, int] = (0, 0)) -> Tensor:
 
 @torch.no_grad()
 def _expected(exported: Exported, options: Options, images: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of the encoder for images, by name."""
-    tokens = exported.encoder.tokens(images)
-    maps = exported.encoder.maps(images, options.blocks)
-    named = {f"block_{number}": each for number, each in zip(options.blocks, maps, strict=True)}
-    return {"tokens": tokens, "features": tokens[:, 1:].mean(1), **named}
+    """Return the outputs of the model for images, by name."""
+    return exported.graph(options).expected(images)
 
 
 @torch.no_grad()
 def _decoded(exported: Exported, images: Tensor) -> dict[str, Tensor]:
     """Return the noise that chooses visible patches (the quarter with the least noise), and the decoder's outputs."""
-    patches, model = exported.grid.patches, exported.model
+    patches, model = exported.grid.patches, exported.mimae
     words = kernels.philox_words(1, 0, 0, torch.arange(len(images)), patches)
     noise = words.double().div(2.0**32).float()
     order = noise.argsort(1)
@@ -173,13 +183,13 @@ def _decoded(exported: Exported, images: Tensor) -> dict[str, Tensor]:
 
 
 def _write_check(exported: Exported, target: Target, options: Options, folder: Path) -> None:
-    """Write check.py, and check.npz with images and the encoder's outputs for them."""
+    """Write check.py, and check.npz with images and the model outputs for them."""
     images = _images(exported)
     stored = {"images": images, **_expected(exported, options, images)}
-    if target.check(options) == "transformers_mae":
+    if target.check(exported, options) == "transformers_mae":
         stored |= _decoded(exported, images)
     np.savez(folder / "check.npz", **{name: tensor.numpy() for name, tensor in stored.items()})  # type: ignore[arg-type]
-    module = import_module(f"mimae.transfer.checks.{target.check(options)}")
+    module = import_module(f"mimae.transfer.checks.{target.check(exported, options)}")
     imports = "import sys\nfrom collections.abc import Callable\nfrom pathlib import Path\n"
     source = inspect.getsource(module)
     # check.py stands alone, so what the module shares with others is written out at its end.
@@ -202,7 +212,7 @@ def _differences(exported: Exported, target: Target, options: Options, folder: P
     with contextlib.redirect_stderr(io.StringIO()):  # This hides the progress bar of transformers.
         check = runpy.run_path(str(folder / "check.py"))
         found: dict[str, float] = check["differences"](check["outputs"])
-    if options.dynamic_size:
+    if options.form.dynamic_size:
         for more in ((2, 0), (0, 1)):
             images = _images(exported, more)
             given, expected = check["outputs"](images.numpy()), _expected(exported, options, images)
@@ -212,6 +222,6 @@ def _differences(exported: Exported, target: Target, options: Options, folder: P
     if wrong := [name for name, worst in found.items() if not worst <= BOUND]:
         told = ", ".join(f"{name} {found[name]:.1e}" for name in wrong)
         raise UserError(
-            f"not exported: the outputs of {target.title} differ from the encoder's by more than {BOUND:.0e} ({told})"
+            f"not exported: the outputs of {target.title} differ from the model by more than {BOUND:.0e} ({told})"
         )
     return found

@@ -31,7 +31,8 @@ def coco(tmp_path: Path) -> Coco:
 
 def rows(coco: Coco, image: int, boxes: list[Any], labels: list[int], scores: list[float]) -> list[dict[str, Any]]:
     found = {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels), "scores": torch.tensor(scores)}
-    return as_rows(coco, image, found, (1.0, 1.0))
+    size = (coco.objects[image].height, coco.objects[image].width)
+    return as_rows(found, coco.image_ids[image], coco.categories, size, size)
 
 
 def truth(coco: Coco) -> list[dict[str, Any]]:
@@ -45,13 +46,13 @@ def truth(coco: Coco) -> list[dict[str, Any]]:
 
 
 def test_what_is_found_exactly_has_precision_1(coco: Coco) -> None:
-    found = average_precision(coco, range(4), truth(coco), masks=False)
+    found = average_precision(coco, range(4), truth(coco), masks=False).measures
     assert (found["box_ap"], found["box_ap50"], found["box_ap75"]) == (1.0, 1.0, 1.0)
     assert "mask_ap" not in found and "box_ap_large" not in found, "there is no large object"
 
 
 def test_nothing_found_is_0_and_no_error(coco: Coco) -> None:
-    found = average_precision(coco, range(4), [], masks=True)
+    found = average_precision(coco, range(4), [], masks=True).measures
     assert found["box_ap"] == found["mask_ap"] == 0.0
 
 
@@ -60,7 +61,7 @@ def test_a_false_alarm_above_each_class_halves_precision(coco: Coco) -> None:
         row for label in (1, 2) for row in rows(coco, 3, [[0, 0, 20, 20]], [label], [0.99])
     ]  # the last image has no object
     per_class = {1: 3, 2: 3}
-    found = average_precision(coco, range(4), truth(coco) + alarms, masks=False)
+    found = average_precision(coco, range(4), truth(coco) + alarms, masks=False).measures
     # After the alarm, precision at the k-th of 3 objects is k / (k + 1), and its maximum to the right is 3 / 4.
     assert per_class[1] / (per_class[1] + 1) == 0.75
     assert found["box_ap50"] == pytest.approx(0.75, abs=1e-9)
@@ -74,7 +75,9 @@ def test_one_of_two_found_is_51_of_101_points(tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "images"), settings=DataSettings())
     coco = Coco(str(tmp_path / "instances.json"), "detect.annotations", source)
     assert len(truth(coco)) == 2
-    assert average_precision(coco, range(3), truth(coco)[:1], False)["box_ap"] == pytest.approx(51 / 101, abs=1e-9)
+    found = average_precision(coco, range(3), truth(coco)[:1], False)
+    assert found.measures["box_ap"] == pytest.approx(51 / 101, abs=1e-9)
+    assert found.per_class == [pytest.approx(51 / 101, abs=1e-9), None], "no object is a disc"
 
 
 def test_numbers_are_pycocotools(coco: Coco) -> None:
@@ -94,8 +97,9 @@ def test_numbers_are_pycocotools(coco: Coco) -> None:
                 "scores": torch.tensor([generator.random()]).float(),
                 "masks": masks,
             }
-            detections += as_rows(coco, i, found, (1.0, 1.0))
-    ours = average_precision(coco, range(4), detections, masks=True)
+            size = (objects.height, objects.width)
+            detections += as_rows(found, coco.image_ids[i], coco.categories, size, size)
+    ours, per_class = average_precision(coco, range(4), detections, masks=True)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = tools.COCO(coco.file)
         found_by_them = theirs.loadRes([dict(each) for each in detections])
@@ -107,3 +111,4 @@ def test_numbers_are_pycocotools(coco: Coco) -> None:
             for key, value in zip(NAMES, judge.stats[:6]):
                 assert ours.get(f"{kind}_{key}", -1.0) == pytest.approx(value, abs=1e-6)
     assert 0 < ours["box_ap"] < 1
+    assert np.mean(per_class) == pytest.approx(ours["box_ap"], abs=1e-9)  # type: ignore[arg-type]

@@ -91,7 +91,9 @@ def test_crowds_and_boxes_outside_are_left_out(folder: Path) -> None:
     tree = json.loads((folder / "instances.json").read_text())
     tree["annotations"][0]["iscrowd"] = 1
     tree["annotations"][1]["bbox"] = [500, 500, 10, 10]
-    reader = DetectionReader(coco(folder, annotations=tree["annotations"]), DATA, DetectSettings(scale=(1, 1)), 0)
+    found = coco(folder, annotations=tree["annotations"])
+    assert found.outside == 1, "the run says so"
+    reader = DetectionReader(found, DATA, DetectSettings(scale=(1, 1)), 0)
     (batch,) = make_loader(DATA, source(folder), seed=0, batch_size=5, reader=reader).epoch(0)
     assert sorted(batch.targets["count"].tolist()) == [0, 0, 2, 2, 2]
 
@@ -103,6 +105,10 @@ def test_crowds_and_boxes_outside_are_left_out(folder: Path) -> None:
         ({"categories": []}, "is not in COCO's layout"),
         ({"images": []}, "is not in COCO's layout"),
         ({"annotations": [], "categories": []}, "has no categories"),
+        (
+            {"categories": [{"id": 7, "name": "square"}]},
+            r"changed.json: 4 of 8 annotations have a category_id that categories lacks, as 30; legal are 7",
+        ),
         ({"annotations": [], "images": [{"id": 1, "file_name": "000.png", "height": 4, "width": 4}]}, "does not name"),
     ],
 )

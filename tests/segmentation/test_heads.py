@@ -55,6 +55,20 @@ def test_the_whole_model_gives_each_pixel_its_logits() -> None:
         assert all(p.grad is not None for p in model.parameters()), "engines expect a gradient of every parameter"
 
 
+def test_relative_positions_are_beits_and_begin_at_nothing() -> None:
+    beit = pytest.importorskip("timm.models.beit", reason="timm is the oracle")
+    images = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = segmenter(relative_positions=True)
+    assert torch.allclose(model.logits(images), segmenter().logits(images), atol=1e-5)
+    attention: Any = model.encoder.blocks[0].attn
+    nn.init.normal_(attention.rel_pos)
+    index = beit.gen_relative_position_index((6, 8))
+    assert torch.equal(attention.bias(), attention.rel_pos[index].permute(2, 0, 1))
+    assert not torch.allclose(model.logits(images), segmenter().logits(images), atol=1e-3)
+    sum(model(images, torch.zeros(1, 24, 32, dtype=torch.int16)).values()).backward()
+    assert all(p.grad is not None for p in model.parameters()), "engines expect a gradient of every parameter"
+
+
 def test_a_batch_without_a_judged_pixel_has_loss_0() -> None:
     images, nothing = torch.zeros(1, 24, 32, 3, dtype=torch.uint8), torch.full((1, 24, 32), -1)
     assert segmenter()(images, nothing)["main"] == 0

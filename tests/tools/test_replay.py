@@ -17,13 +17,17 @@ from mimae.checkpoints import checkpoint
 from mimae.checkpoints.saving import Saver
 from mimae.checkpoints.settings import CheckpointSettings
 from mimae.cli import app
+from mimae.config.kept import load_run
 from mimae.config.load import load_recipe
-from mimae.config.recipe import FREE_KEYS, Recipe
+from mimae.config.recipe import FREE_KEYS, Recipe, RunRecipe
 from mimae.errors import RunError
 from mimae.faults.nonfinite import NonFinite
 from mimae.tools.replay import HERE, replay
 from mimae.train.tasks.pretrain import engine_of, pretrain
-from mimae.train.trainer import Trainer
+from mimae.train.tasks.segment import Segment
+from mimae.train.trainer import Trainer, train
+from tests.train.test_segment import recipe as segment_recipe
+from tests.train.test_segment import scene
 from tests.train.test_trainer import lines, recipe
 
 POISONED = "encoder.blocks.0.mlp.fc1.weight"
@@ -45,6 +49,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(run: Path) -> Recipe:
     return load_recipe(run / "config.yaml", [f"run.dir={run}"]).recipe
+
+
+def test_a_step_of_another_task_has_the_runs_numbers(tmp_path: Path) -> None:
+    """A segmenter: its examples, its drop path and its dropout are drawn again."""
+    for i in range(4):
+        for name, pixels in zip(("images", "annotations"), scene(i)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    asked = segment_recipe(tmp_path, tmp_path / "run", "telemetry.probe_every_epochs=0", "schedule.max_steps=2")
+    assert train(Segment(asked)).finished
+    command = ["replay", str(tmp_path / "run"), "--step", "2"]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = replay(load_run(tmp_path / "run", HERE, {"run": {"dir": str(tmp_path / "run")}}, RunRecipe), 2)
+    logged = lines(tmp_path / "run/metrics.jsonl")[1]
+    assert found.losses == {key: pytest.approx(logged[key], rel=1e-6) for key in ("loss", "main", "auxiliary")}
+    assert found.is_finite and found.rec == {}
+    with Image.open(tmp_path / "run/replay/step-00000002.png") as picture:
+        assert picture.height > 4 * 16
 
 
 @pytest.mark.parametrize("step", [9, 4])
@@ -73,7 +95,7 @@ def test_the_command_tells_and_draws(run: Path) -> None:
     assert done.exit_code == 0, done.output
     logged = lines(run / "metrics.jsonl")[8]
     assert f"in the run {logged['rec']:.7g}" in done.output and "the step is finite" in done.output
-    assert "--split 2: the MI terms compare fewer images" in done.output
+    assert "--split 2: losses that depend on the whole micro-batch" in done.output
     with Image.open(run / "replay/step-00000009.png") as picture:
         assert picture.width > picture.height / 2
     (run / "replay/step-00000009.png").unlink()

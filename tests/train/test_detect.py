@@ -13,7 +13,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import DetectRecipe
 from mimae.data.loading.batch import DataError
 from mimae.detection.vitdet import LOSSES, _from_windows, _in_windows, _windows
-from mimae.errors import UserError
+from mimae.errors import ConfigError, UserError
 from mimae.randomness import initialise, materialise
 from mimae.train.tasks.detect import Detect
 from mimae.train.trainer import train
@@ -80,6 +80,20 @@ def test_windows_are_undone_and_pad_with_zeros() -> None:
     assert torch.equal(parts[0], tokens[0, :3, :3].flatten(0, 1)), "a window is a square of neighbours"
 
 
+def test_what_is_found_does_not_depend_on_the_batch_that_a_detector_saw_first(folder: Path, tmp_path: Path) -> None:
+    """In training the first batch may hold images that fill a corner of their canvas."""
+    found = []
+    for first in ([[8, 9]], []):
+        model = Detect(recipe(folder, tmp_path, "detect.score=0")).outline()
+        materialise(model, "cpu")
+        initialise(model.eval(), 0)
+        images = torch.randint(0, 256, (1, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        for size in (*first, [32, 32]):
+            (last,) = model.detect(images, torch.tensor([size]))
+        found.append(last)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("boxes", "scores", "masks"))
+
+
 def test_new_relative_positions_change_nothing(folder: Path, tmp_path: Path) -> None:
     maps = []
     for relative in ("true", "false"):
@@ -93,6 +107,11 @@ def test_new_relative_positions_change_nothing(folder: Path, tmp_path: Path) -> 
     assert [tuple(each.shape[2:]) for each in maps[0].values()] == [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2)]
     for name, one in maps[0].items():
         assert torch.allclose(one, maps[1][name], atol=1e-5)
+
+
+def test_strides_are_whole_pixels(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.patch_size = 14 .* legal is a multiple of 4"):
+        recipe(folder, tmp_path, "model.patch_size=14", "data.image_size=28")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from mimae.config.kept import load_run
 from mimae.config.load import load_recipe
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import FREE_KEYS, Recipe, TransferRecipe, flat
 from mimae.data.loading.batch import DataError
 from mimae.errors import UserError
 from mimae.train.run_data import as_kept
@@ -69,6 +69,20 @@ def test_a_relative_path_is_kept_for_every_folder(here: Path, monkeypatch: pytes
     run = str(here / "run")
     monkeypatch.chdir("/")
     assert pretrain(load_recipe(f"{run}/config.yaml", [f"run.dir={run}", "run.dry=false"]).recipe).finished
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("segment", ["segment.masks", "segment.val_masks"]),
+        ("detect", ["detect.annotations", "detect.val_annotations", "detect.panoptic", "detect.val_panoptic"]),
+    ],
+)
+def test_relative_paths_of_labels_are_kept_for_every_folder(here: Path, task: str, keys: list[str]) -> None:
+    asked = load_recipe({"task": task}, [f"{key}=labels" for key in keys], None, TransferRecipe).recipe
+    kept = flat(as_kept(asked))
+    assert [kept[key] for key in keys] == [f"{here}/labels"] * len(keys)
+    assert set(keys) <= set(FREE_KEYS), "a run goes on where its labels have moved"
 
 
 @pytest.mark.parametrize("written", [True, False])

@@ -87,7 +87,7 @@ def test_the_recipe_for_ade20k_has_the_published_numbers() -> None:
     assert settings.maps(12) == (3, 5, 7, 11) and settings.head == "upernet" and settings.width == 768
     assert (settings.auxiliary, settings.dropout, POOLS, AUXILIARY_WIDTH) == (0.4, 0.1, (1, 2, 3, 6), 256)
     assert (settings.scale, settings.max_class_share, TRIES - 1, settings.stride) == ((0.5, 2.0), 0.75, 10, 0.5)
-    assert settings.photometric
+    assert settings.photometric and settings.relative_positions
     assert (BRIGHTNESS, CONTRAST, SATURATION, HUE) == (32 / 255, (0.5, 1.5), (0.5, 1.5), 18 / 180)
     assert settings.number == 150 and settings.values()[0] == (1,) and settings.ignore == (0, 255)
     assert (found.finetune.layer_decay, found.finetune.drop_path) == (0.65, 0.1)
@@ -143,10 +143,11 @@ def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("segment.blocks=[0,1,2,2]", "the last one has to be the encoder's last block, 3"),
+        ("segment.blocks=[0,1,2,2]", "the last number has to be that of the encoder's last block, 3"),
         ("data.crop_scale=[0.5,1.0]", "windows are cut by segment.scale"),
         ("segment.classes=[a]", "at least 2 names"),
         ("segment.head=fcn", "upernet or linear"),
+        ("evaluation.crop=0.875", "is for classifiers; task=segment is evaluated on whole images; legal is 1.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(override: str, message: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mimae.config.load import load_recipe
 from mimae.config.recipe import ClassifyRecipe
 from mimae.errors import CheckpointError, UserError
 from mimae.model.mimae import build
+from mimae.model.portable import Form
 from mimae.train.tasks.registry import make_task
 from mimae.train.trainer import train
 from mimae.transfer import export as module
@@ -111,7 +112,7 @@ def test_outputs_that_differ_are_no_export(run: Path, tmp_path: Path, monkeypatc
 
     for value in (1.0, float("nan")):
         monkeypatch.setitem(TARGETS, "safetensors", target._replace(write=spoil(value)))
-        with pytest.raises(UserError, match=r"not exported: .* differ from the encoder's by more than 1e-04 \(tokens"):
+        with pytest.raises(UserError, match=r"not exported: .* differ from the model by more than 1e-04 \(tokens"):
             export(run, "safetensors", tmp_path / "out", Options())
     assert not list(tmp_path.iterdir())
 
@@ -122,10 +123,10 @@ def test_outputs_that_differ_are_no_export(run: Path, tmp_path: Path, monkeypatc
         ("mae", Options(), "takes only square images, but this run's have 8 x 12 pixels"),
         ("transformers", Options(decoder=True), "ViTMAEForPreTraining takes only square images"),
         ("timm", Options(decoder=True), "--to timm has only the encoder; exports with the decoder are"),
-        ("timm", Options(blocks=(1,)), r"--blocks is for graphs \(onnx, torch\)"),
-        ("safetensors", Options(dynamic_size=True), "--dynamic-size is for graphs"),
+        ("timm", Options(form=Form(blocks=(1,))), r"--blocks is for graphs \(onnx, torch\)"),
+        ("safetensors", Options(form=Form(dynamic_size=True)), "--dynamic-size is for graphs"),
         ("torch", Options(torch.bfloat16), "--dtype bf16 rounds stored weights"),
-        ("torch", Options(blocks=(3,)), "--blocks 3: the encoder has blocks 0 to 2"),
+        ("torch", Options(form=Form(blocks=(3,))), "--blocks 3: the encoder has blocks 0 to 2"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_in_words(
@@ -179,12 +180,12 @@ def test_other_folders_are_no_exports(tmp_path: Path, config: dict[str, Any], sa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=needs_onnx)])
-@pytest.mark.parametrize("options", [Options(blocks=(2, 0)), Options(given="float", dynamic_size=True)])
+@pytest.mark.parametrize("options", [Options(form=Form(blocks=(2, 0))), Options(form=Form("float", dynamic_size=True))])
 def test_graphs_compute_by_themselves(run: Path, tmp_path: Path, to: str, options: Options) -> None:
     """Any batch; maps of blocks in the order asked for; with a dynamic size other sizes too, one not larger."""
     report = export(run, to, tmp_path / "out", options)
     assert report.differences is not None and max(report.differences.values()) < 1e-5
-    assert list(report.differences) == ["tokens", "features", *(f"block_{number}" for number in options.blocks)]
+    assert list(report.differences) == ["tokens", "features", *(f"block_{number}" for number in options.form.blocks)]
     assert torch.equal(features(tmp_path / "out", (8, 12)), features(run, (8, 12)))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from mimae.evaluate import share
 from mimae.evaluate.classes import Classes
 from mimae.model.classifier import Classifier
 from mimae.telemetry import confusion
-from mimae.train.task import Result
+from mimae.train.predictors.base import Options
+from mimae.train.predictors.classify import ClassPredictor
+from mimae.train.task import Details, Result
 from mimae.train.tasks.transfer import Transfer
 
 _BATCH = 128
@@ -40,6 +42,8 @@ class Evaluation(NamedTuple):
     """int64 (C, C) on the CPU: number of images by true class (row) and predicted class (column)."""
     top5: float
     loss: float
+    left_out: int
+    """Images that could not be read."""
 
     @property
     def top1(self) -> float:
@@ -95,6 +99,9 @@ class Classify(Transfer[Classifier]):
     def kept(self) -> dict[str, Any]:
         return {"classes": self.classes.state()}
 
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        self.classes = Classes.read(kept["classes"])
+
     def outline(self) -> Classifier:
         with torch.device("meta"):
             return self.model(len(self.classes))
@@ -130,6 +137,9 @@ class Classify(Transfer[Classifier]):
         paths = self.paths(batch)
         return (images, targets) if paths is None else (images, targets, paths)
 
+    def example(self, images: int) -> tuple[Tensor, Tensor]:
+        return self.example_images(images), torch.empty(images, len(self.classes))
+
     def result(self, output: Tensor) -> Result:
         return Result(output, {"loss": distributed.all_sum(output) / distributed.world_size()})
 
@@ -139,41 +149,49 @@ class Classify(Transfer[Classifier]):
         """Return accuracy and loss on data.val_path, and top-5 accuracy if there are more than 5 classes."""
         if self.validation is None:
             return {}
-        self.last = found = self.evaluation(model, self.classes, self.validation, device)
+        self.last = found = self._evaluation(model, self.validation, device)
         top5 = {"top5": found.top5} if len(self.classes) > 5 else {}
         return {"top1": found.top1, **top5, "val_loss": found.loss}
 
-    def evaluation(
-        self,
-        model: Classifier,
-        classes: Classes,
-        source: Source,
-        device: torch.device,
-        done: Callable[[int], None] = lambda _: None,
-    ) -> Evaluation:
-        """Evaluate a model on all readable images of a source. This is a collective.
-
-        `done` is called with the number of images of each batch.
-        """
-        places, ids, count = classes.places(source), torch.arange(len(source)), len(classes)
+    def _evaluation(self, model: Classifier, source: Source, device: torch.device) -> Evaluation:
+        """Evaluate a model on all readable images of a source. This is a collective."""
+        places, ids, count = self.classes.places(source), torch.arange(len(source)), len(self.classes)
         table = torch.zeros(count * count, dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        reader = Central(self.recipe.data, self.recipe.evaluation.crop)
-        for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, reader):
-            logits = self.logits(model, batch.images)[:own].float()
+        for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, self._central):
+            logits = self._logits(model, batch.images)[:own].float()
             # An image that cannot be read is replaced by another one, which is evaluated in its own place anyway.
             read = (batch.source_ids == batch.sample_ids)[:own]
             logits, labels = logits[read], places.to(device)[batch.source_ids[:own]][read]
             table += torch.bincount(labels * count + logits.argmax(1), minlength=count * count)
             in_five = (logits.topk(min(5, count)).indices == labels[:, None]).any(1)
             sums += torch.stack([in_five.sum().double(), F.cross_entropy(logits, labels, reduction="sum").double()])
-            done(own)
+            self.seen(own)
         table = distributed.all_sum(table).view(count, count).cpu()
         in_five, loss = distributed.all_sum(sums).tolist()
         images = int(table.sum())
-        return Evaluation(images, table, in_five / max(images, 1), loss / max(images, 1))
+        left_out = len(source) - images
+        return Evaluation(images, table, in_five / max(images, 1), loss / max(images, 1), left_out)
 
-    def logits(self, model: Classifier, images: Tensor) -> Tensor:
+    def details(self) -> Details | None:
+        if self.last is None:
+            return None
+        names = map(self.classes.name, range(len(self.classes)))
+        accuracies = dict(zip(names, self.last.per_class(), strict=True))
+        return Details(self.last.images, self.last.left_out, "accuracy", accuracies)
+
+    def outputs(self) -> Sequence[str]:
+        return [self.classes.name(place) for place in range(len(self.classes))]
+
+    def predictor(self, model: Classifier, options: Options) -> ClassPredictor:
+        return ClassPredictor(self.classes, partial(self._logits, model), self._central, options)
+
+    @property
+    def _central(self) -> Central:
+        """Reads the window that is evaluated."""
+        return Central(self.recipe.data, self.recipe.evaluation.crop)
+
+    def _logits(self, model: Classifier, images: Tensor) -> Tensor:
         """Return logits (B, C) in the run's precision."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.logits(images)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 from mimae import distributed
 from mimae.config.recipe import DetectRecipe
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches
 from mimae.detection import average_precision as ap
-from mimae.detection.coco import Coco
+from mimae.detection import drawing
+from mimae.detection.coco import Category, Coco
 from mimae.detection.examples import DetectionReader
 from mimae.detection.vitdet import LOSSES, ViTDet
 from mimae.evaluate import share
 from mimae.randomness import Purpose, words
 from mimae.telemetry import pictures
-from mimae.train.task import Result
+from mimae.train.predictors.base import Options
+from mimae.train.predictors.detect import ObjectPredictor
+from mimae.train.task import Details, Result
 from mimae.train.tasks.transfer import Transfer
 
 PICTURED = 8
 """Number of images in a picture of detections."""
 
-SURE = 0.5
-"""Smallest score of the detections that a picture shows."""
-
 _BATCH = 8
+_NAMED = 5
+"""Categories that a message names."""
 
 
 class Detect(Transfer[ViTDet]):
@@ -39,6 +40,8 @@ class Detect(Transfer[ViTDet]):
     recipe: DetectRecipe
     losses = ("loss", *LOSSES)
     measures = DetectRecipe.measures
+    found: Details | None = None
+    """Details of the last evaluation."""
 
     def check(self) -> None:
         super().check()
@@ -49,12 +52,25 @@ class Detect(Transfer[ViTDet]):
                 f"detect.annotations={coco.file} has objects without a mask: legal are detect.masks=false, or "
                 "detect.panoptic with the folder of panoptic pictures"
             )
-        if self.validation is not None and settings.val_annotations is None:
-            raise DataError(f"data.val_path={self.validation.name} needs detect.val_annotations, its COCO file")
-        if (held_out := self.held_out) is not None and held_out.categories != coco.categories:
-            raise DataError(
-                f"detect.val_annotations={held_out.file} and detect.annotations={coco.file} have different categories"
-            )
+        _ = self.held_out
+
+    def notes(self) -> Iterator[str]:
+        yield f"{len(self.categories)} classes"
+        for coco in (self.coco, self.held_out):
+            if coco is not None and coco.outside:
+                yield f"{coco.key}: {coco.outside:,} boxes are empty or outside of their images, and are left out"
+
+    def kept(self) -> dict[str, Any]:
+        return {"categories": self.categories}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        if "categories" in kept:  # A run that is older has them in its annotations alone.
+            self.categories = [(int(number), str(name)) for number, name in kept["categories"]]
+
+    @cached_property
+    def categories(self) -> list[Category]:
+        """The categories that are detected, in the order of the model's outputs."""
+        return self.coco.categories
 
     @cached_property
     def coco(self) -> Coco:
@@ -68,13 +84,21 @@ class Detect(Transfer[ViTDet]):
     def held_out(self) -> Coco | None:
         """The annotations of the validation images, or None."""
         settings = self.recipe.detect
-        if self.validation is None or settings.val_annotations is None:
+        if self.validation is None:
             return None
-        return Coco(settings.val_annotations, "detect.val_annotations", self.validation, settings.val_panoptic)
+        if settings.val_annotations is None:
+            raise DataError(f"data.val_path={self.validation.name} needs detect.val_annotations, its COCO file")
+        found = Coco(settings.val_annotations, "detect.val_annotations", self.validation, settings.val_panoptic)
+        if found.categories != self.categories:
+            raise DataError(
+                f"detect.val_annotations={found.file} has other categories than the detector: "
+                f"{_listed(found.categories)}; legal are {_listed(self.categories)}"
+            )
+        return found
 
     def outline(self) -> ViTDet:
         with torch.device("meta"):
-            return ViTDet(self.encoder(), self.recipe.detect, len(self.coco.categories))
+            return ViTDet(self.encoder(), self.recipe.detect, len(self.categories))
 
     def reader(self) -> DetectionReader:
         return DetectionReader(self.coco, self.recipe.data, self.recipe.detect, self.recipe.seed)
@@ -90,6 +114,10 @@ class Detect(Transfer[ViTDet]):
         named = (found[name] for name in ("size", "boxes", "classes", "count"))
         return (batch.images, *named, found.get("masks"), self.paths(batch), word)
 
+    def example_loss(self, model: ViTDet) -> Tensor:
+        """Return a number that depends on the maps, on all anchors, and on as many regions as the heads sample."""
+        return model.example_loss(self.example_images(1))
+
     def result(self, output: Mapping[str, Tensor]) -> Result:
         loss = torch.stack(list(output.values())).sum()
         local = torch.stack([loss.detach(), *(each.detach() for each in output.values())])
@@ -103,14 +131,32 @@ class Detect(Transfer[ViTDet]):
             return {}
         reader = DetectionReader(coco, recipe.data, recipe.detect, None)
         rows: list[dict[str, Any]] = []
+        read: list[int] = []
         ids = torch.arange(len(validation))
         for batch, count in share.batches(recipe.data, validation, ids, device, _BATCH, reader):
-            found = self._detect(model, batch)
-            for i in range(count):
-                sizes = batch.targets["source_size"][i].double() / batch.targets["size"][i]
-                rows += ap.as_rows(coco, int(batch.source_ids[i]), found[i], (sizes[0].item(), sizes[1].item()))
+            found, targets = self._detect(model, batch), batch.targets
+            self.seen(count)
+            for i, source_id in enumerate(batch.source_ids[:count].tolist()):
+                if source_id == int(batch.sample_ids[i]):  # else another image stands for one that cannot be read
+                    sizes = (tuple(targets[name][i].tolist()) for name in ("source_size", "size"))
+                    rows += ap.as_rows(found[i], coco.image_ids[source_id], coco.categories, *sizes)
+                    read.append(source_id)
         every = [row for part in distributed.gather_objects(rows) for row in part]
-        return ap.average_precision(coco, range(len(validation)), every, recipe.detect.masks)
+        images = sorted(i for part in distributed.gather_objects(read) for i in part)
+        precision = ap.average_precision(coco, images, every, recipe.detect.masks)
+        classes = dict(zip(coco.classes, precision.per_class))
+        self.found = Details(len(images), len(validation) - len(images), "box_ap", classes)
+        return precision.measures
+
+    def details(self) -> Details | None:
+        return self.found
+
+    def outputs(self) -> Sequence[str]:
+        return [name for _, name in self.categories]
+
+    def predictor(self, model: ViTDet, options: Options) -> ObjectPredictor:
+        ap.require()
+        return ObjectPredictor(self.categories, partial(self._detect, model), self.recipe.data)
 
     def picture(self, model: ViTDet, device: torch.device) -> bytes | None:
         """Return the first validation images, or else training images, with their annotated and detected objects."""
@@ -132,11 +178,8 @@ class Detect(Transfer[ViTDet]):
         for i, image in enumerate(batch.images.cpu()):
             number, target = int(batch.targets["count"][i]), batch.targets
             names = [coco.classes[label - 1] for label in target["classes"][i, :number].tolist()]
-            annotated.append(_drawn(image, target["boxes"][i, :number].cpu(), names))
-            sure = found[i]["scores"] > SURE
-            labels, scores = found[i]["labels"][sure].tolist(), found[i]["scores"][sure].tolist()
-            names = [f"{coco.classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores)]
-            detected.append(_drawn(image, found[i]["boxes"][sure].cpu(), names))
+            annotated.append(drawing.drawn(image, target["boxes"][i, :number].cpu(), names))
+            detected.append(drawing.detected(image, found[i], coco.classes))
         return pictures.sheet(["annotated", "found"], [torch.stack(annotated), torch.stack(detected)], wide=())
 
     def _detect(self, model: ViTDet, batch: Batch) -> list[dict[str, Tensor]]:
@@ -145,9 +188,7 @@ class Detect(Transfer[ViTDet]):
             return model.detect(batch.images, batch.targets["size"])
 
 
-def _drawn(image: Tensor, boxes: Tensor, names: list[str]) -> Tensor:
-    """Draw boxes with their names into an image uint8 (H, W, 3)."""
-    if not names:
-        return image
-    drawn = draw_bounding_boxes(image.permute(2, 0, 1), boxes, names, colors="yellow", label_colors="yellow")
-    return drawn.permute(1, 2, 0)
+def _listed(categories: Sequence[Category]) -> str:
+    """Return the first categories in words."""
+    more = f", ... ({len(categories)} in all)" * (len(categories) > _NAMED)
+    return ", ".join(f"{name} ({number})" for number, name in categories[:_NAMED]) + more

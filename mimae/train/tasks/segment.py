@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from mimae.segmentation.masks import Masks
 from mimae.segmentation.measures import Evaluation, confusion
 from mimae.segmentation.segmenter import Segmenter
 from mimae.segmentation.windows import classes_at, slide
-from mimae.train.task import Result
+from mimae.train.predictors.base import Options
+from mimae.train.predictors.segment import MaskPredictor
+from mimae.train.task import Details, Result
 from mimae.train.tasks.transfer import Transfer
 
 PICTURED = 8
@@ -83,6 +85,9 @@ class Segment(Transfer[Segmenter]):
             keep = [keep_channels(*stream, settings.width), keep_channels(*stream, AUXILIARY_WIDTH, settings.width)]
         return (batch.images, batch.targets["classes"], self.paths(batch), *keep)
 
+    def example(self, images: int) -> tuple[Tensor, Tensor]:
+        return self.example_images(images), torch.empty(images, *self.recipe.data.size_hw, dtype=torch.int16)
+
     def result(self, output: Mapping[str, Tensor]) -> Result:
         loss = torch.stack(list(output.values())).sum()
         local = torch.stack([loss.detach(), *(each.detach() for each in output.values())])
@@ -95,11 +100,23 @@ class Segment(Transfer[Segmenter]):
         """Return the measures on data.val_path, and the intersection over union of each class that occurs."""
         if self.validation is None or self.held_out is None:
             return {}
-        self.found = found = self.evaluation(model, self.validation, self.held_out, device)
+        self.found = found = self._evaluation(model, self.validation, self.held_out, device)
         per_class = {key: value for key, value in zip(self._columns, found.per_class) if value is not None}
         return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy, **per_class}
 
-    def evaluation(self, model: Segmenter, source: Source, masks: Masks, device: torch.device) -> Evaluation:
+    def details(self) -> Details | None:
+        if self.found is None:
+            return None
+        classes = dict(zip(self.labels.names, self.found.per_class, strict=True))
+        return Details(self.found.images, self.found.left_out, "iou", classes)
+
+    def outputs(self) -> Sequence[str]:
+        return self.labels.names
+
+    def predictor(self, model: Segmenter, options: Options) -> MaskPredictor:
+        return MaskPredictor(self.labels, partial(self._slide, model), self.recipe.data)
+
+    def _evaluation(self, model: Segmenter, source: Source, masks: Masks, device: torch.device) -> Evaluation:
         """Evaluate the model on a source. This is a collective: each rank evaluates its share of the images."""
         data, classes = self.recipe.data, len(self.labels.names)
         table = torch.zeros(classes, classes, dtype=torch.int64, device=device)
@@ -107,17 +124,18 @@ class Segment(Transfer[Segmenter]):
         ids = torch.arange(len(source))
         reader = Whole(masks, data)
         for batch, own in share.batches(data, source, ids, device, 1, reader):
-            logits = self.slide(model, batch.images[0])
+            logits = self._slide(model, batch.images[0])
             # An image that cannot be read is replaced by another one, which is not counted here.
             is_read = torch.equal(batch.source_ids, batch.sample_ids)
             if own and is_read:
                 true = batch.targets["classes"][0]
                 table += confusion(true, classes_at(logits, (true.shape[0], true.shape[1])), classes)
+            self.seen(own)
             counts += torch.tensor([own, own * (not is_read)], device=device)
         images, left_out = distributed.all_sum(counts).tolist()
         return Evaluation(distributed.all_sum(table).cpu(), images - left_out, left_out)
 
-    def slide(self, model: Segmenter, image: Tensor) -> Tensor:
+    def _slide(self, model: Segmenter, image: Tensor) -> Tensor:
         """Return logits fp32 (C, h, w) of an image uint8 (h, w, 3) at scale 1. This is a collective."""
         data = self.recipe.data
         paper = torch.tensor([round(255 * mean) for mean in data.mean], dtype=torch.uint8)

@@ -44,8 +44,8 @@ class EvaluationSettings(Section):
         1.0,
         gt=0,
         le=1,
-        description="side of the central window that is evaluated, as a share of the largest window; 0.875 is the "
-        "usual crop of 224 pixels from 256",
+        description="classifiers: side of the central window that is evaluated, as a share of the largest window; "
+        "0.875 is the usual crop of 224 pixels from 256",
     )
 
 

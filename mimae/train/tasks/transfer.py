@@ -6,13 +6,10 @@ The settings of `Transfer` are the sections `finetune` and `evaluation`. It offe
   that `finetune.freeze` names are frozen: they have no gradient and no optimizer state, and do not change;
 * `group`: the optimizer's groups with layer-wise decay; parameters outside `encoder` have the full learning rate;
 * `paths(batch)`: the factors of drop path, for `Encoder.forward(images, keep=...)`;
-* `window`: the central window that is evaluated, which a `Reader` uses instead of a random one;
 * `obstacles`: the obstacles for attention and frozen parameters on this machine.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +17,6 @@ from torch import Tensor
 from mimae import distributed
 from mimae.config.recipe import TransferRecipe
 from mimae.data.loading.batch import Batch
-from mimae.data.pixels.augment import Window, centre_window
 from mimae.engines.base import M, Obstacles
 from mimae.model import attention
 from mimae.model.attention_choice import Call
@@ -57,9 +53,9 @@ class Transfer(Task[M]):
         recipe = self.recipe
         return keep_paths(recipe.seed, batch.epoch, batch.sample_ids, recipe.finetune.drop_path, recipe.model.depth)
 
-    def window(self, height: int, width: int) -> Window:
-        """Return the window of an image of height x width pixels that is evaluated."""
-        return partial(centre_window, size=self.recipe.data.size_hw, share=self.recipe.evaluation.crop)(height, width)
+    def example_images(self, images: int) -> Tensor:
+        """Return uint8 (B, H, W, 3)."""
+        return torch.empty(images, *self.recipe.data.size_hw, 3, dtype=torch.uint8)
 
     def attention_calls(self) -> list[Call]:
         model, schedule = self.recipe.model, self.recipe.schedule

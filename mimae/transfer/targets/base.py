@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.model.encoder import Encoder
 from mimae.model.geometry import Grid
 from mimae.model.mimae import MIMAE
-from mimae.transfer.portable import Input
+from mimae.model.portable import Form, Graph
+from mimae.model.units import Model
+
+_DEFAULT = Form()
 
 
 @dataclass(frozen=True)
@@ -28,36 +30,49 @@ class Options:
     """Dtype of the stored weights."""
     decoder: bool = False
     """True to include MAE's decoder, so that pretraining can continue elsewhere."""
-    blocks: tuple[int, ...] = ()
-    """Blocks whose maps a graph outputs too."""
-    given: Input = "uint8"
-    """Format of the pixels that a graph takes."""
-    dynamic_size: bool = False
-    """True if a graph takes images of any size."""
+    form: Form = _DEFAULT
+    """What a graph takes and gives."""
 
 
 class Exported(NamedTuple):
-    """A pretrained model that is exported, in fp32 with the values that will be stored."""
+    """A trained model that is exported, in fp32 with the values that will be stored."""
 
-    recipe: Recipe
-    model: MIMAE
+    recipe: Any
+    """Recipe of the task of the run."""
+    model: Model
+    classes: tuple[str, ...] = ()
+    """Names of the classes that a fine-tuned model tells apart, in the order of its outputs."""
 
     @property
     def encoder(self) -> Encoder:
         """The encoder."""
-        return self.model.encoder
+        encoder = self.model.encoder
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    @property
+    def mimae(self) -> MIMAE:
+        """The model of a pretraining run."""
+        assert isinstance(self.model, MIMAE)
+        return self.model
+
+    def graph(self, options: Options) -> Graph:
+        """Return the model in plain operators, without gradients. Raises UserError where it cannot be a graph."""
+        graph = self.model.graph(options.form)
+        graph.module.eval().requires_grad_(False)
+        return graph
 
     @property
     def grid(self) -> Grid:
         """The grid of patches of an image."""
-        return self.model.encoder.grid
+        return self.encoder.grid
 
     def state(self, decoder: bool = False) -> dict[str, Tensor]:
         """Return the weights under our names: `encoder.*`, and with `decoder` also `decoder.*` with its positions."""
         found = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         if decoder:
-            found |= {f"decoder.{name}": tensor for name, tensor in self.model.decoder.state_dict().items()}
-            found["decoder.pos_embed"] = self.model.decoder.pos_embed
+            found |= {f"decoder.{name}": tensor for name, tensor in self.mimae.decoder.state_dict().items()}
+            found["decoder.pos_embed"] = self.mimae.decoder.pos_embed
         return found
 
     def description(self) -> dict[str, Any]:
@@ -73,8 +88,11 @@ class Exported(NamedTuple):
             "norm_eps": model.norm_eps,
             "mean": list(data.mean),
             "std": list(data.std),
-            "pooling": "mean of the patch tokens",
+            **({"task": self.recipe.task, "classes": self.classes} if self.classes else _POOLING),
         }
+
+
+_POOLING = {"pooling": "mean of the patch tokens"}
 
 
 class Target(NamedTuple):
@@ -84,12 +102,14 @@ class Target(NamedTuple):
     """The library that opens it, with its version if that matters."""
     write: Callable[[Exported, Options, Path], None]
     """Function that writes all files but card and check. Raises UserError if the format cannot express the model."""
-    check: Callable[[Options], str]
+    check: Callable[[Exported, Options], str]
     """Function that returns the name of the module of `mimae.transfer.checks` that becomes check.py."""
     loading: str
     """Python code for the card that opens the folder; DIR stands for the folder."""
+    models: tuple[type[Model], ...] = (MIMAE,)
+    """Models that it can hold."""
     is_graph: bool = False
-    """True if it is a computation graph, which takes the options blocks, input and dynamic size."""
+    """True if it is a computation graph, which takes what `Form` has."""
     has_decoder: bool = False
     """True if it can contain MAE's decoder."""
     modules: tuple[str, ...] = ()

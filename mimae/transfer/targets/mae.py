@@ -32,7 +32,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 TARGET = Target(
     title="the code of facebookresearch/mae",
     write=_write,
-    check=lambda options: "mae",
+    check=lambda exported, options: "mae",
     loading="""import torch
 
 weights = torch.load("DIR/model.pth", weights_only=True)["model"]

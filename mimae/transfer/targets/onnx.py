@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mimae.errors import UserError
-from mimae.transfer.portable import Portable
+from mimae.model.units import Model
 from mimae.transfer.targets.base import Exported, Options, Target, write_config
 from mimae.transfer.targets.torch import example, graph_config
 
@@ -24,9 +24,9 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"an ONNX export needs {error.name}: pip install 'mimae[onnx]'") from error
-    module = Portable(exported.encoder, options.given, options.blocks, options.dynamic_size).eval()
+    module, outputs, _ = exported.graph(options)
     images, dynamic = example(exported, options)
-    config = graph_config(exported, options)
+    config = graph_config(exported, options, outputs)
     # An ONNX file cannot exceed 2 GB, so large weights are stored in a separate file.
     large = sum(parameter.numel() * 4 for parameter in module.parameters()) > 1_900_000_000
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -50,11 +50,12 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 TARGET = Target(
     title="onnxruntime",
     write=_write,
-    check=lambda options: "onnx",
+    check=lambda exported, options: "onnx",
     loading="""import onnxruntime
 
 session = onnxruntime.InferenceSession("DIR/model.onnx")
-tokens, features = session.run(["tokens", "features"], {"images": images})  # the graph normalises the pixels""",
+found = session.run(None, {"images": images})  # a list of the outputs; the graph normalises the pixels""",
+    models=(Model,),
     is_graph=True,
     modules=("onnxruntime",),
 )

@@ -15,7 +15,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 TARGET = Target(
     title="torch and safetensors",
     write=_write,
-    check=lambda options: "safetensors",
+    check=lambda exported, options: "safetensors",
     loading="""from safetensors.torch import load_file
 
 weights = load_file("DIR/model.safetensors")  # the names of timm's VisionTransformer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +10,55 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from mimae.transfer.portable import Portable
+from mimae.model.units import Model
 from mimae.transfer.targets.base import Exported, Options, Target, write_config
 
 
 def example(exported: Exported, options: Options) -> tuple[Tensor, dict[str, dict[int, Any]]]:
     """Return images for tracing a graph, and their dynamic dimensions."""
     rows, columns, patch = exported.grid
-    if options.dynamic_size:  # The sides differ from the run's, so that a size traced as a constant is detected.
+    if options.form.dynamic_size:  # The sides differ from the run's, so that a size traced as a constant is detected.
         height, width = (rows + 1) * patch, (columns + 2) * patch
     else:
         height, width = exported.grid.size_hw
     dynamic: dict[int, Any] = {0: Dim("batch", min=1)}
-    if options.given == "uint8":
+    if options.form.given == "uint8":
         images, sides = torch.zeros(2, height, width, 3, dtype=torch.uint8), (1, 2)
     else:
         images, sides = torch.zeros(2, 3, height, width), (2, 3)
-    if options.dynamic_size:
+    if options.form.dynamic_size:
         dynamic = dict.fromkeys((0, *sides), Dim.AUTO)
     return images, {"images": dynamic}
 
 
-def graph_config(exported: Exported, options: Options) -> dict[str, Any]:
+def graph_config(exported: Exported, options: Options, outputs: Sequence[str]) -> dict[str, Any]:
     """Return config.json of a graph."""
-    outputs = ["tokens", "features", *(f"block_{number}" for number in options.blocks)]
     return {
-        "input": options.given,
-        "layout": "NHWC, 0 to 255" if options.given == "uint8" else "NCHW, 0 to 1",
-        "size": "any multiple of the patch size" if options.dynamic_size else list(exported.grid.size_hw),
-        "outputs": outputs,
+        "input": options.form.given,
+        "layout": "NHWC, 0 to 255" if options.form.given == "uint8" else "NCHW, 0 to 1",
+        "size": "any multiple of the patch size" if options.form.dynamic_size else list(exported.grid.size_hw),
+        "outputs": list(outputs),
         "mimae": exported.description(),
     }
 
 
 def _write(exported: Exported, options: Options, folder: Path) -> None:
-    module = Portable(exported.encoder, options.given, options.blocks, options.dynamic_size).eval()
+    graph = exported.graph(options)
     images, dynamic = example(exported, options)
     with torch.no_grad():
-        program = torch.export.export(module, (images,), dynamic_shapes=dynamic)
+        program = torch.export.export(graph.module, (images,), dynamic_shapes=dynamic)
     torch.export.save(program, folder / "model.pt2")
-    write_config(folder, graph_config(exported, options))
+    write_config(folder, graph_config(exported, options, graph.outputs))
 
 
 TARGET = Target(
     title="torch",
     write=_write,
-    check=lambda options: "torch",
+    check=lambda exported, options: "torch",
     loading="""import torch
 
 model = torch.export.load("DIR/model.pt2").module()
-features = model(images)["features"]  # also "tokens"; the model normalises the pixels""",
+found = model(images)  # a dict of the outputs below; the model normalises the pixels""",
+    models=(Model,),
     is_graph=True,
 )

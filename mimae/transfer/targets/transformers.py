@@ -59,7 +59,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 TARGET = Target(
     title="transformers",
     write=_write,
-    check=lambda options: "transformers_mae" if options.decoder else "transformers",
+    check=lambda exported, options: "transformers_mae" if options.decoder else "transformers",
     loading="""from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("DIR", add_pooling_layer=False).eval()  # the folder has no weights for its pooler

@@ -1,0 +1,1 @@
+"""Predictors: what a trained model of each task finds in images, and the file that it goes to."""

@@ -1,0 +1,75 @@
+"""The trained model of a run of any task, apart from its training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mimae.checkpoints import checkpoint
+from mimae.config.kept import load_run
+from mimae.config.recipe import RunRecipe
+from mimae.errors import CheckpointError
+from mimae.model.units import Model
+from mimae.outside.text import printable
+from mimae.randomness import materialise
+from mimae.train.task import Task
+from mimae.train.tasks.registry import make_task
+
+
+class Trained(NamedTuple):
+    """The model of a run, in eval mode on `device`."""
+
+    task: Task[Any]
+    model: Model
+    checkpoint: checkpoint.Checkpoint
+    device: torch.device
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the checkpoint."""
+        return int(self.checkpoint.state["step"])
+
+
+def load(
+    path: Path,
+    average: bool = False,
+    overrides: Sequence[str] = (),
+    data: str | None = None,
+    device: torch.device | None = None,
+) -> Trained:
+    """Return the model of a run (its newest whole checkpoint) or of one checkpoint. The training images are not needed.
+
+    `average`: with the moving average of its weights. `data`: other images than data.val_path; keys that belong to
+    data.val_path are then null, but for those in `overrides`. `device`: by default a GPU where there is one. Raises
+    CheckpointError, ConfigError.
+    """
+    run = checkpoint.run_of(path)
+    belongs = [f"{key}=null" for key in load_run(run, (), None, RunRecipe).of_validation] if data else []
+    given = {"data": {"val_path": data}} if data else None
+    recipe = load_run(run, [*belongs, *overrides], given, RunRecipe)
+    if average and recipe.ema.decay is None:
+        raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
+    # Its weights go anywhere; the backend that trained them may be another machine's.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "sdpa"})})
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = make_task(recipe)
+
+    def fill(found: checkpoint.Checkpoint) -> Model:
+        averages = found.tensors("ema") if average else {}
+        if average and not averages:
+            raise CheckpointError(f"{found.path} has no moving average")
+        try:
+            task.restore(found.state.get("task") or {})
+            model: Model = task.outline()
+            materialise(model, device)
+            model.load_state_dict(found.tensors("model") | averages)
+        except (KeyError, TypeError, RuntimeError) as error:
+            said = printable(" ".join(str(error).split()))[:300]
+            raise CheckpointError(f"{found.path} does not hold the model of config.yaml: {said}") from error
+        return model
+
+    found, model = checkpoint.use_at(path, fill)
+    return Trained(task, model.eval(), found, device)
