@@ -39,7 +39,7 @@ bool starts(string_view text, string_view with) { return text.substr(0, with.siz
 struct Header {
   int width = 0, height = 0, components = 0;
   int mcu_width = 8, mcu_height = 8;  // in pixels
-  int orientation = 1;
+  int orientation = 0;  // of EXIF; 0: none there
   int restart = 0;      // MCUs between two restart markers; 0: none
   size_t sides = 0;     // where the frame header has height and width
   size_t scan = 0;      // where the entropy-coded data begins
@@ -107,7 +107,7 @@ bool is_readable_photoshop(string_view block) {
   return true;
 }
 
-bool read_application(uint8_t marker, string_view segment, bool& has_exif, Header& header) {
+bool read_application(uint8_t marker, string_view segment, bool& has_exif, bool& has_xmp, Header& header) {
   if (marker == APP0 && starts(segment, "JFIF")) return segment.size() >= 12;
   if (marker == APP1 && starts(segment, string_view("Exif\0\0", 6))) {
     if (has_exif) return false;
@@ -115,7 +115,7 @@ bool read_application(uint8_t marker, string_view segment, bool& has_exif, Heade
     return read_exif(segment.substr(6), header.orientation);
   }
   if (marker == APP1 && starts(segment, "http://ns.adobe.com/xap/1.0/"))
-    return segment.find("tiff:Orientation") == string_view::npos;
+    has_xmp = has_xmp || segment.find("tiff:Orientation") != string_view::npos;
   if (marker == APP2 && starts(segment, "ICC_PROFILE")) return segment.size() >= 14;
   if (marker == APP2 && starts(segment, "MPF")) return false;
   if (marker == APP13 && starts(segment, "Photoshop 3.0")) return is_readable_photoshop(segment);
@@ -147,7 +147,7 @@ bool read_header(string_view data, Header& header) {
   if (data.size() < 4 || data.size() > UINT32_MAX) return false;
   if (!starts(data, string_view("\xFF\xD8\xFF"))) return false;
   const Numbers numbers{data};
-  bool has_exif = false;
+  bool has_exif = false, has_xmp = false;
   size_t at = 2;
   while (header.scan == 0) {
     if (at + 4 > data.size() || static_cast<uint8_t>(data[at]) != 0xFF) return false;
@@ -166,11 +166,16 @@ bool read_header(string_view data, Header& header) {
       if (segment.size() != 2) return false;
       header.restart = static_cast<int>(numbers.at(at + 4, 2));
     } else if (APP0 <= marker && marker <= APP15) {
-      if (!read_application(marker, segment, has_exif, header)) return false;
+      if (!read_application(marker, segment, has_exif, has_xmp, header)) return false;
     } else if (marker != DQT && marker != DHT && marker != COM) {
       return false;
     }
     at += 2 + length;
+  }
+  // Pillow takes the orientation from XMP if EXIF has none.
+  if (header.orientation == 0) {
+    if (has_xmp) return false;
+    header.orientation = 1;
   }
   for (at = header.scan; (at = data.find('\xFF', at)) != string_view::npos && at + 1 < data.size(); at += 2) {
     const uint8_t marker = static_cast<uint8_t>(data[at + 1]);

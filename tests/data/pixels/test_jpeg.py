@@ -117,6 +117,12 @@ def test_headers_that_pillow_reads_in_its_own_way_are_left_to_it() -> None:
     }
     for name, case in cases.items():
         assert jpeg.header(case) is None, name
+    xmp = b'http://ns.adobe.com/xap/1.0/\0 tiff:Orientation="6"'
+    data = encoded(pixels, "JPEG", exif=turned_by(3))
+    at = data.index(b"\xff\xdb")
+    assert jpeg.header(with_segment(0xE1, xmp)) == (20, 30, 3), "EXIF is stronger than XMP"
+    data = encoded(pixels, "JPEG")
+    at = data.index(b"\xff\xdb")
     assert jpeg.header(with_segment(0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\0")) == (20, 30, 1)
 
 
