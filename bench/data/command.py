@@ -21,6 +21,9 @@ def data(
     gpu: Annotated[str, typer.Option(help="the GPU of this comparison")] = "NVIDIA H100",
     mfu: Annotated[float, typer.Option(help="assumed share of the GPU's peak", min=0.01, max=1)] = 0.45,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="the file to write")] = None,
+    packed: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="the same images in another form; repeatable")
+    ] = None,
 ) -> None:
     """Measure images per second of every loader on PATH.
 
@@ -46,6 +49,9 @@ def data(
         raise UserError(f"{path} has {len(source)} images, fewer than a batch of {batch}: lower --batch")
     if unknown := sorted({*(only or ())} - {*CONTENDERS}):
         raise UserError(f"--only {unknown[0]}: legal are {', '.join(CONTENDERS)}")
+    if wrong := [each for each in packed or () if "=" not in each]:
+        raise UserError(f"--packed {wrong[0]}: legal is NAME=PATH, for example lossless=packed/lossless")
+    forms = {name: open_source(place) for name, _, place in (each.partition("=") for each in packed or ())}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = Job(source, DataSettings(path=path, image_size=size), batch, 1)
     obstacles = {name: obstacle(name, source, device) for name in only or CONTENDERS}
@@ -55,7 +61,7 @@ def data(
             print(f"{name} is left out: {reason}")
     cores = default_workers()
     counts = [workers] if workers else sweep(cores)
-    results = measure(names, job, counts, rounds, seconds, lambda text: print(text, flush=True))
+    results = measure(names, job, counts, rounds, seconds, lambda text: print(text, flush=True), forms)
     rate = max((results[name]["images_per_s"] for name in names if name in OBSTACLES), default=0.0)
     feeds = fed(rate, recipe, gpu, mfu)
     found = {

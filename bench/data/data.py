@@ -9,9 +9,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,26 +168,39 @@ def sweep(cores: int) -> list[int]:
 
 
 def measure(
-    names: list[str], job: Job, counts: list[int], rounds: int, seconds: float, say: Callable[[str], None]
+    names: list[str],
+    of_files: Job,
+    counts: list[int],
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+    packed: Mapping[str, Source] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """Return the result of each contender: its best number of workers, and `rounds` interleaved turns with it."""
+    """Return the result of each contender: its best number of workers, and `rounds` interleaved turns with it.
+
+    Our loaders also read the same images in the forms `packed`, by name.
+    """
     results: dict[str, dict[str, Any]] = {}
-    single = Path(job.source.path(0)).is_file()
-    for name in names:
+    jobs = {name: (name, of_files) for name in names}
+    for form, source in packed.items():
+        jobs |= {f"{name}, {form}": (name, of_files._replace(source=source)) for name in names if name in OBSTACLES}
+    for label, (name, job) in jobs.items():
+        single = Path(job.source.path(0)).is_file()
         rates = {}
         for workers in counts if len(counts) > 1 else []:
             made = turn(name, job._replace(workers=workers), seconds / 2)
             rates[workers] = made.images / made.seconds
-            say(f"{name} with {workers} workers: {rates[workers]:,.0f} images/s")
+            say(f"{label} with {workers} workers: {rates[workers]:,.0f} images/s")
         best = max(rates, key=rates.__getitem__) if rates else counts[0]
-        results[name] = {"workers": best, "sweep": rates, "turns": []}
-        results[name]["cold_images_per_s"] = first_epoch(name, job._replace(workers=best)) if single else None
+        results[label] = {"workers": best, "sweep": rates, "turns": []}
+        results[label]["cold_images_per_s"] = first_epoch(name, job._replace(workers=best)) if single else None
     for number in track(range(rounds), "loaders", rounds, "rounds"):
-        for name in names:
-            made = turn(name, job._replace(workers=results[name]["workers"]), seconds)
-            results[name]["turns"].append({**made._asdict(), "spent": made.spent._asdict()})
-            say(f"round {number + 1} of {rounds}: {name} {made.images / made.seconds:,.0f} images/s")
-    for name, result in results.items():
+        for label, (name, job) in jobs.items():
+            made = turn(name, job._replace(workers=results[label]["workers"]), seconds)
+            results[label]["turns"].append({**made._asdict(), "spent": made.spent._asdict()})
+            say(f"round {number + 1} of {rounds}: {label} {made.images / made.seconds:,.0f} images/s")
+    for label, result in results.items():
+        name, job = jobs[label]
         _summarise(result, results[PEER]["turns"] if PEER in results else None)
         result["parity"] = parity(name, job) if name in OBSTACLES else None
     return results

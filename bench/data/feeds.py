@@ -22,6 +22,7 @@ from mimae.data.loading import order
 from mimae.data.loading.backend import OBSTACLES, make_backend
 from mimae.data.loading.batch import Spent
 from mimae.data.loading.order import Plan, epoch_order
+from mimae.data.pixels import jpeg
 from mimae.data.pixels.augment import crop_words, flips, random_window
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
@@ -62,6 +63,12 @@ def ours(name: str) -> Feed:
             yield Made(len(batch.images), batch.spent)
 
     return feed
+
+
+def whole_images(job: Job, stack: ExitStack) -> Iterator[Made]:
+    """Yield the batches of the loader "torch" where mimae._C is built without libjpeg-turbo."""
+    with jpeg.unused():
+        yield from ours("torch")(job, stack)
 
 
 def _requests(job: Job) -> Iterator[order.BatchRequest]:
@@ -174,8 +181,12 @@ def spdl_feed(job: Job, stack: ExitStack) -> Iterator[Made]:
             yield Made(len(images))
 
 
+WHOLE = "torch, whole images"
+"""Name of the contender that decodes as where there is no libjpeg-turbo."""
+
 CONTENDERS: dict[str, Feed] = {
     **{name: ours(name) for name in OBSTACLES},
+    WHOLE: whole_images,
     PEER: torchvision_feed,
     "spdl": spdl_feed,
     "webdataset": webdataset_feed,
@@ -186,6 +197,8 @@ def obstacle(name: str, source: Source, device: torch.device) -> str | None:
     """Return the reason for which a contender cannot run here on these images, or None."""
     if name in OBSTACLES:
         return OBSTACLES[name](device)
+    if name == WHOLE:
+        return jpeg.obstacle()
     if name == PEER:
         return None if Path(source.path(0)).is_file() else "it reads single files"
     if find_spec(name) is None:

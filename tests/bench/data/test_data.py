@@ -40,10 +40,13 @@ def test_the_bench_writes_rates_ratios_shares_and_parity(folder: Path, tmp_path:
     command.data(
         *(str(folder), 32, 8, 1, 1, 0.2, ["torch", "torchvision"], "vit_base_400ep", "NVIDIA H100", 0.45),
         tmp_path / "data.json",
+        [f"copy={folder}"],
     )
     found = json.loads((tmp_path / "data.json").read_text())
     ours, peer = found["loaders"]["torch"], found["loaders"]["torchvision"]
     turn = ours["turns"][0]
+    assert found["loaders"].keys() == {"torch", "torchvision", "torch, copy"}
+    assert found["loaders"]["torch, copy"]["ratio_per_cpu_s"]["median"] > 0
     assert ours["images_per_s"] == turn["images"] / turn["seconds"] > 0
     assert ours["ratio"]["median"] == pytest.approx(ours["images_per_s"] / peer["images_per_s"])
     assert peer["ratio"]["median"] == 1 and ours["bytes"] > 50e6
@@ -110,6 +113,8 @@ def test_too_few_images_and_unknown_loaders_are_told(folder: Path) -> None:
     rest: Any = ("vit_base_400ep", "NVIDIA H100", 0.45, None)
     with pytest.raises(UserError, match="24 images, fewer than a batch of 64"):
         command.data(str(folder), 32, 64, 1, 1, 0.1, None, *rest)
+    with pytest.raises(UserError, match="--packed here: legal is NAME=PATH"):
+        command.data(str(folder), batch=8, packed=["here"])
     with pytest.raises(UserError, match="--only turbo: legal are"):
         command.data(str(folder), 32, 8, 1, 1, 0.1, ["turbo"], *rest)
 
