@@ -9,8 +9,8 @@ from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
 from mimae.config.recipe import DetectRecipe
@@ -24,29 +24,30 @@ class Backbone(nn.Module):
         super().__init__()
         model, self.out_channels, size = recipe.model, recipe.detect.width, recipe.data.size_hw
         sizes: Any = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
-        tokens: Any = {"class_token": False, "global_pool": "", "num_classes": 0}
-        self.vit: Any = VisionTransformer(img_size=size, patch_size=model.patch_size, **sizes, **tokens)
+        sizes |= {"patch_size": model.patch_size, "num_classes": 0}
+        self.vit: Any = VisionTransformer(img_size=size, class_token=False, global_pool="", **sizes)
         self.vit.norm = nn.Identity()
         self.grid = tuple(side // model.patch_size for side in size)
         self.pyramid = Pyramid(model.width, recipe.detect.width)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        maps: dict[str, Tensor] = self.pyramid(self.vit(pixels).transpose(1, 2).unflatten(2, self.grid))
-        return maps
+        return self.pyramid(self.vit(pixels).transpose(1, 2).unflatten(2, self.grid))  # type: ignore[no-any-return]
 
 
 class PlainMaskRCNN:
     """Model and optimizer with the sizes of a recipe."""
 
     def __init__(self, recipe: DetectRecipe, classes: int) -> None:
-        width, size, patch = recipe.detect.width, recipe.data.size_hw, recipe.model.patch_size
-        anchors = tuple((round(8 * patch * share),) for share in (0.25, 0.5, 1, 2, 4))
+        width, size = recipe.detect.width, recipe.data.size_hw
+        anchors = tuple((round(8 * recipe.model.patch_size * share),) for share in (0.25, 0.5, 1, 2, 4))
         self.model = MaskRCNN(
-            *(Backbone(recipe), classes + 1, min(size), max(size), recipe.data.mean, recipe.data.std),
+            *(Backbone(recipe), None, min(size), max(size), recipe.data.mean, recipe.data.std),
             rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
             rpn_head=RPNHead(width, 3, conv_depth=2),
             box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [recipe.detect.box_width], LayerNorm2d),
+            box_predictor=FastRCNNPredictor(recipe.detect.box_width, classes + 1),
             mask_head=MaskRCNNHeads(width, [width] * 4, 1, LayerNorm2d),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), recipe.optimizer.learning_rate)
 
