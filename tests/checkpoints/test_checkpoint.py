@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is written, kept, verified and refused."""
+"""Tests of checkpoints on disk: writing, retention, verification and refusal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def steps(run: Path) -> list[int]:
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (2, 2, 3, 2), (1, 5)])
 def test_boxes_hold_a_range_and_nothing_else(shape: tuple[int, ...]) -> None:
-    """Every range of a tensor of up to 24 elements, those that begin or end inside of a row among them."""
+    """All ranges of a tensor of up to 24 elements are tested, also those that begin or end inside a row."""
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     for start in range(whole.numel()):
         for length in range(whole.numel() - start + 1):
@@ -66,7 +66,7 @@ def test_boxes_hold_a_range_and_nothing_else(shape: tuple[int, ...]) -> None:
 
 
 def _parts(bounds: list[int], values: Tensor) -> Part:
-    """This rank's range of a tensor, of those between the bounds."""
+    """Return this rank's part of a tensor; `bounds` are the borders of all parts."""
     start, end = bounds[distributed.rank()], bounds[distributed.rank() + 1]
     return Part(values.flatten()[start:end].clone(), start, values.shape)
 
@@ -81,7 +81,7 @@ def _save_and_load_in_other_parts(path: Path) -> list[Tensor]:
 
 
 def test_what_ranks_hold_in_parts_others_read_in_other_parts(tmp_path: Path) -> None:
-    """Cut inside of rows, one rank without any; the whole is what torch's own tools read."""
+    """The parts are cut inside rows, and one rank has none. torch's own tools read the same whole tensor."""
     distributed.shutdown()
     path = tmp_path / "state"
     assert all(not t.any() for rank in run_ranks(3, tmp_path, _save_and_load_in_other_parts, path) for t in rank)
@@ -97,7 +97,7 @@ def test_what_lies_inside_of_another_tensor_is_written_without_a_copy(tmp_path: 
     """ZeRO's parts are views of one tensor. Here there are 32 of them, with 128 MB together."""
     flat = torch.ones(2**25)
     state = {f"w{i}": Part(piece, 0, piece.shape) for i, piece in enumerate(flat.split(2**20))}
-    dcp.save(tmp_path / "first", {"w": torch.ones(2)}, distributed.host_group(), None)  # makes what is made once
+    dcp.save(tmp_path / "first", {"w": torch.ones(2)}, distributed.host_group(), None)  # one-time allocations
     grown = resident_peak(lambda: dcp.save(tmp_path, state, distributed.host_group(), None))
     assert grown is not None and grown < 32e6
     assert all(each.eq(1).all() for each in dcp.load_whole(tmp_path, "w").values())
@@ -123,7 +123,7 @@ def test_a_description_runs_no_code(tmp_path: Path) -> None:
 
 
 def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors change while the file is being written, once `settle` has returned."""
+    """The tensors change after `settle` has returned, while the file is still being written."""
     changed = threading.Event()
     write = dcp.dcp.FileSystemWriter.write_data
 
@@ -133,7 +133,7 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(dcp.dcp.FileSystemWriter, "write_data", late)
     weights, each = torch.ones(3), saver(tmp_path)
-    for step in (1, 2):  # the second in the memory of the first copy
+    for step in (1, 2):  # The second copy reuses the memory of the first one.
         weights.fill_(step)
         each.start(step, {"model.w": weights}, STATE)
         each.settle()
@@ -158,7 +158,7 @@ def test_the_newest_are_kept_and_those_for_good_and_the_best(tmp_path: Path) -> 
 
 
 def test_what_the_run_went_back_behind_is_removed(tmp_path: Path) -> None:
-    """A damaged newer one and a half-written one do not count among those that are kept."""
+    """A damaged newer checkpoint and an incomplete one do not count as kept checkpoints."""
     for step in (1000, 2000):
         assert save(saver(tmp_path), step)
     os.truncate(tmp_path / "checkpoints/step-00002000/__0_0.distcp", 3)
@@ -170,7 +170,7 @@ def test_what_the_run_went_back_behind_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_was_passed_over_takes_no_good_ones_place(tmp_path: Path) -> None:
-    """Step 9, saved on a signal, is torn. The run goes on from 8 and may keep two, or the best: never 9."""
+    """Step 9, saved on a signal, is damaged. The run continues from step 8 and keeps two, or the best: never 9."""
     assert save(saver(tmp_path), 8, measures={"knn": 0.5})
     assert save(saver(tmp_path), 9, measures={"knn": 0.9})
     each = saver(tmp_path, keep=2, best="knn")
@@ -180,7 +180,7 @@ def test_what_was_passed_over_takes_no_good_ones_place(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_passed_again_counts_again(tmp_path: Path) -> None:
-    """9 and 10 were damaged; what the run makes of the same names is as good as any."""
+    """Steps 9 and 10 were damaged. The checkpoints that the run then writes under the same names count again."""
     for step in (8, 9, 10):
         assert save(saver(tmp_path, keep=3), step)
     each = saver(tmp_path, keep=2)
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_not_begun(
 def test_who_is_taken_over_in_a_save_commits_nothing_and_begins_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A save takes minutes: the owner is asked again at its end, and before the next one has touched the directory."""
+    """A save takes minutes, so the lock's owner is checked at its end and before the next save changes anything."""
     write, taken = dcp.save, threading.Event()
 
     def check() -> None:
@@ -317,7 +317,7 @@ assert checkpoint.find(run).state["step"] == 3
 
 
 def test_a_disk_that_is_full_costs_one_checkpoint(tmp_path: Path) -> None:
-    """A real one, of 3 MB, in a mount namespace of its own."""
+    """The test uses a real file system of 3 MB, in a separate mount namespace."""
     script = f"mount -t tmpfs -o size=3m none {tmp_path} && exec {sys.executable} -c '{FULL_DISK}' {tmp_path}"
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace cannot be made here")
@@ -328,7 +328,7 @@ def test_a_disk_that_is_full_costs_one_checkpoint(tmp_path: Path) -> None:
 
 
 def _on_rank_1_alone(run: Path) -> tuple[bool, bool, list[str]]:
-    """A save that fails on rank 1, and the next one."""
+    """Return the results of a save that fails on rank 1, and of the next save."""
     each = saver(run)
     state = {"model.w": _parts([0, 2, 4], torch.arange(4.0))}
     if distributed.rank() == 1:

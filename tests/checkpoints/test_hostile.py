@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or meant to harm: one clear error each, and an older whole one is taken."""
+"""Tests of damaged and malicious checkpoints: each gives one clear error, and an older intact checkpoint is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def group() -> Iterator[None]:
 
 @pytest.fixture
 def newest(tmp_path: Path) -> Path:
-    """The newer of two checkpoints, steps 1 and 2."""
+    """Return the newer of two checkpoints, of steps 1 and 2."""
     each = Saver(tmp_path, CheckpointSettings(), torch.device("cpu"))
     for step in (1, 2):
         each.start(step, TENSORS, {"data": "images", "steps": 9, "measures": {"knn": float("nan")}})
@@ -45,7 +45,7 @@ def newest(tmp_path: Path) -> Path:
 
 
 def seal(path: Path) -> None:
-    """Make the manifest fit again, as whoever means harm does."""
+    """Make the manifest match the files again, as an attacker would."""
     manifest = {}
     for file in path.iterdir():
         if file.name != "manifest.json" and file.is_file():
@@ -55,7 +55,7 @@ def seal(path: Path) -> None:
 
 
 def assert_passed_over(path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """Using the checkpoint is one error, with these words, in a line; the run goes on from the one before."""
+    """Assert that the checkpoint gives one line of error with these words, and that the run uses the previous one."""
     with pytest.raises(CheckpointError) as caught:
         dcp.load_whole(checkpoint.load(path).path, "model.")
     assert all(word in str(caught.value) for word in words), caught.value
@@ -129,7 +129,7 @@ def test_a_manifest_says_size_and_digest(newest: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("file", ["state.json", "manifest.json", ".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "link", "folder", "absent", "huge"])
 def test_only_regular_files_are_opened(newest: Path, capsys: pytest.CaptureFixture[str], file: str, kind: str) -> None:
-    """A FIFO would be waited for, and /dev/zero read for ever."""
+    """Otherwise reading a FIFO would wait, and reading /dev/zero would never end."""
     path = newest / file
     path.rename(newest.parent.parent / "moved")
     if kind == "fifo":
@@ -147,7 +147,7 @@ def test_only_regular_files_are_opened(newest: Path, capsys: pytest.CaptureFixtu
 
 
 def describe(path: Path, change: Callable[[Any], Any]) -> None:
-    """Rewrite .metadata after a change, and seal."""
+    """Rewrite .metadata with a change, and make the manifest match."""
     found: Any = copy.deepcopy(dcp.Reader(path).described)
     (path / ".metadata").write_bytes(pickle.dumps(change(found) or found))
     seal(path)
@@ -215,7 +215,7 @@ def test_a_description_is_not_believed(
 
 
 def test_the_same_bytes_are_no_more_tensors_than_they_hold(newest: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A thousand names for one piece of a file would take a thousand times its memory."""
+    """A thousand names for one piece of a file would need a thousand times its memory."""
 
     def multiply(found: Metadata) -> None:
         of = found.state_dict_metadata["model.w"]
@@ -229,7 +229,7 @@ def test_the_same_bytes_are_no_more_tensors_than_they_hold(newest: Path, capsys:
 
 
 def _rewrite_pieces(path: Path, pack: Callable[[Any], bytes]) -> None:
-    """Put other content into the pieces of model.w and model.b, with a description that fits."""
+    """Replace the content of the pieces of model.w and model.b, and make the description match."""
 
     def change(found: Metadata) -> None:
         content = b""
@@ -295,7 +295,9 @@ def test_a_pickle_in_a_piece_runs_no_code(newest: Path, tmp_path: Path, capsys: 
 def test_bytes_that_change_at_random_are_an_error_or_nothing(
     newest: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sealed again, so that the digests say nothing: whatever is left is refused in words, or loads."""
+    """The manifest matches again, so digests detect nothing. The damaged checkpoint is refused with a message, or
+    loads.
+    """
     draw, original = random.Random(seed), {file.name: file.read_bytes() for file in newest.iterdir()}
     for _ in range(40):
         name = draw.choice([".metadata", "state.json", "__0_0.distcp", "manifest.json"])

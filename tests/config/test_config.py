@@ -1,4 +1,4 @@
-"""Recipes: what is read from where, and what is said about what is wrong."""
+"""Tests of recipes: the sources of values, and the messages about mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ schedule:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A recipe of a user's, with the working directory beside it."""
+    """Write a user's recipe into the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     Path("small.yaml").write_text(SMALL)
@@ -140,7 +140,7 @@ def test_base_is_a_shipped_name_or_a_path_relative_to_the_file(small: str, tmp_p
     assert load_recipe("deep/b.yaml").recipe.data.image_size == 32
     (tmp_path / "c.yaml").write_text("base: quickstart\n")
     assert load_recipe("c.yaml").recipe.decoder == load_recipe("quickstart").recipe.decoder
-    # A file of the same name does not hide what is shipped.
+    # A file of the same name does not hide the shipped recipe.
     (tmp_path / "quickstart.yaml").write_text("base: quickstart\nseed: 9\n")
     assert load_recipe("quickstart").recipe.seed == 0 and load_recipe("quickstart.yaml").recipe.seed == 9
 
@@ -180,7 +180,7 @@ def test_a_recipe_from_python(small: str) -> None:
         {"base": "small.yaml", "run": {"dir": "runs/small"}, "masking": {"num_masks": 2}, "data": {}}
     ).recipe
     assert by_mapping == by_file
-    # A recipe goes in again, and gets overrides as a file does.
+    # A recipe object can be loaded again, with overrides as for a file.
     assert load_recipe(by_file, ["seed=3"]).recipe == by_file.model_copy(update={"seed": 3})
     assert load_recipe(small, settings={"data": {"image_size": (32, 64)}}).recipe.data.size_hw == (32, 64)
 
@@ -195,14 +195,14 @@ def test_a_size_named_later_takes_the_place_of_the_numbers_given_before(small: s
 
     assert shape(small, "model.size=large") == [16, 1024, 24, 16]
     assert {load_recipe(small, ["model.size=large"]).origins[key] for key in SIZED} == {"from model.size"}
-    assert shape(small, "model.depth=3") == [4, 96, 3, 4]  # no size is named: the recipe's numbers stay
+    assert shape(small, "model.depth=3") == [4, 96, 3, 4]  # No size is named, so the recipe's numbers stay.
     Path("large.yaml").write_text("base: small.yaml\nmodel: {size: large, patch_size: 8}\n")
     assert shape("large.yaml") == [8, 1024, 24, 16]
     Path("flat.yaml").write_text("base: large.yaml\nmodel: {depth: 2}\n")
     assert shape("flat.yaml") == [8, 1024, 2, 16]
     assert shape({"base": "flat.yaml", "model": {"size": "tiny"}}) == [16, 192, 12, 3]
     assert shape(load_recipe("flat.yaml").recipe, "model.size=tiny") == [16, 192, 12, 3]
-    # What one caller asks for belongs together, in whatever order.
+    # The overrides of one call belong together, in any order.
     assert shape("flat.yaml", "model.width=48", "model.size=tiny", "model.patch_size=8") == [8, 48, 12, 3]
     assert shape("flat.yaml", "model.width=48", model={"size": "tiny"}) == [16, 48, 12, 3]
 
@@ -215,13 +215,13 @@ def validation(recipe: Any, *overrides: str, **settings: Any) -> tuple[str | Non
 
 @pytest.fixture
 def with_images(small: str) -> str:
-    """A recipe that names training images and a validation set that belongs to them."""
+    """Write a recipe that names training images and their validation set."""
     Path("images.yaml").write_text("base: small.yaml\ndata: {path: train, val_path: held}\n")
     return "images.yaml"
 
 
 def test_who_replaces_the_images_alone_has_no_validation_set(with_images: str) -> None:
-    """In an override, an argument, a recipe with a base, and over a Recipe; wherever it happens, it is said."""
+    """This holds for an override, an argument, a recipe with a base, and a Recipe object, and is always reported."""
     kept = ("held", "images.yaml:2", 0)
     assert validation(with_images) == validation(with_images, "seed=1", "data.path=train") == kept
     why = "no validation set: held (images.yaml:2) belongs to data.path=train, which is replaced"
@@ -231,7 +231,7 @@ def test_who_replaces_the_images_alone_has_no_validation_set(with_images: str) -
     Path("mine.yaml").write_text("base: images.yaml\ndata:\n  path: mine\n")
     assert validation("mine.yaml") == validation({"base": "mine.yaml"}) == (None, f"{why} (mine.yaml:3)", 1)
     assert validation(load_recipe(with_images).recipe, "data.path=mine")[::2] == (None, 1)
-    # A val_path alone belongs to the images that a recipe without data.path has.
+    # A val_path without data.path belongs to the default images.
     assert validation({"data": {"val_path": "photos-test"}}, "data.path=mine")[::2] == (None, 1)
     resolved = load_recipe(with_images, ["data.path=mine"])
     (note,) = resolved.notes
@@ -253,7 +253,7 @@ def test_who_names_both_or_the_validation_set_alone_has_what_was_named(with_imag
 
 
 def test_a_resumed_run_keeps_the_validation_set_that_it_was_started_with(with_images: str) -> None:
-    """Where the command names none; one that is named counts, and so does another set of images."""
+    """This holds if the command names no validation set and no other images."""
     again = ("data.path=mine", "run.dir=run")
     Path("run").mkdir()
     for started in ("held", None):
@@ -263,7 +263,7 @@ def test_a_resumed_run_keeps_the_validation_set_that_it_was_started_with(with_im
         assert validation(with_images, *again) == (started, f"run/config.yaml:{line}", 0)
     assert validation(with_images, *again, "data.val_path=other") == ("other", "override", 0)
     assert validation(with_images, "data.path=others", "run.dir=run")[::2] == (None, 1)
-    # The run itself refuses a file that is no recipe, before anything is overwritten.
+    # The run itself refuses a config.yaml that is not a recipe, before anything is overwritten.
     for content in ("", "- a", "data: {path: mine}\n"):
         Path("run/config.yaml").write_text(content)
         assert validation(with_images, *again)[::2] == (None, 1)
@@ -276,7 +276,7 @@ def test_the_best_checkpoint_needs_a_validation_set_that_stays(with_images: str)
 
 
 def test_text_that_a_run_could_not_keep() -> None:
-    """A config.yaml of more than LARGEST_FILE bytes would be written and never read again."""
+    """A config.yaml of more than LARGEST_FILE bytes could be written but not read."""
     with pytest.raises(ConfigError, match=r"run.dir = .* \(override\): 70,000 characters; legal are at most 4,096"):
         load_recipe("quickstart", [f"run.dir={'x' * 70_000}"])
     with pytest.raises(ConfigError, match=r"data.mean = .*: not UTF-8"):
@@ -310,7 +310,7 @@ def test_text_that_a_run_could_not_keep() -> None:
 )
 def test_files_that_are_no_recipe(small: str, content: bytes, said: str) -> None:
     Path("bad.yaml").write_bytes(content)
-    # The default warm-up is longer than one epoch: no mistake of theirs, as long as the recipe was not read.
+    # The default warm-up is longer than one epoch. This is not reported, because the recipe could not be read.
     assert problem("bad.yaml", "schedule.epochs=1").startswith(said)
 
 
@@ -405,7 +405,7 @@ def test_values_from_python_are_no_less_checked(small: str) -> None:
     assert said[2].startswith("masking.ratio = ")
 
 
-# Keys that must agree. Each case beside its nearest legal neighbour, which must load.
+# Keys that depend on each other. Each illegal case comes with the nearest legal case, which has to load.
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_the_batch_is_split_over_the_ranks(small: str, monkeypatch: pytest.Monke
 
 
 def test_all_problems_at_once(small: str) -> None:
-    """Keys are compared although others are unknown or illegal, but none of an illegal section."""
+    """Keys are compared although other keys are unknown or illegal, but not the keys of an illegal section."""
     Path("bad.yaml").write_text("base: small.yaml\nmasking:\n  num_masks: 5\n")
     said = problems("bad.yaml", "optimizer.lerning_rate=1", "compile=maybe", "schedule.epochs=0", "model.heads=5")
     assert sorted(text.split(" ")[0] for text in said) == [
@@ -550,7 +550,7 @@ def test_all_problems_at_once(small: str) -> None:
         ("data.path", "free"),
         ("data.workers", "free"),
         ("data.cache", "rounding"),
-        # A section speaks for its keys.
+        # The message of a section names its keys.
         ("engine.kind", "rounding"),
         ("run.dir", "free"),
         ("checkpoint.keep", "free"),
@@ -580,7 +580,7 @@ def test_every_key_has_a_meaning_and_a_legal_range_in_words() -> None:
 def test_an_old_value_of_checkpointing_is_read_and_told(
     old: str, now: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A mode that is given by its present name is not told."""
+    """A mode with its present name is not reported."""
     file = tmp_path / f"{old}.yaml"
     file.write_text(f"model: {{checkpointing: {old}}}\n")
     assert load_recipe(file).recipe.model.checkpointing == now

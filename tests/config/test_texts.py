@@ -1,4 +1,4 @@
-"""Text in settings: overrides as they stand, paths with `~` and variables, and files that would exhaust a reader."""
+"""Tests of text in settings: overrides, paths with `~` and variables, and files that would exhaust a reader."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_an_override_is_bounded_too() -> None:
 
 
 def test_a_base_that_never_answers(here: Path) -> None:
-    """A pipe would wait for who writes into it; a file of the system tells no size."""
+    """Reading a pipe would wait for a writer, and some system files do not state their size."""
     os.mkfifo(here / "pipe")
     (here / "x.yaml").write_text("base: pipe\n")
     assert "neither a file nor a shipped recipe" in problem("x.yaml")

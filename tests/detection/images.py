@@ -1,4 +1,4 @@
-"""A small set in COCO's layout: bright squares and discs on dark noise, whose masks are known."""
+"""A small data set in COCO's layout: bright squares and discs on dark noise, with known masks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 CATEGORIES = [{"id": 7, "name": "square"}, {"id": 30, "name": "disc"}]
-"""Ids with holes."""
+"""Categories whose ids are not consecutive."""
 
 
 def write(folder: Path, images: int, side: int = 64, seed: int = 0) -> dict[str, Any]:

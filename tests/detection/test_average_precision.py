@@ -1,4 +1,4 @@
-"""Average precision: cases worked out by hand, and pycocotools as an oracle."""
+"""Tests of average precision: cases computed by hand, and pycocotools as an oracle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(coco: Coco, image: int, boxes: list[Any], labels: list[int], scores: li
 
 
 def truth(coco: Coco) -> list[dict[str, Any]]:
-    """Every object, found exactly."""
+    """Return detections that equal the annotated objects."""
     return [
         row
         for i, objects in enumerate(coco.objects)
@@ -59,7 +59,7 @@ def test_nothing_found_is_0_and_no_error(coco: Coco) -> None:
 def test_a_false_alarm_above_each_class_halves_precision(coco: Coco) -> None:
     alarms = [
         row for label in (1, 2) for row in rows(coco, 3, [[0, 0, 20, 20]], [label], [0.99])
-    ]  # the last image has no object
+    ]  # The last image has no object.
     per_class = {1: 3, 2: 3}
     found = average_precision(coco, range(4), truth(coco) + alarms, masks=False).measures
     # After the alarm, precision at the k-th of 3 objects is k / (k + 1), and its maximum to the right is 3 / 4.
@@ -81,7 +81,7 @@ def test_one_of_two_found_is_51_of_101_points(tmp_path: Path) -> None:
 
 
 def test_numbers_are_pycocotools(coco: Coco) -> None:
-    """Boxes that are moved, missed and invented, and masks that are shifted."""
+    """The detections have moved, missing and additional boxes, and shifted masks."""
     tools = pytest.importorskip("pycocotools.coco", reason="pycocotools is the oracle")
     from pycocotools.cocoeval import COCOeval
 

@@ -1,4 +1,4 @@
-"""Annotations and examples: every form of mask, the same change for pixels, boxes and masks, and clear errors."""
+"""Tests of annotations and examples: all forms of masks, one geometry for pixels, boxes and masks, clear errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_polygons_rle_and_panoptic_segments_give_the_same_masks(folder: Path) ->
 
 
 def test_boxes_follow_their_masks_and_masks_their_pixels(folder: Path) -> None:
-    """Objects are brighter than their ground, so that the pixels say where they are after any scale, cut and flip."""
+    """Objects are brighter than the background, so pixels show their position after scaling, cutting and flipping."""
     loader = make_loader(
         DATA, source(folder), seed=4, batch_size=5, reader=DetectionReader(coco(folder), DATA, DetectSettings(), 4)
     )
@@ -67,7 +67,7 @@ def test_boxes_follow_their_masks_and_masks_their_pixels(folder: Path) -> None:
             count, (height, width) = int(target["count"]), target["size"].tolist()
             masks = unpacked(target["masks"], 40)[:count].bool()
             bright = batch.images[i].amax(-1) > 130
-            # Edges are mixed when an image is scaled; a pixel further inside or outside is not.
+            # Scaling blurs edges, but not pixels further inside or outside.
             every = masks.any(0).float()[None]
             inside, around = -max_pool2d(-every, 3, 1, 1)[0] == 1, max_pool2d(every, 3, 1, 1)[0] == 1
             assert bright[inside].all() and not bright[~around].any()

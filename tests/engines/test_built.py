@@ -1,4 +1,4 @@
-"""Parts that DeepSpeed has to be built with: its own CPU Adam, and an optimizer in files (offload=nvme)."""
+"""Tests of optional parts of DeepSpeed: its own CPU Adam, and an optimizer in files (offload=nvme)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.rank_processes import run_ranks
 
 CPU = torch.device("cpu")
 WIDE = ["decoder.width=64", "engine.kind=zero3", "optimizer.clip=null"]
-"""DeepSpeed leaves in memory what has less than 1 MB. Norms of more partitions are rounded otherwise."""
+"""Settings for more than 1 MB, because DeepSpeed keeps smaller tensors in memory. Clipping is off, because norms of
+more partitions round differently."""
 
 ADAM = {kind: [f"engine.kind={kind}", "optimizer.impl=deepspeed"] for kind in ("zero1", "zero2", "zero3")} | {
     "fsdp, offload": ["engine.kind=fsdp", "engine.offload=cpu", "optimizer.impl=deepspeed"]
@@ -49,7 +50,7 @@ Saved = dict[str, dict[str, Tensor]]
 
 
 def _through_a_checkpoint(overrides: list[str], folder: Path) -> tuple[list[float], Saved, Saved]:
-    """(losses, state after 2 steps, and after 2 more of an engine that went on from there)."""
+    """Return the losses, the state after 2 steps, and the state after 2 more steps of an engine that loaded it."""
     settings, found, losses = recipe(*WIDE, *overrides), [], []
     for part in range(2):
         engine = engine_of(settings, CPU)
@@ -62,7 +63,7 @@ def _through_a_checkpoint(overrides: list[str], folder: Path) -> tuple[list[floa
 
 def _in_files(folder: Path, width: int) -> tuple[Any, Any, list[str]]:
     """Return the results of an optimizer in host memory and of one in files, and the names of the files."""
-    vars(zero)["bucket"] = lambda _: 300_000  # so that a group of parameters is several partitions
+    vars(zero)["bucket"] = lambda _: 300_000  # A group of parameters then has several partitions.
     disk, wide = folder / "disk", f"model.width={width}"
     offloaded = [wide, "engine.offload=nvme", f"engine.offload_path={disk}"]
     in_memory = _through_a_checkpoint([wide, "engine.offload=cpu"], folder / "memory")
@@ -71,8 +72,8 @@ def _in_files(folder: Path, width: int) -> tuple[Any, Any, list[str]]:
     return in_memory, in_files, sorted(file.name for file in disk.glob(f"**/rank{distributed.rank()}/*.swp"))
 
 
-# In the widths of the second and the third there are gradients in files; in the third most of them would be read to
-# places between two blocks of a disk.
+# With the second and third width there are gradients in files. With the third width most of them would be read to
+# unaligned offsets.
 @pytest.mark.parametrize(("ranks", "width"), [(2, 320), (1, 320), (1, 340)])
 @_needs("async_io", "pin_memory")
 def test_an_optimizer_in_files_is_the_one_in_memory(tmp_path: Path, ranks: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Every engine against one process: losses, gradients after its own reduction, weights, averages, evaluation."""
+"""Tests of every engine against one process: losses, reduced gradients, weights, averages, evaluation."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ from mimae.train.tasks.pretrain import engine_of
 from tests.rank_processes import run_ranks
 
 STEPS = 20
-BATCH, ACCUMULATE = 24, 2  # micro-batches of 12 images, which 2 and 4 ranks share with more than one on each
-GRADIENT = 1e-5  # of each tensor's norm, fp32: sums in another order
-WEIGHTS = 5e-5  # of each tensor's norm: AdamW makes steps of one size of the smallest gradients too, 20 times
+BATCH, ACCUMULATE = 24, 2  # Micro-batches of 12 images, so that each of 2 or 4 ranks has more than one image.
+GRADIENT = 1e-5  # Relative to each tensor's norm, in fp32: the order of sums differs.
+WEIGHTS = 5e-5  # Relative to each tensor's norm: AdamW's steps have equal size also for tiny gradients, 20 times.
 
 
 def recipe(*overrides: str) -> Recipe:
-    """Everything that an engine could break: V, a gate that opens at step 1, a learned temperature, the projector,
-    accumulation, an average, and a clipping norm that both clipped groups exceed at first.
+    """Return a recipe with everything that an engine could break.
 
-    No size is divisible by 2 and 3 ranks alike: width 20, 5 hidden units of V, 1 temperature.
+    It has V, a gate that opens at step 1, a learned temperature, the projector, accumulation, an average, and a
+    clipping norm that both clipped groups exceed at first. No size is divisible by both 2 and 3: width 20, 5 hidden
+    units of V, 1 temperature.
     """
     tree = {
         "precision": "fp32",
@@ -70,7 +71,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def micro_batches(settings: Recipe, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's share of the micro-batches of a step; the global ones are the same for any number of ranks."""
+    """Yield this rank's share of the micro-batches of a step. Global batches do not depend on the number of ranks."""
     images = torch.randint(0, 256, (BATCH, 8, 12, 3), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
     ids = torch.arange(BATCH) + BATCH * step
     for part in torch.arange(BATCH).chunk(ACCUMULATE):
@@ -87,7 +88,7 @@ def backward(engine: Engine, settings: Recipe, step: int, scale: float = 1.0) ->
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
-    """Whole gradients after the reduction."""
+    """Return the whole gradients after the reduction."""
     found = {}
     for name, parameter in engine.model.named_parameters():
         grad: Any = parameter.grad
@@ -98,7 +99,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def train(engine: Engine, settings: Recipe, steps: range) -> tuple[list[float], list[float]]:
-    """Losses and norms of the gradient."""
+    """Take the steps, and return the losses and the norms of the gradient."""
     losses, norms = [], []
     for step in steps:
         out = backward(engine, settings, step)
@@ -110,7 +111,7 @@ def train(engine: Engine, settings: Recipe, steps: range) -> tuple[list[float], 
 
 
 def evaluate(engine: Engine, settings: Recipe) -> list[Tensor]:
-    """Predictions and features of the same images on every rank, as the loop has them: alone where that is possible."""
+    """Return predictions and features of the same images on every rank; without collectives if the engine allows it."""
     images = torch.randint(0, 256, (3, 8, 12, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
     visible, hidden = views(settings, 0, 0, torch.arange(3))
     if distributed.rank() > 0 and not engine.is_spread:
@@ -124,7 +125,7 @@ def evaluate(engine: Engine, settings: Recipe) -> list[Tensor]:
 
 @contextmanager
 def without_the_factor() -> Iterator[None]:
-    """The mistake that the comparison has to see: InfoNCE's gradient without its factor W."""
+    """Make the mistake that the comparison has to detect: InfoNCE's gradient without its factor W."""
     whole = InfoNCE.backward
     ranks = distributed.world_size()
     wrong = staticmethod(lambda ctx, grad: whole(ctx, grad / ranks))
@@ -136,8 +137,10 @@ def without_the_factor() -> Iterator[None]:
 
 
 def saved(engine: Engine, kept: Path | None = None) -> dict[str, dict[str, Tensor]]:
-    """The state as it is now, whole and on the main rank; 0 for the gate's average before the first step. Written to
-    `kept`, if that is given."""
+    """Return the present state, whole and on the main rank; the gate's average is 0 before the first step.
+
+    The state is written to `kept` if that is given.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = kept or Path(distributed.gather_objects(folder)[0])
         dcp.save(path, engine.state(), distributed.host_group(), None)
@@ -155,7 +158,7 @@ def first_gradients(settings: Recipe) -> dict[str, Tensor]:
 
 
 def everything(overrides: list[str]) -> dict[str, Any]:
-    """All that is compared, from engines on this rank."""
+    """Return everything that is compared, from engines on this rank."""
     settings = recipe(*overrides)
     with without_the_factor():
         found: dict[str, Any] = {"gradients without the factor": first_gradients(settings)}
@@ -167,7 +170,7 @@ def everything(overrides: list[str]) -> dict[str, Any]:
     for key, values in zip(("losses", "norms"), train(engine, settings, range(STEPS // 2, STEPS)), strict=True):
         found[key] += values
     found["end"] = saved(engine)
-    # One rank alone has a gradient that is not finite: all leave the step out.
+    # Only one rank has a gradient that is not finite, but all ranks skip the step.
     backward(engine, settings, STEPS, scale=float("nan") if distributed.rank() == 0 else 1.0)
     found["skipped"] = engine.step(1.0).skipped.item()
     found["after the skipped step"] = saved(engine)
@@ -195,7 +198,7 @@ SLOW_KINDS = {
 FOUR_RANKS = {"fsdp, replicas": ["engine.kind=fsdp", "engine.replicas=2"], "zero3": ["engine.kind=zero3"]}
 
 Results = list[dict[str, dict[str, Any]]]
-"""By rank and engine. Processes take longer to start than engines to run, so all are compared in the same ones."""
+"""Results by rank and engine. All engines run in the same processes, because starting processes takes longest."""
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +226,10 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """The largest relative distance of two tensors of a name.
+    """Return the largest relative distance of two tensors of the same name.
 
-    The keys' bias is left out: softmax does not see it, so that its gradient is rounding, of which AdamW makes steps.
+    The bias of the keys is left out: softmax does not depend on it, so its gradient is only rounding, which AdamW
+    scales up.
     """
 
     def seen(name: str, tensor: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def test_four_ranks_train_as_one(kind: str, one: dict[str, Any], four: Results) 
 
 
 def test_the_run_moves_all_that_it_compares(one: dict[str, Any]) -> None:
-    """Else a comparison could hold of nothing: every weight moves, the gate opens, gradients are clipped."""
+    """Otherwise the comparison would prove nothing: every weight moves, the gate opens, gradients are clipped."""
     start, end = one["start"]["model"], one["end"]["model"]
     assert [n for n in start if torch.equal(start[n], end[n])] == ["encoder.pos_embed"]
     assert end["objective.gate.weight"] == 1 and start["objective.gate.weight"] == 0
@@ -290,7 +294,7 @@ def bf16_gradients() -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.slow
 def test_engines_round_to_bf16_alike(tmp_path: Path, one: dict[str, Any]) -> None:
-    """Under bf16 another rounding of one weight would be seen: products differ by 1e-3 and more from those in fp32."""
+    """In bf16 a different rounding of one weight would be detected: products differ by 1e-3 or more from fp32."""
     found = run_ranks(2, tmp_path, bf16_gradients)[0]
     for gradient in found.values():
         assert apart(gradient, found["ddp"]) < GRADIENT
@@ -310,12 +314,12 @@ def resumed(path: Path) -> list[str]:
 
 
 def test_ddp_rounds_in_its_first_step_as_in_any_other(tmp_path: Path) -> None:
-    """On three ranks a sum depends on its order, on two it does not."""
+    """A sum over three ranks depends on its order; a sum over two does not."""
     assert run_ranks(3, tmp_path, resumed, tmp_path / "state") == [[], [], []]
 
 
 def begun_again(folder: Path) -> dict[str, list[list[float]]]:
-    """Losses of a new engine, and of one that took over its state."""
+    """Return the losses of a new engine, and of an engine that loaded its state."""
     found: dict[str, list[list[float]]] = {}
     for kind, overrides in ({"ddp": ["engine.kind=ddp"]} | KINDS).items():
         settings = recipe(*overrides)
@@ -327,13 +331,13 @@ def begun_again(folder: Path) -> dict[str, list[list[float]]]:
 
 
 def test_a_state_from_before_the_first_step_is_taken_over(tmp_path: Path) -> None:
-    """A run that is stopped after a skipped first step saves such a state."""
+    """A run that stops after a skipped first step saves such a state."""
     for new, other in run_ranks(2, tmp_path, begun_again, tmp_path)[0].values():
         assert new == other
 
 
 def patience(replicas: int) -> list[float]:
-    """Seconds that the groups of FSDP's mesh wait for a rank, in a run that has 77."""
+    """Return the timeouts in seconds of the groups of FSDP's mesh, in a run whose timeout is 77 s."""
     vars(distributed)["_timeout"] = lambda: timedelta(seconds=77)
     groups: list[Any] = []
     make = fsdp.init_device_mesh
@@ -355,7 +359,7 @@ def test_fsdp_waits_for_a_rank_as_long_as_the_run(tmp_path: Path, replicas: int)
 
 @pytest.mark.slow
 def test_each_block_is_one_graph_under_ddp_and_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside DDP dynamo would cut graphs at the ends of buckets, here one for each parameter."""
+    """Inside DDP dynamo would split graphs at the ends of buckets; here each parameter is a bucket."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
@@ -407,7 +411,7 @@ def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         with pytest.raises(UserError, match=told):
             check(recipe(*wishes))
-    graphs = setup_of(recipe("compile=graphs"))  # which accumulates
+    graphs = setup_of(recipe("compile=graphs"))  # The recipe accumulates gradients.
     with pytest.raises(UserError, match=r"compile=graphs cannot run .*schedule\.accumulate=2; .*compile=on"):
         check_machine(graphs, torch.device("cuda"), {})
     assert DDPEngine.compile_obstacle(graphs._replace(accumulate=1), torch.device("cuda")) is None

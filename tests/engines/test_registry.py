@@ -1,4 +1,4 @@
-"""The registry of engines, and what each of them says about itself."""
+"""Tests of the registry of engines, and of the properties that engines declare."""
 
 from __future__ import annotations
 

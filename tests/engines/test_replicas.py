@@ -1,4 +1,4 @@
-"""Copies that differ are told, by rank and name; copies that agree are not."""
+"""Tests of the comparison of copies: differing copies are reported by rank and name, equal copies are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "encoder.blocks.1.mlp.fc2.weight"
 
 
 def told(overrides: list[str]) -> list[str]:
-    """Return the errors after a step, and with one bit flipped on the last rank in a weight and in an average."""
+    """Return the errors after a step, and after flipping one bit of a weight and of an average on the last rank."""
     settings = recipe(*overrides)
     engine = engine_of(settings, torch.device("cpu"))
     train(engine, settings, range(1))
@@ -54,7 +54,7 @@ def every_kind() -> dict[str, list[str]]:
 
 
 def test_one_bit_of_a_copy_is_told_on_every_rank(tmp_path: Path) -> None:
-    """Tensors of only one rank have no copy: weights of fsdp and zero3, averages of zero1."""
+    """Tensors that only one rank holds have no copy: weights of fsdp and zero3, averages of zero1."""
     ranks = run_ranks(2, tmp_path, every_kind)
     assert ranks[0] == ranks[1]
     for kind in KINDS:
@@ -67,7 +67,7 @@ def test_one_bit_of_a_copy_is_told_on_every_rank(tmp_path: Path) -> None:
 
 
 def test_the_minority_is_named_within_its_shard() -> None:
-    """Ranks 0, 2, 4 hold one shard and 1, 3, 5 another; 4 differs in two tensors, 1 and 3 agree with 5."""
+    """Ranks 0, 2, 4 hold one shard, and 1, 3, 5 another. Rank 4 differs in two tensors; 1, 3 and 5 agree."""
     sums = torch.tensor([[1, 2, 3], [7, 8, 9]]).repeat(3, 1)
     assert not differences(sums, [0, 1] * 3, ["a", "b", "c"])
     sums[4, 1:] = 0
@@ -78,7 +78,7 @@ def test_the_minority_is_named_within_its_shard() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
 def test_a_checksum_is_of_all_bits_and_of_no_order(dtype: torch.dtype) -> None:
-    """Signed zeros differ and NaNs agree, unlike as numbers."""
+    """Bits are compared, not numbers: zeros of different sign differ, and equal NaNs agree."""
     tensor = torch.arange(1000).to(dtype).view(10, 100)
     assert checksum(tensor) == checksum(tensor.T) == checksum(tensor.flatten().flip(0))
     assert checksum(tensor) != checksum(torch.where(tensor == 7, 8, tensor))

@@ -1,4 +1,4 @@
-"""Runs that change the number of ranks, and the engine, at their checkpoints, against one that nothing disturbed."""
+"""Tests of runs that change the number of ranks and the engine at checkpoints, against an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.rank_processes import run_ranks
 from tests.train.test_trainer import lines, recipe
 
 RANKS = (1, 2, 4, 1)
-"""Settings of each step; the first two changes are in the middle of an epoch. A micro-batch has 8 images."""
+"""Number of ranks in each step. The first two changes are in the middle of an epoch. A micro-batch has 8 images."""
 
 WAYS = {kind: [kind] * 4 for kind in ("ddp", "fsdp", "zero1", "zero2", "zero3")} | {
     "all": ["ddp", "fsdp", "zero3", "ddp"],
 }
-"""Engines of the steps of each run."""
+"""Engines of each run, by step."""
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 images of two classes: 3 steps an epoch, 2 images are left out."""
+    """Write 50 images of two classes: 3 steps per epoch, 2 images are left out."""
     return two_classes(tmp_path_factory.mktemp("images"), noise(50, seed=0))
 
 
@@ -34,7 +34,7 @@ def _run(images: Path, run: Path, *overrides: str) -> int:
 
 
 def _one_step_of_each(images: Path, runs: Path, step: int) -> list[tuple[int, list[int]]]:
-    """(steps done, ids of this rank's images) of one more step of every run."""
+    """Take one more step of every run, and return (steps done, ids of this rank's images) for each."""
     leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
     take, seen = Trainer.take, list[int]()
 

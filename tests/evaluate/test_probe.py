@@ -1,4 +1,4 @@
-"""The three measures against known answers, and `mimae probe` from a run's directory to its table."""
+"""Tests of the three measures against known answers, and of `mimae probe` from a run's directory to its table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mimae.train.tasks.pretrain import pretrain
 
 
 def blobs(n: int, classes: int, width: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Features around one corner per class, at `distance` deviations from the origin."""
+    """Return features around one corner per class, at `distance` deviations from the origin."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     corners = F.one_hot(labels, width).float() * distance
@@ -62,13 +62,13 @@ def test_a_balanced_subset_differs_by_one_between_classes_and_takes_all_of_a_rar
 
 
 def fit(features: Tensor, labels: Tensor, classes: int, penalty: float) -> Linear:
-    """One regression on all samples."""
+    """Fit one regression on all samples."""
     whole = LogisticRegression(features[None], labels[None], torch.ones(1, len(labels)), classes)
     return whole.fit(torch.tensor([penalty]))
 
 
 def test_the_fit_is_the_minimum_of_the_penalised_cross_entropy() -> None:
-    """Against scipy's solver in float64, on correlated columns, of which two are equal and one is large."""
+    """The fit is compared with scipy's solver in float64, on correlated columns; two are equal and one is large."""
     features, labels = blobs(120, 3, 7, 1.5, seed=1)
     features[:, 6] = features[:, 5]
     features[:, 4] = features[:, 3] * 100
@@ -91,19 +91,19 @@ def test_the_fit_is_the_minimum_of_the_penalised_cross_entropy() -> None:
 
 
 def test_problems_that_are_fitted_together_do_not_touch_each_other() -> None:
-    """Other features, weights and penalties side by side; a sample of weight 0 is not there."""
+    """Problems have different features, weights and penalties. A sample of weight 0 has no effect."""
     (one, labels), (two, _) = blobs(60, 3, 5, 2.0, seed=0), blobs(60, 3, 5, 1.0, seed=1)
     weights = torch.ones(2, 60)
     weights[1, 40:] = 0
     both = LogisticRegression(torch.stack([one, two]), torch.stack([labels, labels]), weights, 3)
     fitted = both.fit(torch.tensor([1.0, 0.1]))
     for i, alone in enumerate((fit(one, labels, 3, 1.0), fit(two[:40], labels[:40], 3, 0.1))):
-        # Each ends within the tolerance of its optimum, on a way of its own.
+        # Each problem ends within the tolerance of its optimum, but takes another path.
         torch.testing.assert_close(fitted.weight[i], alone.weight[0], atol=0.02, rtol=0)
 
 
 def graded(n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Standardised, correlated features of 10 overlapping classes, whose directions differ in scale by 30."""
+    """Return standardised, correlated features of 10 overlapping classes; the scales of directions differ by 30."""
     rows, shape = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
     labels = torch.arange(n) % 10
     centres = torch.randn(10, width, generator=shape) * 3 / width**0.5
@@ -120,15 +120,17 @@ def by_sklearn(features: Tensor, labels: Tensor, penalty: float) -> Linear:
 
 
 def loss_of(fitted: Linear, features: Tensor, labels: Tensor, penalty: float) -> float:
-    """Penalised mean cross-entropy in float64."""
+    """Return the penalised mean cross-entropy in float64."""
     weight, bias = fitted.weight.double(), fitted.bias.double()
     return (F.cross_entropy(features.double() @ weight + bias, labels) + penalty / 2 * weight.square().sum()).item()
 
 
 @pytest.mark.parametrize(("width", "labelled"), [(96, None), (96, 200), (400, 200)], ids=["all", "few", "few and wide"])
 def test_every_fit_reaches_the_minimum_of_scikit_learn(width: int, labelled: int | None) -> None:
-    """At each penalty, beside fits of all other penalties, which end sooner or later: with all of 3,000 labels, and
-    with 200, which are fewer than the features of the last case."""
+    """Fits with all penalties run together, and end at different times.
+
+    There are all 3,000 labels, or 200, which are fewer than the features of the last case.
+    """
     train, labels = graded(3000, width, seed=1)
     ids = balanced_subset(labels, labelled or len(labels), seed=3)
     features, labels, penalties = train[ids], labels[ids], linear.PENALTIES
@@ -149,8 +151,10 @@ def accuracy_by_sklearn(train: Tensor, labels: Tensor, test: Tensor, test_labels
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [96, 400])
 def test_every_draw_scores_as_with_scikit_learn(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each penalty, from the choice of samples to the accuracy; 400 features are more than the labels known. A fit
-    that stops too early gets up to 30 of 1,000 test samples more or fewer right."""
+    """Everything is compared at each penalty, from the choice of samples to the accuracy.
+
+    There are more features (400) than labels. A fit that stops too early changes up to 30 of 1,000 predictions.
+    """
     train, labels = graded(3000, width, seed=1)
     test, test_labels = graded(1000, width, seed=2)
     draws = [balanced_subset(labels, 200, draw) for draw in range(5)]
@@ -172,7 +176,7 @@ def test_all_labels_score_as_with_scikit_learn(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_problem_without_information_leaves_the_others_alone() -> None:
-    """Its gradient is 0 but for rounding, which has no curvature: a ratio of the two is not finite."""
+    """Its gradient is only rounding and its curvature is 0, so their ratio is not finite."""
     features, labels = blobs(60, 3, 5, 2.0, seed=0)
     both = torch.stack([torch.zeros_like(features), features])
     fitted = LogisticRegression(both, labels.expand(2, -1), torch.ones(2, 60), 3).fit(torch.tensor([1e-5, 1e-2]))
@@ -198,7 +202,7 @@ def test_separable_classes_are_told_apart_by_every_measure() -> None:
 
 
 def test_noise_scores_what_guessing_does() -> None:
-    """The measures must not leak: features that know nothing of the labels are right one time in four."""
+    """The measures must not leak: features without information about four classes score a quarter."""
     train, train_labels = blobs(800, 4, 12, 0.0, seed=0)
     test, test_labels = blobs(1000, 4, 12, 0.0, seed=1)
     scores = probe.measure(train, train_labels, test, test_labels, 4)
@@ -219,7 +223,7 @@ def test_more_labels_help_and_200_are_all_that_the_few_label_probe_sees() -> Non
 
 
 def test_few_labels_with_more_features_than_samples_keeps_the_unreduced_optimum() -> None:
-    """300 features, 200 samples: the problem is solved in the span of the samples."""
+    """With 300 features and 200 samples the problem is solved in the span of the samples."""
     train, labels = blobs(200, 4, 300, 3.0, seed=0)
     test, test_labels = blobs(500, 4, 300, 3.0, seed=1)
     accuracies = few_label_probe(train, labels, test, test_labels, 4)
@@ -252,8 +256,11 @@ def test_the_test_set_has_no_part_in_choosing_the_penalty() -> None:
 
 
 def test_nearest_neighbours_by_hand() -> None:
-    """Two classes in the plane. The query (1, 0) has one neighbour of class 0 at cosine 1 and two of class 1
-    at cosine 0.8: votes 1 against 2 exp(-0.2 / 0.07) = 0.11, so the near one wins; lengths do not matter."""
+    """There are two classes in the plane, and lengths do not matter.
+
+    The query (1, 0) has one neighbour of class 0 at cosine 1 and two of class 1 at cosine 0.8. The votes are 1 and
+    2 exp(-0.2 / 0.07) = 0.11, so the nearest one wins.
+    """
     train = torch.tensor([[0.1, 0.0], [8.0, 6.0], [8.0, -6.0], [-1.0, 0.0]])
     labels = torch.tensor([0, 1, 1, 1])
     queries = torch.tensor([[5.0, 0.0], [-2.0, 0.1], [0.9, 0.7]])
@@ -263,7 +270,7 @@ def test_nearest_neighbours_by_hand() -> None:
 
 
 def test_only_twenty_neighbours_vote() -> None:
-    """21 of class 1 outvote 20 of class 0 where all have a say; the 20 of class 0 are a little nearer."""
+    """If all voted, 21 samples of class 1 would outvote 20 of class 0, which are slightly nearer."""
     near, far = torch.tensor([[1.0, 0.0]]).repeat(20, 1), torch.tensor([[1.0, 0.01]]).repeat(21, 1)
     labels = torch.tensor([0] * 20 + [1] * 21)
     query, answer = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
@@ -282,7 +289,7 @@ def test_standardising_takes_mean_and_deviation_of_the_training_set_alone() -> N
 
 @dataclass
 class Labelled:
-    """A source of labels alone."""
+    """A source that has only labels."""
 
     name: str
     labels: np.ndarray | None
@@ -308,7 +315,7 @@ class Labelled:
 
 
 def test_classes_go_by_name_where_folders_have_them() -> None:
-    """A test folder that lacks a class numbers the others differently."""
+    """If a test folder lacks a class, the numbers of its other classes differ."""
     train = Labelled("train", np.array([0, 1, 2, 2]), ["cat", "dog", "fox"])
     test = Labelled("test", np.array([0, 1]), ["dog", "fox"])
     train_labels, test_labels, classes = shared_labels(train, test)
@@ -326,7 +333,7 @@ def test_what_the_labels_do_not_allow_is_told() -> None:
 
 
 def draw(folder: Path, per_class: int, seed: int) -> Path:
-    """Three classes of 8 x 8 images: red, green or blue, with noise."""
+    """Write three classes of 8 x 8 images: red, green or blue, with noise."""
     noise = np.random.default_rng(seed)
     for channel, name in enumerate(("red", "green", "blue")):
         (folder / name).mkdir(parents=True)
@@ -361,7 +368,7 @@ def test_an_unreadable_image_has_no_features(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on three classes, whose colours even untrained features see."""
+    """Train two steps on three classes, whose colours even untrained features distinguish."""
     folder = tmp_path_factory.mktemp("probe")
     draw(folder / "train", 30, seed=0)
     draw(folder / "test", 8, seed=1)
@@ -399,8 +406,7 @@ def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.C
 
 
 def test_the_random_encoder_is_not_the_run(run: Path) -> None:
-    """Both rows could show one encoder and look right: their features must differ, the run's be the
-    checkpoint's."""
+    """The features of the two rows have to differ, and those of the run have to be the checkpoint's."""
     recipe = load_recipe(run / "config.yaml").recipe
     begun, ended = probe.build(recipe).encoder.state_dict(), probe.load_encoder(run).state_dict()
     assert any(not torch.equal(begun[name], ended[name]) for name in begun)

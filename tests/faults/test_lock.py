@@ -1,4 +1,4 @@
-"""One job for each run directory: on this host, and with lock files as other hosts would write them."""
+"""Tests of the lock of a run directory: on this host, and with lock files of other hosts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(run: Path, owner: Owner) -> None:
 
 @contextmanager
 def beating(run: Path) -> Iterator[None]:
-    """An owner that lives on another host."""
+    """Keep writing to the lock file like an owner on another host."""
     over = threading.Event()
 
     def beat() -> None:

@@ -1,4 +1,4 @@
-"""Memory that runs out is told with the phase, the planner's advice and what held it."""
+"""Tests of a lack of memory: the message has the phase, the planner's advice and the largest tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_allocation_that_fails_is_told_with_advice_and_a_snapshot(images: Path, tmp_path: Path) -> None:
-    """A real run, whose activations are more than the process may have."""
+    """In a real run the activations exceed the memory limit of the process."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, images, tmp_path / "run"], capture_output=True, text=True, timeout=900
     )

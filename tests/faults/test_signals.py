@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop."""
+"""Tests of signals that ask a run to save and stop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_wish_is_received_and_the_old_handler_comes_back(number: signal.Signal
 
 @pytest.mark.parametrize("number", WISHES)
 def test_an_ignored_signal_stays_ignored_but_for_ctrl_c(number: signal.Signals) -> None:
-    """`nohup` ignores SIGHUP. A script ignores SIGINT of all its background jobs, and whoever sends it means it."""
+    """`nohup` ignores SIGHUP. Scripts ignore SIGINT for all background jobs, so an explicit SIGINT has to work."""
     seen: list[Any] = []
     signal.signal(number, signal.SIG_IGN)
     with handled(lambda received, _: seen.append(received)):
@@ -44,7 +44,7 @@ def test_an_ignored_signal_stays_ignored_but_for_ctrl_c(number: signal.Signals) 
 
 
 def test_in_a_thread_the_process_decides() -> None:
-    """Python lets the main thread alone set handlers; a run in another one goes without."""
+    """Only the main thread may set handlers in Python; a run in another thread has none."""
     seen: list[Any] = []
     signal.signal(signal.SIGTERM, lambda *_: seen.append("the process's own"))
 
@@ -64,7 +64,7 @@ def test_in_a_thread_the_process_decides() -> None:
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what is ignored stays so
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Under nohup it would be ignored, and would stay so.
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
         assert signals.received

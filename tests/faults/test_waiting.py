@@ -1,4 +1,4 @@
-"""A run that waits for what never comes ends when it is told to."""
+"""Tests that a run which waits for something that never comes ends on a signal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_signal_ends_a_wait() -> None:
-    """Before the wait or in it: as a worker whose storage does not answer leaves the run."""
+    """The signal comes before or during the wait, for example for a worker whose storage does not answer."""
     for before in (True, False):
         with Signals() as signals:
             if before:
@@ -38,7 +38,7 @@ def test_a_batch_that_comes_in_time_is_taken() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with signals.waiting_for("the next batch"):
             time.sleep(0.01)
-        time.sleep(0.4)  # Saving takes its time.
+        time.sleep(0.4)  # Saving takes some time.
         assert signals.received
     assert signal.getsignal(signal.SIGALRM) == old
 

@@ -1,4 +1,4 @@
-"""Hangs: which process ends, and what it leaves."""
+"""Tests of hangs: the process ends, and leaves its stacks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ with watchdog.Watchdog(Path(sys.argv[1]), 60, 1) as dog:
 
 @pytest.mark.parametrize("place", ["run", "file/run"])
 def test_a_hang_ends_the_process_whatever_holds_it(tmp_path: Path, place: str) -> None:
-    """The second place cannot be written; steps that end in time, longer than the limit in all, are no hang."""
+    """The second place is not writable. Steps that each end in time are no hang, even if together they take longer."""
     (tmp_path / "file").touch()
     done = subprocess.run([sys.executable, "-c", HANG, tmp_path / place], capture_output=True, text=True, timeout=50)
     told = "" if place == "run" else f"{tmp_path / place}/stacks/rank-0.txt cannot be written: Not a directory; "

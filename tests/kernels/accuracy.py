@@ -1,4 +1,4 @@
-"""Rule for accuracy: an error against float64 of at most twice plain PyTorch's in the same dtype."""
+"""The rule for accuracy: an error against float64 of at most twice plain PyTorch's error in the same dtype."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where fused kernels run: on the GPU, or on the CPU under triton's interpreter."""
+"""Device on which fused kernels run: the GPU, or the CPU with triton's interpreter."""
 
 SLACK = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Error that is granted beyond twice plain PyTorch's, as a share of a result's scale: a few last bits, since plain
-PyTorch is exact now and then by luck."""
+"""Additional allowed error, as a share of a result's scale. It is a few last bits, because plain PyTorch is sometimes
+exact by chance."""
 
 
 def assert_as_accurate(
@@ -21,12 +21,12 @@ def assert_as_accurate(
     exact: Tensor | Sequence[Tensor],
     scales: Sequence[Tensor | float | None] | None = None,
 ) -> None:
-    """Holds the results of a fused op, in order, against plain PyTorch's in the same dtype and those of float64.
+    """Compare the results of a fused op, in order, with plain PyTorch's in the same dtype and with those in float64.
 
-    `fused` has to have the shapes and dtypes of `plain`; the slack is that of its dtype. The scale of a result is its
-    largest exact value. Where a result is one number, or a few, that are small sums of large terms, that value says
-    nothing of their rounding, and plain PyTorch's own error is luck: there `scales` has the sum of the terms' absolute
-    values.
+    `fused` has to have the shapes and dtypes of `plain`. The slack is that of its dtype. The scale of a result is its
+    largest exact value. If a result has only a few numbers that are small sums of large terms, this value does not
+    reflect rounding, and plain PyTorch's error is random: then `scales` has the sum of the absolute values of the
+    terms.
     """
     results = [[each] if isinstance(each, Tensor) else list(each) for each in (fused, plain, exact)]
     given = [None] * len(results[0]) if scales is None else scales

@@ -1,4 +1,4 @@
-"""Outputs of ops start as NaN and huge integers in tests, so that a place left unwritten shows."""
+"""A fixture that fills new outputs of ops with NaN and huge integers, so that unwritten elements are detected."""
 
 from __future__ import annotations
 

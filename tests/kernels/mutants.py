@@ -1,8 +1,8 @@
-"""Mutants: copies of a kernel module that are broken in one place, which its own tests have to see.
+"""Mutants: copies of a kernel module with one error each, which the module's tests have to detect.
 
-A mutant is a copy of a module with one text replaced, whose launchers and kernels stand in for the module's while one
-of the checks of its test file runs. Each mutation stays within the memory of its arguments. A test file describes its
-mutants and takes its two tests from `mutant_tests`.
+A mutant is a copy of a module with one text replaced. Its launchers and kernels replace those of the module while one
+of the checks of the test file runs. No mutation accesses memory outside its arguments. A test file describes its
+mutants and gets its two tests from `mutant_tests`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ import pytest
 from mimae.kernels.runtime import INTERPRETED
 
 Check = Callable[[pytest.MonkeyPatch], None]
-"""Runs a check of a test module."""
+"""Function that runs a check of a test module."""
 
 
 class Mutants(NamedTuple):
-    """A module of kernels and the checks of its test file that have to see its mutations."""
+    """The mutations of a kernel module, and the checks of its test file that have to detect them."""
 
     module: str
     test: str
     """The name of the test module."""
     checks: dict[str, Check]
     mutations: list[tuple[str, str, str, str]]
-    """Each mutation: what is lost, by which check it shows, the text, and what stands there instead. The first four
-    run always, the others among the slow tests."""
+    """Each mutation: a description, the check that detects it, the text, and its replacement. The first four always
+    run, the others are slow tests."""
 
 
 _numbers = count()
 
 
 def mutant_tests(mutants: Mutants) -> tuple[Any, Any]:
-    """Return a test of unchanged copies, without which a mutant might fail for being a copy, and one of the mutants."""
+    """Return a test of unchanged copies and a test of mutants.
+
+    The first one shows that a mutant does not fail merely because it is a copy.
+    """
 
     @pytest.mark.parametrize("check", mutants.checks)
     def test_an_unchanged_copy_passes(check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +66,7 @@ def mutant_tests(mutants: Mutants) -> tuple[Any, Any]:
 
 def _marked(test: Any) -> Any:
     interpreted = pytest.mark.skipif(not INTERPRETED, reason="a mutant may do anything to a GPU")
-    # Of what mutants compute, and infonce's lanes past the edge.
+    # Mutants, and lanes of infonce past the edge, compute with arbitrary numbers.
     return pytest.mark.filterwarnings("ignore::RuntimeWarning")(interpreted(test))
 
 
@@ -87,7 +90,7 @@ def _copy_of(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType
 
 
 def _run(mutants: Mutants, check: str, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a check of the test file, while launchers and kernels are those of a copy of the module."""
+    """Run a check of the test file with the launchers and kernels of a copy of the module."""
     original = import_module(f"mimae.kernels.{mutants.module}")
     copy = _copy_of(original, old, new, folder)
     test, interface = sys.modules[mutants.test], import_module("triton.runtime.jit").KernelInterface

@@ -1,4 +1,4 @@
-"""`club_terms` and `club_grad` against float64 and against the pairwise definition."""
+"""Tests of `club_terms` and `club_grad` against float64 and against the pairwise definition."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ plain_grad: Op = reference.club_grad
 
 
 def drawn(images: int, views: int, width: int, spread: float = 0.5) -> list[Tensor]:
-    """z, mu and log s2, mean and variance: latents far from zero with unequal spreads, a posterior that differs from
-    image to image, and global moments that are near those of this rank but not the same."""
+    """Return z, mu and log s2, mean and variance.
+
+    The latents are far from zero with unequal spreads, the posterior differs between images, and the global moments
+    are close to those of this rank, but not equal.
+    """
     generator = torch.Generator().manual_seed(images + views + width)
     z = torch.randn(images, views, width, generator=generator) * torch.linspace(0.1, 2, width) + 3
     mu = torch.randn(images, width, generator=generator)
@@ -45,7 +48,7 @@ def results(terms: Op, grad: Op, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def magnitudes(inputs: list[Tensor]) -> list[Tensor]:
-    """The sums of the absolute values of what is added up in each of `results`, whatever cancels in it."""
+    """Return the sums of the absolute values of the summands in each of `results`, which do not cancel."""
     z, mu, log_s2, mean, variance = (each.double() for each in inputs)
     images, views, _ = z.shape
     scale, inverse = (variance + 1e-6).rsqrt(), (-log_s2).exp()
@@ -97,7 +100,7 @@ def test_posterior_of_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_latents_that_carry_nothing() -> None:
-    """A dimension without variance: its scale is that of the epsilon."""
+    """A dimension has no variance, so its scale is that of the epsilon."""
     inputs = drawn(4, 2, 3)
     inputs[0][..., 1] = inputs[3][1]
     inputs[4][1] = 0
@@ -105,7 +108,7 @@ def test_latents_that_carry_nothing() -> None:
 
 
 def test_is_the_pairwise_definition_with_its_gradients() -> None:
-    """Through the objective's own function, with moments from the fused kernel too."""
+    """The objective's own function is used, also with moments from the fused kernel."""
     z, mu, log_s2, *_ = drawn(7, 2, 5, spread=1.0)
     exact = [each.double().cpu().requires_grad_() for each in (z, mu, log_s2)]
     y = club_oracle.standardised(exact[0], 1e-6)
@@ -126,7 +129,7 @@ def test_is_the_pairwise_definition_with_its_gradients() -> None:
 
 
 def test_halves_of_one_tensor() -> None:
-    """V gives mu and log s2 so: rows that lie apart. And as nobody gives them: columns."""
+    """mu and log s2 are halves of one tensor: strided rows, as from V, and also columns."""
     inputs = drawn(5, 2, 6)
     inputs[1], inputs[2] = torch.cat(inputs[1:3], 1).chunk(2, 1)
     inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
@@ -137,7 +140,9 @@ def test_halves_of_one_tensor() -> None:
 
 
 def test_more_programs_than_a_tile_of_them() -> None:
-    """9 groups in tiles of 4 and 45 programs in tiles of 32, 11 dimensions in tiles of 8: the last of each is short."""
+    """There are 9 groups in tiles of 4, 45 programs in tiles of 32 and 11 dimensions in tiles of 8: last tiles are
+    short.
+    """
     generator = torch.Generator().manual_seed(0)
     sums = torch.randn(9, 2, 11, generator=generator).to(DEVICE)
     scalars = torch.randn(2, 45, generator=generator).to(DEVICE)
@@ -172,7 +177,7 @@ def test_are_well_behaved_operators() -> None:
 
 
 def test_compile_into_one_graph() -> None:
-    """Twice in one graph, as two micro-batches would."""
+    """The ops are called twice in one graph, as with two micro-batches."""
 
     def both(*inputs: Tensor) -> list[Tensor]:
         return results(fused_terms, fused_grad, list(inputs)) + results(fused_terms, fused_grad, list(inputs))

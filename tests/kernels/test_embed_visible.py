@@ -1,4 +1,4 @@
-"""The fused embedding, forward and backward, against plain PyTorch's in float64."""
+"""Tests of the fused embedding, forward and backward, against plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     D: int
 
 
-USUAL = Shape(2, 3, 2, 8, 12, 4, 7)  # a grid that is not square, a prime width
+USUAL = Shape(2, 3, 2, 8, 12, 4, 7)  # The grid is not square, and the width is prime.
 
 
 class Inputs(NamedTuple):
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float32, positions: torch.dtype = torch.float32) -> Inputs:
-    """Weight and bias of `dtype`, pos and cls of `positions`. Views are drawn one by one, their ids not in order."""
+    """Make weight and bias of `dtype`, pos and cls of `positions`. Each view is drawn by itself, its ids are unsorted."""
     B, N, K, H, W, P, D = shape
     generator = torch.Generator().manual_seed(H * W)
     patches = (H // P) * (W // P)
@@ -69,7 +69,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, positions: torch.dtyp
 
 
 def run(inputs: Inputs, impl: Any) -> list[Tensor]:
-    """Tokens, and the gradients of weight, bias and class token."""
+    """Return the tokens, and the gradients of weight, bias and class token."""
     trained = [each.detach().requires_grad_() for each in (inputs.weight, inputs.bias, inputs.cls)]
     weight, bias, cls = trained
     tokens = embed_visible(
@@ -89,10 +89,10 @@ def assert_accurate(inputs: Inputs) -> None:
     [
         Shape(1, 1, 1, 1, 1, 1, 1),  # one of everything: three features, of the sixteen that a product takes
         USUAL,
-        Shape(1, 2, 0, 4, 4, 2, 5),  # no patch visible: class tokens alone
+        Shape(1, 2, 0, 4, 4, 2, 5),  # no patch visible: only class tokens
         Shape(1, 1, 6, 4, 6, 2, 5),  # a whole image in one view
         Shape(1, 8, 1, 28, 56, 14, 17),  # eight views of one patch; ten steps of features, the last one not full
-        Shape(2, 2, 3, 32, 48, 16, 12),  # 12 full steps of features; a width that is a multiple of 4 alone
+        Shape(2, 2, 3, 32, 48, 16, 12),  # 12 full steps of features; a width that is a multiple of 4, but not of 8
         Shape(1, 5, 12, 6, 8, 2, 65),  # one row and one column over a small tile
     ],
 )
@@ -105,7 +105,9 @@ def test_sizes(shape: Shape) -> None:
     [(80, 128, 257), (90, 256, 129), pytest.param(100, 128, 257, marks=pytest.mark.slow)],
 )
 def test_large_tiles(capability: int, visible: int, width: int) -> None:
-    """One row and one column over the tile of each generation; backward in one part, one channel over its tile."""
+    """There are one row and one column more than a tile of each generation; backward has one part, and one channel
+    more.
+    """
     launches: list[Launch] = []
     with watching(launches.append, Target(capability, processors=1)):
         assert_accurate(make(Shape(1, 1, visible, 64, 64, 4, width)))
@@ -135,7 +137,7 @@ def test_under_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_plain_images(value: int) -> None:
-    """The extremes of a byte, and the one that is zero inside the product."""
+    """The values are the extremes of a byte, and the byte that is zero inside the product."""
     inputs = make(USUAL, torch.bfloat16)
     assert_accurate(inputs._replace(images=torch.full_like(inputs.images, value)))
 
@@ -153,7 +155,7 @@ def test_called_twice_in_one_graph() -> None:
 
 
 def test_strides_and_kind_of_ids_do_not_matter() -> None:
-    """Images in channels-last form, ids of one view expanded to all images, a gradient without memory of its own."""
+    """The images are channels-last, the ids of one view are expanded to all images, and so is the gradient."""
     inputs = make(USUAL)
     inputs = inputs._replace(
         visible=inputs.visible[:1].expand(2, -1, -1), d_tokens=torch.ones((), device=DEVICE).expand(2, 3, 3, 7)
@@ -266,7 +268,7 @@ def test_repeats_are_bit_equal(shape: Shape) -> None:
 
 @pytest.mark.gpu
 def test_pixels_and_tokens_past_2_31() -> None:
-    """16384 images of 150,528 bytes, 2.5e9 numbers in tokens; of the last images, which alone have a gradient."""
+    """There are 16384 images of 150,528 bytes and 2.5e9 numbers in tokens. Only the last images have a gradient."""
     few = make(Shape(8, 4, 49, 224, 224, 16, 768), torch.bfloat16, torch.bfloat16)
     images = torch.zeros(16384, 224, 224, 3, dtype=torch.uint8, device=DEVICE)
     visible = torch.zeros(16384, 4, 49, dtype=torch.int32, device=DEVICE)

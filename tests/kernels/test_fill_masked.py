@@ -1,4 +1,4 @@
-"""The fused decoder input, forward and backward, against plain PyTorch's in float64."""
+"""Tests of the fused decoder input, forward and backward, against plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     D: int
 
 
-USUAL = Shape(2, 3, 7, 3, 4, 20)  # odd, and a width that is no power of two
+USUAL = Shape(2, 3, 7, 3, 4, 20)  # The sizes are odd, and the width is no power of two.
 
 
 class Inputs(NamedTuple):
@@ -44,8 +44,11 @@ class Inputs(NamedTuple):
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float32, others: torch.dtype = torch.float32) -> Inputs:
-    """Tokens of `dtype`, the rest of `others`. Views are drawn one by one: a patch that one shows another may have as a
-    target, and where K + M > L a view has some patches as both."""
+    """Make tokens of `dtype` and the other inputs of `others`.
+
+    Each view is drawn by itself: a visible patch of one view may be a target of another one. If K + M > L, some patches
+    of a view are both.
+    """
     B, N, L, K, M, D = shape
     generator = torch.Generator().manual_seed(L)
     order = torch.rand(B, N, L, generator=generator).argsort(2).int()
@@ -64,7 +67,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32, others: torch.dtype =
 
 
 def run(inputs: Inputs, impl: Any) -> list[Tensor]:
-    """Rows, and the gradients of tokens and mask token."""
+    """Return the rows, and the gradients of tokens and mask token."""
     tokens, mask_token = (each.detach().requires_grad_() for each in (inputs.tokens, inputs.mask_token))
     rows = fill_masked(tokens, inputs.visible, inputs.targets, mask_token, inputs.pos, impl)
     return [rows.detach(), *torch.autograd.grad(rows, (tokens, mask_token), inputs.d_rows)]
@@ -72,7 +75,7 @@ def run(inputs: Inputs, impl: Any) -> list[Tensor]:
 
 def assert_accurate(inputs: Inputs) -> list[Tensor]:
     fused, double = run(inputs, "triton"), inputs.to(torch.float64)
-    # The gradient of the mask token may be of few numbers, each a sum over all targets.
+    # The gradient of the mask token may have few numbers, each of which is a sum over all targets.
     terms = run(double._replace(d_rows=double.d_rows.abs()), "reference")[2]
     assert_as_accurate(fused, run(inputs, "reference"), run(double, "reference"), [None, None, terms])
     return fused
@@ -124,7 +127,9 @@ def test_rows_of_equal_dtype_are_those_of_plain_pytorch_bit_for_bit() -> None:
 
 
 def test_any_strides_and_ids_of_64_bits() -> None:
-    """Tokens cut out of a longer sequence, transposed ids, positions of every second row, an expanded gradient."""
+    """Tokens are cut out of a longer sequence, ids are transposed, positions are every second row, the gradient is
+    expanded.
+    """
     inputs = make(USUAL)
     B, N, L, K, M, D = USUAL
     longer = torch.randn(N, B, 2 + K, D, device=DEVICE).transpose(0, 1)
@@ -141,7 +146,7 @@ def test_any_strides_and_ids_of_64_bits() -> None:
 
 
 def test_twice_in_one_graph() -> None:
-    """The rows of one call as tokens of the next, with one mask token."""
+    """The rows of one call are the tokens of the next one, with the same mask token."""
 
     def gradient(inputs: Inputs, impl: Any) -> Tensor:
         mask_token = inputs.mask_token.clone().requires_grad_()
@@ -265,7 +270,9 @@ def test_many_repeats_are_bit_equal() -> None:
 
 @pytest.mark.gpu
 def test_rows_past_2_31_elements() -> None:
-    """Two images 4,096 times: 32,768 views of 197 rows of 512. The last two against themselves alone."""
+    """Two images are repeated 4,096 times: 32,768 views of 197 rows of 512. The last two are compared with a small
+    batch.
+    """
     pair = make(Shape(2, 4, 196, 49, 147, 512), torch.bfloat16, torch.bfloat16)
     inputs = Inputs(*(each.repeat(4096, *[1] * (each.dim() - 1)) if each.dim() > 2 else each for each in pair))
     rows, d_tokens, _ = run(inputs, "triton")

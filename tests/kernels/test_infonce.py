@@ -1,4 +1,4 @@
-"""`infonce_lse` and `infonce_grad` against float64 and against the definition."""
+"""Tests of `infonce_lse` and `infonce_grad` against float64 and against the definition."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
 
 @pytest.fixture(autouse=True)
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 64 rows and 32 columns, in steps of 16, so that small sizes have several. GPU tests keep the real."""
+    """Use tiles of 64 rows and 32 columns, in steps of 16, so that small sizes have several. GPU tests use real tiles."""
     if not request.node.get_closest_marker("gpu"):
         use_tiles(monkeypatch, 64, 32)
 
 
 def latents(images: int, views: int, width: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Tensor:
-    """Unit vectors (B, N, D), whose memory goes on with NaN: what is read past the end shows."""
+    """Return unit vectors (B, N, D) whose memory is followed by NaN, so that reads beyond the end are detected."""
     generator = torch.Generator().manual_seed(images + views + width + 1000 * draw)
     memory = torch.full((images + 64, views, width), math.nan, dtype=dtype, device=DEVICE)
     memory[:images] = F.normalize(torch.randn(images, views, width, generator=generator), dim=-1).to(DEVICE, dtype)
@@ -63,13 +63,13 @@ def trained(u: Tensor, tau: Tensor, rows: slice, **impl: Any) -> list[Tensor]:
 
 
 def computed(u: Tensor, tau: float, rows: slice) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The results of the kernels, of plain PyTorch and of float64."""
+    """Return the results of the kernels, of plain PyTorch and of float64."""
     fused, plain = trained(u, of_tau(tau), rows, impl="triton"), trained(u, of_tau(tau), rows)
     return fused, plain, trained(u.double(), of_tau(tau).double(), rows)
 
 
 def assert_accurate(u: Tensor, tau: float, rows: slice = slice(None)) -> None:
-    """d_tau is one number, whose error is luck: it is the sum of two terms of each pair of views, up to 1/tau^2."""
+    """Assert accuracy. d_tau is one number with a random error: a sum of two terms per pair of views, up to 1/tau^2."""
     _, views, _ = u.shape
     pairs = len(u[rows]) * views * (views - 1)
     assert_as_accurate(*computed(u, tau, rows), [None, None, None, 2 * pairs * (1 + 1 / tau) / tau**2])
@@ -79,8 +79,11 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def of_weights(tau: float, dtype: torch.dtype = torch.float32) -> float:
-    """How far rounding may move a weight, exp(score - lse), of at most 1: its exponent is a difference of two numbers
-    of about 1/tau, each rounded; then it is rounded itself, and again in a product of `dtype`. Eight times that."""
+    """Return the allowed rounding error of a weight, exp(score - lse), which is at most 1.
+
+    Its exponent is a difference of two rounded numbers of about 1/tau. The weight is rounded itself, and again in a
+    product of `dtype`. The bound is eight times that.
+    """
     return 8 * (EPS / tau + torch.finfo(dtype).eps)
 
 
@@ -99,7 +102,7 @@ def test_one_rank_against_float64(sizes: tuple[int, int, int]) -> None:
 
 
 def test_one_image() -> None:
-    """Its softmax is 1 whatever its views: nothing pulls."""
+    """The softmax over one image is 1 for all views, so the gradient is zero."""
     u = latents(1, 2, 3)
     lse, positives, d_u, d_tau = results(
         u, of_tau(0.5), infonce_lse(u, u, 0, of_tau(0.5))[0], slice(None), impl="triton"
@@ -123,14 +126,14 @@ def test_rows_of_a_rank_against_float64(sizes: tuple[int, int, int, slice]) -> N
 
 
 def test_a_panel_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows narrower than columns, and D so large that the panel affords all three tiles of rows at once."""
+    """Tiles of rows are narrower than those of columns, and the panel has room for all three tiles of rows."""
     use_tiles(monkeypatch, 16, 32)
     assert_accurate(latents(33, 2, 49), 0.5)
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.5])
 def test_runs_of_several_tiles(tau: float) -> None:
-    """On a GPU of one processor a program goes through two of the three tiles of columns."""
+    """On a GPU with one multiprocessor a program processes two of the three tiles of columns."""
     u, rows = latents(65, 3, 5), slice(60, 64)
     with watching(lambda _: None, Target(90, processors=1)):
         fused = infonce_lse(u[rows], u, 60, of_tau(tau), impl="triton")
@@ -161,11 +164,13 @@ def test_temperatures(rows: slice, tau: float) -> None:
 
 @pytest.mark.parametrize("tau", [0.01, 0.0156, 0.024, 0.0281, 0.07])
 def test_views_that_nearly_agree(tau: float) -> None:
-    """Then the loss is a small difference of scores near 1/tau, and d_tau the sum of these with small weights: what all
-    scores are off by has to cancel. Of 0.0156 and 0.0281 fp32 rounds 1/tau and its log2 e the most.
+    """The loss is a small difference of scores near 1/tau, and d_tau is their sum with small weights.
 
-    Means over 768 rows, whose rounding averages: a score is off by its last bit, and a weight, whose exponent is near
-    1/tau, by as much times 1/tau. Allowed are eight and ten deviations of such means."""
+    A common error of all scores has to cancel. For tau 0.0156 and 0.0281 the rounding of 1/tau and of its product with
+    log2 e is largest in fp32. The results are means over 768 rows, whose rounding averages out: the error of a score is
+    its last bit, and that of a weight, whose exponent is near 1/tau, is that times 1/tau. Eight and ten deviations of
+    such means are allowed.
+    """
     losses, weights = [], []
     for draw in range(8):
         u = F.normalize(latents(48, 1, 16, draw=draw) + 0.1 * latents(48, 2, 16, draw=draw), dim=-1)
@@ -180,7 +185,9 @@ def test_views_that_nearly_agree(tau: float) -> None:
 @pytest.mark.parametrize("tau", [0.02, 0.07])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, tau: float) -> None:
-    """Rounding leaves vectors longer than 1. Odd sizes, three over a tile of columns and one over a step of D."""
+    """Rounded vectors may be longer than 1. Sizes are odd: three more than a tile of columns, one more than a step of
+    D.
+    """
     u = latents(35, 2, 17, dtype)
     assert u.float().norm(dim=-1).max() > 1
     assert_accurate(u, tau)
@@ -189,7 +196,7 @@ def test_half_precision(dtype: torch.dtype, tau: float) -> None:
 
 @pytest.mark.parametrize("tau", [0.01, 0.0251, 0.07, 10.0])
 def test_equal_latents(tau: float) -> None:
-    """log B + 1/tau, and a gradient of zero: each image's own pull is its share of all."""
+    """The log-sum-exp is log B + 1/tau, and the gradient is zero, because all pulls cancel."""
     u = F.normalize(torch.ones(33, 2, 4, device=DEVICE), dim=-1)
     lse, positives, d_u, d_tau = results(
         u, of_tau(tau), infonce_lse(u, u, 0, of_tau(tau))[0], slice(None), impl="triton"
@@ -204,8 +211,10 @@ def test_equal_latents(tau: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tau", [0.0251, 0.0249, 0.01])
 def test_opposite_views(tau: float, dtype: torch.dtype) -> None:
-    """Every score is -1/tau: as far below the constant shift as scores get, on either side of the switch and far off.
-    One image over a tile, so that weights of images that are not there would be beyond fp16."""
+    """Every score is -1/tau, the largest distance below the constant shift, for tau on both sides of the switch.
+
+    There is one image more than a tile, so that weights of missing images would overflow fp16.
+    """
     u = F.normalize(torch.ones(33, 2, 4, device=DEVICE, dtype=dtype), dim=-1)
     u[:, 1] *= -1
     lse, _ = infonce_lse(u, u, 0, of_tau(tau), impl="triton")
@@ -216,14 +225,17 @@ def test_opposite_views(tau: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peaked_scores(dtype: torch.dtype) -> None:
-    """Views of an image nearly agree and images do not: the pulls of a positive, near 2 / tau, cancel to a rest that is
-    far smaller than what bf16 would round away of them (0.08). In bf16 too the weights are those of fp32."""
+    """Views of an image nearly agree, and images do not.
+
+    The pulls of a positive, near 2 / tau, cancel to a rest far below the rounding of bf16 (0.08). So the weights are
+    fp32 in bf16, too.
+    """
     tau = 0.05
     u = F.normalize(latents(7, 1, 40).expand(7, 3, 40) + 0.02 * latents(7, 3, 40), dim=-1).to(dtype)
     lse = reference.infonce_lse(u.double(), u.double(), 0, of_tau(tau).double())[0]
     exact = results(u.double(), of_tau(tau).double(), lse, slice(None))
     fused = results(u, of_tau(tau), lse.float(), slice(None), impl="triton")
-    # Each latent is pulled as a row and as a column of two siblings; 42 pairs have a part in d_tau.
+    # Each latent has gradients as a row and as a column of two sibling views; 42 pairs contribute to d_tau.
     bounds = [8 * EPS / tau, 8 * EPS / tau, 4 * of_weights(tau) / tau, 42 * 2 * of_weights(tau) / tau**2]
     assert bounds[2] < 0.08 / 40
     for got, wanted, bound in zip(fused, exact, bounds, strict=True):
@@ -232,7 +244,9 @@ def test_peaked_scores(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tau", [0.02, 0.2])
 def test_against_the_definition(tau: float) -> None:
-    """Loss, gradient and d_tau of the oracle, whose latents have any length: of the gradient, what is normal to u."""
+    """Loss, gradient and d_tau equal the oracle's. Its latents have any length, so only the gradient normal to u
+    counts.
+    """
     u = latents(5, 3, 7)
     lse, positives, d_u, d_tau = (
         each.cpu().double()
@@ -251,7 +265,7 @@ def test_against_the_definition(tau: float) -> None:
 
 @pytest.mark.parametrize("step", [5, 1], ids=["one rank", "ranks of one image"])
 def test_the_reference_has_the_gradient_of_its_own_sum(step: int) -> None:
-    """Along u too, which the definition does not tell."""
+    """The gradient is right along u too, which the comparison with the definition does not show."""
     u, tau = latents(5, 3, 7).double().requires_grad_(), of_tau(0.2).double().requires_grad_()
     lse, positives = reference.infonce_lse(u, u, 0, tau)
     wanted = torch.autograd.grad((lse - positives).sum(), (u, tau))
@@ -264,7 +278,7 @@ def test_the_reference_has_the_gradient_of_its_own_sum(step: int) -> None:
 
 
 def test_ranks_have_together_what_one_has() -> None:
-    """Two ranks of 17 rows: no multiple of a tile, so that a tile's edge runs through each part."""
+    """Two ranks have 17 rows each, which is no multiple of a tile, so a tile's edge is inside each part."""
     u, tau = latents(34, 2, 6), of_tau(0.1)
     lse, positives = infonce_lse(u, u, 0, tau, impl="triton")
     d_u, d_tau = infonce_grad(u, u, 0, tau, lse, impl="triton")

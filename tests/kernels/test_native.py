@@ -113,7 +113,7 @@ def test_seeds_of_64_bits_and_the_last_epoch(seed: int) -> None:
 
 @built
 def test_equal_words_rank_by_patch() -> None:
-    """Two of the first 61 words of this stream are equal; at K = 1 every rank shows."""
+    """Two of the first 61 words of this stream are equal. With K = 1 every rank is visible."""
     ids = torch.tensor([1099064])
     assert reference.philox_words(0, 1, 0, ids, 61).unique().numel() == 60
     assert_same(orthogonal_masks(0, 0, ids, 61, 61, 1, impl="native"), reference.orthogonal_masks(0, 0, ids, 61, 61, 1))
@@ -171,7 +171,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 def compiled(tmp: Path, *flags: str) -> Path:
-    """The CUDA source for host threads."""
+    """Compile the CUDA source for host threads."""
     program = tmp / "orthogonal_masks"
     source = ON_CPU / "orthogonal_masks.cpp"
     command = [CXX, "-std=c++20", "-O1", *flags, f"-I{ON_CPU}", f"-I{CSRC}", source, "-o", program, "-pthread"]
@@ -231,7 +231,7 @@ def test_cuda_kernel_with_more_patches_than_threads(cuda_on_cpu: Path) -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_cuda_kernel_has_no_race(tmp_path: Path) -> None:
-    """Each __syncthreads() of the kernel that is left out makes this fail."""
+    """The test fails if any __syncthreads() of the kernel is left out."""
     try:
         program = compiled(tmp_path, "-fsanitize=thread", "-g")
     except subprocess.CalledProcessError:

@@ -1,4 +1,4 @@
-"""The fused masks give the ids of plain PyTorch, bit for bit; tests/model/test_masking.py proves what they mean."""
+"""Tests that the fused masks equal plain PyTorch's bit for bit; tests/model/test_masking.py tests their properties."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(seed: int, epoch: int, ids: Tensor, L: int, N: int, K: int) -> N
 @given(SHAPES, st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(-(2**63), 2**63 - 1))
 @settings(max_examples=20)
 def test_any_shape_seed_epoch_and_id(shape: tuple[int, int, int], seed: int, epoch: int, sample: int) -> None:
-    """Seeds of 64 bits, signed or not; ids of 64 bits; one image."""
+    """Seeds have 64 bits, signed or unsigned, ids have 64 bits, and there is one image."""
     assert_same(seed, epoch, torch.tensor([sample], device=DEVICE), *shape)
 
 
@@ -50,7 +50,7 @@ def test_any_shape_seed_epoch_and_id(shape: tuple[int, int, int], seed: int, epo
     ],
 )
 def test_named_shapes(shape: tuple[int, int, int]) -> None:
-    """Ids past 32 bits, negative, and the same twice."""
+    """Ids exceed 32 bits, are negative, and occur twice."""
     assert_same((5 << 32) + 1, 3, torch.tensor([2**40 + 1, -7, 2**40 + 1], device=DEVICE), *shape)
 
 
@@ -63,7 +63,7 @@ def test_real_shapes(shape: tuple[int, int, int]) -> None:
 
 
 def test_equal_words_rank_by_patch() -> None:
-    """Among the first 61 words of this stream two are equal; at K = 1 every rank shows."""
+    """Two of the first 61 words of this stream are equal. With K = 1 every rank is visible."""
     ids = torch.tensor([1099064], device=DEVICE)
     words = philox_words(0, 1, 0, ids, 61)[0].sort().values.tolist()
     assert any(one == next_one for one, next_one in pairwise(words))
@@ -121,7 +121,7 @@ def test_repeats_are_bit_equal() -> None:
 
 @pytest.mark.gpu
 def test_lists_past_2_31_entries() -> None:
-    """3.7 million images of 588 hidden ids each: the last images lie past 2^31."""
+    """There are 3.7 million images of 588 hidden ids each, so the last images are beyond entry 2^31."""
     ids = torch.arange(3_700_000, device=DEVICE)
     visible, hidden = orthogonal_masks(0, 0, ids, 196, 4, 49, impl="triton")
     assert hidden.numel() > 2**31

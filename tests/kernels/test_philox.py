@@ -1,4 +1,4 @@
-"""Philox4x32-10 against the answers that Random123 publishes and against arithmetic in Python's own integers."""
+"""Tests of Philox4x32-10 against the published answers of Random123 and against Python's unbounded integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_published_answers() -> None:
 
 
 def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
-    """The paper's rounds on unbounded integers."""
+    """Compute the rounds of the paper with unbounded integers."""
     for _ in range(10):
         high0, low0 = divmod(counter[0] * 0xD2511F53, 2**32)
         high1, low1 = divmod(counter[2] * 0xCD9E8D57, 2**32)
@@ -33,7 +33,7 @@ def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
 
 @given(st.lists(WORD, min_size=4, max_size=4), st.lists(WORD, min_size=2, max_size=2))
 def test_equals_unbounded_integers(counter: list[int], key: list[int]) -> None:
-    """Products past 2^63 wrap in int64, and must lose nothing by it."""
+    """Products beyond 2^63 wrap around in int64, which must not lose information."""
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
     got = [int(word) for word in philox4x32((c0, c1, c2, c3), (key[0], key[1]))]
     assert got == philox_in_integers(counter, key)

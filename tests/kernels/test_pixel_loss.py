@@ -1,4 +1,4 @@
-"""The fused reconstruction loss and its gradient against plain PyTorch's in float64."""
+"""Tests of the fused reconstruction loss and its gradient against plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     P: int
 
 
-USUAL = Shape(2, 3, 2, 3, 4, 4)  # not square; every view leaves patches out
+USUAL = Shape(2, 3, 2, 3, 4, 4)  # The grid is not square, and every view leaves patches out.
 
 
 class Inputs(NamedTuple):
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Targets are drawn view by view, so that views share some. The first patch of the first image is of one colour."""
+    """Make inputs. Each view's targets are drawn by themselves, so views share some. One patch has a single colour."""
     B, N, rows, columns, M, P = shape
     generator = torch.Generator().manual_seed(M)
     images = torch.randint(256, (B, rows * P, columns * P, 3), dtype=torch.uint8, generator=generator)
@@ -56,7 +56,7 @@ def make(shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def run(inputs: Inputs, impl: Any, normalize: bool = True, scale: float = 1.0, weight: float = 1.0) -> list[Tensor]:
-    """The loss and the gradient of `weight` times it."""
+    """Return the loss, and the gradient of `weight` times the loss."""
     predictions = inputs.predictions.detach().requires_grad_()
     loss = pixel_loss(predictions, *inputs[1:], normalize, scale, impl)
     return [loss.detach(), *torch.autograd.grad(loss, predictions, torch.full_like(loss, weight))]
@@ -96,12 +96,12 @@ def test_under_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_and_a_weight(dtype: torch.dtype) -> None:
-    """The loss is scaled as by the objective, with a weight that only backward sees."""
+    """The loss is scaled as in the objective, with a weight that only affects backward."""
     assert_accurate(make(USUAL, dtype), scale=1 / 24, weight=-2.5)
 
 
 def test_fp16_keeps_the_gradient_of_a_mean_over_many() -> None:
-    """2 / (768 x 600,000) is less than the smallest fp16; a gradient scaler's weight brings it back."""
+    """2 / (768 x 600,000) is below the smallest fp16 number; the weight of a gradient scaler makes it representable."""
     inputs = make(Shape(1, 2, 3, 1, 2, 16), torch.float16)
     assert run(inputs, "reference", scale=1 / 600_000)[1].abs().max() < 1e-7
     assert_accurate(inputs, scale=1 / 600_000, weight=65536.0)
@@ -109,14 +109,14 @@ def test_fp16_keeps_the_gradient_of_a_mean_over_many() -> None:
 
 
 def test_next_views_patches_are_targets() -> None:
-    """Orthogonal masks, M = K: every patch is the target of one view."""
+    """With orthogonal masks and M = K every patch is the target of one view."""
     inputs = make(Shape(2, 3, 2, 3, 2, 4))
     views = torch.rand(2, 6).argsort(1).int().view(2, 3, 2).to(DEVICE)
     assert_accurate(inputs._replace(targets=views.roll(-1, 1)))
 
 
 def test_any_strides_and_ids_of_64_bits() -> None:
-    """Transposed predictions, an image turned upside down from channels first, every second statistic."""
+    """Predictions are transposed, the image is a flipped channels-first tensor, and statistics are every second one."""
     inputs = make(USUAL)
     statistics = torch.tensor([0.4, 0, 0.5, 0, 0.6, 0], device=DEVICE)[::2]
     strided = Inputs(
@@ -131,7 +131,7 @@ def test_any_strides_and_ids_of_64_bits() -> None:
 
 
 def test_two_losses_of_the_same_predictions() -> None:
-    """In one graph, with different weights."""
+    """Both losses are in one graph, with different weights."""
 
     def gradient(inputs: Inputs, impl: Any) -> Tensor:
         predictions = inputs.predictions.clone().requires_grad_()
@@ -177,7 +177,7 @@ def test_backward_at_weight_1_leaves_the_gradient_where_it_lies(weight: float) -
 
 
 def test_more_values_than_the_programs_of_backward_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs, three blocks and a part of one."""
+    """There are two programs, and three and a half blocks of values."""
     monkeypatch.setattr(sys.modules[launch_backward.__module__], "_SCALING_PROGRAMS", 2)
     values = torch.ones(3 * 2048 + 5, device=DEVICE)
     launch_backward(values, torch.tensor(2.0, device=DEVICE), 1.5)
@@ -249,7 +249,7 @@ def test_the_op_is_registered_as_torch_wants_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_in_one_graph(dtype: torch.dtype) -> None:
-    """At a weight that bf16 does not hold."""
+    """The weight is not representable in bf16."""
     inputs = make(USUAL, dtype)
     loss, d_predictions = run(inputs, "triton", scale=0.5, weight=1 / 3)
     compiled = torch.compile(pixel_loss, fullgraph=True, backend="aot_eager")
@@ -284,7 +284,9 @@ def test_many_repeats_are_bit_equal() -> None:
 
 @pytest.mark.gpu
 def test_predictions_past_2_31_elements() -> None:
-    """Two images 4,096 times: 32,768 views of 147 patches of 768. The gradient of the last two against theirs alone."""
+    """Two images are repeated 4,096 times: 32,768 views of 147 patches of 768. The last two are compared with a small
+    batch.
+    """
     pair = make(Shape(2, 4, 14, 14, 147, 16), torch.bfloat16)
     inputs = Inputs(*(each.repeat(4096, *[1] * (each.dim() - 1)) if each.dim() > 1 else each for each in pair))
     assert inputs.predictions.numel() > 2**31

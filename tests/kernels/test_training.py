@@ -1,4 +1,4 @@
-"""A short training run through the fused ops gives the losses of plain PyTorch's, step by step."""
+"""Tests that a short training run with the fused ops has the losses of plain PyTorch, step by step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 STEPS = 8
-# 6 patches in a grid that is not square, 3 views; all terms, at weights that show.
+# 6 patches in a grid that is not square, 3 views, and all terms with notable weights.
 RECIPE = load_recipe(
     {
         "precision": "fp32",
@@ -40,8 +40,10 @@ RECIPE = load_recipe(
 
 
 def losses(impl: Impl, dtype: torch.dtype, steps: int = STEPS, draw: int | None = None) -> Tensor:
-    """L, L_rec, L_max, L_min and L_fit (steps, 5) of a run over four images, two a step; bf16: by autocast. `draw`
-    moves the weights by their last bit."""
+    """Return L, L_rec, L_max, L_min and L_fit (steps, 5) of a run with four images, two per step.
+
+    bf16 uses autocast. `draw` changes the weights in their last bit.
+    """
     model = build(RECIPE).to(torch.float64 if dtype == torch.float64 else torch.float32)
     if draw is not None:
         nudge(model.parameters(), draw, dtype)
@@ -67,8 +69,11 @@ def exact() -> Tensor:
 
 
 def allowed(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far from the losses of float64, by loss, those of a fused run may be: `rounding`'s factor times as far as
-    plain PyTorch's at their worst step, from weights that are moved by their last bit."""
+    """Return the allowed distance of a fused run's losses from those in float64, for each loss.
+
+    It is `rounding`'s factor times the largest distance of plain PyTorch's losses, with weights changed in their last
+    bit.
+    """
     errors = torch.stack([(losses("reference", dtype, draw=draw) - exact).abs().amax(0) for draw in range(3)])
     return FACTOR * (errors.amax(0) + torch.finfo(torch.float32).eps * exact.abs().amax(0))
 
@@ -89,7 +94,7 @@ def test_losses_of_a_fused_run(dtype: torch.dtype, exact: Tensor) -> None:
 
 
 def without_the_first(result: Any) -> Any:
-    """A gradient that lacks its first row: AdamW would not notice one that is too large throughout."""
+    """Return a gradient that lacks its first row. AdamW would not react to a gradient that is only scaled."""
     gradient = result if isinstance(result, Tensor) else result[0]
     gradient[0] = 0
     return result
@@ -114,7 +119,7 @@ MUTANTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("op", MUTANTS)
 def test_a_wrong_gradient_shows(op: str, exact: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second step's losses, by a hundred times what is allowed."""
+    """The losses of the second step differ by a hundred times the allowed distance."""
     module, (name, change) = import_module(f"mimae.kernels.{op}"), MUTANTS[op]
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *arguments: change(original(*arguments)))

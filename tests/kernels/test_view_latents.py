@@ -1,4 +1,4 @@
-"""`view_latents` against float64: the kernels at sizes that each try something, and the op in its surroundings."""
+"""Tests of `view_latents` against float64: the kernels at sizes that each have a reason, and the registered op."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def independent_masks(images: int, views: int, patches: int, shown: int) -> Tensor:
-    """(B, N, K): views that share patches, and patches that no view shows."""
+    """Return masks (B, N, K): views share some patches, and no view shows some patches."""
     generator = torch.Generator().manual_seed(patches)
     ids = torch.rand(images, views, patches, generator=generator).argsort(2)[..., :shown]
     return ids.sort(2).values.to(torch.int32).to(DEVICE)
 
 
 def results(op: Op, tokens: Tensor, visible: Tensor | None = None, first: int = 0) -> list[Tensor]:
-    """z, u, moments, and the gradient of the tokens through z and u at once."""
+    """Return z, u, the moments, and the gradient of the tokens through both z and u."""
     tokens = tokens.detach().requires_grad_()
     z, u, moments = op(tokens, visible, first)
     of_z, of_u = (drawn(*z.shape, seed).to(z)[..., 0] for seed in (1, 2))
@@ -79,7 +79,7 @@ def test_in_image_order(sizes: tuple[int, int, int, int], first: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """With a tile of 8 tokens and one, and without."""
+    """The number of tokens is one tile of 8 and one more, or below a tile."""
     assert_accurate(drawn(3, 2, 10, 24, dtype=dtype), first=1)
     assert_accurate(drawn(2, 9, 24, dtype=dtype), independent_masks(2, 3, 9, 4))
 
@@ -101,12 +101,12 @@ def test_orthogonal_masks_pool_the_tokens_of_their_packed_form() -> None:
 
 
 def test_deviations_of_latents_far_from_zero() -> None:
-    """In two programs, a share of 27 and three; a difference of squares would lose all digits."""
+    """Two programs have shares of 27 and 3. A difference of squares would lose all digits."""
     assert_accurate(1000 + 0.1 * drawn(10, 3, 1, 3))
 
 
 def test_more_pairs_than_a_tile_of_them() -> None:
-    """13 latents in programs of 3, a tile of 2 programs: three tiles, the last half empty with one latent."""
+    """There are 13 latents in programs of 3, and tiles of 2 programs: of three tiles the last has one latent."""
     latents = (100 + drawn(13, 11)).double()
     parts = latents.split(3)
     pairs = torch.stack([torch.stack([p.mean(0), (p - p.mean(0)).square().sum(0)]) for p in parts]).float()
@@ -172,7 +172,7 @@ def test_strided_input() -> None:
 
 
 def test_same_bits_every_time() -> None:
-    """In two programs, a share of 16 and two."""
+    """Two programs have shares of 16 and 2."""
     tokens, visible = drawn(6, 6, 5), independent_masks(6, 3, 6, 3)
     once, again = results(fused, tokens, visible), results(fused, tokens, visible)
     assert all(torch.equal(a, b) for a, b in zip(once, again))
