@@ -1,4 +1,4 @@
-"""Rules for all tests: GPU tests are skipped where there is none, and slow machines are no failure."""
+"""Rules for all tests: GPU tests are skipped without a GPU, and slow machines cause no failures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ yield_cores(os.environ)
 import torch  # noqa: E402 -- its threads wait in the way that has just been set
 
 if not torch.cuda.is_available():
-    # Before triton is imported: its kernels then run on CPU tensors, in the tests that ask for them by name.
+    # This comes before triton is imported, so that its kernels run on CPU tensors in tests that select them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The time of one example says more about the machine's load than about the code.
+# The time of one example depends more on the machine's load than on the code.
 settings.register_profile("mimae", deadline=None)
 settings.load_profile("mimae")
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def two_classes(folder: Path, images: Iterable[np.ndarray]) -> Path:
-    """Write images (H, W, 3) uint8 as PNG files, by turns of the classes a and b, and return the folder."""
+    """Write images (H, W, 3) uint8 as PNG files, alternately of the classes a and b, and return the folder."""
     for i, pixels in enumerate(images):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02}.png")

@@ -1,4 +1,4 @@
-"""A process that trains and is killed on the way, and what it had seen until then."""
+"""Helpers for a process that trains and is killed, and for the ids that it had processed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.rank_processes import own_process
 
 
 def tell(batches: Iterable[Batch], told: Connection) -> None:
-    """Sends the step and the ids of each batch, and waits for the word to go on."""
+    """Send the step and the ids of each batch, and wait for a message before continuing."""
     for batch in batches:
         told.send((batch.step, batch.sample_ids.tolist()))
         told.recv()
 
 
 def ids_through_kills(train: Callable[..., None], *args: Any) -> list[int]:
-    """The ids of 11 steps of `train(*args, first_step, told)`, killed after 4 of them and again after 7."""
+    """Return the ids of 11 steps of `train(*args, first_step, told)`, killed after step 4 and again after step 7."""
     seen: list[int] = []
     step = 0
     for end in (4, 7, 11):

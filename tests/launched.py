@@ -1,4 +1,4 @@
-"""A run that is started as a person does it, in processes of its own."""
+"""Helper that starts a run from the command line, in separate processes."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
 
 
 class Launched:
-    """`mimae pretrain`, on two ranks if nothing else is given, in a session of its own."""
+    """A `mimae pretrain` command, by default with two ranks, in a separate session."""
 
     started: ClassVar[list[subprocess.Popen[bytes]]] = []
-    """Processes of this test, which are ended with it, however it ends."""
+    """Processes of the present test, which are ended at its end."""
 
     def __init__(self, folder: Path, steps: int, *overrides: str, by: list[str] = OURS, ranks: int = 2) -> None:
         self.run = folder / "run"
@@ -51,7 +51,7 @@ class Launched:
         self.started.append(self.process)
 
     def ranks(self) -> list[int]:
-        """Return the process ids of the ranks, which the launcher or torchrun started, in their order."""
+        """Return the process ids of the ranks in their order, whether the launcher or torchrun started them."""
         of_ranks = ["pgrep", "-P", str(self.process.pid), "-f", "[-]m mimae"]
         found = subprocess.run(of_ranks, capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
@@ -72,7 +72,7 @@ class Launched:
 
     @classmethod
     def end_all(cls) -> None:
-        """End what a test left running: each is the leader of its session."""
+        """End all processes that a test left running. Each is the leader of its session."""
         for process in cls.started:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Imports of every rank, some 6 CPU seconds: the server that forks the ranks of the tests has them once."""
+"""Imports of every rank, about 6 CPU seconds. The server that forks the ranks of the tests imports them once."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ with suppress(ImportError):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # imports torch's compiler too
 
-gc.freeze()  # A collection in a rank passes over what the server has made, and copies none of its pages.
+gc.freeze()  # The garbage collector of a rank then ignores the server's objects, and does not copy their pages.

@@ -1,10 +1,10 @@
-"""How far rounding alone may move results in fp32: measured by moving the weights by their last bit, not guessed.
+"""The allowed effect of rounding on results in fp32, measured by changing the weights in their last bit.
 
-Sums in another order (on other ranks, in another kernel, on another processor) round otherwise, and how much of that a
-result shows depends on its condition: a small difference of large sums, as CLUB is, shows a hundred times what a sum of
-squares does. A run from weights that differ in their last bit shows as much: results move by their condition, and the
-rounding inside is drawn anew. A right result may be off by `FACTOR` times the farthest of several such runs. No number
-here comes from a processor.
+Sums in another order (on other ranks, in another kernel, on another processor) round differently. The effect on a
+result depends on its condition: for a small difference of large sums, such as CLUB, it is a hundred times as large as
+for a sum of squares. A run from weights that differ in their last bit has a similar effect: results change according
+to their condition, and the rounding inside changes too. A correct result may differ by `FACTOR` times the largest
+change in several such runs. No number here depends on a processor.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 DRAWS = 8
-"""Runs on moved weights, each with other ones moved."""
+"""Number of runs with changed weights; each changes different ones."""
 
 FACTOR = 4
-"""Right results are as far off as the farthest of eight such runs, at most; a wrong gradient is hundreds of times as
-far."""
+"""Allowed distance, relative to the largest of the runs' changes. Correct results stay below 1 times that change; the
+distance of a wrong gradient is hundreds of times as large."""
 
 Values = Mapping[str, Tensor]
 
 
 @torch.no_grad()
 def nudge(weights: Iterable[Tensor], draw: int, dtype: torch.dtype = torch.float32) -> None:
-    """Moves each element up or down by about the last bit that it has in `dtype`, or leaves it as it is, in place."""
+    """Change each element in place, up or down by about its last bit in `dtype`, or not at all."""
     generator = torch.Generator().manual_seed(draw)
     for weight in weights:
         bits = torch.randint(-1, 2, weight.shape, generator=generator)
@@ -34,9 +34,11 @@ def nudge(weights: Iterable[Tensor], draw: int, dtype: torch.dtype = torch.float
 
 
 def excess(got: Values, want: Values, nudged: Sequence[Values]) -> float:
-    """The largest distance of two tensors of a name, in units of the distance that rounding explains: that of `nudged`,
-    which are the same results of `want`'s program on moved weights, or a few last bits of a result that did not move.
-    Above 1 the results differ."""
+    """Return the largest distance of two tensors of the same name, in units of the distance that rounding explains.
+
+    The unit is the change in `nudged`, the results of `want`'s program with changed weights, or a few last bits of a
+    result that did not change. Results differ if the value is above 1.
+    """
     assert got.keys() == want.keys() and all(each.keys() == want.keys() for each in nudged)
     return max(_excess(got[name], want[name], [each[name] for each in nudged]) for name in want)
 

@@ -1,4 +1,4 @@
-"""Which sockets a process has open, as /proc tells."""
+"""Helper that lists the open sockets of a process, from /proc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """Return the addresses and ports on which a process listens, as /proc has them."""
+    """Return the addresses and ports on which a process listens, in the format of /proc."""
     sockets = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""The launcher: exit codes, what it prints where, and that it starts at once."""
+"""Tests of the command line: exit codes, output streams, and a fast start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = ["pretrain", "quickstart"]
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `mimae ARGUMENTS`, in this process."""
+    """Run `mimae ARGUMENTS` in this process, and return the exit code."""
     monkeypatch.setattr(sys, "argv", ["mimae", *arguments])
     with pytest.raises(SystemExit) as exit:
         cli.main()
@@ -38,7 +38,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Collects the recipes that would be pretrained."""
+    """Collect the recipes that would be pretrained."""
     recipes: list[Recipe] = []
 
     def train(task: Task[Any]) -> SimpleNamespace:
@@ -54,7 +54,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     def seconds() -> float:
-        # Of the processor: on an idle machine what the clock says, and no more on a busy one.
+        # Processor time is measured, because a busy machine does not change it.
         start = time_of_children()
         subprocess.run([sys.executable, "-m", "mimae", "--help"], check=True, capture_output=True)
         return time_of_children() - start
@@ -77,7 +77,7 @@ def test_overrides_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, trained: li
 
 def test_a_run_saved_on_a_signal_exits_with_75(monkeypatch: pytest.MonkeyPatch, trained: list[Recipe]) -> None:
     assert launch(monkeypatch, *QUICK, "seed=75") == 75
-    # torchrun would report a failed worker and a traceback of its own.
+    # Otherwise torchrun would report a failed worker, with its own traceback.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert launch(monkeypatch, *QUICK, "seed=75") == 0
     assert len(trained) == 2
@@ -98,7 +98,7 @@ def test_a_mistake_exits_with_2_and_one_message(
     monkeypatch.setattr(trainer, "train", no_data)
     assert launch(monkeypatch, *QUICK) == 2
     assert capsys.readouterr().err == "mimae: data.path=/nonexistent is not there\n"
-    # What one rank finds in its data it alone can tell; settings are the same on all, and one speaks for them.
+    # Only the rank that finds a mistake in its data can report it. Settings are equal on all ranks, so rank 0 reports.
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}.items():
         monkeypatch.setenv(name, value)
     assert launch(monkeypatch, *QUICK) == 2
@@ -178,7 +178,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_help_and_what_reads_settings_or_a_run_load_nothing_heavy(tmp_path: Path) -> None:
-    """In one process, so that the first command that loads one is named."""
+    """All commands run in one process, and the first one that loads a heavy module is named."""
     run = tmp_path / "run"
     (run / "checkpoints/step-00000002").mkdir(parents=True)
     (run / "checkpoints/step-00000002/state.json").write_text('{"step": 2, "steps": 3}')

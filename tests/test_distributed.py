@@ -1,4 +1,4 @@
-"""Joining a job: alone, as a rank, or inside of a caller's own process group; and objects between ranks."""
+"""Tests of joining a job: alone, as a rank, or with the caller's process group; and of objects between ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lone_process_listens_on_the_loopback_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GLOO_SOCKET_IFNAME of a cluster is no reason to listen there for nobody."""
+    """A single process listens only on the loopback, even if a cluster's GLOO_SOCKET_IFNAME is set."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     unpickler = dist.distributed_c10d._unpickler
     for _ in range(2):
@@ -48,7 +48,7 @@ def own_group() -> Any:
 
 
 def test_a_callers_group_is_kept_and_waits_as_long_as_the_run_needs(own_group: Any) -> None:
-    """A collective that gives up before the watchdog would hide what the watchdog knows."""
+    """If a collective timed out before the watchdog, the watchdog's report would be lost."""
     backend = own_group._get_backend(torch.device("cpu"))
     for patience, within in ((100.0, 100), (20.0, 40), (None, 40)):
         distributed.setup(patience)
@@ -97,7 +97,7 @@ def test_a_second_run_at_the_same_time_is_one_error_and_one_after_another_is_fin
 def test_waiting_for_ranks_that_do_not_come_is_announced_and_ends_in_one_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Variables of a job of two ranks, of which one was started."""
+    """The variables are those of a job of two ranks, but only one rank is started."""
     monkeypatch.setattr(distributed, "ANNOUNCED", 0.2)
     variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
     for name, value in variables.items():
@@ -113,7 +113,7 @@ def test_waiting_for_ranks_that_do_not_come_is_announced_and_ends_in_one_error(
 
 
 def exchange() -> dict[str, Any]:
-    """Objects of other lengths on each rank, of a part of the ranks too; one that is signed with another secret."""
+    """Gather objects of different lengths, also from some ranks only, and an object signed with another secret."""
     rank = distributed.rank()
     group: Any = dist.new_group([0, 2], backend="gloo")
     mine: Any = {"rank": rank, "text": "é" * 100 * rank, "none": None}

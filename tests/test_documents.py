@@ -1,7 +1,7 @@
-"""Every command of README, SECURITY and docs/*.md: cheap ones are run, others are read as the command line reads them.
+"""Tests of every command in README, SECURITY and docs/*.md: cheap ones are run, others are parsed.
 
-Commands for GPUs, or of hours, are resolved: their recipe and overrides are loaded, with the paths that they name.
-Other tests run docs/tutorial.md, the second half of docs/weights.md, and README's command for one's own images.
+For commands that need a GPU or take hours, recipe and overrides are loaded, with the paths that they name. Other tests
+run docs/tutorial.md, the second half of docs/weights.md, and README's command for one's own images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOT_OURS = [
     r"chmod 600 \S+",
     r"for seed in [\d ]+",
 ]
-"""Commands of other programs. They are not run: they install packages, or need another library's files."""
+"""Commands of other programs. They are not run, because they install packages or need another library's files."""
 
 
 class Command(NamedTuple):
@@ -46,7 +46,7 @@ class Command(NamedTuple):
 
 
 def commands(page: Path) -> Iterator[Command]:
-    """Yield the commands in a page's fenced blocks of shell; comments and continued lines are undone."""
+    """Yield the commands in a page's fenced shell blocks, without comments and with continued lines joined."""
     for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -60,7 +60,7 @@ EVERY = [command for page in PAGES for command in commands(page)]
 
 
 def words_of(command: Command) -> list[str] | None:
-    """Return the arguments of a command of ours, without what starts it and without marks of what may be left out."""
+    """Return the arguments of a mimae command, without the program name and without marks of optional parts."""
     text = command.text.replace("[KEY=VALUE ...]", "")
     words = shlex.split(re.sub(r"\[(--?\w[^\]]*)\]", lambda option: option[1].split(" | ")[-1], text))
     if words[0] == "srun":
@@ -69,7 +69,7 @@ def words_of(command: Command) -> list[str] | None:
 
 
 def parsed(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the words of a command and its parameters, as the command line reads them. Raises on a mistake."""
+    """Parse a command like the command line; return its words and its parameters. Raises an error for a mistake."""
     command: Any = typer.main.get_group(cli.app)
     words: list[str] = []
     while hasattr(command, "commands"):
@@ -117,7 +117,7 @@ def test_cheap_commands_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Those of docs/data.md and docs/report.md, on four images and on a run that was not trained."""
+    """The commands are those of docs/data.md and docs/report.md, with four images and an untrained run."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", [f"{'ab'[i % 2]}/{i}.png" for i in range(4)], 40, 40)
     run = make_run(steps=[step_record(step) for step in range(10, 210, 10)])

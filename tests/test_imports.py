@@ -70,7 +70,7 @@ MODULES = dict(modules())
 
 
 def module_of(name: str) -> str | None:
-    """Return the module that a full name lies in; None for other packages and for mimae's own attributes."""
+    """Return the module of a full name, or None for other packages and for attributes of mimae itself."""
     while name.startswith("mimae."):
         if name in MODULES:
             return name
@@ -89,7 +89,7 @@ def layer(module: str) -> int:
     return next(DEPTH[name] for name in names if name in DEPTH)
 
 
-# The package itself is the facade: it imports everything, when asked for it.
+# The package itself is the facade: it imports everything on demand.
 IMPORTS = {
     name: set(imported(path.read_text(), name, path.name == "__init__.py"))
     for name, path in MODULES.items()
@@ -166,7 +166,7 @@ def test_circles_are_found() -> None:
 
 
 def test_settings_stand_alone() -> None:
-    """Every room's settings need pydantic and the class that all of them share, so that they load without torch."""
+    """The settings of every room need only pydantic and their common base class, so that they load without torch."""
     found = {name for name in GRAPH if name.endswith(".settings")}
     assert {f"mimae.{name}.settings" for name in ("data", "engines", "model", "optim", "train")} <= found
     allowed = {"mimae.config.section", "pydantic", *sys.stdlib_module_names}

@@ -1,4 +1,4 @@
-"""`--json` and `--quiet`, in all commands: one document on stdout, everything else on stderr."""
+"""Tests of `--json` and `--quiet` in all commands: one document on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ HEAVY = {
     *("evaluate", "predict", "probe"),  # They need a classifier, or as many images as a probe does.
     *("profile", "convert", "replay", "drill", "bench"),
 }
-"""Commands that the test below does not run; `submit` runs where submitit is installed."""
+"""Commands that the test below does not run. `submit` runs if submitit is installed."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, in which the commands run one after another."""
+    """Make a folder with images, in which the commands run one after another."""
     made = tmp_path_factory.mktemp("json")
     write_images(made / "images", [f"{'ab'[i % 2]}/{i:02}.png" for i in range(8)], 16, 16)
     return made
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """Return cheap commands that follow on each other."""
+    """Return cheap commands, some of which use the results of earlier ones."""
     images = str(folder / "images")
     found = [
         ["pretrain", "quickstart", *TINY, f"data.path={images}", "run.dir=run"],

@@ -22,12 +22,12 @@ COUNT = 34  # one batch of the recipe, 32, and some that it leaves out
 
 
 def images() -> list[bytes]:
-    """Photographs of several shapes, no two alike, as PNG."""
+    """Return photographs of several shapes as PNG files, no two of which are equal."""
     return [encoded(photograph(i, 40 + i, 50)) for i in range(COUNT)]
 
 
 def class_folders(folder: Path) -> Path:
-    """Images in one folder a class, which gives them labels."""
+    """Write images in one folder per class, so that they have labels."""
     for i, image in enumerate(images()):
         path = folder / f"class {i % 3}" / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
@@ -36,14 +36,14 @@ def class_folders(folder: Path) -> Path:
 
 
 def flat_folder(folder: Path) -> Path:
-    """Images without labels."""
+    """Write images without labels."""
     for i, image in enumerate(images()):
         (folder / f"{i}.png").write_bytes(image)
     return folder
 
 
 def list_file(folder: Path) -> Path:
-    """A list of images, each with a label after a tab."""
+    """Write a list of images, each with a label after a tab."""
     class_folders(folder)
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
     file = folder / "list.txt"
@@ -52,7 +52,7 @@ def list_file(folder: Path) -> Path:
 
 
 def tar_shards(folder: Path) -> Path:
-    """Two shards, with labels."""
+    """Write two shards with labels."""
     members = [
         member for i, image in enumerate(images()) for member in ((f"{i}.png", image), (f"{i}.cls", b"%d" % (i % 3)))
     ]
@@ -62,7 +62,7 @@ def tar_shards(folder: Path) -> Path:
 
 
 def parquet_file(folder: Path) -> Path:
-    """One file in the form of Hugging Face, with labels."""
+    """Write one file in Hugging Face's format, with labels."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = pa.array([{"bytes": image, "path": None} for image in images()], kind)
     pq.write_table(pa.table({"image": rows, "label": [i % 3 for i in range(COUNT)]}), folder / "train.parquet")
@@ -70,7 +70,7 @@ def parquet_file(folder: Path) -> Path:
 
 
 def command() -> list[str]:
-    """README's command, without what starts Python."""
+    """Return the arguments of README's command."""
     section = README.read_text(encoding="utf-8").partition("## Your own images\n")[2]
     program, *arguments = shlex.split(section.partition("```sh\n")[2].partition("```")[0])
     assert program == ".venv/bin/mimae" and {"data.path=/path/to/images", "run.dir=runs/mine"} < set(arguments)
@@ -78,7 +78,7 @@ def command() -> list[str]:
 
 
 SHORT = ["schedule.max_steps=2"]
-QUICK = ["data.loader=torch", "data.workers=0"]  # no loader is measured, no process is started
+QUICK = ["data.loader=torch", "data.workers=0"]  # No loader is measured, and no process is started.
 KINDS = [class_folders, flat_folder, list_file, tar_shards, parquet_file]
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command that knows nothing of the checkout and has no index to install from."""
+    """Return the standard output of a command, which runs without access to the checkout and to a package index."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
     environment |= {"PIP_NO_INDEX": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
@@ -30,7 +30,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def build(source: Path, kind: str, into: Path) -> Path:
-    """Builds an sdist or a wheel of the tree `source` with the setuptools at hand."""
+    """Build an sdist or a wheel of the tree `source` with the installed setuptools."""
     run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", into, cwd=source)
     (made,) = into.iterdir()
     return made
@@ -48,7 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(work: Path) -> Path:
-    """Built from a copy, since building writes beside setup.py."""
+    """Build the sdist from a copy, because a build writes files next to setup.py."""
     unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     copy = shutil.copytree(CHECKOUT, work / "checkout", symlinks=True, ignore=unwanted)
     return build(copy, "sdist", work / "sdist")
@@ -56,17 +56,16 @@ def sdist(work: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(work: Path, sdist: Path) -> Path:
-    """The wheel of the checkout."""
+    """Build the wheel of the checkout."""
     return build(work / "checkout", "wheel", work / "wheel")
 
 
 @pytest.fixture(scope="module")
 def python(work: Path, wheel: Path) -> Path:
-    """The interpreter of an environment that has the wheel, and the requirements but not the checkout.
+    """Return the interpreter of an environment that has the wheel and the requirements, but not the checkout.
 
-    The requirements (gigabytes) are those of the environment that runs the tests, through a .pth file. Python
-    reads no .pth file inside a folder that is named by one, so that environment's editable install of the
-    checkout stays out of reach.
+    The requirements (gigabytes) are those of the environment that runs the tests, added by a .pth file. Python does not
+    read .pth files in a folder that a .pth file names, so the editable install of the checkout is not visible.
     """
     home = work / "environment"
     venv.create(home, with_pip=False)

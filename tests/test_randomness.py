@@ -1,4 +1,4 @@
-"""The start weights of modules that heads of other tasks bring."""
+"""Tests of the initial weights of modules in the heads of other tasks."""
 
 from __future__ import annotations
 

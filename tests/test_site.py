@@ -1,4 +1,4 @@
-"""The site of the documents: it is built without a warning, its search finds the settings, no page is left out."""
+"""Tests of the documents' site: the build has no warnings, the search finds the settings, and no page is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(find_spec("mkdocstrings_handlers") is None, reas
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site. Every warning is an error."""
+    """Build the site. Every warning is an error."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -36,7 +36,7 @@ def test_the_search_finds_settings_commands_and_names(site: Path) -> None:
     separator = re.compile(index["config"]["separator"])
 
     def pages_with(word: str) -> set[str]:
-        """Return the pages with a word, as the search cuts text into words."""
+        """Return the pages that contain a word, with the search's division of text into words."""
         return {
             entry["location"].partition("#")[0]
             for entry in index["docs"]

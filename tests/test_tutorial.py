@@ -1,4 +1,4 @@
-"""docs/tutorial.md, followed word by word."""
+"""Test that follows docs/tutorial.md word by word."""
 
 from __future__ import annotations
 

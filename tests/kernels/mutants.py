@@ -71,14 +71,14 @@ def _marked(test: Any) -> Any:
 
 
 def _copy_of(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """Return a copy with a text that occurs once replaced; its ops are registered under a name of their own."""
+    """Return a copy with a text that occurs once replaced; its ops are registered under a separate name."""
     assert module.__file__ is not None
     source = Path(module.__file__).read_text()
     if source.count(old) != 1:
         raise LookupError(f"{module.__name__} has {source.count(old)} times {old!r}: mend the mutation")
     name = f"mutant{next(_numbers)}"
     file = folder / f"{name}.py"
-    # The ops of the extension are not the copy's: their shapes are registered already.
+    # The ops of the extension are left out of the copy, because their shapes are already registered.
     source = source.replace("native.LOADED", "False").replace('custom_op("mimae::', f'custom_op("{name}::')
     file.write_text(source.replace(old, new))
     spec = spec_from_file_location(name, file)

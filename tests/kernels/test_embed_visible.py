@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def make(shape: Shape, dtype: torch.dtype = torch.float32, positions: torch.dtype = torch.float32) -> Inputs:
-    """Make weight and bias of `dtype`, pos and cls of `positions`. Each view is drawn by itself, its ids are unsorted."""
+    """Make weight and bias of `dtype`, pos and cls of `positions`. Views are drawn independently, with unsorted ids."""
     B, N, K, H, W, P, D = shape
     generator = torch.Generator().manual_seed(H * W)
     patches = (H // P) * (W // P)

@@ -30,7 +30,7 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
 
 @pytest.fixture(autouse=True)
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use tiles of 64 rows and 32 columns, in steps of 16, so that small sizes have several. GPU tests use real tiles."""
+    """Use tiles of 64 rows and 32 columns, in steps of 16, so that small sizes have several (GPU: real tiles)."""
     if not request.node.get_closest_marker("gpu"):
         use_tiles(monkeypatch, 64, 32)
 
@@ -340,7 +340,7 @@ def test_the_objective_trains_through_it_compiled_and_twice_in_one_graph() -> No
     with kernels.prefer("triton"):
         eager = gradients(loss)
         compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-    # Sums of two means over pairs; a latent has a part in four of the ten pairs.
+    # The sums are of two means over pairs; a latent contributes to four of the ten pairs.
     bounds = [2 * 8 * EPS / 0.1, 2 * of_weights(0.1) / 0.1, 2 * 2 * of_weights(0.1) / 0.1**2]
     for ours, again, theirs, bound in zip(eager, compiled, wanted, bounds, strict=True):
         assert torch.equal(ours, again)
@@ -382,7 +382,7 @@ def test_mistakes(message: str, change: dict[str, Any], impl: Any) -> None:
         infonce_grad(**arguments | change, impl=impl)
 
 
-# At sizes of training, without running: the launchers on tensors that hold nothing, tau's value too.
+# At sizes of training, without running: the launchers get tensors without values, also for tau.
 
 
 @pytest.fixture
@@ -464,8 +464,8 @@ def test_250_repeats_give_equal_bits(rows: slice) -> None:
 
 @pytest.mark.gpu
 def test_offsets_past_2_to_the_31() -> None:
-    """The last 16 of 600,000 images: their latents lie past element 2^31."""
-    # Drawn in place: 5 GB that a host need not have.
+    """The last 16 of 600,000 images are tested, whose latents are beyond element 2^31."""
+    # They are drawn on the GPU, because a host may not have 5 GB.
     u = torch.empty(600_000, 2, 2048, dtype=torch.bfloat16, device=DEVICE).normal_()
     u /= u.norm(dim=-1, keepdim=True)
     rows, tau = slice(600_000 - 16, 600_000), of_tau(0.07)

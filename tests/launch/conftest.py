@@ -1,4 +1,4 @@
-"""No test of the launcher leaves a process behind."""
+"""A fixture that ensures that no test of the launcher leaves a process running."""
 
 from __future__ import annotations
 

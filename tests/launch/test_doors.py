@@ -1,4 +1,4 @@
-"""Who can reach a run, and what bytes of a stranger do to it."""
+"""Tests of the network access to a run, and of the effect of messages from strangers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.sockets import listening
 
 
 class Harm:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -33,7 +33,7 @@ class Harm:
 
 @pytest.mark.slow
 def test_a_run_of_one_machine_listens_on_the_loopback_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the user's environment names the network of a cluster."""
+    """This holds even if the user's environment names a cluster's network."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name != "lo"))
     launched = Launched(tmp_path, 100_000)
     launched.wait_for(lambda: launched.step() >= 1)
@@ -88,7 +88,7 @@ def wait_for(condition: Any, *outputs: Path) -> None:
 
 @pytest.mark.slow
 def test_pickles_under_every_key_of_the_meeting_end_the_run_and_are_not_executed(tmp_path: Path) -> None:
-    """Before the nodes have met, and while they train; under the keys of torch's own rendezvous too."""
+    """The pickles are written before the nodes have met and during training, also under the keys of torch's rendezvous."""
     harm, metrics = tmp_path / "harm", tmp_path / "run/metrics.jsonl"
     evil = pickle.dumps(Harm(harm))
     port = free_port()
@@ -115,14 +115,14 @@ def test_pickles_under_every_key_of_the_meeting_end_the_run_and_are_not_executed
 def put_everywhere(store: Any, value: bytes) -> None:
     keys = {"launchers", "launcher/0", "launcher/1", "order", "torch.rendezvous.mimae", "torch.rendezvous.run"}
     keys |= set(store.list_keys())
-    # The one that others read first comes last: its answer may be the last one.
+    # The key that others read first is written last, because its reply may be the last one.
     for key in sorted(keys, key=lambda key: key in ("order", "launchers")):
         store.set(key, value)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_a_stranger_without_the_secret_ends_the_run_at_most(tmp_path: Path) -> None:
-    """An order that is well formed but not signed is no order."""
+    """An order that is well-formed but not signed is ignored."""
     port, secret = free_port(), "0123456789abcdef0123"
     pair = [start_node(tmp_path, name, port, MIMAE_SECRET=secret) for name in ("first", "second")]
     metrics = tmp_path / "run/metrics.jsonl"
@@ -130,7 +130,7 @@ def test_a_stranger_without_the_secret_ends_the_run_at_most(tmp_path: Path) -> N
     store = client(port)
     order = store.get("order")
     assert secret.encode() not in b"".join(store.get(key) for key in store.list_keys() if store.check([key]))
-    for _ in range(40):  # against the leader, which writes it each second
+    for _ in range(40):  # The leader overwrites it every second.
         store.set("order", order[64:])  # type: ignore[arg-type]
         time.sleep(0.05)
     assert [ended(node, tmp_path, name) for node, name in zip(pair, ("first", "second"))] == [1, 1]

@@ -1,4 +1,4 @@
-"""Hangs as the launcher sees them: what is told, and who is ended."""
+"""Tests of the launcher's handling of hangs: the report, and the processes that are ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimae.launch.hangs import Hangs
 def test_a_hang_is_told_once_and_stopped_ranks_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An earlier start's hang is none, nor are stacks that somebody asked for; processes of others are left alone."""
+    """A hang of an earlier start and requested stacks do not count. Processes of other users are not ended."""
     monkeypatch.setattr(hangs, "GRACE", 0.3)
     file = tmp_path / "stacks/rank-0.txt"
     file.parent.mkdir()
@@ -30,7 +30,7 @@ def test_a_hang_is_told_once_and_stopped_ranks_are_ended(
         file.write_text(stack.format(""))
         watched.look(ranks)
         assert stopped.poll() is None and not watched.ended
-        for hung in (tmp_path / "stacks/rank-3.txt", file):  # the first on another machine
+        for hung in (tmp_path / "stacks/rank-3.txt", file):  # The first one is on another machine.
             hung.write_text(stack.format("Timeout (0:05:00)!\n"))
         watched.look(ranks)
         assert stopped.wait(10) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Several nodes of a run: two network namespaces as two hosts, of which one is cut off, and is killed."""
+"""Tests of runs on several nodes: two network namespaces are two hosts, one of which is disconnected or killed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mimae.launch.network import Way
 from mimae.launch.nodes import NodeLost, Nodes, State
 
 WAIT = 30
-"""--wait of the runs, in seconds."""
+"""Value of --wait of the runs, in seconds."""
 
 STOPPING = 30
-"""Seconds that the launcher gives its ranks to end before it kills them."""
+"""Seconds that the launcher waits for its ranks to end before it kills them."""
 
 
 class Meeting:
-    """Launchers that meet in a store of this process, at a time that the test sets. The first one leads."""
+    """Launchers that meet in a store of this process, with a clock that the test sets. The first one leads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, restarts: int = 1) -> None:
         self.now = 1000.0
@@ -45,7 +45,7 @@ class Meeting:
         return Nodes(self.store, leads=i == 0, ranks=i + 1, name=f"host-{i}", where="a:1", **settings)
 
     def tell(self, *states: State | None) -> list[str]:
-        """Have each launcher tell its state (None: it is silent) a second later, and return the orders."""
+        """Make each launcher report its state (None: no report) a second later, and return the orders."""
         self.now += nodes.BEAT
         pairs = [(node, state) for node, state in zip(self.all, states) if state is not None]
         for node, state in pairs:
@@ -129,7 +129,7 @@ def test_what_is_no_message_of_a_launcher_ends_the_meeting(monkeypatch: pytest.M
         meeting.store.set(key, message)  # type: ignore[arg-type]
         victim = meeting.all[key == "order"]
         meeting.now += nodes.BEAT
-        if key == f"launcher/{victim._place}":  # It overwrites its own.
+        if key == f"launcher/{victim._place}":  # The launcher overwrites its own entry.
             victim.exchange(State("running", 0))
             continue
         with pytest.raises(NodeLost, match="a:1, where the nodes meet, contains data of something other than this job"):
@@ -137,7 +137,7 @@ def test_what_is_no_message_of_a_launcher_ends_the_meeting(monkeypatch: pytest.M
 
 
 def test_the_way_to_the_meeting_point_tells_a_nodes_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is the loopback here is another machine's elsewhere."""
+    """A name that resolves to the loopback on this machine may name this machine elsewhere."""
     assert network.find_way("127.0.0.1:9") == Way("127.0.0.1", 9, "127.0.0.1", "lo")
     with pytest.raises(UserError, match=r"ip6-localhost:9 cannot be reached from here"):
         network.find_way("ip6-localhost:9")
@@ -148,7 +148,7 @@ def test_the_way_to_the_meeting_point_tells_a_nodes_own_address(monkeypatch: pyt
 
 
 def test_the_store_listens_on_the_meeting_points_address_alone() -> None:
-    """The whole of 127.0.0.0/8 is this machine, so 127.0.0.1 stands for another interface than 127.0.0.2."""
+    """All of 127.0.0.0/8 is this machine, so 127.0.0.1 and 127.0.0.2 represent two interfaces."""
     with socket.create_server(("127.0.0.2", 0)) as probe:
         port = probe.getsockname()[1]
     way = Way("127.0.0.2", port, "127.0.0.2", "lo")
@@ -162,7 +162,7 @@ def test_the_store_listens_on_the_meeting_points_address_alone() -> None:
 
 
 class Host:
-    """A network namespace, joined to the other one by a pair of virtual interfaces."""
+    """A network namespace, connected to the other one by a pair of virtual interfaces."""
 
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address, self.link = name, address, f"{name}-l"
@@ -260,7 +260,7 @@ STEPS = 400
 def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
     tmp_path: Path, hosts: tuple[Host, Host]
 ) -> None:
-    """No name service, and no route but to each other: both find the way and the interface by the address alone."""
+    """There is no name service, and the only route is to the other host: the address determines the interface."""
     generator = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(64):
@@ -275,7 +275,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
             host.pretrain(tmp_path, meeting)
 
     def run_on(steps: int) -> int:
-        """Waits until the run has gone on so far; returns where it resumed."""
+        """Wait until the run has reached this step; return the step from which it resumed."""
         resumed = _step(tmp_path / "run")
         _wait_for(lambda: _step(tmp_path / "run") >= resumed + steps or _ended(hosts), hosts)
         assert not _ended(hosts), [host.output.read_text() for host in hosts]
@@ -301,7 +301,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
 
     start()
     run_on(25)
-    here.kill()  # which holds the store
+    here.kill()  # This host has the store.
     assert there.end(WAIT + STOPPING + 30) == 1
     (told,) = there.told()
     assert f"{meeting}, where the nodes meet, does not answer" in told
@@ -315,7 +315,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
 
 
 def _assert_gone(*hosts: Host) -> None:
-    """Wait for the processes of a host to be gone, which may take a moment."""
+    """Assert that all processes of the hosts end within a moment."""
     end = time.monotonic() + 10
     while any(host.processes() for host in hosts) and time.monotonic() < end:
         time.sleep(0.1)

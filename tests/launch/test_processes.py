@@ -1,4 +1,4 @@
-"""The processes of a run: who starts them, and what their ends make of the launcher's exit code."""
+"""Tests of the processes of a run: their start, and the launcher's exit code when they end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_notes_of_an_earlier_attempt_are_history_but_for_a_mistake(tmp_path: Pat
 
 
 def test_of_ranks_that_end_together_the_killed_one_is_the_cause() -> None:
-    """Its peers fail when they lose it, and may be seen to end in the same look."""
+    """The other ranks fail when they lose it, and all may be found ended at the same time."""
     ranks = launch._Ranks()
     for rank, script in enumerate(("exit 1", "kill -KILL $$", "exit 0", "sleep 60")):
         ranks.started[rank] = subprocess.Popen(["sh", "-c", script])
@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 
 def assert_as_if_undisturbed(launched: Launched, undisturbed: Launched) -> str:
-    """It was started again, and ended with the same weights; returns what it told."""
+    """Assert that the run was started again and ended with the same weights; return its output."""
     code, output = launched.end()
     assert code == 0 and "start 2, after a rank was lost" in output, output
     got, want = weights(launched), weights(undisturbed)
@@ -98,7 +98,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_undisturbed(
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_told_and_ended_and_the_run_goes_on(tmp_path: Path, undisturbed: Launched) -> None:
-    """The place of the rank that waited for it is told. Both are gone in less than the 30 s that a rank has to end."""
+    """The stack of the rank that waited for it is reported. Both end in less than the 30 s that ranks have to end."""
     launched = Launched(tmp_path, 12, "run.step_timeout=5")
     launched.wait_for(lambda: launched.step() >= 7)
     ranks = launched.ranks()
@@ -122,7 +122,7 @@ def test_a_hang_without_restarts_left_is_told_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -> None:
-    """The MI terms of one process see what those of two did."""
+    """The MI terms of the one process get the inputs that two ranks had."""
     given = load_recipe(undisturbed.run / "config.yaml", [*replay.HERE, f"run.dir={undisturbed.run}"]).recipe
     found = replay.replay(given, 12)
     logged = json.loads((undisturbed.run / "metrics.jsonl").read_text().splitlines()[11])
@@ -134,11 +134,11 @@ def test_a_step_of_two_ranks_is_replayed_by_one_process(undisturbed: Launched) -
 def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tmp_path: Path) -> None:
     launched = Launched(tmp_path, 100_000)
     launched.wait_for(lambda: launched.step() >= 2)
-    os.killpg(launched.process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(launched.process.pid, signal.SIGINT)  # A terminal sends it to all processes.
     code, output = launched.end()
     assert code == 75 and "saved at step" in output and "Traceback" not in output, output
 
-    launched = Launched(tmp_path, 100_000)  # the same command goes on
+    launched = Launched(tmp_path, 100_000)  # The same command continues.
     before = launched.step()
     launched.wait_for(lambda: launched.step() >= before + 2)
     ranks = launched.ranks()
@@ -149,7 +149,7 @@ def test_signals_save_on_all_ranks_and_a_launcher_that_dies_leaves_no_process(tm
 
 @pytest.mark.slow
 def test_a_closed_session_saves_a_run_and_leaves_a_nohup_run_alone(tmp_path: Path) -> None:
-    """SIGHUP goes to the whole session: to the launcher, its ranks and their workers."""
+    """SIGHUP is sent to the whole session: to the launcher, its ranks and their workers."""
     launched = Launched(tmp_path, 100_000, "data.workers=1", "checkpoint.every_steps=100000")
     launched.wait_for(lambda: launched.step() >= 2)
     os.killpg(launched.process.pid, signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Roles that SLURM's variables give to a process: a rank, the launcher of a node, or an error in words."""
+"""Tests of the role of a process by SLURM's variables: a rank, the launcher of a node, or an error message."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_one_task_a_node_is_a_launcher_of_that_node(monkeypatch: pytest.MonkeyPa
     [{}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}],
 )
 def test_without_srun_nothing_is_joined(environment: dict[str, str]) -> None:
-    """The second is the shell of an allocation, the third a batch script: SLURM's variables are there, no step is."""
+    """The second case is the shell of an allocation, the third a batch script: they have SLURM's variables, but no
+    step.
+    """
     before = dict(environment)
     assert not slurm.join(environment, has_terminal=False) and environment == before
 
@@ -77,7 +79,7 @@ def test_options_that_do_not_fit_are_told(nodes: int, rendezvous: str | None, to
 
 
 def test_a_shell_of_several_tasks_is_told_before_it_waits_for_the_others() -> None:
-    """`srun --pty --ntasks=7 bash`: SLURM's variables say that there are seven ranks, and one shell types."""
+    """With `srun --pty --ntasks=7 bash` SLURM's variables describe seven ranks, but there is one interactive shell."""
     with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS=7: this shell is one of 7 tasks of `srun --pty`"):
         slurm.join(dict(SLURM), has_terminal=True)
     alone = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}

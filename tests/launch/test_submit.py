@@ -1,4 +1,4 @@
-"""SLURM jobs: the script that would be submitted, what `sbatch` gets, and what a signal makes of the job."""
+"""Tests of SLURM jobs: the submitted script, the arguments of `sbatch`, and the effect of a signal on the job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("submitit", reason="submitit is an extra")
     [("90", 90), ("12:00:00", 720), ("00:00:01", 1), ("2-00", 2880), ("1-12:30:00", 2190), ("10:30", 11)],
 )
 def test_slurms_forms_of_a_time(time: str, expected: int) -> None:
-    """`10:30` is ten and a half minutes, as in SLURM; seconds round up."""
+    """As in SLURM `10:30` is ten and a half minutes. Seconds are rounded up."""
     assert minutes(time) == expected
 
 
@@ -81,7 +81,7 @@ def test_the_script_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands that stand for SLURM's and write down what they were called with."""
+    """Make a folder of commands that replace SLURM's and record their arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("srun", "sbatch", "scontrol"):

@@ -1,4 +1,4 @@
-"""Without MI terms the system is MAE: loss and every gradient against an independent one in float64."""
+"""Tests that without MI terms the model is MAE: the loss and all gradients equal an independent oracle in float64."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mimae.objective.settings import ObjectiveSettings
 from tests.oracles.mae_oracle import mae_loss
 
 HEADS, DECODER_HEADS, PATCH = 3, 2, 4
-BATCH = 3  # odd, and unlike any other size here
+BATCH = 3  # The size is odd and differs from all other sizes here.
 
 
 def make(image_size: tuple[int, int], views: int, normalize: bool = True, **decoder: Any) -> MIMAE:
-    """A small model in float64 whose every parameter is away from its initial zeros and ones."""
+    """Return a small float64 model in which no parameter has its initial zeros and ones."""
     torch.manual_seed(0)
     model = MIMAE(
         DataSettings(image_size=image_size),
@@ -39,7 +39,7 @@ def make(image_size: tuple[int, int], views: int, normalize: bool = True, **deco
 def oracle(
     model: MIMAE, images: Tensor, visible: Tensor, predicted: list[Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over views of the oracle's loss, and its gradient by the name of the parameter."""
+    """Return the mean of the oracle's loss over views, and its gradient by the name of the parameter."""
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     losses = [
         mae_loss(

@@ -1,4 +1,4 @@
-"""Without MI terms the system is the MAE of transformers: the same loss from the same weights and ids."""
+"""Tests that without MI terms the model equals the MAE of transformers: equal losses for equal weights and ids."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_loss_and_gradients(dtype: torch.dtype, normalize: bool, ratio: float) -
     )
     torch.manual_seed(0)
     ours = build(recipe)
-    # Away from the initial zeros and ones, which would hide a bias in the wrong place.
+    # The weights differ from the initial zeros and ones, which would hide a bias in the wrong place.
     for parameter in ours.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     theirs = TransformersMAE(recipe)
-    theirs.load(ours.state_dict())  # but for the positions, which each computes
+    theirs.load(ours.state_dict())  # Positions are left out, because each model computes them.
     ours, theirs = ours.to(dtype), theirs.to(dtype)
 
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)

@@ -1,5 +1,7 @@
-"""Every backend of attention that runs here is softmax(q k^T / sqrt(d)) v; of the others the reason is told. The choice
-among them goes by a measurement of the calls that a model makes."""
+"""Tests of attention: every backend that runs here computes softmax(q k^T / sqrt(d)) v, the others report a reason.
+
+The choice of a backend is based on a measurement of the model's calls.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,22 @@ from mimae.model.masking import views
 from mimae.model.mimae import build, obstacles
 
 CPU = torch.device("cpu")
-# An odd number of heads; more tokens that are asked than ask; 50 tokens are an encoder's view at ViT-B.
+# An odd number of heads; more keys than queries; 50 tokens are an encoder's view at ViT-B.
 SHAPES = {"q": (2, 3, 7, 16), "k": (2, 3, 50, 16), "v": (2, 3, 50, 16)}
 
 
 def inputs(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    # Scores of deviation 3, so that a softmax over the wrong axis or a lost 1/sqrt(d) does not hide.
+    # Scores have deviation 3, so that a softmax over the wrong axis or a missing 1/sqrt(d) is detected.
     return [(torch.randn(shape, generator=generator) * 3**0.5).to(device, dtype) for shape in SHAPES.values()]
 
 
 def off(v: Tensor) -> float:
-    """How far rounding may move attention's output in fp32, a mean of the values: scores of up to 12 are sums of 16
-    terms, and torch's exp may be off by 20 of its last bits, so a weight is by 64 at most."""
+    """Return the allowed rounding error of attention's output in fp32.
+
+    The output is a mean of the values. Scores of up to 12 are sums of 16 terms, and torch's exp may be wrong by 20 last
+    bits, so a weight may be wrong by at most 64 last bits.
+    """
     return 64 * torch.finfo(torch.float32).eps * v.abs().max().item()
 
 
@@ -58,7 +63,7 @@ def test_gradients(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PACKED)
 def test_packed_queries_keys_and_values(backend: str) -> None:
-    """An odd number of heads; a transposed head or a part of the gradient in another's place changes the sums."""
+    """The number of heads is odd. A transposed head or exchanged parts of the gradient would change the sums."""
     generator = torch.Generator().manual_seed(0)
     packed = (2 * torch.randn(2, 7, 3 * 3 * 4, generator=generator, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(2, 7, 3 * 4, generator=generator, dtype=torch.float64)
@@ -76,7 +81,7 @@ def test_packed_queries_keys_and_values(backend: str) -> None:
     [("plain", "cpu"), *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in BACKENDS)],
 )
 def test_in_bf16_against_the_formula(backend: str, where: str) -> None:
-    """Twice the error of the formula in the same dtype, and a little."""
+    """The allowed error is slightly more than twice that of the formula in the same dtype."""
     device, dtype = torch.device(where), torch.bfloat16
     reason = obstacle(backend, device, dtype, [16])
     if reason is not None:
@@ -105,7 +110,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_operator_that_is_missing_for_one_width_of_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for xformers that computes heads of 32 alone, in its own layout: tokens before heads."""
+    """A replacement of xformers computes only heads of width 32, in its own layout (tokens before heads)."""
 
     def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[-1] != 32:
@@ -150,7 +155,7 @@ def test_the_calls_are_those_that_the_model_makes(overrides: list[str], monkeypa
     monkeypatch.setitem(BACKENDS, "auto", spy)
     given = ["schedule.batch_size=12", "schedule.accumulate=2", "decoder.depth=3", "data.image_size=[16,24]"]
     recipe = load_recipe("quickstart", [*given, *overrides]).recipe
-    images = torch.zeros(3, 16, 24, 3, dtype=torch.uint8)  # a micro-batch of one of two ranks
+    images = torch.zeros(3, 16, 24, 3, dtype=torch.uint8)  # This is the micro-batch of one of two ranks.
     build(recipe)(images, *views(recipe, 0, 0, torch.arange(3)))
     assert made == {call[:5]: call.times for call in calls(recipe, 2) if call.times}
 

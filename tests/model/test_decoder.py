@@ -1,4 +1,4 @@
-"""Less work, exactly: what the decoder leaves out, recomputes or compiles changes no loss and no gradient."""
+"""Tests that parts which the decoder leaves out, recomputes or compiles change no loss and no gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODERS = [
 
 
 def make(settings: dict[str, Any], **model: Any) -> tuple[MIMAE, tuple[Tensor, Tensor, Tensor]]:
-    """A small model in float64 away from its initial zeros and ones, and a batch: 3 images, 2 views, 3 x 5 patches."""
+    """Return a small float64 model without initial zeros and ones, and a batch: 3 images, 2 views, 3 x 5 patches."""
     sections = {
         "data": {"image_size": [12, 20]},
         "masking": {"num_masks": 2},
@@ -49,7 +49,7 @@ def gradients(model: MIMAE, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, T
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """The largest difference, of its norm; a bias of the keys has no gradient but rounding."""
+    """Return the largest relative difference. The bias of keys is left out, because its gradient is only rounding."""
     scale = max(value.norm().item() for value in want.values())
     return max(torch.dist(got[name], want[name]).item() for name in want) / scale
 
@@ -92,7 +92,7 @@ def test_a_target_looks_at_other_targets_with_self_attention_only() -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same() -> None:
-    """In fp32, forward and backward, the decoder's last block and all: to rounding."""
+    """In fp32 forward and backward agree up to rounding, also in the decoder's last block."""
     eager, batch = make({"depth": 2})
     expected, nudged = gradients(eager.float(), batch), []
     for number in range(DRAWS):

@@ -1,4 +1,4 @@
-"""Drop path: the rates, the draws, and timm's gradients under the same masks."""
+"""Tests of drop path: the rates, the draws, and timm's gradients with the same masks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEPTH = 12
 
 
 def test_the_rate_rises_linearly_from_zero() -> None:
-    """A share of 20,000 images has a deviation of at most 0.0021: 0.01 is beyond four of them."""
+    """A share of 20,000 images has a deviation of at most 0.0021, so 0.01 is more than four deviations."""
     kept = keep_paths(7, 3, torch.arange(20_000), 0.1, DEPTH)
     assert kept is not None and kept.shape == (20_000, DEPTH, 2)
     rates = torch.linspace(0, 0.1, DEPTH)
@@ -32,7 +32,7 @@ def test_the_rate_rises_linearly_from_zero() -> None:
 
 
 def test_a_draw_is_the_samples_own() -> None:
-    """Whatever the batch, so that ranks do not matter; another one in every epoch."""
+    """The draw does not depend on the batch, so ranks do not matter. It differs between epochs."""
     ids = torch.tensor([5, 1 << 40, 17])
     whole = keep_paths(0, 1, ids, 0.5, 4)
     assert whole is not None
@@ -43,7 +43,7 @@ def test_a_draw_is_the_samples_own() -> None:
 
 
 class _Masked(nn.Module):
-    """Stands in for timm's DropPath: multiplies by given numbers."""
+    """A replacement of timm's DropPath that multiplies by given numbers."""
 
     def __init__(self, keep: Tensor) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _Masked(nn.Module):
 
 @pytest.mark.parametrize("as_float", [False, True], ids=["uint8", "normalised"])
 def test_outputs_and_gradients_are_timms_under_the_same_masks(as_float: bool) -> None:
-    """Positions are learned, so that their gradient is compared too."""
+    """Positions are learned, so that their gradients are compared too."""
     size = ModelSettings(size="tiny", patch_size=4, width=32, depth=3, heads=2)
     with torch.device("meta"):
         encoder = Encoder(size, (8, 12), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), learned_positions=True)

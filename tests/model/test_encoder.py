@@ -1,4 +1,4 @@
-"""The encoder as timm's ViT, and weights that do not depend on how a model was built."""
+"""Tests that the encoder equals timm's ViT, and that weights do not depend on how a model was built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_vit_base_loads_into_timm_and_computes_the_same() -> None:
-    """Nothing missing or unexpected, 85,798,656 parameters, and the same tokens of a whole image."""
+    """No key is missing or unexpected, there are 85,798,656 parameters, and tokens of a whole image are equal."""
     encoder = Encoder(ModelSettings(size="base"), (224, 224), *IMAGENET)
     initialise(encoder, 0)
     vit = timm.create_model("vit_base_patch16_224", num_classes=0)
@@ -37,7 +37,7 @@ def test_vit_base_loads_into_timm_and_computes_the_same() -> None:
 
 
 def test_the_readme_makes_a_vit_of_timm_with_the_features_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With timm's own pooling, by the class token that no loss sees, they would be others."""
+    """With timm's own pooling, by the class token, on which no loss depends, the features would differ."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(import timm\n.*?)```", readme, re.DOTALL)
     encoder = Encoder(ModelSettings(size="base", depth=1), (224, 224), *IMAGENET)
@@ -67,7 +67,7 @@ def test_a_model_built_on_the_meta_device_has_the_weights_of_a_whole_one() -> No
 
 
 def test_a_shard_of_a_weight_is_a_part_of_the_whole() -> None:
-    """A rank can fill elements 5 to 12 of a parameter without the rest."""
+    """A rank can fill elements 5 to 12 of a parameter without the other elements."""
     device = torch.device("cpu")
     whole = parameter_uniform(1, "blocks.0.attn.qkv.weight", 0, 20, device)
     assert torch.equal(parameter_uniform(1, "blocks.0.attn.qkv.weight", 5, 8, device), whole[5:13])
@@ -75,7 +75,7 @@ def test_a_shard_of_a_weight_is_a_part_of_the_whole() -> None:
 
 
 def test_initial_weights_have_the_recipes_spread() -> None:
-    """Xavier uniform for linears and the patch projection, normal 0.02 for tokens, zero biases."""
+    """Linear layers and patch projection are Xavier uniform, tokens normal with deviation 0.02, biases zero."""
     encoder = Encoder(ModelSettings(size="tiny", depth=1), (32, 32), *IMAGENET)
     initialise(encoder, 0)
     for name, fan in (("blocks.0.mlp.fc1.weight", 192 + 768), ("patch_embed.proj.weight", 192 + 3 * 16 * 16)):
@@ -90,23 +90,25 @@ def test_initial_weights_have_the_recipes_spread() -> None:
 
 
 def test_views_are_independent_sequences_of_their_own_patches() -> None:
-    """A view's tokens do not change with what the other views show, nor with pixels that it hides."""
+    """The tokens of a view do not depend on the patches of other views, nor on the pixels that it hides."""
     encoder = tiny()
     initialise(encoder, 0)
-    encoder = encoder.double()  # products of other sizes round otherwise
+    encoder = encoder.double()  # In fp32 products of different sizes would round differently.
     images = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8)
     visible = torch.tensor([[[0, 5], [1, 2]], [[3, 4], [0, 1]]], dtype=torch.int32)
     tokens = encoder(images, visible)
     assert torch.allclose(encoder(images, visible[:, :1]), tokens[:, :1], rtol=1e-12, atol=1e-12)
     changed = images.clone()
-    changed[:, :4, 8:] = 0  # patch 2, which the second view of the first image alone shows
+    changed[:, :4, 8:] = 0  # Patch 2 is shown only in the second view of the first image.
     moved = (encoder(changed, visible) - tokens).abs().amax((2, 3)) > 1e-4
     assert moved.tolist() == [[False, True], [False, False]]
 
 
 def test_the_bias_of_the_patch_projection_may_begin_as_a_convolutions_does() -> None:
-    """Uniform in ±1/sqrt(inputs), torch's default, which MAE's code leaves as it is; nothing else moves. A rank that
-    holds a part of it gets that part."""
+    """The bias is uniform in ±1/sqrt(inputs), torch's default, as in MAE's code; other weights do not change.
+
+    A rank that holds a part of the bias gets that part.
+    """
     settings = {"size": "tiny", "patch_size": 4, "width": 768, "depth": 1, "heads": 2}
     plain, encoder = (
         Encoder(ModelSettings(**settings, patch_bias=bias), (8, 12), *IMAGENET) for bias in ("zero", "uniform")

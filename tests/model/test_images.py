@@ -1,4 +1,4 @@
-"""Images in every form that people hold them in, of other sizes too, through an encoder."""
+"""Tests of an encoder with images in every supported form, and of other sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    """Not square: rows and columns cannot be confused."""
+    """Build an encoder for images that are not square, so that an exchange of rows and columns is detected."""
     made = Encoder(ModelSettings(size="tiny", patch_size=4, width=12, depth=3, heads=2), (8, 12), *IMAGENET)
     initialise(made, 0)
     return made.eval()

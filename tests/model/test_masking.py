@@ -1,4 +1,4 @@
-"""Masks: disjoint, of exact size, uniform, and a function of the sample alone."""
+"""Tests of masks: they are disjoint, of exact size, uniform, and functions of the sample only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mimae.model.geometry import Grid, geometry
 from mimae.model.masking import DRAWS, draw, targets, views
 from mimae.model.settings import MASK_KINDS, MaskingSettings
 
-# L with N and K such that N K <= L; grids need not be square, so any L goes.
+# L with N and K such that N K <= L. Grids need not be square, so every L is legal.
 SHAPES = st.integers(2, 60).flatmap(
     lambda L: st.integers(1, L - 1).flatmap(
         lambda K: st.tuples(st.just(L), st.integers(1, L // K), st.just(K)),
@@ -41,7 +41,7 @@ def test_views_are_disjoint_complete_and_ascending(shape: tuple[int, int, int], 
 
 @given(SHAPES, st.permutations(range(6)))
 def test_a_mask_is_its_samples_own(shape: tuple[int, int, int], order: list[int]) -> None:
-    """Whatever batch asks for it, and in whatever order."""
+    """The mask does not depend on the batch and on the order of its samples."""
     ids = torch.arange(100, 106)
     whole, _ = orthogonal_masks(1, 2, ids, *shape)
     shuffled, _ = orthogonal_masks(1, 2, ids[order], *shape)
@@ -51,7 +51,7 @@ def test_a_mask_is_its_samples_own(shape: tuple[int, int, int], order: list[int]
 
 
 def test_views_take_their_ranks_by_definition() -> None:
-    """Sorting (word l, l) in plain Python, at a prime L that N K does not fill."""
+    """The ranks are those of sorting (word l, l) in plain Python, for a prime L that N K does not fill."""
     words = philox_words(9, 1, 4, torch.tensor([77]), 13)[0].tolist()
     ranked = [patch for _, patch in sorted((word, patch) for patch, word in enumerate(words))]
     visible, _ = orthogonal_masks(9, 4, torch.tensor([77]), 13, 3, 4)
@@ -60,8 +60,11 @@ def test_views_take_their_ranks_by_definition() -> None:
 
 @pytest.mark.parametrize("kind", ["orthogonal", "independent"])
 def test_marginals_and_pairs_are_uniform(kind: str) -> None:
-    """Each patch is shown with probability K/L, each pair with K(K-1)/L(L-1), in every view; and of two views a pair
-    of patches, one in each, with K^2/L(L-1) when they are disjoint, with (K/L)^2 when they are not."""
+    """Marginal and joint probabilities are those of uniform masks.
+
+    In every view each patch is shown with probability K/L and each pair with K(K-1)/L(L-1). A pair with one patch in
+    each of two views has probability K^2/L(L-1) if the views are disjoint, else (K/L)^2.
+    """
     L, K, images = 8, 2, 40_000
     masking = MaskingSettings(kind=kind, num_masks=4, ratio=0.75)
     visible, _ = draw(masking, 5, 0, torch.arange(images), Grid(1, L, 4))
@@ -87,7 +90,7 @@ def test_every_kind_of_the_settings_is_listed() -> None:
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("predict", ["hidden", "next_view"])
 def test_a_kind_draws_what_the_geometry_says(kind: str, predict: str) -> None:
-    """The planner and the settings' checks know a kind by its geometry and by whether its views are disjoint."""
+    """The planner and the checks of settings depend on the geometry of a kind and on whether its views are disjoint."""
     sections = {
         "data": {"image_size": [12, 20]},
         "masking": {"kind": kind, "num_masks": 3, "ratio": 0.72},
@@ -128,7 +131,9 @@ def test_kinds_agree_for_one_view_and_epochs_differ() -> None:
 
 
 def test_each_view_predicts_what_it_hides_or_what_the_next_one_shows() -> None:
-    """Three views of 13 patches, 4 visible in each: one patch is in no view and nobody predicts it from the next."""
+    """There are three views of 13 patches with 4 visible each, so one patch is in no view and not predicted by
+    next_view.
+    """
     visible, hidden = orthogonal_masks(2, 0, torch.arange(5), 13, 3, 4)
     assert targets("hidden", visible, hidden) is hidden
     predicted = targets("next_view", visible, hidden)
@@ -148,8 +153,11 @@ def test_too_many_views_are_refused() -> None:
 
 @pytest.mark.parametrize("ratio", [0.6, 0.75, 0.8, 0.9])
 def test_rounding_down_shows_as_many_patches_as_mae(ratio: float) -> None:
-    """MAE's code keeps int(L (1 - ratio)) patches; transformers' port of it says how many that are. Of 25 patches at
-    ratio 0.8 both keep 4, since 1 - 0.8 is a little below 0.2; an image of 2 patches shows 1 here, and none there."""
+    """MAE's code keeps int(L (1 - ratio)) patches, which transformers' port of it confirms.
+
+    Of 25 patches with ratio 0.8 both keep 4, because 1 - 0.8 is slightly below 0.2. For an image of 2 patches MAE keeps
+    none; here at least 1 is shown.
+    """
     modeling = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
     port = SimpleNamespace(config=SimpleNamespace(mask_ratio=ratio), random_masking=None)
     masking, differ = MaskingSettings(num_masks=1, ratio=ratio, rounding="down"), 0

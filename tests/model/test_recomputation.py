@@ -1,4 +1,4 @@
-"""Tests of what a block keeps for backward: counted bytes, and which operators backward runs again."""
+"""Tests of the activations that a block keeps for backward: their bytes, and the operators that are recomputed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, HEADS, TOKENS, SEQUENCES = 96, 3, 50, 32
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operators that run, by name."""
+    """A counter of the operators that run, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class Counting(TorchDispatchMode):
     ("backend", "how", "again"),
     [
         ("sdpa", "none", {}),
-        # Products and attention are not computed again; norms and GELU are, once each.
+        # Products and attention are not recomputed; norms and GELU are, once each.
         ("sdpa", "selective", {"native_layer_norm": 2, "gelu": 1}),
         # Nothing needs the result of the MLP's second product.
         ("sdpa", "full", {"addmm": 3, "native_layer_norm": 2, "gelu": 1, ATTENTION: 1}),
-        # Plain attention is no single operator: its two products are computed again.
+        # Plain attention is not a single operator, so its two products are recomputed.
         ("plain", "selective", {"native_layer_norm": 2, "gelu": 1, "baddbmm": 1, "_softmax": 1, "bmm": 1}),
     ],
 )
@@ -49,7 +49,7 @@ def test_what_is_computed_again(backend: str, how: Checkpointing, again: dict[st
     out = call(block, how, torch.randn(2, TOKENS, WIDTH, requires_grad=True), None)
     with Counting() as counted:
         out.sum().backward()
-    if backend == "plain":  # bmm is an operator of its backward too
+    if backend == "plain":  # Its backward has bmm operators too.
         counted.ran["bmm"] -= 4
     names = ("addmm", "native_layer_norm", "gelu", "baddbmm", "_softmax", "bmm", ATTENTION)
     assert {name: counted.ran[name] for name in names if counted.ran[name]} == again
@@ -57,8 +57,10 @@ def test_what_is_computed_again(backend: str, how: Checkpointing, again: dict[st
 
 @pytest.mark.slow  # compiles a block twice
 def test_a_compiled_block_keeps_its_products_and_recomputes_the_rest() -> None:
-    """In bf16, in bytes a token and channel: at most 24, of 34 and more without. The bf16 copies of weights, which are
-    no token's, are left out."""
+    """In bf16 a block keeps at most 24 bytes per token and channel; without recomputation it keeps 34 or more.
+
+    The bf16 copies of weights are left out, because they do not depend on tokens.
+    """
     before = functorch.activation_memory_budget
     kept = {}
     try:

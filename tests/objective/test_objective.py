@@ -1,4 +1,4 @@
-"""The objective against brute force in float64, on one rank and across ranks."""
+"""Tests of the objective against brute force in float64, on one rank and on several ranks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.rounding import DRAWS, excess, nudge
 
 
 def latents(images: int = 5, views: int = 3, width: int = 7) -> Tensor:
-    """z (B, N, D) float64 with a mean far from zero and unequal spreads, so that no standardisation is idle."""
+    """Return z (B, N, D) float64 with means far from zero and unequal spreads, so that standardisation has an effect."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(images, views, width, generator=generator, dtype=torch.float64)
     return (z * torch.linspace(0.1, 2, width, dtype=torch.float64) + 3).requires_grad_()
 
 
 def posterior(images: int = 5, width: int = 7) -> tuple[Tensor, Tensor]:
-    """mu and log s2 (B, D) that differ from image to image."""
+    """Return mu and log s2 (B, D), which differ between images."""
     generator = torch.Generator().manual_seed(2)
     mu, log_s2 = torch.randn(2, images, width, generator=generator, dtype=torch.float64)
     return mu.requires_grad_(), log_s2.requires_grad_()
@@ -99,7 +99,7 @@ def test_infonce_of_equal_latents_is_log_batch() -> None:
 
 
 def test_moments_merge_as_those_of_the_whole() -> None:
-    """Chan's formula on parts whose means lie far apart."""
+    """Chan's formula is tested on parts whose means differ strongly."""
     parts = [torch.randn(4, 3, dtype=torch.float64) + 100 * i for i in range(3)]
     gathered = torch.cat([torch.stack([p.mean(0), (p - p.mean(0)).square().sum(0)]) for p in parts])
     mean, variance = club.global_moments(gathered, 4)
@@ -125,7 +125,7 @@ def test_gate_opens_a_step_after_the_average_falls_below_and_stays_open() -> Non
     assert Gate(None).weight == 1
 
 
-GLOBAL_BATCH = 12  # divides by 2 and by 3 ranks, with more than one image on each
+GLOBAL_BATCH = 12  # It is divisible by 2 and 3 ranks, with more than one image on each.
 
 
 def _model(dtype: torch.dtype) -> MIMAE:
@@ -151,7 +151,7 @@ def _engine(dtype: torch.dtype) -> DDPEngine[MIMAE]:
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of one global batch of distinct images: images, visible, hidden."""
+    """Return this rank's part of a global batch of distinct images: images, visible, hidden."""
     world_size, rank = distributed.world_size(), distributed.rank()
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 8, 12, 3), generator=generator, dtype=torch.uint8)
@@ -161,10 +161,10 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _engine_gradients(dtype: torch.dtype, drop_factor: bool = False, draw: int | None = None) -> dict[str, Tensor]:
-    """This rank's gradients after the engine's reduction, on its own part of the global batch, and the losses.
+    """Return this rank's gradients after the engine's reduction, for its part of the global batch, and the losses.
 
-    `drop_factor` makes the mistake that the tests must catch: the W of the MI terms left out. `draw` moves the weights
-    by their last bit.
+    `drop_factor` makes the mistake that the tests must detect: the factor W of the MI terms is missing. `draw` changes
+    the weights in their last bit.
     """
     world_size = distributed.world_size()
     if drop_factor:
@@ -242,7 +242,7 @@ def test_latents_are_gathered_beside_the_decoder(ranks: list[dict[str, Any]]) ->
 def test_ranks_have_the_gradients_and_losses_of_one_process(
     ranks: list[dict[str, Any]], one_process: dict[str, Any], nudged: list[dict[str, Tensor]]
 ) -> None:
-    """After the engine's own reduction, every parameter: V, projector and temperature too."""
+    """Gradients of all parameters are compared after the engine's reduction: also V, projector and temperature."""
     for result in ranks:
         assert all(torch.dist(result["float64"][name], want) < 1e-10 for name, want in one_process["float64"].items())
         assert excess(result["fp32"], one_process["fp32"], nudged) < 1

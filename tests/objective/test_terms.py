@@ -1,4 +1,4 @@
-"""The list of terms: what every other part goes over is what the terms do."""
+"""Tests of the list of terms: the declarations that other parts use agree with what the terms compute."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTED = [term for term in TERMS if term.weight is not None]
 
 
 def forward(weights: dict[str, float], gate: float = 1.0) -> tuple[MIMAE, Losses]:
-    """A small model with these weights, and its losses on two images."""
+    """Return a small model with these weights, and its losses on two images."""
     tree: dict[str, Any] = {
         "data": {"image_size": [8, 12]},
         "masking": {"num_masks": 2, "ratio": 0.5},

@@ -1,4 +1,4 @@
-"""Layer-wise decay: the published values, and the groups that timm and MAE's code make of the same model."""
+"""Tests of layer-wise decay: the published values, and the groups of timm and of MAE's code for the same model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mimae.optim.layer_decay import groups, layer_of
 
 
 def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """timm's parameters under our names."""
+    """Return timm's parameters under our names."""
     ours = {
         name if name.startswith(("head", "fc_norm")) else f"encoder.{name}": p.shape
         for name, p in model.named_parameters()
@@ -22,7 +22,7 @@ def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def test_the_published_values_of_vit_base() -> None:
-    """MAE's FINETUNE.md: 0.65 for ViT-B; 28 groups."""
+    """MAE's FINETUNE.md has 0.65 for ViT-B; there are 28 groups."""
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", global_pool="avg")
     rule = groups(1.0, 0.05, 0.65, depth=12)
@@ -54,7 +54,7 @@ def test_every_parameter_is_in_the_group_that_timm_gives_it(depth: int, decay: f
 
 
 def test_the_final_norm_learns_with_the_head() -> None:
-    """MAE's code gives it the whole rate; timm the layer of the last block where the class token is pooled."""
+    """MAE's code gives it the full rate. timm gives it the rate of the last block if the class token is pooled."""
     assert layer_of("encoder.norm.weight", 12) == layer_of("head.weight", 12) == 13
     assert layer_of("encoder.blocks.1.norm1.weight", 12) == 2
     assert layer_of("encoder.blocks.11.norm1.weight", 12) == 12

@@ -1,4 +1,4 @@
-"""AdamW by its formula, whoever computes it: groups, skipped steps, and a state that others go on from."""
+"""Tests of AdamW against its formula for all implementations: groups, skipped steps, and exchange of states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BETAS, DECAY, RATE, POSTERIOR_RATE = (0.8, 0.9), 0.1, 0.02, 0.05
 
 
 class Model(nn.Module):
-    """A matrix, a bias and a token of the model proper, and V."""
+    """A model with a matrix, a bias, a token, and V."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def by_formula(
     steps: list[tuple[float, dict[str, Tensor]]],
     decayed: tuple[str, ...] = ("layer.weight",),  # a token is no matrix, and V is not decayed
 ) -> dict[str, Tensor]:
-    """Weights after AdamW (Loshchilov and Hutter 2019) in float64; steps: (share of the peak rate, gradients)."""
+    """Return the weights after AdamW (Loshchilov and Hutter 2019) in float64; steps: (share of the peak, gradients)."""
     weights = {}
     for name, weight in start.items():
         w, m, v = weight.double(), torch.zeros_like(weight.double()), torch.zeros_like(weight.double())
@@ -70,7 +70,7 @@ def by_formula(
 
 
 def take(model: nn.Module, given: Optimizer, steps: list[tuple[float, dict[str, Tensor]]]) -> list[float]:
-    """Takes the steps and returns which were skipped."""
+    """Take the steps, and return which of them were skipped."""
     skipped = []
     for factor, gradients in steps:
         for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def take(model: nn.Module, given: Optimizer, steps: list[tuple[float, dict[str, 
 
 
 def some_steps(model: nn.Module) -> list[tuple[float, dict[str, Tensor]]]:
-    """Six of them. The first is not finite, in V alone, and so is the fourth, in one weight."""
+    """Return six steps. The first one is not finite only in V, the fourth one only in one weight."""
     generator = torch.Generator().manual_seed(1)
     steps = [
         (0.25 * (i + 1), {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()})
@@ -92,8 +92,11 @@ def some_steps(model: nn.Module) -> list[tuple[float, dict[str, Tensor]]]:
 
 
 class ApexFusedAdam(torch.optim.Optimizer):
-    """A stand-in for apex's FusedAdam(capturable=True), which needs a GPU: its arithmetic, and its way of counting, by
-    a flag that is set from the scaler after the count, group by group."""
+    """A replacement of apex's FusedAdam(capturable=True), which needs a GPU.
+
+    It has the same arithmetic and counts steps in the same way: a flag is set from the scaler after the count, for each
+    group.
+    """
 
     def __init__(self, groups: Any, betas: tuple[float, float], capturable: bool) -> None:
         assert capturable
@@ -116,7 +119,7 @@ class ApexFusedAdam(torch.optim.Optimizer):
 
 
 class DeepSpeedCPUAdam(torch.optim.Optimizer):
-    """A stand-in for DeepSpeed's, which has to be built: its arithmetic and its counts on the host."""
+    """A replacement of DeepSpeed's optimizer, which has to be built: the same arithmetic, with counts on the host."""
 
     def __init__(self, groups: Any, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
@@ -173,7 +176,7 @@ def test_a_run_goes_on_with_another_implementation(first: str, later: str, stand
     take(whole, optimizer(whole), steps)
 
     before = optimizer(begun, first)
-    take(begun, before, steps[:4])  # ends with a skipped one
+    take(begun, before, steps[:4])  # The last of these steps is skipped.
     state = before.state_dict()
     assert set(state) == {
         f"{kind}.{n}" for kind in ("step", "exp_avg", "exp_avg_sq") for n, _ in begun.named_parameters()
@@ -208,7 +211,7 @@ def test_on_a_gpu(impl: str) -> None:
 
 
 def package(monkeypatch: pytest.MonkeyPatch, folder: Path, *files: str) -> None:
-    """Puts an empty package that holds `files` where imports look first."""
+    """Create an empty package with `files` in the first folder of the import path."""
     for file in ("__init__.py", *files):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
@@ -245,7 +248,7 @@ def test_deepspeed_has_to_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     version.installed_ops = {"cpu_adam": True}
     assert deepspeed(CPU) is None
     assert "DS_BUILD_FUSED_ADAM=1" in str(deepspeed(torch.device("cuda")))
-    version.accelerator_name = "cuda"  # built for another: DeepSpeed would build it again
+    version.accelerator_name = "cuda"  # It was built for another device, so DeepSpeed would build it again.
     assert "DS_BUILD_CPU_ADAM=1" in str(deepspeed(CPU))
 
 
@@ -253,7 +256,7 @@ def test_deepspeed_has_to_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def lars(model: nn.Module, **settings: Any) -> Optimizer:
-    """One learning rate; matrices adapt, as published."""
+    """Return a rule with one learning rate, which LARS adapts for matrices, as published."""
 
     def rule(name: str, shape: torch.Size) -> Group:
         return Group(RATE, DECAY if len(shape) == 2 else 0.0, adapt=len(shape) == 2)
@@ -262,7 +265,7 @@ def lars(model: nn.Module, **settings: Any) -> Optimizer:
 
 
 def lars_by_formula(start: dict[str, Tensor], steps: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Weights after LARS (You et al. 2017) in float64: biases and tokens by momentum alone."""
+    """Return the weights after LARS (You et al. 2017) in float64; biases and tokens use only momentum."""
     weights = {}
     for name, weight in start.items():
         w, m = weight.double(), torch.zeros_like(weight.double())
@@ -288,7 +291,7 @@ def test_lars_is_its_formula_and_skipped_steps_are_none() -> None:
 
 
 def test_lars_is_timms_with_its_two_groups() -> None:
-    """timm adapts a group without weight decay, as the published recipe's is, if it is told to; biases must not be."""
+    """timm can adapt a group without weight decay, as in the published recipe. Biases must not be adapted."""
     from timm.optim.lars import Lars as Timm
 
     ours, theirs = Model(), Model()
@@ -336,7 +339,7 @@ def test_learning_rates_are_scaled_by_what_the_settings_count() -> None:
 
 
 def test_each_set_is_clipped_to_its_own_norm() -> None:
-    """Two sets, the second of which is below the limit: only the first is scaled."""
+    """Of two sets only the first one is scaled, because the second one is below the limit."""
     model = nn.Linear(2, 1)
     settings = OptimizerSettings(clip=1.0, kind="lars", momentum=0.0)
 
@@ -362,7 +365,7 @@ def test_tokens_are_decayed_where_asked_for() -> None:
 
 @pytest.mark.parametrize("decay_tokens", [False, True])
 def test_with_tokens_the_groups_are_those_of_mae(decay_tokens: bool) -> None:
-    """MAE's code leaves the groups to timm, which decays every parameter of more than one dimension."""
+    """MAE's code uses the groups of timm, which decays every parameter with more than one dimension."""
     recipe = load_recipe("quickstart_mae", [f"optimizer.decay_tokens={decay_tokens}"]).recipe
     model = build(recipe)
     ours_of = Optimizer(

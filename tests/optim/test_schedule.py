@@ -1,4 +1,4 @@
-"""The learning rate of each step, against the formulas of the published recipes."""
+"""Tests of the learning rate of each step against the formulas of the published recipes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PER_EPOCH = 50
 
 
 def rates(peak: float = 1.0, **settings: Any) -> list[float]:
-    """The learning rate of every step of a run of 10 epochs with 2 of warm-up, where the peak is `peak`."""
+    """Return the learning rate of every step of a run of 10 epochs with 2 of warm-up and the given peak."""
     schedule = load_recipe({"schedule": {"epochs": 10, "warmup_epochs": 2, **settings}}).recipe.schedule
     steps = total_steps(schedule, PER_EPOCH)
     assert steps == 500
@@ -34,21 +34,21 @@ def test_cosine_goes_to_nothing() -> None:
 
 
 def test_cosine_goes_to_the_floor_as_in_mae_fine_tuning() -> None:
-    """min + (peak - min) (1 + cos) / 2, which MAE's main_finetune.py then scales by the layer's share."""
+    """The rate is min + (peak - min) (1 + cos) / 2, which MAE's main_finetune.py then scales by the layer's share."""
     peak, floor = 2e-3, 1e-6
     expected = [floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * k / 400)) for k in range(400)]
     assert rates(peak, floor=floor)[100:] == pytest.approx(expected, rel=1e-12)
 
 
 def test_linear_is_poly_of_power_one() -> None:
-    """(peak - min) (1 - k / steps) + min, as mmsegmentation's PolyLR has it."""
+    """The rate is (peak - min) (1 - k / steps) + min, as in mmsegmentation's PolyLR."""
     peak, floor = 1e-4, 1e-5
     expected = [(peak - floor) * (1 - k / 400) + floor for k in range(400)]
     assert rates(peak, shape="linear", floor=floor)[100:] == pytest.approx(expected, rel=1e-12)
 
 
 def test_steps_drop_at_their_epochs() -> None:
-    """Detection: times 0.1 at two places."""
+    """In detection the rate is multiplied by 0.1 at two steps."""
     found = rates(shape="steps", drop_epochs=[8.5, 9.0], drop_factor=0.1)
     assert found[100:] == pytest.approx([1.0] * (425 - 100) + [0.1] * 25 + [0.01] * 50)
 
@@ -71,7 +71,7 @@ def test_a_key_of_another_shape_is_refused(settings: dict[str, Any], told: str) 
 
 
 def mae_share(epoch: float, warmup_epochs: float, epochs: float) -> float:
-    """The share of the peak rate at a fractional epoch in MAE's code, which sets it before each step."""
+    """Return the share of the peak rate at a fractional epoch in MAE's code, which sets the rate before each step."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs))) / 2

@@ -1,4 +1,4 @@
-"""CLUB and V's likelihood by their definitions: every pair of images, densities of torch.distributions."""
+"""CLUB and V's likelihood by their definitions, with every pair of images and densities of torch.distributions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 
 def standardised(latents: Tensor, eps: float) -> Tensor:
-    """y = (z - m) / sqrt(v + eps) with the detached mean and biased variance of each value of z (B, N, D)."""
+    """Return y = (z - m) / sqrt(v + eps), with the detached mean and biased variance of each value of z (B, N, D)."""
     flat = latents.detach().flatten(0, 1)
     mean = flat.mean(0)
     variance = ((flat - mean) ** 2).mean(0)
@@ -18,7 +18,7 @@ def standardised(latents: Tensor, eps: float) -> Tensor:
 
 
 def club(y: Tensor, mu: Tensor, log_variance: Tensor) -> Tensor:
-    """1/(BN) sum_ik log q(y_ik | x_i) - 1/(B^2 N) sum_ijk log q(y_jk | x_i), in nats.
+    """Return 1/(BN) sum_ik log q(y_ik | x_i) - 1/(B^2 N) sum_ijk log q(y_jk | x_i), in nats.
 
     y (B, N, D), mu and log_variance (B, D).
     """
@@ -35,6 +35,6 @@ def club(y: Tensor, mu: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def l_fit(y: Tensor, mu: Tensor, log_variance: Tensor) -> Tensor:
-    """Mean over images, views and values of -log q(y_ik | x_i), less log(2 pi) / 2; y counts as data."""
+    """Return the mean over images, views and values of -log q(y_ik | x_i), minus log(2 pi) / 2; y is a constant."""
     density = Normal(mu[:, None], torch.exp(log_variance[:, None] / 2))
     return -density.log_prob(y.detach()).mean() - math.log(2 * math.pi) / 2

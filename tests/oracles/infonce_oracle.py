@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def l_max(latents: Tensor, temperature: Tensor | float) -> Tensor:
-    """latents (B, N, D), of any length, -> L_max; differentiable in the latents and in the temperature.
+    """Return L_max of latents (B, N, D) of any length; it is differentiable in the latents and in the temperature.
 
-    The denominator of image i and the pair (a, b) runs over view b of every image j: no other view of i.
+    The denominator of image i and the pair (a, b) has view b of every image j, but no other view of i.
     """
     images, views, _ = latents.shape
     u = latents / torch.sqrt((latents**2).sum(-1, keepdim=True))

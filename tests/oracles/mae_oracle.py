@@ -1,9 +1,8 @@
 """A masked autoencoder (He et al. 2021) on one view per image, from the formulas, in plain tensor algebra.
 
-Nothing here is shared with the package: no module, no op, no helper. It differs from the package wherever the
-same numbers can be had in another way: images become float first, every patch goes through a convolution
-before the visible ones are gathered, attention is an explicit softmax, and the decoder puts its tokens back
-into image order.
+It shares no module, op or helper with the package. Wherever possible it computes the same numbers in another way:
+images are converted to float first, a convolution projects every patch before the visible ones are gathered, attention
+is an explicit softmax, and the decoder restores the image order of its tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ Weights = Mapping[str, Tensor]
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """MAE's fixed positions (1 + rows * columns, width): constants of single precision, in float64.
+    """Return MAE's fixed positions (1 + rows * columns, width): single-precision constants, as float64.
 
-    The class token's row is zero. The first half of a patch's vector encodes its column, the second half its
-    row; each half is all sines, then all cosines, of coordinate / 10000^(i / (width / 4)).
+    The class token's row is zero. The first half of a patch's vector encodes its column, the second half its row. Each
+    half has first all sines, then all cosines, of coordinate / 10000^(i / (width / 4)).
     """
     quarter = width // 4
     table = torch.zeros(1 + grid[0] * grid[1], width, dtype=torch.float64)
@@ -53,7 +52,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def attention(x: Tensor, context: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
-    """Every token of x looks at every token of context."""
+    """Return attention, in which every token of x attends to every token of context."""
     batch, tokens, width = x.shape
     query, key, value = (
         linear(of, weights, f"{name}.qkv").view(batch, -1, 3, heads, width // heads)[:, :, i].transpose(1, 2)
@@ -78,7 +77,7 @@ def depth_of(weights: Weights, prefix: str) -> int:
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, H, W, 3) -> float64 (B, 3, H, W), normalised by channel."""
+    """Convert uint8 (B, H, W, 3) to float64 (B, 3, H, W), normalised by channel."""
     channels = images.to(torch.float64).permute(0, 3, 1, 2) / 255
     return (channels - torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)) / torch.tensor(
         std, dtype=torch.float64
@@ -86,7 +85,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def pixel_targets(pixels: Tensor, patch: int, normalize: bool) -> Tensor:
-    """(B, 3, H, W) -> (B, L, 3 P^2), values ordered (row, column, channel) inside a patch."""
+    """Convert (B, 3, H, W) to patches (B, L, 3 P^2), with values in the order (row, column, channel)."""
     batch, _, height, width = pixels.shape
     targets = torch.stack(
         [
@@ -117,10 +116,11 @@ def mae_loss(
     targets: Tensor | None = None,
     cross: bool = False,
 ) -> Tensor:
-    """L_rec of images uint8 (B, H, W, 3), of which the patches `visible` (B, K) are shown and `targets` (B, M)
-    predicted, or all others. `cross`: the tokens of the targets look at the visible ones alone.
+    """Return L_rec of images uint8 (B, H, W, 3).
 
-    `weights` in float64: the encoder under timm's names behind `encoder.`, the decoder behind `decoder.`.
+    The patches `visible` (B, K) are shown, and the patches `targets` (B, M), or all others, are predicted. With `cross`
+    the target tokens attend only to the visible ones. `weights` are float64: the encoder's have timm's names with the
+    prefix `encoder.`, the decoder's have the prefix `decoder.`.
     """
     batch, num_visible = visible.shape
     visible = visible.long()

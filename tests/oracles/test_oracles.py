@@ -1,4 +1,4 @@
-"""The oracles against answers that need no code: closed forms, and a figure computed by hand."""
+"""Tests of the oracles against closed forms and a figure computed by hand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def test_infonce_of_equal_latents_is_log_batch() -> None:
 
 
 def test_infonce_by_hand() -> None:
-    # Two images, two views, unit vectors along the axes: own similarity 1, the other's 0, temperature 1/2.
+    # There are two images, two views, and unit vectors along the axes: similarities are 1 and 0, the temperature 1/2.
     latents = torch.eye(2, dtype=torch.float64)[:, None].expand(2, 2, 2)
     assert l_max(latents, 0.5).item() == pytest.approx(math.log(math.e**2 + 1) - 2, abs=1e-12)
 
 
 def test_club_by_hand() -> None:
-    # Scalars y = (0, 2), mu = y, variance 1: own terms cancel the constant, the crossed pairs cost 2 each.
+    # With scalars y = (0, 2), mu = y and variance 1, own terms cancel the constant, and crossed pairs cost 2 each.
     y = torch.tensor([[[0.0]], [[2.0]]], dtype=torch.float64)
     mu, log_variance = y[:, 0], torch.zeros(2, 1, dtype=torch.float64)
     assert club(y, mu, log_variance).item() == pytest.approx(1.0, abs=1e-12)
@@ -34,7 +34,7 @@ def test_standardising_is_data() -> None:
     latents = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64, requires_grad=True)
     y = standardised(latents, 0.0)
     assert y.flatten().tolist() == [-1.0, 1.0]
-    # With attached moments this gradient would be 0.
+    # If moments were differentiated, this gradient would be 0.
     assert torch.autograd.grad(y[1, 0, 0], latents)[0].flatten().tolist() == [0.0, 1.0]
 
 

@@ -1,4 +1,4 @@
-"""A file that is opened in a directory lies in it: no link, device or second name is written through."""
+"""Tests that files opened in a directory are inside it: nothing is written through links, devices or second names."""
 
 from __future__ import annotations
 

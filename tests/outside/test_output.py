@@ -1,4 +1,4 @@
-"""Output for machines: stdout holds documents and nothing else, whoever else writes there."""
+"""Tests of output for machines: stdout has only the documents, even if other code writes to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress: one look in all commands, on a terminal and elsewhere."""
+"""Tests of the progress display, which is the same in all commands, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mimae.outside.progress import Progress, clock, track
 
 
 class Terminal(io.StringIO):
-    """A stream that calls itself a terminal."""
+    """A stream that reports to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds on the clock, as the only entry of a list that a test changes."""
+    """Return a list with the clock's time in seconds as its only entry, which a test can change."""
     seconds = [100.0]
     monkeypatch.setattr(progress, "FIRST", 2.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])

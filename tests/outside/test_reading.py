@@ -1,4 +1,4 @@
-"""Reading what somebody names, and printing what files hold."""
+"""Tests of reading files that a user names, and of printing their contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from files cannot steer a terminal, and a stream that nobody reads ends nothing."""
+"""Tests that text from files cannot control a terminal, and that a closed stream does not end the process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_full_disk_is_survived_and_noted(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(75)", 75)])
 def test_the_exit_code_stays(end: str, code: int) -> None:
-    """Where Python cannot flush stdout at its end, it would exit with 120."""
+    """If Python could not flush stdout at its end, it would exit with 120."""
     program = f"import sys; from mimae.outside.text import say\nfor _ in range(9): say('x' * 3000)\n{end}"
     for stdout in ("/dev/full", None):
         reader, writer = os.pipe()

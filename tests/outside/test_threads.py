@@ -1,4 +1,4 @@
-"""Threads sleep while they wait, unless the user wants another way; that is set before torch is imported."""
+"""Tests that waiting threads sleep, unless the user chose otherwise, and that this is set before torch is imported."""
 
 from __future__ import annotations
 

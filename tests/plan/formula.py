@@ -18,8 +18,10 @@ def encoder_flops(recipe: Recipe) -> int:
 
 
 def decoder_flops(recipe: Recipe) -> int:
-    """Return the FLOPs of the decoder for one view; its last block and its head answer for the targets alone, with
-    cross attention every block does."""
+    """Return the FLOPs of the decoder for one view.
+
+    Its last block and its head compute only the targets; with cross attention every block does.
+    """
     decoder, sizes = recipe.decoder, geometry(recipe)
     T, M, width, mlp = 1 + sizes.visible, sizes.targets, decoder.width, 4 * decoder.width
     embed = 2 * T * recipe.model.width * width
@@ -31,8 +33,10 @@ def decoder_flops(recipe: Recipe) -> int:
 
 
 def objective_flops(recipe: Recipe) -> int:
-    """Return the FLOPs of the MI terms for one image: InfoNCE's products over the micro-batch of all ranks, the
-    projector and V."""
+    """Return the FLOPs of the MI terms for one image.
+
+    They are InfoNCE's products over the micro-batch of all ranks, the projector and V.
+    """
     objective, N, D = recipe.objective, recipe.masking.num_masks, recipe.model.width
     flops = 0
     if objective.max_mi > 0:
@@ -51,7 +55,10 @@ def step_flops(recipe: Recipe) -> int:
 
 
 def _block(tokens: int, width: int, mlp: int, answered: int | None = None) -> int:
-    """Return the FLOPs of a transformer block that answers for `answered` tokens, or for all: keys and values of
-    `tokens`; queries, projection and an MLP of width `mlp` of those answered for; scores and weighted values."""
+    """Return the FLOPs of a transformer block that computes `answered` of its `tokens` tokens, or all.
+
+    They are keys and values of all tokens, queries, projection and an MLP of width `mlp` of the computed tokens, scores
+    and weighted values.
+    """
     wanted = tokens if answered is None else answered
     return 4 * tokens * width**2 + 4 * wanted * width * (width + mlp) + 4 * wanted * tokens * width

@@ -1,4 +1,4 @@
-"""The dry run: what a rank of a large world holds, keeps and sends is what the planner says, and faults are seen."""
+"""Tests of the dry run: memory and communication of a rank in a large world are as planned, and errors are detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.plan.test_plan import SMALL
 
 
 def small(*overrides: str) -> Recipe:
-    """Return a recipe whose activations exceed what the plan leaves out, with rows that 8 ranks cannot share evenly."""
+    """Return a recipe with activations above the plan's tolerance, and with rows that 8 ranks cannot divide evenly."""
     sizes = ["model.width=72", "model.heads=6", "decoder.width=48", "schedule.batch_size=64", "engine.kind=fsdp"]
     return load_recipe(SMALL, [*sizes, "objective.projector=mlp", *overrides]).recipe
 
@@ -50,7 +50,7 @@ def test_a_step_is_as_planned(overrides: list[str], capsys: pytest.CaptureFixtur
 
 @pytest.fixture(scope="module")
 def counted() -> dry.Counted:
-    """On the last of 8 ranks in two replicas."""
+    """Return the counts of the last of 8 ranks in two replicas."""
     return dry.count_step(small("engine.replicas=2"), 8, 7)
 
 
@@ -104,7 +104,7 @@ def test_storages_are_counted_as_long_as_they_live() -> None:
         view = more[:3]
         assert watch.live == 440
         del more
-        assert watch.live == 440  # the view holds it
+        assert watch.live == 440  # The view keeps it alive.
         view.untyped_storage().resize_(0)
         assert watch.live == 40
         view.untyped_storage().resize_(80)

@@ -1,4 +1,4 @@
-"""The planner's memory against what autograd keeps and what a process takes; communication and advice by hand."""
+"""Tests of the planned memory against autograd and a real process, and of communication and advice against examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVERY_TERM = [f"objective.{term.weight}=0.5" for term in TERMS if term.weight]
 
 
 def _tensors() -> list[torch.Tensor]:
-    """Return the tensors that Python sees; those of other kinds, which other tests leave, may have no storage."""
+    """Return all tensors in Python's memory that have a storage; other tests may leave tensors without one."""
     gc.collect()
     plain = (torch.Tensor, torch.nn.Parameter)
     return [each for each in gc.get_objects() if type(each) in plain and not each.is_meta]
@@ -43,7 +43,7 @@ def _tensors() -> list[torch.Tensor]:
 def saved_bytes(recipe: Recipe) -> int:
     """Return the bytes that autograd keeps for a forward, each storage once, without parameters, buffers and inputs.
 
-    What torch's selective checkpointing keeps are tensors that Python sees.
+    The tensors that torch's selective checkpointing keeps are found among Python's objects.
     """
     model, images_count = build(recipe), recipe.schedule.batch_size
     images = torch.zeros(images_count, *recipe.data.size_hw, 3, dtype=torch.uint8)
@@ -90,7 +90,7 @@ def test_activations_are_what_autograd_keeps(precision: str, changed: list[str])
 
 @pytest.mark.parametrize("term", [term for term in TERMS if term.weight], ids=lambda term: term.name)
 def test_a_term_keeps_what_it_declares(term: Term) -> None:
-    """Beside the latents, which are made for all terms and for the diagnostics."""
+    """The latents are left out, because they are made for all terms and for the diagnostics."""
     off = [f"objective.{each.weight}=0" for each in TERMS if each.weight]
     large = ["precision=fp32", "schedule.batch_size=64"]
     without, recipe = (load_recipe(SMALL, [*off, *large, *on]).recipe for on in ([], [f"objective.{term.weight}=0.5"]))
@@ -112,7 +112,7 @@ def test_parameters_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize(("name", "millions"), [("vit_giant14", 1011), ("vit_gigantic14", 1843), ("vit_6b14", 5903)])
 def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, millions: int) -> None:
-    """Encoders in timm and in the papers; vit_6b14 without the two norms of InternViT's attention."""
+    """The counts are those of timm and of the papers; vit_6b14 has no query and key norms, unlike InternViT."""
     recipe = load_recipe(name).recipe
     count = memory.parameters(recipe)
     assert count.encoder / 1e6 == pytest.approx(millions, abs=6)
@@ -123,7 +123,7 @@ def test_large_recipes_have_their_size_and_fit_with_their_engine(name: str, mill
 
 
 def test_what_each_engine_spreads() -> None:
-    # In the last of two micro-batches the gradients of the first are there.
+    # During the second micro-batch, the gradients of the first are still allocated.
     recipe = load_recipe(SMALL, ["ema.decay=0.9", "schedule.batch_size=6", "schedule.accumulate=2"]).recipe
     count = memory.parameters(recipe)
     whole = 4 * count.total
@@ -279,8 +279,10 @@ def sized(overrides: list[str]) -> Recipe:
 
 
 def peak_growth(overrides: list[str]) -> int:
-    """Bytes by which the resident memory of this process grows at its highest, from one that has trained a small model
-    to one that takes two steps of the given, of two micro-batches."""
+    """Return the growth in bytes of this process's peak resident memory by two steps of the given recipe.
+
+    The steps have two micro-batches. Before them a small model is trained.
+    """
 
     def train(recipe: Recipe, steps: int) -> None:
         device, count = distributed.setup(), recipe.schedule.batch_size
@@ -306,7 +308,7 @@ def peak_growth(overrides: list[str]) -> int:
 def test_a_step_takes_the_memory_that_is_planned(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is freed goes back at once: the process is as large as its tensors.
+    # Freed memory is returned at once, so the process is as large as its tensors.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     recipe = sized([*overrides, "schedule.accumulate=2"])
     (measured,) = run_ranks(1, tmp_path, peak_growth, overrides, fresh=True)

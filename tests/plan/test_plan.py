@@ -1,4 +1,4 @@
-"""The planner's FLOPs against the closed formula, against what the model executes, and against the method's numbers."""
+"""Tests of the planned FLOPs against the closed formula, the executed model, and the method's numbers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "schedule": {"batch_size": 5},
     "objective": {"posterior_width": 20},
 }
-"""No two sizes alike: 4 x 6 patches, 3 views of 6 visible ones, 5 images."""
+"""A recipe in which no two sizes are equal: 4 x 6 patches, 3 views with 6 visible patches, 5 images."""
 
 
 def recipe(**sections: Any) -> Recipe:
-    """SMALL, with what a test changes in it."""
+    """Return the recipe SMALL with the overrides of a test."""
     small = dict(SMALL)
     for name, section in sections.items():
         small[name] = small.get(name, {}) | section
@@ -41,12 +41,12 @@ def recipe(**sections: Any) -> Recipe:
 
 
 def counted(recipe: Recipe, backward: bool = False) -> dict[str, int]:
-    """FLOPs by module, as torch counts the products that a batch executes."""
+    """Return the FLOPs by module, as torch counts the matrix products that a batch executes."""
     model = build(recipe)
     B = recipe.schedule.batch_size
     images = torch.randint(0, 256, (B, *recipe.data.size_hw, 3), dtype=torch.uint8)
     visible, targets = views(recipe, 0, 0, torch.arange(B))
-    # torch knows no count for the CPU's fused attention: let it run as two products.
+    # torch cannot count the CPU's fused attention, so attention runs as two products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(images, visible, targets).loss
         if backward:
@@ -89,7 +89,7 @@ def test_a_step_has_the_flops_of_the_closed_formula(name: str, overrides: list[s
 
 
 def test_a_count_asks_no_other_rank() -> None:
-    """In a run the main rank alone counts. Two ranks would share the images, and multiply every pair of views twice."""
+    """In a run, the main rank counts alone. Two ranks would split the images, and multiply each pair of views twice."""
     given = recipe(schedule={"batch_size": 6})
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
@@ -103,7 +103,7 @@ def test_v_and_projector_are_what_torch_counts() -> None:
     without_contrast = recipe(objective={"max_mi": 0, "min_mi": 1})
     images = without_contrast.schedule.batch_size
     assert counted(without_contrast)["MIMAE.objective"] == images * objective_flops(without_contrast)
-    # InfoNCE runs every product twice on the reference path, so the projector is told apart by a difference.
+    # The reference path of InfoNCE runs every product twice, so the projector's share is found by a difference.
     plain, projected = (recipe(objective={"projector": kind, "min_mi": 0}) for kind in ("none", "mlp"))
     more = counted(projected)["MIMAE"] - counted(plain)["MIMAE"]
     assert more == images * (objective_flops(projected) - objective_flops(plain)) > 0
@@ -128,7 +128,7 @@ def test_a_step_is_three_forwards_but_for_the_gradient_of_pixels(checkpointing: 
     if checkpointing == "full":
         assert executed > step_flops(given)  # the recomputation that the cost model leaves out
     elif checkpointing == "selective":
-        # Attention's two products, since it runs as those here; a fused form is not computed again.
+        # Attention runs as two products here, which are recomputed; a fused form is not.
         assert step_flops(given) - pixels < executed < 1.03 * step_flops(given)
     else:
         assert executed == step_flops(given) - pixels
@@ -138,7 +138,7 @@ def test_vit_base_has_the_numbers_of_the_method() -> None:
     given = load_recipe({"model": {"size": "base"}, "schedule": {"batch_size": 4096}}).recipe
     giga = 1e9
     assert encoder_flops(given) / giga == pytest.approx(8.6, abs=0.05)
-    # The method counts 10.6 with a whole last block; ours leaves out what only the 50 unread tokens would need.
+    # The method counts 10.6 with a whole last block; here the products of the 50 unused tokens are left out.
     unread = 50 * (20 * 512**2 + 4 * 197 * 512)
     assert (decoder_flops(given) + unread) / giga == pytest.approx(10.6, abs=0.15)
     assert image_flops(given) / giga == pytest.approx(77, abs=1)
@@ -148,7 +148,7 @@ def test_vit_base_has_the_numbers_of_the_method() -> None:
 
 
 def test_what_the_decoder_leaves_out_at_vit_base() -> None:
-    """The last block's unread tokens, exactly; and by choice what next_view and cross never compute."""
+    """The savings are those of the last block's unused tokens, and those of next_view and cross."""
 
     def flops(**decoder: str) -> float:
         return image_flops(load_recipe({"decoder": decoder}).recipe)
@@ -203,7 +203,7 @@ def test_the_cpu_has_a_name() -> None:
 
 @pytest.mark.parametrize(("rounding", "shown"), [("nearest", 5), ("down", 4)])
 def test_the_plan_counts_the_patches_that_masks_show(rounding: str, shown: int) -> None:
-    """A fifth of 24 patches is 4.8."""
+    """A fifth of 24 patches is 4.8, which is rounded."""
     rounded = recipe(masking={"ratio": 0.8, "rounding": rounding})
     visible, _ = views(rounded, 0, 0, torch.arange(2))
     assert geometry(rounded).visible == visible.shape[2] == shown

@@ -1,4 +1,4 @@
-"""The scaling model: its terms by hand, what latency adds, what does not fit, and the picture."""
+"""Tests of the scaling model: its terms computed by hand, latency, recipes that do not fit, and the picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_weak_scaling_keeps_computing_and_strong_scaling_divides_it() -> None:
     assert strong[0].row.recipe.schedule.accumulate == 1 and weak[-1].row.layout.replicas == 128
     for line in (weak, strong):
         assert all(later.efficiency < earlier.efficiency for earlier, later in pairwise(line))
-    # What every rank has to say to all others grows with them, and what stays inside of a node does not.
+    # Communication between all ranks grows with their number, communication inside a node does not.
     first, last = weak[0].terms(), weak[-1].terms()
     gathered = next(term for term in scaling.TERMS if term.startswith("weights"))
     assert last["latents and sums"] > 30 * first["latents and sums"]

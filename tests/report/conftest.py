@@ -1,4 +1,4 @@
-"""Run directories as a run would leave them, made by hand: no step is trained here."""
+"""Fixtures that write run directories by hand, as a run would leave them; nothing is trained."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def epoch_record(epoch: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Makes a run of quickstart with `steps` records and three epochs."""
+    """Make a run of quickstart with `steps` records and three epochs."""
 
     def make(
         name: str = "run",

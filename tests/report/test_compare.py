@@ -1,4 +1,4 @@
-"""Runs beside each other, and against a stored baseline."""
+"""Tests of the comparison of runs, also with a stored baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thinned curves against plain Python, and their bounds."""
+"""Tests of reduced curves against plain Python, and of their bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule that calls a run worse: it catches what it should, and is quiet about noise."""
+"""Tests of the rule for regressions: it detects real changes, and ignores noise."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.report.conftest import MakeRun, lines, step_record
 
 
 def rates(random: np.random.Generator, mean: float, noise: float) -> Figure:
-    """Images/s of a run whose stretches have so much noise."""
+    """Return the figure images/s of a run whose segments have the given noise."""
     return Figure(mean, "max", (mean * (1 + noise * random.standard_normal(20))).tolist())
 
 
 @pytest.mark.parametrize("runs_of_each", [1, 3, 8])
 def test_a_tenth_is_caught_and_noise_of_three_percent_is_not(runs_of_each: int) -> None:
-    """Seeded series. Every record has noise of 3 %. So has every run where there are several, as a machine is not as
-    fast at one start as at the next."""
+    """Check seeded series. Every record has 3 % noise. With several runs, each run has a 3 % offset too, because a
+    machine's speed differs from one start to the next."""
     random = np.random.default_rng(1)
     caught = false = 0
     for _ in range(300):
@@ -31,7 +31,7 @@ def test_a_tenth_is_caught_and_noise_of_three_percent_is_not(runs_of_each: int) 
         before = side(200.0)
         caught += compare(before, side(180.0)).is_regression
         false += compare(before, side(200.0)).is_regression
-    # Where every run is off by 3 %, three of each cannot tell more surely; with one run only records are noisy.
+    # With a 3 % offset per run, three runs of each cannot decide more reliably; one run has noisy records only.
     assert caught >= {1: 300, 3: 285, 8: 300}[runs_of_each]
     assert false <= {1: 0, 3: 6, 8: 0}[runs_of_each]
 
@@ -66,7 +66,7 @@ def test_the_error_is_student_s() -> None:
 
 
 def test_the_start_of_a_process_is_no_throughput(make_run: MakeRun) -> None:
-    """The first record after a start or a resume has the time of starting in it."""
+    """The first record after a start or a resume includes the time of starting."""
     steps = [step_record(step, images_per_s=1.0 if step in (1, 60) else 200.0) for step in (1, *range(10, 200, 10))]
     run = make_run(steps=steps)
     kinds = [{"kind": "start", "step": 0, "details": {}}, {"kind": "resume", "step": 55, "details": {}}]

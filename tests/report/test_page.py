@@ -1,4 +1,4 @@
-"""report.html: every plot and table of a run, nothing from outside, and no text of a run becomes markup."""
+"""Tests of report.html: it has every plot and table, loads nothing, and no text of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """Elements of a page as a browser parses them, with attributes and text."""
+    """A parser that collects the elements of a page, with attributes and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_findings_name_what_is_wrong_with_a_run(make_run: MakeRun) -> None:
 
 
 def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
-    """A slow rank, a slow disk and a small cache as the run told of them; a core that was held back by its figures."""
+    """A slow rank, a slow disk and a small cache are known from the run's warnings, slow cores from its figures."""
     feed = Feed(100.0, 60.0, 60.0, Spent(180.0, 10.0, 5.0), 2, 2, "torch", None)
     slow = [{"seconds": 100.0, "exposed_communication": 0.3}, {"seconds": 100.0, "exposed_communication": 0.1}]
     causes = {

@@ -1,4 +1,4 @@
-"""A run directory is read whatever state its files are in."""
+"""Tests that a run directory is read in any state of its files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_file_that_is_missing_or_broken_is_empty(make_run: MakeRun, name: str)
     (run / name).write_bytes(b"\xff\xfe\x00[")
     runs.read(run)
     (run / name).unlink()
-    os.mkfifo(run / name)  # nothing waits for its other end
+    os.mkfifo(run / name)  # Nothing may wait for its other end.
     runs.read(run)
 
 

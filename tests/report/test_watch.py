@@ -18,7 +18,7 @@ def test_a_view_tells_progress_losses_and_events(make_run: MakeRun) -> None:
     (run / "events.jsonl").write_text(lines([event]))
     told, is_done = watch.view(run)
     assert not is_done
-    # 1,200 steps by the recipe; those left have 32 images each at 200 images/s.
+    # The recipe has 1,200 steps; each remaining step has 32 images at 200 images/s.
     assert any(line.startswith("step 600 of 1,200") and line.endswith("50%, 1:36 left") for line in told)
     (losses,) = [line for line in told if line.split()[0] == "loss"]
     assert "0.6" in losses and losses.rstrip().endswith("▁") and "█" in losses

@@ -1,4 +1,4 @@
-"""Windows of images and masks: they stay together, and depend on nothing but seed, epoch and sample."""
+"""Tests of windows of images and masks: they stay aligned, and depend only on seed, epoch and sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = (0, 90, 180, 255)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One image, 90 x 60 pixels, of four classes in blocks of 15, each of one brightness."""
+    """Make one image of 90 x 60 pixels, with four classes in blocks of 15 pixels, each with one brightness."""
     folder = tmp_path_factory.mktemp("pairs")
     blocks = np.random.default_rng(0).integers(0, 4, (4, 6))
     classes = np.kron(blocks, np.ones((15, 15), int)).astype(np.uint8)
@@ -47,7 +47,7 @@ def read(made: Any, pairs: Path, sample_id: int = 0, epoch: int = 0) -> Example:
 
 
 def agreement(example: Example) -> float:
-    """Return the share of the pixels whose brightness is nearest to that of their class: all but some at borders."""
+    """Return the share of pixels whose brightness is closest to that of their class; only some at borders are not."""
     classes = example.targets["classes"]
     levels = torch.tensor(LEVELS, dtype=torch.float32)
     nearest = (example.image[..., 0].float()[..., None] - levels).abs().argmin(-1)
@@ -55,7 +55,7 @@ def agreement(example: Example) -> float:
 
 
 def test_image_and_mask_go_through_the_same_change(pairs: Path) -> None:
-    """Borders between classes are blurred where the image is enlarged; a shift of two pixels would cost a tenth."""
+    """Enlarging blurs the borders between classes. A shift of two pixels would change a tenth of the pixels."""
     made = reader(Jittered, pairs, 0, scale=(1.0, 2.0))
     found = [read(made, pairs, sample_id) for sample_id in range(24)]
     assert all(example.image.shape == (32, 40, 3) for example in found)
@@ -109,7 +109,7 @@ def test_evaluation_sees_whole_images_and_pictures_their_centre(pairs: Path) -> 
     ],
 )
 def test_scale_1_covers_the_window(size: tuple[int, int], window: tuple[int, int], expected: tuple[int, int]) -> None:
-    """For squares: mmsegmentation's resize to (2048, 512)."""
+    """For square windows the size is that of mmsegmentation's resize to (2048, 512)."""
     assert covering(size, window) == expected
 
 

@@ -1,4 +1,4 @@
-"""The heads: the shapes of their levels, and UperNet's sums as transformers computes them."""
+"""Tests of the heads: the shapes of their levels, and UperNet against transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def maps(width: int = 32, sizes: tuple[tuple[int, int], ...] = ((6, 8),) * 4) ->
 
 
 def test_the_levels_have_the_strides_of_the_published_neck() -> None:
-    """Strides 4, 8, 16 and 32 for patches of 16 pixels; an odd number of patches is rounded up."""
+    """The strides are 4, 8, 16 and 32 for patches of 16 pixels. An odd number of patches is rounded up."""
     pyramid = Pyramid(32)
     assert [tuple(level.shape[2:]) for level in pyramid(maps())] == [(24, 32), (12, 16), (6, 8), (3, 4)]
     assert pyramid(maps(sizes=((5, 7),) * 4))[3].shape[2:] == (3, 4)
@@ -92,7 +92,7 @@ def test_the_linear_head_is_one_layer_on_normed_maps() -> None:
 
 
 def test_upernet_computes_what_transformers_does_but_for_the_norms() -> None:
-    """Without the norms of both, their batch norms and our group norms."""
+    """The norms are removed from both, because transformers has batch norms and ours are group norms."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers.models.upernet.modeling_upernet import UperNetHead
 

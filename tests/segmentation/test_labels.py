@@ -1,4 +1,4 @@
-"""From the values of masks to classes."""
+"""Tests of the conversion from mask values to classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_without_ids_classes_have_the_values_from_0_on() -> None:
 
 
 def test_values_that_are_ignored_are_left_out_of_the_count() -> None:
-    """ADE20K: 150 classes with the values 1 to 150, and 0 is not judged."""
+    """ADE20K has 150 classes with the values 1 to 150; 0 is ignored in the evaluation."""
     found = Labels.of(SegmentSettings(classes=150, ignore=(0, 255))).classes(np.array([0, 1, 150, 255]))
     assert found.tolist() == [IGNORED, 0, 149, IGNORED]
 

@@ -1,4 +1,4 @@
-"""Where masks are found, and what is said of those that cannot be used."""
+"""Tests of the search for masks, and of the messages for masks that cannot be used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(path: Path, value: int, size: tuple[int, int] = (6, 4), mode: str = "L"
 
 
 def classes(masks: Masks, count: int) -> list[int]:
-    """Return the one class of each mask."""
+    """Return the class of each mask, which has only one."""
     found = []
     for i in range(count):
         (value,) = np.unique(masks.classes(i, (4, 6)))
@@ -40,7 +40,7 @@ def classes(masks: Masks, count: int) -> list[int]:
 
 
 def test_ade20ks_layout_is_found(tmp_path: Path) -> None:
-    """Palette or grey; the folder `images` nearest to the image counts."""
+    """Masks are palette or grey images. The folder `images` closest to the image counts."""
     root = tmp_path / "images" / "ade"
     for i, name in enumerate("ab"):
         save(root / "images" / "training" / f"{name}.jpg", 0)
@@ -52,7 +52,7 @@ def test_ade20ks_layout_is_found(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_masks_under_the_names_of_the_images(tmp_path: Path) -> None:
-    """Class folders too; the extensions may differ."""
+    """Images may be in class folders, and extensions may differ."""
     for name, value, ending in (("x/a", 1, ".png"), ("x/b.c", 2, ".TIF"), ("y/a", 3, ".bmp")):
         save(tmp_path / "images" / f"{name}.jpg", 0)
         save(tmp_path / "masks" / f"{name}{ending}", value)

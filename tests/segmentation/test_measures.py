@@ -1,4 +1,4 @@
-"""Intersection over union by hand, and as torchmetrics computes it."""
+"""Tests of intersection over union, against values computed by hand and against torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from mimae.segmentation.measures import Evaluation, confusion
 
 
 def test_a_case_worked_out_by_hand() -> None:
-    """Class 0: 3 of its 4 pixels, and 1 of class 1 -> 3/5. Class 1: 2 of 3, 1 beside -> 2/4. Class 2 is nowhere. One
-    pixel is ignored."""
+    """Class 0 has 3/5: 3 of its 4 pixels and 1 pixel of class 1 are predicted. Class 1 has 2/4: 2 of 3, and 1 other.
+
+    Class 2 does not occur, and one pixel is ignored.
+    """
     true = torch.tensor([[0, 0, 0, 0], [1, 1, 1, -1]], dtype=torch.int16)
     found = torch.tensor([[0, 0, 0, 1], [1, 1, 0, 2]])
     made = Evaluation(confusion(true, found, 3), images=1, left_out=0)
@@ -32,7 +34,7 @@ def test_nothing_but_ignored_pixels_gives_no_number() -> None:
 
 
 def test_torchmetrics_agrees() -> None:
-    """20 classes of which the last two are nowhere; a tenth of the pixels is ignored."""
+    """There are 20 classes, of which the last two do not occur. A tenth of the pixels is ignored."""
     metrics = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
     generator = torch.Generator().manual_seed(0)
     true = torch.randint(0, 18, (3, 40, 41), generator=generator)

@@ -1,4 +1,4 @@
-"""Sliding windows."""
+"""Tests of sliding windows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def image(height: int, width: int) -> Tensor:
 
 
 def smooth(images: Tensor) -> Tensor:
-    """Stand in for a model: logits that depend on the whole window, (B, 3, H, W)."""
+    """Return logits (B, 3, H, W) that depend on the whole window, in place of a model."""
     planes = images.permute(0, 3, 1, 2).float()
     return planes + planes.mean((2, 3), keepdim=True)
 
 
 def test_windows_cover_the_image_and_end_with_it() -> None:
-    """mmsegmentation's places: 512 pixels, 256 apart, in an image of 512 x 683."""
+    """The positions are mmsegmentation's: windows of 512 pixels at a distance of 256, in an image of 512 x 683."""
     assert corners((512, 683), (512, 512), 0.5) == [(0, 0), (0, 171)]
     assert corners((8, 8), (8, 8), 0.5) == [(0, 0)]
     assert corners((17, 8), (8, 8), 0.5) == [(0, 0), (4, 0), (8, 0), (9, 0)]
@@ -36,7 +36,7 @@ def test_an_image_of_the_windows_size_is_one_forward() -> None:
 
 
 def test_overlapping_windows_are_averaged() -> None:
-    """17 x 9 pixels by windows of 8: more windows than one forward takes; each pixel is the mean by hand."""
+    """17 x 9 pixels need more windows of 8 pixels than one forward has. Each pixel equals the mean computed by hand."""
     one = image(17, 9)
     with distributed.alone():
         found = slide(smooth, one, (8, 8), 0.5, PAPER)

@@ -1,4 +1,4 @@
-"""Memory at the peak of a step, from allocations made by hand."""
+"""Tests of the memory at the peak of a step, with allocations made by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKS = [
 
 
 def trace(*allocations: tuple[int, int, int]) -> Trace:
-    """`allocations`: time, address and bytes; weights of 100 and optimizer of 200 bytes are there from the start."""
+    """Return the memory for `allocations` (time, address, bytes). Weights (100 bytes) and optimizer (200) exist before."""
     before = [Allocation(-9, 1, 100), Allocation(-8, 2, 200)]
     made = [*before, *(Allocation(*each) for each in allocations)]
     return Trace(sorted(made), MARKS, [(150, 170, 7), (170, 180, -1)], {7: 120})
@@ -28,8 +28,8 @@ def test_the_peak_is_divided_into_categories() -> None:
             (115, 10, 40),  # kept for backward
             (116, 11, 500),  # an intermediate of forward
             (117, 11, -500),
-            (155, 12, 100),  # a gradient, made anew in each step
-            (158, 13, 600),  # work of the node
+            (155, 12, 100),  # a gradient, allocated in each step
+            (158, 13, 600),  # workspace of the node
             (165, 13, -600),
             (175, 10, -40),
         ),

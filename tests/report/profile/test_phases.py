@@ -1,4 +1,4 @@
-"""Sorting a profiler's events into phases, on events made by hand."""
+"""Tests of the assignment of a profiler's events to phases, with events made by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MS = 1_000_000
 
 
 class Event(NamedTuple):
-    """An event as torch.profiler's kineto results have it; milliseconds."""
+    """An event in the format of torch.profiler's kineto results; times are in milliseconds."""
 
     label: str
     begin: int

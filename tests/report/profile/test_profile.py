@@ -1,4 +1,4 @@
-"""A profile of a small recipe: FLOPs by the closed formula, memory by another count, nothing left on the model."""
+"""Tests of the profile of a small recipe: FLOPs by the formula, memory by another count, no marks left on the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_flops_are_those_of_the_formula(found: Profile) -> None:
 
 
 def test_memory_is_that_of_another_count(found: Profile) -> None:
-    """The peak by the profiler, the sum of its categories, and the storages that operators made (`plan.dry.Watch`)."""
+    """The profiler's peak, the sum of its categories, and a count of storages (`plan.dry.Watch`) agree."""
     assert found.memory.total == pytest.approx(found.memory.peak, rel=0.05)
     device = distributed.setup()
     try:
@@ -68,7 +68,7 @@ def test_every_part_has_a_name_and_its_time(found: Profile) -> None:
     expected |= {"latents", "decoder.embed", "decoder.blocks.0", "decoder.head", "gradients", "optimizer"}
     expected |= {f"objective.{term}" for term in ("rec", "max_mi", "min_mi")}
     assert expected <= set(found.phases)
-    # A step of two milliseconds is mostly Python; that of quickstart itself is held to 97 % below.
+    # A step of two milliseconds is mostly Python; for quickstart itself 97 % are required below.
     assert found.named > 0.8
     assert all(found.phases[name].backward > 0 for name in ("encoder.blocks.1", "decoder.blocks.0", "objective.rec"))
     assert found.phases["optimizer"].launches > 0
@@ -95,7 +95,7 @@ def test_advice_is_ranked_by_what_it_saves(found: Profile) -> None:
 
 
 def test_nothing_stays_on_a_model() -> None:
-    """A run has no marks: they are put on for a profile, and taken off."""
+    """A run has no marks: they are added for a profile and removed afterwards."""
     device = distributed.setup()
     try:
         model = Steps(task_of(small(), device), device).engine.model
