@@ -88,7 +88,7 @@ def wait_for(condition: Any, *outputs: Path) -> None:
 
 @pytest.mark.slow
 def test_pickles_under_every_key_of_the_meeting_end_the_run_and_are_not_executed(tmp_path: Path) -> None:
-    """The pickles are written before the nodes have met and during training, also under the keys of torch's rendezvous."""
+    """Pickles are written before the nodes have met and during training, also under the keys of torch's rendezvous."""
     harm, metrics = tmp_path / "harm", tmp_path / "run/metrics.jsonl"
     evil = pickle.dumps(Harm(harm))
     port = free_port()

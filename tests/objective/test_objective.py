@@ -34,7 +34,7 @@ from tests.rounding import DRAWS, excess, nudge
 
 
 def latents(images: int = 5, views: int = 3, width: int = 7) -> Tensor:
-    """Return z (B, N, D) float64 with means far from zero and unequal spreads, so that standardisation has an effect."""
+    """Return z (B, N, D) float64 with means far from zero and unequal spreads, so that standardisation matters."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(images, views, width, generator=generator, dtype=torch.float64)
     return (z * torch.linspace(0.1, 2, width, dtype=torch.float64) + 3).requires_grad_()

@@ -16,7 +16,7 @@ MARKS = [
 
 
 def trace(*allocations: tuple[int, int, int]) -> Trace:
-    """Return the memory for `allocations` (time, address, bytes). Weights (100 bytes) and optimizer (200) exist before."""
+    """Return the memory for `allocations` (time, address, bytes). Before: weights (100 bytes), optimizer (200)."""
     before = [Allocation(-9, 1, 100), Allocation(-8, 2, 200)]
     made = [*before, *(Allocation(*each) for each in allocations)]
     return Trace(sorted(made), MARKS, [(150, 170, 7), (170, 180, -1)], {7: 120})
