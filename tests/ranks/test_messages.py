@@ -1,4 +1,4 @@
-"""Messages between processes: JSON, signed where there is a secret, and never code."""
+"""Tests of messages between processes: JSON, signed where there is a secret, and never code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mimae.ranks.messages import SECRET, MessageError
 
 
 class Harm:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ def test_a_pickle_is_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_torchs_collectives_of_objects_make_no_foreign_objects(tmp_path: Path) -> None:
-    """torch reads them by a name of its module, which a run replaces while it lasts."""
+    """Check the unpickler of torch's object collectives, which a run replaces in torch's module while it lasts."""
     module = dist.distributed_c10d
     before = module._unpickler
     harm = pickle.dumps(Harm(tmp_path / "harm"))

@@ -1,4 +1,4 @@
-"""The place of a rank: what the environment says, and what is left over in it."""
+"""Tests of a rank's place: the values in the environment, and leftovers of other jobs."""
 
 from __future__ import annotations
 

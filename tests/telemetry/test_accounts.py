@@ -1,4 +1,4 @@
-"""The account of an epoch over ranks: who is a straggler and why, GPUs through a fake NVML, workers' memory."""
+"""Tests of an epoch's account over ranks: stragglers and their causes, GPUs with a fake NVML, workers' memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_ranks_that_differ_little_have_no_straggler() -> None:
 
 
 class FakeNVML:
-    """The calls of pynvml that are used, for one GPU that slows down when it is hot."""
+    """Fake of the used functions of pynvml, for one GPU that is throttled when it is hot."""
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
     nvmlClocksThrottleReasonSwPowerCap, nvmlClocksThrottleReasonHwThermalSlowdown = 4, 64
@@ -89,7 +89,7 @@ class FakeNVML:
         return 90 if self.hot else 60
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: str) -> int:
-        return 64 if self.hot else 1  # 1: idle, which slows nothing down
+        return 64 if self.hot else 1  # 1 means idle, which is no throttling
 
 
 def test_a_gpu_is_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_run_needs_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     readings = GPUReadings(torch.device("cuda", 0))
-    monkeypatch.setattr(fake, "nvmlDeviceGetPowerUsage", broken)  # the GPU is lost
+    monkeypatch.setattr(fake, "nvmlDeviceGetPowerUsage", broken)  # as for a lost GPU
     readings.read()
     assert readings.take() == dict.fromkeys(COLUMNS)
 

@@ -1,4 +1,4 @@
-"""Phases and rates add up to the wall time, on the CPU and on a device that works beside the host."""
+"""Tests that phases and rates add up to the wall time, on the CPU and on an asynchronous device."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_phases_count_no_time_twice() -> None:
     seconds = phases.seconds()
     assert set(seconds) == set(PHASES)
     assert seconds["checkpoint"] >= 0.05 and seconds["backward"] >= 0.01 and seconds["optimizer"] == 0
-    assert 0.02 <= seconds["forward"] <= total - 0.09  # the 0.05 s inside are not its own
+    assert 0.02 <= seconds["forward"] <= total - 0.09  # the nested phase of 0.05 s is not included
     assert sum(seconds.values()) == pytest.approx(total, abs=0.01)
 
 
 def test_pace_measures_since_its_last_reading() -> None:
     phases = Phases(torch.device("cpu"))
     with phases("data"):
-        time.sleep(0.05)  # before the pace exists: not its own
+        time.sleep(0.05)  # before the pace is created: not counted
     pace = Pace(phases, num_masks=4)
     with phases("data"):
         time.sleep(0.06)
@@ -52,7 +52,7 @@ def test_pace_measures_since_its_last_reading() -> None:
 
 
 class FakeDevice:
-    """A device that works on what it was given, in order, and its events; the host's time is `now`."""
+    """Asynchronous device that executes its queue in order, and its events; `now` is the host's time."""
 
     def __init__(self) -> None:
         self.now = self.free = 0.0
@@ -83,17 +83,17 @@ class FakeEvent:
 
 
 def test_waiting_for_data_on_cuda_is_the_time_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that waits while the device works costs nothing; what goes on after its work is done does."""
+    """Count a host's wait only where it lasts longer than the queued work of the device."""
     device = FakeDevice()
     monkeypatch.setattr(torch.cuda, "Event", device.Event)
     phases = Phases(torch.device("cuda"))
-    for host_waits in (4.0, 9.0, 13.0):  # beside steps of 10 s that are given in 1 s
+    for host_waits in (4.0, 9.0, 13.0):  # the device needs 10 s for a step, which is queued in 1 s
         with phases("forward"):
             device.give(10.0)
             device.now += 1.0
         with phases("data"):
             device.now += host_waits
-    # Steps end at 10, 20 and 30 s, the host is ready for the next at 5, 15 and 29 s: it never waits too long.
+    # Steps end at 10, 20 and 30 s. The host queues the next at 5, 15 and 29 s, so the device is never idle.
     assert phases.data_seconds == 0.0
     device.now = 50.0
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_waiting_for_data_on_cuda_is_the_time_without_work(monkeypatch: pytest.M
             device.now += 2.0
         with phases("forward"):
             device.give(1.0)
-    # 2 s idle; then 1 s, for the device was at work for the first of the 2 s.
+    # The device is idle for 2 s; then for 1 s, because it still worked during the first of the 2 s.
     assert phases.data_seconds == 3.0 and phases.seconds()["data"] == 3.0
     assert phases.seconds()["forward"] == 32.0
 
@@ -116,13 +116,13 @@ def test_reading_the_waits_on_cuda_waits_for_nothing(monkeypatch: pytest.MonkeyP
         device.give(10.0)
     assert (phases.data_seconds, device.now) == (2.0, 2.0)
     with phases("checkpoint"):
-        assert phases.seconds()["forward"] == 10.0  # This does wait.
+        assert phases.seconds()["forward"] == 10.0  # This call synchronizes.
     assert device.now == 12.0
 
 
 @pytest.mark.gpu
 def test_waiting_for_data_on_a_gpu() -> None:
-    """0.2 s beside work that takes longer, then 0.2 s with none left."""
+    """Wait 0.2 s during longer work of the GPU, then 0.2 s while the GPU is idle."""
     phases = Phases(torch.device("cuda"))
     a = torch.randn(8192, 8192, device="cuda")
     (a @ a).sum().item()
@@ -164,5 +164,5 @@ def test_phases_on_cuda_time_the_device_without_waiting_for_it() -> None:
     torch.cuda.synchronize()
     with phases("optimizer"):
         pass
-    assert len(phases._pending) <= 1  # an epoch's events do not pile up
+    assert len(phases._pending) <= 1  # the events of an epoch do not accumulate
     assert phases.seconds()["optimizer"] < 0.1

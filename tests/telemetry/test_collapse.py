@@ -1,4 +1,4 @@
-"""The numbers that tell collapse from health, on latents where they are known."""
+"""Tests of the collapse measures on latents whose values are known."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mimae.telemetry.collapse import collapse
 
 
 def axes(count: int, width: int) -> Tensor:
-    """+- each of the first `count` axes (2 count, width): mean 0, equal variance along each of them."""
+    """Return plus and minus each of the first `count` unit vectors (2 count, width): mean 0, equal variances."""
     half = torch.eye(width)[:count]
     return torch.cat([half, -half])
 
 
-# Fewer latents than dimensions (the M x M Gram matrix), far fewer, and full rank with more (D x D).
+# There are fewer latents than dimensions (M x M Gram matrix), far fewer, and more, with full rank (D x D).
 @pytest.mark.parametrize(("count", "width"), [(3, 8), (6, 64), (8, 8)])
 def test_effective_rank_counts_equal_directions(count: int, width: int) -> None:
     assert collapse(5 + 0.01 * axes(count, width))["effective_rank"] == pytest.approx(count, rel=1e-3)
@@ -36,7 +36,7 @@ def test_deviation_is_the_mean_over_dimensions() -> None:
 
 
 def test_alignment_and_uniformity_by_hand() -> None:
-    # Two images of three views; lengths differ, directions count. Image 0: x, x, y. Image 1: -x, -x, -x.
+    # Two images of three views. Lengths differ, but only directions matter. Image 0: x, x, y. Image 1: -x, -x, -x.
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     latents = torch.stack([torch.stack([x, 2 * x, 3 * y]), torch.stack([-x, -4 * x, -x])])
     numbers = collapse(latents)
@@ -48,7 +48,7 @@ def test_alignment_and_uniformity_by_hand() -> None:
 
 def test_one_view_of_each_image_has_no_alignment() -> None:
     numbers = collapse(axes(4, 4))
-    # 8 points; of the 7 others one is opposite (4) and six are at right angles (2).
+    # Each of 8 points has one opposite point (squared distance 4) and six orthogonal ones (2).
     assert numbers["alignment"] is None
     assert numbers["uniformity"] == pytest.approx(math.log((math.exp(-8) + 6 * math.exp(-4)) / 7), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Shares of the time in which a process had no core, from files as Linux writes them."""
+"""Tests of the shares of time in which a process had no core, read from files in Linux's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mimae.telemetry.cores import CoreReadings, cause
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds on the clock, as the only entry of a list that a test changes."""
+    """Return a list whose only entry is the clock's time in seconds, which a test may change."""
     seconds = [100.0]
     monkeypatch.setattr(cores.time, "monotonic", lambda: seconds[0])
     return seconds

@@ -1,4 +1,4 @@
-"""events.jsonl: a line for each event, through all starts, whatever else is in the file."""
+"""Tests of events.jsonl: one line per event, over all starts, whatever else is in the file."""
 
 from __future__ import annotations
 

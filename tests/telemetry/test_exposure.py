@@ -1,4 +1,4 @@
-"""Tests of what ranks send and how much of it stands alone, against what crosses between processes of two ranks."""
+"""Tests of the bytes that ranks send and of the exposed share, compared with the traffic between two processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ ACCUMULATE, IMAGES = 3, 2
 
 
 def recipe(name: str, ranks: int) -> Recipe:
-    """Weights that outweigh the latents by far, most in matrices of more than 1e5: smaller ones ZeRO-3 keeps."""
+    """Return a recipe with far more bytes of weights than of latents.
+
+    Most weights are in matrices of more than 1e5 numbers, since ZeRO-3 does not partition smaller ones.
+    """
     tree = {
         "precision": "fp32",
         "data": {"image_size": 8},
@@ -65,18 +68,17 @@ def step(engine: Engine, settings: Recipe, seed: int) -> None:
 
 
 def written() -> int:
-    """Bytes that this process has handed to the system to write, sockets included."""
+    """Return the bytes that this process has written by system calls, sockets included."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
 
 
 def of_engine(name: str) -> dict[str, Any]:
-    """Return what a step sends, its collectives, and the share that stands alone; the weights after a profiled step
-    and after the same without."""
+    """Return a step's sent bytes, collectives and exposed share, and its final weights with and without profiling."""
     settings, ends = recipe(name, distributed.world_size()), []
     for wanted in (False, True):
         engine, measure = engine_of(settings, CPU), Exposure(CPU)
-        for i in range(2):  # ZeRO-3 knows the order of its modules after one
+        for i in range(2):  # ZeRO-3 learns the order of the modules in the first step
             step(engine, settings, i)
         with measure.measured(wanted):
             step(engine, settings, 2)
@@ -93,8 +95,10 @@ def of_engine(name: str) -> dict[str, Any]:
 
 
 def late(beside: Callable[[Path], None], arrived: Path) -> float | None:
-    """This rank's exposed share of a gathering to which rank 0 comes 0.3 s late, when `arrived` is there; rank 1 does
-    something `beside` it."""
+    """Return this rank's exposed share of an all-gather that rank 0 joins 0.3 s late, once `arrived` exists.
+
+    Meanwhile rank 1 runs `beside`.
+    """
     measure = Exposure(CPU)
     distributed.all_sum(torch.zeros(1))
     with measure.measured(True):
@@ -110,7 +114,7 @@ def late(beside: Callable[[Path], None], arrived: Path) -> float | None:
 
 
 def compute(arrived: Path) -> None:
-    """Until 0.2 s after the other rank has come, however long that takes on a busy machine."""
+    """Compute until 0.2 s after the other rank has arrived, however long that takes on a busy machine."""
     end, a = math.inf, torch.ones(512, 512)
     while time.monotonic() < end:
         a @ a
@@ -150,23 +154,23 @@ def test_a_late_rank_is_seen_unless_computing_hides_it(ranks: list[dict[str, Any
     assert ranks[1]["busy"] < 0.2
 
 
-# All-gathers, all-reduces and reduce-scatters of a step. The objective gathers latents, moments and log-sum-exps, and
-# sums V's terms and the losses: 9 and 6 for three micro-batches.
+# Numbers of all-gathers, all-reduces and reduce-scatters in a step. The objective gathers latents, moments and
+# log-sum-exps, and sums V's terms and the losses: 9 all-gathers and 6 all-reduces for three micro-batches.
 
 
 def test_ddp_reduces_each_bucket_once(ranks: list[dict[str, Any]]) -> None:
-    """There are two: the first one of DDP's is of 1 MiB, and the second would hold 25."""
+    """Expect two buckets: DDP's first bucket has 1 MiB, and the second has room for 25 MiB."""
     check(ranks, "ddp", [9, 6 + 2, 0])
 
 
 def test_fsdp_reduces_shares_with_every_micro_batch(ranks: list[dict[str, Any]]) -> None:
-    """Root and four blocks gathered, the blocks again; a sum of norms."""
+    """Expect all-gathers of root and four blocks, of the blocks again for backward, and one sum of norms."""
     check(ranks, "fsdp", [9 + 3 * 9, 6 + 1, 3 * 5])
 
 
 @pytest.mark.slow
 def test_zero(tmp_path: Path) -> None:
-    """One bucket, reduced once or with every micro-batch; norms and checks; the partitions of three groups gathered."""
+    """Expect one bucket, reduced once or per micro-batch; norms and checks; an all-gather for each of three groups."""
     found = run_ranks(2, tmp_path, engines, "zero1", "zero2", "zero3")
     check(found, "zero1", [9 + 3, 6 + 1 + 6, 0])
     check(found, "zero2", [9 + 3, 6 + 3 + 6, 0])

@@ -1,4 +1,4 @@
-"""Reconstruction pictures: right pixels in the right places, whatever the shape of the image."""
+"""Tests of reconstruction pictures: every pixel is at its place, for any shape of image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimae.model.masking import targets
 from mimae.telemetry.pictures import HIDDEN, reconstruction_grid, reconstructions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Not square and 3 x 5 patches of 4: rows and columns cannot be confused; 15 patches leave a rest after 2 x 4.
+# Images have 3 x 5 patches of 4 pixels, so that swapped rows and columns fail; 15 patches have a rest after 2 x 4.
 PATCH, ROWS, COLUMNS = 4, 3, 5
 
 
@@ -34,13 +34,13 @@ def options(normalize: bool) -> dict[str, Any]:
 
 
 def block(picture: Tensor, number: int) -> np.ndarray:
-    """The pixels of a patch of (H, W, 3), by hand."""
+    """Return the pixels of a patch of a picture (H, W, 3), by slicing."""
     row, column = divmod(number, COLUMNS)
     return picture[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH].numpy()
 
 
 def target(pixels: np.ndarray, normalize: bool) -> Tensor:
-    """The decoder's target for a patch, by hand in float64."""
+    """Return the decoder's target for a patch, computed directly in float64."""
     values = ((pixels / 255 - MEAN) / STD).reshape(-1)
     if normalize:
         values = (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-6)
@@ -76,7 +76,7 @@ def test_predictions_are_denormalised_and_clipped(batch: tuple[Tensor, Tensor, T
 
 
 def test_a_normalised_prediction_is_shown_by_its_pattern_alone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Other brightness and contrast in the prediction change nothing."""
+    """Change brightness and contrast of the prediction: the picture stays the same."""
     images, visible, hidden = batch
     predictions = torch.randn((*hidden.shape, 3 * PATCH**2), generator=torch.Generator().manual_seed(2))
     drawn = [
@@ -87,8 +87,11 @@ def test_a_normalised_prediction_is_shown_by_its_pattern_alone(batch: tuple[Tens
 
 
 def test_a_flat_grey_prediction_of_a_grey_edge_is_grey() -> None:
-    """In the units of its own small variance a flat grey patch is a strong cast, since mean and deviation of the
-    channels differ. Times the contrast of an edge it would be blue: by 100 of 255 and more."""
+    """Draw a flat grey prediction for a grey edge: the picture must be grey.
+
+    Normalized by its own small variance, a flat patch has very different channels. Scaled by the contrast of an edge it
+    would be blue, by 100 of 255 and more.
+    """
     images = torch.full((1, ROWS * PATCH, COLUMNS * PATCH, 3), 60, dtype=torch.uint8)
     images[:, :, ::2] = 200
     visible, hidden = kernels.orthogonal_masks(0, 0, torch.arange(1), ROWS * COLUMNS, 2, 4)
@@ -100,7 +103,7 @@ def test_a_flat_grey_prediction_of_a_grey_edge_is_grey() -> None:
 
 
 def test_what_is_neither_shown_nor_predicted_stays_grey(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """A view that predicts what the next one shows: 4 of 15 patches are its own, 4 predicted, 7 neither."""
+    """Draw a view that predicts the next one: of 15 patches, 4 are visible, 4 predicted, and 7 neither."""
     images, visible, hidden = batch
     predicted = targets("next_view", visible, hidden)
     predictions = torch.full((*predicted.shape, 3 * PATCH**2), 1e4, dtype=torch.bfloat16)  # white
@@ -120,7 +123,7 @@ def test_the_grid_holds_every_panel_enlarged(batch: tuple[Tensor, Tensor, Tensor
     sheet = np.asarray(Image.open(io.BytesIO(png)))
     found: list[tuple[int, int]] = []
     for panel in (images[1], masked[1, 0], rebuilt[1, 0], masked[1, 1], rebuilt[1, 1]):
-        tile = panel.numpy().repeat(11, 0).repeat(11, 1)  # 12 pixels high: 11 times reaches 128
+        tile = panel.numpy().repeat(11, 0).repeat(11, 1)  # 12 pixels high: a factor of 11 gives at least 128
         height, width = tile.shape[:2]
         corners = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], (height, width))
         candidates = (corners[..., 0, 0] == tile[0, 0, 0]) & (corners[..., -1, -1] == tile[-1, -1, 0])

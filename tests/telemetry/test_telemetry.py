@@ -1,4 +1,4 @@
-"""The files of a run hold each step once, in valid JSON, whatever killed it; and the clocks add up."""
+"""Tests that the files of a run hold each step once, in valid JSON, however the run was killed."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
             telemetry.epoch({"epoch": step // 20})
     for name in ("metrics.jsonl", "epochs.jsonl"):
         with (tmp_path / name).open("a") as file:
-            file.write('{"step": 10')  # torn by a kill, and of a step that would be kept
+            file.write('{"step": 10')  # incomplete line of a killed process, of a step that would be kept
     with Telemetry(tmp_path, QUIET, is_main=True, total_steps=100) as telemetry:
-        telemetry.rewind(40)  # the checkpoint's own step is done and stays
+        telemetry.rewind(40)  # the step of the checkpoint is complete and is kept
         telemetry.step(losses(60, rec=0.2))
         telemetry.rewind(60)  # with the files open
         telemetry.step(losses(80, rec=0.3))
@@ -139,7 +139,7 @@ def test_plain_lines_without_a_terminal(
         telemetry.step(losses(100, images_per_s=309.6, data_wait=0.0312, max_mi=0.1))
         telemetry.step(losses(110, loss=math.nan))
     first, second = capsys.readouterr().out.splitlines()
-    # 20 steps took 10 s, so 1100 take 550 s; the steps before the resume, and the start, do not count.
+    # 20 steps took 10 s, so 1100 take 550 s. Steps before the resume and the start-up time are not counted.
     shown = "loss 0.800 (rec 0.750, max_mi 0.100)  310 images/s  wait 3.1%  eta 9:10"
     assert first == f"step  100/1200  epoch 2.50  {shown}"
     assert "loss not finite" in second and second.endswith("eta 18:10")
@@ -161,7 +161,7 @@ def test_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path, monkeypatch: pyt
     shown = terminal.getvalue()
     assert "before [the first] step" in shown and "above the bar" in shown
     bar = next(line for line in shown.splitlines() if "300/500000" in line)
-    assert "loss 0.800  12310 images/s  wait 10.0%" in bar and "left" in bar  # all of it, in 80 columns
+    assert "loss 0.800  12310 images/s  wait 10.0%" in bar and "left" in bar  # the whole line fits into 80 columns
 
 
 def test_tensorboard_has_the_scalars_and_the_picture(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_environment_tells_versions_and_no_names() -> None:
 
 
 def test_a_gpu_is_told_with_driver_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines as nvidia-smi prints them on a machine of two GPUs."""
+    """Read lines in the format of nvidia-smi on a machine with two GPUs."""
     lines = ["570.86.15, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W"] * 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(environments, "_nvidia_smi", lambda fields: lines)

@@ -1,4 +1,4 @@
-"""Trackers behind one protocol: each gets everything, and one that fails or hangs costs the run nothing."""
+"""Tests of trackers: each receives all data, and a tracker that fails or hangs does not disturb the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mimae.telemetry.trackers import Aside, kept_id
 
 
 class Listener:
-    """Keeps what it gets, and raises what it is told to."""
+    """Tracker that records its calls and raises a given error."""
 
     name = "listener"
 
@@ -217,7 +217,7 @@ def _tracked(run: Path, tracker: str, first: int, **variables: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
 def test_mlflow_keeps_one_run_through_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In files of the run directory; the second start goes on from step 1."""
+    """Track to files in the run directory; the second start continues from step 1."""
     for first in (0, 1):
         _tracked(tmp_path / "run", "mlflow", first)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -238,7 +238,7 @@ def test_mlflow_keeps_one_run_through_a_resume(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_keeps_one_run_through_a_resume(tmp_path: Path) -> None:
-    """Offline: each start writes a file of its own, under one id."""
+    """Track offline: each start writes its own file, under the same id."""
     for first in (0, 1):
         _tracked(tmp_path / "run", "wandb", first, WANDB_MODE="offline")
     kept = json.loads((tmp_path / "run/trackers.json").read_text())["wandb"]

@@ -1,4 +1,4 @@
-"""Checkpoints to and from DeepSpeed's universal form: alone, and with DeepSpeed as the one that reads and writes it."""
+"""Tests of converting checkpoints to and from DeepSpeed's universal form, without DeepSpeed and with it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from tests.train.test_trainer import assert_bit_equal, images, recipe, tensors
 __all__ = ["images"]  # a fixture
 
 RATES = {"decay": 0.05, "no_decay": 0.0, "posterior": 0.01}
-"""Weight decay of the groups, all three different."""
+"""Weight decay of the three groups; the values differ, so that a swap fails the test."""
 
 
 @pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of four."""
+    """Return a run that has done three of four steps."""
     path = tmp_path_factory.mktemp("runs") / "begun"
     pretrain(recipe(images, path, "schedule.max_steps=3"))
     return path
 
 
 def _beside(run: Path, name: str) -> Path:
-    """A run of the same recipe without a checkpoint."""
+    """Return a run of the same recipe without a checkpoint."""
     other = run.with_name(name)
     other.mkdir()
     shutil.copy(run / "config.yaml", other)
@@ -128,7 +128,7 @@ def _narrower(states: dict[str, Any]) -> dict[str, Any]:
         ("zero/NAME/exp_avg.pt", None, r"exp_avg.pt cannot be read: .*No such file"),
         ("zero/NAME/fp32.pt", lambda _: print, "cannot be read: Weights only load failed"),
         ("zero/NAME/fp32.pt", lambda _: {"parameter": 1}, r"fp32.pt does not contain a tensor of a parameter"),
-        # As many numbers as the model's (24, 8), in another order.
+        # The tensor has as many numbers as the model's (24, 8), in another shape.
         ("zero/NAME/fp32.pt", lambda found: {"param": found["param"].T}, r"has shape \(8, 24\), and .* has \(24, 8\)"),
         (
             "zero/NAME/fp32.pt",
@@ -194,7 +194,10 @@ def test_a_write_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_checkpoint_is_described_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many ranks a description takes seconds; reading it for each of thousands of tensors would take hours."""
+    """Read each description once.
+
+    With many ranks, reading one takes seconds; reading it for each of thousands of tensors would take hours.
+    """
     reader = Mock(side_effect=dcp._Unpickler)
     monkeypatch.setattr(dcp, "_Unpickler", reader)
     universal.write(run, tmp_path)
@@ -205,11 +208,11 @@ def test_a_checkpoint_is_described_once(run: Path, tmp_path: Path, monkeypatch: 
 
 
 def _in_deepspeed(folder: Path, run: Path, out: Path) -> dict[int, dict[str, Any]]:
-    """By stage, what DeepSpeed's own loading makes of FOLDER; saved again in OUT/STAGE."""
+    """Load FOLDER with DeepSpeed's own code, return the result by stage, and save it again in OUT/STAGE."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed: Any = import_module("deepspeed")
     utils = import_module("deepspeed.utils")
-    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes
+    import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes minutes
     found = {}
     for stage in (1, 2, 3):
         model = outline(load_recipe(run / "config.yaml").recipe)

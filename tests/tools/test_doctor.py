@@ -1,4 +1,4 @@
-"""`mimae doctor`: a report for people and for programs, whatever is installed and however broken it is."""
+"""Tests of `mimae doctor`: text and JSON reports, also with packages that are missing or broken."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Install = Callable[[dict[str, str]], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts packages, given as file -> text, before what is installed."""
+    """Put packages, given as file -> text, before the installed ones in the import path."""
 
     def forget() -> None:
         for module in [name for name in sys.modules if name.split(".")[0] in FOREIGN]:
@@ -94,7 +94,7 @@ def test_broken_packages_become_lines(
             "deepspeed/__init__.py": "raise RuntimeError('no compiler\\nmore')",
         }
     )
-    told = json.loads(printed(monkeypatch, capsys, "--json"))  # what a package prints is not in it
+    told = json.loads(printed(monkeypatch, capsys, "--json"))  # without the output that a package prints
     assert told["model.attention"]["xformers"] == "broken: OSError: libtorch.so is missing"
     if DEVICE.type == "cpu":
         assert told["optimizer.impl"]["deepspeed"] == "broken: RuntimeError: no compiler"

@@ -1,4 +1,4 @@
-"""One step of a run once more: the same numbers, and what is not finite is found where it begins."""
+"""Tests of replaying a step: it gives the same numbers, and finds where non-finite values begin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POISONED = "encoder.blocks.0.mlp.fc1.weight"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """9 steps, with checkpoints at 8 and 9 left. The gate is open from the first on, so that all terms count."""
+    """Return a run of 9 steps with checkpoints 8 and 9. The gate is open from step 1, so that all terms count."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "images").mkdir()
     generator = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_a_step_of_another_task_has_the_runs_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [9, 4])
 def test_a_healthy_step_has_the_runs_numbers(run: Path, step: int) -> None:
-    """From the checkpoint before it, and from the initial weights through the steps between."""
+    """Replay from the previous checkpoint, and from the initial weights through all steps before."""
     said: list[str] = []
     before = sorted(run.rglob("*"))
     found = replay(recipe_of(run), step, said.append)
@@ -90,7 +90,7 @@ def test_no_weight_depends_on_what_a_replay_changes() -> None:
 
 
 def test_the_command_tells_and_draws(run: Path) -> None:
-    """Split, the images that the MI terms compare are fewer, and L_rec is the same."""
+    """Replay in micro-batches: the MI terms compare fewer images, and L_rec is the same."""
     done = CliRunner().invoke(app, ["replay", str(run), "--step", "9", "--split", "2"])
     assert done.exit_code == 0, done.output
     logged = lines(run / "metrics.jsonl")[8]
@@ -103,8 +103,10 @@ def test_the_command_tells_and_draws(run: Path) -> None:
 
 
 def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) -> None:
-    """One weight of a hidden unit: what lies before it stays finite, and only its own gradient and those before it,
-    which pass through it, are told."""
+    """Make one weight of a hidden unit non-finite.
+
+    Activations before it stay finite. The report names its own gradient and the gradients of earlier layers only.
+    """
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     healthy, device = checkpoint.load(run / "checkpoints/step-00000008"), torch.device("cpu")
     distributed.setup()
@@ -126,7 +128,7 @@ def test_poisoned_weights_are_found_where_they_are(run: Path, tmp_path: Path) ->
 
 @pytest.fixture
 def storm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that are not finite from step 5 on."""
+    """Make the gradients non-finite from step 5 on."""
     optimize = Trainer.optimize
 
     def poisoned(self: Any) -> Any:
@@ -148,7 +150,7 @@ STORMY = ["schedule.epochs=8", "checkpoint.every_steps=3"]
 def test_a_storm_keeps_the_weights_of_its_steps(
     run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run ends, and every step of the streak can be looked at."""
+    """End the run, and replay each of the non-finite steps."""
     with pytest.raises(RunError, match=rf"`mimae replay {tmp_path} --step 5` shows.* where it begins\. "):
         pretrain(load_recipe(run / "config.yaml", [*STORMY, f"run.dir={tmp_path}"]).recipe)
     monkeypatch.undo()
@@ -166,7 +168,7 @@ def test_a_storm_keeps_the_weights_of_its_steps(
 def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoint(
     run: Path, tmp_path: Path, storm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The disk fills up, or turns read-only, before the storm ends."""
+    """Let the disk become full or read-only before the last non-finite step."""
     make_room = checkpoint.make_room
 
     def read_only(temporary: Path, num_bytes: int) -> None:
@@ -185,7 +187,7 @@ def test_a_storm_whose_weights_cannot_be_kept_is_replayed_from_the_last_checkpoi
 
 
 def test_a_run_that_recovers_from_a_streak_goes_on(tmp_path: Path) -> None:
-    """The tenth decision is read a step late, and that step was taken."""
+    """Read the tenth decision one step late, when the next step has already been taken."""
     kept: list[tuple[int, int]] = []
 
     def keep(first: int, last: int) -> bool:

@@ -1,4 +1,4 @@
-"""`mimae data show`: the picture holds the samples and masks of training."""
+"""Tests of `mimae data show`: the picture shows the samples and masks of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 SETTINGS = ["data.image_size=128", "model.patch_size=32", "seed=4"]
-"""Panels of 128 pixels, which a sheet shows as they are."""
+"""Settings with panels of 128 pixels, which the picture shows unscaled."""
 
 
 def test_the_batch_is_the_first_of_training(folder: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_batch_is_the_first_of_training(folder: Path) -> None:
 
 
 def test_masked_shows_the_visible_patches_alone() -> None:
-    """Not square, 2 x 3 patches of 4: rows and columns cannot be confused."""
+    """Use 2 x 3 patches of 4 pixels, so that swapped rows and columns fail the test."""
     images = torch.randint(0, 256, (1, 8, 12, 3), generator=torch.Generator().manual_seed(0)).byte()
     views = masked(images, torch.tensor([[[1, 5], [0, 3]]], dtype=torch.int32), 4)
     grey = torch.tensor(HIDDEN, dtype=torch.uint8)
@@ -70,7 +70,7 @@ def test_the_verb(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert launch(*SETTINGS, "--out", str(out), "--images", "99") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{out}\n") and f"replaced: {folder}/2.png: no header" in text
-    # Five rows of 128 pixels and four views beside centre and sample.
+    # There are five rows of 128 pixels; the columns are centre crop, sample and four views.
     image = Image.open(out)
     assert image.height > 5 * 128 and image.width > 6 * 128
     assert launch("model.patch_size=0") == 2

@@ -18,7 +18,7 @@ from mimae.tools import status
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of four steps, stopped there by the schedule's own limit."""
+    """Return a run that has done two of four steps, where a limit of the schedule stopped it."""
     folder = tmp_path_factory.mktemp("status") / "run"
     settings = {"workers": 0, "loader": "torch", "val_path": None}
     quiet = {"tensorboard": False, "images_every_epochs": 0, "probe_every_epochs": 0, "log_every_steps": 1}
@@ -64,7 +64,7 @@ def test_what_is_no_run_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
-    """The run for a test to spoil; step 2 of 4 is saved."""
+    """Return a copy of the run that a test may damage; step 2 of 4 is saved."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/lock").write_text("")
     return tmp_path / "run"
@@ -129,7 +129,7 @@ def test_a_last_line_that_is_torn_or_foreign(copy: Path, last: bytes, told: dict
 @pytest.mark.parametrize("name", ["lock", "latest", "metrics.jsonl", "epochs.jsonl", "bad_samples.jsonl"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "absent"])
 def test_a_file_that_is_something_else(copy: Path, name: str, kind: str) -> None:
-    """A FIFO is not waited for, and a device not read."""
+    """Do not wait for a FIFO, and do not read a device."""
     (copy / name).unlink(missing_ok=True)
     if kind == "fifo":
         os.mkfifo(copy / name)

@@ -1,4 +1,4 @@
-"""The trainer is one of any task: a classifier in a few lines trains under the engines, and resumes bit for bit."""
+"""Tests that the trainer accepts any task: a short classifier trains with the engines and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 9
 
 
 class Classifier(Model):
-    """Our encoder and a linear layer."""
+    """Encoder with a linear layer."""
 
     evaluations = ("logits",)
 
@@ -77,7 +77,7 @@ class Classify(Task[Classifier]):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 dark images and 25 bright ones: 3 steps of 16 an epoch."""
+    """Return a folder of 25 dark images and 25 bright ones: 3 steps of 16 per epoch."""
     generator = np.random.default_rng(0)
     images = (generator.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * (i % 2)) for i in range(50))
     return two_classes(tmp_path_factory.mktemp("images"), images)
@@ -98,8 +98,14 @@ def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
 
 
 def whole_and_resumed(images: Path, runs: Path, ways: dict[str, list[str]]) -> dict[str, Any]:
-    """By way: the losses, accuracies and names of tensors that differ of a run, and of one that stopped twice."""
-    leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
+    """Compare a whole run with one that stopped twice, for each entry of `ways`.
+
+    Returns losses, accuracies and the names of tensors that differ.
+    """
+    leave, distributed.shutdown = (
+        distributed.shutdown,
+        lambda: None,
+    )  # DeepSpeed needs its process group until the end
     found = {}
     try:
         for way, overrides in ways.items():

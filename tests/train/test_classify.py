@@ -1,4 +1,4 @@
-"""Classification: the published recipes, whole runs that resume bit for bit, ranks, frozen encoders, mistakes."""
+"""Tests of classification: published recipes, runs that resume bit for bit, ranks, frozen encoders, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ STEPS = 9
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 images, dark ones of class a and bright ones of class b: 3 steps of 16 an epoch. `held-out` has 7 of each."""
+    """Return 50 images, dark ones of class a and bright ones of class b; `held-out` has 7 of each.
+
+    An epoch has 3 steps of 16.
+    """
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for part, count in {"train": 50, "held-out": 14}.items():
@@ -44,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(images: Path, run: Path, *overrides: str) -> ClassifyRecipe:
-    """Every part in use: RandAugment, erasing, mixup and cutmix, drop path, layer decay, EMA, accumulation."""
+    """Return a recipe with RandAugment, erasing, mixup and cutmix, drop path, layer decay, EMA and accumulation."""
     tree = {
         "task": "classify",
         "precision": "fp32",
@@ -78,7 +81,7 @@ LINEAR = (
 
 
 def rules(name: str, *overrides: str) -> tuple[ClassifyRecipe, dict[str, Any]]:
-    """A shipped recipe, and the optimizer's group of each parameter of its model with 1,000 classes."""
+    """Return a shipped recipe, and the optimizer group of each parameter of its model with 1,000 classes."""
     task = Classify(load_recipe(name, overrides, None, ClassifyRecipe).recipe)
     with torch.device("meta"):
         model = task.model(1000)
@@ -124,7 +127,7 @@ def test_linear_probing_follows_maes_recipe(name: str, epochs: int) -> None:
 
 
 def check_schedule(recipe: ClassifyRecipe, peak: float, batch: int, epochs: int, warmup: int, floor: float) -> None:
-    """MAE's util/lr_sched.py, by the fraction of an epoch that is done."""
+    """Return the rate of MAE's util/lr_sched.py, which depends on the epoch as a fraction."""
     per_epoch = 1_281_167 // batch
     assert recipe.schedule.batch_size == batch and Classify(recipe).peak == pytest.approx(peak)
     assert total_steps(recipe.schedule, per_epoch) == epochs * per_epoch
@@ -137,7 +140,7 @@ def check_schedule(recipe: ClassifyRecipe, peak: float, batch: int, epochs: int,
 
 
 def test_the_first_logits_are_small_and_a_frozen_encoder_has_no_gradient(images: Path, tmp_path: Path) -> None:
-    """N(0, 2e-5): the loss begins at log C whatever the features. fc_norm takes the encoder's norm's place."""
+    """Initialise by N(0, 2e-5): the first loss is log C for any features. `fc_norm` replaces the encoder's norm."""
     task = Classify(recipe(images, tmp_path, "finetune.freeze=1"))
     model = task.outline()
     materialise(model, "cpu")
@@ -155,7 +158,7 @@ def test_the_first_logits_are_small_and_a_frozen_encoder_has_no_gradient(images:
 
 
 def test_what_a_step_sees_does_not_depend_on_its_split(images: Path, tmp_path: Path) -> None:
-    """Erasing, mixing and drop path of a batch, and of its halves: the same numbers, since pairs are neighbours."""
+    """Draw erasing, mixing and drop path for a batch and for its halves: they are equal, since pairs are neighbours."""
     task = Classify(recipe(images, tmp_path, "augment.mix=1"))
     ids = torch.arange(16)
     pixels = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
@@ -194,7 +197,7 @@ def losses(images: Path, run: Path, *overrides: str) -> tuple[list[float], float
 
 
 def one_and_two(images: Path, folder: Path, *overrides: str) -> None:
-    """Losses of 9 steps with every augmentation: equal but for the order of sums, to a relative 1e-4."""
+    """Compare losses of 9 steps with every augmentation: the order of summation differs, by at most 1e-4 relatively."""
     two = run_ranks(2, folder, losses, images, folder / "two", *overrides, "schedule.accumulate=1")
     one = losses(images, folder / "one", "schedule.accumulate=1", *overrides, "engine.kind=ddp")
     for found in two:
@@ -216,7 +219,7 @@ def test_two_ranks_train_as_one_under_every_engine(images: Path, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_train_a_linear_classifier_as_one(images: Path, tmp_path: Path, kind: str) -> None:
-    """The batch norm has the moments of the global batch."""
+    """Use the moments of the global batch in the batch norm."""
     lars = ["optimizer.kind=lars"] if kind == "ddp" else []
     one_and_two(images, tmp_path, *LINEAR, f"engine.kind={kind}", *lars)
 
@@ -297,7 +300,7 @@ def test_a_class_that_is_missing_in_validation_is_told_and_a_strange_one_refused
 
 
 def test_a_label_beyond_the_classes_is_refused(images: Path, tmp_path: Path) -> None:
-    """Numbers without names, with a gap in them: they are places in no order of their own."""
+    """Use class numbers without names and with a gap, which the task must map to 0, 1, ... in its own order."""
     for name, labels in {"train": (3, 7), "held-out": (3, 8)}.items():
         files = sorted((images / name).rglob("*.png"))[:4]
         rows = [f"{file}\t{labels[i % 2]}" for i, file in enumerate(files)]

@@ -1,4 +1,4 @@
-"""The task of detection: it resumes bit for bit, learns a few images by heart, and says what it cannot use."""
+"""Tests of the detection task: it resumes bit for bit, overfits a few images, and reports unusable input."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_few_images_are_learnt_by_heart(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_shipped_recipe_is_vitdets() -> None:
-    """The published recipe counts steps of batches of 64 of 118,287 images."""
+    """Compare with the published recipe, which counts steps with batches of 64 of 118,287 images."""
     found, per_epoch = load_recipe("detect_coco_vit_base", (), None, DetectRecipe).recipe, 118_287 // 64
     schedule = found.schedule
     assert (schedule.batch_size, schedule.epochs, schedule.drop_factor) == (64, 100, 0.1)

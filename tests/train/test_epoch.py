@@ -1,4 +1,4 @@
-"""The sums of an epoch, as checkpoints keep them."""
+"""Tests of an epoch's sums in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation that is spread over ranks finds what one rank finds, and gives each rank its share of the work."""
+"""Tests of evaluation on several ranks: the results equal those of one rank, and each rank does its share."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.train.test_trainer import recipe
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images, one of which cannot be read."""
+    """Return a folder of 30 images, one of which cannot be read."""
     folder = two_classes(tmp_path_factory.mktemp("images"), noise(30, seed=0))
     (folder / "a/04.png").write_bytes(b"no image")
     return folder
 
 
 def evaluated(images: Path, tests: dict[str, Path], kinds: list[str]) -> dict[str, dict[str, Any]]:
-    """The measures, and the number of images that this rank predicted, by test set and engine."""
+    """Return the measures and this rank's number of predicted images, by test set and engine."""
     found, device = {}, distributed.setup()
     for kind in kinds:
         for name, test in tests.items():
@@ -45,9 +45,9 @@ def evaluated(images: Path, tests: dict[str, Path], kinds: list[str]) -> dict[st
 
 
 def test_two_ranks_find_what_one_finds(images: Path, tmp_path: Path) -> None:
-    """With 7 images one rank has 4 and the other 3.
+    """Evaluate 7 images, of which one rank has 4 and the other 3, and 1 image.
 
-    With 1 image one rank has none, but still runs a forward, for fsdp.
+    With 1 image, one rank has none, but still runs a forward pass, since FSDP needs all ranks.
     """
     tests = {
         "seven": two_classes(tmp_path / "seven", noise(7, seed=1)),
@@ -70,7 +70,7 @@ def test_two_ranks_find_what_one_finds(images: Path, tmp_path: Path) -> None:
 
 
 def shares(count: int) -> tuple[list[int], int, list[int]]:
-    """This rank's share of `count` ids, and what all ranks have together of it."""
+    """Return this rank's share of `count` ids, and the shares of all ranks gathered."""
     mine = share(10 * torch.arange(count))
     return mine.ids.tolist(), mine.own, gather_rows(mine.ids[: mine.own]).tolist()
 
@@ -90,7 +90,7 @@ def test_shares_are_as_long_and_hold_each_id_once(tmp_path: Path) -> None:
 
 
 def test_a_huge_source_is_asked_for_images_that_it_has() -> None:
-    """The last id, 2^24 + 3, is no float32."""
-    huge: Any = range(2**24 + 4)  # only its length is asked for
+    """Use ids up to 2^24 + 3, which float32 cannot represent."""
+    huge: Any = range(2**24 + 4)  # only its length is used
     ids = evenly(huge, 2048).tolist()
     assert (len(ids), ids[0], ids[-1]) == (2048, 0, len(huge) - 1)

@@ -1,4 +1,4 @@
-"""A run becomes longer: the steps so far stay as they are, and the learning rate goes on from where it is."""
+"""Tests of extending a run: past steps do not change, and the learning rate continues from its current value."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_inside_the_warm_up_the_end_moves_and_nothing_else() -> None:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Ids and masks of the micro-batches that were trained on."""
+    """Record the ids and masks of the micro-batches used in training."""
     taken: list[tuple[Tensor, Tensor]] = []
     inputs = Pretrain.inputs
 
@@ -136,8 +136,8 @@ def test_a_cosine_run_is_extended_after_an_interruption(
     expected = list(seen)
     seen.clear()
     pretrain(recipe(images, run, *QUIET, "schedule.epochs=2"))
-    by_command(run, "schedule.epochs=4", "run.dry=true")  # one step of the extension
-    pretrain(recipe(images, run, *QUIET, "schedule.epochs=4"))  # and on, by the recipe itself
+    by_command(run, "schedule.epochs=4", "run.dry=true")  # runs one step of the extension
+    pretrain(recipe(images, run, *QUIET, "schedule.epochs=4"))  # continues with the same recipe through the Python API
     for (ids, masks), (wanted_ids, wanted_masks) in zip(seen, expected, strict=True):
         assert torch.equal(ids, wanted_ids) and torch.equal(masks, wanted_masks)
     kept = ScheduleSettings.model_validate(yaml.safe_load((run / "config.yaml").read_text())["schedule"])

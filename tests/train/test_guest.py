@@ -1,4 +1,7 @@
-"""`mimae.pretrain` as a guest: in a thread, beside a process group, twice, in a daemonic worker, in a notebook."""
+"""Tests of `mimae.pretrain` inside other programs.
+
+These are a thread, a program with its own process group, two calls in a process, a daemonic worker, and a notebook.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def weights(run: Path, step: int) -> dict[str, Any]:
 
 
 def test_in_a_thread_it_trains_as_in_the_main_one(images: Path, tmp_path: Path) -> None:
-    """With a worker of its own too; the process keeps its handlers."""
+    """Train in a thread, also with a loader worker; the process keeps its signal handlers."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)]
     outcomes: list[Any] = []
     thread = threading.Thread(target=lambda: outcomes.append(pretrain(images, tmp_path / "thread", workers=1)))
@@ -64,7 +67,7 @@ def test_in_a_thread_it_trains_as_in_the_main_one(images: Path, tmp_path: Path) 
 
 
 def test_beside_a_callers_process_group_and_twice_it_trains_as_alone(images: Path, tmp_path: Path) -> None:
-    """The second call goes on from the first one's checkpoint."""
+    """Continue in the second call from the checkpoint of the first."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.distributed_c10d._get_default_group()
@@ -82,7 +85,7 @@ def test_beside_a_callers_process_group_and_twice_it_trains_as_alone(images: Pat
 def test_with_the_output_and_the_event_loop_of_a_notebook(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cell runs inside of an event loop, and its streams are objects without a descriptor."""
+    """Run as in a notebook's cell: in an event loop, with output streams that have no file descriptor."""
     output = io.StringIO()
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(sys, "stderr", output)

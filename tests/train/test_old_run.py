@@ -1,4 +1,4 @@
-"""A run directory that an earlier version wrote resumes in the middle of an epoch.
+"""Tests that a run directory of an earlier version resumes in the middle of an epoch.
 
 tests/fixtures/run-of-ec7eaa5.tar.xz holds a run of six steps as commit ec7eaa5 left it after step 3, and the records of
 all six steps as the same commit wrote them without an interruption.
@@ -17,7 +17,8 @@ import mimae
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run-of-ec7eaa5.tar.xz"
 
 ROUNDING = 1e-3
-"""Relative: three steps of float32 on another processor differ by far less, wrong weights or batches by far more."""
+"""Relative tolerance. Float32 on another processor differs far less in three steps; wrong weights or batches, far more.
+"""
 
 
 @pytest.fixture

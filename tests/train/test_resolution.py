@@ -1,4 +1,4 @@
-"""Runs with images that grow: exact resuming in and between stages, what a stage computes, records, plans, mistakes."""
+"""Tests of runs whose image size grows: exact resuming, results of each stage, records, plans, and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from tests.plan import formula
 from tests.train.test_trainer import assert_bit_equal, images, lines, recipe, tensors  # noqa: F401
 
 GROWING = "schedule.resolution=[[4, 0.34], [6, 0.33], [8, 0.33]]"
-"""Images of 2 x 2, 3 x 3 (which the 4 x 4 cells of V do not divide) and 4 x 4 patches, for 3 steps each of 9."""
+"""Setting of 9 steps, 3 each with images of 2 x 2, 3 x 3 and 4 x 4 patches; the 4 x 4 cells of V do not divide 3 x 3.
+"""
 
 EACH_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=9")
 
@@ -53,7 +54,7 @@ def only_until(run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """The run that nothing disturbed, with all of its checkpoints."""
+    """Return an uninterrupted run with all its checkpoints."""
     run = tmp_path_factory.mktemp("whole")
     pretrain(recipe(images, run, GROWING, *EACH_STEP, *QUIET))
     return run
@@ -102,7 +103,7 @@ def test_stages_are_a_function_of_the_step() -> None:
         Stage((24, 24), 360, 720),
         Stage((32, 32), 720, 1200),
     ]
-    # A stage without a step is left out, and the run ends where it ends.
+    # A stage without steps is left out, and the end of the run does not change.
     assert stages(schedule, (32, 32), 1) == [Stage((24, 24), 0, 1)]
     assert stages(schedule, (32, 32), 2) == [Stage((16, 16), 0, 1), Stage((32, 32), 1, 2)]
     plain = load_recipe("quickstart").recipe.schedule
@@ -111,8 +112,10 @@ def test_stages_are_a_function_of_the_step() -> None:
 
 @pytest.mark.parametrize("size", [4, 6])
 def test_a_stage_computes_what_a_model_of_its_size_does(images: Path, tmp_path: Path, size: int) -> None:  # noqa: F811
-    """A model with images of that size alone gives the same predictions bit for bit; a seed gives both equal weights,
-    for weights are drawn by their names."""
+    """Compare with a model for images of that size only: the predictions are equal bit for bit.
+
+    Both have equal weights, since the random numbers of a weight depend on the seed and its name.
+    """
     grown = build(recipe(images, tmp_path, GROWING))
     small = recipe(images, tmp_path, f"data.image_size={size}")
     alone = build(small)
@@ -132,13 +135,13 @@ def test_a_stage_computes_what_a_model_of_its_size_does(images: Path, tmp_path: 
 
 @pytest.mark.parametrize("shape", [(8, 12), (4, 6), (6, 9), (5, 7)])
 def test_cells_of_v_are_means_of_their_pixels(shape: tuple[int, int]) -> None:
-    """4 x 6 cells on images that have several pixels a cell, one, and a share of one."""
+    """Use 4 x 6 cells on images with several pixels per cell, with one, and with less than one."""
     rows, columns = 4, 6
     pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3)).astype(np.float64)
     wanted = np.empty((2, rows, columns, 3))
     for r in range(rows):
         for c in range(columns):
-            # Floor of where the cell begins, ceiling of where it ends.
+            # Round the start of the cell down and its end up.
             tall = slice(r * shape[0] // rows, -(-(r + 1) * shape[0] // rows))
             wide = slice(c * shape[1] // columns, -(-(c + 1) * shape[1] // columns))
             wanted[:, r, c] = pixels[:, tall, wide].mean((1, 2))
@@ -150,7 +153,7 @@ def test_the_planner_knows_the_stages() -> None:
     for size in (16, 24, 32):
         alone = load_recipe("quickstart_next_view", [f"data.image_size={size}"]).recipe
         assert encoder_flops(given, (size, size)) == encoder_flops(alone)
-        # V sees as many cells whatever the size is; all else is the work of a run with this size alone.
+        # V has the same number of cells at any size; all else equals the work of a run with this size only.
         assert image_flops(given, (size, size)) - objective_flops(given, (size, size)) == image_flops(
             alone
         ) - objective_flops(alone)

@@ -1,4 +1,4 @@
-"""The data of a run when it is taken up again: elsewhere, from another folder, and by the rules of its time."""
+"""Tests of a resumed run's data: at another path, from another folder, and by the rules of its version."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tiny(*overrides: str) -> Recipe:
 
 
 def test_a_run_goes_on_where_its_images_have_moved(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The scratch path of a node may contain the job's number.
+    """Resume with another path, since a node's scratch path may contain the job number.
 
     Other images are refused, and both paths are reported.
     """
@@ -89,11 +89,11 @@ def test_relative_paths_of_labels_are_kept_for_every_folder(here: Path, task: st
 def test_a_run_keeps_the_numbering_that_it_was_started_with(
     here: Path, written: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By newer rules the folder has one image more, which would make other batches of the same run."""
+    """Keep the run's rules: by newer rules, the folder has one image more, which would change the batches."""
     (here / "images/a/1.jpe").write_bytes((here / "images/a/1.png").read_bytes())
     pretrain(tiny("data.path=images", "data.index_version=1", "run.dry=true"))
     file = here / "run/config.yaml"
-    if not written:  # As runs were written before there were versions.
+    if not written:  # Runs of early versions have no entry.
         file.write_text(re.sub(r".*index_version.*\n", "", file.read_text()))
     assert as_kept(tiny("data.path=images")).data.index_version == 1
     assert pretrain(tiny("data.path=images")).finished
@@ -106,8 +106,11 @@ def test_a_run_keeps_the_numbering_that_it_was_started_with(
 def test_a_run_that_is_older_than_a_key_goes_on_as_it_was_started(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shipped recipe may set a key that it did not have when the run was started: the command that started the run
-    still resumes it, time after time, and no weight changes. A run that knows the key refuses another value."""
+    """Resume with a shipped recipe that sets a key which did not exist when the run was started.
+
+    The original command resumes the run repeatedly, and no weight changes. A run that has the key refuses another
+    value.
+    """
     later = {
         "masking.rounding": "down",
         "model.patch_bias": "uniform",

@@ -1,4 +1,4 @@
-"""A run writes only inside its directory, whatever a stranger put there; and the run outlives what is done to it."""
+"""Tests that a run writes only inside its directory, even where others put links, and survives changes to it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _written(run: Path) -> list[str]:
-    """Every file and folder of a run by its relative name, what stands inside of checkpoints left out."""
+    """Return the relative names of all files and folders of a run, except those inside checkpoints."""
     names = {str(path.relative_to(run)) for path in run.rglob("*")}
     names |= {"checkpoints/.step-00000002.tmp", "stacks", "stacks/rank-0.txt", "bad_samples.jsonl"}
     names |= {"nonfinite", "nonfinite/checkpoints/.step-00000001.tmp"}
@@ -67,7 +67,7 @@ def _written(run: Path) -> list[str]:
 
 
 def _write_the_rest(run: Path) -> None:
-    """Write the files that a run only writes after a fault."""
+    """Write the files that a run writes only after a fault."""
     BadSamples(run / "bad_samples.jsonl", 10, 0.5).record([BadSample(1, "a.png", "torn")])
     with Watchdog(run, 60, 60):
         pass
@@ -80,11 +80,11 @@ def _write_the_rest(run: Path) -> None:
         distributed.shutdown()
 
 
-@pytest.mark.slow  # a run for each of some twenty names
+@pytest.mark.slow  # one run for each of about twenty names
 def test_no_link_in_a_run_directory_leads_a_write_outside(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For every name that a run writes, a link there to a file of the user's, or to a folder."""
+    """Put a link to a user's file or folder at every name that a run writes."""
     monkeypatch.setattr("mimae.distributed.world_size", lambda *_: 1)
     names = _written(whole)
     assert {"lock", "config.yaml", "environment.json", "metrics.jsonl", "epochs.jsonl", "events.jsonl", "latest"} <= {
@@ -95,7 +95,7 @@ def test_no_link_in_a_run_directory_leads_a_write_outside(
         is_folder = (whole / name).is_dir() or name in ("stacks", "nonfinite") or "/.step" in name
         content = victim / "file" if is_folder else victim
         content.parent.mkdir(exist_ok=True)
-        before = (whole / name).read_text() if name == "config.yaml" else "precious"  # a run that is refused says less
+        before = (whole / name).read_text() if name == "config.yaml" else "precious"  # this run is refused early
         content.write_text(before)
         (run / name).parent.mkdir(parents=True)
         (run / name).symlink_to(victim)
@@ -110,7 +110,7 @@ def test_no_link_in_a_run_directory_leads_a_write_outside(
         said += capsys.readouterr().out
         assert content.read_text() == before, name
         assert not is_folder or [path.name for path in victim.iterdir()] == ["file"], name
-        # A leftover of a save, and names that nothing uses any more, are nothing to tell of.
+        # Leftovers of a save, and names that are no longer used, are not reported.
         is_used = not re.search(r"\.tmp$|checkpoints/", name)
         assert not is_used or "symbolic link" in said, (name, said)
 
@@ -132,7 +132,7 @@ def test_links_that_a_run_goes_on_beside_are_told_once(tmp_path: Path, capsys: p
 
 
 def test_linked_run_and_checkpoints_stay_legal(tmp_path: Path) -> None:
-    """The user put them on another disk."""
+    """Accept links that the user made to another disk."""
     for name in ("disk/run", "disk/checkpoints"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "run").symlink_to(tmp_path / "disk/run")
@@ -142,7 +142,7 @@ def test_linked_run_and_checkpoints_stay_legal(tmp_path: Path) -> None:
 
 
 class _Closed:
-    """A stdout that takes some lines, and then is a pipe that nobody reads."""
+    """Stdout that accepts some lines, and then fails like a pipe without a reader."""
 
     encoding = "utf-8"
 
@@ -199,7 +199,7 @@ def test_a_run_that_is_renamed_goes_on_in_its_new_place(
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert checkpoint.names(tmp_path / "b") == ["step-00000003", "step-00000002", "step-00000001"]
     assert len((tmp_path / "b/metrics.jsonl").read_text().splitlines()) == 3
-    # Until the next save TensorBoard, which knows the old place, may have a fault.
+    # TensorBoard knows the old path, and may fail until the next save.
     kinds = [kind for kind in happened(tmp_path / "b") if kind != "fault"]
     assert kinds == ["start", "save", "moved", "save", "save", "finish"]
     assert f"renamed while training; the run continues in {tmp_path / 'b'}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Segmentation: the published recipe's numbers, and runs from images and masks to their measures."""
+"""Tests of segmentation: the numbers of the published recipe, and whole runs from images and masks to measures."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ STEPS = 4
 
 
 def scene(i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image uint8 (36, 48, 3) and its classes uint8 (36, 48): a disc and a bar on a ground, each with a
-    colour and noise of its own, and a column of pixels that are ignored."""
+    """Return an image uint8 (36, 48, 3) and its classes uint8 (36, 48).
+
+    The image has a disc and a bar on a background, each with its own colour and noise. One column of pixels is ignored.
+    """
     generator = np.random.default_rng(i)
     rows, columns = np.mgrid[:36, :48]
     classes = np.zeros((36, 48), np.uint8)
@@ -43,7 +45,7 @@ def scene(i: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """9 pairs in ADE20K's layout: an odd number for two ranks."""
+    """Return a folder of 9 pairs in ADE20K's layout; 9 is odd, so that two ranks have unequal shares."""
     folder = tmp_path_factory.mktemp("scenes")
     for i in range(9):
         for name, pixels in zip(("images", "annotations"), scene(i)):
@@ -69,7 +71,7 @@ def recipe(scenes: Path, run: Path, *overrides: str) -> SegmentRecipe:
 
 
 def test_the_recipe_for_ade20k_has_the_published_numbers() -> None:
-    """mmsegmentation's configs/mae and its UperNet: values, learning rates of the groups, schedule."""
+    """Compare with mmsegmentation's configs/mae and its UperNet: settings, learning rates of groups, schedule."""
     found = load_recipe("segment_ade20k_vit_base", (), None, SegmentRecipe).recipe
     task, schedule = Segment(found), found.schedule
     optimizer, settings = found.optimizer, found.segment
@@ -103,7 +105,7 @@ def test_the_recipe_for_ade20k_has_the_published_numbers() -> None:
 def test_a_run_has_its_measures_its_classes_and_a_picture(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The class `none` is in no mask: it has no number, or 0 where it was found, and the run says so."""
+    """Include a class `none` that is in no mask: its measure is missing, or 0 if it was predicted; the run tells it."""
     assert train(Segment(recipe(scenes, tmp_path / "run", "schedule.max_steps=3", "precision=bf16"))).finished
     step, epoch = lines(tmp_path / "run" / "metrics.jsonl")[-1], lines(tmp_path / "run" / "epochs.jsonl")[-1]
     assert step["loss"] == pytest.approx(step["main"] + step["auxiliary"], rel=1e-5)
@@ -113,7 +115,7 @@ def test_a_run_has_its_measures_its_classes_and_a_picture(
     assert epoch["miou"] == pytest.approx(sum(counted) / len(counted))
     assert "in data.val_path no pixel has the class none" in capsys.readouterr().out
     (picture,) = (tmp_path / "run" / "images").iterdir()
-    # Three panels of 16 pixels, enlarged to 128.
+    # There are three panels of 16 pixels, enlarged to 128.
     assert Image.open(picture).width > 3 * 128
 
 
@@ -156,8 +158,14 @@ def test_settings_that_do_not_fit_are_refused(override: str, message: str, tmp_p
 
 
 def whole_and_resumed(scenes: Path, runs: Path, ways: dict[str, list[str]]) -> dict[str, Any]:
-    """By way: the losses, measures and names of tensors that differ of a run, and of one that stopped in an epoch."""
-    leave, distributed.shutdown = distributed.shutdown, lambda: None  # DeepSpeed does not outlive its process group
+    """Compare a whole run with one that stopped within an epoch, for each entry of `ways`.
+
+    Returns losses, measures and the names of tensors that differ.
+    """
+    leave, distributed.shutdown = (
+        distributed.shutdown,
+        lambda: None,
+    )  # DeepSpeed needs its process group until the end
     found = {}
     try:
         for way, overrides in ways.items():
@@ -182,9 +190,9 @@ def check(found: dict[str, Any], losses: list[float], miou: float) -> None:
     assert not found["different"] and found["tensors"] > 100
     whole, parts = found["losses"]
     assert whole == parts and len(whole) == STEPS and found["miou"][0] == found["miou"][1]
-    # The order of sums differs; measured: at most 3e-6.
+    # The order of summation differs; the largest measured difference is 3e-6.
     assert whole == pytest.approx(losses, rel=1e-4)
-    # A pixel whose two best classes are equal but for rounding may change.
+    # A pixel may change its class where rounding decides between the two best classes.
     assert found["miou"][0] == pytest.approx(miou, abs=2e-3)
 
 
@@ -194,7 +202,7 @@ def alone(scenes: Path, run: Path) -> tuple[list[float], float]:
 
 
 def test_two_ranks_train_as_one_and_resume_with_equal_bits(scenes: Path, tmp_path: Path) -> None:
-    """Under FSDP, where evaluation is a collective: 9 images on two ranks, with 3 to 6 windows each."""
+    """Evaluate 9 images with FSDP, which is a collective, on two ranks; each image has 3 to 6 windows."""
     expected = alone(scenes, tmp_path / "alone")
     for rank in run_ranks(2, tmp_path, whole_and_resumed, scenes, tmp_path, {"fsdp": ["engine.kind=fsdp"]}):
         check(rank["fsdp"], *expected)
@@ -211,7 +219,7 @@ def test_every_engine_trains_as_one_rank_does(scenes: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_few_images_are_learned_by_heart(scenes: Path, tmp_path: Path) -> None:
-    """From random weights; a guess of the ground alone has an intersection over union of 0.24."""
+    """Train from random weights. Predicting only background gives a mean intersection over union of 0.24."""
     overrides = [
         *("schedule.epochs=150", "telemetry.probe_every_epochs=150", "segment.classes=3", "finetune.drop_path=0"),
         *("segment.photometric=false", "finetune.layer_decay=1", "schedule.accumulate=1"),

@@ -28,7 +28,7 @@ from mimae.train.start import hints
     ],
 )
 def test_a_schedule_that_the_run_does_not_reach_is_told(overrides: list[str], steps: int, told: str) -> None:
-    """One step has no schedule, as in a dry run; 100 steps are an epoch."""
+    """Check schedules of runs with 100 steps per epoch; a run of one step, as in a dry run, has no schedule."""
     recipe = load_recipe("quickstart", ["schedule.warmup_epochs=0", *overrides]).recipe
     found = list(hints(recipe, steps, 100))
     assert [line.startswith(told) for line in found] == [True] * bool(told), found

@@ -1,4 +1,4 @@
-"""Whole runs on small images: resuming, killing, stopping, and what they leave behind."""
+"""Tests of whole runs on small images: resuming, killing, stopping, and the files of a run."""
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ STEPS = 9  # 30 images in steps of 8: 3 steps an epoch with a tail of 6, so 3 ep
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images of two classes, 14 to 20 pixels wide."""
+    """Return a folder of 30 images in two classes, 14 to 20 pixels wide."""
     return two_classes(tmp_path_factory.mktemp("images"), noise(30, seed=0))
 
 
 def recipe(images: Path, run: Path, *overrides: str) -> Recipe:
-    """Seconds on one core, with every part in use: gate, V, projector, accumulation, clipping, EMA, checks."""
+    """Return a recipe that takes seconds on one core and uses every part.
+
+    The parts are gate, V, projector, accumulation, clipping, EMA and checks.
+    """
     tree = {
         "precision": "fp32",
         "run": {"dir": str(run)},
@@ -86,7 +89,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing disturbed."""
+    """Return an uninterrupted run."""
     run = tmp_path_factory.mktemp("whole")
     outcome = pretrain(recipe(images, run))
     assert outcome == (run, STEPS, True, False)
@@ -116,7 +119,7 @@ def test_a_finished_run_says_so(images: Path, whole: Path, capsys: pytest.Captur
 
 
 def _die_at_step(images: Path, run: Path, step: int) -> None:
-    """Runs until `step` has been computed, then dies before anything is written about it."""
+    """Run until `step` has been computed, then die before anything is written about it."""
     optimize: Callable[..., Any] = Trainer.optimize
 
     def until(self: Any) -> Any:
@@ -129,7 +132,7 @@ def _die_at_step(images: Path, run: Path, step: int) -> None:
 
 
 def _die_in_save(images: Path, run: Path, step: int) -> None:
-    """Dies in the background save of `step` with half of its tensors' file written, some steps later."""
+    """Die during the background save of `step`, some steps later, with half of the tensor file written."""
     write = dcp.save
 
     def torn(path: Path, *args: Any) -> None:
@@ -143,7 +146,7 @@ def _die_in_save(images: Path, run: Path, step: int) -> None:
 
 
 def _killed(function: Callable[..., None], *args: Any) -> None:
-    """Runs `function` in a process of its own, which has to die by SIGKILL."""
+    """Run `function` in a separate process, which must die by SIGKILL."""
     process = own_process(function, *args)
     process.start()
     process.join()
@@ -187,7 +190,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Altered in one bit; then torn; then none is left."""
+    """Flip one bit of a checkpoint, then truncate one, then damage the last."""
     pretrain(recipe(images, tmp_path))
     older, newest = sorted((tmp_path / "checkpoints").iterdir())
     weights = newest / "__0_0.distcp"
@@ -206,7 +209,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp_path: Path) -> None:
-    """The damaged checkpoint is that of step 2, at which the run that resumes from 1 does not save again."""
+    """Damage the checkpoint of step 2, at which the run that resumes from step 1 does not save again."""
     for _ in range(2):
         pretrain(recipe(images, tmp_path, "run.dry=true"))
     os.truncate(tmp_path / "checkpoints/step-00000002/__0_0.distcp", 10)
@@ -218,7 +221,7 @@ def test_a_damaged_checkpoint_that_was_passed_over_is_not_kept(images: Path, tmp
 def test_a_cache_may_be_switched_on_in_a_run(
     images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """Its samples are the source's: the weights are those of the run without one. PNGs: one decoder reads them all."""
+    """Compare weights with those of a run without a cache. The images are PNGs, for which there is one decoder."""
     run, kept = tmp_path / "run", tmp_path / "kept"
     pretrain(recipe(images, run, "run.dry=true"))
     assert pretrain(recipe(images, run, f"data.cache={kind}", f"data.cache_dir={kept}")).finished
@@ -249,7 +252,7 @@ def test_other_settings_or_images_are_refused_on_resume(images: Path, whole: Pat
 def test_the_same_images_at_another_path_are_taken(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run goes on where its images have moved, says both paths, and finds relative ones from any folder."""
+    """Resume after the images have moved, report both paths, and find relative paths from any folder."""
     shutil.copytree(images, tmp_path / "job-1")
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
@@ -268,7 +271,7 @@ def test_the_same_images_at_another_path_are_taken(
 def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One bad step leaves the weights and the averages alone; ten in a row leave the checkpoints alone too."""
+    """Keep weights and averages unchanged in a non-finite step; ten in a row do not change checkpoints either."""
     optimize, bad = Trainer.optimize, {4}
 
     def poisoned(self: Any) -> Any:
@@ -296,7 +299,7 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_end_the_run(
 def test_an_error_costs_no_save_that_is_under_way(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does the process end under its thread, which torch would make an abort."""
+    """Finish the save thread before the process ends; otherwise torch would abort the process."""
     failed = threading.Event()
     write, optimize = dcp.dcp.FileSystemWriter.write_data, Trainer.optimize
 
@@ -335,7 +338,7 @@ def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monke
 def test_the_next_views_patches_are_what_is_validated_and_pictured(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """val_rec against a loop over views and patches: the mean over what the next view shows, once per image."""
+    """Compare val_rec with a loop over views and patches: the mean over the next view's patches, once per image."""
     given = recipe(images, tmp_path, "decoder.predict=next_view", "decoder.attention=cross", "schedule.epochs=1")
     drawn: list[Tensor] = []
 
@@ -370,7 +373,7 @@ def test_the_next_views_patches_are_what_is_validated_and_pictured(
 def test_blocks_are_compiled_for_the_sizes_of_training_alone(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoder block and decoder's last, each once and with fixed sizes, in a run with checks and pictures."""
+    """Compile the encoder block and the decoder's last block once, with fixed sizes, in a run with all outputs."""
     compiled: list[list[Any]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -411,7 +414,7 @@ def _losses(images: Path, run: Path) -> list[float]:
 
 
 def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> None:
-    """Global statistics, global batches: only rounding differs."""
+    """Compare the losses: statistics and batches are global, so that only rounding differs."""
     (tmp_path / "ranks").mkdir()
     two = run_ranks(2, tmp_path / "ranks", _losses, images, tmp_path / "two")[0]
     one = _losses(images, tmp_path / "one")
@@ -424,7 +427,7 @@ def test_two_ranks_have_the_loss_curve_of_one(images: Path, tmp_path: Path) -> N
 def test_auto_is_settled_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Choices of the first start are kept. An explicit other loader is refused, and another attention is accepted."""
+    """Keep the choices of the first start. Refuse another explicit loader, and accept another attention."""
     dry = ("run.dry=true", "data.loader=auto", "model.attention=auto")
     monkeypatch.setattr(backend, "choose", lambda *given, **more: Choice("dali_cpu", "the cheapest"))
     monkeypatch.setattr(attention_choice, "choose", lambda *given: ("plain", "measured here"))
@@ -454,14 +457,14 @@ def test_a_run_that_is_older_than_the_choice_of_attention_goes_on_with_sdpa(
     assert load_recipe(config).recipe.model.attention == "sdpa"
 
 
-# The line of an epoch that was interrupted
+# The record of an interrupted epoch
 
 
 MEANS = ("loss", "rec", "max_mi", "min_mi", "fit", "mi_lower_nats", "mi_upper_nats", "saturated")
 
 
 def _interrupted(images: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begins a run whose fourth step, the first of its second epoch, takes half a second, and which ends after it."""
+    """Start a run that ends after its fourth step, the first of its second epoch, which takes half a second."""
     optimize = Trainer.optimize
 
     def slow(self: Any) -> Any:
@@ -494,7 +497,7 @@ def test_an_interrupted_epoch_has_the_line_of_a_whole_one(
 def test_a_checkpoint_of_before_has_no_sums_and_is_resumed(
     images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line is then of the steps since the resume, as it was."""
+    """Record only the steps since the resume, as earlier versions did."""
     state = Trainer._state
     with monkeypatch.context() as before:
         before.setattr(Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if k != "sums"})

@@ -1,4 +1,4 @@
-"""Short runs whose encoders are taken out."""
+"""Fixtures: short runs, whose encoders the tests export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     "telemetry": {"probe_every_epochs": 0, "images_every_epochs": 0, "trackers": []},
     "checkpoint": {"background": False},
 }
-"""Not square, with a mean and deviation of its own: nothing can be confused."""
+"""Settings of images that are not square, with their own mean and deviation, so that a swap fails the tests."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven images of two classes; one cannot be read."""
+    """Return a folder of eleven images in two classes, one of which cannot be read."""
     folder = tmp_path_factory.mktemp("data") / "images"
     write_images(folder, [f"{'ab'[i % 2]}/{i:02}.png" for i in range(11)], 16, 24)
     (folder / "b/03.png").write_bytes(b"no image")
@@ -46,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[..., Path]:
-    """A function that trains a tiny run with overrides, and returns its directory."""
+    """Return a function that trains a tiny run with overrides, and returns its directory."""
 
     def make(*overrides: str) -> Path:
         run = tmp_path_factory.mktemp("runs") / "run"
@@ -59,5 +59,5 @@ def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[...
 
 @pytest.fixture(scope="session")
 def run(made: Callable[..., Path]) -> Path:
-    """The run with everything by default."""
+    """Return the run with default settings."""
     return made()

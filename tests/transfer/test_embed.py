@@ -1,4 +1,4 @@
-"""`mimae embed`: the features of every image, in every kind of file, however often it was interrupted."""
+"""Tests of `mimae embed`: the features of every image, in every file format, also after interruptions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def expected(run: Path, images: Path) -> dict[str, np.ndarray]:
 
 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four samples a part: three parts of which the last is short, and a batch that is."""
+    """Use parts of four samples: the last of three parts is short, and so is its batch."""
     monkeypatch.setattr(module, "_PART_ROWS", 4)
 
 
@@ -97,7 +97,7 @@ def test_parquet_and_safetensors_hold_the_same(
 def test_a_call_that_was_interrupted_goes_on_to_the_same_file(
     run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once after the first part, once while the file was made of the parts."""
+    """Interrupt after the first part, and again while the parts are joined into the file."""
     small_parts(monkeypatch)
     request = Request(batch=2)
     embed(run, str(images), tmp_path / "whole.npz", request)
@@ -108,7 +108,7 @@ def test_a_call_that_was_interrupted_goes_on_to_the_same_file(
 
     def stop(*args: object) -> None:
         seen[0] += 1
-        if seen[0] == 3:  # in the second of three parts
+        if seen[0] == 3:  # during the second of three parts
             raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -166,7 +166,7 @@ def test_the_size_of_a_part_is_bounded_in_bytes_and_in_whole_batches(run: Path, 
 
 @pytest.mark.slow
 def test_memory_is_flat_and_a_killed_call_of_two_processes_leaves_the_same_file(run: Path, tmp_path: Path) -> None:
-    """6,000 images in a shard: two processes, all of them killed, and one that goes on, against one that was not."""
+    """Embed 6,000 images of a shard with two processes, kill them, and continue with one: the file must not differ."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 12, 3), np.uint8)
     files = [encoded(each) for each in pixels]
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
@@ -201,7 +201,7 @@ def test_memory_is_flat_and_a_killed_call_of_two_processes_leaves_the_same_file(
         time.sleep(0.05)
     first.kill()
     first.wait()
-    time.sleep(3)  # Its processes end with it.
+    time.sleep(3)  # The worker processes end with their parent.
     written = sorted(tmp_path.glob("out.npz.parts/part-*"))
     time.sleep(2)
     assert 5 <= len(written) < 24 and sorted(tmp_path.glob("out.npz.parts/part-*")) == written
@@ -210,7 +210,7 @@ def test_memory_is_flat_and_a_killed_call_of_two_processes_leaves_the_same_file(
 
 
 def anonymous(process: int) -> int:
-    """Memory of a process that is not of files, in KiB."""
+    """Return the anonymous memory of a process, in KiB."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

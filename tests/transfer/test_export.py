@@ -1,4 +1,4 @@
-"""`mimae export`: folders that others open, and the encoder that comes back out of them."""
+"""Tests of `mimae export`: other libraries open its folders, and their encoder equals the exported one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxru
 
 @pytest.fixture(scope="session")
 def square(made: Callable[..., Path]) -> Path:
-    """A run on squares of one view, as MAE has them."""
+    """Return a run with square images and one view, as in MAE."""
     return made("data.image_size=16", "masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0")
 
 
@@ -69,7 +69,7 @@ def test_the_decoder_of_the_average_goes_along(square: Path, tmp_path: Path, to:
 
 
 def test_timm_pools_as_the_card_says(run: Path, tmp_path: Path) -> None:
-    """The lines of the card, as a stranger runs them: fine-tuning head, other size and other channels included."""
+    """Run the code of the model card as a user would, with fine-tuning head, another size and other channels."""
     out = tmp_path / "timm"
     export(run, "timm", out, Options())
     tuned: Any = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5, img_size=(16, 12), in_chans=5)
@@ -97,7 +97,7 @@ def test_bf16_is_rounded_once_and_its_rounding_is_told(run: Path, tmp_path: Path
 
 
 def test_outputs_that_differ_are_no_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder whose weights are not the run's, and one whose outputs are no numbers."""
+    """Reject a folder whose weights differ from the run's, and one whose outputs are NaN."""
     target = TARGETS["safetensors"]
 
     def spoil(value: float) -> Callable[..., None]:
@@ -138,7 +138,7 @@ def test_what_cannot_be_expressed_is_refused_in_words(
 
 
 def test_the_encoder_comes_out_of_runs_of_other_tasks_too(run: Path, images: Path, tmp_path: Path) -> None:
-    """Frozen below a classifier it is what it was; where `fc_norm` took the place of its norm, it is refused."""
+    """Export the frozen encoder of a classifier unchanged; refuse it where `fc_norm` replaced its norm."""
     shared = {key: TINY[key] for key in ("precision", "data", "model", "schedule", "telemetry", "checkpoint")}
     data = {**TINY["data"], "path": str(images), "max_bad_fraction": 1}
     settings = {**shared, "data": data}
@@ -182,7 +182,7 @@ def test_other_folders_are_no_exports(tmp_path: Path, config: dict[str, Any], sa
 @pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=needs_onnx)])
 @pytest.mark.parametrize("options", [Options(form=Form(blocks=(2, 0))), Options(form=Form("float", dynamic_size=True))])
 def test_graphs_compute_by_themselves(run: Path, tmp_path: Path, to: str, options: Options) -> None:
-    """Any batch; maps of blocks in the order asked for; with a dynamic size other sizes too, one not larger."""
+    """Accept any batch size, return the blocks' maps in the requested order, and accept other sizes if dynamic."""
     report = export(run, to, tmp_path / "out", options)
     assert report.differences is not None and max(report.differences.values()) < 1e-5
     assert list(report.differences) == ["tokens", "features", *(f"block_{number}" for number in options.form.blocks)]
@@ -190,7 +190,7 @@ def test_graphs_compute_by_themselves(run: Path, tmp_path: Path, to: str, option
 
 
 ISOLATED = "import sys, runpy; sys.modules['mimae'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-"""Runs a script that cannot import mimae."""
+"""Code that runs a script which cannot import mimae."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Pictures of reconstructions, neighbours and features: what is on them, and where."""
+"""Tests of the pictures of reconstructions, neighbours and features: their content and layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(png: bytes) -> np.ndarray:
 
 
 def test_reconstructions_take_files_and_data_sets(run: Path, images: Path, tmp_path: Path) -> None:
-    """Two rows of a file each, then eight of the data set, without the one that cannot be read."""
+    """Draw a row for each of two files, and eight rows of the data set, without the unreadable image."""
     write_images(tmp_path, ["one.png", "two.png"], 16, 24)
     files = [str(tmp_path / "one.png"), str(tmp_path / "two.png")]
     found = look.reconstruct(run, [*files, str(images)])
@@ -43,7 +43,7 @@ def bank(folder: Path, features: list[list[float]]) -> look.Bank:
 
 
 def test_neighbours_are_those_of_highest_cosine_and_never_the_image_itself(tmp_path: Path) -> None:
-    """Known features: 0 and 2 point the same way, 1 and 3 too, whatever their lengths."""
+    """Use known features: 0 and 2 have the same direction, 1 and 3 too, with different lengths."""
     write_images(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"], 96, 96)
     found = bank(tmp_path, [[1.0, 0.1], [0.1, 1.0], [9.0, 0.0], [0.0, 9.0]])
     png = opened(look.neighbours(found, queries=4, nearest=1))

@@ -1,4 +1,4 @@
-"""The commands of the second half of docs/weights.md, as a reader types them."""
+"""Tests of the commands of the second half of docs/weights.md, run as a reader types them."""
 
 from __future__ import annotations
 

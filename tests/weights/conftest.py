@@ -1,4 +1,4 @@
-"""A small model whose weights are all different, and images to train it on."""
+"""Fixtures: a small model whose weights all differ, and images to train it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Weights = dict[str, Tensor]
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of noise, 20 x 20 pixels."""
+    """Return a folder of 24 noise images, 20 x 20 pixels."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(24):
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(images: Path | str, run: Path, *overrides: str, **sections: Any) -> Recipe:
-    """A run of MAE in two steps: one view, no MI terms."""
+    """Return a run of MAE with two steps: one view, no MI terms."""
     tree = {
         "precision": "fp32",
         "run": {"dir": str(run)},
@@ -46,7 +46,7 @@ def recipe(images: Path | str, run: Path, *overrides: str, **sections: Any) -> R
 
 
 def perturbed(model: MIMAE) -> Weights:
-    """Weights of encoder and decoder, none of them at its initial zeros and ones, with the decoder's positions."""
+    """Return weights of encoder and decoder without initial zeros and ones, with the decoder's positions."""
     generator = torch.Generator().manual_seed(1)
     found = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""No rank holds the whole of the weights that a spread model starts from."""
+"""Tests that no rank holds all the source weights from which a sharded model starts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mimae.weights.names import to_timm, to_transformers
 from tests.rank_processes import run_ranks
 from tests.weights.conftest import encoder_of, perturbed, recipe
 
-MODEL = ["model.width=512", "model.depth=8", "model.heads=8"]  # 25 M weights, 101 MB; the largest of them 4 MB
+MODEL = ["model.width=512", "model.depth=8", "model.heads=8"]  # 25 M weights, 101 MB; the largest tensor has 4 MB
 
 ALLOWED = 20e6
-"""Bytes of a rank beside its own parts: chunks of a tensor, and what the allocator keeps. A whole copy is 100 MB."""
+"""Allowed bytes of a rank beside its shards: chunks of a tensor and the allocator's cache. A full copy has 100 MB."""
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no pages of a file."""
+    """Return the bytes of anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def growth(function: Callable[[], None]) -> int:
-    """Return by how many bytes the process grows, at most, while a function runs."""
+    """Return by how many bytes the process grows at its peak while a function runs."""
     over, peak, before = threading.Event(), 0, anonymous()
 
     def watch() -> None:
@@ -48,7 +48,7 @@ def growth(function: Callable[[], None]) -> int:
 
 
 def start(images: Path, run: Path, init: str, engine: str, wanted: Path) -> dict[str, Any]:
-    """Start a rank; return by how much it grew meanwhile, and the parts that are not those of the source."""
+    """Start a rank; return by how much its memory grew, and the shards that differ from the source."""
     grown: list[int] = []
     place = tasks.place
     tasks.place = lambda *args: grown.append(growth(lambda: place(*args)))  # type: ignore[assignment]

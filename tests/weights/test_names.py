@@ -1,4 +1,4 @@
-"""Names of weights: our tensors under everybody's names and back, against the libraries' own models."""
+"""Tests of weight names: our tensors under the names of other libraries and back, loaded by their own models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from mimae.objective.settings import ObjectiveSettings
 from mimae.weights.names import Place, place, sort, to_mae, to_timm, to_transformers
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 16, 4, 24, 2, 3
-DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = 16, 1, 2  # no size of the encoder's: a tensor in the wrong place shows
+DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = (
+    16,
+    1,
+    2,
+)  # differ from the encoder's, so that a misplaced tensor fails
 
-# facebookresearch/mae, models_mae.py, of one block on each side.
+# Names of facebookresearch/mae, models_mae.py, with one block in encoder and decoder.
 MAE = [
     *("cls_token", "pos_embed", "mask_token", "decoder_pos_embed"),
     *("patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"),
@@ -35,7 +39,7 @@ MAE = [
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    """Weights of encoder and decoder, each number of them another one, with the decoder's positions."""
+    """Return weights of encoder and decoder in which all numbers differ, with the decoder's positions."""
     model = MIMAE(
         DataSettings(image_size=SIDE),
         MaskingSettings(num_masks=1),
@@ -54,7 +58,7 @@ def encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def back(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors out of those of another project."""
+    """Return our tensors, converted from those of another project."""
     found = sort(theirs)
     assert not found.left
     return {ours: torch.cat([theirs[name] for name in names]) for ours, names in found.placed.items()}

@@ -1,4 +1,4 @@
-"""A run starts from the weights of others: the same losses, tokens and features as there."""
+"""Tests of starting from other projects' weights: losses, tokens and features equal those of the source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def started(asked: Recipe) -> tuple[MIMAE, Pretrain]:
-    """The model of a new run before its first step."""
+    """Return the model of a new run before its first step."""
     from mimae import distributed
 
     task = Pretrain(asked)
@@ -55,7 +55,7 @@ def normalised(model: MIMAE, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_file_of_mae_gives_its_loss(weights: Weights, images: Path, tmp_path: Path, normalize: bool) -> None:
-    """Against an independent forward of the weights in float64."""
+    """Compare with an independent forward pass of the weights in float64."""
     torch.save({"model": to_mae(weights), "optimizer": {}, "epoch": 7}, tmp_path / "mae_full.pth")
     asked = recipe(
         images, tmp_path / "run", f"model.init={tmp_path / 'mae_full.pth'}", f"objective.normalize_pixels={normalize}"
@@ -100,7 +100,7 @@ def test_a_vit_of_timm_with_learned_positions_gives_its_tokens(weights: Weights,
 
 @pytest.fixture(scope="module")
 def spellings(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of transformers with the names of its hub, of its memory, and of what it saves."""
+    """Load folders of transformers with the tensor names of the hub, of the modules in memory, and of saved files."""
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
@@ -146,7 +146,7 @@ def test_all_spellings_of_transformers_give_its_loss(spellings: dict[str, Path],
 
 
 class Classifier(Model):
-    """A model of another task: positions that are learned, a norm behind the mean, and a head."""
+    """Load a model of another task, with learned positions, a norm after the mean, and a head."""
 
     def __init__(self, asked: Recipe) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Classifier(Model):
 
 
 def test_a_model_of_another_task_starts_with_the_encoder(weights: Weights, images: Path, tmp_path: Path) -> None:
-    """The table of positions is a parameter there, of another size than in the source."""
+    """Resize the position table, which is a parameter with another size than in the source."""
     torch.save(to_mae(weights), tmp_path / "mae_full.pth")
     asked = recipe(images, tmp_path / "run", "data.image_size=24")
     model = Classifier(asked)
@@ -178,7 +178,7 @@ def test_a_model_of_another_task_starts_with_the_encoder(weights: Weights, image
 
 
 def test_other_sizes_are_interpolated_as_mae_does(weights: Weights, images: Path, tmp_path: Path) -> None:
-    """Against timm's function, told to leave out the antialiasing, which MAE's code has not."""
+    """Compare with timm's function without antialiasing, which MAE's code does not use."""
     learned = weights | {"encoder.pos_embed": torch.randn(1, 17, 24)}
     torch.save(to_mae(encoder_of(learned)), tmp_path / "vit.pth")
     asked = recipe(images, tmp_path / "run", f"model.init={tmp_path / 'vit.pth'}", "data.image_size=[24, 48]")
@@ -220,7 +220,7 @@ def test_a_run_goes_on_from_a_run_and_keeps_what_it_came_from(
         assert found is not None
         model, _ = started(recipe(images, tmp_path / "other", f"model.init={init}"))
         for name, tensor in found.tensors(section[:-1]).items():
-            if "gate" in name:  # measured anew
+            if "gate" in name:  # it is measured again
                 continue
             assert torch.equal(model.state_dict()[name], tensor), (section, name)
 
@@ -245,12 +245,12 @@ def test_a_resumed_run_does_not_need_its_source(weights: Weights, images: Path, 
 
 @pytest.mark.slow
 def test_it_is_measured_which_pixels_a_decoder_predicts(images: Path, tmp_path: Path) -> None:
-    """A run that has learned raw pixels is told from one of normalised pixels, though names and shapes are the same."""
+    """Distinguish weights that predict raw pixels from weights of equal shapes that predict normalised ones."""
     flat = tmp_path / "flat"
     flat.mkdir()
     from PIL import Image
 
-    for i in range(24):  # each image has one colour: raw pixels are learned in a few steps
+    for i in range(24):  # each image has one colour, so that raw pixels are learned in a few steps
         Image.fromarray(np.full((20, 20, 3), 10 * i, np.uint8)).save(flat / f"{i}.png")
     learned = ["schedule.epochs=30", "schedule.max_steps=null", "optimizer.learning_rate=0.3"]
     taught = tmp_path / "taught"
@@ -287,7 +287,7 @@ def refusal(source: Any, images: Path, tmp_path: Path) -> str:
 
 
 class Code:
-    """A pickle of it calls a function when it is loaded."""
+    """Object whose pickle calls a function when it is loaded."""
 
     def __reduce__(self) -> Any:
         return (print, ("this ran",))

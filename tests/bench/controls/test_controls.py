@@ -1,4 +1,4 @@
-"""The command that makes the table of the controls: what it runs, what it does not run again, what it writes."""
+"""Tests of the command that makes the table of controls: which trials it runs, skips and writes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def result(linear: float, few: float, knn: float, seconds: float = 60.0) -> Resu
 
 @pytest.mark.parametrize("data", ["photos", "cifar"])
 def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: str, tmp_path: Path) -> None:
-    """The recipes are files that anyone may edit; a table of unequal runs would say nothing."""
+    """Check that the shipped recipes, which anyone may edit, give equal runs; unequal runs cannot be compared."""
     for split in ("train", "test"):
         (tmp_path / split / "one").mkdir(parents=True)
         (tmp_path / split / "one" / "image.png").touch()
@@ -102,7 +102,7 @@ def test_the_controls_differ_in_what_their_names_say_and_see_equal_views(data: s
 
 
 def test_a_choice_differs_in_what_it_says_and_runs_as_long_as_it_says(tmp_path: Path) -> None:
-    """Equal time means more steps, on one schedule that ends with them: 10 batches of 32 an epoch, 60 steps in all."""
+    """Give a trial of equal time more steps and one schedule over all of them: 60 steps, 10 batches of 32 per epoch."""
     folder = folder_of_images(tmp_path / "train", 160)
     controls_only = {kind: row for kind, row in CONTROLS.items() if kind == "mi_mae"}
     with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +148,7 @@ def checked(kind: str, knn: list[float], flops: float = 1e12) -> tuple[str, int,
 def test_the_time_to_an_accuracy_is_interpolated_between_two_checks() -> None:
     _, _, run = checked("mi_mae", [0.2, 0.4, 0.4, 0.6], flops=3e12)
     assert reached(run, 0.3) == pytest.approx((150, 4.5e12, 3.75))
-    assert reached(run, 0.1) == pytest.approx((100, 3e12, 2.5))  # The first check has none before it.
+    assert reached(run, 0.1) == pytest.approx((100, 3e12, 2.5))  # There is no check before the first.
     assert reached(run, 0.61) is None
 
 
@@ -183,7 +183,7 @@ def folder_of_images(folder: Path, per_class: int) -> Path:
 
 
 def test_unequal_views_are_refused(tmp_path: Path) -> None:
-    """300 images: 9 batches of 32 an epoch, 2 of 128: MAE's epochs no longer make up for its batch."""
+    """Use 300 images, 9 batches of 32 or 2 of 128 per epoch: MAE's larger number of epochs cannot balance its batch."""
     folder = folder_of_images(tmp_path / "train", 150)
     with pytest.raises(UserError, match=r"different numbers of views \(quickstart_mae: 6,144"):
         control_trials(f"photos={folder}:{folder}")
@@ -289,7 +289,7 @@ def test_a_result_that_is_older_than_a_key_has_its_default(tmp_path: Path) -> No
 
 @pytest.fixture
 def verbs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Replaces the verbs that a runner starts by Python code."""
+    """Replace the commands that a runner starts with Python code."""
     real = subprocess.Popen
 
     def replace(code: str) -> None:
@@ -309,7 +309,7 @@ def test_a_failed_process_is_told_by_the_end_of_its_log(tmp_path: Path, verbs: C
 
 
 def test_a_run_of_other_settings_is_not_judged(tmp_path: Path, verbs: Callable[[str], None]) -> None:
-    """`mimae pretrain` goes on with a run that is older than a key, and leaves it as it was started."""
+    """Continue a run that is older than a settings key: `mimae pretrain` keeps its recipe as it was."""
     verbs("")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").write_text(as_yaml(Recipe(), without=["masking.rounding"]))
@@ -372,7 +372,7 @@ def test_the_table_has_means_and_spreads_over_seeds() -> None:
     assert any(line.startswith("| 5. control 4 + L_max | 1 | 0.790 | 0.720 | 0.780 |") for line in lines)
     assert any(line.startswith("| 1. raw pixels | 1 | 0.470 | 0.400 | 0.380 |") for line in lines)
     assert any(line.startswith("| 1. random encoder | 2 | 0.700 ± 0.000 |") for line in lines)
-    # 0.83 and 0.85 lie above 0.80 and 0.82; 0.70 and 0.73 do not lie above 0.70 and 0.71; 0.70, 0.72 lie below.
+    # 0.83 and 0.85 are both above 0.80 and 0.82. 0.70 and 0.73 are not both above 0.70 and 0.71; 0.70, 0.72 are below.
     assert (
         "| 4. N orthogonal masks, no MI | 2 | +0.030 ± 0.000, clear | +0.010 ± 0.014 | -0.050 ± 0.000, clear |" in lines
     )
@@ -412,7 +412,7 @@ def test_the_page_in_the_documentation_is_what_its_files_render_to() -> None:
 
 @pytest.mark.slow
 def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real processes, on two steps of the real recipes; the second call finds everything done."""
+    """Run the real processes for two steps of the shipped recipes; the second call finds everything done."""
     folder = folder_of_images(tmp_path / "images", 40)
     short = ["schedule.max_steps=2", "data.image_size=8", "model.patch_size=2", "schedule.batch_size=8"]
     paths = [f"data.path={folder}", f"data.val_path={folder}"]

@@ -1,4 +1,4 @@
-"""The loaders' bench and soak: they measure what they say, and the soak's account is one that can fail."""
+"""Tests of the loaders' bench and soak: the measurements are correct, and the soak's checks can fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mimae.errors import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth pictures, as photographs are: of noise every resize makes something else."""
+    """Return smooth pictures, like photographs; with noise, different resize filters give different results."""
     root = tmp_path_factory.mktemp("images")
     y, x = np.mgrid[0:90, 0:120]
     for i in range(24):
@@ -79,7 +79,7 @@ def test_webdataset_and_spdl_say_why_they_are_left_out_or_run(folder: Path, tmp_
 
 
 def test_torchvision_reads_what_a_list_names(folder: Path, tmp_path: Path) -> None:
-    """Equal names in two folders, an ending that ImageFolder does not know and a capital one, from a relative list."""
+    """Use equal names in two folders, an extension unknown to ImageFolder, one in capitals, and a relative list."""
     images = [tmp_path / "a" / "x.gif", tmp_path / "b" / "x.gif", tmp_path / "b" / "y.JPG"]
     for image, original in zip(images, sorted(folder.iterdir())):
         image.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def test_a_folder_that_is_called_like_a_shard_holds_none(folder: Path, tmp_path:
 
 
 def test_damage_of_each_kind_is_seen(folder: Path) -> None:
-    """Down to a sound header with no table behind it, which the decoder alone sees."""
+    """Include a valid header without the tables after it, which only the decoder detects."""
     source = soak.Damaged(open_source(str(folder)), 1.0)
     reasons = set()
     for _ in range(60):
@@ -122,7 +122,7 @@ def test_too_few_images_and_unknown_loaders_are_told(folder: Path) -> None:
 def test_a_soak_loses_and_repeats_nothing_and_names_what_it_replaced(folder: Path, tmp_path: Path) -> None:
     harness.soak(
         str(folder), ["torch"], 0.05, 0.2, 32, 8, 0.8, tmp_path / "soak.json", tmp_path / "soak.png"
-    )  # raises typer.Exit where an account is not clean
+    )  # raises typer.Exit where a check fails
     result = json.loads((tmp_path / "soak.json").read_text())["loaders"]["torch"]
     assert result["restarts"] >= 2 and result["epochs"] >= 1 and result["replaced"] > 0
     assert Image.open(tmp_path / "soak.png").size[0] > 500
@@ -139,7 +139,7 @@ def batch(slots: list[int], sources: list[int], bad: list[int]) -> Batch:
         ([batch([0, 1], [0, 1], []), batch([2, 3], [2, 3], [])], 0, 0, 0),
         ([batch([0, 1], [0, 1], []), batch([1, 3], [1, 3], [])], 1, 1, 0),
         ([batch([0, 1], [0, 2], [1]), batch([2, 3], [2, 0], [])], 0, 0, 1),
-        # Of a mixture: a second pass has other slots of the same samples.
+        # In a mixture, a second pass gives the same samples other slots.
         ([batch([4, 1], [0, 1], []), batch([6, 7], [2, 0], [3])], 0, 0, 0),
     ],
 )

@@ -1,5 +1,8 @@
-"""The one command for a GPU machine, dry: its control flow with stages that hang, die and run out of memory, on a clock
-of the tests; and real processes, none of which outlives its stage."""
+"""Tests of the one command for a GPU machine, without a GPU.
+
+They check its control flow with stages that hang, die and run out of memory, on a fake clock, and with real processes,
+none of which may outlive its stage.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ HANG = float("inf")
 
 
 class World:
-    """A machine without processes: a stage ends after its seconds with its code, and has written its numbers by then.
+    """Fake machine without processes: a stage ends after given seconds with a given code, and has written its results.
 
     `plans`: by the first argument, for each start in turn: seconds, exit code, last line, [(after seconds, result)].
     """
@@ -111,7 +114,7 @@ def test_stages_that_hang_die_or_run_out_of_memory_cost_their_own_result_alone(t
 
 
 def test_a_second_call_goes_on_with_what_is_left(tmp_path: Path) -> None:
-    """Stages that were never started come before those that failed. A worse second try does not hide the first."""
+    """Start stages that have not run before those that failed. A worse second try does not hide the first."""
     world = World(
         {
             "a": [(30, 0, "", [(20, "a")])],
@@ -138,7 +141,7 @@ def test_the_last_stage_gets_the_time_that_is_left(tmp_path: Path) -> None:
 
 
 def test_what_was_found_is_in_the_file_while_a_stage_runs(tmp_path: Path) -> None:
-    """A machine that is taken away takes nothing that an earlier stage had found."""
+    """Keep the results of earlier stages when the machine is lost."""
     file = tmp_path / "gpu.json"
     seen: list[Any] = []
 
@@ -173,7 +176,7 @@ time.sleep(600)
 
 
 def test_nothing_outlives_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that takes no notice of SIGTERM, a child of it, and one that has begun a session of its own."""
+    """End a stage that ignores SIGTERM, its child, and a child that has started its own session."""
     monkeypatch.setattr(running, "GRACE", 0.2)
     pids = tmp_path / "pids"
     group = Group([sys.executable, "-c", FAMILY, str(pids)], tmp_path / "output")

@@ -1,4 +1,4 @@
-"""The fault drill: what it takes for equal, that no fault is believed that did not fire, and some for real."""
+"""Tests of the fault drill: its comparisons, its proof that a fault occurred, and some real trials."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_a_checkpoint_that_was_whole_and_is_not_gone_on_from_counts_as_lost(tmp_
 
 
 class Run(NamedTuple):
-    """The attributes of a run that a fault uses."""
+    """Fake with the attributes of a run that a fault uses."""
 
     engine: Engine
     step: int
 
 
 def harmed(kinds: dict[str, list[str]]) -> dict[str, tuple[float, bool]]:
-    """Return for each engine whether a step with NaN is skipped, and whether copies differ a step after a drift."""
+    """Return for each engine whether a step with NaN is skipped, and whether copies differ one step after a drift."""
     vars(faulty)["FAULT"] = {"rank": 1}
     found = {}
     for kind, overrides in kinds.items():
@@ -125,7 +125,7 @@ def test_each_kind_is_drawn_as_often_as_any_other() -> None:
 
 @pytest.mark.slow
 def test_every_kind_of_fault_once(tmp_path: Path) -> None:
-    """Some trials have three ranks, where a sum depends on its order, which it does not with two."""
+    """Run some trials with three ranks, whose sums depend on the order of addition, unlike those of two."""
     found = tmp_path / "drill.json"
     faults = [kind for kind in FAULTS if mounts.obstacle() is None or kind not in MOUNTED]
     count = str(len(faults))

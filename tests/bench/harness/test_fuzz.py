@@ -1,4 +1,4 @@
-"""The fuzz harness: it sees each way in which an input may go wrong, and none of many inputs goes wrong."""
+"""Tests of the fuzz harness: it detects each kind of failure, and many inputs cause none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CORPUS = sorted((Path(__file__).parents[2] / "fixtures/fuzz").glob("*.json"))
 
 
 def fuzz(*arguments: str | Path) -> str:
-    """Run `mimae bench fuzz`; return what it printed. None of its inputs may be a find."""
+    """Run `mimae bench fuzz`, which must not report any failing input; return its output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "mimae", "bench", "fuzz", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -48,7 +48,7 @@ def _write(path: str) -> str:
 
 
 def _write_beside(folder: Path) -> str:
-    """Write through a descriptor of a folder, as Folder does; no path is seen."""
+    """Write through the file descriptor of a folder, as Folder does, so that the full path is not seen."""
     os.close(os.open("new", os.O_WRONLY | os.O_CREAT, dir_fd=os.open(folder.parent / "canary", os.O_RDONLY)))
     return ""
 
@@ -75,7 +75,7 @@ def _write_beside(folder: Path) -> str:
 def test_what_becomes_of_an_input(use: Callable[[Path], str], verdict: str) -> None:
     def slowly(folder: Path, _: Case) -> str:
         said = use(folder)
-        time.sleep(0.2 * (verdict == "memory"))  # Memory is looked at from outside.
+        time.sleep(0.2 * (verdict == "memory"))  # Another process measures the memory.
         return said
 
     assert run(Case, slowly, memory=100 << 20).verdict == verdict
@@ -122,9 +122,12 @@ def test_formats_are_written_as_their_readers_want_them() -> None:
 
 
 def test_the_corpus_and_some_inputs_of_each_kind() -> None:
-    """The corpus holds inputs that once went wrong, and are used or refused since. One command imports once."""
+    """Run the corpus of inputs that once failed, and now are used or refused.
+
+    They run in one command, so that imports happen once.
+    """
     assert len(CORPUS) > 5
-    kinds = [kind for kind in KINDS if kind not in ("steps", "environment")]  # These take seconds.
+    kinds = [kind for kind in KINDS if kind not in ("steps", "environment")]  # These two take seconds.
     fuzz(*kinds, "--count", "6", "--seed", "7", *(word for file in CORPUS for word in ("--case", file)))
 
 

@@ -1,4 +1,4 @@
-"""The ops' bench times only what is right, and its numbers are those of the op."""
+"""Tests that the ops' bench times correct results only, and that its numbers belong to the op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mimae.cli import app
 from mimae.kernels import runtime
 
 CPU = torch.device("cpu")
-# 6 patches of 4 pixels, a width that is no power of two, 3 views of 2 patches.
+# The sizes: 6 patches of 4 pixels, a width that is no power of two, 3 views of 2 patches.
 SMALL = Size("small", 20, 0, torch.float32, decoder_width=12, side=12, patch=4, views=3)
 KNOWN = {case.op: case for case in CASES}
 
@@ -42,7 +42,7 @@ def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPat
 
 
 def test_backward_runs_in_the_form_that_is_timed() -> None:
-    """On a GPU `auto` would take the fused gradient for the reference's."""
+    """Force the path: on a GPU, `auto` would use the fused gradient in place of the reference."""
     case, seen = KNOWN["infonce"], []
 
     class Watched(torch.autograd.Function):

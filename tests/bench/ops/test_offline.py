@@ -1,4 +1,4 @@
-"""Offline compilation sees in machine code what the kernels were written to show."""
+"""Tests that offline compilation reads the known properties of kernels from their machine code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_matrix_instructions_of_each_architecture(compiler: ProcessPoolExecutor,
 
 
 def test_spills_are_seen(compiler: ProcessPoolExecutor) -> None:
-    """A tile of 256 x 256 in four warps: 512 sums a thread, of 255 registers."""
+    """Compile a 256 x 256 tile for four warps: 512 sums per thread, but 255 registers."""
     binary = compiler.submit(toy_kernels.compile_product, 256, 4, 90).result()
     assert binary.registers == 255 and binary.local_bytes > 1000
     row = {**binary.row(), "op": "club", "size": "none"}
@@ -53,11 +53,11 @@ def test_spills_are_seen(compiler: ProcessPoolExecutor) -> None:
     ("change", "blocks"),
     [
         ({}, 16),  # 2,048 threads
-        ({"registers": 33}, 12),  # given out as 40 to a thread
+        ({"registers": 33}, 12),  # allocated as 40 per thread
         ({"registers": 128, "warps": 8}, 2),
-        ({"shared_bytes": 75 << 10}, 3),  # each with 1 KiB of the system's: 76 KiB, of 228
+        ({"shared_bytes": 75 << 10}, 3),  # plus 1 KiB of the system per block: 76 of 228 KiB
         ({"shared_bytes": 76 << 10}, 2),
-        ({"warps": 1}, 32),  # the most blocks
+        ({"warps": 1}, 32),  # the maximum number of blocks
         ({"capability": 100, "tensor_columns": 256}, 2),  # of 512
         ({"capability": 89}, 12),  # 1,536 threads
         ({"capability": 86, "warps": 1}, 16),
@@ -108,7 +108,7 @@ def test_machine_code_of_an_op() -> None:
 
 
 WORKSTATIONS = (Target(86, 84), Target(89, 142))
-"""RTX A6000 and RTX 6000 Ada, whose blocks have 99 KiB of shared memory."""
+"""Targets RTX A6000 and RTX 6000 Ada, whose blocks have 99 KiB of shared memory."""
 
 
 @pytest.mark.slow

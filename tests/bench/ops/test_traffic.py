@@ -1,4 +1,4 @@
-"""The traffic bench counts what is there, extrapolates what is linear, and fails where a bound is passed."""
+"""Tests that the traffic bench counts exactly, extrapolates only linear counts, and fails above a bound."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(op: str) -> dict[str, Any]:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_a_copy_loads_and_stores_each_element(dtype: torch.dtype) -> None:
-    """1,000 elements in blocks of 256: the last block's masked lanes count for nothing, nor do skipped elements."""
+    """Count 1,000 elements in blocks of 256, without the last block's masked lanes and without skipped elements."""
     source = torch.arange(2000).to(dtype)
     with counting() as launches:
         target = toy_kernels.run_copy(toy_kernels.copy, source, step=2, block=256)
@@ -72,7 +72,7 @@ def test_launches_are_told_apart() -> None:
 
 @interpreted
 def test_an_access_outside_of_all_arguments_is_an_error() -> None:
-    """The mask holds for more elements than the source has."""
+    """Use a mask that is true for more elements than the source has."""
     source = torch.arange(64.0)
     count = 1 << 20
     target = torch.empty(count)
@@ -91,7 +91,7 @@ def _square() -> Tensor:
     ("run", "read", "written"),
     [
         (lambda x: x + 1, 40000, 40000),
-        (lambda x: x + x, 40000, 40000),  # the same tensor is read once
+        (lambda x: x + x, 40000, 40000),  # one tensor that is used twice is read once
         (lambda x: x @ x.T, 80000, 40000),
         (lambda x: x.view(-1)[:50].detach(), 0, 0),
         (lambda x: x[:, :10].contiguous(), 4000, 4000),
@@ -116,12 +116,12 @@ def test_backward_is_counted() -> None:
     loss = (x * 2).sum()
     with TorchTraffic() as moved:
         loss.backward()
-    # The gradient of the loss is made, expanded for nothing, and doubled into that of x.
+    # The loss's gradient is made, expanded without traffic, and doubled to give the gradient of x.
     assert moved.written == 4 + 40000
 
 
 def test_the_eager_form_of_club_is_pairwise() -> None:
-    """Memory and traffic grow with the square of the batch."""
+    """Extrapolate memory and traffic that grow with the square of the batch."""
     (case,) = chosen(["club"])
     small, large = (eager(case, Size("", 32, batch)) for batch in (256, 512))
     assert large["largest_bytes"] == 512 * 4 * 512 * 32 * 4 == 4 * small["largest_bytes"]
@@ -141,7 +141,7 @@ def test_a_linear_function_is_found_again() -> None:
     ("batches", "wanted", "message"),
     [
         ([1, 2, 3], [1, 100], "not linear"),
-        ([1, 2], [1, 100], "do not determine and check"),  # a line through two points proves nothing
+        ([1, 2], [1, 100], "do not determine and check"),  # a line fits any two points
         ([2, 2, 2], [1, 100], "do not determine and check"),
     ],
 )
@@ -152,7 +152,7 @@ def test_what_is_not_linear_or_not_known_is_an_error(batches: list[int], wanted:
 
 
 def test_another_tile_is_not_extrapolated() -> None:
-    """Where its large tiles would not keep the GPU busy, embed_visible takes small ones."""
+    """Choose small tiles for embed_visible where large ones would leave parts of the GPU idle."""
     (case,) = chosen(["embed_visible"])
     few, many = (
         recorded(case.passes[0], case.inputs(VIT_B, batch, traffic.META), runtime.H100)[0] for batch in (1, 1024)
@@ -193,7 +193,7 @@ def test_bounds(row: dict[str, Any], bound: Bound, beyond: str | None) -> None:
 
 @interpreted
 def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op is counted in this process: a fresh one takes seconds to import torch."""
+    """Count the op in this process, since a fresh one takes seconds to import torch."""
     rows = [measured("view_latents")]
     monkeypatch.setattr(traffic, "count", lambda cases, jobs: rows)
     file = tmp_path / "traffic.json"
@@ -204,7 +204,7 @@ def test_the_verb_fails_where_a_bound_is_passed(tmp_path: Path, monkeypatch: pyt
     assert "view_latents backward" in answer.output
     result = json.loads(file.read_text())
     assert set(result) == {"bench", "versions", "traffic", "machine_code"} and result["traffic"] == rows
-    # Patch tokens in fp32; two latents for each view, and the moments.
+    # The bytes are of patch tokens in fp32, of two latents per view, and of the moments.
     forward = rows[0]["passes"][0]
     assert forward["floor_bytes"] == 1024 * 4 * (49 + 2) * 768 * 4 + 2 * 768 * 4
     assert forward["predicted_h100_us_at_floor"] == pytest.approx(forward["floor_bytes"] / 3.35e6)
@@ -259,5 +259,5 @@ def test_every_op_has_a_bound_and_names_are_distinct() -> None:
     ids=lambda case: case.op,
 )
 def test_ops_keep_their_bounds(case: Case) -> None:
-    """At the first size; `mimae bench traffic` has the others, and the machine code."""
+    """Check the first size; `mimae bench traffic` checks the others, and the machine code."""
     assert beyond_bounds(measured(case.op), case.bound) == []

@@ -1,5 +1,7 @@
-"""Kernels to compile in fresh processes: small ones whose traffic and machine code are known beforehand, and the form
-of `infonce` that the benches do not have."""
+"""Kernels to compile in fresh processes.
+
+They are small ones whose traffic and machine code are known, and a form of `infonce` that the benches do not compile.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from mimae.kernels.runtime import Launch, Target, jit, launch, tl, watching
 
 @jit
 def copy(source, target, count, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """target[i] = source[i step]: of a step that is not 1 no access is wider than an element."""
+    """Compute target[i] = source[i step]; with a step other than 1, accesses are one element wide."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     tl.store(target + places, tl.load(source + places * step, mask=inside), mask=inside)
@@ -24,7 +26,7 @@ def copy(source, target, count, step, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 @jit
 def copy_reading_twice(source, target, count, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`copy`, with a second look at what its neighbour copies."""
+    """Copy like `copy`, and read the neighbour's element a second time."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     values = tl.load(source + places * step, mask=inside)
@@ -34,7 +36,7 @@ def copy_reading_twice(source, target, count, step, BLOCK: tl.constexpr):  # typ
 
 @jit
 def product(left, right, out, SIDE: tl.constexpr, INNER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One SIDE x SIDE tile of a matrix product in a single block: with few warps, more than the registers hold."""
+    """Compute one SIDE x SIDE tile of a matrix product in a single block; with few warps the registers spill."""
     rows, inner = tl.arange(0, SIDE), tl.arange(0, 64)
     total = tl.zeros((SIDE, SIDE), tl.float32)
     for first in range(0, INNER, 64):
@@ -45,7 +47,7 @@ def product(left, right, out, SIDE: tl.constexpr, INNER: tl.constexpr):  # type:
 
 
 def run_copy(kernel: Any, source: Tensor, step: int = 1, block: int = 1024) -> Tensor:
-    """Copies every `step`-th element of a vector."""
+    """Copy every `step`-th element of a vector."""
     count = source.numel() // step
     target = torch.empty(count, dtype=source.dtype, device=source.device)
     launch(kernel, (-(-count // block),), source=source, target=target, count=count, step=step, BLOCK=block)
@@ -53,13 +55,13 @@ def run_copy(kernel: Any, source: Tensor, step: int = 1, block: int = 1024) -> T
 
 
 def compile_copy(start: int, capability: int) -> Binary:
-    """`copy` of 2^20 bf16 from place `start` on: an odd one is not aligned to 16 bytes."""
+    """Return `copy` of 2^20 bf16 from index `start` on; an odd index is not aligned to 16 bytes."""
     source = torch.empty((1 << 20) + 64, dtype=torch.bfloat16, device="meta")[start : start + (1 << 20)]
     return _compiled(lambda: run_copy(copy, source), capability)
 
 
 def compile_product(side: int, warps: int, capability: int) -> Binary:
-    """`product` of bf16 over 768."""
+    """Return `product` of bf16 with an inner dimension of 768."""
     left, right = (torch.empty(side, 768, dtype=torch.bfloat16, device="meta") for _ in range(2))
     out = torch.empty(side, side, dtype=torch.float32, device="meta")
     tile = {"SIDE": side, "INNER": 768}
@@ -67,7 +69,7 @@ def compile_product(side: int, warps: int, capability: int) -> Binary:
 
 
 def compile_infonce_of_a_rank(rows: int, width: int, dtype: torch.dtype, target: Target) -> list[Binary]:
-    """Its kernels for the rows of one rank among many, of 4,096 images and 4 views."""
+    """Return the kernels of `infonce` for one rank's rows out of 4,096 images with 4 views."""
     u, tau, lse = (torch.empty(shape, device="meta") for shape in ((4096, 4, width), (1,), (4096, 4, 4)))
     u, seen = u.to(dtype), list[Launch]()
     with watching(seen.append, target):

@@ -1,4 +1,4 @@
-"""Engines side by side: what is measured, the table, and a rank that dies."""
+"""Tests of the comparison of engines: its measurements, its table, and a rank that dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_two_engines_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert list(found) == ["ddp", "fsdp"]
     assert all(len(row["seconds_per_step"]) == 2 and min(row["seconds_per_step"]) > 0 for row in found.values())
     assert all(row["peak_bytes"] > 4 * row["sent_bytes"] / 3 for row in found.values())  # weights, gradients, moments
-    # Whoever measures what cannot run is told whose rank has ended.
+    # The message for a run that fails names the rank that ended.
     broken = load_recipe({}, [*TINY, "optimizer.impl=apex", "schedule.batch_size=4"]).recipe
     with pytest.raises(UserError, match="a rank of broken: it has ended, with the error above"):
         engines.measure({"broken": broken}, 2, 1)

@@ -1,4 +1,4 @@
-"""The step benchmark compares like with like: its contenders compute what this system computes."""
+"""Tests that the step benchmark is fair: the other implementations compute the same as this system."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mimae.errors import UserError
 from mimae.model.mimae import MIMAE, build
 from mimae.plan.flops import decoder_flops, encoder_flops, step_flops
 
-# Every number differs from every other, so that a swapped one shows.
+# All numbers differ, so that a swap fails the tests.
 SMALL = [
     "data.image_size=[16,24]",
     "model.patch_size=4",
@@ -49,7 +49,7 @@ def recipe_of(*overrides: str) -> Recipe:
 
 
 def models(recipe: Recipe) -> tuple[MIMAE, dict[str, Tensor]]:
-    """A model in float64, away from its initial zeros and ones, and its weights."""
+    """Return a model in float64 without initial zeros and ones, and its weights."""
     torch.manual_seed(0)
     model = build(recipe)
     for parameter in model.parameters():
@@ -58,7 +58,7 @@ def models(recipe: Recipe) -> tuple[MIMAE, dict[str, Tensor]]:
 
 
 def inputs(recipe: Recipe, model: MIMAE) -> tuple[Tensor, Tensor]:
-    """uint8 images as this system takes them and floats as the others do."""
+    """Return uint8 images for this system and the same as floats for the others."""
     images = batch_of(recipe)
     return images, ((images.double() / 255 - model.encoder.mean) / model.encoder.std).permute(0, 3, 1, 2)
 
@@ -106,7 +106,7 @@ def test_lightly_computes_the_same() -> None:
     images, pixels = inputs(recipe, ours)
     visible, hidden = Ours(recipe, state, images, CPU).draw()
     expected = lightly.double()(pixels, noise_of(visible, ours.encoder.grid.patches))
-    # Its sin-cos positions are computed in single precision.
+    # That model computes its sin-cos positions in single precision.
     assert ours(images, visible, hidden).loss.item() == pytest.approx(expected.item(), rel=1e-7)
 
 
@@ -146,7 +146,7 @@ def test_a_step_trains_every_parameter() -> None:
 @pytest.mark.parametrize(
     ("decoder", "pairs"),
     [
-        # 6 of 24 patches are visible. Pairs of tokens that look at each other, in the last block and in those before.
+        # 6 of 24 patches are visible. The counts are pairs of tokens in attention, in the last block and before.
         pytest.param([], 18 * 25 + 25 * 25, id="hidden, self"),
         pytest.param(["decoder.predict=next_view"], 6 * 13 + 13 * 13, id="next view"),
         pytest.param(["decoder.attention=cross"], 18 * 7 * 2, id="cross"),
@@ -165,7 +165,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roof, "SQUARE_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(roof, "PRODUCT_SECONDS", 1e-4)
     monkeypatch.setattr(contest, "ROUND_SECONDS", 1e-4)
-    # In this process: a fresh one takes seconds to import torch, and test_peak_memory has it.
+    # Run in this process: a fresh one takes seconds to import torch, and test_peak_memory covers it.
     monkeypatch.setattr(
         memory,
         "measure_memory",
@@ -232,7 +232,7 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_peak_memory() -> None:
-    """Weights, gradients and two moments, then activations that grow with the batch, in a fresh process each."""
+    """Measure weights, gradients, two moments, and activations that grow with the batch, each in a fresh process."""
     wide = ["model.width=192", "model.depth=4", "decoder.width=96", "model.patch_size=2"]
     results = []
     for batch in (2, 32):
