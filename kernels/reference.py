@@ -56,9 +56,13 @@ def _uint8_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def _gather(patches: Tensor, ids: Tensor) -> Tensor:
-    """Gather patches (B, L, F) by ids (B, N, M) into (B, N, M, F)."""
-    batch = torch.arange(ids.shape[0], device=ids.device)[:, None, None]
-    return patches[batch, ids.long()]
+    """Gather patches (B, L, F) by ids (B, N, M) into (B, N, M, F).
+
+    An embedding copies whole rows, where indexing by two tensors copies element by element on a CPU.
+    """
+    B, L, _ = patches.shape
+    first = torch.arange(0, B * L, L, device=ids.device)[:, None, None]
+    return F.embedding(ids + first, patches.flatten(0, 1))
 
 
 def _normalise(patches: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +96,7 @@ def embed_visible(
     patches = _gather(_uint8_patches(images, weight.shape[-1]), visible)
     pixels = _normalise(patches, mean, std, weight.dtype)
     tokens = F.linear(pixels, weight.permute(0, 2, 3, 1).flatten(1), bias)
-    tokens = tokens + pos[1 + visible.long()]
+    tokens = tokens + F.embedding(1 + visible, pos)
     return torch.cat([(cls + pos[0]).expand(*visible.shape[:2], 1, -1), tokens], 2)
 
 
@@ -105,8 +109,8 @@ def fill_masked(tokens: Tensor, visible: Tensor, targets: Tensor, mask_token: Te
     return torch.cat(
         [
             tokens[:, :, :1] + pos[0],
-            tokens[:, :, 1:] + pos[1 + visible.long()],
-            mask_token + pos[1 + targets.long()],
+            tokens[:, :, 1:] + F.embedding(1 + visible, pos),
+            mask_token + F.embedding(1 + targets, pos),
         ],
         2,
     )

@@ -107,7 +107,7 @@ def _waits(run: Run) -> list[Finding]:
         )
     held_back = cores.cause({name: _mean(epochs[name]) for name in cores.COLUMNS if epochs.has(name)})
     if held_back is not None:
-        found.append(Finding("warn", f"The cores were slow: {held_back}."))
+        found.append(Finding("warn", f"The cores held the run back: {held_back}."))
     exposed = epochs.last("exposed_communication")
     if exposed > SLOW:
         found.append(
