@@ -32,7 +32,8 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
         "optimizer steps. The same probe evaluates all of them. Its frozen features are the mean of the patch tokens "
         "of the whole image, standardised. It has three classifiers: a linear one with all training images, a linear "
         f"one with few labels (mean of 5 draws), and the vote of the {NEIGHBOURS} nearest training images. Figures are "
-        "accuracies on the test set: mean ± standard deviation over seeds.\n"
+        "accuracies on the test set: mean ± standard deviation over seeds. Minutes are CPU minutes "
+        "of the whole command with its evaluations, or, where those were not counted, minutes of the training.\n"
     )
     if not results:
         yield "Not yet run.\n"
@@ -149,7 +150,9 @@ def _row(meaning: str, results: list[Result], features: str, trained: bool) -> s
     cells = [_spread([_score(result, key, features) for result in results]) for key in MEASURES]
     if trained:
         cells.append(_spread([result["last_epoch"]["rec"] for result in results]))
-        cells.append(f"{statistics.fmean(result['seconds'] for result in results) / 60:.1f}")
+        # Results from before CPU seconds were counted have only the seconds of the training.
+        minutes = statistics.fmean(result.get("cpu_seconds", result["seconds"]) for result in results) / 60
+        cells.append(f"{minutes:.1f}")
     else:
         cells += ["", ""]
     return f"| {meaning} | {len(results)} | {' | '.join(cells)} |"

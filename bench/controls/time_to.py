@@ -30,7 +30,7 @@ def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 def reached(result: Result, level: float) -> Reached | None:
     """Return the cost until a run reached an accuracy, interpolated between two evaluations; None if it never did.
 
-    The CPU seconds are those of the whole command times the share of its FLOPs.
+    The CPU seconds are those of the whole command times the share of its steps: an upper bound if images grow.
     """
     checks = result["checks"]
     before = {"step": 0, "flops": 0.0, "knn": 0.0}
@@ -39,7 +39,7 @@ def reached(result: Result, level: float) -> Reached | None:
             # The first evaluation has no earlier one for an interpolation.
             share = (level - before["knn"]) / (check["knn"] - before["knn"]) if before["step"] else 1.0
             steps, flops = (before[key] + share * (check[key] - before[key]) for key in ("step", "flops"))
-            return Reached(steps, flops, result["cpu_seconds"] * flops / checks[-1]["flops"])
+            return Reached(steps, flops, result["cpu_seconds"] * steps / checks[-1]["step"])
         before = check
     return None
 
@@ -55,7 +55,8 @@ def render_times(results: Sequence[Result]) -> Iterator[str]:
     yield (
         f"Time to MAE's final accuracy, {level:.3f} by the vote of the neighbours as evaluated during training (with "
         "fewer images than in the probe, and linear interpolation between evaluations). FLOPs are those of the steps, "
-        "as a share of all of MAE's. CPU seconds are those of the whole command, in proportion to the FLOPs:\n"
+        "as a share of all of MAE's. CPU seconds are those of the whole command, in proportion to the steps (an upper "
+        "bound if images grow):\n"
     )
     yield "| control | seeds | last evaluation | reached by | steps | FLOPs, of MAE's | CPU s |"
     yield "|---|---|---|---|---|---|---|"
