@@ -44,7 +44,7 @@ def test_a_step_has_exactly_the_promised_keys(tmp_path: Path) -> None:
         telemetry.step(losses(20, min_mi=-0.1))
     (record,) = records(tmp_path / "metrics.jsonl")
     promised = "step epoch samples loss rec max_mi min_mi fit gate lr grad_norm"
-    speed = "images_per_s views_per_s data_wait mem_peak_bytes"
+    speed = "image_size images_per_s views_per_s data_wait mem_peak_bytes"
     assert list(record) == [*promised.split(), *speed.split()]
     assert (record["step"], record["min_mi"], record["max_mi"]) == (20, -0.1, None)
 

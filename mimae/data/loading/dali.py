@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,9 +80,28 @@ def _keep_in_forks() -> None:
     """Prevent processes forked from this one from freeing its pipelines.
 
     Freeing a pipeline waits for its threads or joins them, and a fork does not copy threads. From now on, objects that
-    are garbage at a fork are never collected in the child.
+    are garbage at a fork are never collected in the child. Collection pauses during a fork, because modules that
+    registered themselves earlier (`threading`) run code in the child before `freeze`.
     """
-    os.register_at_fork(after_in_child=gc.freeze)
+    forking = threading.Lock()
+    collects = False
+
+    def before() -> None:
+        nonlocal collects
+        forking.acquire()
+        collects = gc.isenabled()
+        gc.disable()
+
+    def after() -> None:
+        if collects:
+            gc.enable()
+        forking.release()
+
+    def after_in_child() -> None:
+        gc.freeze()
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 def feed_of(data: Iterable[np.ndarray], cuts: np.ndarray) -> Feed:

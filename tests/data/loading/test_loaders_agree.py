@@ -225,11 +225,22 @@ def _collect() -> None:
     gc.collect()
 
 
+def _collect_if_enabled() -> None:
+    if gc.isenabled() and gc.get_threshold()[0] == NEVER:
+        gc.collect()
+
+
+NEVER = 1 << 30
+# Registered before a pipeline is built, as that of `threading` is, whose code in a child may start a collection.
+os.register_at_fork(after_in_child=_collect_if_enabled)
+
+
 def test_forks_do_not_free_pipelines(tmp_path: Path) -> None:
-    """A pipeline in a garbage cycle, as from an error's traceback, is not freed in a fork: that would hang."""
+    """A pipeline in a garbage cycle, as from an error's traceback, is not freed in a fork: that would hang or crash."""
     jpeg = np.frombuffer(encoded(photograph(0, 50, 70), "JPEG"), np.uint8)
     cut = np.array([[0, 0, 9, 9, 0, 0]], np.int32)
-    gc.disable()
+    threshold = gc.get_threshold()
+    gc.set_threshold(NEVER)
     try:
         cycle: list[object] = [dali.build(lambda: dali.feed_of([jpeg], cut), 1, 2, CPU, (8, 8))]
         cycle[0].run()  # type: ignore[attr-defined]
@@ -241,8 +252,9 @@ def test_forks_do_not_free_pipelines(tmp_path: Path) -> None:
         if child.exitcode is None:
             child.kill()
         assert child.exitcode == 0
+        assert gc.isenabled()
     finally:
-        gc.enable()
+        gc.set_threshold(*threshold)
 
 
 @pytest.mark.slow

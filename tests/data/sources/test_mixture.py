@@ -153,7 +153,7 @@ def test_notes_of_the_sources_are_those_of_the_mixture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "b: [" + "*a," * 2000 + "]", "holds 22,0"),
+        ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "b: [" + "*a," * 2000 + "]", "22,0"),
         ("draws: &a [*a]", "nested too deeply"),
         ("[" * 5000, "nested too deeply"),
         ("#" * 100_000, "more than 65,536 bytes"),
