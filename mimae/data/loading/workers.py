@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -86,11 +87,22 @@ class Workers(Generic[Made]):
             # An error from a living worker names its process too, but without "(pid".
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
-            reason = str(error) or "its pipe closed"
             raise DataError(
-                f"a decoding process died ({reason}). Most often memory ran out: lower data.workers or the "
-                f"micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
+                f"a decoding process died ({self._ends() or error}). Most often memory ran out: lower data.workers or "
+                f"the micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
             ) from error.with_traceback(None)
+
+    def _ends(self) -> str:
+        """Return how worker processes have ended, for example "process 12 by SIGKILL"."""
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        workers = getattr(iterator, "_workers", ())
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], 2.0)  # A pipe closes before the end.
+        ends = {worker.pid: worker.exitcode for worker in workers}
+        return ", ".join(
+            f"process {pid} " + (f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}")
+            for pid, code in ends.items()
+            if code is not None
+        )
 
     def _iterator(self) -> Iterator[Made | DataError]:
         """Return the DataLoader's iterator without torch's SIGCHLD handler.

@@ -280,7 +280,7 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
         next(batches)
     assert all(worker.is_alive() for worker in workers)
     workers[0].kill()
-    with pytest.raises(DataError, match=r"a decoding process died.*lower data.workers"):
+    with pytest.raises(DataError, match=r"a decoding process died \(process \d+ by SIGKILL\).*lower data.workers"):
         list(batches)
     loader.close()
     for worker in workers:
