@@ -102,6 +102,16 @@ def _encoder_shape(resolved: Resolved[Any]) -> Iterator[str]:
     return _transformer_shape(resolved, "model")
 
 
+@_check("model")
+def _stream_is_not_below_the_products(resolved: Resolved[Any]) -> Iterator[str]:
+    recipe = resolved.recipe
+    if recipe.model.residual == "bf16" and recipe.precision != "bf16":
+        yield (
+            f"{_described(resolved, 'model.residual')}: the residual stream cannot be less precise than the products, "
+            f"{_described(resolved, 'precision')}; legal is model.residual=fp32, or precision=bf16"
+        )
+
+
 @_check("decoder")
 def _decoder_shape(resolved: Resolved[Any]) -> Iterator[str]:
     return _transformer_shape(resolved, "decoder")

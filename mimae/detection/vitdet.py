@@ -104,7 +104,7 @@ class ViTDet(Model):
             # `run_blocks` processes several views per image; here each window is an image with one view.
             kept = None if keep is None else keep[:, i : i + 1].repeat_interleave(len(parts) // len(tokens), 0)
             block = self.encoder.blocks[i : i + 1]
-            parts = run_blocks(block, parts[:, None], self.encoder.settings.checkpointing, keep=kept)[:, 0]
+            parts = run_blocks(block, parts[:, None], self.encoder.settings, keep=kept)[:, 0]
             shape = (grid.rows, grid.columns)
             tokens = _from_windows(parts, window, shape) if window else parts.unflatten(1, shape)
         # Anchors get the dtype of the maps, and bf16 is too imprecise for coordinates.

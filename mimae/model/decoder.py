@@ -28,7 +28,7 @@ class Decoder(nn.Module):
     def __init__(self, settings: DecoderSettings, encoder: ModelSettings, grid: Grid) -> None:
         super().__init__()
         self.is_cross = settings.attention == "cross"
-        self.checkpointing = encoder.checkpointing
+        self.encoder_settings = encoder
         self.embed = nn.Linear(encoder.width, settings.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, settings.width))
         self.register_buffer("pos_embed", sincos_positions(settings.width, grid)[None], persistent=False)
@@ -48,7 +48,8 @@ class Decoder(nn.Module):
         filled = kernels.fill_masked(self.embed(tokens), visible, targets, self.mask_token[0, 0], table)
         shown = tokens.shape[2]
         if self.is_cross:
-            decoded = run_blocks(self.blocks, filled[:, :, shown:], self.checkpointing, context=filled[:, :, :shown])
+            context = filled[:, :, :shown]
+            decoded = run_blocks(self.blocks, filled[:, :, shown:], self.encoder_settings, context=context)
         else:
-            decoded = run_blocks(self.blocks, filled, self.checkpointing, first=shown)
+            decoded = run_blocks(self.blocks, filled, self.encoder_settings, first=shown)
         return self.head(self.norm(decoded))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimae import kernels
-from mimae.model.blocks import Block, run_blocks
+from mimae.model.blocks import Block, as_stream, run_blocks
 from mimae.model.geometry import Grid
 from mimae.model.images import Images, batch_of
 from mimae.model.positions import resampled, sincos_positions
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
                 if the images have another size than the encoder's.
         """
         tokens = self.embed(images, visible, positions)
-        return self.norm(run_blocks(self.blocks, tokens, self.settings.checkpointing, keep=keep))
+        return self.norm(run_blocks(self.blocks, tokens, self.settings, keep=keep))
 
     def embed(self, images: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Return the tokens (B, N, 1+K, D) that enter the first block; the arguments are those of `forward`."""
@@ -155,11 +155,13 @@ class Encoder(nn.Module):
             raise ValueError(f"block {wrong[0]} of {depth}: legal is 0 to {depth - 1}, or -1 for the last")
         batch = batch_of(images, self.mean.device)
         grid = Grid.of(batch.shape[1:3], self.settings.patch_size)
-        tokens, found = self.embed(batch)[:, 0], dict[int, Tensor]()
+        embedded, found = self.embed(batch)[:, 0], dict[int, Tensor]()
+        tokens = as_stream(embedded, self.settings.residual)
         wanted = [block % depth for block in blocks]
         for number, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             kept = None if keep is None else keep[:, number].to(tokens.dtype)
             tokens = call(block, self.settings.checkpointing, tokens, None, kept)
             if number in wanted:
-                found[number] = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid.rows, grid.columns))
+                patches = tokens[:, 1:].to(embedded.dtype)
+                found[number] = patches.transpose(1, 2).unflatten(2, (grid.rows, grid.columns))
         return [found[number] for number in wanted]

@@ -36,6 +36,8 @@ PatchBias = Literal["zero", "uniform"]
 
 Checkpointing = Literal["none", "selective", "full"]
 
+Residual = Literal["fp32", "bf16"]
+
 
 class MaskingSettings(Section):
     """The number of views per image, and the patches that each of them shows."""
@@ -74,6 +76,11 @@ class ModelSettings(Section):
         resume="rounding",
         description="backend of attention in encoder and decoder; sdpa: torch's own choice; plain: two matrix products "
         "and a softmax; auto: the fastest one, as measured when a run starts",
+    )
+    residual: Residual = Field(
+        "fp32",
+        description="precision of the tokens that each block adds to, in encoder and decoder (the residual stream); "
+        "bf16: also the norms of the blocks read and write bf16, with fp32 sums; needs precision=bf16",
     )
     patch_bias: PatchBias = Field(
         "zero",

@@ -101,7 +101,7 @@ def trained_flops(outline: Callable[[], M], loss: Callable[[M], Tensor | None]) 
 
 def counted(model: ModelSettings) -> ModelSettings:
     """Return the settings without those that do not change a product."""
-    return model.model_copy(update={"attention": "sdpa", "checkpointing": "none"})
+    return model.model_copy(update={"attention": "sdpa", "checkpointing": "none", "residual": "fp32"})
 
 
 @cache

@@ -2,7 +2,8 @@
 
 Activations are the tensors that autograd keeps for each op of a forward that runs op by op. A compiled block recomputes
 its element-wise ops and keeps less. Letters: S sequences (images x views), T tokens, M tokens for which outputs are
-computed, D width, e bytes of a number in the precision of the products, 4 bytes of a number in fp32.
+computed, D width, e bytes of a number in the precision of the products, r bytes of a number in the residual stream,
+4 bytes of a number in fp32.
 """
 
 from __future__ import annotations
@@ -178,27 +179,30 @@ def _stages(recipe: Recipe, images: int, ranks: int, ops: Ops) -> list[Stage]:
     """Return the stages of forward in order, with the losses last."""
     model, decoder = recipe.model, recipe.decoder
     sizes, e, casts = geometry(recipe), number_bytes(recipe), _casts(recipe)
+    r = 2 if recipe.model.residual == "bf16" else FP32
     S, T, M, values = images * sizes.views, 1 + sizes.visible, sizes.targets, sizes.grid.values
-    block = _block(S, e, T, T, model.width, model.heads, model.mlp, casts)
+    block = _block(S, e, r, T, T, model.width, model.heads, model.mlp, casts)
     embed = Stage(S * (T - 1) * values * e if ops == "plain" else 0.0, 0.0)
     between = Stage(S * T * ((FP32 + e) * model.width + 8) + casts * model.width * decoder.width, 0.0)
-    stages = [embed, *[_held(recipe, block, S * T * model.width)] * model.depth, between]
+    stages = [embed, *[_held(recipe, block, r * S * T * model.width)] * model.depth, between]
     early, late = _objective(recipe, MicroBatch(sizes, model.width, images, ranks, e, ops))
-    return [*stages, early, *_decoder(recipe, S, e, T, M, casts), late]
+    return [*stages, early, *_decoder(recipe, S, e, r, T, M, casts), late]
 
 
-def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list[Stage]:
+def _decoder(recipe: Recipe, S: int, e: int, r: int, T: int, M: int, casts: int) -> list[Stage]:
     """Return the stages of the decoder: its blocks, and its last norm with the head."""
     D, heads, depth = recipe.decoder.width, recipe.decoder.heads, recipe.decoder.depth
     if recipe.decoder.attention == "cross":
-        block = _block(S, e, T, M, D, heads, 4 * D, casts, apart=True)
-        blocks = [_held(recipe, block, S * M * D)] * depth
-        # The encoder's tokens count once for all blocks. The queries of the first block are in the same tensor.
-        blocks[0] = blocks[0]._replace(kept=blocks[0].kept + 2 * S * T * D * FP32)
+        block = _block(S, e, r, T, M, D, heads, 4 * D, casts, apart=True)
+        blocks = [_held(recipe, block, r * S * M * D)] * depth
+        # The encoder's tokens count once for all blocks. In fp32 the queries of the first block are a part of a tensor
+        # that holds them too.
+        copies = 2 if r == FP32 else 1
+        blocks[0] = blocks[0]._replace(kept=blocks[0].kept + copies * S * T * D * r)
     else:
-        block = _block(S, e, T + M, T + M, D, heads, 4 * D, casts)
-        last = _block(S, e, T + M, M, D, heads, 4 * D, casts, apart=True)
-        inputs = S * (T + M) * D
+        block = _block(S, e, r, T + M, T + M, D, heads, 4 * D, casts)
+        last = _block(S, e, r, T + M, M, D, heads, 4 * D, casts, apart=True)
+        inputs = r * S * (T + M) * D
         blocks = [_held(recipe, block, inputs)] * (depth - 1) + [_held(recipe, last, inputs)]
     values = geometry(recipe).grid.values
     head = S * M * ((FP32 + e) * D + 8) + casts * D * values
@@ -206,7 +210,7 @@ def _decoder(recipe: Recipe, S: int, e: int, T: int, M: int, casts: int) -> list
 
 
 def _block(
-    S: int, e: int, seen: int, answered: int, D: int, heads: int, mlp: int, casts: int, apart: bool = False
+    S: int, e: int, r: int, seen: int, answered: int, D: int, heads: int, mlp: int, casts: int, apart: bool = False
 ) -> Stage:
     """Return the stage of a transformer block without its input.
 
@@ -215,12 +219,13 @@ def _block(
     through the first norm separately.
     """
     of_seen = 3 * e * D + 8
-    of_answered = 2 * e * D + 4 * heads + FP32 * D + e * D + 8 + 2 * e * mlp
+    of_answered = 2 * e * D + 4 * heads + r * D + e * D + 8 + 2 * e * mlp
     if apart:
         of_answered += e * D
     matrices = 4 * D * D + 2 * D * mlp
-    # At the start of the MLP's backward: the gradients of the block's output (cast), of GELU's output and of a weight.
-    work = S * answered * (FP32 * D + (e * D if casts else 0) + e * mlp) + (FP32 + casts) * D * mlp
+    # At the start of the MLP's backward: the gradients of the block's output (and its cast), of GELU's output and of a
+    # weight.
+    work = S * answered * (r * D + (e * D if r != e else 0) + e * mlp) + (FP32 + casts) * D * mlp
     kept = S * (seen * of_seen + answered * of_answered) + casts * matrices
     # Results of the products but for the MLP's second, and of attention: what `selective` keeps beside the input.
     products = S * (seen * 2 * e * D + answered * (3 * e * D + 4 * heads + e * mlp))
@@ -228,15 +233,15 @@ def _block(
 
 
 def _held(recipe: Recipe, block: Stage, inputs: int) -> Stage:
-    """Return a block's stage with its input of so many numbers.
+    """Return a block's stage with its input, of `inputs` bytes.
 
     With checkpointing only the input is kept, or with `selective` the results of products too; the rest is recomputed
     in backward.
     """
     if recipe.model.checkpointing == "none":
-        return block._replace(kept=inputs * FP32 + block.kept)
+        return block._replace(kept=inputs + block.kept)
     products = block.products if recipe.model.checkpointing == "selective" else 0.0
-    return block._replace(kept=inputs * FP32 + products, work=block.kept - products + block.work)
+    return block._replace(kept=inputs + products, work=block.kept - products + block.work)
 
 
 def _objective(recipe: Recipe, batch: MicroBatch) -> tuple[Stage, Stage]:

@@ -13,7 +13,7 @@ from mimae.engines.base import compile_units
 from mimae.model import blocks, decoder
 from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
-from mimae.model.settings import Checkpointing
+from mimae.model.settings import Checkpointing, ModelSettings
 from tests.rounding import DRAWS, excess, nudge
 
 DECODERS = [
@@ -62,9 +62,9 @@ def test_the_last_block_answers_for_the_targets_as_if_for_all(
     sliced = gradients(model, batch)
     seen: list[int] = []
 
-    def whole(layers: nn.ModuleList, tokens: Tensor, checkpointing: Checkpointing, first: int) -> Tensor:
+    def whole(layers: nn.ModuleList, tokens: Tensor, encoder: ModelSettings, first: int) -> Tensor:
         seen.append(first)
-        return blocks.run_blocks(layers, tokens, checkpointing)[:, :, first:]
+        return blocks.run_blocks(layers, tokens, encoder)[:, :, first:]
 
     monkeypatch.setattr(decoder, "run_blocks", whole)
     assert worst(sliced, gradients(model, batch)) < 1e-12

@@ -88,6 +88,20 @@ def test_activations_are_what_autograd_keeps(precision: str, changed: list[str])
     assert planned == pytest.approx(saved_bytes(recipe), rel=0.03)
 
 
+@pytest.mark.parametrize("changed", ["", "decoder.attention=cross", "model.checkpointing=selective"])
+def test_a_stream_in_bf16_keeps_what_is_planned(changed: str) -> None:
+    """In bf16 the inputs of all norms of the blocks take half of the bytes; the rest is as before."""
+    kept = []
+    for residual in ("fp32", "bf16"):
+        given = ["precision=bf16", "schedule.batch_size=16", f"model.residual={residual}", *changed.split()]
+        recipe = load_recipe(SMALL, given).recipe
+        kept.append((memory.kept(recipe, 16, 1, ops="plain"), saved_bytes(recipe)))
+    (planned_before, counted_before), (planned, counted) = kept
+    assert planned == pytest.approx(counted, rel=0.03)
+    # Their difference is exact: no block is concerned.
+    assert planned_before - planned == pytest.approx(counted_before - counted, rel=1e-3)
+
+
 @pytest.mark.parametrize("term", [term for term in TERMS if term.weight], ids=lambda term: term.name)
 def test_a_term_keeps_what_it_declares(term: Term) -> None:
     """The latents are left out, because they are made for all terms and for the diagnostics."""
