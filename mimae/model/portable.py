@@ -20,7 +20,7 @@ Input = Literal["uint8", "float"]
 
 
 class Form(NamedTuple):
-    """What a graph takes and gives."""
+    """Inputs and outputs of a graph."""
 
     given: Input = "uint8"
     """Pixels that it takes."""
@@ -38,7 +38,7 @@ class Graph(NamedTuple):
     outputs: tuple[str, ...]
     """Their names in order."""
     expected: Callable[[Tensor], dict[str, Tensor]]
-    """What the model itself gives for images uint8 (B, H, W, 3)."""
+    """Outputs of the model itself for images uint8 (B, H, W, 3)."""
 
 
 class PortableEncoder(nn.Module):

@@ -8,9 +8,11 @@ itself, and its `checkpoints`, may be links that the user made to another disk.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import secrets
+import shutil
 import stat
 import threading
 import time
@@ -221,6 +223,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         _replace(parent, path.name, content.encode() if isinstance(content, str) else content)
     finally:
         os.close(parent)
+
+
+@contextmanager
+def made_beside(path: Path) -> Iterator[Path]:
+    """Yield a new path in the folder of `path`, where the block makes a file or a folder; it then gets the name `path`.
+
+    The name cannot be guessed. After an error it is removed, and what had the name `path` before stays. What a killed
+    process left of an earlier attempt is removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _TEMPORARY.fullmatch(left.name) and time.time() - left.lstat().st_mtime > _STALE:
+            remove(left)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

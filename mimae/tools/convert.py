@@ -31,7 +31,7 @@ from mimae.errors import CheckpointError
 from mimae.faults.lock import lock
 from mimae.model.mimae import MIMAE, outline
 from mimae.optim.schedule import total_steps
-from mimae.outside.files import write_atomically
+from mimae.outside.files import made_beside, write_atomically
 from mimae.outside.progress import track
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
@@ -59,26 +59,25 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
         raise CheckpointError(f"{target} exists already")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        needed, free = sum(file.stat().st_size for file in found.path.iterdir()), shutil.disk_usage(folder).free
-        if free < needed:
-            raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
-        try:
-            _fill(temporary, found, recipe, adam)
-        except (KeyError, CheckpointError) as error:
-            raise CheckpointError(f"{found.path} cannot be read as one of {run / 'config.yaml'}: {error}") from error
-        for path in (*temporary.rglob("*"), temporary):
-            checkpoint.sync(path)
-        temporary.rename(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        with made_beside(target) as temporary:
+            temporary.mkdir()
+            needed, free = sum(file.stat().st_size for file in found.path.iterdir()), shutil.disk_usage(folder).free
+            if free < needed:
+                raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
+            try:
+                _fill(temporary, found, recipe, adam)
+            except (KeyError, CheckpointError) as error:
+                raise CheckpointError(
+                    f"{found.path} cannot be read as one of {run / 'config.yaml'}: {error}"
+                ) from error
+            for path in (*temporary.rglob("*"), temporary):
+                checkpoint.sync(path)
         checkpoint.sync(folder)
         write_atomically(folder / "latest_universal", target.name)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full.
         raise CheckpointError(f"{target} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

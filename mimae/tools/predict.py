@@ -28,7 +28,7 @@ _JPEG_QUALITY = 90
 
 
 class Evaluated(NamedTuple):
-    """What a trained model makes of labelled images."""
+    """Measures of a trained model on labelled images."""
 
     data: str
     """Name of the images."""
@@ -40,7 +40,7 @@ class Evaluated(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What `mimae predict` wrote."""
+    """Summary of the files that `mimae predict` wrote."""
 
     images: int
     unread: int

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 
 class Details(NamedTuple):
-    """What an evaluation found beside its measures."""
+    """Findings of an evaluation other than its measures."""
 
     images: int
     """Images that it looked at."""

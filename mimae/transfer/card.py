@@ -93,11 +93,11 @@ check.npz with the outputs that it had when it was exported.
 
 
 class _About(NamedTuple):
-    """What a card says of one kind of model."""
+    """Texts of a card that depend on the kind of model."""
 
     what: str
     tag: str
-    """As model hubs have it."""
+    """Task name on model hubs."""
     holds: str
     rows: dict[str, str]
 

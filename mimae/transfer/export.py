@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import io
 import runpy
-import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from mimae import kernels
 from mimae.checkpoints import checkpoint
 from mimae.errors import UserError
 from mimae.model.mimae import MIMAE
+from mimae.outside.files import made_beside
 from mimae.outside.progress import Progress
 from mimae.train.trained import load
 from mimae.transfer.card import card
@@ -76,25 +76,23 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
     if wrong := [block for block in options.form.blocks if not 0 <= block < depth]:
         raise UserError(f"--blocks {wrong[0]}: the encoder has blocks 0 to {depth - 1}")
     rounding = _rounded(exported, options.dtype)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     progress = Progress("exporting", 3)
     try:
-        temporary.mkdir(parents=True)
-        progress.begin("writing the weights")
-        target.write(exported, options, temporary)
-        progress.begin("writing check.py")
-        _write_check(exported, target, options, temporary)
-        progress.begin("running check.py")
-        differences = _differences(exported, target, options, temporary)
-        about = card(checkpoint.run_of(run), found, exported, target, options, average, out.name)
-        (temporary / "README.md").write_text(about)
-        temporary.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with made_beside(out) as temporary:
+            temporary.mkdir()
+            progress.begin("writing the weights")
+            target.write(exported, options, temporary)
+            progress.begin("writing check.py")
+            _write_check(exported, target, options, temporary)
+            progress.begin("running check.py")
+            differences = _differences(exported, target, options, temporary)
+            about = card(checkpoint.run_of(run), found, exported, target, options, average, out.name)
+            (temporary / "README.md").write_text(about)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         progress.close()
-        shutil.rmtree(temporary, ignore_errors=True)
     return Report(out, trained.step, differences, rounding)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimae.errors import UserError
+from mimae.outside.files import made_beside
 
 _TEXTS = "texts"
 
@@ -53,10 +54,9 @@ def write_part(path: Path, part: Part) -> None:
     tensors = {"ids": part.ids, **part.columns} | ({} if part.labels is None else {"labels": part.labels})
     # There is only one key, because the order of several keys would change from run to run.
     texts = json.dumps({"paths": part.paths, "unreadable": part.unreadable})
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_TEXTS: texts})
-    temporary.chmod(0o644)  # safetensors makes files that only the owner can read.
-    temporary.replace(path)
+    with made_beside(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_TEXTS: texts})
+        temporary.chmod(0o644)  # safetensors makes files that only the owner can read.
 
 
 def read_part(path: Path) -> Part:
@@ -180,15 +180,5 @@ WRITERS: dict[str, Callable[[Table, Path], None]] = {".npz": write_npz, ".parque
 
 def finish(table: Table, out: Path) -> None:
     """Write OUT from the parts, atomically."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
-    try:
+    with made_beside(out) as temporary:
         WRITERS[out.suffix](table, temporary)
-        temporary.rename(out)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
-        raise

@@ -21,7 +21,7 @@ pytest.importorskip("submitit", reason="submitit is an extra")
     [("90", 90), ("12:00:00", 720), ("00:00:01", 1), ("2-00", 2880), ("1-12:30:00", 2190), ("10:30", 11)],
 )
 def test_slurms_forms_of_a_time(time: str, expected: int) -> None:
-    """As in SLURM `10:30` is ten and a half minutes. Seconds are rounded up."""
+    """SLURM's `10:30` is ten and a half minutes. Seconds are rounded up."""
     assert minutes(time) == expected
 
 

@@ -339,7 +339,7 @@ def test_learning_rates_are_scaled_by_what_the_settings_count() -> None:
 
 
 def test_each_set_is_clipped_to_its_own_norm() -> None:
-    """Of two sets only the first one is scaled, because the second one is below the limit."""
+    """Only the first of two sets is scaled, because the second one is below the limit."""
     model = nn.Linear(2, 1)
     settings = OptimizerSettings(clip=1.0, kind="lars", momentum=0.0)
 

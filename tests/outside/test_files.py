@@ -12,7 +12,7 @@ import pytest
 
 from mimae.errors import RunError
 from mimae.outside import files
-from mimae.outside.files import Folder, write_atomically
+from mimae.outside.files import Folder, made_beside, write_atomically
 
 WRITES: dict[str, Callable[[Folder, str], object]] = {
     "append": lambda folder, name: folder.append(name, b"new\n"),
@@ -190,3 +190,44 @@ def test_threads_that_look_at_once_make_one_directory(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(made) == [False, False, False, True]
+
+
+# Files and folders that a block makes
+
+
+def test_what_a_block_makes_gets_its_name_at_the_end(tmp_path: Path) -> None:
+    file, folder = tmp_path / "a[1].txt", tmp_path / "b"
+    with made_beside(file) as temporary:
+        temporary.write_text("new")
+        assert not file.exists() and temporary.parent == tmp_path
+    with made_beside(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "inner").touch()
+    assert file.read_text() == "new" and (folder / "inner").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a[1].txt", "b"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(RuntimeError), made_beside(tmp_path / "a") as temporary:
+        make(temporary)
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_leftovers_of_a_kill_are_removed_and_links_are_not_followed(tmp_path: Path) -> None:
+    """The first two are leftovers; the third may belong to a running process. A link is removed, not its target."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    old, linked, young = (tmp_path / f".a.{digit * 16}.tmp" for digit in "123")
+    old.mkdir()
+    linked.symlink_to(precious)
+    young.touch()
+    (tmp_path / ".a.tmp").symlink_to(precious / "file")
+    for path in (old, linked):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    with made_beside(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, ".a.tmp", "a", "precious"]
+    assert not list(precious.iterdir())

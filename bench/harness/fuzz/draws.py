@@ -37,7 +37,7 @@ ODD_TEXTS = (
         "\x1b[2J\x1b[31m",
     ),
     *("\u202etxt.gpj", "\ud800", "\ufeff", "\u2028", "é", "日本語", "🦆", "x" * 300, "y" * 70_000, "../../canary/file"),
-    *("/dev/zero", "/dev/null", "/proc/self/mem", "/proc/kmsg", "/", ".", "..", "./photos", "photos-", "~nobody/x", "~"),
+    *("/dev/zero", "/dev/null", "/proc/self/mem", "/proc/kmsg", "/", ".", "..", "./photos", "photo", "~nobody/x", "~"),
     *("$UNSET_VARIABLE", "${HOME}", "$$", "${", "$", "s3://bucket/x.tar", "pipe:cat /etc/passwd", "a::b", "{0..9}.tar"),
     *(
         "{0..99999999999}.tar",

@@ -18,7 +18,7 @@ WORTH = 60.0
 """Seconds of waiting for data below which nothing is reported, because no change of settings would pay off."""
 
 WORTH_AT_END = 5.0
-"""The same at the end of a run, whose next run can be another one."""
+"""WORTH for the report at the end of a run, which serves only later runs."""
 
 WARM_UP = 1
 """Number of readings at the start of a process that are ignored: before the reading after the first step, workers start

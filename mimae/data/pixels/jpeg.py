@@ -20,7 +20,7 @@ from mimae.kernels import native
 
 
 class Header(NamedTuple):
-    """What the header of a baseline JPEG says."""
+    """Facts from the header of a baseline JPEG."""
 
     height: int
     width: int

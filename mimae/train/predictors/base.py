@@ -16,6 +16,7 @@ from mimae.data.loading.batch import Batch
 from mimae.data.loading.examples import Reader
 from mimae.data.sources.base import Source
 from mimae.errors import UserError
+from mimae.outside.files import made_beside
 
 F = TypeVar("F")
 F_contra = TypeVar("F_contra", contravariant=True)
@@ -40,7 +41,7 @@ class Predictor(ABC, Generic[F]):
     """A trained model in eval mode, used on one batch of images after the other."""
 
     out: ClassVar[str]
-    """What --out names, in words."""
+    """Kind of output that --out names, in words."""
     options: ClassVar[frozenset[str]] = frozenset()
     """The names of the `Options` that the task has."""
     batch: ClassVar[int] = 1
@@ -57,20 +58,18 @@ class Predictor(ABC, Generic[F]):
         """Open the output for the images of a source. One image is in memory at a time."""
 
     def drawn(self, image: Tensor, found: F) -> Image.Image:
-        """Return a picture of an image of a batch, uint8 (H, W, 3), with what was found in it."""
-        raise NotImplementedError
+        """Return a picture of an image of a batch, uint8 (H, W, 3), with what was found in it.
+
+        Only tasks whose `options` contain "overlays" have pictures.
+        """
+        raise TypeError(f"{type(self).__name__} draws no pictures")
 
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[TextIO]:
     """Open a text file that gets its name when the block ends: before, and after an error, an old one stays."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made_beside(out) as temporary, temporary.open("x", encoding="utf-8", errors="surrogateescape") as file:
+        yield file
 
 
 def new_folder(option: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ class Found(NamedTuple):
     """The objects of an image."""
 
     objects: dict[str, Tensor]
-    """What `ViTDet.detect` gives, on the CPU."""
+    """Result of `ViTDet.detect`, on the CPU."""
     size: tuple[int, int]
     """Height and width of the image in its file."""
     on_canvas: tuple[int, int]

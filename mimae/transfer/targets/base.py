@@ -31,7 +31,7 @@ class Options:
     decoder: bool = False
     """True to include MAE's decoder, so that pretraining can continue elsewhere."""
     form: Form = _DEFAULT
-    """What a graph takes and gives."""
+    """Inputs and outputs of a graph."""
 
 
 class Exported(NamedTuple):

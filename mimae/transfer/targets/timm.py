@@ -61,7 +61,7 @@ def _write(exported: Exported, options: Options, folder: Path) -> None:
 
 
 class _Head(NamedTuple):
-    """What timm's model has after the encoder."""
+    """Layers of timm's model after the encoder."""
 
     classes: int
     pool: str

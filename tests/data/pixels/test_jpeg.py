@@ -177,7 +177,7 @@ def photographs() -> dict[str, bytes]:
 
 
 def test_transcoding_keeps_every_pixel_and_the_metadata() -> None:
-    """Of all images of the packages; those of other kinds keep their bytes."""
+    """This holds for all images of the packages; those of other kinds keep their bytes."""
     changed = set()
     for name, data in photographs().items():
         made = transcoded(data, LIMIT)
