@@ -37,7 +37,7 @@ class Classifier(Model):
     final norm.
     """
 
-    evaluations = ("logits",)
+    evaluations = ("logits", "pooled")
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Classifier(Model):
         """Return the mean cross-entropy, fp32.
 
         Args:
-            images: (B, H, W, 3), uint8 or normalised.
+            images: (B, H, W, 3), uint8 or normalised, or what `pooled` returned for them, (B, D).
             targets: (B, C), a distribution over the classes for each image.
             keep: (B, depth, 2), see `drop_path.keep_paths`.
         """
@@ -74,13 +74,19 @@ class Classifier(Model):
             return nn.functional.cross_entropy(logits.float(), targets)
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return the logits (B, C) of images (B, H, W, 3)."""
-        return self.classified(self.encoder(images, keep=keep)[:, 0])
+        """Return the logits (B, C) of images, see `forward`."""
+        return self.head(self.fc_norm(self.pooled(images, keep)))
+
+    def pooled(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return what the norm and the classifier see of images, (B, D)."""
+        return images if images.ndim == 2 else self._pool(self.encoder(images, keep=keep)[:, 0])
 
     def classified(self, tokens: Tensor) -> Tensor:
-        """Tokens of an encoder (B, 1 + L, D) -> (B, C)."""
-        pooled = tokens[:, 1:].mean(1) if self.pooling == "mean" else tokens[:, 0]
-        return self.head(self.fc_norm(pooled))
+        """Return the logits (B, C) of an encoder's tokens (B, 1 + L, D)."""
+        return self.head(self.fc_norm(self._pool(tokens)))
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].mean(1) if self.pooling == "mean" else tokens[:, 0]
 
     def graph(self, form: Form) -> Graph:
         """Return the classifier in plain operators: images -> logits (B, C)."""

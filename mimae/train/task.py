@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mimae.checkpoints import checkpoint
 from mimae.config.recipe import RunRecipe
+from mimae.data.loading.backend import DecoderBackend
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.examples import Reader
 from mimae.data.sources.base import Source
@@ -179,6 +180,16 @@ class Task(ABC, Generic[M]):
         None stands for images that are cropped, flipped and resized by the settings of `data`.
         """
         return None
+
+    def backend(self) -> DecoderBackend | None:
+        """Return what makes the training batches in place of the loader that data.loader names, or None."""
+        return None
+
+    def prepare(self, model: M, device: torch.device) -> None:
+        """Compute what the steps need of the start's model, before the first one. This is a collective.
+
+        The model is in eval mode, without gradients.
+        """
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -96,6 +96,7 @@ class Trainer(Generic[M]):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             reader=task.reader(),
+            backend=task.backend(),
             size_at=lambda step: self._stage(step).size_hw,
         )
         self.per_epoch = self.loader.steps_per_epoch
@@ -154,6 +155,9 @@ class Trainer(Generic[M]):
         for line in first_lines(self.task, self.loader, parameters, self.steps, self.choices, self.device, self.path):
             self.telemetry.message(line)
         with self.telemetry, closing(self.loader), self._saved():
+            self.watchdog.wait_for("the preparation of the first step", long=True)
+            with self._evaluating() as model:
+                self.task.prepare(model, self.device)
             while not self.due.stop:
                 self.begin_step()
                 with self.journal.exposure.measured(self._is_sampled):

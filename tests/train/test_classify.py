@@ -19,8 +19,10 @@ from mimae.config.recipe import ClassifyRecipe
 from mimae.data.loading.batch import Batch
 from mimae.errors import ConfigError, UserError
 from mimae.model.batch_norm import GlobalBatchNorm
+from mimae.model.encoder import Encoder
 from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.randomness import initialise, materialise
+from mimae.train import frozen
 from mimae.train.tasks.classify import Classify
 from mimae.train.trainer import train
 from tests.rank_processes import run_ranks
@@ -75,6 +77,9 @@ LINEAR = (
     *("finetune.freeze=all", "finetune.drop_path=0", "augment.mix=0", "augment.erase=0", "augment.rand_augment=null"),
     *("head.norm=batch_norm", "head.pooling=class_token", "head.init_std=0.01", "data.loader=torch"),
 )
+
+FIXED = (*LINEAR, "data.crop_scale=null", "data.flip=false")
+"""Options of a linear classifier that sees the same features of an image in every epoch."""
 
 
 # The published recipes
@@ -217,11 +222,14 @@ def test_two_ranks_train_as_one_under_every_engine(images: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [LINEAR, FIXED], ids=["augmented", "fixed"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_train_a_linear_classifier_as_one(images: Path, tmp_path: Path, kind: str) -> None:
-    """Use the moments of the global batch in the batch norm."""
+def test_two_ranks_train_a_linear_classifier_as_one(
+    images: Path, tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    """Use the moments of the global batch in the batch norm, and share the work of features that are computed once."""
     lars = ["optimizer.kind=lars"] if kind == "ddp" else []
-    one_and_two(images, tmp_path, *LINEAR, f"engine.kind={kind}", *lars)
+    one_and_two(images, tmp_path, *options, f"engine.kind={kind}", *lars)
 
 
 def test_a_frozen_encoder_stays_and_resumes(images: Path, tmp_path: Path) -> None:
@@ -238,6 +246,48 @@ def test_a_frozen_encoder_stays_and_resumes(images: Path, tmp_path: Path) -> Non
         *("model.head.weight", "model.head.bias", "model.fc_norm.mean", "model.fc_norm.variance")
     }
     assert not [name for name in ends[0] if name.startswith("optimizer.") and ".encoder." in name]
+
+
+def encoded(images: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Train a linear classifier, and return the number of images that its encoder computed."""
+    count, forward = 0, Encoder.forward
+
+    def counted(self: Encoder, batch: Tensor, *rest: Any, **named: Any) -> Tensor:
+        nonlocal count
+        count += len(batch)
+        return forward(self, batch, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "forward", counted)
+        assert train(Classify(recipe(images, run, *FIXED, "optimizer.kind=lars"))).finished
+    return count
+
+
+def test_the_features_of_a_frozen_encoder_are_computed_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compare with a run whose encoder sees every batch, and with one that stopped in the middle of an epoch.
+
+    The 50 training images and the 14 held-out ones are encoded once, not in each of 3 epochs. Features of other
+    batches may be rounded differently.
+    """
+    assert encoded(images, tmp_path / "once", monkeypatch) == 50 + 14
+    assert "the features of 50 images take 0.0 MiB on each rank" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen, "LIMIT", 50 * 16 * 4 - 1)
+        assert encoded(images, tmp_path / "often", monkeypatch) >= STEPS * 16 + 14
+    assert "the frozen encoder computes them in every epoch" in capsys.readouterr().out
+    options = (*FIXED, "optimizer.kind=lars")
+    train(Classify(recipe(images, tmp_path / "parts", *options, "run.dry=true")))
+    assert train(Classify(recipe(images, tmp_path / "parts", *options))).finished
+    once, often, parts = (lines(tmp_path / run / "metrics.jsonl") for run in ("once", "often", "parts"))
+    assert [line["loss"] for line in once] == pytest.approx([line["loss"] for line in often], rel=1e-5)
+    ends = [tensors(tmp_path / run) for run in ("once", "parts")]
+    assert not [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
+    assert [line["loss"] for line in once] == [line["loss"] for line in parts]
+    assert (
+        lines(tmp_path / "once" / "epochs.jsonl")[-1]["top1"] == lines(tmp_path / "often" / "epochs.jsonl")[-1]["top1"]
+    )
 
 
 # The batch norm

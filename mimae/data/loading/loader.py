@@ -67,18 +67,22 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     reader: Reader | None = None,
+    backend: DecoderBackend | None = None,
     size_at: SizeAt | None = None,
 ) -> Loader:
     """Return the loader of training batches of `source`: `batch_size` images per step over all ranks and micro-batches.
 
     `settings.loader` selects the decoder backend; "auto" means "torch" here, callers replace it by `backend.choose`. A
     `reader` makes the examples, in the processes of the loader "torch"; without one, images of step s have the size
-    `size_at(s)`, at most that of the settings (None: always that of the settings). Raises DataError if the batch does
-    not divide evenly, if the source has no full batch, or if the backend cannot run.
+    `size_at(s)`, at most that of the settings (None: always that of the settings). A `backend` makes the batches in
+    place of both. Raises DataError if the batch does not divide evenly, if the source has no full batch, or if the
+    backend cannot run.
     """
     shares = source.shares
     plan = Plan(sum(share.draws for share in shares), batch_size, accumulate, rank, world_size)
     order = partial(epoch_order, seed, shares=shares, by_blocks=settings.shuffle == "blocks")
+    if backend is not None:
+        return Loader(plan, backend, order)
     # Pixels and ids of the samples; the encoded images that workers of dali_gpu send are smaller.
     height, width = settings.size_hw
     batch_bytes = plan.micro_batch * (3 * height * width + 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from mimae.evaluate import share
 from mimae.evaluate.classes import Classes
 from mimae.model.classifier import Classifier
 from mimae.telemetry import confusion
+from mimae.train import frozen
 from mimae.train.predictors.base import Options
 from mimae.train.predictors.classify import ClassPredictor
 from mimae.train.task import Details, Result
@@ -63,6 +65,9 @@ class Classify(Transfer[Classifier]):
     measures = ClassifyRecipe.measures
     last: Evaluation | None = None
     """The last evaluation, which the picture shows."""
+    held: list[tuple[Batch, int]] | None = None
+    """This rank's batches of data.val_path with features of a frozen encoder in place of images, in a run; none before
+    its first evaluation."""
 
     @cached_property
     def classes(self) -> Classes:
@@ -95,6 +100,14 @@ class Classify(Transfer[Classifier]):
             if missing:
                 more = ", ..." * (len(missing) > _LISTED)
                 yield f"{what} has no image of {len(missing)} classes: {', '.join(missing[:_LISTED])}{more}"
+        if self._has_fixed_features:
+            mib = self._feature_bytes / 2**20
+            taken = f"the features of {len(self.source):,} images take {mib:,.1f} MiB on each rank"
+            yield (
+                f"{taken}: the frozen encoder computes them once, before the first step"
+                if self.features is not None
+                else f"{taken}, more than {frozen.LIMIT / 2**20:,.0f}: the frozen encoder computes them in every epoch"
+            )
 
     def kept(self) -> dict[str, Any]:
         return {"classes": self.classes.state()}
@@ -120,8 +133,38 @@ class Classify(Transfer[Classifier]):
         augment = RandAugment(magnitude, self.recipe.augment.rand_augment_std, data.mean, data.size_hw)
         return Augmented(data, self.recipe.seed, augment)
 
+    @cached_property
+    def features(self) -> frozen.Features | None:
+        """The features of the training images, where they are the same in every epoch."""
+        if not self._has_fixed_features or self._feature_bytes > frozen.LIMIT:
+            return None
+        return frozen.Features(self.source, self.recipe.model.width)
+
+    @property
+    def _has_fixed_features(self) -> bool:
+        """True if the encoder is frozen and sees every image in the same way in every epoch."""
+        data, augment, finetune = self.recipe.data, self.recipe.augment, self.recipe.finetune
+        is_plain = data.crop_scale is None and not data.flip and augment.rand_augment is None and not augment.erase
+        return finetune.freeze == "all" and is_plain and not augment.mixes and not finetune.drop_path
+
+    @property
+    def _feature_bytes(self) -> int:
+        return frozen.size(len(self.source), self.recipe.model.width)
+
+    def backend(self) -> frozen.Features | None:
+        return self.features
+
+    def prepare(self, model: Classifier, device: torch.device) -> None:
+        """Compute the features of the training images, where they are the same in every epoch."""
+        source, width = self.validation, self.recipe.model.width
+        if self.recipe.finetune.freeze == "all" and source is not None:
+            self.held = [] if frozen.size(len(source), width) <= frozen.LIMIT * distributed.world_size() else None
+        if self.features is not None:
+            self.features.compute(self.recipe.data, partial(self._pooled, model), device)
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return images (B, H, W, 3), targets (B, C) and, with drop path, the factors of the paths."""
+        """Return images (B, H, W, 3) or their features (B, D), targets (B, C) and, with drop path, the factors of the
+        paths."""
         recipe, augment = self.recipe, self.recipe.augment
         images = batch.images
         self.labels = self.labels.to(images.device)
@@ -138,7 +181,8 @@ class Classify(Transfer[Classifier]):
         return (images, targets) if paths is None else (images, targets, paths)
 
     def example(self, images: int) -> tuple[Tensor, Tensor]:
-        return self.example_images(images), torch.empty(images, len(self.classes))
+        given = self.example_images(images) if self.features is None else torch.empty(images, self.recipe.model.width)
+        return given, torch.empty(images, len(self.classes))
 
     def result(self, output: Tensor) -> Result:
         return Result(output, {"loss": distributed.all_sum(output) / distributed.world_size()})
@@ -158,7 +202,7 @@ class Classify(Transfer[Classifier]):
         places, ids, count = self.classes.places(source), torch.arange(len(source)), len(self.classes)
         table = torch.zeros(count * count, dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, self._central):
+        for batch, own in self._evaluated(model, source, ids, device):
             logits = self._logits(model, batch.images)[:own].float()
             # An image that cannot be read is replaced by another one, which is evaluated in its own place anyway.
             read = (batch.source_ids == batch.sample_ids)[:own]
@@ -172,6 +216,22 @@ class Classify(Transfer[Classifier]):
         images = int(table.sum())
         left_out = len(source) - images
         return Evaluation(images, table, in_five / max(images, 1), loss / max(images, 1), left_out)
+
+    def _evaluated(
+        self, model: Classifier, source: Source, ids: Tensor, device: torch.device
+    ) -> Iterator[tuple[Batch, int]]:
+        """Yield the batches of this rank's share of a source, with features in place of images if the run holds them.
+
+        A frozen encoder computes them for the first evaluation.
+        """
+        if self.held:
+            yield from ((batch.to(device), own) for batch, own in self.held)
+            return
+        for batch, own in share.batches(self.recipe.data, source, ids, device, _BATCH, self._central):
+            if self.held is not None:
+                batch = replace(batch, images=self._pooled(model, batch.images))
+                self.held.append((batch.to("cpu"), own))
+            yield batch, own
 
     def details(self) -> Details | None:
         if self.last is None:
@@ -195,6 +255,11 @@ class Classify(Transfer[Classifier]):
         """Return logits (B, C) in the run's precision."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.logits(images)
+
+    def _pooled(self, model: Classifier, images: Tensor) -> Tensor:
+        """Return what the classifier sees of images, (B, D), in the run's precision."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return model.pooled(images)
 
     def picture(self, model: Classifier, device: torch.device) -> bytes | None:
         """Return the confusion matrix of data.val_path."""
