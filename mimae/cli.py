@@ -23,7 +23,7 @@ from mimae.bench.gpu.command import gpu
 from mimae.bench.harness.command import drill, flat, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
 from mimae.bench.step.command import engines, step
-from mimae.bench.tasks.command import tasks
+from mimae.bench.tasks.command import starts, tasks
 from mimae.config.command import config, settings
 from mimae.data.command import check, pack
 from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
@@ -120,6 +120,7 @@ app.add_typer(
         data=bench_data,
         engines=engines,
         tasks=tasks,
+        starts=starts,
         soak=soak,
         flat=flat,
         fuzz=fuzz,
