@@ -257,7 +257,7 @@ def at_its_step(trial: Trial, *overrides: str, **how: Any) -> Start:
 def saved(trial: Trial, start: Start) -> None:
     """Prove that a start saved on a signal, and ended."""
     trial.prove(start.end() == EXIT_SAVED, f"exit code {EXIT_SAVED}")
-    trial.prove("on a signal; the same command goes on" in start.output, "saved on a signal")
+    trial.prove("on a signal; the same command continues" in start.output, "saved on a signal")
     trial.keep_in_mind()
 
 
