@@ -100,13 +100,14 @@ def profile(
         Path | None, typer.Option(metavar="FOLDER", help="write profile.json and a trace for Perfetto to this folder")
     ] = None,
 ) -> None:
-    """Profile the training step of a recipe on this machine.
+    """Profile the training step of a recipe of any task on this machine.
 
     Prints time, FLOPs and memory by phase next to the planned figures, then advice that saves time. Nothing is saved.
     """
     import json
 
     from mimae.config.load import load_recipe
+    from mimae.config.recipe import RunRecipe
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.output import as_json
@@ -114,7 +115,7 @@ def profile(
     from mimae.report.profile import profile, show
     from mimae.report.profile.advice import advise
 
-    resolved = load_recipe(recipe, overrides or ()).recipe
+    resolved = load_recipe(recipe, overrides or (), None, RunRecipe).recipe
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,9 @@ Letters in shapes: B images, H, W their pixels.
 
 from __future__ import annotations
 
-import colorsys
 import io
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -22,21 +20,13 @@ _STRENGTH = 0.6
 _SQUARE, _LINE, _PAPER, _INK = 14, 22, (255, 255, 255), (70, 70, 76)
 
 
-def colours(number: int) -> np.ndarray:
-    """Return a colour for each class, uint8 (number, 3): hues at golden-ratio steps, in three intensities."""
-    found = [
-        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1.0, 0.7)[i % 3]) for i in range(number)
-    ]
-    return (np.array(found) * 255).round().astype(np.uint8)
-
-
 def overlay(images: Tensor, classes: Tensor, number: int) -> Tensor:
     """Return images uint8 (B, H, W, 3) with the colours of their classes (B, H, W) as overlays.
 
     Ignored pixels (classes below 0) have no overlay and are grey.
     """
     images, classes = images.cpu().float(), classes.cpu().long()
-    table = torch.from_numpy(colours(number)).float()
+    table = torch.from_numpy(pictures.colours(number)).float()
     mixed = images * (1 - _STRENGTH) + table[classes.clamp(min=0)] * _STRENGTH
     grey = images.mean(-1, keepdim=True).expand_as(images)
     return torch.where((classes < 0)[..., None], grey, mixed).round().byte()
@@ -57,16 +47,17 @@ def sheet(images: Tensor, classes: Tensor, found: Tensor, names: Sequence[str]) 
 
 def with_legend(picture: Image.Image, present: Sequence[int], names: Sequence[str]) -> Image.Image:
     """Return the picture with a legend below it: the colours and names of the classes `present`."""
-    font, table = ImageFont.load_default(size=_SQUARE), colours(len(names))
+    font, table = ImageFont.load_default(size=_SQUARE), pictures.colours(len(names))
     measure = ImageDraw.Draw(picture)
-    places, left, line = [], _SQUARE, 0
+    places, left, line, across = [], _SQUARE, 0, picture.width
     for number in present:
         width = 3 * _SQUARE + round(measure.textlength(names[number], font))
         if left > _SQUARE and left + width > picture.width:
             left, line = _SQUARE, line + 1
         places.append((number, left, line))
         left += width
-    whole = Image.new("RGB", (picture.width, picture.height + (line + 1) * _LINE), _PAPER)
+        across = max(across, left)
+    whole = Image.new("RGB", (across, picture.height + (line + 1) * _LINE), _PAPER)
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     for number, left, line in places:

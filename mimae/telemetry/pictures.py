@@ -6,6 +6,7 @@ the values of a patch are ordered (row, column, channel).
 
 from __future__ import annotations
 
+import colorsys
 import io
 import textwrap
 from collections.abc import Container, Sequence
@@ -26,6 +27,7 @@ _NORMALISED = (
 )
 _PAPER, _INK = (255, 255, 255), (70, 70, 76)
 _PANEL = 128  # Smallest side of a panel in pixels; smaller images are enlarged.
+_READABLE = 320  # Smallest side in pixels of an image with text in it.
 _NARROW, _WIDE = 3, 14  # Gaps in pixels: inside a view and between rows; between views.
 
 
@@ -112,6 +114,20 @@ def sheet(labels: Sequence[str], panels: Sequence[Tensor], wide: Container[int],
     png = io.BytesIO()
     picture.save(png, "PNG")
     return png.getvalue()
+
+
+def colours(number: int) -> np.ndarray:
+    """Return a colour for each class, uint8 (number, 3): hues at golden-ratio steps, in three intensities."""
+    found = [
+        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1.0, 0.7)[i % 3]) for i in range(number)
+    ]
+    return (np.array(found) * 255).round().astype(np.uint8)
+
+
+def readable(image: Tensor) -> tuple[Tensor, int]:
+    """Return an image (H, W, 3), enlarged by an integer factor if text would be large in it, and the factor."""
+    scale = max(1, -(-_READABLE // min(image.shape[:2])))
+    return image.repeat_interleave(scale, 0).repeat_interleave(scale, 1), scale
 
 
 def _places(ids: Tensor, patches: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_a_mask_has_the_values_of_its_classes_and_can_be_judged(
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*.png")) == ["0.png", "deep/1.png", "deep/2.png"]
     with Image.open(out / "deep/1.png") as mask, Image.open(overlays / "deep/1.jpg") as overlay:
         assert mask.size == (48, 36) and mask.mode == "P" and set(np.unique(np.asarray(mask))) <= {0, 1, 2, 7}
-        assert overlay.width == 21, "the image at the scale of the window, with a legend below"
+        assert overlay.width == 20 * 21, "the image at the scale of the window, enlarged, with a legend below"
     (folder / "3.png").unlink()
     found = predict.evaluate(load(segmenter, data=str(folder)))
     assert found.measures["pixel_accuracy"] == 1.0

@@ -26,6 +26,7 @@ from mimae.train import frozen
 from mimae.train.tasks.classify import Classify
 from mimae.train.trainer import train
 from tests.rank_processes import run_ranks
+from tests.train.recipes import tiny
 from tests.train.test_trainer import lines, tensors
 
 STEPS = 9
@@ -50,27 +51,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(images: Path, run: Path, *overrides: str) -> ClassifyRecipe:
     """Return a recipe with RandAugment, erasing, mixup and cutmix, drop path, layer decay, EMA and accumulation."""
-    tree = {
-        "task": "classify",
-        "precision": "fp32",
-        "run": {"dir": str(run)},
-        "data": {
-            "path": str(images / "train"),
-            "val_path": str(images / "held-out"),
-            "image_size": 8,
-            "crop_scale": [0.5, 1.0],
-            "workers": 0,
-        },
-        "model": {"size": "tiny", "patch_size": 4, "width": 16, "depth": 2, "heads": 2},
-        "finetune": {"layer_decay": 0.75, "drop_path": 0.2},
-        "augment": {"rand_augment": 9, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix": 0.5, "label_smoothing": 0.1},
-        "evaluation": {"crop": 0.875},
-        "optimizer": {"learning_rate": 0.01, "scale_by": "none", "betas": [0.9, 0.999]},
-        "schedule": {"batch_size": 16, "epochs": 3, "warmup_epochs": 0, "accumulate": 2, "shape": "constant"},
-        "ema": {"decay": 0.5},
-        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "trackers": []},
-    }
-    return load_recipe(tree, overrides, None, ClassifyRecipe).recipe
+    paths = {"path": str(images / "train"), "val_path": str(images / "held-out")}
+    return tiny(
+        ClassifyRecipe,
+        run,
+        overrides,
+        data={**paths, "image_size": 8, "crop_scale": [0.5, 1.0]},
+        augment={"rand_augment": 9, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "mix": 0.5, "label_smoothing": 0.1},
+        evaluation={"crop": 0.875},
+        optimizer={"learning_rate": 0.01},
+        schedule={"batch_size": 16, "epochs": 3, "shape": "constant"},
+        ema={"decay": 0.5},
+    )
 
 
 LINEAR = (

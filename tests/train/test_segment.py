@@ -21,6 +21,7 @@ from mimae.segmentation.heads import AUXILIARY_WIDTH, POOLS
 from mimae.train.tasks.segment import Segment
 from mimae.train.trainer import train
 from tests.rank_processes import run_ranks
+from tests.train.recipes import tiny
 from tests.train.test_trainer import lines, tensors
 
 STEPS = 4
@@ -55,19 +56,17 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(scenes: Path, run: Path, *overrides: str) -> SegmentRecipe:
-    tree = {
-        "task": "segment",
-        "precision": "fp32",
-        "run": {"dir": str(run)},
-        "data": {"path": str(scenes / "images"), "val_path": str(scenes / "images"), "image_size": 16, "workers": 0},
-        "model": {"size": "tiny", "patch_size": 4, "width": 16, "depth": 4, "heads": 2},
-        "segment": {"classes": ["ground", "disc", "bar", "none"], "head": "upernet", "width": 16},
-        "finetune": {"layer_decay": 0.75, "drop_path": 0.2},
-        "optimizer": {"learning_rate": 3e-3, "scale_by": "none", "betas": [0.9, 0.999], "clip": 1.0},
-        "schedule": {"batch_size": 4, "epochs": 2, "warmup_epochs": 0, "accumulate": 2, "shape": "constant"},
-        "telemetry": {"log_every_steps": 1, "probe_every_epochs": 1, "images_every_epochs": 2, "trackers": []},
-    }
-    return load_recipe(tree, overrides, None, SegmentRecipe).recipe
+    return tiny(
+        SegmentRecipe,
+        run,
+        overrides,
+        data={"path": str(scenes / "images"), "val_path": str(scenes / "images"), "image_size": 16},
+        model={"depth": 4},
+        segment={"classes": ["ground", "disc", "bar", "none"], "head": "upernet", "width": 16},
+        optimizer={"learning_rate": 3e-3, "clip": 1.0},
+        schedule={"batch_size": 4, "epochs": 2, "shape": "constant"},
+        telemetry={"images_every_epochs": 2},
+    )
 
 
 def test_the_recipe_for_ade20k_has_the_published_numbers() -> None:
@@ -157,6 +156,10 @@ def test_settings_that_do_not_fit_are_refused(override: str, message: str, tmp_p
         recipe(tmp_path, tmp_path, override)
 
 
+AT_THE_END = "telemetry.probe_every_epochs=2"
+"""Override with which a run is evaluated only once, since evaluation takes most of its time."""
+
+
 def whole_and_resumed(scenes: Path, runs: Path, ways: dict[str, list[str]]) -> dict[str, Any]:
     """Compare a whole run with one that stopped within an epoch, for each entry of `ways`.
 
@@ -170,9 +173,9 @@ def whole_and_resumed(scenes: Path, runs: Path, ways: dict[str, list[str]]) -> d
     try:
         for way, overrides in ways.items():
             whole, parts = runs / way / "whole", runs / way / "parts"
-            assert train(Segment(recipe(scenes, whole, *overrides))).finished
-            train(Segment(recipe(scenes, parts, *overrides, "run.dry=true")))
-            assert train(Segment(recipe(scenes, parts, *overrides))) == (parts, STEPS, True, False)
+            assert train(Segment(recipe(scenes, whole, AT_THE_END, *overrides))).finished
+            train(Segment(recipe(scenes, parts, "telemetry.probe_every_epochs=0", *overrides, "run.dry=true")))
+            assert train(Segment(recipe(scenes, parts, AT_THE_END, *overrides))) == (parts, STEPS, True, False)
             ends = [tensors(run) for run in (whole, parts)]
             found[way] = {
                 "different": [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])],
@@ -197,7 +200,7 @@ def check(found: dict[str, Any], losses: list[float], miou: float) -> None:
 
 
 def alone(scenes: Path, run: Path) -> tuple[list[float], float]:
-    assert train(Segment(recipe(scenes, run))).finished
+    assert train(Segment(recipe(scenes, run, AT_THE_END))).finished
     return [record["loss"] for record in lines(run / "metrics.jsonl")], lines(run / "epochs.jsonl")[-1]["miou"]
 
 

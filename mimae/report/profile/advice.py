@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from mimae.config.recipe import Recipe
 from mimae.plan.flops import image_flops
 from mimae.report.profile.phases import COMMUNICATION, IDLE
 from mimae.report.profile.profile import Profile, is_compiled, matrix_rate
@@ -55,7 +56,7 @@ def _precision(found: Profile) -> Advice | None:
 
 def _decoder(found: Profile) -> Advice | None:
     recipe = found.recipe
-    if recipe.masking.num_masks < 2 or recipe.decoder.predict == "next_view":
+    if not isinstance(recipe, Recipe) or recipe.masking.num_masks < 2 or recipe.decoder.predict == "next_view":
         return None
     names = [name for name in found.phases if name.split(".")[0] == "decoder"]
     smaller = recipe.model_copy(update={"decoder": recipe.decoder.model_copy(update={"predict": "next_view"})})

@@ -19,11 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from mimae import distributed, kernels
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import Recipe, RunRecipe
 from mimae.engines.base import will_compile
 from mimae.outside.progress import Progress
 from mimae.plan import memory as planned
-from mimae.plan.flops import step_flops
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.plan.memory import Layout, parameters
 from mimae.report.profile import memory
@@ -42,7 +41,7 @@ WARM_UP = 2
 class Profile:
     """The measurements of a profile. Seconds, FLOPs and bytes are those of one step."""
 
-    recipe: Recipe
+    recipe: RunRecipe
     device: str
     peak: float | None
     """FLOP/s of the device in the recipe's precision: from the data sheet, or measured with a large matrix product."""
@@ -54,8 +53,9 @@ class Profile:
     backward_flops: dict[str, float]
     bytes: dict[str, float]
     memory: Memory
-    planned_flops: float
+    planned_flops: float | None
     planned_memory: dict[str, float]
+    """By part; empty for tasks other than pretraining, whose memory `mimae plan` counts for GPUs."""
     resident: int | None
     """Peak resident memory of the process in bytes; on CUDA the bytes that the allocator reserved."""
 
@@ -70,7 +70,7 @@ class Profile:
         return 1 - self.phases[OTHER].seconds / total if OTHER in self.phases else 1.0
 
 
-def measure(recipe: Recipe, steps: int, trace: Path | None = None) -> Profile:
+def measure(recipe: RunRecipe, steps: int, trace: Path | None = None) -> Profile:
     """Profile `steps` steps of a recipe on this machine.
 
     `trace` is a folder for trace files, which viewers such as Perfetto open. Raises UserError for unusable data or
@@ -109,9 +109,7 @@ def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None, pr
     found = phases(results.kineto_results.events(), on_cuda)
     progress.begin("FLOPs and bytes")
     flops, moved = count(taken)
-    layout = Layout(recipe.engine.kind, distributed.world_size(), recipe.engine.replicas, recipe.engine.offload)
-    images = recipe.schedule.batch_size // (recipe.schedule.accumulate * layout.ranks)
-    foreseen = planned.memory(recipe, layout, images, count=parameters(recipe), ops="fused" if on_cuda else "plain")
+    planned_flops = taken.task.flops(recipe.data.size_hw)
     whole = process_memory(device)
     return Profile(
         recipe=recipe,
@@ -124,10 +122,17 @@ def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None, pr
         backward_flops=dict(flops.backward_flops),
         bytes=dict(moved.bytes),
         memory=of_memory,
-        planned_flops=step_flops(recipe) / layout.ranks,
-        planned_memory=foreseen._asdict(),
+        planned_flops=planned_flops and planned_flops * recipe.schedule.batch_size / distributed.world_size(),
+        planned_memory=_planned_memory(recipe, on_cuda) if isinstance(recipe, Recipe) else {},
         resident=whole["mem_reserved_bytes"] if on_cuda else whole["mem_peak_bytes"],
     )
+
+
+def _planned_memory(recipe: Recipe, on_cuda: bool) -> dict[str, float]:
+    layout = Layout(recipe.engine.kind, distributed.world_size(), recipe.engine.replicas, recipe.engine.offload)
+    images = recipe.schedule.batch_size // (recipe.schedule.accumulate * layout.ranks)
+    ops = "fused" if on_cuda else "plain"
+    return planned.memory(recipe, layout, images, count=parameters(recipe), ops=ops)._asdict()
 
 
 def _timed(taken: Steps, steps: int) -> list[float]:
@@ -162,7 +167,7 @@ def count(taken: Steps) -> tuple[Counts, Counts]:
     return flops, moved
 
 
-def matrix_rate(recipe: Recipe, device: torch.device, seconds: float = 0.3) -> float:
+def matrix_rate(recipe: RunRecipe, device: torch.device, seconds: float = 0.3) -> float:
     """Return the FLOP/s of the product of two square matrices in the recipe's precision, by its best time."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     side = 8192 if device.type == "cuda" else 1024

@@ -105,7 +105,8 @@ def _row(found: Profile, name: str, phase: Phase, total: float) -> list[str]:
 
 def _totals(found: Profile) -> str:
     rate = found.flops / found.seconds
-    told = f"{found.flops / 1e9:,.2f} GFLOP a step, planned {found.planned_flops / 1e9:,.2f}; {rate / 1e12:.3f} TFLOP/s"
+    planned = "" if found.planned_flops is None else f", planned {found.planned_flops / 1e9:,.2f}"
+    told = f"{found.flops / 1e9:,.2f} GFLOP a step{planned}; {rate / 1e12:.3f} TFLOP/s"
     if found.peak:
         told += f", {rate / found.peak:.1%} of the {found.peak / 1e12:.3f} TFLOP/s that large matrices reach"
     return told
@@ -113,13 +114,14 @@ def _totals(found: Profile) -> str:
 
 def _memory(found: Profile) -> str:
     memory, planned = found.memory, dict(found.planned_memory)
-    # The planner lists the memory of the losses separately; here it is part of the activations.
-    planned["activations"] += planned.pop("losses")
-    planned["work"] = planned.pop("workspace")
+    if planned:
+        # The planner lists the memory of the losses separately; here it is part of the activations.
+        planned["activations"] += planned.pop("losses")
+        planned["work"] = planned.pop("workspace")
     rows = [["MiB at the peak", "measured", "planned"]]
     for name, value in memory.categories.items():
         rows.append([name, _mib(value) or "0", _mib(planned.get(name, 0)) or "–"])
-    rows.append(["sum", _mib(memory.total), _mib(sum(planned.values()))])
+    rows.append(["sum", _mib(memory.total), _mib(sum(planned.values())) or "–"])
     rows.append(["by the profiler", _mib(memory.peak), ""])
     if found.resident is not None:
         rows.append(["resident, the whole process", _mib(found.resident), ""])

@@ -11,33 +11,35 @@ import torch
 from torch import Tensor
 
 from mimae import distributed
-from mimae.config.recipe import Recipe
+from mimae.config.recipe import RunRecipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.data.loading.to_device import Transfer
 from mimae.engines.make import check_machine, setup_of
 from mimae.report.profile.marks import BACKWARD, FORWARD, STEP, Mark, mark
 from mimae.train import choices
-from mimae.train.tasks.pretrain import Pretrain
+from mimae.train.task import Task
+from mimae.train.tasks.registry import make_task
 
 
-def task_of(recipe: Recipe, device: torch.device) -> Pretrain:
+def task_of(recipe: RunRecipe, device: torch.device) -> Task[Any]:
     """Return the task of a recipe, with `auto` replaced. Raises UserError for unusable data or settings."""
-    task = Pretrain(recipe)
+    task = make_task(recipe)
     task.check()
     check_machine(setup_of(recipe), device, task.obstacles(device))
-    chosen, _ = choices.choose(task, device)
-    assert isinstance(chosen, Recipe)
-    task.recipe = chosen
+    task.recipe, _ = choices.choose(task, device)
     return task
 
 
 class Steps:
     """The engine of a recipe with its data. Nothing is saved or logged."""
 
-    def __init__(self, task: Pretrain, device: torch.device) -> None:
+    def __init__(self, task: Task[Any], device: torch.device) -> None:
         self.task, self.recipe, self.device = task, task.recipe, device
         self.engine = task.engine(device)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            task.prepare(self.engine.model.eval(), device)
+        self.engine.model.train()
         self.batches = self._batches()
         self.losses: dict[str, Tensor] = {}
         """Losses of the last micro-batch."""
@@ -50,7 +52,7 @@ class Steps:
                 with self.engine.accumulate(micro == accumulate - 1):
                     with mark("data wait"):
                         batch = next(self.batches)
-                    with mark("masks"):
+                    with mark("inputs"):
                         inputs = self.task.inputs(batch)
                     with mark(FORWARD):
                         result = self.task.result(self.engine.forward(*inputs))
@@ -77,6 +79,8 @@ class Steps:
             accumulate=recipe.schedule.accumulate,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            reader=self.task.reader(),
+            backend=self.task.backend(),
         )
         for epoch in itertools.count():
             yield from transfer(self.loader.epoch(epoch))

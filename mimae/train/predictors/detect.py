@@ -78,7 +78,7 @@ class ObjectPredictor(Predictor[Found]):
     def drawn(self, image: Tensor, found: Found) -> Image.Image:
         height, width = found.on_canvas
         names = [name for _, name in self.categories]
-        return Image.fromarray(drawing.detected(image, found.objects, names)[:height, :width].numpy())
+        return Image.fromarray(drawing.detected(image[:height, :width], found.objects, names).numpy())
 
 
 def _image_ids(source: Source) -> Callable[[int], int]:

@@ -18,6 +18,7 @@ from mimae.segmentation import overlays
 from mimae.segmentation.examples import Unmasked
 from mimae.segmentation.labels import Labels
 from mimae.segmentation.windows import classes_at
+from mimae.telemetry import pictures
 from mimae.train.predictors.base import Names, Predictor, Write, new_folder
 
 
@@ -54,7 +55,7 @@ class MaskPredictor(Predictor[Tensor]):
         size = (image.shape[0], image.shape[1])
         classes = torch.nn.functional.interpolate(found[None, None].float(), size, mode="nearest-exact")[0, 0].long()
         names = self.labels.names
-        coloured = overlays.overlay(image[None], classes[None], len(names))[0]
+        coloured, _ = pictures.readable(overlays.overlay(image[None], classes[None], len(names))[0])
         return overlays.with_legend(Image.fromarray(coloured.numpy()), classes.unique().tolist(), names)
 
 
@@ -65,6 +66,6 @@ def _mask(pixels: np.ndarray, values: np.ndarray) -> Image.Image:
         return Image.fromarray(pixels.astype(np.uint16))
     mask = Image.fromarray(pixels.astype(np.uint8), "L").convert("P")
     palette = np.zeros((256, 3), np.uint8)
-    palette[values] = overlays.colours(len(values))
+    palette[values] = pictures.colours(len(values))
     mask.putpalette(palette.tobytes())
     return mask

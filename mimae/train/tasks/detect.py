@@ -177,8 +177,8 @@ class Detect(Transfer[ViTDet]):
         annotated, detected = [], []
         for i, image in enumerate(batch.images.cpu()):
             number, target = int(batch.targets["count"][i]), batch.targets
-            names = [coco.classes[label - 1] for label in target["classes"][i, :number].tolist()]
-            annotated.append(drawing.drawn(image, target["boxes"][i, :number].cpu(), names))
+            boxes, labels = (target[name][i, :number].cpu() for name in ("boxes", "classes"))
+            annotated.append(drawing.drawn(image, boxes, labels, coco.classes))
             detected.append(drawing.detected(image, found[i], coco.classes))
         return pictures.sheet(["annotated", "found"], [torch.stack(annotated), torch.stack(detected)], wide=())
 

@@ -19,7 +19,11 @@ from mimae.report.profile.advice import advise
 from mimae.report.profile.marks import marked
 from mimae.report.profile.profile import Profile
 from mimae.report.profile.step import Steps, task_of
+from tests.detection import images as objects
 from tests.plan import formula
+from tests.train import test_classify, test_detect, test_segment
+from tests.train.test_classify import images  # noqa: F401
+from tests.train.test_segment import scenes  # noqa: F401
 
 SMALL = ("schedule.batch_size=8", "data.loader=torch", "data.workers=0", "data.val_path=null", "model.depth=2")
 
@@ -64,7 +68,7 @@ def test_memory_is_that_of_another_count(found: Profile) -> None:
 
 
 def test_every_part_has_a_name_and_its_time(found: Profile) -> None:
-    expected = {"data wait", "masks", "encoder.patch_embed.proj", "encoder.blocks.0", "encoder.blocks.1"}
+    expected = {"data wait", "inputs", "encoder.patch_embed.proj", "encoder.blocks.0", "encoder.blocks.1"}
     expected |= {"latents", "decoder.embed", "decoder.blocks.0", "decoder.head", "gradients", "optimizer"}
     expected |= {f"objective.{term}" for term in ("rec", "max_mi", "min_mi")}
     assert expected <= set(found.phases)
@@ -132,6 +136,35 @@ def test_a_step_of_quickstart_is_named_almost_whole() -> None:
     found = profile.measure(load_recipe("quickstart", ["data.loader=torch"]).recipe, 10)
     assert found.named >= 0.97
     assert found.memory.total == pytest.approx(found.memory.peak, rel=0.02)
+
+
+def test_a_classifier_is_profiled_too(images: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Compare its FLOPs with those that its task counts, and print it without a planned memory.
+
+    Erased and mixed images are not uint8: the projection of their 4 patches of 48 values does not run the op that is
+    counted, and may differ by one pass.
+    """
+    found = profile.measure(test_classify.recipe(images, tmp_path), 1)
+    assert {"data wait", "inputs", "encoder.blocks.1", "fc_norm", "head", "optimizer"} <= set(found.phases)
+    assert found.planned_flops is not None
+    assert abs(found.flops - found.planned_flops) <= 2 * 16 * 4 * 48 * 16
+    assert found.memory.total == pytest.approx(found.memory.peak, rel=0.05)
+    assert "GFLOP a step, planned" in show.as_text(found, advise(found))
+
+
+@pytest.mark.slow
+def test_segmenters_detectors_and_frozen_encoders_are_profiled_too(
+    images: Path,  # noqa: F811
+    scenes: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    found = profile.measure(test_segment.recipe(scenes, tmp_path), 1)
+    assert {"encoder.blocks.3", "head"} <= set(found.phases)
+    found = profile.measure(test_classify.recipe(images, tmp_path, *test_classify.FIXED), 1)
+    assert "head" in found.phases and "encoder.blocks.0" not in found.phases, "features are computed once"
+    objects.write(tmp_path / "coco", 8)
+    found = profile.measure(test_detect.recipe(tmp_path / "coco", tmp_path), 1)
+    assert {"encoder.blocks.1", "pyramid", "rpn", "heads"} <= set(found.phases)
 
 
 def test_a_recipe_without_data_is_an_error_in_words(tmp_path: Path) -> None:
