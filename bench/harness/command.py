@@ -14,6 +14,7 @@ def drill(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="overrides of the recipe: engine.kind=fsdp"),
     ] = None,
+    task: Annotated[str, typer.Option(help="task of the runs: pretrain, classify or segment")] = "pretrain",
     faults: Annotated[int, typer.Option(help="number of faults", min=1)] = 40,
     ranks: Annotated[int, typer.Option(help="largest number of ranks of a run", min=2, max=4)] = 3,
     seed: Annotated[int, typer.Option(help="seed of the draw of kinds, steps, ranks and moments")] = 0,
@@ -34,13 +35,17 @@ def drill(
     from mimae.bench.harness import mounts
     from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies
     from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
+    from mimae.bench.harness.subjects import SUBJECTS
     from mimae.bench.machine import describe
+    from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.output import as_json
 
+    if task not in SUBJECTS:
+        raise UserError(f"--task {task}: legal are {', '.join(SUBJECTS)}")
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    obstacles = {MOUNTED: mounts.obstacle(), COPIED: no_copies(overrides or ())}
+    obstacles = {MOUNTED: mounts.obstacle(), COPIED: no_copies(SUBJECTS[task], overrides or ())}
     kinds = list(FAULTS)
     for left_out, obstacle in obstacles.items():
         if obstacle is not None:
@@ -49,12 +54,19 @@ def drill(
     folder = Path(tempfile.mkdtemp(prefix="mimae-drill-"))
     began = time.monotonic()
     print(f"{'fault':<30} {'step':>4} {'ranks':>5} {'starts':>6} {'lost':>4} {'equal':>6} {'s':>6}  seen")
-    rows = drill(choose(kinds, faults, seed), ranks, seed, jobs, overrides or (), folder)
+    rows = drill(SUBJECTS[task], choose(kinds, faults, seed), ranks, seed, jobs, overrides or (), folder)
     failed, lost = sum(row["failed"] is not None for row in rows), sum(row["lost"] for row in rows)
     minutes = (time.monotonic() - began) / 60
     print(f"{len(rows)} faults, {failed} failed, {lost} checkpoints lost, {minutes:.1f} minutes")
-    found = {"bench": "drill", **describe(torch.device("cpu")), "seed": seed, "overrides": overrides or []}
-    found |= {"tolerance": TOLERANCE, "minutes": round(minutes, 1), "failed": failed, "lost": lost, "faults": rows}
+    found = {"bench": "drill", **describe(torch.device("cpu")), "task": task, "seed": seed}
+    found |= {
+        "overrides": overrides or [],
+        "tolerance": TOLERANCE,
+        "minutes": round(minutes, 1),
+        "failed": failed,
+        "lost": lost,
+        "faults": rows,
+    }
     as_json(found)
     if out is not None:
         write_atomically(out, json.dumps(found, indent=1) + "\n")

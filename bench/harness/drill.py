@@ -21,16 +21,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor
 
 from mimae.bench.harness.faults import FAULTS, RESHAPED
-from mimae.bench.harness.trial import EVERY, RECIPE, STEPS, Trial
+from mimae.bench.harness.subjects import Subject
+from mimae.bench.harness.trial import EVERY, STEPS, Trial
 from mimae.checkpoints import checkpoint
 from mimae.config.load import load_recipe
+from mimae.config.recipe import RunRecipe
 from mimae.outside.progress import track
 
 TOLERANCE = 1e-4
@@ -38,26 +38,22 @@ TOLERANCE = 1e-4
 which sums in a different order. The bias of attention's keys is left out: it shifts all logits of a query equally, so
 its gradient is only rounding noise, which Adam turns into steps."""
 
-IMAGES = 100
-
 
 def drill(
-    faults: Sequence[str], ranks: int, seed: int, jobs: int, overrides: Sequence[str], folder: Path
+    subject: Subject, faults: Sequence[str], ranks: int, seed: int, jobs: int, overrides: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
     """Run a trial for each fault (a name in FAULTS) on 2 to `ranks` ranks, `jobs` at a time; return a row for each."""
-    images = folder / "images"
-    images.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(IMAGES):
-        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(images / f"{i:03}.png")
+    data = folder / "data"
+    subject.write(data)
     trials = []
     for i, fault in enumerate(faults):
         draw = random.Random(f"{seed} {i}")
         name = f"{i:03}-{fault.replace(' ', '-')}"
-        trials.append((fault, Trial(folder / name, images, list(overrides), draw.randint(2, ranks), draw)))
+        trials.append((fault, Trial(folder / name, subject, data, list(overrides), draw.randint(2, ranks), draw)))
     counts = sorted({trial.ranks for _, trial in trials})
     undisturbed = [
-        Trial(folder / f"undisturbed-{count}", images, list(overrides), count, random.Random(0)) for count in counts
+        Trial(folder / f"undisturbed-{count}", subject, data, list(overrides), count, random.Random(0))
+        for count in counts
     ]
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -148,9 +144,10 @@ def choose(kinds: Sequence[str], count: int, seed: int) -> list[str]:
     return chosen[:count]
 
 
-def no_copies(overrides: Sequence[str]) -> str | None:
+def no_copies(subject: Subject, overrides: Sequence[str]) -> str | None:
     """Return the reason for which no two ranks have separate copies of a weight, or None. Raises ConfigError."""
-    engine = load_recipe(yaml.safe_load(RECIPE % (".", STEPS, EVERY)), overrides).recipe.engine
+    recipe = yaml.safe_load(subject.recipe(Path(), Path(), STEPS, EVERY))
+    engine = load_recipe(recipe, overrides, None, RunRecipe).recipe.engine
     if engine.kind == "ddp" or engine.replicas > 1:
         return None
     return f"with {engine.kind}, engine.replicas={engine.replicas}, each weight is stepped by only one rank"

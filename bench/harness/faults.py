@@ -179,7 +179,7 @@ def bad_data(trial: Trial) -> None:
     """Half of the images become text in mid-run: the run stops with a list of them. Then they are restored."""
     sound, damaged = trial.images, trial.folder / "damaged"
     shutil.copytree(sound, damaged)
-    for path in sorted(damaged.iterdir())[::2]:
+    for path in sorted(damaged.rglob("*.png"))[::2]:
         path.write_bytes(b"<html>404 Not Found</html>")
     trial.images = trial.folder / "images"
     trial.images.symlink_to(sound)

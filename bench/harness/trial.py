@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimae.bench.harness.subjects import Subject
 from mimae.checkpoints import checkpoint
 from mimae.errors import EXIT_SAVED
 
@@ -31,28 +32,13 @@ PATIENCE = 240.0
 IS_TRAINING = "; the run is "
 """Pattern of the line that every start with remaining steps prints, with the step from which it continues."""
 
-RECIPE = """
-precision: fp32
-data: {path: %s, image_size: 8, workers: 0, loader: torch}
-model: {size: tiny, patch_size: 2, width: 16, depth: 1, heads: 2, attention: sdpa}
-decoder: {width: 8, depth: 1, heads: 2}
-objective: {projector: mlp, gate_loss: 5.0, posterior_width: 4}
-optimizer: {learning_rate: 0.1, clip: 1.0}
-schedule: {batch_size: 24, epochs: 5, warmup_epochs: 1, accumulate: 2, max_steps: %d}
-ema: {decay: 0.5}
-checkpoint: {every_steps: %d}
-telemetry: {log_every_steps: 1, probe_every_epochs: 0, images_every_epochs: 0, trackers: []}
-"""
-"""Recipe that uses every part with state: gate, V, projector, accumulation, clipping, average of weights. Batches of 24
-divide by 1, 2, 3 and 4 ranks."""
-
 
 class NotSeen(Exception):
     """A fault did not fire, or its expected consequence is missing."""
 
 
 class Start:
-    """One call of `mimae pretrain`, in a separate session."""
+    """One call of a command that trains, in a separate session."""
 
     def __init__(
         self, command: list[str], output: Path, environment: dict[str, str], reader: bool = False, errors: bool = False
@@ -131,10 +117,13 @@ class Start:
 class Trial:
     """A run in a separate directory on `ranks` ranks, with a fault at `step` (on `rank`, if it concerns one rank)."""
 
-    def __init__(self, folder: Path, images: Path, overrides: list[str], ranks: int, draw: random.Random) -> None:
+    def __init__(
+        self, folder: Path, subject: Subject, data: Path, overrides: list[str], ranks: int, draw: random.Random
+    ) -> None:
+        """`data`: the folder that the subject wrote."""
         folder.mkdir()
         self.folder, self.run, self.ranks, self.draw = folder, folder / "run", ranks, draw
-        self.images, self.overrides = images, overrides
+        self.subject, self.data, self.images, self.overrides = subject, data, data / "images", overrides
         self.step, self.rank = draw.randint(2, STEPS - 8), draw.randrange(ranks)
         self.starts: list[Start] = []
         self.seen: list[str] = []
@@ -152,17 +141,17 @@ class Trial:
         log: Path | None = None,
         reader: bool = False,
     ) -> Start:
-        """Call `mimae pretrain`, always on the same recipe and directory; at first with a fault.
+        """Call the command that trains, always on the same recipe and directory; at first with a fault.
 
         `prefix`: a command that runs it. `log`: the file of its stdout. `reader`: see Start.
         """
         recipe = self.folder / "recipe.yaml"
-        recipe.write_text(RECIPE % (self.images, STEPS, EVERY))
+        recipe.write_text(self.subject.recipe(self.images, self.data, STEPS, EVERY))
         module, environment = "mimae", {}
         if fault is not None:
             told = {"kind": fault, "step": self.step, "rank": self.rank, "folder": str(self.folder)}
             module, environment = "mimae.bench.harness.faulty", {"MIMAE_FAULT": json.dumps(told)}
-        command = [*prefix, sys.executable, "-m", module, "pretrain", str(recipe), f"run.dir={self.run}"]
+        command = [*prefix, sys.executable, "-m", module, self.subject.verb, str(recipe), f"run.dir={self.run}"]
         command += self.overrides
         command += overrides
         command += ["--ranks", str(ranks or self.ranks), "--restarts", str(restarts)]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from mimae.bench.harness import drill, faulty, mounts
-from mimae.bench.harness.faults import FAULTS, MOUNTED
+from mimae.bench.harness.faults import FAULTS, MOUNTED, RESHAPED
 from mimae.bench.harness.flat import summary
+from mimae.bench.harness.subjects import SUBJECTS
 from mimae.bench.harness.trial import NotSeen, Trial
 from mimae.engines.base import Engine
 from mimae.engines.replicas import DivergenceError
@@ -43,7 +44,7 @@ def test_a_fault_that_did_not_fire_fails_its_trial(tmp_path: Path, monkeypatch: 
         raise NotSeen("SIGKILL: not so")
 
     monkeypatch.setitem(FAULTS, "SIGKILL of all", idle)
-    trial = Trial(tmp_path / "trial", tmp_path, [], 2, random.Random(0))
+    trial = Trial(tmp_path / "trial", SUBJECTS["pretrain"], tmp_path, [], 2, random.Random(0))
     assert drill._judge(("SIGKILL of all", trial), {})["failed"] == "SIGKILL: not so"
 
 
@@ -59,7 +60,8 @@ def test_a_checkpoint_that_was_whole_and_is_not_gone_on_from_counts_as_lost(tmp_
 
         A number stands for a checkpoint that was whole at that time.
         """
-        trial = Trial(tmp_path / str(len([*tmp_path.iterdir()])), tmp_path, [], 2, random.Random(0))
+        number = len([*tmp_path.iterdir()])
+        trial = Trial(tmp_path / str(number), SUBJECTS["pretrain"], tmp_path, [], 2, random.Random(0))
         for each in said:
             if isinstance(each, int):
                 trial.expect(each)
@@ -112,7 +114,9 @@ def harmed(kinds: dict[str, list[str]]) -> dict[str, tuple[float, bool]]:
 def test_faults_inside_of_a_rank_fire_on_every_engine_that_the_drill_has_them_for(tmp_path: Path) -> None:
     engines = (["ddp"], ["zero1"], ["zero3"], ["fsdp"], ["fsdp", "engine.replicas=2"])
     kinds = {" ".join(each): [f"engine.kind={each[0]}", *each[1:]] for each in engines}
-    expected = {kind: (1.0, drill.no_copies(overrides) is None) for kind, overrides in kinds.items()}
+    expected = {
+        kind: (1.0, drill.no_copies(SUBJECTS["pretrain"], overrides) is None) for kind, overrides in kinds.items()
+    }
     assert {drifts for _, drifts in expected.values()} == {True, False}
     assert run_ranks(2, tmp_path, harmed, kinds) == [expected] * 2
 
@@ -121,6 +125,14 @@ def test_each_kind_is_drawn_as_often_as_any_other() -> None:
     chosen = drill.choose(list(FAULTS), 2 * len(FAULTS), seed=0)
     assert all(chosen.count(kind) == 2 for kind in FAULTS)
     assert chosen != drill.choose(list(FAULTS), 2 * len(FAULTS), seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(SUBJECTS.keys() - {"pretrain"}))
+def test_other_tasks_are_drilled(task: str, tmp_path: Path) -> None:
+    faults = ["SIGKILL of a rank in a save", "SIGTERM to a rank", "bad data", "NaN storm", RESHAPED]
+    for row in drill.drill(SUBJECTS[task], faults, 2, 0, 2, [], tmp_path):
+        assert row["seen"] and row["failed"] is None and not row["lost"], row
 
 
 @pytest.mark.slow
