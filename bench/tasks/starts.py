@@ -73,7 +73,7 @@ def compare(recipe: str, overrides: Sequence[str], starts: Sequence[Start], seed
 
 def _shown(overrides: Sequence[str]) -> Iterator[str]:
     """Yield the overrides that are no paths of this machine."""
-    paths = text_keys(*RECIPES.values()).paths
+    paths = text_keys(*RECIPES.values()).paths | {"model.init"}
     return (each for each in overrides if each.partition("=")[0] not in paths)
 
 

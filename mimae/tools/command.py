@@ -143,7 +143,7 @@ def convert(
     if root_of(source) is not None:
         made = read(source, target)
         if not as_json({"written": made}):
-            print(f"{made}: mimae pretrain {target}/config.yaml run.dir={target} continues from there")
+            print(f"{made}: the command that started {target} continues from there")
     elif (source / "latest").is_file() and not (source / "config.yaml").exists():
         raise CheckpointError(
             f"{source} is DeepSpeed's own checkpoint: convert it first, with python -m "

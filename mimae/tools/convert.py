@@ -24,15 +24,15 @@ from mimae import distributed
 from mimae.checkpoints import checkpoint, dcp
 from mimae.checkpoints.saving import Saver
 from mimae.config.kept import load_run
-from mimae.config.recipe import Recipe
-from mimae.data.sources.base import Source
-from mimae.data.sources.open import open_source
+from mimae.config.recipe import RunRecipe, TransferRecipe
 from mimae.errors import CheckpointError
 from mimae.faults.lock import lock
-from mimae.model.mimae import MIMAE, outline
+from mimae.model.units import Model
 from mimae.optim.schedule import total_steps
 from mimae.outside.files import made_beside, write_atomically
 from mimae.outside.progress import track
+from mimae.train.task import Task
+from mimae.train.tasks.registry import make_task
 
 KINDS = {"fp32": "model.", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
 """DeepSpeed's names of a parameter's tensors, and the prefixes of their names in a checkpoint."""
@@ -49,13 +49,13 @@ _VERSION = "0.19.8"
 def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     """Write FOLDER/TAG from a run's newest usable checkpoint, or from one checkpoint directory; return its path.
 
-    Raises CheckpointError if there is no checkpoint, it has no steps, FOLDER is a run or has TAG, or the disk is too
-    full. In these cases no complete TAG is left.
+    Raises CheckpointError if there is no checkpoint, it has no steps, the format cannot hold the run's optimizer,
+    FOLDER is a run or has TAG, or the disk is too full. In these cases no complete TAG is left.
     """
     run, found = checkpoint.locate(source)
     if (folder / "config.yaml").exists():
         raise CheckpointError(f"{folder} is a run directory; give the universal checkpoint a separate folder")
-    recipe = load_run(run)
+    task = _task(run)
     target = folder / f"global_step{found.state['step']}"
     if target.exists():
         raise CheckpointError(f"{target} exists already")
@@ -67,7 +67,7 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
             if free < needed:
                 raise CheckpointError(f"{target} takes {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} free")
             try:
-                _fill(temporary, found, recipe, adam)
+                _fill(temporary, found, task, adam)
             except (KeyError, CheckpointError) as error:
                 raise CheckpointError(
                     f"{found.path} cannot be read as one of {run / 'config.yaml'}: {error}"
@@ -81,8 +81,20 @@ def write(source: Path, folder: Path, adam: Adam = "torch") -> Path:
     return target
 
 
-def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam) -> None:
-    reader = dcp.Reader(found.path)
+def _task(run: Path) -> Task[Any]:
+    """Return the task of a run. Raises CheckpointError if DeepSpeed's format cannot hold its optimizer's state."""
+    recipe = load_run(run, (), None, RunRecipe)
+    if recipe.optimizer.kind != "adamw":
+        raise CheckpointError(f"{run} has optimizer.kind={recipe.optimizer.kind}, and the format holds adamw's state")
+    if isinstance(recipe, TransferRecipe) and recipe.finetune.freeze != "none":
+        raise CheckpointError(
+            f"{run} has finetune.freeze={recipe.finetune.freeze}, and the format holds only parameters that are trained"
+        )
+    return make_task(recipe)
+
+
+def _fill(target: Path, found: checkpoint.Checkpoint, task: Task[Any], adam: Adam) -> None:
+    reader, recipe = dcp.Reader(found.path), task.recipe
 
     def stored(name: str, shape: tuple[int, ...] = ()) -> Tensor:
         tensor = torch.empty(shape)
@@ -92,7 +104,9 @@ def _fill(target: Path, found: checkpoint.Checkpoint, recipe: Recipe, adam: Adam
     def count(steps: int) -> Tensor | int:
         return torch.tensor(float(steps)) if adam == "torch" else steps
 
-    model = outline(recipe)
+    if kept := found.state.get("task"):
+        task.restore(kept)
+    model = task.outline()
     taken = 0
     parameters = list(model.named_parameters())
     for name, parameter in track(parameters, "converting", len(parameters), "parameters"):
@@ -135,13 +149,14 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not a run directory: no config.yaml, which a run of the same recipe has")
-    recipe, root = load_run(run), root_of(folder)
+    task, root = _task(run), root_of(folder)
+    recipe = task.recipe
     if root is None or not (root / "zero").is_dir():
         raise CheckpointError(
             f"{folder} is not a universal checkpoint: it has no zero/, and no latest_universal that names a folder "
             "with one"
         )
-    source, model = open_source(recipe.data.path, settings=recipe.data), outline(recipe)
+    model = task.outline()
     file = next((root / file for file in MODEL_STATES if (root / file).is_file()), root / MODEL_STATES[0])
     states = _read(file)
     try:
@@ -166,12 +181,14 @@ def read(folder: Path, run: Path, say: Callable[[str], None] = print) -> Path:
         if recipe.ema.decay:
             average, weights = root / "average" / f"{name}.pt", tensors[f"model.{name}"]
             tensors[f"ema.{name}"] = _shaped(average, parameter.shape) if has_average else weights
-    return _save(run, recipe, source, step, tensors)
+    return _save(run, task, step, tensors)
 
 
-def _save(run: Path, recipe: Recipe, source: Source, step: int, tensors: dict[str, Tensor]) -> Path:
+def _save(run: Path, task: Task[Any], step: int, tensors: dict[str, Tensor]) -> Path:
     """Write a checkpoint of whole tensors."""
+    recipe, source = task.recipe, task.source
     state = {
+        "task": task.kept(),
         "samples": step * recipe.schedule.batch_size,
         "steps": total_steps(recipe.schedule, len(source) // recipe.schedule.batch_size),
         "data": source.fingerprint,
@@ -201,7 +218,7 @@ def root_of(folder: Path) -> Path | None:
     return folder / latest.read_text().strip() if latest.is_file() else None
 
 
-def _buffers(model: MIMAE) -> dict[str, Tensor]:
+def _buffers(model: Model) -> dict[str, Tensor]:
     """Return the buffers that are part of the state."""
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}

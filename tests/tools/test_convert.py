@@ -25,11 +25,16 @@ from mimae.model.mimae import outline
 from mimae.randomness import materialise
 from mimae.tools import command
 from mimae.tools import convert as universal
+from mimae.train.tasks.classify import Classify
 from mimae.train.tasks.pretrain import pretrain
+from mimae.train.trainer import train
 from tests.rank_processes import run_ranks
+from tests.train.test_classify import LINEAR
+from tests.train.test_classify import images as photographs
+from tests.train.test_classify import recipe as classifier
 from tests.train.test_trainer import assert_bit_equal, images, recipe, tensors
 
-__all__ = ["images"]  # a fixture
+__all__ = ["images", "photographs"]  # fixtures
 
 RATES = {"decay": 0.05, "no_decay": 0.0, "posterior": 0.01}
 """Weight decay of the three groups; the values differ, so that a swap fails the test."""
@@ -62,6 +67,24 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
     assert {key: mine.state[key] for key in ("step", "steps", "samples", "data")} == {
         key: whose.state[key] for key in ("step", "steps", "samples", "data")
     }
+
+
+def test_a_fine_tuned_classifier_goes_there_and_back(
+    photographs: Path,
+    tmp_path: Path,
+) -> None:
+    """Keep its average and its classes; a frozen encoder has no state of the optimizer, and is refused."""
+    begun = tmp_path / "begun"
+    train(Classify(classifier(photographs, begun, "schedule.max_steps=2")))
+    universal.write(begun, tmp_path / "universal")
+    other = _beside(begun, "back")
+    universal.read(tmp_path / "universal", other)
+    assert_bit_equal(tensors(other), tensors(begun))
+    mine, whose = checkpoint.find(other), checkpoint.find(begun)
+    assert mine is not None and whose is not None and mine.state["task"] == whose.state["task"]
+    train(Classify(classifier(photographs, tmp_path / "linear", *LINEAR, "schedule.max_steps=1", "ema.decay=null")))
+    with pytest.raises(CheckpointError, match=r"finetune.freeze=all, and the format holds only parameters that are"):
+        universal.write(tmp_path / "linear", tmp_path / "other")
 
 
 def test_the_run_goes_on_as_if_nothing_had_been(images: Path, run: Path, tmp_path: Path) -> None:
