@@ -131,8 +131,8 @@ def _measure(taken: Steps, of_memory: Memory, steps: int, trace: Path | None, pr
 def _planned_memory(recipe: Recipe, on_cuda: bool) -> dict[str, float]:
     layout = Layout(recipe.engine.kind, distributed.world_size(), recipe.engine.replicas, recipe.engine.offload)
     images = recipe.schedule.batch_size // (recipe.schedule.accumulate * layout.ranks)
-    ops = "fused" if on_cuda else "plain"
-    return planned.memory(recipe, layout, images, count=parameters(recipe), ops=ops)._asdict()
+    foreseen = planned.memory(recipe, layout, images, count=parameters(recipe), ops="fused" if on_cuda else "plain")
+    return foreseen._asdict()
 
 
 def _timed(taken: Steps, steps: int) -> list[float]:

@@ -24,7 +24,12 @@ def test_each_start_is_trained_with_each_seed(
     kept = recipe(images, tmp_path, *FIXED, "schedule.max_steps=1", "schedule.batch_size=48").model_dump_json()
     (tmp_path / "small.yaml").write_text(kept)
     starts = [Start.of("a rate of 1: optimizer.learning_rate=1")]
-    given = ["model.init=null", f"data.path={images / 'train'}", f"data.val_path={images / 'held-out'}", "optimizer.kind=lars"]
+    given = [
+        "model.init=null",
+        f"data.path={images / 'train'}",
+        f"data.val_path={images / 'held-out'}",
+        "optimizer.kind=lars",
+    ]
     found = compare(str(tmp_path / "small.yaml"), given, starts, 2, tmp_path / "runs")
     assert found["overrides"] == ["optimizer.kind=lars"] and str(tmp_path) not in json.dumps(found)
     rows = found["starts"]["a rate of 1"]
