@@ -81,10 +81,10 @@ def _render_judge(results: list[Result]) -> Iterator[str]:
 
 
 def _render_choices(results: list[Result]) -> Iterator[str]:
-    """Yield lines that compare MI-MAE with its variants with less work in a step."""
+    """Yield lines that compare MI-MAE with its variants with less work or precision in a step."""
     if not any(result["kind"] in CHOICES for result in results):
         return
-    yield "Variants with less work in a step, after equal steps and after equal training time:\n"
+    yield "Variants with less work or precision in a step, after equal steps and after equal training time:\n"
     yield (
         f"| MI-MAE | steps | seeds | linear probe | few labels | {NEIGHBOURS} neighbours | L_rec | minutes |\n"
         "|---|---|---|---|---|---|---|---|"

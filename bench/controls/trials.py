@@ -31,6 +31,8 @@ class Control(NamedTuple):
     seeds: tuple[int, ...]
     stretch: float = 1.0
     """Number of optimizer steps, relative to MI-MAE."""
+    overrides: tuple[str, ...] = ()
+    """Settings that differ from those of the recipe."""
 
 
 CONTROLS = {
@@ -48,9 +50,14 @@ CHOICES = {
     "fast": Control("_fast", "next_view, and images that grow: `schedule.resolution`", (0, 1, 2)),
     "cross": Control("_cross", "`decoder.attention=cross`", (0, 1, 2)),
     "cross_long": Control("_cross", "`cross`, for as long as the default", (0, 1, 2), stretch=1.12),
+    "heads_64": Control("", "`decoder.heads=1`: heads of 64", (0, 1, 2), overrides=("decoder.heads=1",)),
+    "bf16": Control("", "`precision=bf16`", (0, 1, 2), overrides=("precision=bf16",)),
+    "residual": Control(
+        "", "bf16, `model.residual=bf16`", (0, 1, 2), overrides=("precision=bf16", "model.residual=bf16")
+    ),
 }
-"""Forms of MI-MAE with less work in a step. A stretch is the time of a step of quickstart over that of a step of
-the form (one CPU thread, two rounds of 100 steps: 1.21 and 1.39, 1.08 and 1.15)."""
+"""Forms of MI-MAE with less work or less precision in a step. A stretch is the time of a step of quickstart over that
+of a step of the form (one CPU thread, two rounds of 100 steps: 1.21 and 1.39, 1.08 and 1.15)."""
 
 
 _PLACES = (*FREE_KEYS, "data.path")
@@ -91,7 +98,7 @@ def control_trials(data: str) -> list[Trial]:
     trials = [
         make_trial(
             *(f"{name}-{kind}-{seed}", name, kind, RECIPES[name] + row.suffix),
-            *(stretched(recipe.schedule, samples, row.stretch), paths, samples, seed),
+            *([*stretched(recipe.schedule, samples, row.stretch), *row.overrides], paths, samples, seed),
         )
         for seed in sorted({seed for row in rows.values() for seed in row.seeds})
         for kind, row in rows.items()

@@ -116,6 +116,9 @@ def test_a_choice_differs_in_what_it_says_and_runs_as_long_as_it_says(tmp_path: 
         "photos-fast-2": 60,
         "photos-cross-2": 60,
         "photos-cross_long-2": 67,
+        "photos-heads_64-2": 60,
+        "photos-bf16-2": 60,
+        "photos-residual-2": 60,
     }
     default = made["photos-mi_mae-2"].settings
     for kind, key in (("next_view", "decoder.predict"), ("cross", "decoder.attention")):
@@ -125,6 +128,9 @@ def test_a_choice_differs_in_what_it_says_and_runs_as_long_as_it_says(tmp_path: 
         assert longer == {key, "schedule.max_steps", "schedule.epochs"}
     fast = {k for k, v in made["photos-fast-2"].settings.items() if v != default[k]}
     assert fast == {"decoder.predict", "schedule.resolution"}
+    overridden = {"heads_64": {"decoder.heads"}, "bf16": {"precision"}, "residual": {"precision", "model.residual"}}
+    for kind, keys in overridden.items():
+        assert {k for k, v in made[f"photos-{kind}-2"].settings.items() if v != default[k]} == keys
 
 
 def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
