@@ -92,6 +92,11 @@ class EagerMIMAE(nn.Module):
         if self.objective.max_mi > 0 and self.objective.learn_temperature:
             self.log_temperature = nn.Parameter(torch.zeros(1))
 
+    def set_attention(self, fused: bool) -> None:
+        """Choose torch's fused attention, or two products and a softmax."""
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.attn.fused_attn = fused  # type: ignore[union-attr, assignment]
+
     def load(self, state: dict[str, Tensor]) -> None:
         """Load the weights of a `MIMAE.state_dict()`."""
         own = {}

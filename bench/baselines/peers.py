@@ -63,6 +63,10 @@ class TransformersMAE(nn.Module):
     def decoder_blocks(self) -> Any:
         return self.mae.decoder.decoder_layers
 
+    def set_attention(self, fused: bool) -> None:
+        """Choose torch's fused attention, or two products and a softmax."""
+        self.mae.set_attn_implementation("sdpa" if fused else "eager")
+
     def load(self, state: State) -> None:
         """Take the weights of a `MIMAE.state_dict()`."""
         taken = {name: value for ours, tensor in state.items() for name, value in _to_transformers(ours, tensor)}
@@ -114,6 +118,11 @@ class LightlyMAE(nn.Module):
     @property
     def decoder_blocks(self) -> Any:
         return self.decoder.decoder_blocks
+
+    def set_attention(self, fused: bool) -> None:
+        """Choose torch's fused attention, or two products and a softmax."""
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.attn.fused_attn = fused
 
     def load(self, state: State) -> None:
         """Take the weights of a `MIMAE.state_dict()`."""

@@ -24,28 +24,39 @@ def step(
     batch: Annotated[int, typer.Option(help="images per step; at one view per image times --masks", min=2)] = 4,
     masks: Annotated[int | None, typer.Option(help="masking.num_masks [default: the recipe's]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16 [default: the recipe's]")] = None,
-    variant: Annotated[
+    baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="not the eager baseline but this system with other settings: key=value, several in quotes; repeatable"
+            help="eager or compiled: the same method in plain PyTorch; repeatable "
+            "[default: eager, or none beside --variant, --peer and --against]"
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="number of rounds, with a turn of every contender in each", min=1)] = 5,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="this system with other settings: key=value, several in quotes; repeatable"),
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="CHECKOUT", help="another version of this repository; repeatable")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="number of rounds, with a turn of every contender in each; 0: only count memory", min=0)
+    ] = 5,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
 ) -> None:
     """Measure speed and memory of a training step.
 
-    Compares this system with the same method in plain PyTorch and with other MAEs, or with other settings of its own.
-    The gate is open, images are noise, and no data is loaded or downloaded.
+    Compares this system with the same method in plain PyTorch, with other MAEs, with other settings of its own and with
+    other versions of it, in turns. Each computes attention in the way that is fastest on this machine; another version
+    does what its runs did. The gate is open, images are noise, and no data is loaded or downloaded.
     """
 
     import torch
     from rich.console import Console
 
     from mimae.bench.machine import describe
-    from mimae.bench.step.contenders import PEERS, check_baselines
-    from mimae.bench.step.contest import Contest, compete
-    from mimae.bench.step.memory import measure_memory
+    from mimae.bench.step.contenders import PEERS, PLAIN, check_baselines, with_attention
+    from mimae.bench.step.contest import Another, Contest, compete, untimed
+    from mimae.bench.step.memory import count_memory, measure_memory
     from mimae.bench.step.roof import roof
     from mimae.bench.step.table import show
     from mimae.config.load import load_recipe
@@ -59,32 +70,34 @@ def step(
     named = {"model.size": model, "masking.num_masks": masks, "precision": precision}
     chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
     given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def resolve(*more: str) -> Recipe:
-        return load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+        found = load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+        check_machine(setup_of(found), device, obstacles(found, device))
+        return with_attention(found, device)
 
     ours = resolve()
     views = ours.masking.num_masks
-    if unknown := sorted(set(peer or ()) - {*PEERS}):
-        raise UserError(f"--peer {unknown[0]}: legal is {' or '.join(PEERS)}")
+    for option, names, legal in (("--peer", peer, PEERS), ("--baseline", baseline, PLAIN)):
+        if unknown := sorted(set(names or ()) - {*legal}):
+            raise UserError(f"{option} {unknown[0]}: legal is {' or '.join(legal)}")
+    variants = {text: resolve(*text.split()) for text in variant or ()}
+    versions = [Another(checkout, recipe, [*given, "objective.gate_loss=null"]) for checkout in against or ()]
     contests = []
-    if variant:
-        contests = [Contest(ours, [], {text: resolve(*text.split()) for text in variant})]
-    elif not peer:
-        contests = [Contest(ours, ["eager"], {})]
+    if baseline or variants or versions or not peer:
+        plain = baseline or ([] if variants or versions else ["eager"])
+        contests.append(Contest(ours, plain, variants, versions))
     if peers or peer:
-        plain = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
-        contests.append(Contest(resolve(*plain, f"schedule.batch_size={batch * views}"), peer or PEERS, {}))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        one_view = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
+        contests.append(Contest(resolve(*one_view, f"schedule.batch_size={batch * views}"), peer or PEERS, {}))
     for contest in contests:
         if contest.others:
             check_baselines(contest.recipe)
-        for settings in (contest.recipe, *contest.variants.values()):
-            check_machine(setup_of(settings), device, obstacles(settings, device))
 
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()
-    result["roof"] = roof(ours, device)
+    result["roof"] = roof(ours, device) if rounds else {}
 
     def write() -> None:
         if out is not None:  # Write it each time: the next contest may hang.
@@ -92,10 +105,14 @@ def step(
 
     result["contests"] = []
     for contest in contests:
-        result["contests"].append(compete(contest, rounds, device))
+        result["contests"].append(compete(contest, rounds, device) if rounds else untimed(contest))
         write()
-    measure_memory(list(zip(contests, result["contests"])), device)
+    held = list(zip(contests, result["contests"]))
+    count_memory(held)
     write()
+    if rounds:
+        measure_memory(held, device)
+        write()
     if not as_json(result):
         show(result, Console())
     if out is not None:

@@ -7,7 +7,6 @@ others) and draws its masks itself.
 from __future__ import annotations
 
 import re
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE
-from mimae.bench.machine import synchronize
+from mimae.bench.step.meters import timed
 from mimae.config.recipe import Recipe
 from mimae.engines.base import compile_units, will_compile
 from mimae.errors import UserError
+from mimae.model import attention_choice
 from mimae.model.geometry import geometry
 from mimae.model.groups import groups
 from mimae.model.masking import views
@@ -35,9 +35,24 @@ Gradient = dict[str, float]
 
 OURS = "mimae"
 
-BASELINES = {"eager": EagerMIMAE, "transformers": TransformersMAE, "lightly": LightlyMAE}
+BASELINES = {
+    "eager": EagerMIMAE,
+    "compiled": EagerMIMAE,
+    "transformers": TransformersMAE,
+    "lightly": LightlyMAE,
+}
+
+PLAIN = ("eager", "compiled")
+"""The baselines of this method; with `compiled` every block is compiled, also where this system runs without."""
 
 PEERS = ("transformers", "lightly")
+
+
+ATTENTION = {"sdpa": True, "plain": False}
+"""Ways of a baseline to compute attention, by name; whether it is torch's fused one."""
+
+TRIALS = 2
+"""Steps of a baseline with each of them, in turns. The best one counts; the first one may compile."""
 
 
 class Contender(ABC):
@@ -81,12 +96,7 @@ class Contender(ABC):
 
     def timed(self, steps: int) -> float:
         """Return the seconds per step over `steps` steps."""
-        synchronize(self.images.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        synchronize(self.images.device)
-        return (time.perf_counter() - start) / steps
+        return timed(self.step, steps)
 
     def gradient(self, masks: Sequence[Tensor], precision: str) -> Gradient:
         """Return loss and gradient norm with the given masks."""
@@ -99,7 +109,7 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """This system, with the optimizer of its training loop."""
+    """This system, with the optimizer of its training loop. It does not choose its attention, see `with_attention`."""
 
     module: MIMAE
 
@@ -125,16 +135,31 @@ class Ours(Contender):
 
 
 class Baseline(Contender):
-    """Another implementation, with fused AdamW."""
+    """Another implementation, with fused AdamW and the faster of its ways to compute attention."""
 
     module: EagerMIMAE | TransformersMAE | LightlyMAE
 
-    def __init__(self, name: str, recipe: Recipe, state: State, images: Tensor, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        state: State,
+        images: Tensor,
+        device: torch.device,
+        attention: str | None = None,
+    ) -> None:
+        """Set up the baseline. `attention` is a key of ATTENTION; None: `warm_up` finds the faster one."""
+        self.attention = attention
         module: Any = BASELINES[name](recipe)
         module.load(dict(state))
         mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
         pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-        super().__init__(recipe, module.to(device).train(), pixels.to(device))
+        if device.type != "cpu":  # Fake tensors, on which memory is counted, cannot be moved.
+            module.to(device)
+        super().__init__(recipe, module.train(), pixels.to(device))
+        self.compiled = self.compiled or name == "compiled"
+        if attention is not None:
+            module.set_attention(ATTENTION[attention])
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for parameter_name, parameter in module.named_parameters():
@@ -159,10 +184,33 @@ class Baseline(Contender):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def warm_up(self) -> float:
+        if self.attention is not None:
+            return super().warm_up()
+        if self.compiled:
+            self.compile_blocks()
+        seconds = dict.fromkeys(ATTENTION, float("inf"))
+        for _ in range(TRIALS):
+            for name, fused in ATTENTION.items():
+                self.module.set_attention(fused)
+                seconds[name] = min(seconds[name], self.timed(1))
+        self.attention = min(seconds, key=seconds.__getitem__)
+        self.module.set_attention(ATTENTION[self.attention])
+        return seconds[self.attention]
+
     def compile_blocks(self) -> None:
         for block in (*self.module.blocks, *self.module.decoder_blocks):
             # Compile as this system does: torch would treat the decoder's sizes as changed sizes of the encoder.
             block.compile(dynamic=False)
+
+
+def with_attention(recipe: Recipe, device: torch.device) -> Recipe:
+    """Return the recipe with the attention that a run on `device` would choose for model.attention=auto."""
+    if recipe.model.attention != "auto":
+        return recipe
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    name, _ = attention_choice.choose(attention_choice.calls(recipe, 1), device, dtype)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": name})})
 
 
 def batch_of(recipe: Recipe) -> Tensor:

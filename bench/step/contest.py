@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from mimae.bench.baselines.peers import noise_of
 from mimae.bench.step.contenders import OURS, Baseline, Contender, Gradient, Ours, batch_of
+from mimae.bench.step.meters import clock
 from mimae.bench.step.operators import time_by_kind
+from mimae.bench.step.version import Version, name_of
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
 from mimae.model.mimae import build
@@ -40,12 +44,34 @@ def check(name: str, expected: Gradient, found: Gradient, precision: str) -> dic
     return errors
 
 
+class Another(NamedTuple):
+    """Another version of this system: its checkout, and what it has to load to have the contest's recipe."""
+
+    checkout: Path
+    recipe: str | None
+    overrides: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """Name of the contender."""
+        return name_of(self.checkout)
+
+    def start(self, device: torch.device) -> Version:
+        """Start its process."""
+        return Version(self.checkout, self.recipe, self.overrides, device)
+
+
 class Contest(NamedTuple):
-    """The compared contenders: this system on a recipe, `others` on the same, this system on other recipes, by name."""
+    """The compared contenders.
+
+    They are this system on a recipe, `others` on the same, this system on other recipes, by name, and other versions of
+    this system.
+    """
 
     recipe: Recipe
     others: Sequence[str]
     variants: Mapping[str, Recipe]
+    versions: Sequence[Another] = ()
 
     def contender(self, name: str) -> tuple[str, Recipe]:
         """Return the implementation of a name, and its recipe."""
@@ -56,12 +82,17 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
     """Check, time and profile the contenders.
 
     A contender that runs out of memory or is not installed is left out, with the reason, unless it is this system on
-    the contest's recipe.
+    the contest's recipe, or another version of it.
     """
+    with ExitStack() as processes:
+        return _compete(contest, rounds, device, processes)
+
+
+def _compete(contest: Contest, rounds: int, device: torch.device, processes: ExitStack) -> dict[str, Any]:
     recipe = contest.recipe
     state, images = build(recipe).state_dict(), batch_of(recipe)
     ours = Ours(recipe, state, images, device)
-    contenders: dict[str, Contender] = {OURS: ours}
+    contenders: dict[str, Contender | Version] = {OURS: ours}
     if contest.others:
         visible, targets = ours.draw()
         noise = noise_of(visible, ours.num_patches)
@@ -85,6 +116,10 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
             skipped[name] = f"out of memory: {str(error).splitlines()[0]}"
         except UserError as error:  # The package is not installed.
             skipped[name] = str(error)
+    for another in contest.versions:
+        version = processes.enter_context(another.start(device))
+        slowest = max(slowest, version.warm_up())
+        contenders[another.name] = version
 
     steps = max(1, round(ROUND_SECONDS / slowest))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -99,21 +134,51 @@ def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, An
         "precision": recipe.precision,
         "compiled_blocks": ours.compiled,
         "steps_per_round": steps,
+        "clock": clock()[0],
         "agreement": agreement,
         "skipped": skipped,
         "variants": list(contest.variants),
         "contenders": {
             name: {
-                "images_per_s": len(contenders[name].images) / statistics.median(times),
-                "precision": contenders[name].recipe.precision,
-                "flops_per_step": step_flops(contenders[name].recipe),
+                "images_per_s": len(images) / statistics.median(times),
+                **_described(contenders[name], recipe),
                 "seconds_per_step": times,
                 # Pair by round, so that a temporary slowdown of the machine affects both.
                 "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
-                "time_by_kind": time_by_kind(contenders[name]),
             }
             for name, times in seconds.items()
         },
+    }
+
+
+def untimed(contest: Contest) -> dict[str, Any]:
+    """Return the contenders without their speed, for a count of their memory. Baselines have torch's attention."""
+    recipes = {OURS: contest.recipe, **contest.variants}
+    names = [OURS, *contest.others, *contest.variants, *(another.name for another in contest.versions)]
+    return {
+        "images": contest.recipe.schedule.batch_size,
+        "views": contest.recipe.masking.num_masks,
+        "precision": contest.recipe.precision,
+        "compiled_blocks": False,
+        "variants": list(contest.variants),
+        "contenders": {
+            name: {"attention": recipes[name].model.attention if name in recipes else "sdpa"} for name in names
+        },
+    }
+
+
+def _described(contender: Contender | Version, recipe: Recipe) -> dict[str, Any]:
+    """Return what a contender computes, and its profile. Another version has the recipe of the contest."""
+    if isinstance(contender, Version):
+        own, attention, kinds = recipe, None, contender.kinds()
+    else:
+        own, kinds = contender.recipe, time_by_kind(contender)
+        attention = contender.attention if isinstance(contender, Baseline) else own.model.attention
+    return {
+        "precision": own.precision,
+        "attention": attention,
+        "flops_per_step": step_flops(own),
+        "time_by_kind": kinds,
     }
 
 

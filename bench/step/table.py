@@ -26,32 +26,44 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             f"{precision} matrix products: {square:.3g} TFLOP/s large and square, {layers:.3g} as in the model"
         )
     for contest in result["contests"]:
-        rows = contest["contenders"]
-        variants = contest["variants"]
-        speed = Table(title=f"{contest['images']} images x {contest['views']} views, {contest['precision']}")
-        faster = "faster than mimae by (min .. max)" if variants else "mimae is faster by (min .. max)"
-        for column in ("", "images/s", faster, "TFLOP a step", "of the roof", "peak memory"):
-            speed.add_column(column, justify="right" if column else "left", overflow="fold")
-        for name, row in rows.items():
-            ratio, peak, flops = row["ours_over_this"], row["peak_bytes"], row["flops_per_step"]
-            low, middle, high = ratio["min"], ratio["median"], ratio["max"]
-            if variants:
-                low, middle, high = 1 / high, 1 / middle, 1 / low
-            seconds, limit = statistics.median(row["seconds_per_step"]), result["roof"][row["precision"]]["layers"]
-            speed.add_row(
-                name,
-                f"{row['images_per_s']:.3g}",
-                "" if name == OURS else f"{middle:.3f} ({low:.3f} .. {high:.3f})",
-                f"{flops / 1e12:.3g}",
-                f"{flops / seconds / limit:.0%}",
-                "out of memory" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        title = f"{contest['images']} images x {contest['views']} views, {contest['precision']}"
+        if result["rounds"]:
+            _show_speed(result, contest, title, console)
+        memory = Table(title=f"memory, {title}")
+        for column in ("", "attention", "kept for backward", "peak of all tensors", "peak of the process"):
+            memory.add_column(column, justify="right" if column else "left", overflow="fold")
+        for name, row in contest["contenders"].items():
+            counted = row["counted"] or {}
+            sizes = [counted.get("kept_bytes"), counted.get("peak_bytes"), row.get("peak_bytes")]
+            memory.add_row(
+                name, row["attention"] or "", *("" if size is None else f"{size / 2**20:,.0f} MiB" for size in sizes)
             )
-        console.print(speed)
-        for name, reason in contest["skipped"].items():
-            console.print(f"{name} left out: {reason}")
-        kinds = Table(title="what the time of a step goes to")
-        for column in ("", *KINDS, "other"):
-            kinds.add_column(column, justify="right" if column else "left", overflow="fold")
-        for name, row in rows.items():
-            kinds.add_row(name, *(f"{share:.1%}" for share in row["time_by_kind"].values()))
-        console.print(kinds)
+        console.print(memory)
+
+
+def _show_speed(result: Mapping[str, Any], contest: Mapping[str, Any], title: str, console: Console) -> None:
+    rows = contest["contenders"]
+    speed = Table(title=title)
+    for column in ("", "images/s", f"a step, in steps of {OURS} (min .. max)", "TFLOP a step", "of the roof"):
+        speed.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, row in rows.items():
+        ratio, flops = row["ours_over_this"], row["flops_per_step"]
+        seconds, limit = statistics.median(row["seconds_per_step"]), result["roof"][row["precision"]]["layers"]
+        speed.add_row(
+            name,
+            f"{row['images_per_s']:.3g}",
+            "" if name == OURS else f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})",
+            f"{flops / 1e12:.3g}",
+            f"{flops / seconds / limit:.0%}",
+        )
+    if contest["clock"] == "processor":
+        speed.caption = "seconds are those of the processor, which runs one thread"
+    console.print(speed)
+    for name, reason in contest["skipped"].items():
+        console.print(f"{name} left out: {reason}")
+    kinds = Table(title="what the time of a step goes to")
+    for column in ("", *KINDS, "other"):
+        kinds.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, row in rows.items():
+        kinds.add_row(name, *(f"{share:.1%}" for share in row["time_by_kind"].values()))
+    console.print(kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from typer.testing import CliRunner
 from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
-from mimae.bench.step import command, contest, memory, roof, table
-from mimae.bench.step.contenders import Baseline, Ours, batch_of
+from mimae.bench.step import command, contest, memory, meters, roof, table
+from mimae.bench.step.contenders import ATTENTION, Baseline, Ours, batch_of, with_attention
+from mimae.bench.step.version import Version
 from mimae.cli import app
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.errors import UserError
+from mimae.model import attention_choice
 from mimae.model.mimae import MIMAE, build
+from mimae.plan import memory as planned
 from mimae.plan.flops import decoder_flops, encoder_flops, step_flops
 
 # All numbers differ, so that a swap fails the tests.
@@ -205,13 +209,80 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
     ours, *_, last = (row["seconds_per_step"] for row in speed["contenders"].values())
     shown = io.StringIO()
     table.show(result, Console(file=shown, width=200))
-    assert f"{statistics.median(o / t for o, t in zip(ours, last)):.3f} (" in shown.getvalue()
+    assert f"{statistics.median(t / o for o, t in zip(ours, last)):.3f} (" in shown.getvalue()
     work = [row["flops_per_step"] for row in speed["contenders"].values()]
     recipes = [
         recipe_of("schedule.batch_size=3", "masking.num_masks=2", *text.split()) for text in ("", *speed["variants"])
     ]
     assert work == [step_flops(recipe) for recipe in recipes]
     assert work[0] > work[1] > work[2]
+
+
+def test_every_contender_has_the_faster_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of("model.attention=auto")
+    for fastest in ATTENTION:
+        monkeypatch.setattr(attention_choice, "choose", lambda *_, fastest=fastest: (fastest, "measured"))
+        assert with_attention(recipe, CPU).model.attention == fastest
+        eager = Baseline("eager", recipe, build(recipe).state_dict(), batch_of(recipe), CPU)
+        fused = ATTENTION[fastest]
+        blocks = [*eager.module.blocks, *eager.module.decoder_blocks]
+        monkeypatch.setattr(
+            eager, "timed", lambda _, blocks=blocks, fused=fused: 1.0 if blocks[0].attn.fused_attn == fused else 2.0
+        )
+        assert eager.warm_up() == 1.0 and eager.attention == fastest
+        assert {block.attn.fused_attn for block in blocks} == {fused}
+    chosen = recipe_of("model.attention=plain")
+    assert with_attention(chosen, CPU) is chosen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_counted_memory_is_what_the_planner_counts(checkpointing: str, precision: str) -> None:
+    given = [f"precision={precision}", f"model.checkpointing={checkpointing}", "schedule.batch_size=64"]
+    recipe = recipe_of(*given, "model.attention=sdpa")
+    counted = memory._count(contest.Contest(recipe, [], {}), "mimae", "sdpa")
+    assert counted["kept_bytes"] == pytest.approx(planned.kept(recipe, 64, 1, ops="plain"), rel=0.03)
+    whole = planned.memory(recipe, planned.Layout("ddp", 1), 64, count=planned.parameters(recipe), ops="plain").total
+    assert counted["kept_bytes"] < counted["peak_bytes"] == pytest.approx(whole, rel=0.1)
+
+
+def test_without_rounds_only_memory_is_counted(tmp_path: Path) -> None:
+    given = ["--rounds", "0", "--baseline", "eager", "--baseline", "compiled", "--variant", "model.checkpointing=full"]
+    output, result = result_of(tmp_path / "step.json", *given)
+    rows = result["contests"][0]["contenders"]
+    kept = {name: row["counted"] and row["counted"]["kept_bytes"] for name, row in rows.items()}
+    assert kept["compiled"] is None and kept["model.checkpointing=full"] < kept["mimae"] < kept["eager"]
+    assert "memory, 3 images x 2 views, fp32" in output and "what the time" not in output
+
+
+def test_one_thread_is_measured_in_seconds_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert meters.clock()[0] == "processor" and meters.timed(lambda: time.sleep(0.05), 1) < 0.04
+        torch.set_num_threads(2)
+        assert meters.clock()[0] == "wall" and meters.timed(lambda: time.sleep(0.01), 2) >= 0.01
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_unknown_contenders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--baseline lazy: legal is eager or compiled"):
+        command.step(SMALL, baseline=["lazy"])
+    with pytest.raises(UserError, match=r"has no mimae/__init__\.py; legal is a checkout"):
+        Version(tmp_path, None, SMALL, CPU)
+
+
+@pytest.mark.slow  # starts two processes
+def test_another_version_takes_turns(tmp_path: Path, quick: None) -> None:
+    """The other version is this one, so that both allocate the same."""
+    root = Path(__file__).parents[3]
+    _, result = result_of(tmp_path / "step.json", "--against", str(root))
+    ours, other = result["contests"][0]["contenders"].values()
+    assert len(other["seconds_per_step"]) == 3 and min(other["seconds_per_step"]) > 0
+    assert other["counted"] == ours["counted"]
+    assert other["time_by_kind"].keys() == ours["time_by_kind"].keys()
 
 
 def test_what_has_no_baseline_is_told() -> None:
@@ -237,7 +308,7 @@ def test_peak_memory() -> None:
     results = []
     for batch in (2, 32):
         recipe = recipe_of(*wide, f"schedule.batch_size={batch}")
-        result: dict = {"contenders": {"mimae": {}}}
+        result: dict = {"contenders": {"mimae": {"attention": "sdpa"}}}
         memory.measure_memory([(contest.Contest(recipe, [], {}), result)], CPU)
         results.append(result["contenders"]["mimae"]["peak_bytes"])
     state_bytes = 4 * 4 * sum(p.numel() for p in build(recipe).parameters())
