@@ -148,8 +148,11 @@ class Baseline(Contender):
         device: torch.device,
         attention: str | None = None,
     ) -> None:
-        """Set up the baseline. `attention` is a key of ATTENTION; None: `warm_up` finds the faster one."""
-        self.attention = attention
+        """Set up the baseline. `attention` is a key of ATTENTION; None: `warm_up` finds the faster one on a CPU.
+
+        On a GPU it is torch's own, because plain attention would write all attention weights to memory.
+        """
+        self.attention = "sdpa" if attention is None and device.type == "cuda" else attention
         module: Any = BASELINES[name](recipe)
         module.load(dict(state))
         mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
@@ -158,8 +161,8 @@ class Baseline(Contender):
             module.to(device)
         super().__init__(recipe, module.train(), pixels.to(device))
         self.compiled = self.compiled or name == "compiled"
-        if attention is not None:
-            module.set_attention(ATTENTION[attention])
+        if self.attention is not None:
+            module.set_attention(ATTENTION[self.attention])
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for parameter_name, parameter in module.named_parameters():
@@ -191,8 +194,8 @@ class Baseline(Contender):
             self.compile_blocks()
         seconds = dict.fromkeys(ATTENTION, float("inf"))
         for _ in range(TRIALS):
-            for name, fused in ATTENTION.items():
-                self.module.set_attention(fused)
+            for name in ATTENTION:
+                self.module.set_attention(ATTENTION[name])
                 seconds[name] = min(seconds[name], self.timed(1))
         self.attention = min(seconds, key=seconds.__getitem__)
         self.module.set_attention(ATTENTION[self.attention])
