@@ -12,7 +12,11 @@ from mimae.errors import UserError
 from tests.train.test_classify import FIXED, images, recipe  # noqa: F401 (images is a fixture)
 
 ROOT = Path(__file__).parents[3]
-TABLES = {"classify-cifar.json": "classification.md", "segment-coco.json": "segmentation.md"}
+TABLES = {
+    "classify-cifar.json": "classification.md",
+    "linear-cifar.json": "classification.md",
+    "segment-coco.json": "segmentation.md",
+}
 """Files of this bench, and the pages with their tables."""
 
 
