@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import Literal, NamedTuple
 
@@ -85,8 +86,13 @@ def _waits(run: Run) -> list[Finding]:
     waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
     if waiting > SLOW:
         # The run has its own diagnosis if it lasted long enough.
-        causes = [str(e["details"]["what"]) for e in run.events if _WAITED in str(e["details"].get("what"))]
-        cause = f" Its own diagnosis: {printable(causes[-1])}." if causes else " mimae bench data compares loaders."
+        told = [(str(event["details"].get("what")), event["step"]) for event in run.events]
+        causes = [(text, step) for text, step in told if _WAITED in text]
+        if causes:
+            text, step = max(causes, key=_waited)
+            cause = printable(f" The run's own diagnosis, at step {step}: {text}.")
+        else:
+            cause = " mimae bench data compares loaders."
         found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))
     saving = share("seconds_checkpoint")
     if saving > SLOW:
@@ -139,6 +145,12 @@ def _learning(run: Run) -> list[Finding]:
     if rank < 2:
         found.append(Finding("bad", f"Latents have collapsed: their effective rank is {rank:.2f}."))
     return found
+
+
+def _waited(cause: tuple[str, object]) -> float:
+    """Return the share of waiting that a diagnosis tells, in percent; 0 for a text that a run does not write."""
+    share = re.search(rf"{_WAITED} (\d+(?:\.\d+)?)%", cause[0])
+    return float(share[1]) if share else 0.0
 
 
 def _mean(values: Floats) -> float:

@@ -194,7 +194,10 @@ def test_findings_name_what_is_wrong_with_a_run(make_run: MakeRun) -> None:
 
 
 def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
-    """A slow rank, a slow disk and a small cache are known from the run's warnings, slow cores from its figures."""
+    """A slow rank, a slow disk and a small cache are known from the run's warnings, slow cores from its figures.
+
+    Of several diagnoses of waiting, that of the longest waiting is repeated.
+    """
     feed = Feed(100.0, 60.0, 60.0, Spent(180.0, 10.0, 5.0), 2, 2, "torch", None)
     slow = [{"seconds": 100.0, "exposed_communication": 0.3}, {"seconds": 100.0, "exposed_communication": 0.1}]
     causes = {
@@ -210,6 +213,11 @@ def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
         event = {"kind": "warning", "step": 300, "details": {"what": warning}}
         (run / "events.jsonl").write_text(lines([event]))
         assert any(words in finding.text for finding in findings(read(run))), name
+    run = make_run("later", epochs=[epoch_record(epoch, seconds_data=40.0) for epoch in range(3)])
+    told = (diagnose(feed._replace(stalled=stalled)) for stalled in (60.0, 3.9))
+    events = [{"kind": "warning", "step": 100 * i, "details": {"what": text}} for i, text in enumerate(told)]
+    (run / "events.jsonl").write_text(lines(events))
+    assert any("at step 0: the device waited for data 60.0%" in finding.text for finding in findings(read(run)))
     throttled = make_run("throttled", epochs=[epoch_record(0, cpu_limited=0.6, cpu_waiting=0.7, cpu_hot=None)])
     told = [finding.text for finding in findings(read(throttled))]
     assert any("in 60% of the time the limit of its control group held it back" in text for text in told)
