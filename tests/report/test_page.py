@@ -214,8 +214,8 @@ def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
         (run / "events.jsonl").write_text(lines([event]))
         assert any(words in finding.text for finding in findings(read(run))), name
     run = make_run("later", epochs=[epoch_record(epoch, seconds_data=40.0) for epoch in range(3)])
-    told = (diagnose(feed._replace(stalled=stalled)) for stalled in (60.0, 3.9))
-    events = [{"kind": "warning", "step": 100 * i, "details": {"what": text}} for i, text in enumerate(told)]
+    warned = (diagnose(feed._replace(stalled=stalled)) for stalled in (60.0, 3.9))
+    events = [{"kind": "warning", "step": 100 * i, "details": {"what": text}} for i, text in enumerate(warned)]
     (run / "events.jsonl").write_text(lines(events))
     assert any("at step 0: the device waited for data 60.0%" in finding.text for finding in findings(read(run)))
     throttled = make_run("throttled", epochs=[epoch_record(0, cpu_limited=0.6, cpu_waiting=0.7, cpu_hot=None)])
