@@ -33,7 +33,7 @@ def drill(
     import torch
 
     from mimae.bench.harness import mounts
-    from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies
+    from mimae.bench.harness.drill import TOLERANCE, choose, drill, end, no_copies, pass_on_hangups
     from mimae.bench.harness.faults import COPIED, FAULTS, MOUNTED
     from mimae.bench.harness.subjects import SUBJECTS
     from mimae.bench.machine import describe
@@ -45,6 +45,7 @@ def drill(
         raise UserError(f"--task {task}: legal are {', '.join(SUBJECTS)}")
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+    pass_on_hangups()
     obstacles = {MOUNTED: mounts.obstacle(), COPIED: no_copies(SUBJECTS[task], overrides or ())}
     kinds = list(FAULTS)
     for left_out, obstacle in obstacles.items():

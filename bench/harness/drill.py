@@ -158,3 +158,12 @@ def end(number: int, _: FrameType | None) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
     raise KeyboardInterrupt
+
+
+def pass_on_hangups() -> None:
+    """Let the runs of a drill react to SIGHUP, also if the drill was started under nohup, which ignores it.
+
+    Ignored signals are inherited. A handler, which keeps the drill alive as well, is not.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)

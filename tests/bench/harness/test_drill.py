@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,14 @@ def test_what_grows_is_not_flat() -> None:
         grown = steady.copy()
         grown[:, column] += growth * steady[:, 0] * (1 if column < 4 else 400)
         assert not summary(grown)["flat"], column
+
+
+def test_runs_of_a_drill_under_nohup_react_to_hangups() -> None:
+    asked = [sys.executable, "-S", "-c", "import signal; print(signal.getsignal(signal.SIGHUP).name)"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        drill.pass_on_hangups()
+        os.kill(os.getpid(), signal.SIGHUP)  # This process goes on.
+        assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "SIG_DFL\n"
+    finally:
+        signal.signal(signal.SIGHUP, before)
