@@ -233,9 +233,10 @@ def made_beside(path: Path) -> Iterator[Path]:
     process left of an earlier attempt is removed.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if _TEMPORARY.fullmatch(left.name) and time.time() - left.lstat().st_mtime > _STALE:
-            remove(left)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        with suppress(FileNotFoundError):  # Another process has just given it its name.
+            if _TEMPORARY.fullmatch(left.name) and time.time() - left.lstat().st_mtime > _STALE:
+                remove(left)
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         yield temporary
         temporary.replace(path)
@@ -258,6 +259,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _temporary_name(last: str) -> str:
+    """Return a name that cannot be guessed, in the form of _TEMPORARY."""
+    return f".{last}.{secrets.token_hex(8)}.tmp"
 
 
 def _open(parent: int, last: str, flags: int) -> int:
@@ -284,7 +290,7 @@ def _refuse(parent: int, last: str) -> None:
 
 
 def _replace(parent: int, last: str, content: bytes) -> None:
-    temporary = f".{last}.{secrets.token_hex(8)}.tmp"
+    temporary = _temporary_name(last)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666, dir_fd=parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
