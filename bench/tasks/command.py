@@ -15,7 +15,8 @@ def tasks(
 ) -> None:
     """Measure speed and memory of fine-tuning beside plain baselines.
 
-    A classifier beside timm's, a detector beside torchvision's Mask R-CNN, on small models and one thread.
+    Classifiers beside timm's, a segmenter beside transformers' UperNet, a detector beside torchvision's Mask R-CNN, on
+    small models and one thread.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A step of fine-tuning a classifier and of training a detector, beside plain baselines on the same batch.
+"""A step of each task that transfers an encoder, beside plain baselines on the same batch.
 
 Both contenders take turns in one process with one thread, and CPU seconds are counted: other work on the machine does
 not matter. Memory is measured in a process for each. Images are noise in memory; reading them is not part of it.
@@ -21,10 +21,12 @@ from PIL import Image
 
 from mimae import distributed
 from mimae.bench.baselines.finetune import Finetune
+from mimae.bench.baselines.linear import Linear
 from mimae.bench.baselines.maskrcnn import PlainMaskRCNN
+from mimae.bench.baselines.upernet import PlainUperNet
 from mimae.bench.machine import resident_bytes
 from mimae.config.load import load_recipe
-from mimae.config.recipe import ClassifyRecipe, DetectRecipe, RunRecipe
+from mimae.config.recipe import ClassifyRecipe, DetectRecipe, RunRecipe, SegmentRecipe
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.loader import make_loader
 from mimae.detection.examples import unpacked
@@ -32,6 +34,7 @@ from mimae.outside.files import write_atomically
 from mimae.train.task import Task
 from mimae.train.tasks.classify import Classify
 from mimae.train.tasks.detect import Detect
+from mimae.train.tasks.segment import Segment
 
 OURS = "mimae"
 
@@ -45,6 +48,26 @@ CLASSIFY: dict[str, Any] = {
     "schedule": {"batch_size": 16},
 }
 """ViT-Tiny's width with half of its depth, and MAE's recipe."""
+
+LINEAR: dict[str, Any] = {
+    **CLASSIFY,
+    "finetune": {"layer_decay": 1.0, "drop_path": 0.0, "freeze": "all"},
+    "head": {"pooling": "mean", "norm": "batch_norm", "init_std": 0.01},
+    "augment": {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
+    "optimizer": {"kind": "lars", "scale_by": "images", "learning_rate": 0.1, "weight_decay": 0.0},
+}
+"""The same encoder, frozen, which computes the features of random windows in every step."""
+
+SEGMENT: dict[str, Any] = {
+    "task": "segment",
+    "data": {"image_size": 128},
+    "model": {"width": 192, "depth": 6, "heads": 3, "patch_size": 8},
+    "segment": {"classes": 5, "width": 128, "photometric": False, "max_class_share": 1.0},
+    "finetune": {"layer_decay": 1.0, "drop_path": 0.1},
+    "optimizer": {"learning_rate": 1e-4, "scale_by": "none", "betas": [0.9, 0.999]},
+    "schedule": {"batch_size": 4},
+}
+"""UperNet with its auxiliary head."""
 
 DETECT: dict[str, Any] = {
     "task": "detect",
@@ -77,17 +100,46 @@ def ours(task: Task[Any], batch: Batch) -> Steps:
 
 def classify(folder: Path, contender: str) -> Steps:
     """Return a contender that fine-tunes a classifier."""
+    return _classifier(CLASSIFY, Finetune, folder, contender)
+
+
+def linear(folder: Path, contender: str) -> Steps:
+    """Return a contender that trains a linear classifier on a frozen encoder."""
+    return _classifier(LINEAR, Linear, folder, contender)
+
+
+def _classifier(tree: dict[str, Any], baseline: type[Finetune] | type[Linear], folder: Path, contender: str) -> Steps:
     generator = np.random.default_rng(0)
-    for i in range(CLASSIFY["schedule"]["batch_size"]):
+    for i in range(tree["schedule"]["batch_size"]):
         place = folder / str(i % 2)
         place.mkdir(exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (96, 96, 3), np.uint8)).save(place / f"{i}.png")
-    task = Classify(_recipe(CLASSIFY, folder, ClassifyRecipe))
+    task = Classify(_recipe(tree, folder, ClassifyRecipe))
     batch = _batch(task)
     if contender == OURS:
         return ours(task, batch)
-    plain, labels = Finetune(task.recipe, len(task.classes)), task.labels[batch.source_ids]
+    plain, labels = baseline(task.recipe, len(task.classes)), task.labels[batch.source_ids]
     return lambda: plain.step(batch.images, labels)
+
+
+def segment(folder: Path, contender: str) -> Steps:
+    """Return a contender that trains a segmenter."""
+    generator, settings = np.random.default_rng(0), SEGMENT["segment"]
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for i in range(SEGMENT["schedule"]["batch_size"]):
+        classes = generator.integers(0, settings["classes"], (8, 8), np.uint8).repeat(16, 0).repeat(16, 1)
+        # The color of a patch follows its class, so that a few steps can learn it.
+        pixels = (classes[..., None] * 50 + generator.integers(0, 50, (128, 128, 3))).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        Image.fromarray(classes).save(folder / "masks" / f"{i}.png")
+    masks = {"masks": str(folder / "masks")}
+    task = Segment(_recipe(SEGMENT, folder, SegmentRecipe, segment=masks, data={"path": str(folder / "images")}))
+    batch = _batch(task)
+    if contender == OURS:
+        return ours(task, batch)
+    plain, classes = PlainUperNet(task.recipe), batch.targets["classes"].long()
+    return lambda: plain.step(batch.images, classes)
 
 
 def detect(folder: Path, contender: str) -> Steps:
@@ -120,6 +172,8 @@ def detect(folder: Path, contender: str) -> Steps:
 
 CONTESTS: dict[str, tuple[Callable[[Path, str], Steps], str, int]] = {
     "classify": (classify, "timm, AdamW", CLASSIFY["schedule"]["batch_size"]),
+    "linear": (linear, "timm, LARS", LINEAR["schedule"]["batch_size"]),
+    "segment": (segment, "timm, transformers' UperNet", SEGMENT["schedule"]["batch_size"]),
     "detect": (detect, "torchvision's Mask R-CNN", DETECT["schedule"]["batch_size"]),
 }
 """By task: the function that makes a contender, the baseline, and the images of a batch."""
@@ -193,7 +247,7 @@ def _made(make: Callable[[Path, str], Steps], folder: Path, contender: str) -> S
 
 def _recipe(tree: dict[str, Any], folder: Path, kind: type[Any], **sections: dict[str, Any]) -> Any:
     given = {name: tree.get(name, {}) | sections.get(name, {}) for name in (*tree, *sections) if name != "task"}
-    given["data"] = {**given["data"], "path": str(folder), "loader": "torch", **_SHARED["data"]}
+    given["data"] = {"path": str(folder), "loader": "torch", **given["data"], **_SHARED["data"]}
     rest = {name: value for name, value in _SHARED.items() if name != "data"}
     run = {"run": {"dir": str(folder / "run")}}
     return load_recipe({"task": tree["task"], **rest, **given, **run}, (), None, kind).recipe
