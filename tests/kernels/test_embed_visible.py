@@ -102,7 +102,7 @@ def test_sizes(shape: Shape) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "visible", "width"),
-    [(80, 128, 257), (90, 256, 129), pytest.param(100, 128, 257, marks=pytest.mark.slow)],
+    [(90, 256, 129), *(pytest.param(each, 128, 257, marks=pytest.mark.slow) for each in (80, 100))],
 )
 def test_large_tiles(capability: int, visible: int, width: int) -> None:
     """There are one row and one column more than a tile of each generation; backward has one part, and one channel

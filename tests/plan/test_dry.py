@@ -35,9 +35,11 @@ def agrees(recipe: Recipe, ranks: int = 8) -> bool:
     [
         pytest.param(["engine.replicas=2", "precision=bf16"], id="replicas"),
         pytest.param(
-            ["precision=fp32", "schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=full"], id="one group"
+            ["precision=fp32", "schedule.accumulate=2", "ema.decay=0.9", "model.checkpointing=full"],
+            id="one group",
+            marks=pytest.mark.slow,
         ),
-        pytest.param(["objective.max_mi=0", "decoder.attention=cross"], id="no InfoNCE"),
+        pytest.param(["objective.max_mi=0", "decoder.attention=cross"], id="no InfoNCE", marks=pytest.mark.slow),
         pytest.param([*EVERY_TERM, "masking.kind=independent"], id="every term"),
     ],
 )

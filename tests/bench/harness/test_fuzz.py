@@ -128,7 +128,7 @@ def test_the_corpus_and_some_inputs_of_each_kind() -> None:
     """
     assert len(CORPUS) > 5
     kinds = [kind for kind in KINDS if kind not in ("steps", "environment")]  # These two take seconds.
-    fuzz(*kinds, "--count", "6", "--seed", "7", *(word for file in CORPUS for word in ("--case", file)))
+    fuzz(*kinds, "--count", "3", "--seed", "7", *(word for file in CORPUS for word in ("--case", file)))
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ def test_every_op_has_a_bound_and_names_are_distinct() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[] if case.op in ("orthogonal_masks", "view_latents", "club") else pytest.mark.slow)
+        pytest.param(case, marks=[] if case.op in ("orthogonal_masks", "view_latents") else pytest.mark.slow)
         for case in CASES
     ],
     ids=lambda case: case.op,
