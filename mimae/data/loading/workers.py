@@ -96,7 +96,11 @@ class Workers(Generic[Made]):
         """Return how worker processes have ended, for example "process 12 by SIGKILL"."""
         iterator: Any = getattr(self._loader, "_iterator", None)
         workers = getattr(iterator, "_workers", ())
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], 2.0)  # A pipe closes before the end.
+        # A process closes its pipes before it ends, and its exit code is there only at the end.
+        closed = multiprocessing.connection.wait([worker.sentinel for worker in workers], 2.0)
+        for worker in workers:
+            if worker.sentinel in closed:
+                worker.join(2.0)
         ends = {worker.pid: worker.exitcode for worker in workers}
         return ", ".join(
             f"process {pid} " + (f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}")
