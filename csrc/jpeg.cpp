@@ -218,11 +218,16 @@ struct Window {
   int top, left, height, width;
 };
 
-// Writes the pixels of a window, RGB (height, width, 3). Returns false where libjpeg has an error or a warning. Rows
-// are skipped from row 0 only (libjpeg-turbo's issue 915), and what lies below the window is decoded only `to_the_end`.
-bool decode(string_view data, int whole_height, int whole_width, int margin, Window window, bool to_the_end,
-            std::vector<uint8_t>& line, uint8_t* out) {
-  line.resize(3 * size_t(whole_width));
+// Sides of an image that libjpeg decodes at 1 / scale of its size.
+int scaled(int side, int scale) { return (side + scale - 1) / scale; }
+
+// Writes the pixels of a window, RGB (height, width, 3). The window is one of the image at 1 / scale of its size.
+// Returns false where libjpeg has an error or a warning. Rows are skipped from row 0 only (libjpeg-turbo's issue 915),
+// and what lies below the window is decoded only `to_the_end`.
+bool decode(string_view data, int whole_height, int whole_width, int scale, int margin, Window window,
+            bool to_the_end, std::vector<uint8_t>& line, uint8_t* out) {
+  const int columns = scaled(whole_width, scale);
+  line.resize(3 * size_t(columns));
   Errors errors;
   jpeg_decompress_struct info;
   std::memset(&info, 0, sizeof(info));
@@ -237,11 +242,13 @@ bool decode(string_view data, int whole_height, int whole_width, int margin, Win
   if (static_cast<int>(info.image_width) != whole_width || static_cast<int>(info.image_height) != whole_height)
     leave(reinterpret_cast<j_common_ptr>(&info));
   info.out_color_space = JCS_RGB;
+  info.scale_num = 1;
+  info.scale_denom = scale;
   jpeg_start_decompress(&info);
   JDIMENSION first = std::max(0, window.left - margin);
-  JDIMENSION width = std::min(whole_width, window.left + window.width + margin) - first;
+  JDIMENSION width = std::min(columns, window.left + window.width + margin) - first;
   // The next multiple of an MCU to the left is what libjpeg takes for `first`.
-  if (first > 0 || static_cast<int>(width) < whole_width) jpeg_crop_scanline(&info, &first, &width);
+  if (first > 0 || static_cast<int>(width) < columns) jpeg_crop_scanline(&info, &first, &width);
   JSAMPROW row = line.data();
   const JDIMENSION skipped = std::max(0, window.top - margin);
   if (skipped > 0 && jpeg_skip_scanlines(&info, skipped) != skipped) leave(reinterpret_cast<j_common_ptr>(&info));
@@ -366,7 +373,7 @@ size_t transcode(string_view data, uint8_t* out, size_t room) {
 
 }  // namespace
 
-// Writes height, width and EXIF orientation of a JPEG. Returns 0 for one that mimae_jpeg_region does not decode.
+// Writes height, width and EXIF orientation of a JPEG. Returns 0 for one that mimae_jpeg_scaled_region does not decode.
 EXPORTED int mimae_jpeg_header(const char* data, size_t size, int32_t* found) {
   Header header;
   if (!read_header({data, size}, header)) return 0;
@@ -376,15 +383,18 @@ EXPORTED int mimae_jpeg_header(const char* data, size_t size, int32_t* found) {
   return 1;
 }
 
-// Writes the window (top, left, height, width) of a JPEG's stored pixels, RGB uint8 (height, width, 3). Returns 0 where
-// this cannot be done without an error or a warning; `out` may then hold a part of it.
-EXPORTED int mimae_jpeg_region(const char* data, size_t size, const int32_t* window, uint8_t* out) {
+// Writes the window (top, left, height, width) of a JPEG's stored pixels, RGB uint8 (height, width, 3). With a `scale`
+// of 2, 4 or 8 it is a window of the image at 1 / scale of its size. Returns 0 where this cannot be done without an
+// error or a warning; `out` may then hold a part of it.
+EXPORTED int mimae_jpeg_scaled_region(const char* data, size_t size, const int32_t* window, int scale, uint8_t* out) {
   try {
     Header header;
     if (!read_header({data, size}, header)) return 0;
+    if (scale != 1 && scale != 2 && scale != 4 && scale != 8) return 0;
     Window cut{window[0], window[1], window[2], window[3]};
     if (cut.top < 0 || cut.left < 0 || cut.height < 1 || cut.width < 1) return 0;
-    if (cut.height > header.height - cut.top || cut.width > header.width - cut.left) return 0;
+    if (cut.height > scaled(header.height, scale) - cut.top) return 0;
+    if (cut.width > scaled(header.width, scale) - cut.left) return 0;
     const int margin = header.subsampled ? MARGIN : 0;
     std::vector<uint8_t> line;
     std::string part;
@@ -393,8 +403,16 @@ EXPORTED int mimae_jpeg_region(const char* data, size_t size, const int32_t* win
     // The caller turns a damaged image before it resizes it, and a sound one after it. This rounds in another way, so
     // that one must not be taken for the other, wherever the damage lies.
     const bool to_the_end = header.orientation != 1;
-    if (!to_the_end && cut_segments(all, header, margin, cut, height, width, part)) all = part;
-    return decode(all, height, width, margin, cut, to_the_end, line, out);
+    Window stored{cut.top * scale, cut.left * scale, 0, 0};
+    stored.height = std::min(cut.height * scale, header.height - stored.top);
+    stored.width = std::min(cut.width * scale, header.width - stored.left);
+    if (!to_the_end && cut_segments(all, header, margin * scale, stored, height, width, part)) {
+      all = part;
+      // Segments begin at whole blocks of 8 x 8 pixels, so the division has no rest.
+      cut.top = stored.top / scale;
+      cut.left = stored.left / scale;
+    }
+    return decode(all, height, width, scale, margin, cut, to_the_end, line, out);
   } catch (...) {  // no memory
     return 0;
   }

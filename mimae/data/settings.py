@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimae.config.section import PATH, Section, setting
 
@@ -48,6 +48,12 @@ class DataSettings(Section):
         "auto",
         description="backend that decodes and crops the images, see [data.md](data.md#loaders); auto: the cheapest "
         "one that is fast enough, as measured when a run starts",
+    )
+    decode: Literal["exact", "scaled"] = Field(
+        "exact",
+        description="how random crops of pretraining and classification are decoded; exact: all their pixels; scaled: "
+        "a baseline JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has twice the sides of a sample, "
+        "which is faster for large photographs and needs the loader torch, see [data.md](data.md#large-photographs)",
     )
     image_key: str | None = Field(
         None,
@@ -113,6 +119,14 @@ class DataSettings(Section):
     max_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT, description="largest number of pixels of an image, checked before decoding"
     )
+
+    @model_validator(mode="after")
+    def _decodes_once(self) -> DataSettings:
+        if self.decode == "scaled" and self.cache == "decoded":
+            raise ValueError(
+                "decode=scaled has no effect with cache=decoded, which holds all pixels; legal is one of them"
+            )
+        return self
 
     @property
     def size_hw(self) -> tuple[int, int]:

@@ -140,6 +140,7 @@ def use(folder: Path, case: Case) -> str:
         raise Wrong(f"{len(source)} samples from {len(case.files)} images")
     epoch = int(given["epoch"])
     batches = {"torch": batch_of(settings, source, epoch, EachDecoder())}
+    scaled = batch_of(settings, source, epoch, EachDecoder(scaled=True))
     with libjpeg.unused():
         first = batch_of(settings, source, epoch, EachDecoder())
         if OBSTACLES["dali_cpu"](torch.device("cpu")) is None:
@@ -148,9 +149,10 @@ def use(folder: Path, case: Case) -> str:
     # DALI does not see damage outside its region, and decodes damaged data to other pixels (docs/data.md).
     if any(_has_damaged_pixels(source.read(i)) for i in range(len(source))):
         batches.pop("dali_cpu", None)
-    for name, other in batches.items():
+    for name, other in (*batches.items(), ("data.decode=scaled", scaled)):
         if [bad.id for bad in first.bad] != [bad.id for bad in other.bad]:
             raise Wrong(f"without mimae._C the loader replaces {first.bad}, {name} {other.bad}")
+    for name, other in batches.items():
         if not torch.equal(first.images, other.images):
             apart = (first.images.int() - other.images.int()).abs()
             raise Wrong(

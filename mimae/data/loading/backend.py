@@ -19,6 +19,7 @@ from mimae.data.loading.dali import DaliGpuBackend, RegionDecoder
 from mimae.data.loading.order import BatchRequest, spread_ids
 from mimae.data.loading.samples import EachDecoder, make_batch
 from mimae.data.loading.workers import Workers, default_workers
+from mimae.data.pixels import jpeg
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 
@@ -51,12 +52,27 @@ def make_backend(settings: DataSettings, source: Source, seed: int, *, by_pipe: 
     With `by_pipe` the workers send batches through pipes instead of shared memory.
     """
     name = "torch" if settings.loader == "auto" else settings.loader
-    if (reason := OBSTACLES[name](_device())) is not None:
-        raise DataError(f"data.loader={name} cannot run here: {reason}")
+    require(name, settings)
     if name == "dali_gpu":
         return DaliGpuBackend(settings, source, seed, by_pipe=by_pipe)
-    decoder = RegionDecoder() if name == "dali_cpu" else EachDecoder()
+    decoder = RegionDecoder() if name == "dali_cpu" else EachDecoder(scaled=settings.decode == "scaled")
     return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers, by_pipe=by_pipe)
+
+
+def require(name: str, settings: DataSettings) -> None:
+    """Raise DataError if the backend `name` cannot run here with these settings."""
+    if (reason := _obstacle(name, settings)) is not None:
+        raise DataError(f"data.loader={name} cannot run here: {reason}")
+
+
+def _obstacle(name: str, settings: DataSettings) -> str | None:
+    """Return why a backend cannot run here with these settings, or None if it can."""
+    if settings.decode == "scaled":
+        if name != "torch":
+            return "it has no data.decode=scaled: set data.loader=torch, or data.decode=exact"
+        if (reason := jpeg.obstacle()) is not None:
+            return f"data.decode=scaled is not possible ({reason}): set data.decode=exact"
+    return OBSTACLES[name](_device())
 
 
 def _device() -> torch.device:
@@ -114,7 +130,7 @@ def choose(
     """
     if images < SHORT:
         return Choice(next(iter(OBSTACLES)), f"not measured for a run of {images:,} images")
-    names = [name for name, obstacle in OBSTACLES.items() if obstacle(_device()) is None]
+    names = [name for name in OBSTACLES if _obstacle(name, settings) is None]
     if len(names) == 1:
         return Choice(names[0], "the only one here")
     rates: dict[str, Rate] = {}

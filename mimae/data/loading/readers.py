@@ -20,10 +20,13 @@ from mimae.data.settings import DataSettings
 from mimae.randomness import Purpose, words
 
 
-def _pixels(settings: DataSettings, encoded: Encoded, window: Callable[[int, int], Window], flip: bool) -> Tensor:
-    """Return a window of an image, uint8 (H, W, 3), of the size of the settings."""
-    region, turn = region_of(Sample(0, encoded, window, flip))
-    return finish(region, settings.size_hw, turn).contiguous()
+def _pixels(
+    settings: DataSettings, encoded: Encoded, window: Callable[[int, int], Window], flip: bool, *, scaled: bool
+) -> Tensor:
+    """Return a window of an image, uint8 (H, W, 3), of the size of the settings; see `Cut.scale` for `scaled`."""
+    size = settings.size_hw
+    region, turn = region_of(Sample(0, encoded, window, flip), size if scaled else None)
+    return finish(region, size, turn).contiguous()
 
 
 class Augmented:
@@ -35,7 +38,7 @@ class Augmented:
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
         ids = np.array([sample_id])
         ((window, flip),) = cuts(self.settings, self.seed, BatchRequest(epoch, 0, ids))
-        pixels = _pixels(self.settings, encoded, window, flip)
+        pixels = _pixels(self.settings, encoded, window, flip, scaled=self.settings.decode == "scaled")
         drawn = words(self.seed, Purpose.AUGMENT, epoch, torch.from_numpy(ids), 2)[0].tolist()
         return Example(torch.from_numpy(self.augment(pixels.numpy(), drawn).copy()), {})
 
@@ -47,4 +50,4 @@ class Central:
         self.settings, self.window = settings, partial(centre_window, size=settings.size_hw, share=share)
 
     def __call__(self, encoded: Encoded, source_id: int, sample_id: int, epoch: int) -> Example:
-        return Example(_pixels(self.settings, encoded, self.window, False), {})
+        return Example(_pixels(self.settings, encoded, self.window, False, scaled=False), {})

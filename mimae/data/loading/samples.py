@@ -76,28 +76,38 @@ class Decoder(Protocol):
 
 
 class EachDecoder:
-    """Decodes samples one by one: plain JPEGs with libjpeg-turbo; other images, and JPEGs that fail, with Pillow."""
+    """Decodes samples one by one: plain JPEGs with libjpeg-turbo; other images, and JPEGs that fail, with Pillow.
+
+    With `scaled`, large plain JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, see `Cut.scale`.
+    """
 
     at_once = 1
 
+    def __init__(self, *, scaled: bool = False) -> None:
+        self.scaled = scaled
+
     def __call__(self, samples: Sequence[Sample], images: Tensor, clock: Clock) -> list[tuple[Sample, BadImage]]:
-        refused = []
+        refused, size = [], (images.shape[1], images.shape[2])
         for sample in samples:
             try:
                 with clock("decode"):
-                    pixels, turn = region_of(sample)
+                    pixels, turn = region_of(sample, size if self.scaled else None)
             except BadImage as error:
                 refused.append((sample, error))
                 continue
             with clock("resize"):
-                images[sample.place] = finish(pixels, (images.shape[1], images.shape[2]), turn)
+                images[sample.place] = finish(pixels, size, turn)
         return refused
 
 
-def region_of(sample: Sample) -> tuple[Tensor, Turn]:
-    """Return the sample's crop, uint8 (h, w, 3) and not resized, and the turn that is still to be applied."""
+def region_of(sample: Sample, size: tuple[int, int] | None = None) -> tuple[Tensor, Turn]:
+    """Return the sample's crop, uint8 (h, w, 3) and not resized, and the turn that is still to be applied.
+
+    The crop has all pixels of its window, or fewer where the `size` of the sample allows it, see `Cut.scale`.
+    """
     if cut := sample.cut:
-        if (found := jpeg.region(sample.encoded.data, cut.window)) is not None:
+        scale = 1 if size is None else cut.scale(size)
+        if (found := jpeg.region(sample.encoded.data, cut.scaled(scale), scale)) is not None:
             return found, cut.turn
         top, left, height, width = cut.window
         try:

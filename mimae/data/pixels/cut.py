@@ -38,6 +38,22 @@ class Cut(NamedTuple):
     window: Window
     turn: Turn
 
+    def scale(self, size: tuple[int, int]) -> int:
+        """Return the largest scale at which the rectangle still has twice the sides of a sample of `size`; at least 1.
+
+        The resize to the sample then still averages at least two pixels in each direction.
+        """
+        rows, columns = size[::-1] if self.turn.swap else size
+        fitting = (s for s in (8, 4, 2) if self.window.height >= 2 * s * rows and self.window.width >= 2 * s * columns)
+        return next(fitting, 1)
+
+    def scaled(self, scale: int) -> Window:
+        """Return the rectangle in the image at 1/scale of its size, with corners at the nearest pixels."""
+        top, left, height, width = self.window
+        bottom, right = ((end + scale // 2) // scale for end in (top + height, left + width))
+        top, left = ((start + scale // 2) // scale for start in (top, left))
+        return Window(top, left, max(1, bottom - top), max(1, right - left))
+
 
 def cut_from(
     height: int, width: int, orientation: int, window: Callable[[int, int], Window], *, flip: bool = False

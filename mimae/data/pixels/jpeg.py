@@ -34,7 +34,10 @@ _ROOM = 1 << 16
 
 _FUNCTIONS = {
     "mimae_jpeg_header": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]),
-    "mimae_jpeg_region": (ctypes.c_int, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]),
+    "mimae_jpeg_scaled_region": (
+        ctypes.c_int,
+        [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p],
+    ),
     "mimae_jpeg_transcode": (
         ctypes.c_size_t,
         [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t],
@@ -89,16 +92,17 @@ def header(data: bytes) -> Header | None:
     return Header(*found)
 
 
-def region(data: bytes, window: Window) -> Tensor | None:
+def region(data: bytes, window: Window, scale: int = 1) -> Tensor | None:
     """Return a window of the stored pixels of a JPEG with a `header`, RGB uint8 (height, width, 3).
 
-    The pixels are those of the whole image, but only this region of it is decoded. None if there is no header, or if
+    With a `scale` of 2, 4 or 8 the window is one of the image that libjpeg decodes at 1/2, 1/4 or 1/8 of its size. The
+    pixels are those of the whole image, but only this region of it is decoded. None if there is no header, or if
     libjpeg reports an error or a warning.
     """
     if _library is None:
         return None
     pixels = torch.empty((window.height, window.width, 3), dtype=torch.uint8)
-    done = _library.mimae_jpeg_region(data, len(data), (ctypes.c_int32 * 4)(*window), pixels.data_ptr())
+    done = _library.mimae_jpeg_scaled_region(data, len(data), (ctypes.c_int32 * 4)(*window), scale, pixels.data_ptr())
     return pixels if done else None
 
 

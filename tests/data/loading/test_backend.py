@@ -9,13 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mimae.data.loading import backend as backends
 from mimae.data.loading.backend import Rate, cheapest, choose, make_backend
 from mimae.data.loading.batch import DataError
+from mimae.data.loading.examples import make_examples
+from mimae.data.loading.loader import make_loader
 from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.readers import Augmented, Central
+from mimae.data.pixels import jpeg
+from mimae.data.pixels.rand_augment import RandAugment
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
@@ -50,6 +56,36 @@ def test_a_loader_that_cannot_run_says_why_and_what_to_do(images: str, no_dali: 
         remedy = r"pip install 'mimae\[dali\]'" if name == "dali_cpu" or torch.cuda.is_available() else "no CUDA device"
         with pytest.raises(DataError, match=f"data.loader={name} cannot run here: .*{remedy}"):
             make_backend(settings, open_source(images), 0)
+
+
+def test_scaled_decoding_needs_libjpeg_turbo_and_the_loader_that_uses_it(images: str) -> None:
+    settings = DataSettings(path=images, image_size=8, workers=0, decode="scaled")
+    source = open_source(images)
+    with pytest.raises(DataError, match=r"data.loader=dali_cpu cannot run here: .*set data.loader=torch"):
+        make_backend(settings.model_copy(update={"loader": "dali_cpu"}), source, 0)
+    with jpeg.unused():
+        for reader in (None, Central(settings, 1.0)):
+            with pytest.raises(DataError, match=r"data.decode=scaled is not possible .* set data.decode=exact"):
+                make_loader(settings, source, seed=0, batch_size=2, reader=reader)
+    with pytest.raises(ValueError, match="legal is one of them"):
+        DataSettings(decode="scaled", cache="decoded")
+
+
+@pytest.mark.skipif(jpeg.obstacle() is not None, reason=str(jpeg.obstacle()))
+def test_scaled_decoding_reaches_the_batches(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(photograph(0, 400, 600), "JPEG"))
+    request = BatchRequest(0, 0, np.zeros(1, np.int64))
+    batches: dict[tuple[str, bool], torch.Tensor] = {}
+    for decode in ("exact", "scaled"):
+        settings = DataSettings(path=str(tmp_path), image_size=16, workers=0, loader="torch", decode=decode)
+        source = open_source(str(tmp_path))
+        (batch,) = make_backend(settings, source, 0).batches([request])
+        augmented = make_examples(
+            settings, source, 0, request, Augmented(settings, 0, RandAugment(0, 0.0, settings.mean, (16, 16)))
+        )
+        batches[decode, False], batches[decode, True] = batch.images, augmented.images
+    for each in (False, True):
+        assert not torch.equal(batches["exact", each], batches["scaled", each])
 
 
 def test_where_one_can_run_nothing_is_measured(images: str, no_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:

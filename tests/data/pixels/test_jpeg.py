@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mimae.bench.harness.fuzz.images import bases
-from mimae.data.loading.samples import Sample, region_of
+from mimae.data.loading.samples import Clock, EachDecoder, Sample, region_of
 from mimae.data.pixels import jpeg
 from mimae.data.pixels.augment import Window
 from mimae.data.pixels.cut import finish
@@ -210,3 +210,46 @@ def test_without_the_extension_all_is_as_before() -> None:
         assert jpeg.obstacle() is not None and jpeg.header(data) is None and jpeg.transcoded(data) is None
         whole, same_turn = region_of(sample(encoded=look(data, LIMIT)))
     assert torch.equal(ours, whole) and turn == same_turn
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_scaled_regions_are_crops_of_the_scaled_whole(subsampling: str, scale: int) -> None:
+    """Sides are no multiples of the scale. Markers between columns let the region's segments alone be decoded."""
+    height, width = 241, 517
+    pixels = photograph(3, height, width)
+    plain = encoded(pixels, "JPEG", subsampling=subsampling)
+    for data in (plain, jpeg.transcoded(plain)):
+        assert data is not None
+        rows, columns = -(-height // scale), -(-width // scale)
+        whole = jpeg.region(data, Window(0, 0, rows, columns), scale)
+        assert whole is not None
+        opened = Image.open(io.BytesIO(data))
+        opened.draft("RGB", (width // scale, height // scale))  # Pillow asks its libjpeg for the scale too.
+        assert opened.size == (columns, rows)
+        assert np.abs(whole.numpy().astype(int) - np.asarray(opened.convert("RGB"))).max() <= 2
+        for window in windows(rows, columns, 12, scale):
+            found = jpeg.region(data, window, scale)
+            top, left, h, w = window
+            assert found is not None and torch.equal(found, whole[top : top + h, left : left + w])
+        assert jpeg.region(data, Window(0, 0, rows + 1, columns), scale) is None
+        assert jpeg.region(data, Window(0, 0, rows, columns), 3) is None
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_scaled_sample_resembles_the_exact_one(orientation: int) -> None:
+    """A crop of 4 x 5 times a sample's sides is decoded at half of its size; a smaller crop is decoded exactly.
+
+    The corners are multiples of 2. Other corners would move by one pixel of the file.
+    """
+    data = encoded(photograph(1, 400, 600), "JPEG", quality=90, exif=turned_by(orientation))
+    large, small = Window(4, 6, 224, 330), Window(3, 5, 190, 255)
+    differences = []
+    for window in (large, small):
+        sample = Sample(0, look(data, LIMIT), lambda height, width, window=window: window, True)
+        images = torch.zeros(2, 1, 56, 66, 3, dtype=torch.uint8)
+        for each, scaled in zip(images, (False, True)):
+            assert EachDecoder(scaled=scaled)([sample], each, Clock()) == []
+        differences.append((images[0].double() - images[1].double()).square().mean().item())
+    assert 0 < differences[0] < 255**2 / 10**4.5  # at least 45 dB
+    assert differences[1] == 0
