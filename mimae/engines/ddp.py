@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimae.engines.base import Engine, M, Setup, Start
@@ -33,6 +33,7 @@ class DDPEngine(Engine[M]):
         materialise(self.model, device)
         self.parts = whole_parts(self.model)
         start(self.model, self.parts)
+        _fix_strides(self.model)
         module = DistributedDataParallel(
             self.model,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -46,6 +47,21 @@ class DDPEngine(Engine[M]):
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)
         return nullcontext() if is_last else self.module.no_sync()
+
+
+def _fix_strides(model: nn.Module) -> None:
+    """Give the gradients of convolutions of one pixel the strides of their weights.
+
+    A dimension of one element may have any stride. For maps whose channels come last, torch may choose other ones than
+    DDP's buckets have, and DDP warns of them. The view has the same memory, so this costs and changes nothing.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad and weight.ndim == 4 and weight.shape[2:] == (1, 1):
+            weight.register_hook(_contiguous_view)
+
+
+def _contiguous_view(gradient: Tensor) -> Tensor:
+    return gradient.flatten().view(gradient.shape)
 
 
 def _settle_buckets(module: DistributedDataParallel) -> None:
