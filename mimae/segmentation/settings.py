@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mimae.config.section import PATH, Scale, Section, setting
+from mimae.outside.text import printable
 
 LARGEST_ID = 65_535
 """Largest allowed value of a pixel in a mask."""
@@ -31,7 +32,7 @@ class SegmentSettings(Section):
     classes: Annotated[int, Field(ge=2, le=32_767)] | tuple[str, ...] | None = Field(
         None, description="the number of classes, or their names in order; required"
     )
-    ids: tuple[Id | tuple[Id, ...], ...] | None = Field(
+    ids: tuple[Id | Annotated[tuple[Id, ...], Field(min_length=1)], ...] | None = Field(
         None,
         description="value of each class in the masks, in the order of the classes; a class can have a list of values; "
         "null: 0, 1, 2, ... without the values of segment.ignore",
@@ -94,6 +95,8 @@ class SegmentSettings(Section):
     def _are_several(cls, classes: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
         if isinstance(classes, tuple) and (len(classes) < 2 or len(set(classes)) < len(classes)):
             raise ValueError("legal: at least 2 names, each once")
+        if isinstance(classes, tuple) and any(not name.strip() or printable(name) != name for name in classes):
+            raise ValueError("legal: names on one line, without control characters")
         return classes
 
     @model_validator(mode="after")
