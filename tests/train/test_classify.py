@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,16 @@ def test_mistakes_are_one_line(images: Path, tmp_path: Path) -> None:
         Classify(recipe(images, tmp_path, f"data.path={tmp_path / 'one'}", "data.val_path=null")).check()
     with pytest.raises(UserError, match="has no labels, which a classifier needs"):
         Classify(recipe(images, tmp_path, f"data.path={tmp_path / 'one/a'}", "data.val_path=null")).check()
+
+
+def test_held_out_images_that_cannot_be_read_are_counted(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images / "held-out", tmp_path / "held-out")
+    (tmp_path / "held-out/a/0.png").write_bytes(b"none")
+    overrides = [f"data.val_path={tmp_path}/held-out", "schedule.max_steps=1", "telemetry.images_every_epochs=1"]
+    train(Classify(recipe(images, tmp_path / "run", *overrides)))
+    assert capsys.readouterr().out.count("in data.val_path 1 of 14 images could not be used") == 1
 
 
 def test_a_class_that_is_missing_in_validation_is_told_and_a_strange_one_refused(images: Path, tmp_path: Path) -> None:

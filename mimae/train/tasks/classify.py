@@ -64,7 +64,7 @@ class Classify(Transfer[Classifier]):
     recipe: ClassifyRecipe
     measures = ClassifyRecipe.measures
     last: Evaluation | None = None
-    """The last evaluation, which the picture shows."""
+    """The last evaluation since the last step, which the picture shows."""
     held: list[tuple[Batch, int]] | None = None
     """This rank's batches of data.val_path with features of a frozen encoder in place of images, in a run; none before
     its first evaluation."""
@@ -268,10 +268,9 @@ class Classify(Transfer[Classifier]):
         if self.last is None:
             self.evaluate(model, device)
         assert self.last is not None
-        found, self.last = self.last, None
         if distributed.rank() > 0:
             return None
-        return confusion.matrix(found.confusion, [self.classes.name(i) for i in range(len(self.classes))])
+        return confusion.matrix(self.last.confusion, [self.classes.name(i) for i in range(len(self.classes))])
 
     # After a step
 

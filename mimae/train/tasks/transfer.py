@@ -53,6 +53,15 @@ class Transfer(Task[M]):
         recipe = self.recipe
         return keep_paths(recipe.seed, batch.epoch, batch.sample_ids, recipe.finetune.drop_path, recipe.model.depth)
 
+    def warning(self, model: M, step: int, steps: int, steps_per_epoch: int) -> str | None:
+        """Return a warning if the evaluation of this epoch left images out."""
+        details = self.details()
+        if details is None or not details.left_out:
+            return None
+        return (
+            f"in data.val_path {details.left_out:,} of {details.images + details.left_out:,} images could not be used"
+        )
+
     def example_images(self, images: int) -> Tensor:
         """Return uint8 (B, H, W, 3)."""
         return torch.empty(images, *self.recipe.data.size_hw, 3, dtype=torch.uint8)
