@@ -86,15 +86,16 @@ def average_precision(coco: Coco, images: Sequence[int], rows: list[dict[str, An
             judge.summarize()
             numbers = dict(zip(NAMES, judge.stats[: len(NAMES)]))
             measures |= {f"{kind}_{key}": float(value) for key, value in numbers.items() if value >= 0}
-            per_class = per_class or _per_class(judge.eval["precision"])
+            per_class = per_class or _per_class(judge.eval["precision"], judge.params.catIds, coco.categories)
     return Precision(measures, per_class)
 
 
-def _per_class(precision: np.ndarray) -> list[float | None]:
+def _per_class(precision: np.ndarray, ids: Sequence[int], categories: Sequence[Category]) -> list[float | None]:
     """Return the average precision of each class from COCO's table (IoUs, recalls, classes, sizes, most objects), where
-    -1 is no object: all sizes, 100 objects."""
-    tables = np.moveaxis(precision[:, :, :, 0, -1], 2, 0)
-    return [float(table[table > -1].mean()) if (table > -1).any() else None for table in tables]
+    -1 is no object: all sizes, 100 objects. The table has the classes in the order of `ids`."""
+    tables = dict(zip(ids, np.moveaxis(precision[:, :, :, 0, -1], 2, 0)))
+    own = [tables[number] for number, _ in categories]
+    return [float(table[table > -1].mean()) if (table > -1).any() else None for table in own]
 
 
 def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
@@ -122,6 +123,8 @@ def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
             if drawn is not None:
                 runs = coco_mask.encode(np.asfortranarray(drawn[place].astype(np.uint8)))
                 each |= {"segmentation": runs, "area": float(drawn[place].sum())}
+            # COCO tells small from large objects by what the file gives as their areas: those of its polygons.
+            each |= {"area": area} if (area := float(objects.areas[place])) > 0 else {}
             annotations.append(each)
     return {
         "images": [

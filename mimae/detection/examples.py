@@ -96,6 +96,9 @@ class DetectionReader(FittedReader):
                 f"{objects.width} x {objects.height}"
             )
         if self.seed is None:
+            if self.settings.masks:
+                # An image whose masks cannot be drawn is left out, instead of an error when all images are done.
+                self.coco.masks(source_id, np.arange(len(objects.boxes)))
             return self._example(pixels, Placing(*fitted(pixels.shape[:2], self.canvas), 0, 0, False))
         placing = jittered(self.seed, epoch, sample_id, pixels.shape[:2], self.canvas, self.settings)
         placing = placing._replace(flip=placing.flip and self.flips)

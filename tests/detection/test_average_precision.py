@@ -80,6 +80,35 @@ def test_one_of_two_found_is_51_of_101_points(tmp_path: Path) -> None:
     assert found.per_class == [pytest.approx(51 / 101, abs=1e-9), None], "no object is a disc"
 
 
+def test_classes_have_their_own_precision_in_any_order(tmp_path: Path) -> None:
+    """COCO's table has the classes in the order of their ids."""
+    images.write(tmp_path, 4)
+    tree = json.loads((tmp_path / "instances.json").read_text())
+    (tmp_path / "instances.json").write_text(json.dumps(tree | {"categories": tree["categories"][::-1]}))
+    source = open_source(str(tmp_path / "images"), settings=DataSettings())
+    coco = Coco(str(tmp_path / "instances.json"), "detect.annotations", source)
+    squares = [row for row in truth(coco) if row["category_id"] == 7]
+    assert coco.classes == ["disc", "square"] and average_precision(coco, range(4), squares, False).per_class == [0, 1]
+
+
+def test_no_image_and_no_object_have_no_measure(coco: Coco) -> None:
+    for images_ in ([], [3]):
+        assert average_precision(coco, images_, [], True) == ({}, [None, None])
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_sizes_are_the_areas_of_the_file(tmp_path: Path, masks: bool) -> None:
+    images.write(tmp_path, 4)
+    tree = json.loads((tmp_path / "instances.json").read_text())
+    for each, area in zip(tree["annotations"], [50_000, 2_000, 3, 0, None, 2_000]):
+        each["area"] = area
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    source = open_source(str(tmp_path / "images"), settings=DataSettings())
+    coco = Coco(str(tmp_path / "instances.json"), "detect.annotations", source)
+    found = average_precision(coco, range(4), [], masks)
+    assert {"box_ap_small", "box_ap_medium", "box_ap_large"} <= found.measures.keys()
+
+
 def test_numbers_are_pycocotools(coco: Coco) -> None:
     """The detections have moved, missing and additional boxes, and shifted masks."""
     tools = pytest.importorskip("pycocotools.coco", reason="pycocotools is the oracle")

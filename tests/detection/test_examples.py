@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch.nn.functional import max_pool2d
 
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import make_loader
+from mimae.data.pixels.decode import BadImage
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
+from mimae.data.sources.subset import subset_of
 from mimae.detection.coco import Coco
 from mimae.detection.examples import DetectionReader, unpacked
 from mimae.detection.settings import DetectSettings
@@ -102,19 +106,139 @@ def test_crowds_and_boxes_outside_are_left_out(folder: Path) -> None:
     ("change", "said"),
     [
         ({"annotations": [{"image_id": 1}]}, "is not in COCO's layout"),
-        ({"categories": []}, "is not in COCO's layout"),
-        ({"images": []}, "is not in COCO's layout"),
-        ({"annotations": [], "categories": []}, "has no categories"),
+        ({"categories": []}, "has no categories"),
+        ({"images": []}, "has 8 of 8 annotations with an unknown image_id, such as 100; legal are none"),
         (
             {"categories": [{"id": 7, "name": "square"}]},
-            r"changed.json: 4 of 8 annotations have a category_id that categories lacks, as 30; legal are 7",
+            r"changed.json has 4 of 8 annotations with an unknown category_id, such as 30; legal are 7",
         ),
+        ({"categories": 2 * images.CATEGORIES}, "has several categories with the id 7"),
         ({"annotations": [], "images": [{"id": 1, "file_name": "000.png", "height": 4, "width": 4}]}, "does not name"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_in_words(folder: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         coco(folder, **change)
+
+
+def _changed(folder: Path, kind: str, changes: Mapping[int, Mapping[str, Any]]) -> Coco:
+    """Return the annotations after changes of some images or annotations, by their places in the file."""
+    entries = json.loads((folder / "instances.json").read_text())[kind]
+    for place, change in changes.items():
+        entries[place] |= change
+    return coco(folder, **{kind: entries})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("images", {1: {"id": 100}}, "has several images with the id 100"),
+        ("images", {1: {"file_name": "000.png"}}, "has several images with the file_name 000.png"),
+        ("annotations", {0: {"bbox": [1, 2]}, 1: {"bbox": [3, 4]}}, "a box of image 100 is not four finite numbers"),
+        ("annotations", {0: {"bbox": [1, 2, 3, math.nan]}}, "a box of image 100 is not four finite numbers"),
+        ("annotations", {i: {"bbox": [0.1, 0.2, 0.3, 0.4]} for i in range(8)}, "has no box as large as a pixel"),
+    ],
+)
+def test_annotations_that_contradict_themselves_are_refused(
+    folder: Path, kind: str, changes: dict[int, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        _changed(folder, kind, changes)
+
+
+def test_names_that_occur_twice_are_told_apart_by_their_folders(folder: Path, tmp_path: Path) -> None:
+    for place, name in enumerate(("north", "south")):
+        (folder / "images" / name).mkdir()
+        (folder / f"images/00{place}.png").rename(folder / f"images/{name}/1.png")
+    found = _changed(folder, "images", {0: {"file_name": "south/1.png"}, 1: {"file_name": "north/1.png"}})
+    assert found.image_ids == [106, 109, 112, 103, 100] and found.stems[-1] == "south/1"
+    with pytest.raises(DataError, match=r"does not name south/1\.png"):
+        _changed(folder, "images", {0: {"file_name": "1.png"}, 1: {"file_name": "north/1.png"}})
+
+
+def test_a_part_of_the_images_has_its_annotations(folder: Path) -> None:
+    part = subset_of(source(folder), "2")
+    found = Coco(str(folder / "instances.json"), "detect.annotations", part)
+    assert found.image_ids == [100 + 3 * int(part.path(i)[-5]) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "pixels"),
+    [
+        # Two points enclose nothing. The library takes four numbers for a box, and all that follows as well.
+        ([[1, 2, 5, 6]], 0),
+        ([[1, 2, 5, 6], [10, 10, 20, 10, 20, 20, 10, 20]], 100),
+        ([[]], 0),
+        ([[10, 10, 20, 10, 20, 20, 10]], "a polygon must be a list of pairs"),
+        ([10, 10, 20, 10, 20, 20], "a polygon must be a list of pairs"),
+        # These would take all memory of the machine.
+        ([[10, 10, math.nan, 10, 20, 20]], "a polygon has a coordinate that is not a number up to 1,000,000"),
+        ([[10, 10, 1e12, 10, 20, 20]], "a polygon has a coordinate that is not a number up to 1,000,000"),
+        ({"size": [20, 16], "counts": [5, 10, 305]}, "the mask of an object has 16 x 20 pixels, not 72 x 64"),
+        ({"size": [64, 72], "counts": [5, 10]}, "is neither polygons nor RLE"),
+    ],
+)
+def test_masks_that_enclose_nothing_are_empty_and_damaged_ones_bad(
+    folder: Path, segmentation: Any, pixels: int | str
+) -> None:
+    found = _changed(folder, "annotations", {0: {"segmentation": segmentation}})
+    if isinstance(pixels, int):
+        assert found.masks(0, np.array([0])).sum() == pixels
+    else:
+        with pytest.raises(BadImage, match=pixels):
+            found.masks(0, np.array([0]))
+        reader = DetectionReader(found, DATA, DetectSettings(), None)
+        (batch,) = make_loader(DATA, source(folder), seed=0, batch_size=5, reader=reader).epoch(0)
+        assert [bad.id for bad in batch.bad] == [0], "an evaluation leaves the image out"
+
+
+def test_masks_of_an_image_may_have_several_forms(folder: Path) -> None:
+    drawn, panoptic = coco(folder), str(folder / "panoptic")
+    _changed(folder, "annotations", {0: {"segment_id": None}})
+    mixed = Coco(str(folder / "changed.json"), "detect.annotations", source(folder), panoptic)
+    assert isinstance(mixed.objects[0].segments[0], list) and isinstance(mixed.objects[0].segments[1], int)
+    assert np.array_equal(mixed.masks(0, np.arange(2)), drawn.masks(0, np.arange(2)))
+    _changed(folder, "annotations", {0: {"segment_id": 77777}})
+    other = Coco(str(folder / "changed.json"), "detect.annotations", source(folder), panoptic)
+    with pytest.raises(BadImage, match="its panoptic picture has no pixel of the segment 77777"):
+        other.masks(0, np.arange(2))
+
+
+def test_a_crowd_without_a_mask_is_its_box(folder: Path) -> None:
+    found = _changed(folder, "annotations", {0: {"iscrowd": 1, "segmentation": None, "bbox": [3.5, 2, 4, 5]}})
+    assert found.has_masks()
+    (mask,) = found.masks(0, np.array([0]))
+    assert mask[2:7, 3:8].all() and mask.sum() == 25
+    assert not _changed(folder, "annotations", {0: {"iscrowd": "0"}}).objects[0].crowd.any()
+
+
+def test_boxes_that_reach_beyond_their_images_are_counted(folder: Path) -> None:
+    """Corners in the place of width and height reach beyond the image."""
+    found = _changed(folder, "annotations", {0: {"bbox": [40, 40, 60, 60]}, 1: {"bbox": [-0.5, 2, 10, 10]}})
+    assert (found.cut, found.outside) == (1, 0) and found.objects[0].boxes[0].tolist() == [40, 40, 72, 64]
+
+
+def test_objects_are_counted_and_missing_classes_named(folder: Path) -> None:
+    assert coco(folder).summary() == "8 objects in 4 of 5 images"
+    crowds = _changed(folder, "annotations", {place: {"iscrowd": 1} for place in (0, 2, 4, 6)})
+    assert crowds.summary() == "4 objects in 4 of 5 images"
+    none = coco(folder, annotations=[])
+    assert none.summary() == "0 objects in 0 of 5 images, none of the class square (7), disc (30)"
+
+
+def test_names_are_one_line_and_different(folder: Path) -> None:
+    categories = [{"id": 7, "name": "a\nb"}, {"id": 30, "name": "a\nb"}]
+    assert coco(folder, categories=categories).classes == [r"a\nb (7)", r"a\nb (30)"]
+
+
+def test_a_validation_file_may_lack_categories_and_have_another_order(folder: Path) -> None:
+    known = coco(folder)
+    coco(folder, categories=images.CATEGORIES[::-1])
+    place = str(folder / "changed.json"), "detect.val_annotations", source(folder), None
+    turned = Coco(*place, known.categories)
+    assert turned.classes == known.classes and turned.objects[0].classes.tolist() == known.objects[0].classes.tolist()
+    with pytest.raises(DataError, match=r"other categories than the detector: square \(7\); legal are disc \(30\)"):
+        Coco(*place, known.categories[1:])
 
 
 def test_an_image_that_is_not_there_is_named(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mimae.data.loading.batch import DataError
 from mimae.detection.vitdet import LOSSES, _from_windows, _in_windows, _windows
 from mimae.errors import ConfigError, UserError
 from mimae.randomness import initialise, materialise
+from mimae.train.task import Details
 from mimae.train.tasks.detect import Detect
 from mimae.train.trainer import train
 from tests.detection import images
@@ -135,6 +137,24 @@ def test_objects_without_masks_are_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "boxes.json").write_text(text)
     with pytest.raises(UserError, match=r"objects without a mask: legal are detect.masks=false"):
         train(Detect(recipe(folder, tmp_path / "run", f"detect.annotations={tmp_path}/boxes.json")))
+
+
+def test_images_that_an_evaluation_left_out_are_said_once(folder: Path, tmp_path: Path) -> None:
+    task = Detect(recipe(folder, tmp_path))
+    model = task.outline()
+    task.found = Details(1_000, 3, "box_ap", {})
+    assert task.warning(model, 1, 2, 2) == "in data.val_path 3 of 1,003 images could not be used"
+    task.stepped(model, {}, torch.zeros(()))
+    assert task.warning(model, 2, 2, 2) is None
+
+
+def test_a_validation_file_without_masks_is_refused_at_the_start(folder: Path, tmp_path: Path) -> None:
+    tree = json.loads((folder / "instances.json").read_text())
+    del tree["annotations"][-1]["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(tree))
+    task = Detect(recipe(folder, tmp_path / "run", f"detect.val_annotations={tmp_path}/boxes.json"))
+    with pytest.raises(DataError, match=r"detect.val_annotations=.* objects without a mask: .*detect.val_panoptic"):
+        task.check()
 
 
 def _trained(folder: Path, run: Path, overrides: list[str]) -> float:

@@ -30,8 +30,6 @@ PICTURED = 8
 """Number of images in a picture of detections."""
 
 _BATCH = 8
-_NAMED = 5
-"""Categories that a message names."""
 
 
 class Detect(Transfer[ViTDet]):
@@ -41,24 +39,23 @@ class Detect(Transfer[ViTDet]):
     losses = ("loss", *LOSSES)
     measures = DetectRecipe.measures
     found: Details | None = None
-    """Details of the last evaluation."""
+    """Details of the last evaluation since the last step."""
 
     def check(self) -> None:
         super().check()
         ap.require()
-        settings, coco = self.recipe.detect, self.coco
-        if settings.masks and not coco.has_masks():
-            raise DataError(
-                f"detect.annotations={coco.file} has objects without a mask: legal are detect.masks=false, or "
-                "detect.panoptic with the folder of panoptic pictures"
-            )
-        _ = self.held_out
+        _ = self.coco, self.held_out
 
     def notes(self) -> Iterator[str]:
         yield f"{len(self.categories)} classes"
         for coco in (self.coco, self.held_out):
-            if coco is not None and coco.outside:
+            if coco is None:
+                continue
+            yield f"{coco.key}: {coco.summary()}"
+            if coco.outside:
                 yield f"{coco.key}: {coco.outside:,} boxes are empty or outside of their images, and are left out"
+            if coco.cut:
+                yield f"{coco.key}: {coco.cut:,} boxes reach beyond their images, and are cut off there"
 
     def kept(self) -> dict[str, Any]:
         return {"categories": self.categories}
@@ -78,7 +75,7 @@ class Detect(Transfer[ViTDet]):
         settings = self.recipe.detect
         if settings.annotations is None:
             raise DataError("detect.annotations=null: it has to name the COCO file of the images of data.path")
-        return Coco(settings.annotations, "detect.annotations", self.source, settings.panoptic)
+        return self._usable(Coco(settings.annotations, "detect.annotations", self.source, settings.panoptic))
 
     @cached_property
     def held_out(self) -> Coco | None:
@@ -88,13 +85,17 @@ class Detect(Transfer[ViTDet]):
             return None
         if settings.val_annotations is None:
             raise DataError(f"data.val_path={self.validation.name} needs detect.val_annotations, its COCO file")
-        found = Coco(settings.val_annotations, "detect.val_annotations", self.validation, settings.val_panoptic)
-        if found.categories != self.categories:
+        place = settings.val_annotations, "detect.val_annotations", self.validation, settings.val_panoptic
+        return self._usable(Coco(*place, self.categories))
+
+    def _usable(self, coco: Coco) -> Coco:
+        """Return the annotations. Raises DataError if masks are to be learned and an object has none."""
+        if self.recipe.detect.masks and not coco.has_masks():
             raise DataError(
-                f"detect.val_annotations={found.file} has other categories than the detector: "
-                f"{_listed(found.categories)}; legal are {_listed(self.categories)}"
+                f"{coco.key}={coco.file} has objects without a mask: legal are detect.masks=false, or "
+                f"{coco.key.replace('annotations', 'panoptic')} with the folder of panoptic pictures"
             )
-        return found
+        return coco
 
     def outline(self) -> ViTDet:
         with torch.device("meta"):
@@ -151,6 +152,9 @@ class Detect(Transfer[ViTDet]):
     def details(self) -> Details | None:
         return self.found
 
+    def stepped(self, model: ViTDet, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
+        self.found = None
+
     def outputs(self) -> Sequence[str]:
         return [name for _, name in self.categories]
 
@@ -186,9 +190,3 @@ class Detect(Transfer[ViTDet]):
         """Return the detections, computed in the run's precision."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return model.detect(batch.images, batch.targets["size"])
-
-
-def _listed(categories: Sequence[Category]) -> str:
-    """Return the first categories in words."""
-    more = f", ... ({len(categories)} in all)" * (len(categories) > _NAMED)
-    return ", ".join(f"{name} ({number})" for number, name in categories[:_NAMED]) + more
