@@ -6,6 +6,7 @@ body imports what it needs when it runs. Command modules import little, so that 
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -30,7 +31,7 @@ from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import detect, extend, finetune, linear, pretrain, segment, submit
 from mimae.outside import output
-from mimae.outside.text import open_standard_streams, say
+from mimae.outside.text import losses, open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, evaluate, plan, predict, replay, show, status
@@ -38,6 +39,12 @@ from mimae.transfer.command import embed, export, features_map, neighbours, reco
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress: only results and errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON; all else goes to stderr")]
+
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+)
+"""Reasons for which the system refuses a file that a user names. Others, as a missing file, may be a fault of ours."""
 
 
 def _command(verb: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +54,7 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
     def command(*, quiet: bool, as_json: bool, **arguments: Any) -> None:
         with output.mode(quiet=quiet, machine=as_json):
             try:
-                verb(**arguments)
+                _run(verb, arguments)
                 return
             except UserError as mistake:
                 if not as_json:
@@ -64,6 +71,21 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return command
+
+
+def _run(verb: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Run a verb. A file that the system refuses, and results that could not be printed, are mistakes of the user."""
+    before = losses()
+    try:
+        verb(**arguments)
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSALS:
+            raise
+        raise UserError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}") from error
+    lost = losses().get("stdout")
+    # A reader that closed the pipe, as `head` does, has what it wants.
+    if lost is not None and lost != before.get("stdout") and lost.reason != os.strerror(errno.EPIPE):
+        raise UserError(f"the results are not complete: stdout cannot be written ({lost.reason})")
 
 
 def _group(help: str, **verbs: Callable[..., None]) -> typer.Typer:
@@ -134,7 +156,7 @@ app.add_typer(_group("Check data sets, pack them, show samples.", check=check, p
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(__version__)
+        say(__version__)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimae.errors import RunError, UserError
+from mimae.outside.text import say
 from mimae.ranks import messages, place, unpickling
 
 # The first names exist in torch 2.14 and later, the others before.
@@ -142,7 +143,7 @@ def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
         f"rank {found.rank} waits for all {found.ranks} ranks (RANK, WORLD_SIZE) at {os.environ['MASTER_ADDR']}:"
         f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     )
-    timer = threading.Timer(ANNOUNCED, lambda: print(waiting, flush=True))
+    timer = threading.Timer(ANNOUNCED, lambda: say(waiting))
     timer.daemon = True
     timer.start()
     try:

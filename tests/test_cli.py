@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -21,6 +23,7 @@ import mimae
 from mimae import cli
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import DataError
+from mimae.outside import text
 from mimae.tools import status
 from mimae.train import trainer
 from mimae.train.task import Task
@@ -115,6 +118,43 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", ["mimae", *QUICK])
     with pytest.raises(ValueError, match="not for the user"):
         cli.main()
+
+
+def test_a_file_that_the_system_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "x" * 300
+    for arguments in (["export", long, "--out", "new"], ["extend", long, "schedule.epochs=2"], ["probe", long]):
+        assert launch(monkeypatch, *arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"mimae: {long}") and said.endswith("cannot be used: File name too long\n")
+
+
+class Unwritable(io.StringIO):
+    """A stream that the system does not let a process write."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, _: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_results_that_cannot_be_printed_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    monkeypatch.setattr(text, "_losses", {})
+    monkeypatch.setattr(sys, "stdout", Unwritable(errno.ENOSPC))
+    for arguments in (["settings"], ["config", "quickstart"]):
+        assert launch(monkeypatch, *arguments, *options) == 2
+        said = "mimae: the results are not complete: stdout cannot be written (No space left on device)\n"
+        assert capsys.readouterr().err == said
+    # A reader that has seen enough, as `head`, closes its end.
+    monkeypatch.setattr(text, "_losses", {})
+    monkeypatch.setattr(sys, "stdout", Unwritable(errno.EPIPE))
+    assert launch(monkeypatch, "settings", *options) == 0
 
 
 @pytest.mark.parametrize("arguments", [["pretrain"], ["nosuch"], ["config", "--nosuch", "x"], ["bench", "nosuch"], []])

@@ -16,16 +16,18 @@ def config(recipe: RecipeName, overrides: Overrides = None) -> None:
     from mimae.config.printing import explain
     from mimae.config.recipe import RunRecipe
     from mimae.outside.output import as_json
+    from mimae.outside.text import say
 
     resolved = load_recipe(recipe, overrides or (), None, RunRecipe)
     if not as_json({"recipe": resolved.recipe.model_dump(mode="json"), "origins": resolved.origins}):
-        print(explain(resolved), end="")
+        say(explain(resolved).removesuffix("\n"))
 
 
 def settings() -> None:
     """Print the reference of all settings (Markdown)."""
     from mimae.config.printing import reference, rows
     from mimae.outside.output import as_json
+    from mimae.outside.text import say
 
     if not as_json(list(rows())):
-        print(reference(), end="")
+        say(reference().removesuffix("\n"))

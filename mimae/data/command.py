@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mimae.outside.text import say
+
 MaxPixels = Annotated[int | None, typer.Option(help="as data.max_pixels [default: its default]", min=1)]
 Workers = Annotated[int | None, typer.Option(help="processes [default: one per core]", min=1)]
 ImageKey = Annotated[str | None, typer.Option(help="as data.image_key")]
@@ -66,7 +68,6 @@ def pack(
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
     from mimae.outside.output import as_json
-    from mimae.outside.text import say
 
     if target.suffix != ".tar":
         raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
@@ -87,6 +88,6 @@ def pack(
     if as_json({"shards": [packing.shard(i) for i in shards], "written": written, "left_out": left_out, "bad": bad}):
         return
     span = f"{packing.shard(0)} to {packing.shard(shards[-1]).name}"
-    print(f"{span}: {written} written, {len(shards) - written} already there")
+    say(f"{span}: {written} written, {len(shards) - written} already there")
     if left_out:
-        print(f"left out because they cannot be used: {left_out}, listed in {bad}")
+        say(f"left out because they cannot be used: {left_out}, listed in {bad}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,34 +15,51 @@ def probe(
     test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
     images: Annotated[int, typer.Option(help="largest number of training images, class-balanced", min=1)] = 50_000,
     baselines: Annotated[bool, typer.Option(help="also probe raw pixels and the encoder before training")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="[default: RUN/probe.json]")] = None,
 ) -> None:
     """Evaluate the frozen features of a run.
 
-    Uses a linear probe, a probe with few labels, and nearest neighbours. Writes RUN/probe.json.
+    Uses a linear probe, a probe with few labels, and nearest neighbours. Prints the results, then writes them.
     """
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from mimae.evaluate.knn import NEIGHBOURS
-    from mimae.evaluate.probe import MEASURES, probe
-    from mimae.outside.files import write_atomically
+    from mimae.errors import UserError
+    from mimae.evaluate.probe import probe
+    from mimae.outside.files import Folder, write_atomically
     from mimae.outside.output import as_json
 
     result = probe(run, train, test, images, baselines)
-    write_atomically(run / "probe.json", json.dumps(result, indent=2) + "\n")
-    if as_json(result):
-        return
-    table = Table(
-        title=f"{run}: {result['train_images']:,} training and {result['test_images']:,} test images of "
-        f"{result['classes']} classes",
-        title_justify="left",
+    if not as_json(result):
+        _print(run, result)
+    text = json.dumps(result, indent=2) + "\n"
+    try:
+        if out is None:
+            Folder(run).replace("probe.json", text)
+        else:
+            write_atomically(out, text)
+    except OSError as error:
+        other = "; --out FILE names another file" if out is None else ""
+        raise UserError(f"{out or run / 'probe.json'} cannot be written: {error.strerror}{other}") from error
+
+
+def _print(run: Path, result: dict[str, Any]) -> None:
+    """Print the table of a probe."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from mimae.evaluate.knn import NEIGHBOURS
+    from mimae.evaluate.probe import MEASURES
+    from mimae.outside.text import as_file, printable, say
+
+    title = (
+        f"{run}: {result['train_images']:,} training and {result['test_images']:,} test images of "
+        f"{result['classes']} classes"
     )
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left")
     table.add_column("frozen features")
     for column in ("linear probe", f"{result['few_labels']} labels", f"{NEIGHBOURS} neighbours"):
         table.add_column(column, justify="right")
     for name, scores in result["features"].items():
         table.add_row(name, *(f"{scores[key]:.3f}" for key in MEASURES))
-    Console().print(table)
+    Console(file=as_file()).print(table)
     if result["unreadable_images"]:
-        print(f"{result['unreadable_images']} images could not be read and were left out")
+        say(f"{result['unreadable_images']} images could not be read and were left out")

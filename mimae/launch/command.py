@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mimae.config.command import Overrides, RecipeName
+from mimae.outside.text import say
 
 Ranks = Annotated[int | None, typer.Option(help="processes on this machine [default: one for each GPU]", min=1)]
 Nodes = Annotated[int, typer.Option(help="machines; the same command runs on each", min=1)]
@@ -186,7 +187,7 @@ def submit(
     if dry_run:
         script = made._make_submission_file_text(made._submitit_command_str, "JOB")
         if not as_json({"script": script}):
-            print(script, end="")
+            say(script.removesuffix("\n"))
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
     told = [
@@ -197,4 +198,4 @@ def submit(
     if as_json(told):
         return
     for each in told:
-        print(f"job {each['job']}: {each['run']}; output in {each['output']}")
+        say(f"job {each['job']}: {each['run']}; output in {each['output']}")

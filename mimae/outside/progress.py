@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from mimae.outside.output import is_quiet
-from mimae.outside.text import Output, Stream, is_terminal, printable, say
-
-if TYPE_CHECKING:
-    from typing import TextIO
+from mimae.outside.text import Stream, as_file, is_terminal, printable, say
 
 T = TypeVar("T")
 
@@ -47,7 +44,7 @@ class Bar:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}", markup=False),
-            console=Console(file=cast("TextIO", Output(stream))),
+            console=Console(file=as_file(stream)),
             auto_refresh=False,  # A thread that draws could hold a lock when a data loader forks.
             transient=bool(title),
         )

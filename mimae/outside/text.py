@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from contextlib import suppress
-from typing import Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple, TextIO, cast
 
 _LINE_ENDS = "\t\n"
 # C0 and C1 controls, DEL, marks that change the writing direction, line separators, lone surrogates.
@@ -94,6 +94,11 @@ class Output(io.TextIOBase):
         """Write to the stream, if that is possible."""
         write(self._name, self._stream, text)
         return len(text)
+
+
+def as_file(name: Stream = "stdout") -> TextIO:
+    """Return the present stdout or stderr as an `Output`, with the type that libraries ask for."""
+    return cast("TextIO", Output(name))
 
 
 def open_standard_streams() -> None:

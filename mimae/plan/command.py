@@ -36,6 +36,7 @@ def plan(
     """
     from mimae.config.load import load_recipe
     from mimae.outside.output import as_json
+    from mimae.outside.text import say
     from mimae.plan.advice import document, report
     from mimae.plan.cost import Fleet, micro_batch
     from mimae.plan.gpus import find_gpu
@@ -56,7 +57,7 @@ def plan(
 
         told = draw(resolved, fleet, Path(recipe).stem, scaling)
         if not as_json({"picture": scaling}):
-            print(told)
+            say(told)
         return
     if not as_json(document(resolved, fleet, images)):
-        print(report(resolved, fleet, images))
+        say(report(resolved, fleet, images))

@@ -32,6 +32,7 @@ from mimae.model.mimae import obstacles, outline
 from mimae.objective.costs import FP32
 from mimae.objective.objective import Losses
 from mimae.outside.progress import track
+from mimae.outside.text import say
 from mimae.plan.communication import Traffic, traffic
 from mimae.plan.gpus import GPU
 from mimae.plan.memory import Layout, Memory, kept, memory, parameters
@@ -353,18 +354,18 @@ def report(recipe: Recipe, layout: Layout, gpu: GPU, per_node: int) -> bool:
         counted = count_step(recipe, ranks, rank)
         rows, wrong = compare(counted, planned, held, sent), wrong_parts(counted)
         mine = sum(part.values.numel() for part in counted.parts.values())
-        print(
+        say(
             f"rank {rank} of {ranks}, micro-batches of {images} images: {mine:,} of {count.total:,} parameters, "
             f"share {counted.place} of {counted.shares}"
         )
         shapes = {str(tuple(each.shape)) for each in counted.losses.columns.values()}
-        print(f"losses of shape {', '.join(shapes)}, latents {tuple(counted.losses.latents.shape)}")
-        print(f"  {'a step':<62}{'planned':>16}{'counted':>16}{'ratio':>9}")
-        print(*(row.line for row in rows), sep="\n")
+        say(f"losses of shape {', '.join(shapes)}, latents {tuple(counted.losses.latents.shape)}")
+        say(f"  {'a step':<62}{'planned':>16}{'counted':>16}{'ratio':>9}")
+        say("\n".join(row.line for row in rows))
         if rank == 0:
-            print("collectives in their order", *schedule(counted.collectives), sep="\n")
+            say("\n".join(["collectives in their order", *schedule(counted.collectives)]))
         for name in wrong:
-            print(f"  OUT: the rank's rows of {name} are not those of its share")
+            say(f"  OUT: the rank's rows of {name} are not those of its share")
         agrees = agrees and not wrong and all(row.is_right for row in rows)
-    print(f"all within {TOLERANCE:.0%}" if agrees else f"OUT: figures that differ by over {TOLERANCE:.0%} are marked")
+    say(f"all within {TOLERANCE:.0%}" if agrees else f"OUT: figures that differ by over {TOLERANCE:.0%} are marked")
     return agrees

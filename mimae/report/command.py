@@ -77,6 +77,10 @@ def compare(
     summaries = [compare.summary(run) for run in runs]
     reference = compare.load(baseline) if baseline is not None else []
     found = compare.contrast(summaries, reference, tolerance=tolerance)
+    if not as_json(compare.as_dict(found)):
+        say(compare.as_text(found))
+        if baseline is not None:
+            say("\n" + compare.verdict(found, tolerance))
     try:
         if save is not None:
             compare.save(save, summaries)
@@ -84,10 +88,6 @@ def compare(
             write_atomically(out, compare.as_page(found))
     except OSError as error:
         raise UserError(f"{error.filename or save or out} cannot be written: {error.strerror}") from error
-    if not as_json(compare.as_dict(found)):
-        say(compare.as_text(found))
-        if baseline is not None:
-            say("\n" + compare.verdict(found, tolerance))
     if baseline is not None:
         raise typer.Exit(1 if found.regressions else 0)
 

@@ -7,11 +7,15 @@ import sys
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mimae.outside.text import printable, say
 from mimae.plan.command import plan as plan_pretraining
+
+if TYPE_CHECKING:
+    from mimae.tools.predict import Evaluated
 
 _SHOWN = 20
 """Classes that an evaluation prints."""
@@ -29,7 +33,7 @@ def status(run: Annotated[Path, typer.Argument(help="the run's directory")]) -> 
     if as_json(found):
         return
     for key, value in found.items():
-        print(f"{key:<12}{value}")
+        say(f"{key:<12}{value}")
 
 
 def doctor() -> None:
@@ -47,10 +51,10 @@ def doctor() -> None:
     if as_json(report):
         return
     for title, section in report.items():
-        print(title)
+        say(title)
         width = max(map(len, section))
         for name, found in section.items():
-            print(f"  {name:{width}}  {found}")
+            say(f"  {name:{width}}  {found}")
 
 
 def show(
@@ -76,9 +80,9 @@ def show(
         raise DataError(f"cannot write the picture {out}: {error.strerror}") from error
     if as_json({"picture": out, "replaced": [bad._asdict() for bad in batch.bad]}):
         return
-    print(out)
+    say(out)
     for bad in batch.bad:
-        print(f"replaced: {bad.path}: {bad.reason}")
+        say(f"replaced: {printable(bad.path)}: {printable(bad.reason)}")
 
 
 def replay(
@@ -98,7 +102,6 @@ def replay(
     from mimae.errors import UserError
     from mimae.outside.files import Folder
     from mimae.outside.output import as_json
-    from mimae.outside.text import say
     from mimae.tools.replay import HERE, logged, replay, report
 
     if not (run / "config.yaml").is_file():
@@ -107,9 +110,7 @@ def replay(
     if split > 1:
         accumulate = recipe.schedule.accumulate * split
         recipe = load_recipe(recipe, [f"schedule.accumulate={accumulate}"], None, RunRecipe).recipe
-        print(
-            f"--split {split}: losses that depend on the whole micro-batch, as the MI terms do, differ from the run's"
-        )
+        say(f"--split {split}: losses that depend on the whole micro-batch, as the MI terms do, differ from the run's")
     findings = replay(recipe, step)
     name = f"replay/step-{step:08d}.png"
     then = logged(run, step)
@@ -143,7 +144,7 @@ def convert(
     if root_of(source) is not None:
         made = read(source, target)
         if not as_json({"written": made}):
-            print(f"{made}: the command that started {target} continues from there")
+            say(f"{made}: the command that started {target} continues from there")
     elif (source / "latest").is_file() and not (source / "config.yaml").exists():
         raise CheckpointError(
             f"{source} is DeepSpeed's own checkpoint: convert it first, with python -m "
@@ -153,7 +154,7 @@ def convert(
         written = write(source, target, adam)
         if as_json({"written": written}):
             return
-        print(
+        say(
             f'{written}: with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s settings '
             f"engine.load_checkpoint({str(target)!r}, load_lr_scheduler_states=False) continues there, and returns "
             "the buffers in the client state"
@@ -195,6 +196,8 @@ def evaluate(
     if details is not None:
         report |= {"images": details.images, "left_out": details.left_out}
         report |= {"of_classes": details.measure, "classes": details.classes}
+    if not as_json(report):
+        _print_evaluation(run, trained.step, found)
     try:
         if out is not None:
             write_atomically(out, json.dumps(report, indent=2) + "\n")
@@ -202,12 +205,14 @@ def evaluate(
             picture.write_bytes(found.picture)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
-    if as_json(report):
-        return
+
+
+def _print_evaluation(run: Path, step: int, found: Evaluated) -> None:
+    details = found.details
     left_out = f", {details.left_out:,} left out, which cannot be read" if details and details.left_out else ""
     number = f"{details.images:,} images of " if details else ""
-    print(f"step {trained.step:,} of {run} on {number}{found.data}{left_out}")
-    print("  ".join(f"{key} {value:.4f}" for key, value in found.measures.items()))
+    say(f"step {step:,} of {run} on {number}{found.data}{left_out}")
+    say("  ".join(f"{key} {value:.4f}" for key, value in found.measures.items()))
     if details is not None:
         _print_classes(details.measure, details.classes)
 
@@ -215,13 +220,14 @@ def evaluate(
 def _print_classes(measure: str, classes: Mapping[str, float | None]) -> None:
     """Print a measure of each class, the worst first."""
     worst = sorted(classes, key=lambda key: 2.0 if (value := classes[key]) is None else value)
-    width = max(map(len, worst[:_SHOWN]), default=0)
-    print(f"{measure} of each class:")
-    for key in worst[:_SHOWN]:
+    names = [printable(key) for key in worst[:_SHOWN]]
+    width = max(map(len, names), default=0)
+    say(f"{measure} of each class:")
+    for key, name in zip(worst, names, strict=False):
         value = classes[key]
-        print(f"  {key:<{width}}  {'absent' if value is None else f'{value:.4f}'}")
+        say(f"  {name:<{width}}  {'absent' if value is None else f'{value:.4f}'}")
     if len(worst) > _SHOWN:
-        print(f"  ... and {len(worst) - _SHOWN} classes with more, which --out lists")
+        say(f"  ... and {len(worst) - _SHOWN} classes with more, which --out lists")
 
 
 def predict(
@@ -245,7 +251,6 @@ def predict(
     Labels are not read. What is found goes to OUT image by image.
     """
     from mimae.outside.output import as_json
-    from mimae.outside.text import say
     from mimae.tools.predict import predict as run_prediction
     from mimae.tools.predict import predictor
     from mimae.train.predictors.base import Options
@@ -259,7 +264,7 @@ def predict(
     unread = f", of which {found.unread:,} cannot be read" * (found.unread > 0)
     say(f"{out}: {finds.out} of {found.images:,} images{unread}")
     for path in found.listed:
-        say(f"  {path}")
+        say(f"  {printable(path)}")
     if found.unread > len(found.listed):
         say(f"  and {found.unread - len(found.listed):,} more")
 
@@ -289,4 +294,4 @@ def plan(**given: Any) -> None:
     fleet = Fleet(find_gpu(given["gpu"]), given["gpus"], given["nodes_of"], given["share"])
     found = document(resolved, fleet, given["images"])
     if not as_json(found):
-        print(report(found, fleet))
+        say(report(found, fleet))

@@ -103,17 +103,18 @@ def reconstruct(
 ) -> None:
     """Draw images, their masked views, and the decoder's reconstructions."""
     from mimae.outside.output import as_json
-    from mimae.outside.text import say
+    from mimae.outside.text import printable, say
     from mimae.transfer.look import reconstruct
 
     found = reconstruct(run, images, average)
-    write(out, found.png)
     losses = [{"image": name, "L_rec": loss} for name, loss in zip(found.names, found.losses, strict=True)]
-    if as_json({"picture": out, "images": losses}):
-        return
-    say(out)
-    for name, loss in zip(found.names, found.losses, strict=True):
-        say(f"L_rec {loss:.3f}  {name}")
+    is_json = as_json({"picture": out, "images": losses})
+    if not is_json:
+        for name, loss in zip(found.names, found.losses, strict=True):
+            say(f"L_rec {loss:.3f}  {printable(name)}")
+    write(out, found.png)
+    if not is_json:
+        say(out)
 
 
 def neighbours(

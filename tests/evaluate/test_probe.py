@@ -405,6 +405,24 @@ def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.C
     assert again["features"] == written["features"]
 
 
+def test_a_probe_whose_file_cannot_be_written_prints_its_table(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = dict.fromkeys((*probe.MEASURES, "penalty", "few_labels_std"), 0.5)
+    counts = {"train_images": 9, "test_images": 3, "unreadable_images": 0, "classes": 3, "few_labels": 200}
+    monkeypatch.setattr(probe, "probe", lambda *_: counts | {"features": {"this run": scores}})
+    other = tmp_path / "other"
+    (other / "probe.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"probe\.json cannot be written: .*; --out FILE names another file"):
+        command.probe(other)
+    assert "0.500" in capsys.readouterr().out
+    command.probe(other, out=tmp_path / "here.json")
+    assert json.loads((tmp_path / "here.json").read_text())["classes"] == 3
+    with pytest.raises(UserError, match=r"missing/x\.json cannot be written: No such file or directory$"):
+        command.probe(other, out=tmp_path / "missing" / "x.json")
+    assert capsys.readouterr().out.count("0.500") == 6
+
+
 def test_the_random_encoder_is_not_the_run(run: Path) -> None:
     """The features of the two rows have to differ, and those of the run have to be the checkpoint's."""
     recipe = load_recipe(run / "config.yaml").recipe

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mimae.outside.text import say
 
 FOLDER = "/dev/shm"
 """Folder of the shared memory; a Docker container has 64 MB of it by default."""
@@ -91,5 +92,4 @@ def say_once(why: str = f"{FOLDER} has no room for a batch: ") -> None:
     if not _said() and os.environ.get("LOCAL_RANK", "0") == "0":
         _said().append(why)
         line = f"{why}batches go through pipes, which takes more CPU time. For more room: docker run --shm-size=8g"
-        with suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+        say(line, error=True)

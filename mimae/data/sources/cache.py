@@ -15,7 +15,6 @@ import io
 import os
 import stat
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from mimae.data.loading.order import Share
 from mimae.data.pixels.decode import BadImage, whole
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
+from mimae.outside.text import say
 
 SPARE = 0.1
 """Fraction of its file system that a cache leaves free: the loaders' batches are in /dev/shm too."""
@@ -167,7 +167,7 @@ class Cached:
                 os.close(os.open(self._folder / _FULL, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 return
-        print(line, file=sys.stderr, flush=True)
+        say(line, error=True)
 
 
 def cached(settings: DataSettings, source: Source) -> Source:

@@ -23,7 +23,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
 from mimae.data.tools.duplicates import near_duplicates, perceptual_hash, same
-from mimae.outside.text import printable
+from mimae.outside.text import as_file, printable
 
 _CHUNK = 256
 """Largest number of samples that a process takes at a time."""
@@ -170,7 +170,7 @@ def show(found: dict[str, Any]) -> None:
     for key, row in (("exact_duplicates", "identical bytes"), ("near_duplicates", "similar images")):
         spare = sum(len(group) - 1 for group in found[key])
         table.add_row(row, f"{spare:,}, in addition to the {len(found[key]):,} they repeat" if spare else "none")
-    console = Console(soft_wrap=True)
+    console = Console(file=as_file(), soft_wrap=True)
     console.print(table)
     for note in found["notes"]:
         console.print(note, markup=False, highlight=False)
