@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mimae.data.settings import DataSettings
@@ -34,7 +36,9 @@ def find_columns(file: Any, settings: DataSettings) -> Columns:
     import pyarrow.types as kinds  # type: ignore[import-untyped]
 
     schema = file.schema_arrow
-    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    notes: Any = None
+    with suppress(ValueError, RecursionError):
+        notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     # Every level may be null, or something else.
     features = {k: v for k, v in _inner(_inner(notes, "info"), "features").items() if isinstance(v, dict)}
 
@@ -63,12 +67,21 @@ def find_columns(file: Any, settings: DataSettings) -> Columns:
     if not images:
         raise ValueError(_no_images(schema, structs + every, settings.image_key))
 
+    often = Counter(schema.names)
+
+    def once(name: str) -> str:
+        if often[name] > 1:
+            raise ValueError(f"it has {often[name]} columns called {name}; rename or remove one of them")
+        return name
+
+    once(images[0])
+
     def is_class(name: str) -> bool:
         kind = schema.field(name).type
         return kinds.is_integer(kind) or (settings.index_version > 1 and (is_text(kind) or kinds.is_boolean(kind)))
 
     names = (*feature("ClassLabel"), *_LABELS) if settings.label_key is None else (settings.label_key,)
-    present = [name for name in names if name in schema.names]
+    present = [once(name) for name in names if name in schema.names]
     label = [name for name in present if is_class(name)]
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if settings.label_key is not None and not label:
@@ -76,7 +89,8 @@ def find_columns(file: Any, settings: DataSettings) -> Columns:
             f"data.label_key={settings.label_key} is not a column of numbers or names; its columns are {listed}"
         )
     dropped = f"column {present[0]} is of type {schema.field(present[0]).type}" if present and not label else ""
-    classes = features.get(label[0], {}).get("names") if label else None
+    given = features.get(label[0], {}).get("names") if label else None
+    classes = given if isinstance(given, list) and all(isinstance(each, str) for each in given) else None
     column = label[0] if label else None
     if images[0] not in structs:
         return Columns(images[0], None, column, classes, dropped)

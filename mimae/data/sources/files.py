@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.sources.endings import ENDINGS, counted, ending_of, is_image, left_out, listed
 from mimae.data.sources.index import SCAN_THREADS, Index, IndexedSource, end_to_end
 from mimae.data.sources.patterns import SHARDS
+from mimae.data.sources.splits import by_split
 from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
@@ -46,11 +47,12 @@ class FileSource(IndexedSource):
 def scan_folder(root: Path, version: int) -> Index:
     """Index every image below `root`. Folders are listed in parallel, each of them once. Raises DataError."""
     listings = _list_folders(os.fsencode(root), version)
-    names, lengths, per_class = bytearray(), array("q"), dict[bytes, int]()
+    names, lengths, per_class, folders = bytearray(), array("q"), dict[bytes, int](), dict[bytes, None]()
     for prefix, run in _walk({prefix: listing.entries for prefix, listing in listings.items()}):
         found = [prefix + name for name in run]
         names += b"".join(found)
         lengths.extend(map(len, found))
+        folders[prefix] = None
         label = prefix.partition(b"/")[0]
         per_class[label] = per_class.get(label, 0) + len(found)
     others = sum((listing.others for listing in listings.values()), Counter[str]())
@@ -68,6 +70,11 @@ def scan_folder(root: Path, version: int) -> Index:
     elif len(per_class) > 1:
         beside = per_class[b""]
         notes.append(f"no sample has a class, since {beside:,} images are next to the folders that would be classes")
+    if pooled := _splits_in(folders):
+        notes.append(
+            f"folders that are called like splits of one data set are all used: {listed(map(os.fsdecode, pooled))}; if "
+            f"only one is meant, name it, as {printable(os.path.join(root, os.fsdecode(pooled[0])))}"
+        )
     if again := sum(listing.again for listing in listings.values()):
         notes.append(f"left out: {again:,} links to folders that were already reached by another link")
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
@@ -79,6 +86,27 @@ def scan_folder(root: Path, version: int) -> Index:
         watched,
         notes=notes if version > 1 else [],
     )
+
+
+def _splits_in(folders: Iterable[bytes]) -> list[bytes]:
+    """Return the folders that are called like several splits and are next to each other, among folders with images."""
+    inside: dict[bytes, dict[str, None]] = {}
+    for folder in folders:
+        while folder:
+            parent, _, name = folder.removesuffix(b"/").rpartition(b"/")
+            folder = parent + b"/" if parent else b""
+            names = inside.setdefault(folder, {})
+            if os.fsdecode(name) in names:  # Then its parents are known too.
+                break
+            names[os.fsdecode(name)] = None
+    groups = ((parent, by_split(list(names))) for parent, names in inside.items())
+    return [
+        parent + os.fsencode(name)
+        for parent, group in groups
+        for split, names in group.items()
+        for name in names
+        if split is not None
+    ]
 
 
 def _no_images(root: Path, listings: dict[bytes, _Listing], others: Counter[str], version: int) -> str:
@@ -107,7 +135,15 @@ def beside_shards(root: Path, version: int) -> list[str]:
     others = Counter(listings[b""].others)
     for ending in SHARDS:
         others.pop(ending[1:], None)
-    return left_out(others)
+    notes = left_out(others)
+    below = [prefix + name for prefix, each in listings.items() if prefix for name in each.shards]
+    if below:
+        notes.append(
+            f"left out: {len(below):,} shards in folders below, {listed(map(os.fsdecode, below))}; a mixture or a "
+            f"pattern, such as {printable(os.path.join(root, '*', '*' + os.path.splitext(os.fsdecode(below[0]))[1]))}, "
+            f"names them"
+        )
+    return notes
 
 
 def _refuse_shards(root: Path, images: int, listings: dict[bytes, _Listing]) -> None:

@@ -28,7 +28,7 @@ from mimae.outside.text import printable
 
 T = TypeVar("T")
 
-_VERSION = 3
+_VERSION = 4
 _SETTLED_NS = 2_000_000_000
 _PLACE = "place."
 STAMPS = "stamps"

@@ -122,24 +122,30 @@ class _Weights(NamedTuple):
 
 def _read(file: Path, shown: str) -> dict[str, Any]:
     """Return the content of a mixture's file under `draws` and `sources`. Raises DataError."""
+    content: dict[str, Any] = {}
     try:
         node = compose(read_text(file, LARGEST_FILE), yaml.SafeLoader)
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in content:
+                raise DataError(f"{shown}, line {key.start_mark.line + 1}: {key.value} is given twice")
+            content[str(key.value)] = _pairs(value) if isinstance(value, yaml.MappingNode) else _value(value)
     except OSError as error:
         raise DataError(f"cannot read the mixture {shown}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise DataError(f"cannot read the mixture {shown}: {' '.join(str(error).split())}") from error
-    content: dict[str, Any] = {}
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if str(key.value) in content:
-            raise DataError(f"{shown}, line {key.start_mark.line + 1}: {key.value} is given twice")
-        content[str(key.value)] = _pairs(value) if isinstance(value, yaml.MappingNode) else _value(value)
     if content.keys() != {"draws", "sources"}:
         raise DataError(f"{shown} is not a mixture; an example of one is:{_FORM}")
     return content
 
 
 def _pairs(node: yaml.MappingNode) -> _Weights:
-    """Return the pairs of a mapping. Paths are taken literally: 00010 is a folder and not a number."""
+    """Return the pairs of a mapping. Paths are taken literally: 00010 is a folder and not a number.
+
+    Raises YAMLError for a path that is a list or a mapping.
+    """
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a source is one path, not a list or a mapping")
     return _Weights([(str(key.value), _value(value), key.start_mark.line + 1) for key, value in node.value])
 
 
@@ -164,7 +170,7 @@ def _distinct(weights: _Weights, file: Path, version: int) -> tuple[list[str], l
             paths.append(expanded(path))
         except ValueError as error:
             raise DataError(f"{printable(str(file))}, line {line}: {path}: {error}") from error
-        place = os.path.normpath(os.path.join(file.parent, paths[-1]))
+        place = os.path.realpath(os.path.join(file.parent, paths[-1]))
         if place in seen:
             first, at = seen[place]
             raise DataError(

@@ -75,8 +75,13 @@ def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
     if is_pattern(given) and not _is_address(path):
         shards = matching(given, folder.absolute())
         groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
-        note = f"the pattern matches files of several splits, and all are used: {', '.join(map(str, groups))}"
-        return _open_shards(path, shards, settings, [note] if groups else [])
+        notes = []
+        if groups:
+            named = ", ".join(map(str, groups))
+            notes.append(f"the pattern matches files of several splits, and all are used: {named}")
+        if "**" in given:
+            notes.append("** in a pattern stands for the names of one level of folders, as * does")
+        return _open_shards(path, shards, settings, notes)
     parent = next(p for p in place.parents if p.exists())
     raise DataError(
         f"{printable(str(place))} does not exist ({printable(str(parent))} is the part of it that exists). "
@@ -108,8 +113,9 @@ def _advice(path: str, place: Path) -> str:
         return "`::` joins shards in other loaders; here use a pattern, such as {a,b}.tar, or a mixture. "
     if place.suffix.lower() in _COMPRESSED:
         return "A compressed file does not allow random access: unpack it, for example a .tar.gz to a .tar. "
-    if " " in path and any(os.path.exists(each) for each in path.split()):
-        return "It was read as one path that contains spaces; to use several sources, write a mixture. "
+    for separator, word in ((" ", "spaces"), (",", "commas"), (";", "semicolons"), (":", "colons")):
+        if separator in path and any(os.path.exists(each.strip()) for each in path.split(separator)):
+            return f"It was read as one path that contains {word}; to use several sources, write a mixture. "
     return ""
 
 

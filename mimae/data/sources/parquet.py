@@ -255,6 +255,12 @@ def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
         for file, one in zip(files, found)
         if one.dropped
     ]
+    without = [file for file, one in zip(files, found) if one.labels is None and not one.dropped]
+    if 0 < len(without) < len(found):
+        notes.append(
+            f"no sample has a class, since {len(without):,} of {len(found):,} files have no column of classes, for "
+            f"example {printable(without[0].name)}"
+        )
     largest = max(found, key=lambda file: file.largest)
     if largest.largest > KEPT_BYTES:
         file = files[found.index(largest)]
@@ -319,7 +325,10 @@ def _read_footer(path: Path, settings: DataSettings) -> _Footer:
         labels, texts, dropped = None, None, columns.dropped
         if columns.label is not None:
             labels, texts, dropped = _classes(_read_column(path, file, columns.label), columns.label)
-    return _Footer(names, lengths, labels, columns.classes, rows, sizes, stamp, texts, dropped, largest)
+        classes = columns.classes
+        if labels is not None and classes is not None and labels.max(initial=-1) >= len(classes):
+            classes = None  # The names are those of other classes.
+    return _Footer(names, lengths, labels, classes, rows, sizes, stamp, texts, dropped, largest)
 
 
 def _check_rows(total: int, rows: np.ndarray, size: int) -> None:
@@ -347,14 +356,12 @@ def _classes(column: Any, name: str) -> tuple[np.ndarray | None, list[str] | Non
         coded = column.combine_chunks().dictionary_encode()
         coded = coded.combine_chunks() if hasattr(coded, "combine_chunks") else coded
         return coded.indices.to_numpy().astype(np.int64), coded.dictionary.to_pylist(), ""
-    labels = (
-        column.to_numpy().astype(np.int64)
-        if not kinds.is_boolean(column.type)
-        else np.array(column.to_pylist(), np.int64)
-    )
-    if len(labels) and labels.min() < 0:  # How Hugging Face marks samples without a class.
-        return None, None, f"column {name} is {labels.min()} in {int((labels < 0).sum()):,} of {len(labels):,} rows"
-    return labels, None, ""
+    labels = column.to_numpy() if not kinds.is_boolean(column.type) else np.array(column.to_pylist(), np.int64)
+    # Hugging Face marks samples without a class by -1. A large unsigned number has no place in int64.
+    strange = (labels < 0) | (labels > np.iinfo(np.int64).max)
+    if strange.any():
+        return None, None, f"column {name} is {labels[strange][0]} in {int(strange.sum()):,} of {len(labels):,} rows"
+    return labels.astype(np.int64), None, ""
 
 
 def _leaf(table: Any, dotted: str) -> Any:

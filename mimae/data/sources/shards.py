@@ -182,7 +182,11 @@ class _Samples:
         self.flaw = array("b")
         self.classes: dict[str, int] = {}
         """Code of each class name, in order of appearance; `labels` contains code k as -2 - k."""
-        self.others, self.dotted = Counter[str](), Counter[str]()
+        self.others, self.dotted, self.further = Counter[str](), Counter[str](), Counter[str]()
+        """Members without use: neither images nor classes; images with two dots in their names; images of samples that
+        already have one."""
+        self.unlabelled, self.meaningless = 0, b""
+        """Number of members that may contain a class and contain none, and the name of the first one."""
         self.orphans: list[bytes] = []
         """Names of members that contain a class but do not follow an image."""
 
@@ -221,6 +225,13 @@ def _labels(found: Sequence[_Samples], flaw: np.ndarray) -> tuple[np.ndarray | N
             f"{printable(os.fsdecode(orphans[0]))}"
         )
     if (labels == -1).all():
+        if unlabelled := sum(shard.unlabelled for shard in found):
+            first = next(filter(None, (shard.meaningless for shard in found)))
+            notes.append(
+                f"no sample has a class, since none of {unlabelled:,} members that may have one has a number from 0 on "
+                f"or a name, a .json under label or cls (data.label_key names another key), for example "
+                f"{printable(os.fsdecode(first))}"
+            )
         return None, None, notes
     if (without := int((fine == -1).sum())) or ((fine < -1).any() and (fine >= 0).any()):
         some = f"{without:,} of {len(fine):,} samples have none" if without else "some have numbers and some have names"
@@ -248,6 +259,11 @@ def _left_out(shards: Sequence[Path], found: Sequence[_Samples]) -> list[str]:
         notes.append(
             f"{dotted.total():,} samples cannot be used, since their images have names with two dots: "
             f"data.image_key={printable(ending)} selects {count:,} of them"
+        )
+    if further := sum((shard.further for shard in found), Counter[str]()):
+        notes.append(
+            f"left out of the shards, since the first image of a sample is its image: {counted(further)}; "
+            f"data.image_key names the one to use"
         )
     if others := sum((shard.others for shard in found), Counter[str]()):
         notes.append(f"left out of the shards, since they are neither images nor classes: {counted(others)}")
@@ -298,9 +314,10 @@ def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
     dotted: list[Member] = []
 
     def close() -> None:
-        for member in [] if image else dotted:
-            samples.add(member.name, key, member.at, member.size, DOTS)
-            _count(samples.dotted, _ending(member.name))
+        for member in dotted:
+            if not image:
+                samples.add(member.name, key, member.at, member.size, DOTS)
+            _count(samples.further if image else samples.dotted, _ending(member.name))
         if labelled and not image and not dotted:
             samples.orphans.append(labelled)
         samples.labels.extend([samples.label(label)] * (len(samples.at) - len(samples.labels)))
@@ -328,10 +345,16 @@ def _collect(reader: Reader, samples: _Samples, rules: _Rules) -> list[str]:
             if image in (b"", name):
                 samples.add(name, key, member.at, member.size, member.flaw or (OUTSIDE if _leads_out(name) else FINE))
                 image = name
+            elif member.flaw == FINE:
+                _count(samples.further, ending)
         elif rules.is_label(ending) and member.flaw == FINE and member.size <= LONGEST:
             if label is None or ending != b"json":
                 found = _label(reader.read(member.at, member.size), ending, rules)
-                label, labelled = (label, labelled) if found is None else (found, name)
+                if found is not None:
+                    label, labelled = found, name
+                elif label is None:
+                    samples.unlabelled += 1
+                    samples.meaningless = samples.meaningless or name
         elif rules.image_key is None and is_image_ending(ending.rpartition(b".")[2], rules.version):
             dotted.append(member)
         elif member.flaw == FINE:

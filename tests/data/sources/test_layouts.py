@@ -176,7 +176,31 @@ def test_folders_of_splits(tmp_path: Path) -> None:
 def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
     """One class has photographs of trains."""
     touch(tmp_path, "train/1.png", "test/2.png", "horse/3.png")
-    assert open_source(str(tmp_path)).classes == ["horse", "test", "train"]
+    source = open_source(str(tmp_path))
+    assert source.classes == ["horse", "test", "train"]
+    assert "called like splits of one data set are all used: test, train; if only one is meant" in source.notes[0]
+
+
+def test_splits_that_are_pooled_are_told(tmp_path: Path) -> None:
+    touch(tmp_path, "ILSVRC/Data/train/n01/1.png", "ILSVRC/Data/val/2.png", "ILSVRC/Data/test/3.png", "lists/a.txt")
+    assert open_source(str(tmp_path)).notes[-1] == (
+        "folders that are called like splits of one data set are all used: ILSVRC/Data/test, ILSVRC/Data/train, "
+        f"ILSVRC/Data/val; if only one is meant, name it, as {tmp_path}/ILSVRC/Data/test"
+    )
+    assert not any("splits" in note for note in open_source(f"{tmp_path}/ILSVRC/Data").notes[1:])
+    assert open_source(str(tmp_path), settings=FIRST).notes == ()
+    assert open_source(f"{tmp_path}/lists/../ILSVRC/Data/train").notes == ()
+
+
+def test_shards_below_shards_are_told(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("a.tar", "more/b.tar"):
+        write_tar(tmp_path / name, [("1.jpg", b"1")])
+    source = open_source(str(tmp_path))
+    assert len(source) == 1
+    assert source.notes[-1].startswith("left out: 1 shards in folders below, more/b.tar; a mixture")
+    stars = open_source(f"{tmp_path}/**/*.tar")
+    assert len(stars) == 1 and stars.notes[0].startswith("** in a pattern stands for the names of one level")
 
 
 # Links
@@ -210,6 +234,9 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
         ("pipe:cat x.tar", "It is a URL"),
         ("hf://datasets/{a,b}.tar", "It is a URL"),
         ("a.tar::b.tar", "`::` joins shards in other loaders"),
+        ("x.tar y.tar", "one path that contains spaces; to use several sources, write a mixture"),
+        ("x.tar,y.tar", "one path that contains commas"),
+        ("y.tar;x.tar", "one path that contains semicolons"),
         ("x.tar.gz", "unpack it, for example a .tar.gz to a .tar"),
         ("x" * 5000, "is not a path"),
         ("a\0b", "does not exist|is not a path"),
@@ -220,8 +247,11 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
         ("{0.." + "9" * 5000 + "}.tar", "does not exist|is not a path"),
     ],
 )
-def test_paths_that_are_none_say_what_was_understood(path: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").touch()
+def test_paths_that_are_none_say_what_was_understood(
+    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "x.tar.gz", "x.tar")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=said) as refusal:
         open_source(path, tmp_path)
     assert len(str(refusal.value)) < 20_000

@@ -97,6 +97,7 @@ def test_epochs_of_draws(folder: Path) -> None:
         ("draws: 4\nsources: {a: 1, b: 1000}", "none of 4 draws is for a"),
         ("draws: 4\nsources: {nowhere: 1}", "nowhere does not exist"),
         ("draws: 4\nsources: {mix.yaml: 1}", "a mixture cannot contain other mixtures"),
+        ("draws: 4\nsources: {? [a, b] : 1}", "line 2: a source is one path, not a list or a mapping"),
         ("draws: 4\nsources: {inner.yaml: 1}", "a mixture cannot contain other mixtures"),
     ],
 )
@@ -113,8 +114,9 @@ def test_shares_add_up(total: int, weights: list[float]) -> None:
     assert all(abs(share - total * w / sum(weights)) < 1 for share, w in zip(shares, weights))
 
 
-@pytest.mark.parametrize("second", ["./photos", "photos/", "photos/../photos"])
+@pytest.mark.parametrize("second", ["./photos", "photos/", "photos/../photos", "link"])
 def test_a_source_that_is_named_twice(folder: Path, second: str) -> None:
+    (folder / "link").symlink_to("photos")
     text = f"draws: 8\nsources:\n  ./photos: 1\n  t-0.tar: 1\n  {second}: 3\n"
     with pytest.raises(DataError, match=rf"{second} \(line 5\) is the same source as ./photos \(line 3\)"):
         open_source(mixture(folder, text))

@@ -243,6 +243,50 @@ def test_labels_that_are_text_and_labels_that_are_dropped(
     assert [note in text for text in source.notes] == [True] if note else source.notes == ()
 
 
+def test_columns_with_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [images([b"x"]), images([b"y"]), pa.array([1]), pa.array([2])]
+    for names, twice in ((["image", "image", "a", "b"], "image"), (["image", "picture", "label", "label"], "label")):
+        pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=f"it has 2 columns called {twice}; rename or remove one of them"):
+            open_source(str(tmp_path))
+    pq.write_table(pa.Table.from_arrays(columns, ["image", "a", "b", "b"]), tmp_path / "a.parquet")
+    assert len(open_source(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"huggingface": "no JSON"},
+        {"huggingface": "[" * 100_000},
+        noted(label={"_type": "ClassLabel", "names": {"0": "cat", "1": "dog"}}),
+        noted(label={"_type": "ClassLabel", "names": ["cat", 1]}),
+        noted(label={"_type": "ClassLabel", "names": ["cat"]}),  # and the classes are 0 and 1
+    ],
+)
+def test_class_names_that_are_none_leave_the_numbers(tmp_path: Path, metadata: dict[str, str]) -> None:
+    path = write(tmp_path / "a.parquet", {"image": images([b"x", b"y"]), "label": [0, 1]}, metadata)
+    settle(tmp_path)
+    for _ in range(2):  # The second index is from the cache.
+        source = open_source(str(path))
+        assert source.labels is not None and source.labels.tolist() == [0, 1] and source.classes is None
+
+
+def test_a_number_that_is_too_large_for_a_class_is_told(tmp_path: Path) -> None:
+    label = pa.array([2**63 + 3, 5], pa.uint64())
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": images([b"x", b"y"]), "label": label})))
+    assert source.labels is None and "column label is 9223372036854775811 in 1 of 2 rows" in source.notes[0]
+
+
+def test_a_file_without_classes_among_others_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"image": images([b"x"]), "label": [1]})
+    write(tmp_path / "b.parquet", {"image": images([b"x"])})
+    source = open_source(str(tmp_path))
+    assert source.labels is None
+    assert source.notes == (
+        "no sample has a class, since 1 of 2 files have no column of classes, for example b.parquet",
+    )
+
+
 def test_class_names_of_several_files(tmp_path: Path) -> None:
     for name, label in (("a", ["dog", "cat"]), ("b", ["ape", "dog"])):
         write(tmp_path / f"{name}.parquet", {"image": images([b"x", b"y"]), "label": label})

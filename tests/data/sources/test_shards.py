@@ -636,12 +636,32 @@ def test_class_names_of_several_shards(tmp_path: Path) -> None:
         (["a.png", "a.cls", "b.png", "b.name"], ["no sample has a class", "neither images nor classes: 1 .name"]),
         (["a.png", "a.cls", "a.txt", "a.npy", "readme"], ["1 without an extension, 1 .npy, 1 .txt"]),
         (["a.png"], []),
+        (["a.png", "a.jpg", "a.seg.png", "a.txt"], ["is its image: 1 .jpg, 1 .seg.png; data", "nor classes: 1 .txt"]),
     ],
 )
 def test_what_is_not_used_is_told(tmp_path: Path, members: list[str], notes: list[str]) -> None:
     path = write_tar(tmp_path / "a.tar", [(name, b"1") for name in members])
     found = open_source(str(path)).notes
     assert len(found) == len(notes) and all(text in note for text, note in zip(notes, found))
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        ("cls", b"1.0"),
+        ("cls", b"-1"),
+        ("cls", b""),
+        ("cls", b"\xff"),
+        ("json", b'{"text": "cat"}'),
+        ("json", b"{"),
+    ],
+)
+def test_classes_that_are_none_are_told(tmp_path: Path, ending: str, content: bytes) -> None:
+    members = [(f"{i}.{end}", data) for i in range(2) for end, data in (("png", b"x"), (ending, content))]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert source.labels is None and len(source.notes) == 1
+    assert "since none of 2 members that may have one has a number" in source.notes[0]
+    assert source.notes[0].endswith(f"for example 0.{ending}")
 
 
 def test_endings_of_members_follow_what_is_read(tmp_path: Path) -> None:
