@@ -46,10 +46,12 @@ def open_source(init: str) -> Source:
     Raises RunError on every rank if any rank cannot open it, or if the ranks see different files.
     """
     name = init.removeprefix(AVERAGE)
-    kind = agreed(lambda: _kind(init, name), lambda found: found)
+    if init.startswith(TIMM):
+        return agreed(lambda: _open_timm(init), _sign)
+    kind, path = agreed(lambda: _kind(init, name), lambda found: found[0])
     if kind == "run":
-        return agreed(lambda: _open_run(init, Path(expanded(name)), init.startswith(AVERAGE)), lambda _: "")
-    return agreed(lambda: _open_timm(init) if kind == "timm" else _open_path(init, Path(expanded(name))), _sign)
+        return agreed(lambda: _open_run(init, path, init.startswith(AVERAGE)), lambda _: "")
+    return agreed(lambda: _open_path(init, path), _sign)
 
 
 def agreed(make: Callable[[], T], sign: Callable[[T], str]) -> T:
@@ -76,21 +78,26 @@ def _sign(source: Source) -> str:
     return json.dumps([sizes, sorted((name, [*tensor.shape]) for name, tensor in source.tensors.items())])
 
 
-def _kind(init: str, name: str) -> Literal["timm", "run", "path"]:
-    if init.startswith(TIMM):
-        return "timm"
-    path = Path(expanded(name))
+def _kind(init: str, name: str) -> tuple[Literal["run", "path"], Path]:
+    """Return whether `name` is a run, or a file or folder of weights, and its path."""
+    try:
+        path = Path(expanded(name))
+    except ValueError as error:
+        raise RunError(f"model.init={init}: {error}") from error
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError):
         is_folder = is_file = False
     if not is_folder and not is_file:
-        raise RunError(f"model.init={init}: there is no file or folder {path}{_perhaps_timm(name)}")
+        raise RunError(
+            f"model.init={init}: there is no file or folder {path}{_perhaps_timm(name)}; mimae downloads nothing, so "
+            "published weights have to be downloaded first"
+        )
     if is_folder and ((path / "config.yaml").exists() or (path / ".metadata").exists()):
-        return "run"
+        return "run", path
     if init.startswith(AVERAGE):
         raise RunError(f"model.init={init}: {path} is not a run of mimae, and only such runs have a moving average")
-    return "path"
+    return "path", path
 
 
 def _perhaps_timm(name: str) -> str:

@@ -21,6 +21,9 @@ class Stored(Protocol):
     @property
     def shape(self) -> torch.Size: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def copy_to(self, values: Tensor, start: int) -> None:
         """Copy elements start .. start + n - 1 of the flattened tensor into `values` (n,)."""
 
@@ -29,7 +32,7 @@ class Mapped:
     """A tensor whose memory is mapped from a file, or one in memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self.shape = tensor, tensor.shape
+        self._tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
     def copy_to(self, values: Tensor, start: int) -> None:
         values.copy_(self._tensor.flatten()[start : start + len(values)])
@@ -42,6 +45,7 @@ class Joined:
         """Concatenate `tensors`, whose shapes are equal except for the first dimension."""
         first = tensors[0].shape
         self._tensors, self.shape = tensors, torch.Size([sum(each.shape[0] for each in tensors), *first[1:]])
+        self.dtype = next((each.dtype for each in tensors if not each.dtype.is_floating_point), tensors[0].dtype)
 
     def copy_to(self, values: Tensor, start: int) -> None:
         end, behind = start + len(values), 0
@@ -53,7 +57,9 @@ class Joined:
 
 
 class InCheckpoint:
-    """A tensor in a checkpoint of mimae."""
+    """A tensor of weights in a checkpoint of mimae."""
+
+    dtype = torch.float32
 
     def __init__(self, reader: dcp.Reader, name: str, shape: torch.Size) -> None:
         self._reader, self._name, self.shape = reader, name, shape

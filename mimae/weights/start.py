@@ -169,6 +169,7 @@ def fit(source: Source, model: Model, parts: Mapping[str, Part]) -> Fit:
         for ours, theirs in names.placed.items()
     }
     _check_kind(source, tensors, names.left)
+    _check_numbers(source, tensors)
     _check_sizes(source, tensors, encoder)
     _place_encoder(found, tensors, model, encoder, wanted)
     if (lacking := [n for n in wanted if n.startswith("encoder.") and n not in found.tensors]) and (
@@ -221,6 +222,16 @@ def _check_kind(source: Source, tensors: Mapping[str, Stored], left: Iterable[st
     activation = source.known.activation
     if activation not in (None, "gelu"):
         raise RunError(f"model.init={source.name} has the activation {printable(activation)}; ours is gelu")
+
+
+def _check_numbers(source: Source, tensors: Mapping[str, Stored]) -> None:
+    """Raise RunError for weights that are not floating-point numbers, such as quantised ones without their scales."""
+    for name, stored in tensors.items():
+        if not stored.dtype.is_floating_point:
+            raise RunError(
+                f"model.init={source.name}: {name} has numbers of type {str(stored.dtype).removeprefix('torch.')}; "
+                "legal are floating-point numbers, so convert quantised weights first"
+            )
 
 
 def _check_sizes(source: Source, tensors: Mapping[str, Stored], encoder: Encoder) -> None:

@@ -177,6 +177,16 @@ def test_a_model_of_another_task_starts_with_the_encoder(weights: Weights, image
     assert {"encoder.norm.weight", "decoder.mask_token"} <= set(found.left)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_were_rounded_start_a_run_with_their_decoder(
+    weights: Weights, images: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    theirs = {name: tensor.to(dtype) for name, tensor in to_mae(weights).items()}
+    torch.save(theirs, tmp_path / "half.pth")
+    model, _ = started(recipe(images, tmp_path / "run", f"model.init={tmp_path / 'half.pth'}"))
+    assert torch.equal(model.decoder.embed.weight, theirs["decoder_embed.weight"].float())
+
+
 def test_other_sizes_are_interpolated_as_mae_does(weights: Weights, images: Path, tmp_path: Path) -> None:
     """Compare with timm's function without antialiasing, which MAE's code does not use."""
     learned = weights | {"encoder.pos_embed": torch.randn(1, 17, 24)}
@@ -330,11 +340,17 @@ def test_files_of_strangers_are_one_sentence_each(
         "not-square": (theirs | {"pos_embed": torch.zeros(1, 13, 24)}, "fit neither a square grid"),
         "nan": (nan, "encoder.norm.bias holds numbers that are not finite"),
         "half": ({n: t for n, t in theirs.items() if n != "blocks.0.mlp.fc2.weight"}, "it is incomplete"),
+        "quantised": ({n: (t.to(torch.int8) if t.dim() == 2 else t) for n, t in theirs.items()}, "of type int8; legal"),
+        "complex": (theirs | {"norm.weight": torch.zeros(24, dtype=torch.complex64)}, "of type complex64"),
         "positions": (theirs | {"decoder_pos_embed": torch.zeros(1, 17, 16)}, "not the fixed sin-cos positions"),
     }
     for name, (content, words) in cases.items():
         assert words in refusal(made(name, content), images, tmp_path), name
     assert "this ran" not in capsys.readouterr().out
     assert "there is no file or folder" in refusal(tmp_path / "nowhere", images, tmp_path)
+    assert "there is no file or folder facebook/vit-mae-base; mimae down" in refusal(
+        "facebook/vit-mae-base", images, tmp_path
+    )
+    assert "environment variable NOWHERE is not set" in refusal("$NOWHERE/x.pth", images, tmp_path)
     assert "the folder has no file of weights" in refusal(images, images, tmp_path)
     assert "not in timm's cache" in refusal("timm:vit_base_patch16_224.mae", images, tmp_path)
