@@ -121,6 +121,12 @@ def extend(
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    for override in overrides:
+        if override.partition("=")[0].strip() in ("run.dir", "run.extend"):
+            raise UserError(
+                f"{override}: mimae extend continues {run} where it is; model.init={run} starts another run from its "
+                "weights"
+            )
     asked = [*overrides, f"run.dir={run}", "run.extend=true"]
     _launch(str(run / "config.yaml"), asked, run, ranks, nodes, rendezvous, restarts, wait, secret_file)
 
@@ -166,9 +172,11 @@ def submit(
         raise UserError(f"--seeds {seeds}: legal is a list of integers, for example 0,1,2") from error
     if len(set(numbers)) < len(numbers):
         raise UserError(f"--seeds {seeds}: two jobs would share a run directory; give each seed once")
-    jobs = [Training(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
     resolved = load_recipe(recipe, overrides or (), None, RunRecipe).recipe
     check_ranks(resolved, nodes * gpus)
+    jobs = [Training(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
+    # A seed that is not legal has to be found before anything is in the queue.
+    directories = [load_recipe(recipe, job.overrides, None, RunRecipe).recipe.run.dir for job in jobs]
     folder = Path(resolved.run.dir) / "slurm"
     made = executor(
         *(folder, container, dry_run),
@@ -191,9 +199,8 @@ def submit(
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
     told = [
-        {"job": job.job_id, "run": load_recipe(recipe, each.overrides, None, RunRecipe).recipe.run.dir}
-        | {"output": job.paths.stdout}
-        for job, each in zip(submitted, jobs, strict=True)
+        {"job": job.job_id, "run": directory, "output": job.paths.stdout}
+        for job, directory in zip(submitted, directories, strict=True)
     ]
     if as_json(told):
         return

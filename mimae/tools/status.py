@@ -18,6 +18,9 @@ from mimae.outside.files import Folder
 from mimae.outside.text import printable
 from mimae.telemetry import events, records
 
+_BLOCK, _COUNTED = 1 << 20, 1 << 26
+"""Bytes of a file whose lines are counted: at once, and at most."""
+
 _MEASURES = tuple(dict.fromkeys(key for tree in RECIPES.values() if tree is not Recipe for key in tree.measures))
 """Measures of the tasks other than pretraining."""
 
@@ -56,7 +59,7 @@ def _look(run: Path, folder: Folder) -> dict[str, str]:
         told["measured"] = f"{measured} after epoch {epoch.get('epoch')}"
     told["saved"] = _saved(run)
     if (count := _count(folder, "bad_samples.jsonl")) is not None:
-        told["unreadable"] = f"{count:,}, listed in bad_samples.jsonl"
+        told["unreadable"] = f"{count}, listed in bad_samples.jsonl"
     return told
 
 
@@ -125,11 +128,14 @@ def _number(record: dict[str, Any], key: str) -> float | None:
     return value if is_number else None
 
 
-def _count(folder: Folder, name: str) -> int | None:
-    """Return the lines of a file, or None if it cannot be read."""
+def _count(folder: Folder, name: str) -> str | None:
+    """Return the number of lines of a file, of which at most _COUNTED bytes are read; None if it cannot be read."""
+    lines = size = 0
     try:
         with os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
-            return sum(1 for _ in file)
+            while size < _COUNTED and (block := file.read(_BLOCK)):
+                lines, size = lines + block.count(b"\n"), size + len(block)
+            return f"{'more than ' if file.read(1) else ''}{lines:,}"
     except OSError:
         return None
 

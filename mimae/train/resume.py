@@ -123,7 +123,11 @@ def resume(
             raise RunError(f"data.path={recipe.data.path} does not hold the images that {run} was started with{before}")
         if extends and found.state["step"] >= steps:
             asked = ", ".join(f"{key}={text(flat(recipe)[key])}" for key in extends)
-            raise RunError(f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}")
+            most = recipe.schedule.max_steps
+            limit = f", by schedule.max_steps={most}" if most == steps and "schedule.max_steps" not in extends else ""
+            raise RunError(
+                f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}{limit}"
+            )
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, but the run has {steps} steps")
         if "sums" in found.state:

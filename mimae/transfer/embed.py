@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -147,7 +148,7 @@ def prepare(out: Path, plan: dict[str, object]) -> Path:
     Raises UserError if OUT exists, or if the folder has the parts of another embedding.
     """
     folder = out.with_name(f"{out.name}.parts")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it, or give another --out")
     text = json.dumps(plan, indent=2) + "\n"
     try:

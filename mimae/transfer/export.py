@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import os
 import runpy
 from importlib import import_module
 from pathlib import Path
@@ -66,7 +67,7 @@ def export(run: Path, to: str, out: Path, options: Options, average: bool = Fals
     """
     target = TARGETS[to]
     _refuse_options(to, target, options)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already: remove it, or give another --out")
     trained = load(run, average, device=torch.device("cpu"))
     task, found = trained.task, trained.checkpoint

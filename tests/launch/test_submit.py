@@ -101,6 +101,12 @@ def test_an_array_has_a_run_for_each_seed(cluster: Path, tmp_path: Path, capsys:
     assert "#SBATCH --array=0-1" in script
 
 
+def test_an_illegal_seed_is_found_before_the_queue(cluster: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"seed = -1 \(override\): legal is an integer at least 0"):
+        submit_quickstart(tmp_path / "run", seeds="0,-1")
+    assert not (cluster / "calls").exists() and not (tmp_path / "run").exists()
+
+
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no srun on this machine"):

@@ -140,6 +140,18 @@ def test_a_file_that_is_something_else(copy: Path, name: str, kind: str) -> None
     assert "resumes from step 2 of 4" in status.look(copy)["state"]
 
 
+def test_a_long_list_of_unreadable_images_is_counted_in_part(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_BLOCK", 8)
+    monkeypatch.setattr(status, "_COUNTED", 32)
+    for content, told in ((b"bad\n" * 8, "8, listed"), (b"bad\n" * 9, "more than 8, listed"), (b"", "0, listed")):
+        (copy / "bad_samples.jsonl").write_bytes(content)
+        assert status.look(copy)["unreadable"].startswith(told)
+    monkeypatch.undo()
+    with (copy / "bad_samples.jsonl").open("wb") as file:
+        file.truncate(10**13)  # one line without an end
+    assert status.look(copy)["unreadable"].startswith("more than 0, listed")
+
+
 def test_a_lock_that_names_nobody(copy: Path) -> None:
     for content in (b"\xff", b"[]", b'{"host": 5, "boot": [], "pid": "x", "token": null}', b"[" * 2000):
         (copy / "lock").write_bytes(content)

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from mimae.data.loading.batch import Batch
-from mimae.errors import RunError
+from mimae.errors import RunError, UserError
 from mimae.launch.command import extend
 from mimae.optim.schedule import extended, schedule_factor, total_steps
 from mimae.optim.settings import ScheduleSettings
@@ -104,6 +104,9 @@ def test_a_constant_run_that_is_extended_is_the_longer_run_bit_for_bit(
         pretrain(recipe(images, run, *way, "schedule.epochs=4"))
     with pytest.raises(RunError, match=r"is at step 6, and with schedule\.epochs=1 it would end at step 3"):
         extend(run, ["schedule.epochs=1"], ranks=1)
+    for key in (f"run.dir={long}", "run.extend=false"):
+        with pytest.raises(UserError, match=rf"{key}: mimae extend continues {run} where it is; model.init={run}"):
+            extend(run, ["schedule.epochs=4", key], ranks=1)
     by_command(run, "schedule.epochs=4")
     assert_bit_equal(tensors(run), tensors(long))
     assert len(seen) == len(expected) == 24

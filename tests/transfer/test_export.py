@@ -163,6 +163,9 @@ def test_decoders_that_mae_does_not_have_are_refused(tmp_path: Path, to: str, ke
 def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         export(run, "timm", tmp_path, Options())
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="exists already"):
+        export(run, "timm", tmp_path / "link", Options())
 
 
 @pytest.mark.parametrize(
