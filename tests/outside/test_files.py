@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,16 @@ def test_more_than_the_limit_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="10,000,000,000,000 bytes"):
         Folder(tmp_path).read("sparse", 100)
     assert Folder(tmp_path).read("sparse", 6, tail=True) == b"\0\0tail"
+
+
+def test_a_large_limit_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    tracemalloc.start()
+    try:
+        assert Folder(tmp_path).read("a", 1 << 32) == b"content"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_threads_that_look_at_once_make_one_directory(tmp_path: Path) -> None:
