@@ -86,11 +86,12 @@ def _waits(run: Run) -> list[Finding]:
     waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
     if waiting > SLOW:
         # The run has its own diagnosis if it lasted long enough.
-        told = [(str(event["details"].get("what")), event["step"]) for event in run.events]
+        told = [(str(event["details"].get("what")), event.get("step")) for event in run.events]
         causes = [(text, step) for text, step in told if _WAITED in text]
         if causes:
             text, step = max(causes, key=_waited)
-            cause = printable(f" The run's own diagnosis, at step {step}: {text}.")
+            place = "" if step is None else f", at step {step}"
+            cause = printable(f" The run's own diagnosis{place}: {text}.")
         else:
             cause = " mimae bench data compares loaders."
         found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))

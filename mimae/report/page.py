@@ -229,7 +229,8 @@ def _phases(run: Run) -> Html:
     seconds = np.where(epochs["seconds"] > 0, epochs["seconds"], np.nan)
     known = [phase for phase in PHASES if epochs.has(f"seconds_{phase}")]
     shares = {phase: 100 * epochs[f"seconds_{phase}"] / seconds for phase in known}
-    shares["other"] = np.maximum(0.0, 100 - np.sum([np.nan_to_num(share) for share in shares.values()], axis=0))
+    rest = np.maximum(0.0, 100 - np.sum([np.nan_to_num(share) for share in shares.values()], axis=0))
+    shares["other"] = np.where(np.isnan(seconds), np.nan, rest)
     curves = {name: thinned(epochs["epoch"] + 1, share, 60) for name, share in shares.items()}
     x = next(iter(curves.values())).x
     note = "Other: logging, pictures, and the evaluation between two epochs."

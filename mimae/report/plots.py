@@ -139,7 +139,11 @@ def path(title: str, x: Floats, y: Floats, names: Sequence[str], x_label: str, y
 
 
 def bars(title: str, x: Floats, parts: dict[str, Floats], *, unit: str, x_label: str, note: str = "") -> Html:
-    """Return a plot of stacked bars, one for each x, with the first part at the bottom."""
+    """Return a plot of stacked bars, one for each x, with the first part at the bottom. It is empty if no part has a
+    finite value."""
+    parts = {name: part for name, part in parts.items() if np.isfinite(part).any()}
+    if not parts:
+        return Html()
     total = np.sum([np.nan_to_num(part) for part in parts.values()], axis=0)
     x_scale, y_scale = Scale(0.0, float(len(x))), scale(total, zero=True)
     base, drawn = np.zeros(len(x)), []

@@ -32,7 +32,8 @@ from mimae.telemetry.telemetry import ORIGINS
 
 Floats = NDArray[np.float64]
 
-_MOST_COLUMNS = 200
+_MOST_COLUMNS = 500
+"""A task with many classes has a column for each of them."""
 _LARGEST = 1e200
 _SMALL = 1 << 22
 """Maximal size in bytes of a JSON file that is read here."""

@@ -94,14 +94,18 @@ def _progress(run: Run) -> Iterator[str]:
     if not len(run.steps):
         return
     planned = run.planned or _planned(run)
-    if planned is None:
+    if not planned:
         yield f"step {run.step:,}"
         return
     done = min(run.step / planned, 1.0)
     bar = "█" * round(done * _WIDTH)
-    batch = run.steps.last("samples") / run.step
-    seconds = (planned - run.step) * batch / float(np.nanmedian(run.steps["images_per_s"][-50:]))
-    left = f", {clock(seconds)} left" if math.isfinite(seconds) and run.step < planned else ""
+    rates = run.steps["images_per_s"][-50:]
+    rates = rates[rates > 0]
+    left = ""
+    if len(rates) and 0 < run.step < planned:
+        batch = run.steps.last("samples") / run.step
+        seconds = (planned - run.step) * batch / float(np.median(rates))
+        left = f", {clock(seconds)} left" if math.isfinite(seconds) else ""
     yield f"step {run.step:,} of {planned:,}  {bar:·<{_WIDTH}}  {done:.0%}{left}"
 
 

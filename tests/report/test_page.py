@@ -158,6 +158,19 @@ def test_a_run_with_nothing_in_it_has_a_page(make_run: MakeRun) -> None:
 
 
 @pytest.mark.slow  # a hundred thousand lines are written and read
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seconds", [0.0, None])
+def test_epochs_without_a_time_have_no_phases(make_run: MakeRun, seconds: float | None) -> None:
+    run = make_run(epochs=[epoch_record(epoch, seconds=seconds) for epoch in range(3)])
+    assert "where the time goes" not in page(read(run))
+
+
+def test_an_event_may_lack_its_step(make_run: MakeRun) -> None:
+    run = make_run(epochs=[epoch_record(epoch, seconds_data=90.0) for epoch in range(3)])
+    (run / "events.jsonl").write_text(lines([{"kind": "warning", "details": {"what": "waited for data 40%"}}]))
+    assert "waiting for data. The run&#x27;s own diagnosis: waited for data 40%." in page(read(run))
+
+
 def test_a_page_of_a_long_run_is_small_and_soon_made(make_run: MakeRun) -> None:
     random = np.random.default_rng(0)
     losses = random.standard_normal(100_000).tolist()

@@ -28,6 +28,15 @@ def test_a_view_tells_progress_losses_and_events(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
+    "odd", [{"images_per_s": 0.0}, {"images_per_s": None}, {"samples": None}, {"epoch": None}, {"step": 0}]
+)
+def test_numbers_that_tell_no_time_give_none(make_run: MakeRun, odd: dict[str, object]) -> None:
+    run = make_run(steps=[step_record(5) | odd])
+    told, _ = watch.view(run)
+    assert not any("left" in line for line in told)
+
+
+@pytest.mark.parametrize(
     ("values", "drawn"),
     [
         ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
