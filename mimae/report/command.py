@@ -55,7 +55,8 @@ def watch(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="directories of runs", metavar="RUN...")],
     baseline: Annotated[
-        Path | None, typer.Option(help="a file that --save wrote, or a run; a regression gives exit code 1")
+        Path | None,
+        typer.Option(help="a file that --save wrote, or a run; a regression or a missing figure gives exit code 1"),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="a share; a figure that is worse by less is no regression", min=0.0, max=1.0)
@@ -66,7 +67,7 @@ def compare(
     """Compare runs: settings first, then curves, speed, memory, measures.
 
     Runs that differ only in the seed form one group, with a spread. With --baseline the exit code is 1 if a figure is
-    worse by the tolerance or more and by more than noise explains.
+    worse by the tolerance or more and by more than noise explains, or if a run lacks a figure of the baseline.
     """
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
@@ -89,7 +90,7 @@ def compare(
     except OSError as error:
         raise UserError(f"{error.filename or save or out} cannot be written: {error.strerror}") from error
     if baseline is not None:
-        raise typer.Exit(1 if found.regressions else 0)
+        raise typer.Exit(1 if found.regressions or found.missing else 0)
 
 
 def profile(

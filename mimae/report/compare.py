@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ _AT = (0.1, 0.25, 0.5, 1.0)
 """Shares of the steps that all runs have in common, at which their curves are compared."""
 
 _BASELINE_BYTES = 1 << 24
+
+_EQUAL = "The settings are equal except for the seed, and the machine is the same."
 
 
 class Summary(NamedTuple):
@@ -67,6 +70,14 @@ class Comparison(NamedTuple):
     def regressions(self) -> list[tuple[str, str, Change]]:
         return [(group, key, change) for (group, key), change in self.changes.items() if change.is_regression]
 
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """Runs and figures of the first group that they lack, for example because a loss is not finite."""
+        first, *rest = self.groups
+        known = [key for key in self.keys if first.figure(key)]
+        members = (member for group in rest for member in group.members)
+        return [(member.name, key) for member in members for key in known if key not in member.figures]
+
 
 def summary(path: Path) -> Summary:
     """Read the summary of a run. Raises UserError if there is no run."""
@@ -79,8 +90,12 @@ def summary(path: Path) -> Summary:
 def contrast(summaries: Sequence[Summary], reference: Sequence[Summary] = (), *, tolerance: float) -> Comparison:
     """Compare runs with the runs of a baseline, or else with the group of the first run.
 
-    A group consists of runs that differ only in the seed.
+    A group consists of runs that differ only in the seed. Raises UserError for a run that is named twice, which would
+    count as two runs without any spread.
     """
+    paths = Counter(each.run.path.resolve() for each in summaries if each.run is not None)
+    if twice := [path for path, count in paths.items() if count > 1]:
+        raise UserError(f"{twice[0]} is named twice; legal is each run once")
     groups = [*([Group("baseline", list(reference))] if reference else []), *_groups(summaries)]
     first, *rest = groups
     keys = list(dict.fromkeys(key for group in groups for member in group.members for key in member.figures))
@@ -96,8 +111,13 @@ def contrast(summaries: Sequence[Summary], reference: Sequence[Summary] = (), *,
 def save(path: Path, summaries: Sequence[Summary]) -> None:
     """Save runs as a baseline.
 
-    Raises UserError if the runs differ in more than the seed, and OSError if the file cannot be written.
+    Raises UserError if the runs differ in more than the seed, or have nothing to compare, and OSError if the file
+    cannot be written.
     """
+    for each in summaries:
+        if not each.settings or not each.figures:
+            lacks = "no figure yet" if each.settings else "no recipe that can be read"
+            raise UserError(f"{each.name} has {lacks}, so it cannot be a baseline")
     if differing := _differences(_groups(summaries)):
         keys = ", ".join(key for key, _ in differing[:5])
         raise UserError(f"the runs of a baseline may differ only in the seed; these differ in {keys}")
@@ -114,9 +134,14 @@ def save(path: Path, summaries: Sequence[Summary]) -> None:
 
 
 def load(path: Path) -> list[Summary]:
-    """Read a baseline: a file that `save` wrote, or a run. Raises UserError if it is neither."""
-    if path.is_dir():
-        return [summary(path)]
+    """Read a baseline: a file that `save` wrote, or a run. Raises UserError if it is neither, or has no figures."""
+    found = [summary(path)] if path.is_dir() else _read(path)
+    if not any(each.figures for each in found):
+        raise UserError(f"the baseline {path} has no figures, so nothing can be compared with it")
+    return found
+
+
+def _read(path: Path) -> list[Summary]:
     try:
         found = json.loads(read_text(path, _BASELINE_BYTES))["baseline"]
         return [
@@ -144,7 +169,8 @@ def as_text(found: Comparison) -> str:
         rows = [[key, *values] for key, values in found.differences]
         parts.append("Differences\n" + _aligned([["", *names], *rows]))
     else:
-        parts.append("The settings are equal except for the seed, and the machine is the same.")
+        parts.append(_EQUAL)
+    parts += [f"The recipe of {printable(name)} cannot be read." for name in _unknown(found.groups)]
     if curves := _at_steps(found.groups):
         parts.append("Losses during training (means over a group's runs and 5 % of the steps)\n" + _aligned(curves))
     rows = [["", *names]]
@@ -156,13 +182,15 @@ def as_text(found: Comparison) -> str:
 
 def verdict(found: Comparison, tolerance: float) -> str:
     """Return a text that says whether some figure is worse than the baseline."""
-    if not found.regressions:
-        return f"no figure is worse than the baseline by {tolerance:.0%} or more, beyond its noise"
     told = [
         f"  {key} of {group}: worse by {change.worse:.1%}; noise explains {change.error:.1%} ({change.by})"
         for group, key, change in found.regressions
     ]
-    return "\n".join(["worse than the baseline:", *told])
+    lines = ["worse than the baseline:", *told] if told else []
+    if missing := [f"  {key} of {run}" for run, key in found.missing]:
+        lines += ["the baseline has figures that are missing here:", *missing]
+    lines = lines or [f"no figure is worse than the baseline by {tolerance:.0%} or more, beyond its noise"]
+    return "\n".join(printable(line) for line in lines)
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
@@ -177,6 +205,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
             for group in found.groups
         ],
         "differences": dict(found.differences),
+        "missing": [{"run": run, "figure": key} for run, key in found.missing],
         "changes": [{"group": group, "figure": key, **each._asdict()} for (group, key), each in found.changes.items()],
     }
 
@@ -208,7 +237,12 @@ def as_page(found: Comparison) -> str:
     ]
     body = join(
         tag("header", tag("h1", " · ".join(names)), tag("p", "comparison of runs", class_="state")),
-        tag("section", tag("h2", "Differences"), _differing(found, names)),
+        tag(
+            "section",
+            tag("h2", "Differences"),
+            _differing(found, names),
+            *(tag("p", f"The recipe of {name} cannot be read.") for name in _unknown(found.groups)),
+        ),
         tag("section", tag("h2", "Figures"), table(("figure", *names), rows, numeric=len(names))),
         tag("section", tag("h2", "Curves"), *drawn),
     )
@@ -220,6 +254,8 @@ def _groups(summaries: Sequence[Summary]) -> list[Group]:
     found: dict[str, list[Summary]] = {}
     for each in summaries:
         same = json.dumps([pair for pair in sorted(each.settings.items()) if pair[0] not in _OWN])
+        # Runs whose recipes cannot be read may differ in anything.
+        same = same if each.settings else f"unknown {len(found)}"
         found.setdefault(same, []).append(each)
     names: dict[str, int] = {}
     groups = []
@@ -231,13 +267,14 @@ def _groups(summaries: Sequence[Summary]) -> list[Group]:
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Return the settings and facts that differ; a group about which nothing is known differs in nothing."""
     found = []
     for read in (lambda each: each.settings, lambda each: each.machine):
-        keys = dict.fromkeys(key for group in groups for key in read(group.members[0]))
-        for key in keys:
-            values = [read(group.members[0]).get(key, "") for group in groups]
-            if key not in _OWN and len(set(values)) > 1:
-                found.append((key, values))
+        every = [read(group.members[0]) for group in groups]
+        known = [each for each in every if each]
+        for key in dict.fromkeys(key for each in known for key in each):
+            if key not in _OWN and len({each.get(key, "") for each in known}) > 1:
+                found.append((key, [each.get(key, "") for each in every]))
     return found
 
 
@@ -276,6 +313,7 @@ def _cell(found: Comparison, group: Group, key: str, is_changed: bool) -> str:
     told = f"{factor * float(np.mean([each.value for each in values])):.5g}"
     deviation = spread(values)
     told += f" ± {factor * deviation:.2g}" if math.isfinite(deviation) else ""
+    unit += f" ({len(values)} of {len(group.members)} runs)" if len(values) < len(group.members) else ""
     change = found.changes.get((group.name, key)) if is_changed else None
     if change is None:
         return told + unit
@@ -285,8 +323,13 @@ def _cell(found: Comparison, group: Group, key: str, is_changed: bool) -> str:
 
 def _differing(found: Comparison, names: tuple[str, ...]) -> Html:
     if not found.differences:
-        return tag("p", "The settings are equal except for the seed, and the machine is the same.")
+        return tag("p", _EQUAL)
     return table(("key", *names), [(key, *values) for key, values in found.differences])
+
+
+def _unknown(groups: Sequence[Group]) -> list[str]:
+    """Return the names of the runs whose recipes cannot be read."""
+    return [member.name for group in groups for member in group.members if not member.settings]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -51,6 +51,60 @@ def test_the_exit_code_says_whether_a_run_is_worse_than_its_baseline(
         assert ("worse than the baseline:\n  images_per_s of now: worse by 10." in told) == bool(code)
 
 
+@pytest.mark.parametrize(
+    ("records", "missing"),
+    [
+        ([step_record(step, loss=None if step > 20 else 1.0) for step in range(1, 40)], "loss, last tenth of now"),
+        ([step_record(1, images_per_s=None, loss=1.0)], "images_per_s of now"),
+    ],
+)
+def test_a_run_without_a_figure_of_the_baseline_does_not_pass(
+    make_run: MakeRun, records: list[dict[str, object]], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For example, its loss is not finite at the end, or it ended too early."""
+    base = make_run("base", [step_record(step, loss=1.0) for step in range(1, 40)])
+    with pytest.raises(typer.Exit) as ended:
+        command.compare([make_run("now", records)], baseline=base)
+    assert ended.value.exit_code == 1
+    assert f"the baseline has figures that are missing here:\n  {missing}" in capsys.readouterr().out
+
+
+def test_a_seed_without_a_figure_is_told(make_run: MakeRun) -> None:
+    runs = [make_run(f"ours{seed}", noisy(seed), overrides=(f"seed={seed}",)) for seed in range(2)]
+    lost = make_run("ours2", [step_record(step, loss=None) for step in range(1, 40)], overrides=("seed=2",))
+    found = compare.contrast([compare.summary(run) for run in (*runs, lost)], tolerance=0.05)
+    assert "(2 of 3 runs)" in compare.as_text(found)
+    found = compare.contrast([compare.summary(lost)], [compare.summary(run) for run in runs], tolerance=0.05)
+    assert found.missing == [("ours2", "loss, last tenth")]
+
+
+def test_a_run_counts_once_and_unknown_recipes_are_not_equal(make_run: MakeRun) -> None:
+    runs = [make_run(f"run{i}") for i in range(2)]
+    with pytest.raises(UserError, match="run0 is named twice"):
+        command.compare([runs[0], runs[0].parent / "." / "run0"])
+    for run in runs:
+        (run / "config.yaml").write_text("model: [")
+    found = compare.contrast([compare.summary(run) for run in runs], tolerance=0.05)
+    assert [group.name for group in found.groups] == ["run0", "run1"]
+    assert "The recipe of run1 cannot be read." in compare.as_text(found)
+    assert "The recipe of run1 cannot be read." in compare.as_page(found)
+
+
+def test_a_baseline_has_figures_and_a_recipe(make_run: MakeRun, tmp_path: Path) -> None:
+    run, young, file = make_run(), make_run("young"), tmp_path / "baseline.json"
+    for name in ("metrics.jsonl", "epochs.jsonl"):
+        (young / name).write_text("")
+    file.write_text('{"baseline": []}')
+    for baseline in (file, young):
+        with pytest.raises(UserError, match="has no figures"):
+            command.compare([run], baseline=baseline)
+    with pytest.raises(UserError, match="young has no figure yet"):
+        command.compare([young], save=file)
+    (run / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match="run has no recipe that can be read"):
+        command.compare([run], save=file)
+
+
 def test_what_is_no_baseline_is_an_error_in_words(make_run: MakeRun, tmp_path: Path) -> None:
     run, file = make_run(), tmp_path / "baseline.json"
     for content in ("", "[]", '{"baseline": [{"name": 1}]}', '{"baseline": [[]]}'):
