@@ -111,7 +111,7 @@ class Run:
     planned: int | None
     """Planned number of steps; None if no checkpoint states it."""
     directions: Mapping[str, str]
-    """The best value of each measure: "max" or "min"."""
+    """The best value of each measure: "max" or "min". A run without a checkpoint has those of its task."""
     recipe: RunRecipe | None
     settings: list[Value]
     recipe_fault: str = ""
@@ -176,7 +176,7 @@ def read(path: Path, tail: int | None = None) -> Run:
             epochs=Table(_records(folder, records.FILES["epoch"], tail)),
             events=list(events.read(folder)),
             planned=planned,
-            directions=directions,
+            directions=directions or dict(recipe.measures if recipe is not None else {}),
             recipe=recipe,
             settings=settings,
             recipe_fault=fault,

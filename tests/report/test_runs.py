@@ -66,6 +66,10 @@ def test_a_run_that_has_just_begun_and_one_that_failed(make_run: MakeRun) -> Non
     assert runs.read(run).state == "ended with an error after step 0"
 
 
+def test_measures_are_known_without_a_checkpoint(make_run: MakeRun) -> None:
+    assert runs.read(make_run()).directions == {"knn": "max", "val_rec": "min"}
+
+
 def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="not the directory of a run"):
