@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,17 @@ from mlflow.tracking import MlflowClient
 
 from mimae.outside.files import Folder
 from mimae.telemetry.trackers import kept_id
+
+_STRANGE = re.compile(r"[^\w.\- ]")
+"""Characters that MLflow refuses in the name of a metric; it would refuse all metrics of the call."""
+
+_AT_ONCE, _LETTERS = 1000, 200
+"""Largest number of metrics that MLflow takes in a call, and of letters of a name that are sent; it takes 250."""
+
+
+def _name(key: str) -> str:
+    """Return the name of a column for MLflow; names of classes may have any characters."""
+    return _STRANGE.sub("_", key)[:_LETTERS]
 
 
 class MLflow:
@@ -44,11 +56,12 @@ class MLflow:
     def scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
         now = int(1000 * time.time())
         found = [
-            Metric(f"{group}/{key}", float(value), now, step)
+            Metric(f"{group}/{_name(key)}", float(value), now, step)
             for key, value in values.items()
             if key != "step" and value is not None
         ]
-        self._client.log_batch(self._id, metrics=found, synchronous=True)
+        for first in range(0, len(found), _AT_ONCE):
+            self._client.log_batch(self._id, metrics=found[first : first + _AT_ONCE], synchronous=True)
 
     def image(self, path: str, png: bytes, step: int) -> None:
         folder = path.rpartition("/")[0]

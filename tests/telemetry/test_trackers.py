@@ -214,6 +214,30 @@ def _tracked(run: Path, tracker: str, first: int, **variables: str) -> None:
     assert done.returncode == 0 and "cannot be written" not in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow  # the import of mlflow
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow_takes_the_names_of_any_classes(tmp_path: Path) -> None:
+    """mlflow itself checks the names; the server is a stand-in."""
+    from mlflow.utils.validation import _validate_batch_log_limits, _validate_metric
+
+    from mimae.telemetry.mlflow_tracker import MLflow
+
+    calls: list[int] = []
+
+    class Client:
+        def log_batch(self, run: str, metrics: list[Any], synchronous: bool) -> None:
+            _validate_batch_log_limits(metrics, [], [])
+            for each in metrics:
+                _validate_metric(each.key, each.value, each.timestamp, each.step)
+            calls.append(len(metrics))
+
+    tracker = MLflow(Folder(tmp_path))
+    tracker._client = Client()
+    names = ["door; double door", "<b>", "a//b/", "Straße", "a" * 400, *map(str, range(1200))]
+    tracker.scalars("epoch", {f"iou_{name}": 0.5 for name in names}, 1)
+    assert calls == [1000, 205]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
 def test_mlflow_keeps_one_run_through_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
