@@ -21,6 +21,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.pixels.decode import BadImage
 from mimae.data.sources.base import Source
 from mimae.data.sources.subset import Subset
+from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
 Category = tuple[int, str]
@@ -78,7 +79,7 @@ class Coco:
         lacks, or if the source has an image that the file does not name.
         """
         self.file, self.key, self.outside, self.cut = file, key, 0, 0
-        self.panoptic = None if panoptic is None else Path(panoptic)
+        self.panoptic = None if panoptic is None else Path(panoptic).expanduser()
         tree = self._read()
         try:
             self.own: list[Category] = [(int(each["id"]), printable(str(each["name"]))) for each in tree["categories"]]
@@ -201,10 +202,11 @@ class Coco:
 
     def _read(self) -> Any:
         try:
-            size = Path(self.file).stat().st_size
-            if size > MAX_BYTES:
-                raise DataError(f"{self.key}={self.file} has {size:,} bytes: legal are at most {MAX_BYTES:,}")
-            return json.loads(Path(self.file).read_bytes())
+            with open(open_regular(Path(self.file).expanduser()), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_BYTES:
+                    raise DataError(f"{self.key}={self.file} has {size:,} bytes: legal are at most {MAX_BYTES:,}")
+                return json.loads(file.read())
         except OSError as error:
             raise DataError(f"{self.key}={self.file} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -237,16 +239,19 @@ class Coco:
         assert self.panoptic is not None
         file = self.panoptic / f"{self.stems[i]}.png"
         try:
-            with Image.open(file) as image:
+            with open(open_regular(file), "rb") as opened, Image.open(opened, formats=["PNG"]) as image:
+                size = (self.objects[i].width, self.objects[i].height)
+                if image.size != size:
+                    raise BadImage(
+                        f"its panoptic picture {file} has {image.width} x {image.height} pixels, but the image has "
+                        f"{size[0]} x {size[1]}"
+                    )
                 pixels = np.asarray(image.convert("RGB")).astype(np.int64)
-        except (OSError, ValueError) as error:
+        except BadImage:
+            raise
+        except Exception as error:  # Decoders raise almost any exception on damaged files.
             raise BadImage(f"its panoptic picture {file} cannot be read: {error}") from error
         ids: np.ndarray = pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
-        if ids.shape != (self.objects[i].height, self.objects[i].width):
-            raise BadImage(
-                f"its panoptic picture {file} has {ids.shape[1]} x {ids.shape[0]} pixels, but the image has "
-                f"{self.objects[i].width} x {self.objects[i].height}"
-            )
         return ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import max_pool2d
 
 from mimae.data.loading.batch import DataError
@@ -252,6 +254,27 @@ def test_text_and_missing_files_are_refused(folder: Path) -> None:
     for name, said in (("text.json", "is not JSON"), ("nothing.json", "cannot be read")):
         with pytest.raises(DataError, match=said):
             Coco(str(folder / name), "detect.annotations", source(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"none", "cannot be read"), (None, "has 8 x 4 pixels, but the image has 72 x 64"), (b"", "cannot be read")],
+)
+def test_a_panoptic_picture_that_does_not_fit_is_bad(folder: Path, content: bytes | None, said: str) -> None:
+    picture = folder / "panoptic/000.png"
+    if content is None:
+        Image.new("RGB", (8, 4)).save(picture)
+    else:
+        picture.write_bytes(content)
+    found = Coco(str(folder / "instances.json"), "detect.annotations", source(folder), str(folder / "panoptic"))
+    with pytest.raises(BadImage, match=f"its panoptic picture .*000.png {said}"):
+        found.masks(0, np.arange(2))
+
+
+def test_annotations_are_not_read_from_a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(DataError, match="cannot be read: it is not a regular file"):
+        Coco(str(folder / "pipe"), "detect.annotations", source(folder))
 
 
 def test_an_image_of_another_size_than_its_annotation_is_a_bad_sample(folder: Path) -> None:
