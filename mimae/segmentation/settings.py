@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mimae.config.section import PATH, Scale, Section, setting
-from mimae.outside.text import printable
 
 LARGEST_ID = 65_535
 """Largest allowed value of a pixel in a mask."""
@@ -95,7 +94,7 @@ class SegmentSettings(Section):
     def _are_several(cls, classes: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
         if isinstance(classes, tuple) and (len(classes) < 2 or len(set(classes)) < len(classes)):
             raise ValueError("legal: at least 2 names, each once")
-        if isinstance(classes, tuple) and any(not name.strip() or printable(name) != name for name in classes):
+        if isinstance(classes, tuple) and not all(name.strip() and name.isprintable() for name in classes):
             raise ValueError("legal: names on one line, without control characters")
         return classes
 
