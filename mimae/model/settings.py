@@ -66,7 +66,7 @@ class ModelSettings(Section):
     )
     patch_size: int = Field(16, ge=1, description="side of a patch in pixels (default: the size's)")
     width: int = Field(768, ge=4, description="encoder width (default: the size's)")
-    depth: int = Field(12, ge=1, description="encoder blocks (default: the size's)")
+    depth: int = Field(12, ge=1, le=1000, description="encoder blocks (default: the size's)")
     heads: int = Field(12, ge=1, description="attention heads (default: the size's)")
     mlp_width: int | None = Field(
         None, ge=1, description="hidden width of an encoder block's MLP (default: the size's); null: 4 x width"
@@ -123,7 +123,7 @@ class DecoderSettings(Section):
     """The decoder, which is used only in pretraining."""
 
     width: int = Field(512, ge=4, description="decoder width")
-    depth: int = Field(8, ge=1, description="decoder blocks")
+    depth: int = Field(8, ge=1, le=1000, description="decoder blocks")
     heads: int = Field(16, ge=1, description="attention heads of the decoder")
     predict: Predict = Field(
         "hidden", description="targets of a view: all patches that it hides, or the patches that the next view shows"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mimae.errors import UserError
 from mimae.model.portable import Form, Graph
+from mimae.randomness import materialise
 
 
 class Model(nn.Module):
@@ -31,3 +33,18 @@ class Model(nn.Module):
     def graph(self, form: Form) -> Graph:
         """Return the model in plain operators, for `mimae export`. Raises UserError where it cannot be one."""
         raise UserError(f"a {type(self).__name__} has no graph: --to onnx and --to torch cannot hold it")
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
+    """Allocate a model on the meta device on `device`, with the weights `tensors`.
+
+    Raises ValueError before memory is taken if names or shapes differ: settings from elsewhere may claim any size.
+    """
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in ours | theirs:
+        found, wanted = theirs.get(name, "missing"), ours.get(name, "unknown here")
+        if found != wanted:
+            raise ValueError(f"the shape of {name} is {found}, and the model's is {wanted}")
+    materialise(model, device)
+    model.load_state_dict(tensors)

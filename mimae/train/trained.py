@@ -11,10 +11,9 @@ import torch
 from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
 from mimae.config.recipe import RunRecipe
-from mimae.errors import CheckpointError
-from mimae.model.units import Model
+from mimae.errors import CheckpointError, UserError
+from mimae.model.units import Model, fill
 from mimae.outside.text import printable
-from mimae.randomness import materialise
 from mimae.train.task import Task
 from mimae.train.tasks.registry import make_task
 
@@ -57,19 +56,20 @@ def load(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = make_task(recipe)
 
-    def fill(found: checkpoint.Checkpoint) -> Model:
+    def read(found: checkpoint.Checkpoint) -> Model:
         averages = found.tensors("ema") if average else {}
         if average and not averages:
             raise CheckpointError(f"{found.path} has no moving average")
         try:
             task.restore(found.state.get("task") or {})
             model: Model = task.outline()
-            materialise(model, device)
-            model.load_state_dict(found.tensors("model") | averages)
-        except (KeyError, TypeError, RuntimeError) as error:
+            fill(model, found.tensors("model") | averages, device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
             said = printable(" ".join(str(error).split()))[:300]
             raise CheckpointError(f"{found.path} does not hold the model of config.yaml: {said}") from error
         return model
 
-    found, model = checkpoint.use_at(path, fill)
+    found, model = checkpoint.use_at(path, read)
     return Trained(task, model.eval(), found, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +16,16 @@ from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
 from mimae.config.recipe import Recipe, RunRecipe
 from mimae.data.settings import DataSettings
-from mimae.errors import CheckpointError
+from mimae.errors import CheckpointError, UserError
 from mimae.model.encoder import Encoder
 from mimae.model.mimae import MIMAE, outline
 from mimae.model.settings import ModelSettings
+from mimae.model.units import fill
 from mimae.outside.reading import read_text
 from mimae.outside.text import printable
-from mimae.randomness import materialise
 from mimae.weights.names import sort
+
+T = TypeVar("T")
 
 _CONFIG_BYTES = 1 << 20
 
@@ -55,15 +57,21 @@ def load(path: str | Path, average: bool = False) -> Loaded:
     recipe = load_run(checkpoint.run_of(path), (), None, RunRecipe)
     # The weights do not depend on the attention backend of the training, which may not exist on this machine.
     settings = recipe.model.model_copy(update={"attention": "auto"})
-    encoder = Encoder(settings, recipe.data.size_hw, recipe.data.mean, recipe.data.std)
 
-    def fill(tensors: dict[str, Tensor]) -> None:
-        encoder.load_state_dict(
-            {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
-        )
+    def read(tensors: dict[str, Tensor]) -> Encoder:
+        own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+        return _encoder(settings, recipe.data, own)
 
-    _use(path, recipe, average, "the encoder", fill)
-    return Loaded(encoder.eval(), recipe.data)
+    _, encoder = _use(path, recipe, average, "the encoder", read)
+    return Loaded(encoder, recipe.data)
+
+
+def _encoder(settings: ModelSettings, data: DataSettings, tensors: dict[str, Tensor]) -> Encoder:
+    """Return an encoder in eval mode. Raises ValueError for other tensors than its weights."""
+    with torch.device("meta"):
+        encoder = Encoder(settings, data.size_hw, data.mean, data.std)
+    fill(encoder, tensors, "cpu")
+    return encoder.eval()
 
 
 class Trained(NamedTuple):
@@ -82,30 +90,36 @@ def load_model(path: str | Path, average: bool = False) -> Trained:
     path = Path(path)
     recipe = load_run(checkpoint.run_of(path))
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "auto"})})
-    model = outline(recipe)
-    materialise(model, "cpu")
-    found = _use(path, recipe, average, "the model", lambda tensors: model.load_state_dict(tensors) and None)
-    return Trained(recipe, model.eval(), found)
+
+    def read(tensors: dict[str, Tensor]) -> MIMAE:
+        model = outline(recipe)
+        fill(model, tensors, "cpu")
+        return model.eval()
+
+    found, model = _use(path, recipe, average, "the model", read)
+    return Trained(recipe, model, found)
 
 
 def _use(
-    path: Path, recipe: RunRecipe, average: bool, what: str, fill: Callable[[dict[str, Tensor]], None]
-) -> checkpoint.Checkpoint:
-    """Call `fill` with the weights of a checkpoint, and return the checkpoint. Raises CheckpointError."""
+    path: Path, recipe: RunRecipe, average: bool, what: str, read: Callable[[dict[str, Tensor]], T]
+) -> tuple[checkpoint.Checkpoint, T]:
+    """Return a checkpoint, and what `read` makes of its weights. Raises CheckpointError."""
     if average and recipe.ema.decay is None:
         raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
 
-    def action(found: checkpoint.Checkpoint) -> None:
+    def action(found: checkpoint.Checkpoint) -> T:
         averages = found.tensors("ema") if average else {}
         if average and not averages:
             raise CheckpointError(f"{found.path} has no moving average")
         try:
-            fill(found.tensors("model") | averages)
-        except RuntimeError as error:  # Names or shapes differ.
+            return read(found.tensors("model") | averages)
+        except ValueError as error:  # Names or shapes differ.
+            if isinstance(error, UserError):
+                raise
             said = printable(" ".join(str(error).split()))[:300]
             raise CheckpointError(f"{found.path} does not hold {what} of config.yaml: {said}") from error
 
-    return checkpoint.use_at(path, action)[0]
+    return checkpoint.use_at(path, action)
 
 
 def _of_export(folder: Path) -> Loaded:
@@ -121,7 +135,6 @@ def _of_export(folder: Path) -> Loaded:
         sizes = {key: told[key] for key in ("patch_size", "width", "depth", "heads", "mlp_width", "norm_eps")}
         size = tuple(told["image_size"])
         data = DataSettings(image_size=size, mean=tuple(told["mean"]), std=tuple(told["std"]))
-        encoder = Encoder(ModelSettings(**sizes), size, data.mean, data.std)
         tensors = _weights_of(folder)
         placed = sort(tensors).placed
         state = {
@@ -129,13 +142,12 @@ def _of_export(folder: Path) -> Loaded:
             for ours, theirs in placed.items()
             if ours.startswith("encoder.")
         }
-        encoder.load_state_dict(state)
+        return Loaded(_encoder(ModelSettings(**sizes), data, state), data)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         said = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
         raise CheckpointError(f"{folder} cannot be opened as an export: {said}") from error
-    return Loaded(encoder.eval(), data)
 
 
 def _weights_of(folder: Path) -> dict[str, Tensor]:

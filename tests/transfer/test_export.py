@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from safetensors import safe_open
 
 from mimae.config.load import load_recipe
@@ -22,11 +23,12 @@ from mimae.config.recipe import ClassifyRecipe
 from mimae.errors import CheckpointError, UserError
 from mimae.model.mimae import build
 from mimae.model.portable import Form
+from mimae.train import trained
 from mimae.train.tasks.registry import make_task
 from mimae.train.trainer import train
 from mimae.transfer import export as module
 from mimae.transfer.export import TARGETS, export
-from mimae.transfer.load import load_encoder
+from mimae.transfer.load import load_encoder, load_model
 from mimae.transfer.targets.base import Exported, Options
 from tests.transfer.conftest import TINY
 
@@ -158,6 +160,23 @@ def test_decoders_that_mae_does_not_have_are_refused(tmp_path: Path, to: str, ke
     recipe = load_recipe(TINY, ["data.image_size=16", f"decoder.{key}"]).recipe
     with pytest.raises(UserError, match=rf"has decoder.{key}, but .* supports only .*leave out --decoder"):
         TARGETS[to].write(Exported(recipe, build(recipe)), Options(decoder=True), tmp_path)
+
+
+def test_a_size_that_settings_claim_is_compared_before_memory_is_taken(run: Path, tmp_path: Path) -> None:
+    """The claimed model would need more than 100 TB."""
+    shutil.copytree(run, tmp_path / "run")
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    kept["model"] |= {"width": 3 << 17, "depth": 24}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(kept))
+    for read in (load_encoder, load_model, trained.load):
+        with pytest.raises(CheckpointError, match=r"does not hold the \w+ of config.yaml: the shape of .*393216"):
+            read(tmp_path / "run")
+    export(run, "safetensors", tmp_path / "out", Options())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["mimae"] |= {"width": 3 << 17, "depth": 24}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"cannot be opened as an export: ValueError: the shape of .*393216"):
+        load_encoder(tmp_path / "out")
 
 
 def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path) -> None:
