@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -158,13 +159,17 @@ def _join(backend: str, found: place.Place, timeout: timedelta | None) -> None:
 
 
 def _store(told: str, ranks: int) -> dist.Store:
-    """Open the store that mimae's launcher named in the environment."""
-    kind, _, rest = told.partition(":")
-    if kind == "file":
-        return dist.FileStore(rest, ranks)  # type: ignore[attr-defined]
-    host, port, prefix = rest.split(":", 2)
-    client = dist.TCPStore(host, int(port), is_master=False)
-    return dist.PrefixStore(prefix, client)
+    """Open the store that mimae's launcher named in the environment. Raises RunError for one that is left over."""
+    match = re.fullmatch(r"file:(.+)|tcp:([^:]+):(\d{1,5}):(.+)", told)
+    if match is None or (match[1] and not os.path.isdir(os.path.dirname(match[1]))):
+        raise RunError(
+            f"{place.STORE}={told!r} in the environment is not of a launcher that is running; `unset {place.STORE}`, "
+            "which only mimae's launcher sets"
+        )
+    if match[1]:
+        return dist.FileStore(match[1], ranks)  # type: ignore[attr-defined]
+    client = dist.TCPStore(match[2], int(match[3]), is_master=False)
+    return dist.PrefixStore(match[4], client)
 
 
 @contextmanager

@@ -112,6 +112,15 @@ def test_waiting_for_ranks_that_do_not_come_is_announced_and_ends_in_one_error(
     distributed.shutdown()
 
 
+@pytest.mark.parametrize("store", ["junk", "tcp:host:x:y", "tcp:host:1", "file:/nowhere/store-0", "file:"])
+def test_a_store_that_is_left_over_is_told(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MIMAE_STORE": store}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=rf"MIMAE_STORE='{store}' in the environment .*`unset MIMAE_STORE`"):
+        distributed.setup(2.0)
+    assert not dist.is_initialized()
+
+
 def exchange() -> dict[str, Any]:
     """Gather objects of different lengths, also from some ranks only, and an object signed with another secret."""
     rank = distributed.rank()

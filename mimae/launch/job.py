@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mimae.errors import UserError
 from mimae.launch import slurm
+from mimae.ranks import messages
 
 if TYPE_CHECKING:
     from mimae.config.recipe import RunRecipe
@@ -18,6 +19,8 @@ PORT = 29_400
 
 SHORTEST = 16
 """Smallest number of characters of a secret."""
+
+_LEGAL = f"legal are {SHORTEST} characters or more, as `openssl rand -hex 32` makes"
 
 
 class Job(NamedTuple):
@@ -66,7 +69,10 @@ def default_job(
         match = re.fullmatch(r"[^:\s]+(?::(\d{1,5}))?", rendezvous)
         if match is None or not 0 < int(match[1] or PORT) < 2**16:
             raise UserError(f"--rendezvous {rendezvous}: legal is HOST:PORT, or HOST (port {PORT})")
-    secret = None if secret_file is None else read_secret(secret_file)
+    if secret_file is not None:
+        secret = read_secret(secret_file)
+    else:
+        secret = checked(os.environ.get(messages.SECRET, ""), messages.SECRET) or None
     return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts, wait, secret)
 
 
@@ -80,12 +86,17 @@ def read_secret(file: Path) -> str:
         raise UserError(f"--secret-file {file} cannot be read: {error.strerror}") from error
     if mode & 0o077:
         raise UserError(f"--secret-file {file} can be read by others: chmod 600 {file}")
-    if len(secret) < SHORTEST:
-        raise UserError(
-            f"--secret-file {file} has {len(secret)} characters: legal are {SHORTEST} or more, as `openssl rand -hex "
-            "32` makes"
-        )
-    return secret
+    if not secret:
+        raise UserError(f"--secret-file {file} is empty: {_LEGAL}")
+    return checked(secret, f"--secret-file {file}")
+
+
+def checked(secret: str, source: str) -> str:
+    """Return a secret without the white space around it. Raises UserError if it is too short; "" is no secret."""
+    found = secret.strip()
+    if 0 < len(found) < SHORTEST:
+        raise UserError(f"{source} has {len(found)} characters: {_LEGAL}")
+    return found
 
 
 def check_ranks(recipe: RunRecipe, ranks: int) -> None:

@@ -143,7 +143,8 @@ def test_a_stranger_without_the_secret_ends_the_run_at_most(tmp_path: Path) -> N
     ("text", "mode", "told"),
     [
         ("0123456789abcdef", 0o644, "can be read by others: chmod 600"),
-        ("short", 0o600, "has 5 characters: legal are 16 or more"),
+        ("short", 0o600, "has 5 characters: legal are 16 characters or more"),
+        (" \n", 0o600, "is empty: legal are 16 characters or more"),
         (None, 0o600, "cannot be read: No such file"),
     ],
 )
@@ -154,6 +155,15 @@ def test_a_secret_that_is_none_is_told(tmp_path: Path, text: str | None, mode: i
         file.chmod(mode)
     with pytest.raises(UserError, match=told):
         job.read_secret(file)
+
+
+def test_a_secret_of_the_environment_follows_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIMAE_SECRET", "short")
+    with pytest.raises(UserError, match=r"MIMAE_SECRET has 5 characters: legal are 16 characters or more"):
+        job.default_job(1, 1, None, 3)
+    for value, secret in (("0123456789abcdef\n", "0123456789abcdef"), ("", None)):
+        monkeypatch.setenv("MIMAE_SECRET", value)
+        assert job.default_job(1, 1, None, 3).secret == secret
 
 
 def test_a_secret_is_read_without_the_line_break(tmp_path: Path) -> None:
