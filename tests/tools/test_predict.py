@@ -17,7 +17,7 @@ from mimae.cli import app
 from mimae.data.loading.batch import DataError
 from mimae.errors import CheckpointError, UserError
 from mimae.tools import predict
-from mimae.train.predictors.base import Names, Options, Predictor
+from mimae.train.predictors.base import Names, Options, Predictor, whole_file
 from mimae.train.tasks.classify import Classify
 from mimae.train.tasks.detect import Detect
 from mimae.train.tasks.segment import Segment
@@ -232,6 +232,12 @@ class _Archive:
 
     def path(self, i: int) -> str:
         return self.paths[i]
+
+
+def test_a_folder_in_the_place_of_the_file_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), whole_file(tmp_path):
+        pytest.fail("the work begins")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_stay_in_their_folder_and_differ() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -67,7 +68,12 @@ class Predictor(ABC, Generic[F]):
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[TextIO]:
-    """Open a text file that gets its name when the block ends: before, and after an error, an old one stays."""
+    """Open a text file that gets its name when the block ends: before, and after an error, an old one stays.
+
+    Raises OSError at once for a folder of that name.
+    """
+    if out.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
     with made_beside(out) as temporary, temporary.open("x", encoding="utf-8", errors="surrogateescape") as file:
         yield file
 
