@@ -69,10 +69,8 @@ def default_job(
         match = re.fullmatch(r"[^:\s]+(?::(\d{1,5}))?", rendezvous)
         if match is None or not 0 < int(match[1] or PORT) < 2**16:
             raise UserError(f"--rendezvous {rendezvous}: legal is HOST:PORT, or HOST (port {PORT})")
-    if secret_file is not None:
-        secret = read_secret(secret_file)
-    else:
-        secret = checked(os.environ.get(messages.SECRET, ""), messages.SECRET) or None
+    secret = None if secret_file is None else read_secret(secret_file)
+    secret = secret or checked(os.environ.get(messages.SECRET, ""), messages.SECRET) or None
     return Job(ranks or max(1, torch.cuda.device_count()), nodes, rendezvous, restarts, wait, secret)
 
 
