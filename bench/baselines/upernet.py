@@ -29,7 +29,8 @@ class PlainUperNet(nn.Module):
         enlarged.append(nn.ConvTranspose2d(width, width, 2, 2))
         levels = (enlarged, nn.ConvTranspose2d(width, width, 2, 2), nn.Identity(), nn.MaxPool2d(2, 2))
         self.pyramid = nn.ModuleList(levels)
-        config: Any = UperNetConfig(hidden_size=settings.width, num_labels=settings.number)
+        config: Any = UperNetConfig(hidden_size=settings.width)
+        config.num_labels = settings.number
         self.head, self.auxiliary = UperNetHead(config, [width] * 4), UperNetFCNHead(config, [width] * 4)
         self.auxiliary_weight = settings.auxiliary
         rate = recipe.optimizer.peak(recipe.optimizer.learning_rate, recipe.schedule.batch_size, 1)

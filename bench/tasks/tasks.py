@@ -138,8 +138,8 @@ def segment(folder: Path, contender: str) -> Steps:
     batch = _batch(task)
     if contender == OURS:
         return ours(task, batch)
-    plain, classes = PlainUperNet(task.recipe), batch.targets["classes"].long()
-    return lambda: plain.step(batch.images, classes)
+    plain, targets = PlainUperNet(task.recipe), batch.targets["classes"].long()
+    return lambda: plain.step(batch.images, targets)
 
 
 def detect(folder: Path, contender: str) -> Steps:

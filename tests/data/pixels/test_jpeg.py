@@ -246,7 +246,8 @@ def test_a_scaled_sample_resembles_the_exact_one(orientation: int) -> None:
     large, small = Window(4, 6, 224, 330), Window(3, 5, 190, 255)
     differences = []
     for window in (large, small):
-        sample = Sample(0, look(data, LIMIT), lambda height, width, window=window: window, True)
+        cut: Callable[[int, int], Window] = partial(lambda window, height, width: window, window)
+        sample = Sample(0, look(data, LIMIT), cut, True)
         images = torch.zeros(2, 1, 56, 66, 3, dtype=torch.uint8)
         for each, scaled in zip(images, (False, True)):
             assert EachDecoder(scaled=scaled)([sample], each, Clock()) == []
