@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mimae.objective import terms
@@ -45,6 +47,10 @@ EPOCH_KEYS = (
 )  # fmt: skip
 
 
+_LONGEST_LINE = 1 << 20
+"""Bytes of a line that are read at once. A longer line is no record."""
+
+
 def plain(name: str, keys: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of file `name`: all `keys` in their order with JSON values, null for keys that `record` lacks."""
     unknown = sorted(set(record) - set(keys))
@@ -77,12 +83,14 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file, oldest first.
+    """Yield the records in the first `limit` bytes of a file, or with `tail` in the last ones, oldest first.
 
-    With `tail`, only those in its last `limit` bytes. Yields None if the file cannot be read.
+    One line is in memory at a time. A file that cannot be read has no records.
     """
-    try:
-        lines = folder.read(name, limit, tail).splitlines()
-    except OSError:
-        return
-    yield from (found for line in lines if (found := parse(line)) is not None)
+    with suppress(OSError), os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
+        if tail:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        while limit > 0 and (line := file.readline(_LONGEST_LINE)):
+            limit -= len(line)
+            if (found := parse(line)) is not None:
+                yield found

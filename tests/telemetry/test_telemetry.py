@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch
 from PIL import Image
 
 from mimae.errors import UserError
+from mimae.outside.files import Folder
 from mimae.telemetry import environment as environments
 from mimae.telemetry.environment import environment
 from mimae.telemetry.memory import memory
-from mimae.telemetry.records import EPOCH_KEYS
+from mimae.telemetry.records import EPOCH_KEYS, read
 from mimae.telemetry.settings import TelemetrySettings
 from mimae.telemetry.telemetry import Telemetry
 
@@ -116,6 +118,23 @@ def test_a_kill_loses_no_record_that_was_written(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGKILL
     assert records(tmp_path / "metrics.jsonl")[0]["step"] == 1
     assert records(tmp_path / "epochs.jsonl")[0]["epoch"] == 1
+
+
+def test_records_are_read_line_by_line(tmp_path: Path) -> None:
+    """A file that somebody else wrote may have a line of any length."""
+    folder, file = Folder(tmp_path), tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n')
+    os.truncate(file, 1 << 26)
+    with file.open("ab") as end:
+        end.write(b'\n[]\n{"step": 2}\n{"step": "x"}\n{"step": 3')
+    tracemalloc.start()
+    found = [record["step"] for record in read(folder, "metrics.jsonl")]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [1, 2] and peak < 1 << 24
+    assert [record["step"] for record in read(folder, "metrics.jsonl", 64, tail=True)] == [2]
+    assert [record["step"] for record in read(folder, "metrics.jsonl", 12)] == [1]
+    assert not list(read(folder, "epochs.jsonl"))
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
