@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,9 @@ def pack(
 
     if target.suffix != ".tar":
         raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir() and target.parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{target} is inside {source}, which could then not be opened: write the shards elsewhere")
     if lossless and shortest is not None:
         raise DataError("--lossless keeps the pixels and --shortest changes them: give one of the two")
     if lossless and (obstacle := jpeg.obstacle()) is not None:

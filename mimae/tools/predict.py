@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ def predict(trained: Trained, finds: Predictor[Any], data: str, out: Path, overl
 
 def images_at(path: str, settings: DataSettings) -> Source:
     """Return the images of a data path, or a single image file. Raises DataError."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not (file.is_file() and is_image(path.encode(errors="surrogateescape"))):
         return open_source(path, settings=settings, use="held-out")
     name = file.name.encode(errors="surrogateescape")

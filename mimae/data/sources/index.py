@@ -65,8 +65,14 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """Return the folder for indices and the embedded photographs: $XDG_CACHE_HOME/mimae or ~/.cache/mimae."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimae"
+    """Return the folder for indices and the embedded photographs: $XDG_CACHE_HOME/mimae or ~/.cache/mimae.
+
+    Raises DataError for a user without a home folder, as in a container that runs under any number.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise DataError("this user has no home folder for indices of data: set HOME or XDG_CACHE_HOME to a folder")
+    return Path(base) / "mimae"
 
 
 def indexed(places: Sequence[Path], rules: str, build: Callable[[], Index]) -> Index:

@@ -53,9 +53,9 @@ def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
     if path.startswith(PREFIX):
         return TorchvisionSource(path, folder)
     try:
-        place = photos.folder(path) if path in photos.SPLITS else (folder / Path(path).expanduser()).absolute()
+        place = photos.folder(path) if path in photos.SPLITS else (folder / Path(os.path.expanduser(path))).absolute()
         kind = "folder" if place.is_dir() else "file" if place.is_file() else "other" if place.exists() else ""
-    except (OSError, ValueError, RuntimeError) as error:  # The name is too long, or ~ names an unknown user.
+    except (OSError, ValueError) as error:  # The name is too long, or has a zero byte.
         if not is_pattern(path):  # A pattern may be longer than the names that it stands for.
             raise DataError(f"{printable(path[:200])} is not a path ({error_text(error)}). {LEGAL}") from error
         place, kind = folder / path, ""
@@ -71,7 +71,7 @@ def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
         return _open_shards(path, [place], settings)
     if kind:
         raise DataError(f"{printable(str(place))} is none of the supported kinds. {_advice(path, place)}{LEGAL}")
-    given = str(Path(path).expanduser())
+    given = str(Path(os.path.expanduser(path)))
     if is_pattern(given) and not _is_address(path):
         shards = matching(given, folder.absolute())
         groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
@@ -93,7 +93,7 @@ def absolute_path(path: str, folder: Path = Path()) -> str:
     """Return a data path that names the same source from any working directory; `path` is relative to `folder`."""
     if path in photos.SPLITS or _is_address(path):
         return path
-    return moved(path, folder) if path.startswith(PREFIX) else str((folder / Path(path).expanduser()).absolute())
+    return moved(path, folder) if path.startswith(PREFIX) else str((folder / Path(os.path.expanduser(path))).absolute())
 
 
 def _is_address(path: str) -> bool:

@@ -107,7 +107,7 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
     from torchvision import datasets  # type: ignore[import-untyped]
 
     place, kind, split = _parts(name)
-    root = folder / Path(place).expanduser()
+    root = folder / Path(os.path.expanduser(place))
     known = [each for each in datasets.__all__ if each in SETS]
     if kind not in known:
         why = "may execute code from a file" if kind in datasets.__all__ else "is not a set of torchvision"
@@ -135,7 +135,7 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
 def moved(name: str, folder: Path) -> str:
     """Return the name of the same set with an absolute ROOT. A relative ROOT is relative to `folder`."""
     place, kind, split = _parts(name)
-    return f"{PREFIX}{kind}:{(folder / Path(place).expanduser()).absolute()}" + (f":{split}" if split else "")
+    return f"{PREFIX}{kind}:{(folder / Path(os.path.expanduser(place))).absolute()}" + (f":{split}" if split else "")
 
 
 def _parts(name: str) -> tuple[str, str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import time
 from pathlib import Path
 
@@ -238,6 +239,9 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
         ("x.tar,y.tar", "one path that contains commas"),
         ("y.tar;x.tar", "one path that contains semicolons"),
         ("x.tar.gz", "unpack it, for example a .tar.gz to a .tar"),
+        ("~nobody-has-this-name/images", "~nobody-has-this-name/images does not exist"),
+        ("~nobody-has-this-name/*.tar", "nothing matches .*~nobody-has-this-name"),
+        ("torchvision:CIFAR10:~nobody-has-this-name", "torchvision cannot open CIFAR10 under .*~nobody-has-this-name"),
         ("x" * 5000, "is not a path"),
         ("a\0b", "does not exist|is not a path"),
         ("{0..99999999999}.tar", "0.tar does not exist"),
@@ -255,6 +259,18 @@ def test_paths_that_are_none_say_what_was_understood(
     with pytest.raises(DataError, match=said) as refusal:
         open_source(path, tmp_path)
     assert len(str(refusal.value)) < 20_000
+
+
+def test_a_user_without_a_home_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    touch(tmp_path, "1.png")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    with pytest.raises(DataError, match="set HOME or XDG_CACHE_HOME to a folder"):
+        open_source(str(tmp_path))
 
 
 def test_a_folder_of_img2dataset(tmp_path: Path) -> None:

@@ -237,6 +237,11 @@ def test_the_verb(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert Image.open(io.BytesIO(open_source(str(out)).read(0))).size == (24, 16)
     assert launch(str(folder), str(out)) == 2
     assert "cannot name the shards: give DIR/NAME.tar" in capsys.readouterr().err
+    for inside in (folder / "t.tar", folder / "new" / "t.tar", out / ".." / ".." / "images" / "t.tar"):
+        assert launch(str(folder), str(inside)) == 2
+        assert f"is inside {folder}, which could then not be opened" in capsys.readouterr().err
+    assert launch("~nobody-has-this-name/images", str(out / "t.tar")) == 2
+    assert "~nobody-has-this-name/images does not exist" in capsys.readouterr().err
     with jpeg.unused():
         assert launch(str(folder), str(out / "u.tar"), "--lossless") == 2
     assert "--lossless needs libjpeg-turbo" in capsys.readouterr().err
