@@ -166,12 +166,11 @@ def test_circles_are_found() -> None:
 
 
 def test_settings_stand_alone() -> None:
-    """The settings of every room need only pydantic, their common base class and the escaping of texts, which needs
-    only the standard library, so that they load without torch."""
+    """The settings of every room need only pydantic and their common base class, so that they load without torch."""
     found = {name for name in GRAPH if name.endswith(".settings")}
     assert {f"mimae.{name}.settings" for name in ("data", "engines", "model", "optim", "train")} <= found
-    allowed = {"mimae.config.section", "mimae.outside.text", "pydantic", *sys.stdlib_module_names}
-    for name in [*found, "mimae.outside.text"]:
+    allowed = {"mimae.config.section", "pydantic", *sys.stdlib_module_names}
+    for name in found:
         targets = {module_of(target) or target.split(".")[0] for target in IMPORTS[name]}
         assert targets <= allowed, f"{name} imports {sorted(targets - allowed)}"
 
