@@ -113,14 +113,15 @@ class _Labels:
         if not self._codes:
             return None, None
         names = None if self._is_number else sorted(self._known)
-        rank = {name: i for i, name in enumerate(names)} if names else {text: int(text) for text in self._known}
+        numbers = {text: int(text.strip()) for text in self._known} if names is None else {}
+        rank = numbers or {name: i for i, name in enumerate(names or ())}
         return np.array([rank[text] for text in self._known], np.int64)[np.array(self._codes)], names
 
 
 def _is_number(text: str, where: str) -> bool:
     """Return whether a label is a class number; otherwise it is a name. Raises DataError for other numbers."""
     if text.isascii() and text.strip().isdigit():
-        if len(text.strip()) < 11 and int(text) < 1 << 31:
+        if len(text.strip()) < 11 and int(text.strip()) < 1 << 31:
             return True
     else:
         try:
