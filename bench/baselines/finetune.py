@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
+from mimae.bench.baselines.vit import vit
 from mimae.config.recipe import ClassifyRecipe
 
 
@@ -19,17 +17,8 @@ class Finetune:
     """Model and optimizer with the sizes and settings of a recipe."""
 
     def __init__(self, recipe: ClassifyRecipe, classes: int) -> None:
-        model, augment, finetune, optimizer = recipe.model, recipe.augment, recipe.finetune, recipe.optimizer
-        self.model: Any = VisionTransformer(
-            img_size=recipe.data.size_hw,
-            patch_size=model.patch_size,
-            embed_dim=model.width,
-            depth=model.depth,
-            num_heads=model.heads,
-            num_classes=classes,
-            global_pool="avg",
-            drop_path_rate=finetune.drop_path,
-        )
+        augment, finetune, optimizer = recipe.augment, recipe.finetune, recipe.optimizer
+        self.model = vit(recipe, num_classes=classes, global_pool="avg", drop_path_rate=finetune.drop_path)
         groups = param_groups_layer_decay(self.model, optimizer.weight_decay, layer_decay=finetune.layer_decay)
         rate = optimizer.peak(optimizer.learning_rate, recipe.schedule.batch_size, 1)
         for group in groups:

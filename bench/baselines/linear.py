@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 
+from mimae.bench.baselines.vit import vit
 from mimae.config.recipe import ClassifyRecipe
 
 
@@ -16,18 +14,10 @@ class Linear:
     """Model and optimizer with the sizes and settings of a recipe."""
 
     def __init__(self, recipe: ClassifyRecipe, classes: int) -> None:
-        model, optimizer = recipe.model, recipe.optimizer
-        self.encoder: Any = VisionTransformer(
-            img_size=recipe.data.size_hw,
-            patch_size=model.patch_size,
-            embed_dim=model.width,
-            depth=model.depth,
-            num_heads=model.heads,
-            num_classes=0,
-            global_pool="avg",
-            fc_norm=False,
-        )
-        self.head = nn.Sequential(nn.BatchNorm1d(model.width, affine=False), nn.Linear(model.width, classes))
+        optimizer = recipe.optimizer
+        self.encoder = vit(recipe, num_classes=0, global_pool="avg", fc_norm=False)
+        width = self.encoder.embed_dim
+        self.head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes))
         rate = optimizer.peak(optimizer.learning_rate, recipe.schedule.batch_size, 1)
         self.optimizer = Lars(self.head.parameters(), rate, momentum=optimizer.betas[0], always_adapt=True)
         self.mean, self.std = (torch.tensor(each)[:, None, None] for each in (recipe.data.mean, recipe.data.std))

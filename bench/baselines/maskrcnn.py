@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import LayerNorm2d
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
+from mimae.bench.baselines.vit import vit
 from mimae.config.recipe import DetectRecipe
 from mimae.detection.vitdet import Pyramid
 
@@ -22,12 +20,10 @@ class Backbone(nn.Module):
 
     def __init__(self, recipe: DetectRecipe) -> None:
         super().__init__()
-        model, self.out_channels, size = recipe.model, recipe.detect.width, recipe.data.size_hw
-        sizes: Any = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
-        sizes |= {"patch_size": model.patch_size, "num_classes": 0}
-        self.vit: Any = VisionTransformer(img_size=size, class_token=False, global_pool="", **sizes)
+        model, self.out_channels = recipe.model, recipe.detect.width
+        self.vit = vit(recipe, num_classes=0, class_token=False, global_pool="")
         self.vit.norm = nn.Identity()
-        self.grid = tuple(side // model.patch_size for side in size)
+        self.grid = tuple(side // model.patch_size for side in recipe.data.size_hw)
         self.pyramid = Pyramid(model.width, recipe.detect.width)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:

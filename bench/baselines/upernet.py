@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
+from mimae.bench.baselines.vit import vit
 from mimae.config.recipe import SegmentRecipe
 from mimae.segmentation.labels import IGNORED
 
@@ -22,9 +22,7 @@ class PlainUperNet(nn.Module):
         super().__init__()
         model, settings, data = recipe.model, recipe.segment, recipe.data
         width, self.blocks = model.width, settings.maps(model.depth)
-        sizes: Any = {"embed_dim": width, "depth": model.depth, "num_heads": model.heads}
-        sizes |= {"patch_size": model.patch_size, "drop_path_rate": recipe.finetune.drop_path}
-        self.vit: Any = VisionTransformer(img_size=data.size_hw, num_classes=0, fc_norm=False, **sizes)
+        self.vit = vit(recipe, num_classes=0, fc_norm=False, drop_path_rate=recipe.finetune.drop_path)
         enlarged = nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), nn.BatchNorm2d(width), nn.GELU())
         enlarged.append(nn.ConvTranspose2d(width, width, 2, 2))
         levels = (enlarged, nn.ConvTranspose2d(width, width, 2, 2), nn.Identity(), nn.MaxPool2d(2, 2))
