@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
 from mimae.config.recipe import RunRecipe
-from mimae.errors import CheckpointError, UserError
 from mimae.model.units import Model, fill
-from mimae.outside.text import printable
 from mimae.train.task import Task
 from mimae.train.tasks.registry import make_task
+from mimae.transfer.load import use_weights
 
 
 class Trained(NamedTuple):
@@ -49,27 +49,16 @@ def load(
     belongs = [f"{key}=null" for key in load_run(run, (), None, RunRecipe).of_validation] if data else []
     given = {"data": {"val_path": data}} if data else None
     recipe = load_run(run, [*belongs, *overrides], given, RunRecipe)
-    if average and recipe.ema.decay is None:
-        raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
     # Its weights go anywhere; the backend that trained them may be another machine's.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "sdpa"})})
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = make_task(recipe)
 
-    def read(found: checkpoint.Checkpoint) -> Model:
-        averages = found.tensors("ema") if average else {}
-        if average and not averages:
-            raise CheckpointError(f"{found.path} has no moving average")
-        try:
-            task.restore(found.state.get("task") or {})
-            model: Model = task.outline()
-            fill(model, found.tensors("model") | averages, device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            said = printable(" ".join(str(error).split()))[:300]
-            raise CheckpointError(f"{found.path} does not hold the model of config.yaml: {said}") from error
+    def read(found: checkpoint.Checkpoint, weights: dict[str, Tensor]) -> Model:
+        task.restore(found.state.get("task") or {})
+        model: Model = task.outline()
+        fill(model, weights, device)
         return model
 
-    found, model = checkpoint.use_at(path, read)
+    found, model = use_weights(path, recipe, average, "the model", read)
     return Trained(task, model.eval(), found, device)

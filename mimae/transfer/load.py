@@ -58,11 +58,11 @@ def load(path: str | Path, average: bool = False) -> Loaded:
     # The weights do not depend on the attention backend of the training, which may not exist on this machine.
     settings = recipe.model.model_copy(update={"attention": "auto"})
 
-    def read(tensors: dict[str, Tensor]) -> Encoder:
+    def read(_: checkpoint.Checkpoint, tensors: dict[str, Tensor]) -> Encoder:
         own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
         return _encoder(settings, recipe.data, own)
 
-    _, encoder = _use(path, recipe, average, "the encoder", read)
+    _, encoder = use_weights(path, recipe, average, "the encoder", read)
     return Loaded(encoder, recipe.data)
 
 
@@ -91,19 +91,27 @@ def load_model(path: str | Path, average: bool = False) -> Trained:
     recipe = load_run(checkpoint.run_of(path))
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": "auto"})})
 
-    def read(tensors: dict[str, Tensor]) -> MIMAE:
+    def read(_: checkpoint.Checkpoint, tensors: dict[str, Tensor]) -> MIMAE:
         model = outline(recipe)
         fill(model, tensors, "cpu")
         return model.eval()
 
-    found, model = _use(path, recipe, average, "the model", read)
+    found, model = use_weights(path, recipe, average, "the model", read)
     return Trained(recipe, model, found)
 
 
-def _use(
-    path: Path, recipe: RunRecipe, average: bool, what: str, read: Callable[[dict[str, Tensor]], T]
+def use_weights(
+    path: Path,
+    recipe: RunRecipe,
+    average: bool,
+    what: str,
+    read: Callable[[checkpoint.Checkpoint, dict[str, Tensor]], T],
 ) -> tuple[checkpoint.Checkpoint, T]:
-    """Return a checkpoint, and what `read` makes of its weights. Raises CheckpointError."""
+    """Return a checkpoint of a run, and what `read` makes of it and its weights.
+
+    With `average` the weights are the run's moving average. Raises CheckpointError if there is none, or if `read` finds
+    that the weights are not `what` the recipe describes.
+    """
     if average and recipe.ema.decay is None:
         raise CheckpointError(f"{path} has no moving average: the run's ema.decay was null")
 
@@ -111,9 +119,10 @@ def _use(
         averages = found.tensors("ema") if average else {}
         if average and not averages:
             raise CheckpointError(f"{found.path} has no moving average")
+        weights = found.tensors("model") | averages
         try:
-            return read(found.tensors("model") | averages)
-        except ValueError as error:  # Names or shapes differ.
+            return read(found, weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # Names, shapes or the task's state differ.
             if isinstance(error, UserError):
                 raise
             said = printable(" ".join(str(error).split()))[:300]
