@@ -151,8 +151,8 @@ def _row(meaning: str, results: list[Result], features: str, trained: bool) -> s
     if trained:
         cells.append(_spread([result["last_epoch"]["rec"] for result in results]))
         # Results from before CPU seconds were counted have only the seconds of the training.
-        minutes = statistics.fmean(result.get("cpu_seconds") or result["seconds"] for result in results) / 60
-        cells.append(f"{minutes:.1f}")
+        counted = [result["cpu_seconds"] for result in results if result.get("cpu_seconds")]
+        cells.append(f"{statistics.fmean(counted or [result['seconds'] for result in results]) / 60:.1f}")
     else:
         cells += ["", ""]
     return f"| {meaning} | {len(results)} | {' | '.join(cells)} |"

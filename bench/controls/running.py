@@ -103,6 +103,8 @@ class Processes:
         every = trial.settings["schedule.batch_size"] // load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
         quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", f"telemetry.probe_every_epochs={every}"]
         ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
+        # Those of a run that was interrupted are not known as a whole.
+        is_whole = not run.exists()
         with run.with_suffix(".log").open("ab") as log:
             cpu_seconds = self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)
             _check_trained(trial, run)
@@ -112,7 +114,7 @@ class Processes:
         return {
             "threads": self.threads,
             "seconds": sum(epoch["seconds"] for epoch in epochs),
-            "cpu_seconds": cpu_seconds,
+            "cpu_seconds": cpu_seconds if is_whole else None,
             "checks": checks_of(epochs),
             "last_epoch": epochs[-1],
             "probe": {key: value for key, value in probed.items() if key not in ("train", "test")},

@@ -10,11 +10,14 @@ from mimae.bench.controls.trials import CHOICES, CONTROLS, Result
 
 
 class Reached(NamedTuple):
-    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command."""
+    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command.
+
+    The CPU seconds of an interrupted run are not known.
+    """
 
     steps: float
     flops: float
-    cpu_seconds: float
+    cpu_seconds: float | None
 
 
 def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -39,7 +42,8 @@ def reached(result: Result, level: float) -> Reached | None:
             # The first evaluation has no earlier one for an interpolation.
             share = (level - before["knn"]) / (check["knn"] - before["knn"]) if before["step"] else 1.0
             steps, flops = (before[key] + share * (check[key] - before[key]) for key in ("step", "flops"))
-            return Reached(steps, flops, result["cpu_seconds"] * steps / checks[-1]["step"])
+            seconds = result["cpu_seconds"]
+            return Reached(steps, flops, None if seconds is None else seconds * steps / checks[-1]["step"])
         before = check
     return None
 
@@ -68,7 +72,8 @@ def render_times(results: Sequence[Result]) -> Iterator[str]:
         found = [when for result in rows if (when := reached(result, level)) is not None]
         cells = ["not reached", "", ""]
         if found:
-            steps, flops, seconds = (statistics.fmean(column) for column in zip(*found, strict=True))
-            cells = [f"{steps:,.0f}", f"{flops / whole:.2f}", f"{seconds:.0f}"]
+            steps, flops = (statistics.fmean(column) for column in list(zip(*found, strict=True))[:2])
+            seconds = [each.cpu_seconds for each in found if each.cpu_seconds is not None]
+            cells = [f"{steps:,.0f}", f"{flops / whole:.2f}", f"{statistics.fmean(seconds):.0f}" if seconds else ""]
         yield f"| {row.meaning} | {len(rows)} | {last:.3f} | {len(found)} of {len(rows)} | {' | '.join(cells)} |"
     yield ""

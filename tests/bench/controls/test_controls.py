@@ -167,6 +167,15 @@ def test_the_time_to_the_last_check_of_mae_is_a_table() -> None:
     assert "Time to" not in render(written([("mi_mae", 0, result(0.5, 0.3, 0.4))]), [])
 
 
+def test_cpu_seconds_of_an_interrupted_trial_are_not_shown() -> None:
+    kind, seed, whole = checked("mae", [0.2, 0.4])
+    interrupted = whole | {"cpu_seconds": None}
+    assert reached(interrupted, 0.3) == (150, 1.5e12, None)
+    page = render(written([(kind, seed, whole), (kind, seed + 1, interrupted)]), [])
+    assert "| 2 of 2 | 200 | 1.00 | 10 |" in page
+    assert "| 1 of 1 | 200 | 1.00 |  |" in render(written([(kind, seed, interrupted)]), [])
+
+
 def test_the_seeds_of_the_claim_are_three() -> None:
     assert {kind: len(control.seeds) for kind, control in CONTROLS.items()} == {
         "mae": 3, "independent": 1, "orthogonal": 3, "max_mi": 1, "mi_mae": 3,
