@@ -81,8 +81,6 @@ say "installing into .venv ($(.venv/bin/python --version)): some minutes, about 
 # Progress is shown only on a terminal; elsewhere only errors are shown.
 set --
 [ -t 2 ] || set -- -q --progress-bar off
-# Python compiles modules when they are first imported. pip would compile all of them, most of which nobody imports.
-set -- "$@" --no-compile
 # pip's cache doubles the disk space of the download, often on the same disk.
 [ "$free_kb" -gt $((2 * NEEDED_GB * 1024 * 1024)) ] || set -- "$@" --no-cache-dir
 if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
