@@ -6,7 +6,7 @@ BIN = .venv/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest
 
 help:
-	@echo 'make quickstart  pretrain on photographs for three minutes, then probe the features'
+	@echo 'make quickstart  pretrain on photographs for a few minutes, then probe the features'
 	@echo 'make test        run the linter, the type checker and the fast tests'
 	@echo 'make test-all    run the slow tests too'
 	@echo 'make format      format the code'
