@@ -66,11 +66,14 @@ def _written(run: Path) -> list[str]:
     )
 
 
-def _write_the_rest(run: Path) -> None:
+def _write_the_rest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the files that a run writes only after a fault."""
     BadSamples(run / "bad_samples.jsonl", 10, 0.5).record([BadSample(1, "a.png", "torn")])
-    with Watchdog(run, 60, 60):
-        pass
+    # A single rank has no watchdog. The saver below needs the true number of ranks for its collectives.
+    with monkeypatch.context() as several:
+        several.setattr("mimae.faults.watchdog.distributed.world_size", lambda *_: 2)
+        with Watchdog(run, 60, 60):
+            pass
     distributed.setup()
     say = checkpoint.say
     try:
@@ -101,9 +104,7 @@ def test_no_link_in_a_run_directory_leads_a_write_outside(
         (run / name).symlink_to(victim)
         try:
             train(run)
-            with monkeypatch.context() as several:
-                several.setattr("mimae.faults.watchdog.distributed.world_size", lambda *_: 2)
-                _write_the_rest(run)
+            _write_the_rest(run, monkeypatch)
             said = ""
         except UserError as error:
             said = str(error)
