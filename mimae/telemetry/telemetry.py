@@ -6,6 +6,7 @@ This module reads no tensors: the trainer passes numbers, and only on the steps 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -78,23 +79,34 @@ class Telemetry:
         try:
             records.rewind(step)
         except OSError as error:
-            raise RunError(f"{self._folder.path / str(error.filename)} cannot be written: {error.strerror}") from error
+            raise self._unwritable(error) from error
         for tracker in others:
             self._try(tracker, lambda tracker: tracker.rewind(step))
 
     def describe(self, recipe: str, origins: Mapping[str, str] | None = None) -> None:
         """Write config.yaml (the resolved recipe) and environment.json, and pass them to the trackers.
 
-        A new run also keeps the origins of its settings, in origins.json. Raises OSError if the run directory cannot
-        be written.
+        A new run also keeps the origins of its settings, in origins.json. Raises RunError as `keep` does.
         """
         if self._console is None:
             return
-        if origins and not (self._folder.path / ORIGINS).exists():
-            self._folder.replace(ORIGINS, json.dumps(dict(origins), indent=1) + "\n")
+        if origins and not self._has(ORIGINS):
+            self.keep(ORIGINS, json.dumps(dict(origins), indent=1) + "\n", lasting=False)
         for name, text in {"config.yaml": recipe, "environment.json": environment()}.items():
-            self._folder.replace(name, text, lasting=True)
+            self.keep(name, text)
             self._text(name, text)
+
+    def keep(self, name: str, text: str, lasting: bool = True) -> None:
+        """Write a file that describes the run; `lasting` is as for `Folder.replace`.
+
+        Raises RunError if it cannot be written.
+        """
+        if self._console is None:
+            return
+        try:
+            self._folder.replace(name, text, lasting)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Append a line of the step's columns to metrics.jsonl; keys that `record` lacks are null.
@@ -184,6 +196,19 @@ class Telemetry:
         reason = getattr(error, "strerror", None) or f"{error}".strip() or type(error).__name__
         self.events.add("fault", what=what, reason=str(reason)[:1000])
         self.message(f"{what} cannot be written: {reason}; the run continues")
+
+    def _has(self, name: str) -> bool:
+        """Return True if the run has this file; raise RunError if it is a link or cannot be opened."""
+        try:
+            os.close(self._folder.open(name, os.O_RDONLY))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return True
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(f"{self._folder.path / str(error.filename)} cannot be written: {error.strerror}")
 
     def _moved(self, text: str) -> None:
         self.events.add("moved", what=text)

@@ -170,10 +170,7 @@ def resume(
         same = ", the same by name and class" if found else ""
         records.message(f"the images are at {recipe.data.path}, and were at {moved}{same}")
     records.rewind(step)
-    try:
-        records.describe(as_yaml(recipe, without), origins)
-    except OSError as error:
-        raise RunError(f"{run / str(error.filename)} cannot be written: {error.strerror}") from error
+    records.describe(as_yaml(recipe, without), origins)
     records.events.add("resume" if found else "start", ranks=distributed.world_size(), checkpoint=name)
     if extends and step:
         records.events.add("extend", step=step, before=extends, now={key: flat(recipe)[key] for key in extends})

@@ -131,9 +131,8 @@ class Trainer(Generic[M]):
         if task.fit is not None:
             with self._evaluating() as model:
                 task.started(model, device)
-            if distributed.rank() == 0:
-                self.telemetry.message("\n".join(task.fit.lines()))
-                hold.folder.replace(INIT, json.dumps(task.fit.record(), indent=1) + "\n", lasting=True)
+            self.telemetry.message("\n".join(task.fit.lines()))
+            self.telemetry.keep(INIT, json.dumps(task.fit.record(), indent=1) + "\n")
         self.journal = Journal(
             task,
             self.telemetry,

@@ -132,6 +132,16 @@ def test_links_that_a_run_goes_on_beside_are_told_once(tmp_path: Path, capsys: p
     assert len(checkpoint.names(tmp_path / "run")) == 3
 
 
+def test_a_run_from_weights_follows_no_link_at_its_record_of_them(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/init.json").symlink_to(tmp_path / "file")
+    settings = SETTINGS | {"run": {"dir": str(tmp_path / "run")}, "model": SETTINGS["model"] | {"init": str(whole)}}  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"init\.json cannot be written: it is a symbolic link"):
+        mimae.pretrain("quickstart", **settings)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_linked_run_and_checkpoints_stay_legal(tmp_path: Path) -> None:
     """Accept links that the user made to another disk."""
     for name in ("disk/run", "disk/checkpoints"):
