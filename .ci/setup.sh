@@ -8,6 +8,7 @@ NEEDED_GB=9
 VENV="$(pwd -P)/.venv"
 STAMP=.venv/installed # Written last, with extra and fingerprint. Without it the set-up of .venv was interrupted.
 LOG=.venv/setup.log
+FAILED=.venv/failed
 extra=${1-}
 
 say() { printf 'setup: %s\n' "$1" >&2; }
@@ -76,14 +77,19 @@ if [ ! -d .venv ]; then
     "$python" -m venv .venv || die "$python could not make .venv (see above)."
     printf '%s\n' "$VENV" >.venv/location
 fi
-rm -f "$STAMP" "$LOG"
+rm -f "$STAMP" "$LOG" "$FAILED"
 say "installing into .venv ($(.venv/bin/python --version)): some minutes, about 3 GB from the package index"
 # Progress is shown only on a terminal; elsewhere only errors are shown.
 set --
 [ -t 2 ] || set -- -q --progress-bar off
 # pip's cache doubles the disk space of the download, often on the same disk.
 [ "$free_kb" -gt $((2 * NEEDED_GB * 1024 * 1024)) ] || set -- "$@" --no-cache-dir
-if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".${extra:+[$extra]}" >&2; then
+# pip's progress goes to the terminal (3), its warnings and errors also to LOG. pip's own --log takes half a minute.
+{
+    .venv/bin/python -m pip install "$@" --no-compile -c constraints.txt -e ".${extra:+[$extra]}" 2>&1 >&3 ||
+        : >"$FAILED"
+} 3>&2 | tee "$LOG" >&2
+if [ -f "$FAILED" ]; then
     if grep -q 'No space left on device' "$LOG"; then
         hint="The disk ran full: pip also needs room in TMPDIR and in its cache."
     elif grep -qE 'ConnectionError|Timeout|timed out|SSLError|ProxyError|NameResolution' "$LOG"; then
@@ -93,8 +99,10 @@ if ! .venv/bin/python -m pip install "$@" --log "$LOG" -c constraints.txt -e ".$
     else
         hint="pip's last messages are above."
     fi
-    die "installing failed. $hint" "The whole log is $LOG; the next make starts again."
+    die "installing failed. $hint" "The next make starts again."
 fi
+# pip compiles on one core. Some packages have files for other versions of Python, which cannot be compiled.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || :
 # pip builds outside .venv, where there is no torch. The C++ form of the ops needs torch's headers, so it is built here.
 .venv/bin/python setup.py -q build_ext --inplace >&2
 printf 'extra:%s\n%s\n' "$extra" "$fingerprint" >"$STAMP"

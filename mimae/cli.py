@@ -44,7 +44,10 @@ _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
 )
-"""Reasons for which the system refuses a file that a user names. Others, as a missing file, may be a fault of ours."""
+"""Reasons for which the system refuses a file that a user names. Others, such as a missing file, may be our fault."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Reasons why a file that is open cannot grow. Such an error does not name the file."""
 
 
 def _command(verb: Callable[..., None]) -> Callable[..., None]:
@@ -74,14 +77,21 @@ def _command(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _run(verb: Callable[..., None], arguments: dict[str, Any]) -> None:
-    """Run a verb. A file that the system refuses, and results that could not be printed, are mistakes of the user."""
+    """Run a verb. A file that the system refuses, and results that could not be printed, are mistakes of the user.
+
+    Raises UserError for them, and typer.Exit with the exit code of a verb that has one.
+    """
     before = losses()
     try:
         verb(**arguments)
     except OSError as error:
-        if error.filename is None or error.errno not in _REFUSALS:
+        if error.errno not in (_FULL if error.filename is None else _REFUSALS):
             raise
-        raise UserError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}") from error
+        file = "a file" if error.filename is None else os.fsdecode(error.filename)
+        raise UserError(f"{file} cannot be used: {error.strerror}") from error
+    except typer.Exit as end:
+        if end.exit_code:
+            raise
     lost = losses().get("stdout")
     # A reader that closed the pipe, as `head` does, has what it wants.
     if lost is not None and lost != before.get("stdout") and lost.reason != os.strerror(errno.EPIPE):

@@ -23,7 +23,9 @@ import mimae
 from mimae import cli
 from mimae.config.recipe import Recipe
 from mimae.data.loading.batch import DataError
+from mimae.errors import UserError
 from mimae.outside import text
+from mimae.outside.text import say
 from mimae.tools import status
 from mimae.train import trainer
 from mimae.train.task import Task
@@ -155,6 +157,29 @@ def test_results_that_cannot_be_printed_are_an_error(
     monkeypatch.setattr(text, "_losses", {})
     monkeypatch.setattr(sys, "stdout", Unwritable(errno.EPIPE))
     assert launch(monkeypatch, "settings", *options) == 0
+
+
+def test_a_verb_with_an_exit_code_of_its_own_reports_lost_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verb(code: int) -> None:
+        say("results")
+        raise typer.Exit(code)
+
+    cli._run(verb, {"code": 0})
+    monkeypatch.setattr(text, "_losses", {})
+    monkeypatch.setattr(sys, "stdout", Unwritable(errno.ENOSPC))
+    with pytest.raises(UserError, match="the results are not complete"):
+        cli._run(verb, {"code": 0})
+    with pytest.raises(typer.Exit):
+        cli._run(verb, {"code": 1})
+
+
+@pytest.mark.parametrize("name", [None, "out.json"])
+def test_a_full_disk_is_no_fault_of_the_program(name: str | None) -> None:
+    def verb() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    with pytest.raises(UserError, match=f"{name or 'a file'} cannot be used: No space left on device"):
+        cli._run(verb, {})
 
 
 @pytest.mark.parametrize("arguments", [["pretrain"], ["nosuch"], ["config", "--nosuch", "x"], ["bench", "nosuch"], []])

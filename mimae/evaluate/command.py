@@ -21,23 +21,14 @@ def probe(
 
     Uses a linear probe, a probe with few labels, and nearest neighbours. Prints the results, then writes them.
     """
-    from mimae.errors import UserError
     from mimae.evaluate.probe import probe
-    from mimae.outside.files import Folder, write_atomically
+    from mimae.outside.files import write_report
     from mimae.outside.output import as_json
 
     result = probe(run, train, test, images, baselines)
     if not as_json(result):
         _print(run, result)
-    text = json.dumps(result, indent=2) + "\n"
-    try:
-        if out is None:
-            Folder(run).replace("probe.json", text)
-        else:
-            write_atomically(out, text)
-    except OSError as error:
-        other = "; --out FILE names another file" if out is None else ""
-        raise UserError(f"{out or run / 'probe.json'} cannot be written: {error.strerror}{other}") from error
+    write_report(run, "probe.json", json.dumps(result, indent=2) + "\n", out)
 
 
 def _print(run: Path, result: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mimae.errors import RunError
+from mimae.errors import RunError, UserError
 from mimae.outside.text import say
 
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # Without O_NONBLOCK, opening a FIFO waits for its other end.
@@ -131,9 +131,22 @@ class Folder:
             _replace(parent, last, content)
 
     def folder(self, name: str) -> Path:
-        """Make a folder if it does not exist, and return its path, for libraries that write by themselves."""
+        """Make a folder if it does not exist, and return its path."""
         with self._parent(f"{name}/.", make=True):
             return self.path / name
+
+    def entrust(self, name: str) -> Path:
+        """Return the path of a folder, as `folder` does, for a library that opens files in it by itself.
+
+        Raises OSError if a symbolic link at any depth leads out of the folder, because the library may follow it.
+        """
+        folder = self.folder(name)
+        home = folder.resolve()
+        for parent, folders, names in os.walk(folder):
+            for path in (Path(parent, each) for each in (*folders, *names)):
+                if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                    raise OSError(errno.ELOOP, f"{path.relative_to(self.path)} is a symbolic link out of it", name)
+        return folder
 
     def sweep(self) -> None:
         """Remove temporary files that a kill left."""
@@ -218,12 +231,34 @@ class Folder:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file so that a reader, or a kill, sees the old content or the new one."""
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Replace a small file so that a reader, or a kill, sees the old content or the new one.
+
+    Raises OSError with the path as its filename.
+    """
     try:
-        _replace(parent, path.name, content.encode() if isinstance(content, str) else content)
-    finally:
-        os.close(parent)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _replace(parent, path.name, content.encode() if isinstance(content, str) else content)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_report(run: Path, name: str, content: str, out: Path | None) -> Path:
+    """Write a report to `out`, by default to the file `name` of a run, and return its path.
+
+    Raises UserError if it cannot be written.
+    """
+    try:
+        if out is None:
+            Folder(run).replace(name, content)
+        else:
+            write_atomically(out, content)
+    except OSError as error:
+        other = "; --out FILE names another file" if out is None else ""
+        raise UserError(f"{out or run / name} cannot be written: {error.strerror}{other}") from error
+    return out or run / name
 
 
 @contextmanager

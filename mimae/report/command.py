@@ -20,23 +20,15 @@ def report(
 
     The page is one file and needs no network. The run may still be in progress.
     """
-    from mimae.errors import UserError
-    from mimae.outside.files import Folder, write_atomically
+    from mimae.outside.files import write_report
     from mimae.outside.output import as_json
     from mimae.outside.text import say
     from mimae.report.page import page
     from mimae.report.runs import read
 
-    made = page(read(run))
-    try:
-        if out is None:
-            Folder(run).replace("report.html", made)
-        else:
-            write_atomically(out, made)
-    except OSError as error:
-        raise UserError(f"{out or run / 'report.html'} cannot be written: {error.strerror}") from error
-    if not as_json({"page": out or run / "report.html"}):
-        say(out or run / "report.html")
+    made = write_report(run, "report.html", page(read(run)), out)
+    if not as_json({"page": made}):
+        say(made)
 
 
 def watch(
@@ -88,7 +80,7 @@ def compare(
         if out is not None:
             write_atomically(out, compare.as_page(found))
     except OSError as error:
-        raise UserError(f"{error.filename or save or out} cannot be written: {error.strerror}") from error
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
     if baseline is not None:
         raise typer.Exit(1 if found.regressions or found.missing else 0)
 

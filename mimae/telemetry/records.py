@@ -90,7 +90,9 @@ def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) ->
     with suppress(OSError), os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
         if tail:
             file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        begins = True  # The rest of a long line is no record either.
         while limit > 0 and (line := file.readline(_LONGEST_LINE)):
             limit -= len(line)
-            if (found := parse(line)) is not None:
+            if begins and (found := parse(line)) is not None:
                 yield found
+            begins = line.endswith(b"\n")

@@ -136,7 +136,7 @@ class TensorBoard:
             return
         try:
             if self._writer is None:
-                home = str(self._folder.folder(self.name))
+                home = str(self._folder.entrust(self.name))
                 # The random suffix prevents a prepared link at the path of the file.
                 suffix = f".{secrets.token_hex(8)}"
                 self._writer = self._class(home, purge_step=self._purge_step, filename_suffix=suffix)

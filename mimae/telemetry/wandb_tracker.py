@@ -28,7 +28,7 @@ class WandB:
         self._run: Any = None
 
     def rewind(self, step: int) -> None:
-        self._folder.folder(self.name)  # Raises if it is a link.
+        self._folder.folder(self.name)  # Raises if it is a link. Inside it wandb makes its own links, and new names.
         home = self._folder.path.absolute()
         self._run = wandb.init(
             id=kept_id(self._folder, self.name, lambda: secrets.token_hex(4)),

@@ -202,7 +202,7 @@ def evaluate(
         if out is not None:
             write_atomically(out, json.dumps(report, indent=2) + "\n")
         if picture is not None and found.picture is not None:
-            picture.write_bytes(found.picture)
+            write_atomically(picture, found.picture)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
 

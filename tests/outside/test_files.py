@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mimae.errors import RunError
+from mimae.errors import RunError, UserError
 from mimae.outside import files
-from mimae.outside.files import Folder, made_beside, write_atomically
+from mimae.outside.files import Folder, made_beside, write_atomically, write_report
 
 WRITES: dict[str, Callable[[Folder, str], object]] = {
     "append": lambda folder, name: folder.append(name, b"new\n"),
@@ -21,6 +22,7 @@ WRITES: dict[str, Callable[[Folder, str], object]] = {
     "create": lambda folder, name: os.close(folder.create(name)),
     "open": lambda folder, name: os.close(folder.open(name, os.O_RDWR | os.O_CREAT)),
     "folder": lambda folder, name: folder.folder(name),
+    "entrust": lambda folder, name: folder.entrust(name),
 }
 
 
@@ -44,6 +46,35 @@ def test_no_link_is_followed(tmp_path: Path, victim: Path, write: str) -> None:
         assert caught.value.filename in (name, f"{name}/.")
     assert [path.name for path in victim.iterdir()] == ["file"] and not (tmp_path / "made").exists()
     assert (victim / "file").read_text() == "precious\n"
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "out.json"
+    with pytest.raises(OSError) as caught:
+        write_atomically(path, "content")
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"out\.json cannot be written: No space left on device$"):
+        write_report(tmp_path, "other.json", "content", path)
+    with pytest.raises(UserError, match=r"other\.json cannot be written: No space left on device; --out FILE names"):
+        write_report(tmp_path, "other.json", "content", None)
+
+
+def test_a_library_gets_no_folder_with_a_link_out_of_it(tmp_path: Path, victim: Path) -> None:
+    inside = tmp_path / "run/tracker/1/metrics"
+    inside.mkdir(parents=True)
+    (inside / "loss").touch()
+    (inside / "newest").symlink_to("loss")
+    (tmp_path / "run/tracker/first").symlink_to("1")
+    assert Folder(tmp_path / "run").entrust("tracker") == tmp_path / "run/tracker"
+    for name, target in (("rec", victim / "file"), ("folder", victim), ("new", tmp_path / "made")):
+        (inside / name).symlink_to(target)
+        with pytest.raises(OSError, match=f"tracker/1/metrics/{name} is a symbolic link out of it"):
+            Folder(tmp_path / "run").entrust("tracker")
+        (inside / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["../victim/file", "..", "", "images/../../victim/file"])

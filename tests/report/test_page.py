@@ -157,7 +157,6 @@ def test_a_run_with_nothing_in_it_has_a_page(make_run: MakeRun) -> None:
     assert "no step logged yet" in page(read(run))
 
 
-@pytest.mark.slow  # a hundred thousand lines are written and read
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seconds", [0.0, None])
 def test_epochs_without_a_time_have_no_phases(make_run: MakeRun, seconds: float | None) -> None:
@@ -171,6 +170,7 @@ def test_an_event_may_lack_its_step(make_run: MakeRun) -> None:
     assert "waiting for data. The run&#x27;s own diagnosis: waited for data 40%." in page(read(run))
 
 
+@pytest.mark.slow  # a hundred thousand lines are written and read
 def test_a_page_of_a_long_run_is_small_and_soon_made(make_run: MakeRun) -> None:
     random = np.random.default_rng(0)
     losses = random.standard_normal(100_000).tolist()

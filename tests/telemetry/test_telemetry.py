@@ -135,6 +135,8 @@ def test_records_are_read_line_by_line(tmp_path: Path) -> None:
     assert [record["step"] for record in read(folder, "metrics.jsonl", 64, tail=True)] == [2]
     assert [record["step"] for record in read(folder, "metrics.jsonl", 12)] == [1]
     assert not list(read(folder, "epochs.jsonl"))
+    file.write_bytes(b" " * (1 << 20) + b'{"step": 3}\n{"step": 4}\n')
+    assert [record["step"] for record in read(folder, "metrics.jsonl")] == [4]
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -201,7 +202,8 @@ with Telemetry(Path(sys.argv[1]), settings, is_main=True, total_steps=9) as tele
 """
 
 
-def _tracked(run: Path, tracker: str, first: int, **variables: str) -> None:
+def _tracked(run: Path, tracker: str, first: int, fault: str = "", **variables: str) -> None:
+    """Track two steps in a process of its own, which says that the tracker cannot be written for reason `fault`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW"))}
     done = subprocess.run(
         [sys.executable, "-c", TRACKED, str(run), tracker, str(first)],
@@ -211,7 +213,8 @@ def _tracked(run: Path, tracker: str, first: int, **variables: str) -> None:
         env=environment | variables,
         timeout=300,
     )
-    assert done.returncode == 0 and "cannot be written" not in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and ("cannot be written" in done.stdout) == bool(fault), done.stdout + done.stderr
+    assert fault in done.stdout
 
 
 @pytest.mark.slow  # the import of mlflow
@@ -222,20 +225,21 @@ def test_mlflow_takes_the_names_of_any_classes(tmp_path: Path) -> None:
 
     from mimae.telemetry.mlflow_tracker import MLflow
 
-    calls: list[int] = []
+    calls: list[list[str]] = []
 
     class Client:
         def log_batch(self, run: str, metrics: list[Any], synchronous: bool) -> None:
             _validate_batch_log_limits(metrics, [], [])
             for each in metrics:
                 _validate_metric(each.key, each.value, each.timestamp, each.step)
-            calls.append(len(metrics))
+            calls.append([each.key for each in metrics])
 
     tracker = MLflow(Folder(tmp_path))
     tracker._client = Client()
-    names = ["door; double door", "<b>", "a//b/", "Straße", "a" * 400, *map(str, range(1200))]
+    names = ["door; double door", "<b>", ">b<", "a//b/", "Straße", "a" * 400, "a" * 401, *map(str, range(1200))]
     tracker.scalars("epoch", {f"iou_{name}": 0.5 for name in names}, 1)
-    assert calls == [1000, 205]
+    assert [len(call) for call in calls] == [1000, 207]
+    assert len({key for call in calls for key in call}) == len(names), "each class has its own metric"
 
 
 @pytest.mark.slow
@@ -257,6 +261,18 @@ def test_mlflow_keeps_one_run_through_a_resume(tmp_path: Path, monkeypatch: pyte
     assert not client.get_metric_history(found.info.run_id, "train/rec")
     stored = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert {"config.yaml", "environment.json", "images"} <= stored
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow_writes_nothing_where_a_stranger_says(tmp_path: Path) -> None:
+    _tracked(tmp_path / "run", "mlflow", 0)
+    (tmp_path / "victim").mkdir()
+    (meta,) = (tmp_path / "run/mlflow").glob("*/*/meta.yaml")
+    place = f"artifact_uri: {(tmp_path / 'victim').as_uri()}"
+    meta.write_text(re.sub("artifact_uri: .*", place, meta.read_text()))
+    _tracked(tmp_path / "run", "mlflow", 1, fault="victim as the place of pictures and texts")
+    assert not list((tmp_path / "victim").iterdir())
 
 
 @pytest.mark.slow
