@@ -38,8 +38,6 @@ def as_rows(
     `found` is the output of `ViTDet.detect` for the image. `size` and `on_canvas` are its (height, width) in the file
     and on the canvas.
     """
-    from faster_coco_eval.core import mask as coco_mask
-
     ratio = torch.tensor([size[1] / on_canvas[1], size[0] / on_canvas[0]], dtype=torch.float64)
     boxes = found["boxes"].cpu() * ratio.float().repeat(2)
     rows: list[dict[str, Any]] = []
@@ -56,7 +54,7 @@ def as_rows(
     if "masks" in found and rows:
         masks = paste_masks_in_image(found["masks"].cpu().float(), boxes, size)
         for row, mask in zip(rows, masks[:, 0].numpy() > 0.5):
-            runs = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            runs = _encoded(mask)
             row["segmentation"] = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
     return rows
 
@@ -100,17 +98,10 @@ def _per_class(precision: np.ndarray, ids: Sequence[int], categories: Sequence[C
 
 def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
     """Return the annotations of images as a COCO dictionary, with masks as RLE."""
-    from faster_coco_eval.core import mask as coco_mask
-
     annotations: list[dict[str, Any]] = []
     for i in images:
         objects = coco.objects[i]
-        drawn: np.ndarray | None = None
-        if masks:
-            try:
-                drawn = coco.masks(i, np.arange(len(objects.boxes)))
-            except BadImage as error:
-                raise UserError(f"the masks of image {coco.image_ids[i]} of {coco.file}: {error}") from error
+        drawn = _runs(coco, i) if masks else None
         for place, (left, top, right, bottom) in enumerate(objects.boxes.tolist()):
             each: dict[str, Any] = {
                 "id": len(annotations) + 1,
@@ -121,10 +112,10 @@ def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
                 "iscrowd": int(objects.crowd[place]),
             }
             if drawn is not None:
-                runs = coco_mask.encode(np.asfortranarray(drawn[place].astype(np.uint8)))
-                each |= {"segmentation": runs, "area": float(drawn[place].sum())}
-            # COCO tells small from large objects by what the file gives as their areas: those of its polygons.
-            each |= {"area": area} if (area := float(objects.areas[place])) > 0 else {}
+                each["segmentation"], each["area"] = drawn[place]
+            # COCO sorts objects by size with the area in the file, which is the polygons' area.
+            if objects.areas[place] > 0:
+                each["area"] = float(objects.areas[place])
             annotations.append(each)
     return {
         "images": [
@@ -133,6 +124,23 @@ def _truth(coco: Coco, images: Sequence[int], masks: bool) -> dict[str, Any]:
         "categories": [{"id": number, "name": name} for number, name in coco.categories],
         "annotations": annotations,
     }
+
+
+def _runs(coco: Coco, i: int) -> list[tuple[dict[str, Any], float]]:
+    """Return the masks of an image as RLE, with their areas in pixels."""
+    drawn = coco.masks(i, np.arange(len(coco.objects[i].boxes)))
+    try:
+        return [(_encoded(mask), float(mask.sum())) for mask in drawn]
+    except BadImage as error:
+        raise UserError(f"the masks of image {coco.image_ids[i]} of {coco.file}: {error}") from error
+
+
+def _encoded(mask: np.ndarray) -> dict[str, Any]:
+    """Return a mask bool (height, width) as RLE, with `size` and `counts` (bytes)."""
+    from faster_coco_eval.core import mask as coco_mask
+
+    runs: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return runs
 
 
 def _empty(truth: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,8 @@ class Coco:
                     by_image[int(each["image_id"])].append(each)
             names = {number: str(each["file_name"]) for number, each in images.items()}
             found = {number: self._objects(images[number], by_image[number], class_of) for number in images}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # JSON has numbers of any size, and most readers take Infinity for one.
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{key}={file} is not in COCO's layout ({type(error).__name__}: {printable(str(error))}); it needs "
                 "images, annotations and categories, like instances_train2017.json"
@@ -156,32 +157,33 @@ class Coco:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes. A name that several categories have is followed by the id."""
-        counts = Counter(name for _, name in self.categories)
-        return [name if counts[name] == 1 else f"{name} ({number})" for number, name in self.categories]
+        """The names of the classes, see `names_of`."""
+        return names_of(self.categories)
 
-    def masks(self, i: int, which: np.ndarray) -> np.ndarray:
-        """Return the masks of the objects `which` of image `i`, bool (n, height, width).
+    def masks(self, i: int, which: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the masks of the objects `which` of image `i` one by one, each bool (height, width).
 
-        The mask of a crowd region without one is its box. Raises BadImage if a mask is damaged or missing.
+        All masks of a large photograph with many objects would take gigabytes. The mask of a crowd region without one
+        is its box. Raises BadImage if a mask is damaged or missing.
         """
         objects = self.objects[i]
         segments = [objects.segments[place] for place in which.tolist()]
-        masks = np.zeros((len(which), objects.height, objects.width), bool)
         ids = self._panoptic_ids(i) if any(isinstance(each, int) for each in segments) else None
-        for mask, segment, place in zip(masks, segments, which.tolist()):
+        for segment, place in zip(segments, which.tolist()):
             if isinstance(segment, int):
-                mask[:] = ids == segment
+                assert ids is not None
+                mask: np.ndarray = ids == segment
                 if not mask.any():
                     raise BadImage(f"its panoptic picture has no pixel of the segment {segment}")
             elif segment is not None:
-                mask[:] = _drawn(segment, objects.height, objects.width)
+                mask = _drawn(segment, objects.height, objects.width)
             elif objects.crowd[place]:
                 left, top, right, bottom = objects.boxes[place].tolist()
+                mask = np.zeros((objects.height, objects.width), bool)
                 mask[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
             else:
                 raise BadImage("an object has no mask")
-        return masks
+            yield mask
 
     def summary(self) -> str:
         """Return in words how many objects there are, without crowd regions, and which classes have none."""
@@ -246,13 +248,22 @@ class Coco:
                         f"its panoptic picture {file} has {image.width} x {image.height} pixels, but the image has "
                         f"{size[0]} x {size[1]}"
                     )
-                pixels = np.asarray(image.convert("RGB")).astype(np.int64)
+                pixels = np.asarray(image.convert("RGB")).astype(np.int32)
         except BadImage:
             raise
         except Exception as error:  # Decoders raise almost any exception on damaged files.
             raise BadImage(f"its panoptic picture {file} cannot be read: {error}") from error
         ids: np.ndarray = pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
         return ids
+
+
+def names_of(categories: Sequence[Category]) -> list[str]:
+    """Return a different name for each category: a name that several of them have is followed by the id."""
+    names = [name for _, name in categories]
+    # A name with an id may be the name of another category, which then gets its own id.
+    while len(counts := Counter(names)) < len(names):
+        names = [f"{name} ({number})" if counts[name] > 1 else name for name, (number, _) in zip(names, categories)]
+    return names
 
 
 def _listed(categories: Sequence[Category]) -> str:
@@ -304,7 +315,7 @@ def _drawn(segment: Any, height: int, width: int) -> np.ndarray:
             is_text = not isinstance(segment["counts"], list)
             runs = segment if is_text else coco_mask.frPyObjects(segment, height, width)
         drawn: np.ndarray = coco_mask.decode(runs).astype(bool)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise BadImage(
             f"the mask of an object is neither polygons nor RLE ({type(error).__name__}: {error})"
         ) from error

@@ -9,6 +9,7 @@ Letters in shapes: H, W the canvas, M the largest number of objects.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ class DetectionReader(FittedReader):
         if self.seed is None:
             if self.settings.masks:
                 # An image whose masks cannot be drawn is left out, instead of an error when all images are done.
-                self.coco.masks(source_id, np.arange(len(objects.boxes)))
+                deque(self.coco.masks(source_id, np.arange(len(objects.boxes))), maxlen=0)
             return self._example(pixels, Placing(*fitted(pixels.shape[:2], self.canvas), 0, 0, False))
         placing = jittered(self.seed, epoch, sample_id, pixels.shape[:2], self.canvas, self.settings)
         placing = placing._replace(flip=placing.flip and self.flips)
@@ -134,11 +135,12 @@ class DetectionReader(FittedReader):
 
     def _masks(self, i: int, chosen: np.ndarray, placing: Placing) -> tuple[np.ndarray, np.ndarray]:
         """Return the masks of objects on the canvas, bool (n, H, W), and packed to bits (n, H, W / 8)."""
-        whole = torch.from_numpy(self.coco.masks(i, chosen))
-        scaled = F.resize(whole.byte()[:, None], [placing.height, placing.width], F.InterpolationMode.NEAREST)[:, 0]
-        cut = self._cut(scaled, placing)
         masks = np.zeros((len(chosen), *self.canvas), bool)
-        masks[:, : cut.shape[1], : cut.shape[2]] = cut.numpy()
+        for mask, whole in zip(masks, self.coco.masks(i, chosen), strict=True):
+            plane = torch.from_numpy(whole).byte()[None]
+            scaled = F.resize(plane, [placing.height, placing.width], F.InterpolationMode.NEAREST)[0]
+            cut = self._cut(scaled, placing)
+            mask[: cut.shape[0], : cut.shape[1]] = cut.numpy()
         return masks, np.packbits(masks, axis=2)
 
 

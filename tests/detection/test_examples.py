@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import tracemalloc
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from torch.nn.functional import max_pool2d
 
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import make_loader
-from mimae.data.pixels.decode import BadImage
+from mimae.data.pixels.decode import BadImage, look
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
 from mimae.data.sources.subset import subset_of
-from mimae.detection.coco import Coco
+from mimae.detection.average_precision import average_precision
+from mimae.detection.coco import Coco, names_of
 from mimae.detection.examples import DetectionReader, unpacked
 from mimae.detection.settings import DetectSettings
 from tests.detection import images
@@ -53,8 +56,8 @@ def test_polygons_rle_and_panoptic_segments_give_the_same_masks(folder: Path) ->
     assert drawn.has_masks() and [len(each.boxes) for each in drawn.objects] == [2, 2, 2, 2, 0]
     for i in range(5):
         which = np.arange(len(drawn.objects[i].boxes))
-        masks = drawn.masks(i, which)
-        assert np.array_equal(masks, panoptic.masks(i, which))
+        masks = list(drawn.masks(i, which))
+        assert np.array_equal(masks, list(panoptic.masks(i, which)))
         for mask, (left, top, right, bottom) in zip(masks, drawn.objects[i].boxes.astype(int)):
             assert mask[top:bottom, left:right].sum() == mask.sum() > 100
     assert drawn.classes == ["square", "disc"] and drawn.image_ids == [100, 103, 106, 109, 112]
@@ -139,6 +142,11 @@ def _changed(folder: Path, kind: str, changes: Mapping[int, Mapping[str, Any]]) 
         ("annotations", {0: {"bbox": [1, 2]}, 1: {"bbox": [3, 4]}}, "a box of image 100 is not four finite numbers"),
         ("annotations", {0: {"bbox": [1, 2, 3, math.nan]}}, "a box of image 100 is not four finite numbers"),
         ("annotations", {i: {"bbox": [0.1, 0.2, 0.3, 0.4]} for i in range(8)}, "has no box as large as a pixel"),
+        # JSON has numbers that neither float64 nor an integer can be.
+        ("images", {0: {"id": math.inf}}, "is not in COCO's layout .OverflowError"),
+        ("images", {0: {"height": 10**400}}, "is not in COCO's layout .OverflowError"),
+        ("annotations", {0: {"area": 10**400}}, "is not in COCO's layout .OverflowError"),
+        ("annotations", {0: {"bbox": [10**400, 0, 1, 1]}}, "is not in COCO's layout .OverflowError"),
     ],
 )
 def test_annotations_that_contradict_themselves_are_refused(
@@ -177,7 +185,10 @@ def test_a_part_of_the_images_has_its_annotations(folder: Path) -> None:
         ([[10, 10, math.nan, 10, 20, 20]], "a polygon has a coordinate that is not a number up to 1,000,000"),
         ([[10, 10, 1e12, 10, 20, 20]], "a polygon has a coordinate that is not a number up to 1,000,000"),
         ({"size": [20, 16], "counts": [5, 10, 305]}, "the mask of an object has 16 x 20 pixels, not 72 x 64"),
+        ([[10, 10, 10**400, 10, 20, 20]], "a polygon has a coordinate that is not a number up to 1,000,000"),
         ({"size": [64, 72], "counts": [5, 10]}, "is neither polygons nor RLE"),
+        ({"size": [64, 72], "counts": [10**400, 10]}, "is neither polygons nor RLE"),
+        ({"size": [math.inf, 72], "counts": [5, 10]}, "the mask of an object has 72 x inf pixels"),
     ],
 )
 def test_masks_that_enclose_nothing_are_empty_and_damaged_ones_bad(
@@ -185,10 +196,10 @@ def test_masks_that_enclose_nothing_are_empty_and_damaged_ones_bad(
 ) -> None:
     found = _changed(folder, "annotations", {0: {"segmentation": segmentation}})
     if isinstance(pixels, int):
-        assert found.masks(0, np.array([0])).sum() == pixels
+        assert sum(mask.sum() for mask in found.masks(0, np.array([0]))) == pixels
     else:
         with pytest.raises(BadImage, match=pixels):
-            found.masks(0, np.array([0]))
+            list(found.masks(0, np.array([0])))
         reader = DetectionReader(found, DATA, DetectSettings(), None)
         (batch,) = make_loader(DATA, source(folder), seed=0, batch_size=5, reader=reader).epoch(0)
         assert [bad.id for bad in batch.bad] == [0], "an evaluation leaves the image out"
@@ -199,11 +210,52 @@ def test_masks_of_an_image_may_have_several_forms(folder: Path) -> None:
     _changed(folder, "annotations", {0: {"segment_id": None}})
     mixed = Coco(str(folder / "changed.json"), "detect.annotations", source(folder), panoptic)
     assert isinstance(mixed.objects[0].segments[0], list) and isinstance(mixed.objects[0].segments[1], int)
-    assert np.array_equal(mixed.masks(0, np.arange(2)), drawn.masks(0, np.arange(2)))
+    assert np.array_equal(list(mixed.masks(0, np.arange(2))), list(drawn.masks(0, np.arange(2))))
     _changed(folder, "annotations", {0: {"segment_id": 77777}})
     other = Coco(str(folder / "changed.json"), "detect.annotations", source(folder), panoptic)
     with pytest.raises(BadImage, match="its panoptic picture has no pixel of the segment 77777"):
-        other.masks(0, np.arange(2))
+        list(other.masks(0, np.arange(2)))
+
+
+def test_masks_are_drawn_one_at_a_time_over_one_reading_of_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All masks in one array would take as many bytes as they have pixels.
+
+    The limit is half of them. A few masks, the image, its panoptic picture and the packed targets fit into it.
+    """
+    side, count = 192, 96
+    tree = images.write(tmp_path, 2, side)
+    each = tree["annotations"][0]
+    several = [each | {"id": number} for number in range(count)]
+    (tmp_path / "instances.json").write_text(json.dumps(tree | {"annotations": several}))
+    places = [source(tmp_path), str(tmp_path / "panoptic")]
+    drawn, panoptic = (Coco(str(tmp_path / "instances.json"), "detect.annotations", *places[:n]) for n in (1, 2))
+    readings: list[int] = []
+    read = Coco._panoptic_ids
+
+    def counted(self: Coco, i: int) -> np.ndarray:
+        readings.append(i)
+        return read(self, i)
+
+    monkeypatch.setattr(Coco, "_panoptic_ids", counted)
+    encoded = look((tmp_path / "images/000.png").read_bytes(), DATA.max_pixels)
+    settings = DetectSettings(max_objects=count)
+    for found in (drawn, panoptic):
+        for use in (
+            partial(DetectionReader(found, DATA, settings, None), encoded, 0, 0, 0),
+            partial(DetectionReader(found, DATA, settings, 0), encoded, 0, 0, 0),
+            partial(average_precision, found, [0], [], True),
+        ):
+            use()  # Libraries are imported.
+            tracemalloc.start()
+            try:
+                use()
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert peak < count * side * (side + 8) / 2, (use, peak)
+    assert len(readings) == 2 * 3
 
 
 def test_a_crowd_without_a_mask_is_its_box(folder: Path) -> None:
@@ -231,6 +283,7 @@ def test_objects_are_counted_and_missing_classes_named(folder: Path) -> None:
 def test_names_are_one_line_and_different(folder: Path) -> None:
     categories = [{"id": 7, "name": "a\nb"}, {"id": 30, "name": "a\nb"}]
     assert coco(folder, categories=categories).classes == [r"a\nb (7)", r"a\nb (30)"]
+    assert names_of([(1, "a"), (2, "a"), (3, "a (1)"), (4, "b")]) == ["a (1) (1)", "a (2)", "a (1) (3)", "b"]
 
 
 def test_a_validation_file_may_lack_categories_and_have_another_order(folder: Path) -> None:
@@ -268,7 +321,7 @@ def test_a_panoptic_picture_that_does_not_fit_is_bad(folder: Path, content: byte
         picture.write_bytes(content)
     found = Coco(str(folder / "instances.json"), "detect.annotations", source(folder), str(folder / "panoptic"))
     with pytest.raises(BadImage, match=f"its panoptic picture .*000.png {said}"):
-        found.masks(0, np.arange(2))
+        list(found.masks(0, np.arange(2)))
 
 
 def test_annotations_are_not_read_from_a_pipe(folder: Path) -> None:

@@ -135,7 +135,7 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path, overrides: list[s
 def test_objects_without_masks_are_said(folder: Path, tmp_path: Path) -> None:
     text = (folder / "instances.json").read_text().replace('"segmentation"', '"other"')
     (tmp_path / "boxes.json").write_text(text)
-    with pytest.raises(UserError, match=r"objects without a mask: legal are detect.masks=false"):
+    with pytest.raises(UserError, match=r"objects without a mask: legal are detect.masks=false, or detect.panoptic"):
         train(Detect(recipe(folder, tmp_path / "run", f"detect.annotations={tmp_path}/boxes.json")))
 
 
@@ -155,6 +155,15 @@ def test_a_validation_file_without_masks_is_refused_at_the_start(folder: Path, t
     task = Detect(recipe(folder, tmp_path / "run", f"detect.val_annotations={tmp_path}/boxes.json"))
     with pytest.raises(DataError, match=r"detect.val_annotations=.* objects without a mask: .*detect.val_panoptic"):
         task.check()
+
+
+def test_outputs_have_different_names(folder: Path, tmp_path: Path) -> None:
+    tree = json.loads((folder / "instances.json").read_text())
+    for category in tree["categories"]:
+        category["name"] = "thing"
+    (tmp_path / "equal.json").write_text(json.dumps(tree))
+    task = Detect(recipe(folder, tmp_path / "run", f"detect.annotations={tmp_path}/equal.json"))
+    assert task.outputs() == task.coco.classes == ["thing (7)", "thing (30)"]
 
 
 def _trained(folder: Path, run: Path, overrides: list[str]) -> float:

@@ -17,7 +17,7 @@ from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.detection import drawing
 from mimae.detection.average_precision import as_rows
-from mimae.detection.coco import Category
+from mimae.detection.coco import Category, names_of
 from mimae.detection.examples import FittedReader
 from mimae.train.predictors.base import Predictor, Write, whole_file
 
@@ -77,7 +77,7 @@ class ObjectPredictor(Predictor[Found]):
 
     def drawn(self, image: Tensor, found: Found) -> Image.Image:
         height, width = found.on_canvas
-        names = [name for _, name in self.categories]
+        names = names_of(self.categories)
         return Image.fromarray(drawing.detected(image[:height, :width], found.objects, names).numpy())
 
 

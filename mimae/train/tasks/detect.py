@@ -15,7 +15,7 @@ from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches
 from mimae.detection import average_precision as ap
 from mimae.detection import drawing
-from mimae.detection.coco import Category, Coco
+from mimae.detection.coco import Category, Coco, names_of
 from mimae.detection.examples import DetectionReader
 from mimae.detection.vitdet import LOSSES, ViTDet
 from mimae.evaluate import share
@@ -75,7 +75,8 @@ class Detect(Transfer[ViTDet]):
         settings = self.recipe.detect
         if settings.annotations is None:
             raise DataError("detect.annotations=null: it has to name the COCO file of the images of data.path")
-        return self._usable(Coco(settings.annotations, "detect.annotations", self.source, settings.panoptic))
+        coco = Coco(settings.annotations, "detect.annotations", self.source, settings.panoptic)
+        return self._usable(coco, "detect.panoptic")
 
     @cached_property
     def held_out(self) -> Coco | None:
@@ -86,14 +87,17 @@ class Detect(Transfer[ViTDet]):
         if settings.val_annotations is None:
             raise DataError(f"data.val_path={self.validation.name} needs detect.val_annotations, its COCO file")
         place = settings.val_annotations, "detect.val_annotations", self.validation, settings.val_panoptic
-        return self._usable(Coco(*place, self.categories))
+        return self._usable(Coco(*place, self.categories), "detect.val_panoptic")
 
-    def _usable(self, coco: Coco) -> Coco:
-        """Return the annotations. Raises DataError if masks are to be learned and an object has none."""
+    def _usable(self, coco: Coco, panoptic_key: str) -> Coco:
+        """Return the annotations. Raises DataError if masks are to be learned and an object has none.
+
+        `panoptic_key` is the setting that names their folder of panoptic pictures.
+        """
         if self.recipe.detect.masks and not coco.has_masks():
             raise DataError(
                 f"{coco.key}={coco.file} has objects without a mask: legal are detect.masks=false, or "
-                f"{coco.key.replace('annotations', 'panoptic')} with the folder of panoptic pictures"
+                f"{panoptic_key} with the folder of panoptic pictures"
             )
         return coco
 
@@ -156,7 +160,7 @@ class Detect(Transfer[ViTDet]):
         self.found = None
 
     def outputs(self) -> Sequence[str]:
-        return [name for _, name in self.categories]
+        return names_of(self.categories)
 
     def predictor(self, model: ViTDet, options: Options) -> ObjectPredictor:
         ap.require()
