@@ -43,8 +43,11 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device |
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in ours | theirs:
-        found, wanted = theirs.get(name, "missing"), ours.get(name, "unknown here")
-        if found != wanted:
-            raise ValueError(f"the shape of {name} is {found}, and the model's is {wanted}")
+        if name not in theirs:
+            raise ValueError(f"{name} is missing")
+        if name not in ours:
+            raise ValueError(f"the model has no {name}")
+        if theirs[name] != ours[name]:
+            raise ValueError(f"{name} has the shape {theirs[name]}, and the model needs {ours[name]}")
     materialise(model, device)
     model.load_state_dict(tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from mimae.config.recipe import Recipe
 from mimae.outside.text import printable
-from mimae.report.runs import Floats, Run
+from mimae.report.runs import Floats, Run, number
 from mimae.telemetry import cores
 from mimae.telemetry.records import PHASES
 
@@ -20,8 +19,6 @@ Weight = Literal["bad", "warn", "good"]
 SLOW = 0.05
 """Smallest share of the wall time that is reported."""
 
-
-_WAITED = "waited for data"
 _WARNINGS = 3
 """Maximal number of the run's own warnings that are repeated."""
 
@@ -59,9 +56,9 @@ def _faults(run: Run) -> list[Finding]:
         found.append(Finding("bad", f"{_times(kinds['save failed'], 'save', 'saves')} of a checkpoint failed."))
     if kinds["fault"]:
         found.append(Finding("warn", f"{_times(kinds['fault'], 'fault', 'faults')}: see the table of events."))
-    warnings = [str(event["details"].get("what")) for event in run.events if event["kind"] == "warning"]
+    warnings = [event["details"] for event in run.events if event["kind"] == "warning"]
     # The diagnosis of waiting is reported together with its share of the time.
-    others = dict.fromkeys(printable(text) for text in warnings if _WAITED not in text)
+    others = dict.fromkeys(printable(str(each.get("what"))) for each in warnings if "waited" not in each)
     found += [Finding("warn", f"{text[:1].upper()}{text[1:300]}.") for text in list(others)[-_WARNINGS:]]
     if kinds["resume"]:
         found.append(Finding("good", f"The run was resumed {_times(kinds['resume'], 'time', 'times')}."))
@@ -85,16 +82,7 @@ def _waits(run: Run) -> list[Finding]:
     found = []
     waiting = share("seconds_data") if epochs.has("seconds_data") else 0.0
     if waiting > SLOW:
-        # The run has its own diagnosis if it lasted long enough.
-        told = [(str(event["details"].get("what")), event.get("step")) for event in run.events]
-        causes = [(text, step) for text, step in told if _WAITED in text]
-        if causes:
-            text, step = max(causes, key=_waited)
-            place = "" if step is None else f", at step {step}"
-            cause = printable(f" The run's own diagnosis{place}: {text}.")
-        else:
-            cause = " mimae bench data compares loaders."
-        found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data.{cause}"))
+        found.append(Finding("warn", f"{waiting:.0%} of the time went into waiting for data. {_cause(run)}"))
     saving = share("seconds_checkpoint")
     if saving > SLOW:
         found.append(
@@ -148,10 +136,18 @@ def _learning(run: Run) -> list[Finding]:
     return found
 
 
-def _waited(cause: tuple[str, object]) -> float:
-    """Return the share of waiting that a diagnosis tells, in percent; 0 for a text that a run does not write."""
-    share = re.search(rf"{_WAITED} (\d+(?:\.\d+)?)%", cause[0])
-    return float(share[1]) if share else 0.0
+def _cause(run: Run) -> str:
+    """Return the run's diagnosis of its longest waiting for data, or advice if there is none.
+
+    A run has a diagnosis if it lasted long enough.
+    """
+    diagnoses = [event for event in run.events if event["kind"] == "warning" and "waited" in event["details"]]
+    if not diagnoses:
+        return "mimae bench data compares loaders."
+    longest = max(diagnoses, key=lambda event: float(np.nan_to_num(number(event["details"]["waited"]))))
+    step = longest.get("step")
+    place = "" if step is None else f", at step {step}"
+    return printable(f"The run's own diagnosis{place}: {longest['details'].get('what')}.")
 
 
 def _mean(values: Floats) -> float:

@@ -68,7 +68,8 @@ class Journal(Generic[M]):
         self.stalls, self.cache = Stalls(task.recipe.data), Fullness(task.recipe.data, task.source)
         self.gpu, self.cores, self.stragglers = GPUReadings(device), CoreReadings(), accounts.Stragglers()
         self.bytes_sent = task.bytes_sent(device)
-        self.warnings: list[str] = []
+        self.warnings: list[dict[str, Any]] = []
+        """Details of the events, with the text in `what`."""
         self.pace = Pace(self.phases, task.views)
         self.sums = EpochSums(self.phases, task.views)
         if sums is not None:
@@ -112,14 +113,15 @@ class Journal(Generic[M]):
         if step.latents is not None and distributed.rank() == 0:
             record |= collapse.collapse(step.latents)
         waits = self.stalls.verdict(WORTH_AT_END if number == self.steps else WORTH)
-        self.warnings += [w for w in (waits, self.stragglers.verdict(everyone), self.cache.verdict()) if w]
+        self.warnings += [] if waits is None else [waits._asdict()]
+        self.warnings += [{"what": w} for w in (self.stragglers.verdict(everyone), self.cache.verdict()) if w]
         return record
 
     def close_epoch(self, number: int, warning: str | None) -> None:
         """Write the warnings, the task's own one last, and begin the next epoch if this one is complete."""
-        for what in (*self.warnings, *([warning] if warning else [])):
-            self.telemetry.message(what)
-            self.telemetry.events.add("warning", step=number, what=what)
+        for details in (*self.warnings, *([{"what": warning}] if warning else [])):
+            self.telemetry.message(details["what"])
+            self.telemetry.events.add("warning", step=number, **details)
         self.warnings.clear()
         # Evaluation and picture do not count as training time.
         self._read_stalls(counts=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -166,8 +167,8 @@ def test_epochs_without_a_time_have_no_phases(make_run: MakeRun, seconds: float 
 
 def test_an_event_may_lack_its_step(make_run: MakeRun) -> None:
     run = make_run(epochs=[epoch_record(epoch, seconds_data=90.0) for epoch in range(3)])
-    (run / "events.jsonl").write_text(lines([{"kind": "warning", "details": {"what": "waited for data 40%"}}]))
-    assert "waiting for data. The run&#x27;s own diagnosis: waited for data 40%." in page(read(run))
+    (run / "events.jsonl").write_text(lines([{"kind": "warning", "details": {"what": "slow", "waited": 0.4}}]))
+    assert "waiting for data. The run&#x27;s own diagnosis: slow." in page(read(run))
 
 
 @pytest.mark.slow  # a hundred thousand lines are written and read
@@ -209,28 +210,37 @@ def test_findings_name_what_is_wrong_with_a_run(make_run: MakeRun) -> None:
 def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
     """A slow rank, a slow disk and a small cache are known from the run's warnings, slow cores from its figures.
 
-    Of several diagnoses of waiting, that of the longest waiting is repeated.
+    Of several diagnoses of waiting, that of the longest waiting is repeated, beside strange ones.
     """
     feed = Feed(100.0, 60.0, 60.0, Spent(180.0, 10.0, 5.0), 2, 2, "torch", None)
     slow = [{"seconds": 100.0, "exposed_communication": 0.3}, {"seconds": 100.0, "exposed_communication": 0.1}]
-    causes = {
+    causes: dict[str, tuple[dict[str, object], str]] = {
         "slow disk": (
-            diagnose(feed),
+            diagnose(feed)._asdict(),
             "storage is slow (92% of the work of 2 workers is reading); set data.cache=",
         ),
-        "slow rank": (Stragglers().verdict(slow), "Rank 1 is a straggler, and the others wait for it 20% of a step"),
-        "small cache": ("the cache is too small: data.cache=encoded holds 1 of 4 samples", "The cache is too small"),
+        "slow rank": (
+            {"what": Stragglers().verdict(slow)},
+            "Rank 1 is a straggler, and the others wait for it 20% of a step",
+        ),
+        "small cache": (
+            {"what": "the cache is too small: data.cache=encoded holds 1 of 4 samples"},
+            "The cache is too small",
+        ),
     }
-    for name, (warning, words) in causes.items():
+    for name, (details, words) in causes.items():
         run = make_run(name, epochs=[epoch_record(epoch, seconds_data=40.0) for epoch in range(3)])
-        event = {"kind": "warning", "step": 300, "details": {"what": warning}}
+        event = {"kind": "warning", "step": 300, "details": details}
         (run / "events.jsonl").write_text(lines([event]))
         assert any(words in finding.text for finding in findings(read(run))), name
     run = make_run("later", epochs=[epoch_record(epoch, seconds_data=40.0) for epoch in range(3)])
-    warned = (diagnose(feed._replace(stalled=stalled)) for stalled in (60.0, 3.9))
-    events = [{"kind": "warning", "step": 100 * i, "details": {"what": text}} for i, text in enumerate(warned)]
-    (run / "events.jsonl").write_text(lines(events))
-    assert any("at step 0: the device waited for data 60.0%" in finding.text for finding in findings(read(run)))
+    warned: list[dict[str, object]] = [{"what": "strange", "waited": value} for value in (None, math.nan, "0.9", [1])]
+    warned[1:1] = [diagnose(feed._replace(stalled=stalled))._asdict() for stalled in (3.9, 60.0, 7.0)]
+    (run / "events.jsonl").write_text(
+        lines({"kind": "warning", "step": step, "details": details} for step, details in enumerate(warned))
+    )
+    told = [finding.text for finding in findings(read(run))]
+    assert any("at step 2: the device waited for data 60.0%" in text for text in told) and len(told) == 1, told
     throttled = make_run("throttled", epochs=[epoch_record(0, cpu_limited=0.6, cpu_waiting=0.7, cpu_hot=None)])
     told = [finding.text for finding in findings(read(throttled))]
     assert any("in 60% of the time the limit of its control group held it back" in text for text in told)

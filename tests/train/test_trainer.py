@@ -25,6 +25,7 @@ from mimae.config.recipe import Recipe
 from mimae.data.loading import backend
 from mimae.data.loading.backend import Choice
 from mimae.data.loading.loader import evaluation_batches
+from mimae.data.loading.stalls import Diagnosis, Stalls
 from mimae.data.sources.open import open_source
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.replicas import DivergenceError
@@ -333,6 +334,17 @@ def test_nothing_is_saved_once_copies_differ(images: Path, tmp_path: Path, monke
     with pytest.raises(DivergenceError):
         pretrain(recipe(images, tmp_path, "checkpoint.background=false"))
     assert checkpoint.names(tmp_path) == ["step-00000002"]
+
+
+def test_a_wait_for_data_is_an_event_with_its_share(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Stalls, "verdict", lambda self, worth: Diagnosis("the storage is slow", 0.25))
+    quick = ("schedule.max_steps=1", "telemetry.probe_every_epochs=0", "telemetry.images_every_epochs=0")
+    pretrain(recipe(images, tmp_path, *quick))
+    found = [event["details"] for event in lines(tmp_path / "events.jsonl") if event["kind"] == "warning"]
+    assert {"what": "the storage is slow", "waited": 0.25} in found
+    assert "the storage is slow" in capsys.readouterr().out
 
 
 def test_the_next_views_patches_are_what_is_validated_and_pictured(

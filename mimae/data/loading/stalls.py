@@ -45,10 +45,20 @@ class Feed(NamedTuple):
     cache: str | None
 
 
-def diagnose(feed: Feed) -> str:
-    """Return one line: the fraction of time that the device waited for data, the likely cause, and what to change."""
+class Diagnosis(NamedTuple):
+    """A warning about waiting for data: the details of its event."""
+
+    what: str
+    """One line: the fraction of time that the device waited for data, the likely cause, and what to change."""
+    waited: float
+    """The fraction, which tells the event from other warnings."""
+
+
+def diagnose(feed: Feed) -> Diagnosis:
+    """Return why the device waits for data."""
     cause, remedy = _cause(feed)
-    return f"the device waited for data {feed.stalled / feed.seconds:.1%} of the time: {cause}; {remedy}"
+    waited = feed.stalled / feed.seconds
+    return Diagnosis(f"the device waited for data {waited:.1%} of the time: {cause}; {remedy}", round(waited, 4))
 
 
 def _cause(feed: Feed) -> tuple[str, str]:
@@ -125,7 +135,7 @@ class Stalls:
         self._last = reading
         self._readings += 1
 
-    def verdict(self, worth: float = WORTH) -> str | None:
+    def verdict(self, worth: float = WORTH) -> Diagnosis | None:
         """Return the diagnosis of the period since the previous verdict, or None.
 
         There is one if the device waited for more than LIMIT of the time and for at least `worth` seconds. Short epochs

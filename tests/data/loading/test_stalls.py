@@ -36,14 +36,14 @@ FEED = Feed(100.0, 10.0, 10.0, Spent(50.0, 600.0, 150.0), workers=8, cores=8, lo
     ],
 )
 def test_the_cause_and_what_to_change(changes: dict[str, Any], expected: list[str]) -> None:
-    line = diagnose(FEED._replace(**changes))
+    line = diagnose(FEED._replace(**changes)).what
     assert "\n" not in line
     assert all(text in line for text in expected), line
 
 
 def test_what_is_done_already_is_not_advised() -> None:
-    assert "decoded" not in diagnose(FEED._replace(cache="decoded"))
-    assert "data.cache" not in diagnose(FEED._replace(spent=Spent(600, 150, 50), cache="encoded"))
+    assert "decoded" not in diagnose(FEED._replace(cache="decoded")).what
+    assert "data.cache" not in diagnose(FEED._replace(spent=Spent(600, 150, 50), cache="encoded")).what
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_two_per_cent_of_what_is_no_warm_up(clock: list[float]) -> None:
         clock[0] += 2500
         stalls.made(Spent(50.0, 4000.0, 750.0))
         stalls.read(750.0 + (clock[0] - 6650) * 0.03, 1150.0)
-    line = stalls.verdict()
-    assert line is not None and "3.0% of the time" in line
-    assert "the 2 cores are all in use (decoding is 83% of the work, resizing 16%)" in line
+    found = stalls.verdict()
+    assert found is not None and found.waited == 0.03 and "3.0% of the time" in found.what
+    assert "the 2 cores are all in use (decoding is 83% of the work, resizing 16%)" in found.what
     assert stalls.verdict() is None
 
 
@@ -83,13 +83,13 @@ def test_a_run_of_minutes_is_told_nothing_and_many_short_epochs_are_judged_toget
     """
     stalls = Stalls(DataSettings(workers=1))
     stalls.read(5.0, 5.0)
-    lines = []
+    found = []
     for epoch in range(1, 7):
         clock[0] += 60
         stalls.made(Spent(6.0, 84.0, 18.0))
         stalls.read(5.0 + 12 * epoch, 5.0 + 12 * epoch)
-        lines.append(stalls.verdict())
-    assert lines[:4] == [None] * 4, "48 of 240 s"
-    assert lines[4] is not None and "20.0% of the time" in lines[4]
-    assert "too few workers (1, busy 100% of the time, on 2 cores)" in lines[4]
-    assert lines[5] is None, "counted anew"
+        found.append(stalls.verdict())
+    assert found[:4] == [None] * 4, "48 of 240 s"
+    assert found[4] is not None and found[4].waited == 0.2 and "20.0% of the time" in found[4].what
+    assert "too few workers (1, busy 100% of the time, on 2 cores)" in found[4].what
+    assert found[5] is None, "counted anew"
