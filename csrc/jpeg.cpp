@@ -218,7 +218,7 @@ struct Window {
   int top, left, height, width;
 };
 
-// Sides of an image that libjpeg decodes at 1 / scale of its size.
+// Returns the side of an image that libjpeg decodes at 1 / scale of its size.
 int scaled(int side, int scale) { return (side + scale - 1) / scale; }
 
 // Writes the pixels of a window, RGB (height, width, 3). The window is one of the image at 1 / scale of its size.
@@ -408,7 +408,7 @@ EXPORTED int mimae_jpeg_scaled_region(const char* data, size_t size, const int32
     stored.width = std::min(cut.width * scale, header.width - stored.left);
     if (!to_the_end && cut_segments(all, header, margin * scale, stored, height, width, part)) {
       all = part;
-      // Segments begin at whole blocks of 8 x 8 pixels, so the division has no rest.
+      // Segments begin at whole blocks of 8 x 8 pixels, so the division has no remainder.
       cut.top = stored.top / scale;
       cut.left = stored.left / scale;
     }

@@ -103,7 +103,7 @@ class Processes:
         every = trial.settings["schedule.batch_size"] // load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
         quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", f"telemetry.probe_every_epochs={every}"]
         ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
-        # Those of a run that was interrupted are not known as a whole.
+        # The CPU seconds of an interrupted run are not known, since its first part is not measured here.
         is_whole = not run.exists()
         with run.with_suffix(".log").open("ab") as log:
             cpu_seconds = self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)

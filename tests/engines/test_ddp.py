@@ -28,6 +28,14 @@ def gradient(fixes: bool, wraps: bool = False) -> Tensor:
     return conv.weight.grad
 
 
+def said_of_strides(fixes: bool, expected: Tensor) -> list[str]:
+    """Return DistributedDataParallel's warnings about strides; it must give the gradient `expected`."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert torch.equal(gradient(fixes, wraps=True), expected)
+    return [text for each in warned if "strides" in (text := str(each.message))]
+
+
 def test_gradients_of_1_x_1_convolutions_have_the_strides_of_ddps_buckets() -> None:
     plain, fixed = gradient(fixes=False), gradient(fixes=True)
     assert fixed.stride() == (16, 1, 1, 1) and torch.equal(fixed, plain)
@@ -36,10 +44,8 @@ def test_gradients_of_1_x_1_convolutions_have_the_strides_of_ddps_buckets() -> N
     distributed.setup()
     torch.set_warn_always(True)
     try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            assert torch.equal(gradient(fixes=True, wraps=True), plain)
+        assert said_of_strides(fixes=False, expected=plain), "there is something to fix"
+        assert said_of_strides(fixes=True, expected=plain) == []
     finally:
         torch.set_warn_always(False)
         distributed.shutdown()
-    assert [str(each.message) for each in warned if "strides" in str(each.message)] == []

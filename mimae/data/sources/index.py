@@ -67,7 +67,7 @@ class Index:
 def cache_folder() -> Path:
     """Return the folder for indices and the embedded photographs: $XDG_CACHE_HOME/mimae or ~/.cache/mimae.
 
-    Raises DataError for a user without a home folder, as in a container that runs under any number.
+    Raises DataError for a user without a home folder, such as a user id in a container that /etc/passwd does not list.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):
