@@ -259,6 +259,12 @@ def _whole_images_are_evaluated(resolved: Resolved[Any]) -> Iterator[str]:
         )
 
 
+@_check("data", "finetune")
+def _windows_are_decoded_exactly(resolved: Resolved[Any]) -> Iterator[str]:
+    if not isinstance(resolved.recipe, ClassifyRecipe) and resolved.recipe.data.decode != "exact":
+        yield f"{_described(resolved, 'data.decode')}: is for pretraining and classification; legal here is exact"
+
+
 @_check("detect", "model")
 def _strides_are_whole(resolved: Resolved[Any]) -> Iterator[str]:
     if resolved.recipe.model.patch_size % 4:

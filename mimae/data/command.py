@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -69,10 +68,11 @@ def pack(
     from mimae.data.sources.open import open_source
     from mimae.data.tools.pack import Packing, pack
     from mimae.outside.output import as_json
+    from mimae.outside.paths import user_path
 
     if target.suffix != ".tar":
         raise DataError(f"{target} cannot name the shards: give DIR/NAME.tar, for DIR/NAME-00000.tar and so on")
-    folder = Path(os.path.expanduser(source))
+    folder = user_path(source)
     if folder.is_dir() and target.parent.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{target} is inside {source}, which could then not be opened: write the shards elsewhere")
     if lossless and shortest is not None:

@@ -11,7 +11,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.pixels.decode import BadImage
 from mimae.data.sources.base import Source
 from mimae.data.sources.subset import Subset
+from mimae.outside.paths import user_path
 from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 
@@ -79,7 +79,7 @@ class Coco:
         lacks, or if the source has an image that the file does not name.
         """
         self.file, self.key, self.outside, self.cut = file, key, 0, 0
-        self.panoptic = None if panoptic is None else Path(panoptic).expanduser()
+        self.panoptic = None if panoptic is None else user_path(panoptic)
         tree = self._read()
         try:
             self.own: list[Category] = [(int(each["id"]), printable(str(each["name"]))) for each in tree["categories"]]
@@ -204,7 +204,7 @@ class Coco:
 
     def _read(self) -> Any:
         try:
-            with open(open_regular(Path(self.file).expanduser()), "rb") as file:
+            with open(open_regular(user_path(self.file)), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > MAX_BYTES:
                     raise DataError(f"{self.key}={self.file} has {size:,} bytes: legal are at most {MAX_BYTES:,}")

@@ -19,6 +19,7 @@ from mimae.data.loading.batch import DataError
 from mimae.data.pixels.decode import BadImage
 from mimae.data.sources import lists
 from mimae.data.sources.base import Source
+from mimae.outside.paths import user_path
 from mimae.outside.reading import open_regular
 from mimae.outside.text import printable
 from mimae.segmentation.labels import Labels
@@ -120,17 +121,17 @@ def _of_list(source: Source) -> list[str | None]:
             f"{printable(source.name)} names only images; for segmentation each line must be an image and, after a tab "
             "(in .csv a comma), its mask"
         )
-    folder = Path(source.name).absolute().parent
+    folder = user_path(source.name).absolute().parent
     names = [os.path.join(folder, name) for name in source.classes]
     return [names[label] for label in source.labels.tolist()]
 
 
 def _beside(images: list[str], root: str, folder: str) -> list[str | None]:
     """Return the masks in `folder`, which have the same relative paths as the images below `root`."""
-    place = Path(folder).expanduser().absolute()
+    place = user_path(folder).absolute()
     if not place.is_dir():
         raise DataError(f"{printable(folder)} is not a folder; it must be a folder of masks with the images' names")
-    start, listed = Path(root).expanduser().absolute(), cache(_listed)
+    start, listed = user_path(root).absolute(), cache(_listed)
     return [_find(listed, os.path.join(place, os.path.relpath(os.path.dirname(path), start)), path) for path in images]
 
 

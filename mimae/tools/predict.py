@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from mimae.data.sources.files import FileSource
 from mimae.data.sources.index import Index
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
+from mimae.outside.paths import user_path
 from mimae.outside.progress import Progress
 from mimae.train.predictors.base import Names, Options, Predictor, new_folder
 from mimae.train.task import Details
@@ -117,7 +117,7 @@ def predict(trained: Trained, finds: Predictor[Any], data: str, out: Path, overl
 
 def images_at(path: str, settings: DataSettings) -> Source:
     """Return the images of a data path, or a single image file. Raises DataError."""
-    file = Path(os.path.expanduser(path))
+    file = user_path(path)
     if not (file.is_file() and is_image(path.encode(errors="surrogateescape"))):
         return open_source(path, settings=settings, use="held-out")
     name = file.name.encode(errors="surrogateescape")

@@ -304,9 +304,16 @@ def test_an_image_that_is_not_there_is_named(folder: Path) -> None:
 
 def test_text_and_missing_files_are_refused(folder: Path) -> None:
     (folder / "text.json").write_text("no JSON")
-    for name, said in (("text.json", "is not JSON"), ("nothing.json", "cannot be read")):
+    unknown_user = "~nobody-has-this-name/a.json"
+    for file, said in (
+        (str(folder / "text.json"), "is not JSON"),
+        (str(folder / "nothing.json"), "cannot be read"),
+        (unknown_user, f"{unknown_user} cannot be read"),
+    ):
         with pytest.raises(DataError, match=said):
-            Coco(str(folder / name), "detect.annotations", source(folder))
+            Coco(file, "detect.annotations", source(folder))
+    found = Coco(str(folder / "instances.json"), "detect.annotations", source(folder), "~nobody-has-this-name")
+    assert found.panoptic == Path("~nobody-has-this-name"), "its images are bad"
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
     "dali_gpu": _no_gpu,
 }
 """For each backend's name, a function that returns why it cannot run on a device and what to do, or None if it can. The
-first can always run."""
+first needs no package that others lack."""
 
 
 class Rate(NamedTuple):
@@ -131,6 +131,8 @@ def choose(
     if images < SHORT:
         return Choice(next(iter(OBSTACLES)), f"not measured for a run of {images:,} images")
     names = [name for name in OBSTACLES if _obstacle(name, settings) is None]
+    if not names:
+        require("torch", settings)
     if len(names) == 1:
         return Choice(names[0], "the only one here")
     rates: dict[str, Rate] = {}

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend, require
+from mimae.data.loading.backend import OBSTACLES, DecoderBackend, make_backend
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.examples import Reader, make_examples
 from mimae.data.loading.order import BatchRequest, Plan, SizeAt, epoch_order
@@ -96,7 +96,6 @@ def make_loader(
             f"data.loader={settings.loader} makes images alone, and this task needs targets with them: legal are torch "
             "and auto"
         )
-    require("torch", settings)
     make = partial(make_examples, settings, kept, seed, reader=reader)
     return Loader(plan, Workers(make, settings.workers, by_pipe=by_pipe), order)
 

@@ -28,6 +28,7 @@ from mimae.data.loading.order import Share
 from mimae.data.pixels.decode import BadImage, whole
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
+from mimae.outside.paths import user_path
 from mimae.outside.text import say
 
 SPARE = 0.1
@@ -221,7 +222,7 @@ def cache_folder_of(settings: DataSettings, source: Source) -> Path:
             f"data.cache={settings.cache} keeps samples in {_RAM}, which this system does not have; "
             f"set data.cache_dir to a folder on a disk of this machine"
         )
-    base = _RAM if settings.cache_dir is None else Path(settings.cache_dir).expanduser().absolute()
+    base = _RAM if settings.cache_dir is None else user_path(settings.cache_dir).absolute()
     starts = np.cumsum([0, *(share.samples for share in source.shares[:-1])]).tolist()
     what = "\0".join([source.fingerprint, *map(source.path, starts)])
     key = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:16]

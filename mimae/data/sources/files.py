@@ -69,14 +69,17 @@ def scan_folder(root: Path, version: int) -> Index:
         classes = [os.fsdecode(name) for name in folders_in_order]
     elif len(per_class) > 1:
         beside = per_class[b""]
-        notes.append(f"no sample has a class, since {beside:,} images are next to the folders that would be classes")
+        images = "images are" if beside > 1 else "image is"
+        notes.append(f"no sample has a class, since {beside:,} {images} next to the folders that would be classes")
     if pooled := _splits_in(folders):
         notes.append(
             f"folders that are called like splits of one data set are all used: {listed(map(os.fsdecode, pooled))}; if "
             f"only one is meant, name it, as {printable(os.path.join(root, os.fsdecode(pooled[0])))}"
         )
     if again := sum(listing.again for listing in listings.values()):
-        notes.append(f"left out: {again:,} links to folders that were already reached by another link")
+        notes.append(
+            f"left out: {again:,} link{'s' if again > 1 else ''} to folders that were already reached by another link"
+        )
     watched = [os.path.join(os.fsencode(root), folder) for folder in listings]
     return Index(
         np.frombuffer(bytes(names), np.uint8),
@@ -138,10 +141,11 @@ def beside_shards(root: Path, version: int) -> list[str]:
     notes = left_out(others)
     below = [prefix + name for prefix, each in listings.items() if prefix for name in each.shards]
     if below:
+        folders = ["*"] * below[0].count(b"/")
+        pattern = os.path.join(root, *folders, "*" + os.path.splitext(os.fsdecode(below[0]))[1])
         notes.append(
-            f"left out: {len(below):,} shards in folders below, {listed(map(os.fsdecode, below))}; a mixture or a "
-            f"pattern, such as {printable(os.path.join(root, '*', '*' + os.path.splitext(os.fsdecode(below[0]))[1]))}, "
-            f"names them"
+            f"left out: {len(below):,} shard{'s' if len(below) > 1 else ''} in folders below, "
+            f"{listed(map(os.fsdecode, below))}; a mixture or a pattern, such as {printable(pattern)}, names them"
         )
     return notes
 

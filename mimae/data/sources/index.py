@@ -69,9 +69,11 @@ def cache_folder() -> Path:
 
     Raises DataError for a user without a home folder, such as a user id in a container that /etc/passwd does not list.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if base.startswith("~"):
-        raise DataError("this user has no home folder for indices of data: set HOME or XDG_CACHE_HOME to a folder")
+        raise DataError(
+            f"there is no home folder for indices of data, {printable(base)}: set HOME or XDG_CACHE_HOME to a folder"
+        )
     return Path(base) / "mimae"
 
 

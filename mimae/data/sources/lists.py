@@ -113,8 +113,11 @@ class _Labels:
         if not self._codes:
             return None, None
         names = None if self._is_number else sorted(self._known)
-        numbers = {text: int(text.strip()) for text in self._known} if names is None else {}
-        rank = numbers or {name: i for i, name in enumerate(names or ())}
+        rank = (
+            {text: int(text.strip()) for text in self._known}
+            if names is None
+            else {name: i for i, name in enumerate(names)}
+        )
         return np.array([rank[text] for text in self._known], np.int64)[np.array(self._codes)], names
 
 

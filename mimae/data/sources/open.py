@@ -23,6 +23,7 @@ from mimae.data.sources.shards import ShardSource, read_headers
 from mimae.data.sources.splits import Use, by_split, choose
 from mimae.data.sources.subset import subset_of
 from mimae.data.sources.torchvision_sets import PREFIX, TorchvisionSource, moved
+from mimae.outside.paths import user_path
 from mimae.outside.text import printable
 
 LEGAL = (
@@ -53,7 +54,7 @@ def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
     if path.startswith(PREFIX):
         return TorchvisionSource(path, folder)
     try:
-        place = photos.folder(path) if path in photos.SPLITS else (folder / Path(os.path.expanduser(path))).absolute()
+        place = photos.folder(path) if path in photos.SPLITS else user_path(path, folder).absolute()
         kind = "folder" if place.is_dir() else "file" if place.is_file() else "other" if place.exists() else ""
     except (OSError, ValueError) as error:  # The name is too long, or has a zero byte.
         if not is_pattern(path):  # A pattern may be longer than the names that it stands for.
@@ -70,34 +71,28 @@ def _open(path: str, folder: Path, settings: DataSettings, use: Use) -> Source:
     if kind == "file" and ending in SHARDS:
         return _open_shards(path, [place], settings)
     if kind:
-        raise DataError(f"{printable(str(place))} is none of the supported kinds. {_advice(path, place)}{LEGAL}")
-    given = str(Path(os.path.expanduser(path)))
-    if is_pattern(given) and not _is_address(path):
-        shards = matching(given, folder.absolute())
-        groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
-        notes = []
-        if groups:
-            named = ", ".join(map(str, groups))
-            notes.append(f"the pattern matches files of several splits, and all are used: {named}")
-        if "**" in given:
-            notes.append("** in a pattern stands for the names of one level of folders, as * does")
-        return _open_shards(path, shards, settings, notes)
+        raise DataError(
+            f"{printable(str(place))} is none of the supported kinds. {_advice(path, place, folder)}{LEGAL}"
+        )
+    given = str(user_path(path))
+    if is_pattern(given) and not _is_address(path, folder):
+        return _open_pattern(path, given, folder, settings)
     parent = next(p for p in place.parents if p.exists())
     raise DataError(
         f"{printable(str(place))} does not exist ({printable(str(parent))} is the part of it that exists). "
-        f"{_advice(path, place)}{LEGAL}"
+        f"{_advice(path, place, folder)}{LEGAL}"
     )
 
 
 def absolute_path(path: str, folder: Path = Path()) -> str:
     """Return a data path that names the same source from any working directory; `path` is relative to `folder`."""
-    if path in photos.SPLITS or _is_address(path):
+    if path in photos.SPLITS or _is_address(path, folder):
         return path
-    return moved(path, folder) if path.startswith(PREFIX) else str((folder / Path(os.path.expanduser(path))).absolute())
+    return moved(path, folder) if path.startswith(PREFIX) else str(user_path(path, folder).absolute())
 
 
-def _is_address(path: str) -> bool:
-    return bool(_ADDRESS.match(path)) and not os.path.lexists(path)
+def _is_address(path: str, folder: Path) -> bool:
+    return bool(_ADDRESS.match(path)) and not os.path.lexists(folder / path)
 
 
 def error_text(error: Exception) -> str:
@@ -105,18 +100,34 @@ def error_text(error: Exception) -> str:
     return printable((error.strerror if isinstance(error, OSError) else None) or str(error))
 
 
-def _advice(path: str, place: Path) -> str:
+def _advice(path: str, place: Path, folder: Path) -> str:
     """Return advice on what to write instead of a path that cannot be opened; "" if there is none."""
-    if _is_address(path):
+    if _is_address(path, folder):
         return "It is a URL, but mimae reads local files: download the data, or mount their storage. "
     if "::" in path:
         return "`::` joins shards in other loaders; here use a pattern, such as {a,b}.tar, or a mixture. "
     if place.suffix.lower() in _COMPRESSED:
         return "A compressed file does not allow random access: unpack it, for example a .tar.gz to a .tar. "
     for separator, word in ((" ", "spaces"), (",", "commas"), (";", "semicolons"), (":", "colons")):
-        if separator in path and any(os.path.exists(each.strip()) for each in path.split(separator)):
+        if separator in path and any(os.path.exists(user_path(each.strip(), folder)) for each in path.split(separator)):
             return f"It was read as one path that contains {word}; to use several sources, write a mixture. "
     return ""
+
+
+def _open_pattern(path: str, pattern: str, folder: Path, settings: DataSettings) -> Source:
+    """Open the shards that a pattern matches; `path` is the pattern as the user wrote it."""
+    shards = matching(pattern, folder.absolute())
+    if other := [shard for shard in shards if shard.suffix.lower() not in SHARDS]:
+        advice = _advice(path, other[0], folder)
+        raise DataError(f"{printable(path)} matches {printable(str(other[0]))}, which is not a shard. {advice}{LEGAL}")
+    groups = by_split([shard.name for shard in shards]) if settings.index_version > 1 else {}
+    notes = []
+    if groups:
+        named = ", ".join(map(str, groups))
+        notes.append(f"the pattern matches files of several splits, and all are used: {named}")
+    if "**" in pattern:
+        notes.append("** in a pattern stands for the names of one level of folders, as * does")
+    return _open_shards(path, shards, settings, notes)
 
 
 def _open_folder(name: str, place: Path, settings: DataSettings, use: Use) -> Source:
@@ -154,10 +165,6 @@ def _one_split(name: str, place: Path, source: FileSource, settings: DataSetting
 def _open_shards(name: str, shards: list[Path], settings: DataSettings, notes: Sequence[str] = ()) -> Source:
     """Open shards that have been found."""
     kinds = {ending: [shard for shard in shards if shard.suffix.lower() == ending] for ending in SHARDS}
-    other = [shard for shard in shards if shard.suffix.lower() not in SHARDS]
-    if other:
-        advice = _advice(name, other[0])
-        raise DataError(f"{printable(name)} matches {printable(str(other[0]))}, which is not a shard. {advice}{LEGAL}")
     if all(kinds.values()):
         found = " and ".join(f"{len(files):,} {ending} ({listed([files[0].name])})" for ending, files in kinds.items())
         folders = {shard.parent for shard in shards}

@@ -229,12 +229,15 @@ def read_footers(files: Sequence[Path], settings: DataSettings) -> Index:
             "bytes": np.concatenate([file.bytes for file in found]),
             STAMPS: np.array([file.stamp for file in found], np.int64),
         },
-        _notes(files, found) if settings.index_version > 1 else [],
+        _notes(files, found, labels, classes) if settings.index_version > 1 else [],
     )
 
 
 def _labels(files: Sequence[Path], found: Sequence[_Footer]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the classes of all files, where each has them, and their names. Raises DataError where they differ."""
+    """Return the classes of all files, where each has them, and their names. Raises DataError where they differ.
+
+    Names are not used where a class has no name, since they are then those of other classes.
+    """
     classes = found[0].classes
     labels = [file.labels for file in found if file.labels is not None]
     whole = len(labels) == len(found)
@@ -246,10 +249,15 @@ def _labels(files: Sequence[Path], found: Sequence[_Footer]) -> tuple[np.ndarray
         classes = sorted({name for names in texts for name in names})
         number = {name: i for i, name in enumerate(classes)}
         labels = [np.array([number[name] for name in names], np.int64)[codes] for names, codes in zip(texts, labels)]
-    return np.concatenate(labels) if whole else None, classes
+    if not whole:
+        return None, classes
+    every = np.concatenate(labels)
+    return every, None if classes is not None and every.max(initial=-1) >= len(classes) else classes
 
 
-def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
+def _notes(
+    files: Sequence[Path], found: Sequence[_Footer], labels: np.ndarray | None, classes: list[str] | None
+) -> list[str]:
     notes = [
         f"no sample has a class: {one.dropped} ({printable(file.name)})"
         for file, one in zip(files, found)
@@ -260,6 +268,11 @@ def _notes(files: Sequence[Path], found: Sequence[_Footer]) -> list[str]:
         notes.append(
             f"no sample has a class, since {len(without):,} of {len(found):,} files have no column of classes, for "
             f"example {printable(without[0].name)}"
+        )
+    if labels is not None and classes is None and (names := found[0].classes) is not None:
+        notes.append(
+            f"the class names in the files are not used: there are {len(names):,}, and the largest class number is "
+            f"{labels.max():,}"
         )
     largest = max(found, key=lambda file: file.largest)
     if largest.largest > KEPT_BYTES:
@@ -325,10 +338,7 @@ def _read_footer(path: Path, settings: DataSettings) -> _Footer:
         labels, texts, dropped = None, None, columns.dropped
         if columns.label is not None:
             labels, texts, dropped = _classes(_read_column(path, file, columns.label), columns.label)
-        classes = columns.classes
-        if labels is not None and classes is not None and labels.max(initial=-1) >= len(classes):
-            classes = None  # The names are those of other classes.
-    return _Footer(names, lengths, labels, classes, rows, sizes, stamp, texts, dropped, largest)
+    return _Footer(names, lengths, labels, columns.classes, rows, sizes, stamp, texts, dropped, largest)
 
 
 def _check_rows(total: int, rows: np.ndarray, size: int) -> None:

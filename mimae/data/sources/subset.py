@@ -13,6 +13,7 @@ import torch
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
 from mimae.data.sources.base import Source
+from mimae.outside.paths import user_path
 from mimae.outside.text import printable
 from mimae.randomness import Purpose, words
 
@@ -87,7 +88,7 @@ def subset_of(source: Source, what: str | None) -> Source:
         if not 0 < int(what) <= len(source):
             raise DataError(f"data.subset={what}: legal is a number of images from 1 to {len(source):,}")
         return Subset(source, _drawn(source, int(what)), what)
-    return Subset(source, _named(source, Path(what).expanduser()), what)
+    return Subset(source, _named(source, user_path(what)), what)
 
 
 def _drawn(source: Source, count: int) -> np.ndarray:

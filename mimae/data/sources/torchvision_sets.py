@@ -17,6 +17,7 @@ import numpy as np
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
 from mimae.data.sources.index import IndexedSource
+from mimae.outside.paths import user_path
 
 PREFIX = "torchvision:"
 _FORM = re.compile(PREFIX + r"(\w+):(.+?)(?::([\w+-]+))?")
@@ -107,7 +108,7 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
     from torchvision import datasets  # type: ignore[import-untyped]
 
     place, kind, split = _parts(name)
-    root = folder / Path(os.path.expanduser(place))
+    root = user_path(place, folder)
     known = [each for each in datasets.__all__ if each in SETS]
     if kind not in known:
         why = "may execute code from a file" if kind in datasets.__all__ else "is not a set of torchvision"
@@ -135,7 +136,7 @@ def _open(name: str, folder: Path) -> tuple[Any, str]:
 def moved(name: str, folder: Path) -> str:
     """Return the name of the same set with an absolute ROOT. A relative ROOT is relative to `folder`."""
     place, kind, split = _parts(name)
-    return f"{PREFIX}{kind}:{(folder / Path(os.path.expanduser(place))).absolute()}" + (f":{split}" if split else "")
+    return f"{PREFIX}{kind}:{user_path(place, folder).absolute()}" + (f":{split}" if split else "")
 
 
 def _parts(name: str) -> tuple[str, str, str | None]:

@@ -81,7 +81,7 @@ class Classify(Transfer[Classifier]):
 
     def check(self) -> None:
         super().check()
-        _ = self.labels
+        _ = self.labels, self.reader()
         if self.validation is not None:
             self.classes.places(self.validation)  # This raises UserError for classes that the training set lacks.
         schedule = self.recipe.schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,10 +63,16 @@ def test_scaled_decoding_needs_libjpeg_turbo_and_the_loader_that_uses_it(images:
     source = open_source(images)
     with pytest.raises(DataError, match=r"data.loader=dali_cpu cannot run here: .*set data.loader=torch"):
         make_backend(settings.model_copy(update={"loader": "dali_cpu"}), source, 0)
+    attempts: list[Callable[[], object]] = [
+        lambda: make_loader(settings, source, seed=0, batch_size=2),
+        lambda: Augmented(settings, 0, RandAugment(0, 0.0, settings.mean, (8, 8))),
+        lambda: choose(settings.model_copy(update={"loader": "auto"}), source, 0, 4, **LONG),
+    ]
     with jpeg.unused():
-        for reader in (None, Central(settings, 1.0)):
+        for attempt in attempts:
             with pytest.raises(DataError, match=r"data.decode=scaled is not possible .* set data.decode=exact"):
-                make_loader(settings, source, seed=0, batch_size=2, reader=reader)
+                attempt()
+        make_loader(settings, source, seed=0, batch_size=2, reader=Central(settings, 1.0)).close()  # It has all pixels.
     with pytest.raises(ValueError, match="legal is one of them"):
         DataSettings(decode="scaled", cache="decoded")
 

@@ -16,6 +16,7 @@ from mimae.data.pixels.decode import _formats
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.endings import ENDINGS, is_image
+from mimae.data.sources.index import cache_folder
 from mimae.data.sources.open import absolute_path, open_source
 from mimae.data.sources.splits import by_split, split_of
 from tests.data.conftest import encoded, photograph, write_images
@@ -92,7 +93,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
 def test_labels_that_are_dropped_are_told(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "dog/2.png", "3.png")
     assert open_source(str(tmp_path)).notes == (
-        "no sample has a class, since 1 images are next to the folders that would be classes",
+        "no sample has a class, since 1 image is next to the folders that would be classes",
     )
 
 
@@ -194,14 +195,22 @@ def test_splits_that_are_pooled_are_told(tmp_path: Path) -> None:
 
 
 def test_shards_below_shards_are_told(tmp_path: Path) -> None:
-    (tmp_path / "more").mkdir()
+    (tmp_path / "more/and/more").mkdir(parents=True)
     for name in ("a.tar", "more/b.tar"):
         write_tar(tmp_path / name, [("1.jpg", b"1")])
     source = open_source(str(tmp_path))
     assert len(source) == 1
-    assert source.notes[-1].startswith("left out: 1 shards in folders below, more/b.tar; a mixture")
+    assert source.notes[-1] == (
+        "left out: 1 shard in folders below, more/b.tar; a mixture or a pattern, such as "
+        f"{tmp_path}/*/*.tar, names them"
+    )
     stars = open_source(f"{tmp_path}/**/*.tar")
     assert len(stars) == 1 and stars.notes[0].startswith("** in a pattern stands for the names of one level")
+    (tmp_path / "more/b.tar").rename(tmp_path / "more/and/more/b.tar")
+    write_tar(tmp_path / "more/and/more/c.tar", [("1.jpg", b"1")])
+    note = open_source(str(tmp_path)).notes[-1]
+    assert note.startswith("left out: 2 shards in folders below, more/and/more/b.tar, more/and/more/c.tar;")
+    assert len(open_source(note.split("such as ")[1].removesuffix(", names them"))) == 2
 
 
 # Links
@@ -251,11 +260,8 @@ def test_folders_linked_to_one_another_end(tmp_path: Path) -> None:
         ("{0.." + "9" * 5000 + "}.tar", "does not exist|is not a path"),
     ],
 )
-def test_paths_that_are_none_say_what_was_understood(
-    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_that_are_none_say_what_was_understood(path: str, said: str, tmp_path: Path) -> None:
     touch(tmp_path, "x.tar.gz", "x.tar")
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=said) as refusal:
         open_source(path, tmp_path)
     assert len(str(refusal.value)) < 20_000
@@ -269,8 +275,25 @@ def test_a_user_without_a_home_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
-    with pytest.raises(DataError, match="set HOME or XDG_CACHE_HOME to a folder"):
+    with pytest.raises(DataError, match=r"no home folder .*, ~/\.cache: set HOME or XDG_CACHE_HOME to a folder"):
         open_source(str(tmp_path))
+
+
+def test_the_folder_of_indices_may_be_given_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/indices")
+    assert cache_folder() == tmp_path / "indices/mimae"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-has-this-name/indices")
+    with pytest.raises(DataError, match="no home folder for indices of data, ~nobody-has-this-name/indices: set"):
+        cache_folder()
+
+
+def test_a_name_like_a_url_is_looked_for_in_the_folder(tmp_path: Path) -> None:
+    """A path is relative to the folder of the mixture or recipe, not to the working directory."""
+    (tmp_path / "s3:").mkdir()
+    touch(tmp_path / "s3:", "1.png")
+    assert absolute_path("s3://", Path("/elsewhere")) == "s3://"
+    assert absolute_path("s3://", tmp_path) == f"{tmp_path}/s3:"
 
 
 def test_a_folder_of_img2dataset(tmp_path: Path) -> None:

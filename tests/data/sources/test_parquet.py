@@ -271,6 +271,19 @@ def test_class_names_that_are_none_leave_the_numbers(tmp_path: Path, metadata: d
         assert source.labels is not None and source.labels.tolist() == [0, 1] and source.classes is None
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_class_names_that_a_class_lacks_are_not_used_and_that_is_told(tmp_path: Path, files: int) -> None:
+    """With two files the first one alone would fit its names, which are the same in both."""
+    for number, labels in enumerate([[0, 1], [1, 5]][-files:]):
+        write(tmp_path / f"{number}.parquet", {"picture": images([b"x", b"y"]), "kind": labels}, CLASSES)
+    source = open_source(str(tmp_path))
+    assert source.labels is not None and source.labels.tolist() == [0, 1, 1, 5][-2 * files :]
+    assert source.classes is None
+    told = "the class names in the files are not used: there are 2, and the largest class number is 5"
+    assert source.notes == (told,)
+    assert open_source(str(tmp_path), settings=DataSettings(index_version=1)).notes == ()
+
+
 def test_a_number_that_is_too_large_for_a_class_is_told(tmp_path: Path) -> None:
     label = pa.array([2**63 + 3, 5], pa.uint64())
     source = open_source(str(write(tmp_path / "a.parquet", {"image": images([b"x", b"y"]), "label": label})))

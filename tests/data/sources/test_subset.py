@@ -72,6 +72,7 @@ def test_a_loader_reads_the_subset_alone(images: Path, shuffle: str) -> None:
         ("51", "a number of images from 1 to 50"),
         ("0", "a number of images from 1 to 50"),
         ("ten", "a share, as 10%, a number of images, or a list"),
+        ("~nobody-has-this-name/a.txt", "data.subset=~nobody-has-this-name/a.txt: No such file"),
     ],
 )
 def test_what_is_no_part_is_refused(images: Path, subset: str, message: str) -> None:
