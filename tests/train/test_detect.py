@@ -114,6 +114,11 @@ def test_new_relative_positions_change_nothing(folder: Path, tmp_path: Path) -> 
         assert torch.allclose(one, maps[1][name], atol=1e-5)
 
 
+def test_scaled_decoding_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.decode = scaled .* is for pretraining and classification"):
+        recipe(folder, tmp_path, "data.decode=scaled")
+
+
 def test_strides_are_whole_pixels(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.patch_size = 14 .* legal is a multiple of 4"):
         recipe(folder, tmp_path, "model.patch_size=14", "data.image_size=28")

@@ -18,6 +18,7 @@ from mimae.errors import ConfigError
 from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.segmentation.examples import BRIGHTNESS, CONTRAST, HUE, SATURATION, TRIES
 from mimae.segmentation.heads import AUXILIARY_WIDTH, POOLS
+from mimae.segmentation.measures import Evaluation
 from mimae.train.tasks.segment import Segment
 from mimae.train.trainer import train
 from tests.rank_processes import run_ranks
@@ -138,7 +139,22 @@ def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(
     overrides = [f"data.val_path={held_out / 'images'}", "schedule.max_steps=1"]
     task = Segment(recipe(scenes, tmp_path / "run", *overrides))
     train(task)
-    assert "2 of 3 images or their masks could not be read" in capsys.readouterr().out
+    assert "in data.val_path 2 of 3 images could not be used" in capsys.readouterr().out
+
+
+def test_an_evaluation_stays_until_the_next_step(scenes: Path, tmp_path: Path) -> None:
+    task = Segment(recipe(scenes, tmp_path))
+    model, table = task.outline(), torch.zeros(4, 4, dtype=torch.int64)
+    table[:3, 0] = 1
+    for left_out, said in ((0, None), (2, "in data.val_path 2 of 3 images could not be used")):
+        task.found = Evaluation(table, 1, left_out)
+        absent = f"{said}; no pixel" if said else "in data.val_path no pixel"
+        assert task.warning(model, 1, 2, 2) == said
+        assert task.warning(model, 2, 2, 2) == f"{absent} has the class none"
+        details = task.details()
+        assert details is not None and details.left_out == left_out
+    task.stepped(model, {}, torch.zeros(()))
+    assert task.warning(model, 2, 2, 2) is None and task.details() is None
 
 
 @pytest.mark.parametrize(
@@ -148,6 +164,7 @@ def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(
         ("data.crop_scale=[0.5,1.0]", "windows are cut by segment.scale"),
         ("segment.classes=[a]", "at least 2 names"),
         ("segment.head=fcn", "upernet or linear"),
+        ("data.decode=scaled", "data.decode = scaled .* is for pretraining and classification; legal here is exact"),
         ("evaluation.crop=0.875", "is for classifiers; task=segment is evaluated on whole images; legal is 1.0"),
     ],
 )

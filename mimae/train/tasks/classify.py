@@ -63,8 +63,8 @@ class Classify(Transfer[Classifier]):
 
     recipe: ClassifyRecipe
     measures = ClassifyRecipe.measures
-    last: Evaluation | None = None
-    """The last evaluation since the last step, which the picture shows."""
+    found: Evaluation | None = None
+    """The last evaluation since the last step, which the picture shows too."""
     held: list[tuple[Batch, int]] | None = None
     """This rank's batches of data.val_path with features of a frozen encoder in place of images, in a run; none before
     its first evaluation."""
@@ -193,7 +193,7 @@ class Classify(Transfer[Classifier]):
         """Return accuracy and loss on data.val_path, and top-5 accuracy if there are more than 5 classes."""
         if self.validation is None:
             return {}
-        self.last = found = self._evaluation(model, self.validation, device)
+        self.found = found = self._evaluation(model, self.validation, device)
         top5 = {"top5": found.top5} if len(self.classes) > 5 else {}
         return {"top1": found.top1, **top5, "val_loss": found.loss}
 
@@ -234,11 +234,11 @@ class Classify(Transfer[Classifier]):
             yield batch, own
 
     def details(self) -> Details | None:
-        if self.last is None:
+        if self.found is None:
             return None
         names = map(self.classes.name, range(len(self.classes)))
-        accuracies = dict(zip(names, self.last.per_class(), strict=True))
-        return Details(self.last.images, self.last.left_out, "accuracy", accuracies)
+        accuracies = dict(zip(names, self.found.per_class(), strict=True))
+        return Details(self.found.images, self.found.left_out, "accuracy", accuracies)
 
     def outputs(self) -> Sequence[str]:
         return [self.classes.name(place) for place in range(len(self.classes))]
@@ -265,14 +265,9 @@ class Classify(Transfer[Classifier]):
         """Return the confusion matrix of data.val_path."""
         if self.validation is None:
             return None
-        if self.last is None:
+        if self.found is None:
             self.evaluate(model, device)
-        assert self.last is not None
+        assert self.found is not None
         if distributed.rank() > 0:
             return None
-        return confusion.matrix(self.last.confusion, [self.classes.name(i) for i in range(len(self.classes))])
-
-    # After a step
-
-    def stepped(self, model: Classifier, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
-        self.last = None
+        return confusion.matrix(self.found.confusion, [self.classes.name(i) for i in range(len(self.classes))])

@@ -39,7 +39,6 @@ class Detect(Transfer[ViTDet]):
     losses = ("loss", *LOSSES)
     measures = DetectRecipe.measures
     found: Details | None = None
-    """Details of the last evaluation since the last step."""
 
     def check(self) -> None:
         super().check()
@@ -155,9 +154,6 @@ class Detect(Transfer[ViTDet]):
 
     def details(self) -> Details | None:
         return self.found
-
-    def stepped(self, model: ViTDet, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
-        self.found = None
 
     def outputs(self) -> Sequence[str]:
         return names_of(self.categories)

@@ -42,7 +42,6 @@ class Segment(Transfer[Segmenter]):
     losses = ("loss", "main", "auxiliary")
     measures = SegmentRecipe.measures
     found: Evaluation | None = None
-    """The last evaluation."""
 
     def check(self) -> None:
         super().check()
@@ -166,16 +165,13 @@ class Segment(Transfer[Segmenter]):
         return overlays.sheet(batch.images, batch.targets["classes"], found, self.labels.names)
 
     def warning(self, model: Segmenter, step: int, steps: int, steps_per_epoch: int) -> str | None:
-        found, self.found = self.found, None
-        if found is None:
-            return None
-        said = []
-        if found.left_out:
-            said.append(f"{found.left_out} of {found.images + found.left_out} images or their masks could not be read")
-        if step >= steps and (absent := found.absent):
-            more = f" and {len(absent) - _NAMED} more" * (len(absent) > _NAMED)
-            said.append(f"no pixel has the class {', '.join(self.labels.names[i] for i in absent[:_NAMED])}{more}")
-        return f"in data.val_path {'; '.join(said)}" if said else None
+        """Return the base class's warning and, at the end of the run, the classes that no pixel has."""
+        left_out = super().warning(model, step, steps, steps_per_epoch)
+        if self.found is None or step < steps or not (absent := self.found.absent):
+            return left_out
+        more = f" and {len(absent) - _NAMED} more" * (len(absent) > _NAMED)
+        named = ", ".join(self.labels.names[i] for i in absent[:_NAMED]) + more
+        return f"{f'{left_out};' if left_out else 'in data.val_path'} no pixel has the class {named}"
 
     @property
     def _columns(self) -> list[str]:

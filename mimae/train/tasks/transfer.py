@@ -5,11 +5,15 @@ The settings of `Transfer` are the sections `finetune` and `evaluation`. It offe
 * `encoder()`: the encoder for the task's model, which has to name it `encoder`. Its positions are learned. Parameters
   that `finetune.freeze` names are frozen: they have no gradient and no optimizer state, and do not change;
 * `group`: the optimizer's groups with layer-wise decay; parameters outside `encoder` have the full learning rate;
+* `found`: the last evaluation, which a step clears;
 * `paths(batch)`: the factors of drop path, for `Encoder.forward(images, keep=...)`;
 * `obstacles`: the obstacles for attention and frozen parameters on this machine.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +38,11 @@ class Transfer(Task[M]):
     """A task whose model has a pretrained `encoder`."""
 
     recipe: TransferRecipe
+    found: Any = None
+    """The last evaluation since the last step, from which `details` is made; None if there is none."""
+
+    def stepped(self, model: M, shown: Mapping[str, Tensor], skipped: Tensor) -> None:
+        self.found = None
 
     def encoder(self) -> Encoder:
         """Return the encoder, built on torch's default device: the meta device in `outline`."""
