@@ -161,17 +161,11 @@ def submit(
     """
     from mimae.config.load import load_recipe
     from mimae.config.recipe import RunRecipe
-    from mimae.errors import UserError
     from mimae.launch.job import check_ranks
     from mimae.launch.submit import Training, check_time, executor, runs
     from mimae.outside.output import as_json
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
-    except ValueError as error:
-        raise UserError(f"--seeds {seeds}: legal is a list of integers, for example 0,1,2") from error
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; give each seed once")
+    numbers = _numbers(seeds)
     resolved = load_recipe(recipe, overrides or (), None, RunRecipe).recipe
     check_ranks(resolved, nodes * gpus)
     jobs = [Training(recipe, each, gpus, restarts) for each in runs(recipe, overrides or (), numbers)]
@@ -198,9 +192,29 @@ def submit(
             say(script.removesuffix("\n"))
         return
     submitted = made.map_array(lambda job: job(), jobs) if len(jobs) > 1 else [made.submit(jobs[0])]
+    _tell_jobs(submitted, directories)
+
+
+def _numbers(seeds: str | None) -> list[int]:
+    """Return the seeds of --seeds. Raises UserError if one is no integer or is given twice."""
+    from mimae.errors import UserError
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds else []
+    except ValueError as error:
+        raise UserError(f"--seeds {seeds}: legal is a list of integers, for example 0,1,2") from error
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {seeds}: two jobs would share a run directory; give each seed once")
+    return numbers
+
+
+def _tell_jobs(jobs: Sequence[Any], directories: Sequence[str]) -> None:
+    """Print each submitted job with the directory of its run."""
+    from mimae.outside.output import as_json
+
     told = [
         {"job": job.job_id, "run": directory, "output": job.paths.stdout}
-        for job, directory in zip(submitted, directories, strict=True)
+        for job, directory in zip(jobs, directories, strict=True)
     ]
     if as_json(told):
         return

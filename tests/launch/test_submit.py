@@ -33,6 +33,7 @@ def test_slurms_forms_of_a_time(time: str, expected: int) -> None:
         ({"nodes": 3, "gpus": 7}, "schedule.batch_size = 256 does not divide into 21 ranks"),
         ({"overrides": ["engine.kind=fsdp", "engine.replicas=3"]}, "engine.replicas=3 does not divide the 8 ranks"),
         ({"seeds": "1,1"}, "two jobs would share a run directory"),
+        ({"seeds": "1,x"}, "--seeds 1,x: legal is a list of integers"),
     ],
 )
 def test_what_a_job_could_only_fail_of_is_told_before_the_queue(
