@@ -119,6 +119,8 @@ class Coco:
         if strange := [each for each in self.own if each not in self.categories]:
             return f"has other categories than the detector: {_listed(strange)}; legal are {_listed(self.categories)}"
         known = [int(each["id"]) for each in images]
+        if beyond := [number for number in known if not 0 <= number < 1 << 63]:
+            return f"has an image with the id {beyond[0]}; legal are 0 to 2^63 - 1"
         for what, numbers in (("images", known), ("categories", [number for number, _ in self.own])):
             if twice := [number for number, count in Counter(numbers).items() if count > 1]:
                 return f"has several {what} with the id {twice[0]}; an id belongs to one of them"

@@ -138,6 +138,8 @@ def _changed(folder: Path, kind: str, changes: Mapping[int, Mapping[str, Any]]) 
     ("kind", "changes", "said"),
     [
         ("images", {1: {"id": 100}}, "has several images with the id 100"),
+        ("images", {1: {"id": -5}}, "has an image with the id -5; legal are"),
+        ("images", {1: {"id": 10**30}}, "has an image with the id 10{30}; legal are"),
         ("images", {1: {"file_name": "000.png"}}, "has several images with the file_name 000.png"),
         ("annotations", {0: {"bbox": [1, 2]}, 1: {"bbox": [3, 4]}}, "a box of image 100 is not four finite numbers"),
         ("annotations", {0: {"bbox": [1, 2, 3, math.nan]}}, "a box of image 100 is not four finite numbers"),

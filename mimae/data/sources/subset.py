@@ -14,8 +14,12 @@ from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import Share
 from mimae.data.sources.base import Source
 from mimae.outside.paths import user_path
+from mimae.outside.reading import read_text
 from mimae.outside.text import printable
 from mimae.randomness import Purpose, words
+
+_LONGEST = 1 << 30
+"""Maximal number of bytes of a list of names."""
 
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -110,9 +114,9 @@ def _named(source: Source, file: Path) -> np.ndarray:
     n01440764_10026.JPEG or n01440764/n01440764_10026.JPEG."""
     where = f"data.subset={printable(str(file))}"
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        lines = read_text(file, _LONGEST).splitlines()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = getattr(error, "strerror", error)
         raise DataError(
             f"{where}: {reason}; legal is a share, as 10%, a number of images, or a list of file names, one a line"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_what_is_no_part_is_refused(images: Path, subset: str, message: str) -> 
 def test_a_list_that_does_not_fit_is_refused(images: Path, tmp_path: Path, lines: str, message: str) -> None:
     (tmp_path / "names.txt").write_text(lines)
     with pytest.raises(DataError, match=message):
+        opened(images, str(tmp_path / "names.txt"))
+
+
+def test_a_list_that_is_no_text_file_is_refused(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "names.txt")
+    with pytest.raises(DataError, match="it is not a regular file; legal is a share"):
+        opened(images, str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").unlink()
+    (tmp_path / "names.txt").write_bytes(b"a/1.png\n\xff")
+    with pytest.raises(DataError, match="byte 8 is not UTF-8"):
         opened(images, str(tmp_path / "names.txt"))
 
 
