@@ -34,6 +34,7 @@ def test_what_is_not_trained_has_no_backward(freeze: str, forwards: int) -> None
     assert task.flops(asked.data.size_hw) == pytest.approx(forwards * VIT_BASE, rel=0.02)
 
 
+@pytest.mark.slow  # the heads are traced at 1,024 px
 def test_a_detector_counts_its_heads(tmp_path: Path) -> None:
     """At 1,024 px the encoder alone takes 3 x 2 x 85 M products for each of 4,096 patches, and attention."""
     images.write(tmp_path, 2)
