@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mimae.report.runs import Floats, Run, number
+from mimae.report.runs import Floats, Run
+from mimae.telemetry.records import number
 
 Better = Literal["max", "min"]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from mimae.config.recipe import Recipe
 from mimae.outside.text import printable
-from mimae.report.runs import Floats, Run, number
+from mimae.report.runs import Floats, Run
 from mimae.telemetry import cores
-from mimae.telemetry.records import PHASES
+from mimae.telemetry.records import PHASES, number
 
 Weight = Literal["bad", "warn", "good"]
 

@@ -22,8 +22,8 @@ from mimae.report.curves import POINTS, thinned
 from mimae.report.findings import findings
 from mimae.report.html import Html, join, table, tag
 from mimae.report.plots import Line
-from mimae.report.runs import Picture, Run, leaves, number
-from mimae.telemetry.records import ACCOUNT_KEYS, PHASES
+from mimae.report.runs import Picture, Run, leaves
+from mimae.telemetry.records import ACCOUNT_KEYS, PHASES, number
 
 PICTURES = 24
 """Maximal number of pictures on a page."""

@@ -28,13 +28,13 @@ from mimae.config.recipe import RECIPES, RunRecipe, flat
 from mimae.errors import CheckpointError, ConfigError, UserError
 from mimae.outside.files import Folder
 from mimae.telemetry import events, records
+from mimae.telemetry.records import number
 from mimae.telemetry.telemetry import ORIGINS
 
 Floats = NDArray[np.float64]
 
 _MOST_COLUMNS = 500
 """A task with many classes has a column for each of them."""
-_LARGEST = 1e200
 _SMALL = 1 << 22
 """Maximal size in bytes of a JSON file that is read here."""
 
@@ -46,7 +46,7 @@ class Table:
 
     def __init__(self, found: Iterable[Mapping[str, Any]]) -> None:
         """Collect the records, each of which has a `step`. If a step has several records, the last one counts."""
-        by_step = {record["step"]: record for record in found if 0 <= record["step"] < 2**53}
+        by_step = {record["step"]: record for record in found}
         rows = [by_step[step] for step in sorted(by_step)]
         self._length = len(rows)
         self.keys = list(dict.fromkeys(key for row in (*rows[:1], *rows[-1:]) for key in row))[:_MOST_COLUMNS]
@@ -68,13 +68,6 @@ class Table:
         """Return the last finite number of a column, or NaN if it has none."""
         found = self[key][np.isfinite(self[key])]
         return float(found[-1]) if len(found) else math.nan
-
-
-def number(value: Any) -> float:
-    """Return a JSON value as a number; NaN for other types, and for numbers that are too large for sums."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        return math.nan
-    return float(value)
 
 
 class Value(NamedTuple):

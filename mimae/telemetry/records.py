@@ -50,6 +50,12 @@ EPOCH_KEYS = (
 _LONGEST_LINE = 1 << 20
 """Bytes of a line that are read at once. A longer line is no record."""
 
+_MOST_STEPS = 1 << 53
+"""A larger number of steps is none that a run writes. Floats hold all smaller ones exactly."""
+
+_LARGEST = 1e200
+"""A larger number is none that a run writes. Its sums and squares would not be finite."""
+
 
 def plain(name: str, keys: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of file `name`: all `keys` in their order with JSON values, null for keys that `record` lacks."""
@@ -67,6 +73,13 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def number(value: Any) -> float:
+    """Return a JSON value as a number; NaN for other types, and for numbers that are too large for sums."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return math.nan
+    return float(value)
+
+
 def is_until(line: bytes, step: int) -> bool:
     """Return whether a line is a complete record of a step up to `step`."""
     found = parse(line)
@@ -79,7 +92,8 @@ def parse(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and type(found.get("step")) is int else None
+    step = found.get("step") if isinstance(found, dict) else None
+    return found if type(step) is int and 0 <= step < _MOST_STEPS else None
 
 
 def read(folder: Folder, name: str, limit: int = 1 << 32, tail: bool = False) -> Iterator[dict[str, Any]]:

@@ -123,9 +123,8 @@ def _last(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def _number(record: dict[str, Any], key: str) -> float | None:
-    value = record.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    value = records.number(record.get(key))
+    return None if math.isnan(value) else value
 
 
 def _count(folder: Folder, name: str) -> str | None:

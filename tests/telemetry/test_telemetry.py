@@ -137,6 +137,8 @@ def test_records_are_read_line_by_line(tmp_path: Path) -> None:
     assert not list(read(folder, "epochs.jsonl"))
     file.write_bytes(b" " * (1 << 20) + b'{"step": 3}\n{"step": 4}\n')
     assert [record["step"] for record in read(folder, "metrics.jsonl")] == [4]
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in (-1, True, 1e9, 1 << 53, 10**400, 5)).replace("T", "t"))
+    assert [record["step"] for record in read(folder, "metrics.jsonl")] == [5]
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

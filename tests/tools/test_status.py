@@ -44,6 +44,17 @@ def test_a_run_that_was_killed_after_its_last_checkpoint(run: Path) -> None:
     assert status.look(run)["unreadable"].startswith("1, listed")
 
 
+def test_numbers_that_no_run_writes_are_left_out(run: Path, tmp_path: Path) -> None:
+    """JSON has integers of any size."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": 10**400, "rec": 0.5, "epoch": 10**400, "data_wait": True}) + "\n")
+        file.write(json.dumps({"step": 10**400, "loss": 0.1}) + "\n")
+    told = status.look(run)
+    assert told["step"].startswith("3, ") and "epochs" not in told["step"]
+    assert "rec 0.500" in told["losses"] and "loss" not in told["losses"] and "speed" not in told
+
+
 def test_a_run_at_work_names_its_process(run: Path) -> None:
     with lock.lock(run):
         assert status.look(run)["state"] == f"running, process {os.getpid()} on {socket.gethostname()}"
