@@ -214,6 +214,21 @@ def test_a_description_is_not_believed(
     assert_passed_over(newest, capsys, ".metadata describes no checkpoint")
 
 
+def test_a_place_of_the_memo_costs_no_memory(newest: Path) -> None:
+    file = newest / ".metadata"
+    for put in (b"r\xff\xff\xff\x7f", b"p2147483647\n"):
+        file.write_bytes(b"\x80\x02}" + put + b".")
+        with pytest.raises(CheckpointError, match="it stores object 2147483647 after 0 others"):
+            _ = dcp.Reader(newest).described
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_description_may_have_any_protocol(newest: Path, protocol: int) -> None:
+    found = dcp.Reader(newest).described
+    (newest / ".metadata").write_bytes(pickle.dumps(found, protocol))
+    assert dcp.Reader(newest).described.state_dict_metadata.keys() == found.state_dict_metadata.keys()
+
+
 def test_the_same_bytes_are_no_more_tensors_than_they_hold(newest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A thousand names for one piece of a file would need a thousand times its memory."""
 
