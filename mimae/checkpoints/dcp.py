@@ -422,9 +422,11 @@ def _check_memo(content: bytes) -> None:
     """
     stored = 0
     for opcode, number, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > stored:
+        if opcode.name not in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            continue
+        if number is not None and number > stored:  # MEMOIZE has no number: it takes the next one.
             raise pickle.UnpicklingError(f"it stores object {number} after {stored} others")
-        stored += opcode.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT")
+        stored += 1
 
 
 class _Unpickler(pickle.Unpickler):
