@@ -227,7 +227,7 @@ def as_page(found: Comparison) -> str:
     drawn += [
         plots.lines(
             key,
-            [Line(name, thinned(run.epochs["epoch"] + 1, run.epochs[key])) for name, run in known],
+            [Line(name, thinned(*run.by_epoch(key))) for name, run in known],
             x_label="epoch",
         )
         for key in dict.fromkeys(key for _, run in known for key in (*run.directions, "mem_peak_bytes", "mfu"))

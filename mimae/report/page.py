@@ -154,7 +154,8 @@ def _epoch_curve(
     run: Run, key: str, title: str = "", unit: str = "", *, zero: bool = False, factor: float = 1.0
 ) -> Html:
     """Return the plot of a column of epochs.jsonl."""
-    curve = thinned(run.epochs["epoch"] + 1, run.epochs[key] * factor)
+    done, values = run.by_epoch(key)
+    curve = thinned(done, values * factor)
     title, note = title or key, MEANINGS.get(key, "")
     return plots.lines(title, [Line(title, curve)], unit=unit, x_label="epoch", zero=zero, note=note)
 

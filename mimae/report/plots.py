@@ -107,7 +107,10 @@ def lines(
         across = x.places(curve.x)
         if curve.low is not None and curve.high is not None:
             parts.append(tag("path", class_=f"band tone{tone % 8}", d=_band(across, y, curve.low, curve.high)))
-        parts.append(tag("path", class_=f"line tone{tone % 8}", d=_path(across, y.places(curve.y))))
+        up = y.places(curve.y)
+        parts.append(tag("path", class_=f"line tone{tone % 8}", d=_path(across, up)))
+        if dots := _dots(across, up):
+            parts.append(tag("path", class_=f"point tone{tone % 8}", d=dots))
     summary = "; ".join(f"{line.label}: {_first_to_last(line.curve)}" for line in drawn)
     data = {
         "x": {"low": x.low, "high": x.high, "label": x_label},
@@ -254,21 +257,19 @@ def _shown(curve: Curve) -> Floats:
 
 
 def _path(across: Floats, up: Floats) -> str:
-    """Return the SVG path of a line, which is broken at NaN.
+    """Return the SVG path of a line, which is broken at NaN."""
+    pieces = _pieces(np.isfinite(across) & np.isfinite(up))
+    return "".join("M" + "L".join(_point(across, up, place) for place in piece) for piece in pieces)
 
-    A point between two gaps is drawn as a dot: a line of length 0 with round caps.
-    """
-    parts, is_open = [], False
-    for place in range(len(across)):
-        if not (np.isfinite(across[place]) and np.isfinite(up[place])):
-            is_open = False
-            continue
-        parts.append(f"{'L' if is_open else 'M'}{_unit(across[place])} {_unit(1 - up[place])}")
-        ends = place + 1 == len(across) or not np.isfinite(up[place + 1])
-        if not is_open and ends:
-            parts.append("h0")
-        is_open = True
-    return "".join(parts)
+
+def _dots(across: Floats, up: Floats) -> str:
+    """Return the SVG path of the points between two gaps: lines of length 0, of which one sees the round caps."""
+    pieces = _pieces(np.isfinite(across) & np.isfinite(up))
+    return "".join(f"M{_point(across, up, piece[0])}h0" for piece in pieces if len(piece) == 1)
+
+
+def _point(across: Floats, up: Floats, place: int) -> str:
+    return f"{_unit(across[place])} {_unit(1 - up[place])}"
 
 
 def _band(across: Floats, y: Scale, low: Floats, high: Floats) -> str:

@@ -120,6 +120,15 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name or str(self.path)
 
+    def by_epoch(self, key: str) -> tuple[Floats, Floats]:
+        """Return the numbers of epochs done, and a column of the epochs' records.
+
+        The epochs in which a measure was not evaluated are left out: they are no gap in its curve.
+        """
+        done, values = self.epochs["epoch"] + 1, self.epochs[key]
+        there = np.isfinite(values) if key in self.directions else np.full(len(values), True)
+        return done[there], values[there]
+
     @property
     def step(self) -> int:
         """The last step that was recorded."""

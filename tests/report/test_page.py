@@ -151,6 +151,15 @@ def test_a_task_of_any_kind_has_a_page(make_run: MakeRun) -> None:
     assert "Information plane" not in made and "Reconstructions" not in made
 
 
+def test_a_measure_of_every_other_epoch_is_a_line_and_a_lone_point_a_dot(make_run: MakeRun) -> None:
+    epochs = [epoch_record(epoch, mfu=None, knn=None if epoch % 2 else 0.5 + epoch / 10) for epoch in range(5)]
+    epochs[2]["mfu"] = 0.4
+    made = page(read(make_run(epochs=epochs)))
+    shapes = dict(re.findall(r'<strong>(knn|MFU)</strong>.*?(<path class="line.*?)</svg>', made, re.DOTALL))
+    assert shapes["knn"].count("L") == 2 and "point" not in shapes["knn"]
+    assert re.search(r'class="point tone0" d="M[\d. ]+h0"', shapes["MFU"])
+
+
 def test_a_run_with_nothing_in_it_has_a_page(make_run: MakeRun) -> None:
     run = make_run()
     for name in ("metrics.jsonl", "epochs.jsonl", "events.jsonl"):
