@@ -286,7 +286,7 @@ def test_a_host_that_is_cut_off_or_dies_ends_the_other_and_the_pair_goes_on(
     _ip("-n", there.name, "link", "set", there.link, "down")
     assert [host.end(2 * WAIT + STOPPING + 30) for host in hosts] == [1, 1]
     (told,), (told_there,) = here.told(), there.told()
-    assert f"({there.address}) for {WAIT} s" in told and "start the same command on each node" in told
+    assert f"({there.address}) has been silent for {WAIT} s" in told and "start the same command on each node" in told
     assert f"{meeting}, where the nodes meet, does not answer" in told_there
     _assert_gone(here, there)
 
