@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimae import distributed
 from mimae.train.tasks.pretrain import pretrain
@@ -74,7 +75,9 @@ def test_runs_go_through_numbers_of_ranks_and_engines(images: Path, tmp_path: Pa
         assert len(records) == len(whole) == 4
         for key in ("loss", "rec", "max_mi", "min_mi", "grad_norm", "lr"):
             got, want = ([record[key] for record in run] for run in (records, whole))
-            assert got == pytest.approx(want, rel=1e-5)
+            # CLUB is a difference of terms of order 1, so it has their rounding even where it is small.
+            rounding = 8 * torch.finfo(torch.float32).eps if key == "min_mi" else 0.0
+            assert got == pytest.approx(want, rel=1e-5, abs=rounding)
         # Evaluated on every rank where a forward is a collective.
         checked = {record["step"]: record["val_rec"] for record in lines(tmp_path / way / "epochs.jsonl")}
         for record in lines(tmp_path / "whole" / "epochs.jsonl"):
