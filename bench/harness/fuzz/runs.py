@@ -142,7 +142,7 @@ def _description(draw: random.Random, content: bytes) -> bytes:
         return damaged(draw, content)
     name = draw.choice(list(found.state_dict_metadata))
     of = found.state_dict_metadata[name]
-    place = draw.choice([place for index, place in places.items() if index.fqn == name] or [None])
+    place = draw.choice([place for index, place in places.items() if getattr(index, "fqn", None) == name] or [None])
     number = int.from_bytes(integer(draw, draw.choice((1, 2, 4, 8)), len(content)), "big")
     chance = draw.random()
     if not isinstance(of, TensorStorageMetadata) or place is None or chance < 0.1:
