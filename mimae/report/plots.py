@@ -109,7 +109,9 @@ def lines(
             parts.append(tag("path", class_=f"band tone{tone % 8}", d=_band(across, y, curve.low, curve.high)))
         up = y.places(curve.y)
         parts.append(tag("path", class_=f"line tone{tone % 8}", d=_path(across, up)))
-        if dots := _dots(across, up):
+        lone = [piece[0] for piece in _pieces(np.isfinite(across) & np.isfinite(up)) if len(piece) == 1]
+        if lone:
+            dots = "".join(_dot(across, up, place) for place in lone)
             parts.append(tag("path", class_=f"point tone{tone % 8}", d=dots))
     summary = "; ".join(f"{line.label}: {_first_to_last(line.curve)}" for line in drawn)
     data = {
@@ -126,9 +128,8 @@ def path(title: str, x: Floats, y: Floats, names: Sequence[str], x_label: str, y
     x_scale, y_scale = scale(x), scale(y)
     across, up = x_scale.places(x), y_scale.places(y)
     dots = [
-        # A dot is a line of length 0 with round caps: a circle would become an ellipse when the drawing is stretched.
         tag("path", class_="dot", style=f"stroke: var(--ramp{round(9 * place / max(1, len(x) - 1))})",
-            d=f"M{across[place] * SIDE:.0f} {(1 - up[place]) * SIDE:.0f}h0")
+            d=_dot(across, up, place))
         for place in range(len(x)) if np.isfinite(across[place]) and np.isfinite(up[place])
     ]  # fmt: skip
     drawing = join(tag("path", class_="line faint", d=_path(across, up)), *dots)
@@ -262,10 +263,12 @@ def _path(across: Floats, up: Floats) -> str:
     return "".join("M" + "L".join(_point(across, up, place) for place in piece) for piece in pieces)
 
 
-def _dots(across: Floats, up: Floats) -> str:
-    """Return the SVG path of the points between two gaps: lines of length 0, of which one sees the round caps."""
-    pieces = _pieces(np.isfinite(across) & np.isfinite(up))
-    return "".join(f"M{_point(across, up, piece[0])}h0" for piece in pieces if len(piece) == 1)
+def _dot(across: Floats, up: Floats, place: int) -> str:
+    """Return the SVG path of a dot: a line of length 0 with round caps.
+
+    A circle would become an ellipse when the drawing is stretched.
+    """
+    return f"M{_point(across, up, place)}h0"
 
 
 def _point(across: Floats, up: Floats, place: int) -> str:
@@ -277,8 +280,8 @@ def _band(across: Floats, y: Scale, low: Floats, high: Floats) -> str:
     bottom, top = y.places(low), y.places(high)
     parts = []
     for piece in _pieces(np.isfinite(low) & np.isfinite(high)):
-        there = [f"{_unit(across[place])} {_unit(1 - top[place])}" for place in piece]
-        back = [f"{_unit(across[place])} {_unit(1 - bottom[place])}" for place in reversed(piece)]
+        there = [_point(across, top, place) for place in piece]
+        back = [_point(across, bottom, place) for place in reversed(piece)]
         parts.append("M" + "L".join([*there, *back]) + "z")
     return "".join(parts)
 
