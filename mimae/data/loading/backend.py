@@ -46,17 +46,14 @@ class DecoderBackend(Protocol):
         """Stop the backend's worker processes."""
 
 
-def make_backend(settings: DataSettings, source: Source, seed: int, *, by_pipe: bool = False) -> DecoderBackend:
-    """Return the backend that `settings.loader` names ("auto" means "torch"). Raises DataError if it cannot run.
-
-    With `by_pipe` the workers send batches through pipes instead of shared memory.
-    """
+def make_backend(settings: DataSettings, source: Source, seed: int) -> DecoderBackend:
+    """Return the backend that `settings.loader` names ("auto" means "torch"). Raises DataError if it cannot run."""
     name = "torch" if settings.loader == "auto" else settings.loader
     require(name, settings)
     if name == "dali_gpu":
-        return DaliGpuBackend(settings, source, seed, by_pipe=by_pipe)
+        return DaliGpuBackend(settings, source, seed)
     decoder = RegionDecoder() if name == "dali_cpu" else EachDecoder(scaled=settings.decode == "scaled")
-    return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers, by_pipe=by_pipe)
+    return Workers(partial(make_batch, settings, source, seed, decoder=decoder), settings.workers)
 
 
 def require(name: str, settings: DataSettings) -> None:

@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import Clock, EachDecoder, Sample, make_batch
+from mimae.data.loading.shared_memory import Empty, unshared
 from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.pixels.cut import Cut, finish
 from mimae.data.pixels.decode import BadImage
@@ -224,18 +225,21 @@ class _Hold:
         return self._others([sample for sample in samples if sample.place not in places], images, clock)
 
 
-def hold(settings: DataSettings, source: Source, seed: int, request: BatchRequest) -> Held:
+def hold(settings: DataSettings, source: Source, seed: int, request: BatchRequest, *, empty: Empty = unshared) -> Held:
     """Return the worker's part of a micro-batch: everything except the pixels of plain JPEGs. Raises DataError."""
     decoder = _Hold(len(request.ids))
     batch = make_batch(settings, source, seed, request, decoder)
     places = torch.tensor([sample.place for sample, _ in decoder.held], dtype=torch.int64)
     made = torch.ones(len(request.ids), dtype=torch.bool)
     made[places] = False
-    parts = [sample.encoded.data for sample, _ in decoder.held]
+    parts = [np.frombuffer(sample.encoded.data, np.uint8) for sample, _ in decoder.held]
+    data = empty((sum(map(len, parts)),), dtype=torch.uint8)
+    if parts:
+        np.concatenate(parts, out=data.numpy())
     return Held(
         replace(batch, images=batch.images[made]),
         places,
-        torch.frombuffer(bytearray().join(parts), dtype=torch.uint8) if parts else torch.empty(0, dtype=torch.uint8),
+        data,
         torch.tensor([len(part) for part in parts], dtype=torch.int64),
         torch.tensor([row(cut) for _, cut in decoder.held], dtype=torch.int32).reshape(-1, 6),
     )
@@ -306,12 +310,10 @@ class DaliGpuBackend:
         source: Source,
         seed: int,
         device: torch.device | None = None,
-        *,
-        by_pipe: bool = False,
     ) -> None:
         self._settings, self._source, self._seed = settings, source, seed
         self._device = device or torch.device("cuda", torch.cuda.current_device())
-        self._workers = Workers(partial(hold, settings, source, seed), settings.workers, by_pipe=by_pipe)
+        self._workers = Workers(partial(hold, settings, source, seed), settings.workers)
         self._running: Generator[Batch, None, None] | None = None
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from mimae.data.loading.batch import Batch
 from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import Clock, Slot, batch_of, slots_of
+from mimae.data.loading.shared_memory import Empty, unshared
 from mimae.data.pixels.decode import BadImage, Encoded
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
@@ -36,14 +38,29 @@ class Reader(Protocol):
         """
 
 
-def make_examples(settings: DataSettings, source: Source, seed: int, request: BatchRequest, reader: Reader) -> Batch:
-    """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
+def make_examples(
+    settings: DataSettings,
+    source: Source,
+    seed: int,
+    request: BatchRequest,
+    reader: Reader,
+    *,
+    empty: Empty = unshared,
+) -> Batch:
+    """Return the micro-batch of a request; `empty` makes its tensors.
+
+    Raises DataError if a sample cannot be read and no replacement can.
+    """
     slots, clock = slots_of(settings, source, seed, request), Clock()
     made = [
         _made(slot, sample_id, request.epoch, reader, clock) for slot, sample_id in zip(slots, request.ids.tolist())
     ]
-    targets = {name: torch.stack([example.targets[name] for example in made]) for name in made[0].targets}
-    return batch_of(torch.stack([example.image for example in made]), slots, request, clock, targets)
+    targets = {name: _stacked([example.targets[name] for example in made], empty) for name in made[0].targets}
+    return batch_of(_stacked([example.image for example in made], empty), slots, request, clock, targets)
+
+
+def _stacked(parts: Sequence[Tensor], empty: Empty) -> Tensor:
+    return torch.stack(parts, out=empty((len(parts), *parts[0].shape), dtype=parts[0].dtype))  # type: ignore[arg-type]
 
 
 def _made(slot: Slot, sample_id: int, epoch: int, reader: Reader, clock: Clock) -> Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -14,12 +13,10 @@ from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.examples import Reader, make_examples
 from mimae.data.loading.order import BatchRequest, Plan, SizeAt, epoch_order
 from mimae.data.loading.samples import EachDecoder, make_batch
-from mimae.data.loading.shared_memory import has_room
-from mimae.data.loading.workers import Workers, default_workers
+from mimae.data.loading.workers import Workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import cached
-from mimae.ranks.place import number
 
 __all__ = ["OBSTACLES", "Loader", "evaluation_batches", "make_backend", "make_loader"]
 
@@ -83,21 +80,16 @@ def make_loader(
     order = partial(epoch_order, seed, shares=shares, by_blocks=settings.shuffle == "blocks")
     if backend is not None:
         return Loader(plan, backend, order)
-    # Pixels and ids of the samples; the encoded images that workers of dali_gpu send are smaller.
-    height, width = settings.size_hw
-    batch_bytes = plan.micro_batch * (3 * height * width + 16)
-    workers = default_workers() if settings.workers is None else settings.workers
-    by_pipe = workers > 0 and not has_room(batch_bytes, workers, number(os.environ, "LOCAL_WORLD_SIZE", 1, least=1))
     kept = cached(settings, source)
     if reader is None:
-        return Loader(plan, make_backend(settings, kept, seed, by_pipe=by_pipe), order, size_at)
+        return Loader(plan, make_backend(settings, kept, seed), order, size_at)
     if settings.loader not in ("auto", "torch"):
         raise DataError(
             f"data.loader={settings.loader} makes images alone, and this task needs targets with them: legal are torch "
             "and auto"
         )
     make = partial(make_examples, settings, kept, seed, reader=reader)
-    return Loader(plan, Workers(make, settings.workers, by_pipe=by_pipe), order)
+    return Loader(plan, Workers(make, settings.workers), order)
 
 
 def evaluation_batches(

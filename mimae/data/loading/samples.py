@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mimae.data.loading.batch import BadSample, Batch, DataError, Spent
 from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.shared_memory import Empty, unshared
 from mimae.data.pixels import jpeg
 from mimae.data.pixels.augment import Window, below, centre_window, crop_words, flips, random_window
 from mimae.data.pixels.cut import Cut, Turn, cut_from, finish
@@ -119,10 +120,21 @@ def region_of(sample: Sample, size: tuple[int, int] | None = None) -> tuple[Tens
     return torch.from_numpy(region(sample.encoded, sample.window)), Turn(columns=sample.flip)
 
 
-def make_batch(settings: DataSettings, source: Source, seed: int, request: BatchRequest, decoder: Decoder) -> Batch:
-    """Return the micro-batch of a request. Raises DataError if a sample cannot be read and no replacement can."""
+def make_batch(
+    settings: DataSettings,
+    source: Source,
+    seed: int,
+    request: BatchRequest,
+    decoder: Decoder,
+    *,
+    empty: Empty = unshared,
+) -> Batch:
+    """Return the micro-batch of a request; `empty` makes the tensor for its images.
+
+    Raises DataError if a sample cannot be read and no replacement can.
+    """
     size_hw = request.size_hw or settings.size_hw
-    images = torch.empty((len(request.ids), *size_hw, 3), dtype=torch.uint8)
+    images = empty((len(request.ids), *size_hw, 3), dtype=torch.uint8)
     slots, places, clock = slots_of(settings, source, seed, request), cuts(settings, seed, request), Clock()
     for start in range(0, len(slots), decoder.at_once):
         taken = slots[start : start + decoder.at_once]

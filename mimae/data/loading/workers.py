@@ -9,30 +9,36 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from mimae.data.loading import shared_memory
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.order import BatchRequest
-from mimae.data.loading.shared_memory import Packed, handed_over
+from mimae.data.loading.shared_memory import Empty, Slots, handed_over, unshared
 from mimae.ranks.place import number as variable
 
 Made = TypeVar("Made")
+Made_co = TypeVar("Made_co", covariant=True)
+
+
+class Make(Protocol[Made_co]):
+    """Makes the result of a request. Large tensors are best made by `empty`: then they are not copied any more."""
+
+    def __call__(self, request: BatchRequest, *, empty: Empty) -> Made_co: ...
 
 
 class Workers(Generic[Made]):
-    """Worker processes that call `make(request)` for each request. The results come in the order of the requests.
+    """Worker processes that call `make` for each request. The results come in the order of the requests.
 
     `workers` is the number of processes; None: one per core of this rank; 0: the calling process does the work.
-    Results are sent through shared memory, or through a pipe with `by_pipe` or if shared memory is full.
+    The tensors of a result are in shared memory, which is used again when the caller has dropped all of them.
     The processes live until `close`.
     """
 
-    def __init__(self, make: Callable[[BatchRequest], Made], workers: int | None, *, by_pipe: bool = False) -> None:
+    def __init__(self, make: Make[Made], workers: int | None) -> None:
         workers = default_workers() if workers is None else workers
         self._requests = _Requests()
         self._running: Generator[Made, None, None] | None = None
@@ -40,7 +46,7 @@ class Workers(Generic[Made]):
             # torch warns about more workers than cores; `stalls` reports it if training waits for them.
             warnings.filterwarnings("ignore", "This DataLoader will create")
             self._loader: DataLoader | None = DataLoader(
-                _MicroBatches(make, by_pipe),
+                _MicroBatches(make, Slots(workers)),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=workers,
@@ -81,7 +87,7 @@ class Workers(Generic[Made]):
             for made in self._iterator():
                 if isinstance(made, DataError):
                     raise made
-                yield made.unpacked() if isinstance(made, Packed) else made
+                yield made
         except (RuntimeError, ConnectionError, EOFError) as error:
             # ConnectionError and EOFError mean that a worker died while it sent a batch.
             # An error from a living worker names its process too, but without "(pid".
@@ -89,7 +95,7 @@ class Workers(Generic[Made]):
                 raise
             raise DataError(
                 f"a decoding process died ({self._ends() or error}). Most often memory ran out: lower data.workers or "
-                f"the micro-batch, and in a container give /dev/shm more room (docker run --shm-size=8g)."
+                f"the micro-batch."
             ) from error.with_traceback(None)
 
     def _ends(self) -> str:
@@ -122,8 +128,8 @@ class Workers(Generic[Made]):
         except OSError as error:
             _forget_half_made(error)
             raise DataError(
-                f"no decoding processes can be started ({error.strerror or error}); they need some room in "
-                f"{shared_memory.FOLDER} (docker run --shm-size=1g), or data.workers=0"
+                f"no decoding processes can be started ({error.strerror or error}); their locks need some room in "
+                f"/dev/shm (docker run --shm-size=1g), or data.workers=0"
             ) from error
         if is_main:  # No other thread may set signal handlers.
             signal.signal(signal.SIGCHLD, handler)
@@ -170,15 +176,17 @@ class _Requests(Sampler[BatchRequest]):
 class _MicroBatches(Dataset[Any]):
     """Maps a request to its result. A DataError is returned as a value, because torch would wrap it in a traceback."""
 
-    def __init__(self, make: Callable[[BatchRequest], Any], by_pipe: bool) -> None:
-        self.make, self.by_pipe = make, by_pipe
+    def __init__(self, make: Make[Any], slots: Slots) -> None:
+        self.make, self.slots = make, slots
 
     def __getitem__(self, request: BatchRequest) -> Any:
+        worker = get_worker_info()
+        slot = None if worker is None else self.slots.free(worker.id)
         try:
-            made = self.make(request)
+            made = self.make(request, empty=unshared if slot is None else slot.empty)
         except DataError as error:
             return error
-        return made if get_worker_info() is None else handed_over(made, self.by_pipe)
+        return made if worker is None else handed_over(made, slot)
 
 
 def _as_is(made: Any) -> Any:

@@ -32,7 +32,7 @@ from mimae.outside.paths import user_path
 from mimae.outside.text import say
 
 SPARE = 0.1
-"""Fraction of its file system that a cache leaves free: the loaders' batches are in /dev/shm too."""
+"""Fraction of its file system that a cache leaves free, for whatever else of this machine is there."""
 
 _RAM = Path("/dev/shm")
 _VERSION = 1

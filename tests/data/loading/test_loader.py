@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.shared_memory import Empty
 from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.pixels.augment import centre_window, crop_words, flips, random_window
 from mimae.data.settings import DataSettings
@@ -288,7 +289,7 @@ def test_signals_to_the_whole_job_and_a_worker_that_dies(folder: Path, name: str
     assert not multiprocessing.active_children()
 
 
-def _fail(request: BatchRequest) -> None:
+def _fail(request: BatchRequest, *, empty: Empty) -> None:
     raise RuntimeError("of its own")
 
 

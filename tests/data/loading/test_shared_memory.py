@@ -1,26 +1,36 @@
-"""Worker processes return the same batches with and without room in shared memory."""
+"""Results of workers arrive unchanged in shared memory, which is used again only when the reader has dropped them."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
+import pickle
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mimae.data.loading import shared_memory
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.loader import make_loader
-from mimae.data.loading.shared_memory import Packed, handed_over, has_room
+from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.shared_memory import SLOTS, Empty, Slot, Slots, handed_over
+from mimae.data.loading.workers import Workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
 from tests.data.conftest import LOADERS, loader_on_cpu, write_images
 
+PIPES = "batches go through pipes"
+
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> None:
-    shared_memory._said.cache_clear()
+    shared_memory._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -29,66 +39,213 @@ def images(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def batch() -> Batch:
-    return Batch(torch.arange(48, dtype=torch.uint8).view(1, 4, 4, 3), torch.arange(1), torch.arange(1), 0, 0)
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
 
 
-def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors cannot be moved to shared memory, as if it were full."""
-
-    def full(self: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+def numbered(request: BatchRequest, *, empty: Empty) -> Batch:
+    """Return a batch whose every value is the number of its step."""
+    images = empty((len(request.ids), 16, 16, 3), dtype=torch.uint8).fill_(request.step % 251)
+    steps = torch.full((len(request.ids),), request.step)
+    return Batch(images, steps, steps.clone(), request.epoch, request.step)
 
 
-def test_a_batch_goes_through_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = batch()
-    assert handed_over(made, by_pipe=False) is made and made.images.is_shared() and made.source_ids.is_shared()
+def requests(count: int) -> list[BatchRequest]:
+    return [BatchRequest(0, step, np.arange(4)) for step in range(count)]
 
 
-@pytest.mark.parametrize("by_pipe", [True, False])
-def test_a_batch_is_packed_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch, by_pipe: bool) -> None:
-    no_room(monkeypatch)
-    packed = handed_over(batch(), by_pipe)
-    assert isinstance(packed, Packed)
-    assert torch.equal(packed.unpacked().images, batch().images)
+def is_whole(batch: Batch) -> bool:
+    return bool((batch.images == batch.step % 251).all() and (batch.sample_ids == batch.step).all())
+
+
+def taken(workers: Workers[Any]) -> int:
+    """Return how many slots are in use."""
+    slots = workers._loader.dataset.slots  # type: ignore[union-attr, attr-defined]
+    return sum(slots._taken[:])
+
+
+def free(slots: Slots, worker: int = 0) -> Slot:
+    slot = slots.free(worker)
+    assert slot is not None
+    return slot
+
+
+def sent(made: Any, slot: Slot | None) -> Any:
+    """Return what arrives in the reader, which is this process."""
+    return pickle.loads(pickle.dumps(handed_over(made, slot)))
+
+
+def test_a_result_of_any_type_arrives_unchanged() -> None:
+    slots = Slots(1)
+    slot = free(slots)
+    inside = slot.empty((2, 3), dtype=torch.float32).fill_(7)
+    made: dict[str, Any] = {
+        "inside": inside,
+        "a part of it": inside[1],
+        "turned": inside.t(),
+        "outside": [torch.arange(5), (torch.arange(6).view(2, 3)[:, 1:], None)],
+        "nothing": torch.empty(0, 3),
+        "one number": torch.tensor(2.5, dtype=torch.float64),
+        "bools": torch.tensor([True, False]),
+        "no tensor": np.arange(3),
+    }
+    got = sent(made, slot)
+    assert list(got) == list(made)
+    for name in ("inside", "a part of it", "turned", "nothing", "one number", "bools"):
+        assert torch.equal(got[name], made[name]) and got[name].dtype == made[name].dtype, name
+        assert got[name].shape == made[name].shape
+    assert torch.equal(got["outside"][1][0], made["outside"][1][0]) and got["outside"][1][1] is None
+    assert np.array_equal(got["no tensor"], made["no tensor"])
+
+
+def test_pixels_in_a_slot_are_not_copied_and_other_tensors_lie_beside_them() -> None:
+    slots = Slots(1)
+    slot = free(slots)
+    pixels = slot.empty((4, 8), dtype=torch.uint8).fill_(1)
+    got, labels = sent((pixels, torch.arange(3)), slot)
+    pixels.fill_(9)
+    assert bool((got == 9).all()), "one memory for both"
+    assert labels.tolist() == [0, 1, 2]
+
+
+def test_what_a_slot_cannot_hold_goes_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "SLOT_BYTES", 1 << 12)
+    slots = Slots(1)
+    slot = free(slots)
+    made = slot.empty((4097,), dtype=torch.uint8).fill_(3), torch.arange(100), torch.arange(1000)
+    got = sent(made, slot)
+    assert all(map(torch.equal, got, made))
+    others = sent(made, None)
+    assert all(map(torch.equal, others, made))
+
+
+def test_a_slot_is_free_when_its_last_tensor_is_dropped() -> None:
+    slots = Slots(2)
+    first = free(slots)
+    got = sent([torch.arange(3), torch.arange(4)], first)
+    kept = got[1][2:]
+    del got, first
+    assert free(slots)._number == 1, "a view is a tensor in it"
+    assert free(slots, worker=1)._number == SLOTS, "each worker has its own"
+    del kept
+    assert free(slots)._number == 0
+
+
+def test_a_slot_is_free_when_its_message_is_dropped() -> None:
+    slots = Slots(1)
+    message = pickle.dumps(handed_over(torch.arange(3), free(slots)))
+    assert free(slots)._number == 1
+    pickle.loads(message)
+    assert free(slots)._number == 0
+
+
+def test_there_are_no_more_slots_than_slots() -> None:
+    slots = Slots(1)
+    kept = [sent(torch.tensor([i]), free(slots)) for i in range(SLOTS)]
+    assert slots.free(0) is None
+    assert [int(each) for each in kept] == list(range(SLOTS))
+
+
+def test_a_forked_process_does_not_free_what_its_parent_uses() -> None:
+    slots = Slots(1)
+    got = [sent(torch.arange(3), free(slots))]
+    child = multiprocessing.get_context("fork").Process(target=got.clear)
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and free(slots)._number == 1
+    got.clear()
+    assert free(slots)._number == 0
+
+
+def test_results_that_the_reader_keeps_are_never_overwritten() -> None:
+    """More than there are slots: the rest comes through pipes."""
+    workers = Workers(numbered, 2)
+    kept = list(workers.batches(requests(3 * SLOTS)))
+    assert [batch.step for batch in kept] == list(range(3 * SLOTS))
+    assert all(map(is_whole, kept)) and taken(workers) == 2 * SLOTS
+    kept.clear()
+    assert taken(workers) == 0
+    workers.close()
+
+
+def test_a_reader_of_one_batch_at_a_time_needs_few_slots() -> None:
+    """Memory is made for as many batches as are in flight, not for all slots."""
+    workers, most = Workers(numbered, 1), 0
+    for batch in workers.batches(requests(50)):
+        assert is_whole(batch)
+        most = max(most, taken(workers))
+    assert most <= 4
+    del batch
+    assert taken(workers) == 0
+    workers.close()
+
+
+def test_an_iteration_that_ends_early_leaves_no_slot_taken() -> None:
+    workers = Workers(numbered, 2)
+    for _ in range(2 * SLOTS):
+        batch = next(workers.batches(requests(8)))
+        assert batch.step == 0 and is_whole(batch)
+    assert [each.step for each in workers.batches(requests(5)) if is_whole(each)] == list(range(5))
+    del batch
+    assert taken(workers) == 0
+    workers.close()
+
+
+def test_shared_memory_goes_with_the_last_tensor() -> None:
+    before = sorted(os.listdir("/dev/shm"))
+    workers = Workers(numbered, 1)
+    batch = next(workers.batches(requests(2)))
+    assert not [name for name in os.listdir("/dev/shm") if name not in before and "torch" in name]
+    slots = weakref.ref(workers._loader.dataset.slots)  # type: ignore[union-attr, attr-defined]
+    workers.close()
+    del workers
+    gc.collect()
+    assert slots() is None and is_whole(batch), "a batch outlives its loader"
+
+
+@pytest.fixture
+def spawned() -> Iterator[None]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("spawned")
+def test_workers_that_are_not_forked_send_through_pipes() -> None:
+    workers = Workers(numbered, 1)
+    assert all(map(is_whole, workers.batches(requests(3))))
+    workers.close()
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_are_the_same_without_shared_memory(images: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forked workers have no room either. Without the fallback the first batch would never arrive."""
+def test_batches_are_the_same_without_shared_memory(
+    images: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
-    for full in (False, True):
-        if full:
-            no_room(monkeypatch)
+    for refused in (False, True):
+        if refused:
+            no_memory(monkeypatch)
         settings = DataSettings(image_size=8, workers=2)
         loader = loader_on_cpu(name, settings, open_source(images), seed=1, batch_size=4)
         found.append(torch.cat([batch.images for batch in loader.epoch(0)]))
         loader.close()
+        assert capsys.readouterr().err.count(PIPES) == refused
     assert torch.equal(*found)
 
 
-def test_room_is_looked_at_before_the_start(
-    images: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two workers have two finished batches and one in progress each, of 4 x 3,072 bytes and the ids."""
-    need = 2 * 3 * 4 * (3 * 32 * 32 + 16)
-    for room in (need, need - 1):
-        monkeypatch.setattr(os, "statvfs", lambda path, room=room: SimpleNamespace(f_frsize=1, f_bavail=room))
-        loader = make_loader(DataSettings(image_size=32, workers=2), open_source(images), seed=0, batch_size=4)
-        assert len(list(loader.epoch(0))) == 2
-        loader.close()
-        said = capsys.readouterr().err
-        assert ("batches go through pipes" in said) == (room < need) and said.count("\n") == (room < need)
-    assert "need 0.1 MB (2 workers x 3 x 0.0 MB), and /dev/shm has 0.1 MB free" in said and "--shm-size" in said
-
-
-def test_ranks_of_a_machine_share_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "free", lambda: 300)
-    assert has_room(10, 5, 2) and not has_room(10, 5, 3)
-    monkeypatch.setattr(shared_memory, "free", lambda: None)
-    assert has_room(1 << 40, 100, 8)
+def test_pipes_are_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    no_memory(monkeypatch)
+    for _ in range(3):
+        Slots(1)
+    Slots(0)
+    assert capsys.readouterr().err == (
+        "no memory can be shared with the decoding processes (Cannot allocate memory): batches go through pipes, which "
+        "takes more CPU time\n"
+    )
 
 
 def test_workers_that_cannot_start_are_told_in_words(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
