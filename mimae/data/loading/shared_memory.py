@@ -4,8 +4,8 @@ torch's DataLoader moves each tensor into a new block of shared memory, and both
 CPU time for an image of 224 pixels. Here each worker writes into slots of one block that exists before the workers
 start. A slot is used again when the reader has dropped all tensors in it, so its pages are made once.
 
-The block is an anonymous file. It takes memory only where something was written, /dev/shm does not limit it, and
-nothing of it is left when the processes end, however they end.
+The block takes memory only where something was written, /dev/shm does not limit it, and nothing of it is left when the
+processes end, however they end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import io
 import itertools
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
+import resource
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -27,16 +29,22 @@ from torch import Tensor
 from mimae.outside.text import say
 
 SLOTS = 16
-"""Slots of a worker: two finished results, the one in progress, and those that the reader keeps. The first free slot is
-taken, so that memory is used only for as many as are needed at a time."""
+"""Slots of a worker, for the two results that torch requests ahead and those that the reader keeps. The first free slot
+is taken, so that memory grows only to the largest number that was ever in use. It stays until the loader is closed."""
 
 SLOT_BYTES = 1 << 32
 """Largest size of a result; what exceeds it goes through the pipe. These are addresses, not memory."""
 
-_ALIGNED = 64
+SMALL = 1 << 16
+"""Largest size of a tensor that is part of the message, in memory of its own. Such tensors, for example the numbers of
+the samples, are often kept for longer than the images, and would keep the slot."""
 
-Place: TypeAlias = tuple[int, tuple[int, ...], torch.dtype]
-"""A tensor in a slot: its first byte, its shape and its dtype."""
+_ALIGNED = 64
+_NORESERVE = 0x4000
+"""Linux's MAP_NORESERVE; Python has a name for it from 3.13 on."""
+
+Place: TypeAlias = tuple[int | bytes, tuple[int, ...], torch.dtype]
+"""A tensor in a message: its first byte in the slot or, if it is small, its bytes; its shape and its dtype."""
 
 
 class Empty(Protocol):
@@ -58,18 +66,23 @@ class Slots:
 
     def __init__(self, workers: int) -> None:
         self._reader, self._key = os.getpid(), next(_numbers)
-        self._memory = _reserved(workers * SLOTS * SLOT_BYTES) if workers else None
-        # A byte for each slot, which the worker sets and the reader clears.
-        self._taken = mmap.mmap(-1, max(1, workers * SLOTS))
+        # After the slots there is a byte for each, which the worker sets and the reader clears.
+        self._marks = workers * SLOTS * SLOT_BYTES
+        self._memory = _reserved(self._marks + workers * SLOTS) if workers else None
         _known[self._key] = self
 
     def __reduce__(self) -> tuple[type[Slots], tuple[int]]:
         return Slots, (0,)
 
     def free(self, worker: int) -> Slot | None:
-        """Return a slot of a worker that nothing uses, if there is one."""
-        numbers = range(worker * SLOTS, (worker + 1) * SLOTS) if self._memory is not None else ()
-        number = next((number for number in numbers if not self._taken[number]), None)
+        """Return a slot of a worker that nothing uses, if there is one.
+
+        A process that was forked from the reader may have workers of its own, under the same numbers: they get none.
+        """
+        if self._memory is None or self._reader not in (os.getpid(), os.getppid()):
+            return None
+        numbers = range(worker * SLOTS, (worker + 1) * SLOTS)
+        number = next((number for number in numbers if not self._memory[self._marks + number]), None)
         return None if number is None else Slot(self, number)
 
     def part(self, number: int) -> memoryview:
@@ -79,40 +92,42 @@ class Slots:
 
     def take(self, number: int) -> tuple[int, int]:
         """Mark a slot as used, in the worker. Returns what the reader finds it by."""
-        self._taken[number] = 1
+        assert self._memory is not None
+        self._memory[self._marks + number] = 1
         return self._key, number
 
     def received(self, number: int) -> memoryview:
         """Return the memory of a slot, in the reader. The slot is free again when no tensor refers to this object."""
+        assert self._memory is not None
         part = self.part(number)
-        weakref.finalize(part, _release, self._taken, number, self._reader).atexit = False
+        weakref.finalize(part, _release, self._memory, self._marks + number, self._reader).atexit = False
         return part
 
 
-def _release(taken: mmap.mmap, number: int, reader: int) -> None:
+def _release(memory: mmap.mmap, mark: int, reader: int) -> None:
     # A process that was forked from the reader has copies of its objects, and must not free what the reader uses.
     if os.getpid() == reader:
-        taken[number] = 0
+        memory[mark] = 0
 
 
 def _reserved(size: int) -> mmap.mmap | None:
     """Return `size` bytes of addresses that this process shares with those that are forked from it."""
+    if (method := multiprocessing.get_start_method()) != "fork":
+        return _without(f"they are started by {method}, not by fork")
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        # The addresses would be taken from those that the run needs.
+        return _without("a limit of addresses is set, see `ulimit -v`")
     try:
-        file = os.memfd_create("mimae-batches")
-        try:
-            os.ftruncate(file, size)
-            memory = mmap.mmap(file, size)
-            memory.madvise(mmap.MADV_DONTDUMP)  # A core dump would look at every page of it.
-            return memory
-        finally:
-            os.close(file)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NORESERVE)
     except OSError as error:
-        _say_once(error.strerror or str(error))
-        return None
+        return _without(error.strerror or str(error))
+    memory.madvise(mmap.MADV_DONTDUMP)  # A core dump would look at every page of it.
+    return memory
 
 
 @lru_cache(1)
-def _say_once(reason: str) -> None:
+def _without(reason: str) -> None:
+    """Say once why there is no shared memory."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(
             f"no memory can be shared with the decoding processes ({reason}): batches go through pipes, which takes "
@@ -152,7 +167,9 @@ class Slot:
         return self._slots.take(self._number)
 
     def place(self, tensor: Tensor) -> Place | None:
-        """Return where the slot has a tensor, which is copied there if it lies elsewhere; None if the slot is full."""
+        """Return where a tensor is, which is copied into the slot if it lies elsewhere; None if the slot is full."""
+        if tensor.nbytes <= SMALL:
+            return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), tuple(tensor.shape), tensor.dtype
         begin = tensor.data_ptr() - self._first
         if not (0 <= begin < self._used and tensor.is_contiguous()):
             copied = self._next(tuple(tensor.shape), tensor.dtype)
@@ -208,6 +225,10 @@ class _Reader(pickle.Unpickler):
         self._part = part
 
     def persistent_load(self, place: Place) -> Tensor:
+        found, shape, dtype = place
+        if isinstance(found, bytes):
+            return (torch.frombuffer(bytearray(found), dtype=dtype) if found else torch.empty(0, dtype=dtype)).view(
+                shape
+            )
         assert self._part is not None
-        begin, shape, dtype = place
-        return torch.frombuffer(self._part, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+        return torch.frombuffer(self._part, dtype=dtype, count=math.prod(shape), offset=found).view(shape)

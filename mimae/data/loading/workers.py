@@ -34,8 +34,8 @@ class Workers(Generic[Made]):
     """Worker processes that call `make` for each request. The results come in the order of the requests.
 
     `workers` is the number of processes; None: one per core of this rank; 0: the calling process does the work.
-    The tensors of a result are in shared memory, which is used again when the caller has dropped all of them.
-    The processes live until `close`.
+    The large tensors of a result are in shared memory, which is used again when the caller has dropped all of them:
+    clone what is to be kept for long. The processes live until `close`.
     """
 
     def __init__(self, make: Make[Made], workers: int | None) -> None:

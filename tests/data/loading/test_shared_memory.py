@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import pickle
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,13 @@ PIPES = "batches go through pipes"
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> None:
-    shared_memory._say_once.cache_clear()
+    shared_memory._without.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def all_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor is small."""
+    monkeypatch.setattr(shared_memory, "SMALL", 0)
 
 
 @pytest.fixture
@@ -40,10 +44,10 @@ def images(tmp_path: Path) -> str:
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(name: str) -> int:
+    def refused(*given: object, flags: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(os, "memfd_create", refused)
+    monkeypatch.setattr(shared_memory.mmap, "mmap", refused)
 
 
 def numbered(request: BatchRequest, *, empty: Empty) -> Batch:
@@ -63,8 +67,13 @@ def is_whole(batch: Batch) -> bool:
 
 def taken(workers: Workers[Any]) -> int:
     """Return how many slots are in use."""
-    slots = workers._loader.dataset.slots  # type: ignore[union-attr, attr-defined]
-    return sum(slots._taken[:])
+    return len(numbers_taken(workers))
+
+
+def numbers_taken(workers: Workers[Any]) -> set[int]:
+    slots: Slots = workers._loader.dataset.slots  # type: ignore[union-attr, attr-defined]
+    assert slots._memory is not None
+    return {number for number, mark in enumerate(slots._memory[slots._marks :]) if mark}
 
 
 def free(slots: Slots, worker: int = 0) -> Slot:
@@ -81,7 +90,7 @@ def sent(made: Any, slot: Slot | None) -> Any:
 def test_a_result_of_any_type_arrives_unchanged() -> None:
     slots = Slots(1)
     slot = free(slots)
-    inside = slot.empty((2, 3), dtype=torch.float32).fill_(7)
+    inside = slot.empty((2, 3), dtype=torch.float32).copy_(torch.arange(6).view(2, 3))
     made: dict[str, Any] = {
         "inside": inside,
         "a part of it": inside[1],
@@ -173,11 +182,12 @@ def test_results_that_the_reader_keeps_are_never_overwritten() -> None:
 
 def test_a_reader_of_one_batch_at_a_time_needs_few_slots() -> None:
     """Memory is made for as many batches as are in flight, not for all slots."""
-    workers, most = Workers(numbered, 1), 0
-    for batch in workers.batches(requests(50)):
+    workers = Workers(numbered, 1)
+    used = set()
+    for batch in workers.batches(requests(3 * SLOTS)):
         assert is_whole(batch)
-        most = max(most, taken(workers))
-    assert most <= 4
+        used |= numbers_taken(workers)
+    assert used and used <= {0, 1, 2, 3}
     del batch
     assert taken(workers) == 0
     workers.close()
@@ -194,16 +204,63 @@ def test_an_iteration_that_ends_early_leaves_no_slot_taken() -> None:
     workers.close()
 
 
-def test_shared_memory_goes_with_the_last_tensor() -> None:
-    before = sorted(os.listdir("/dev/shm"))
+def test_the_memory_goes_with_the_loader_and_the_last_tensor() -> None:
+    def mapped() -> bool:
+        """Return whether this process has the memory of a worker's slots among its addresses."""
+        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        return any(int(end, 16) - int(begin, 16) >= SLOTS * shared_memory.SLOT_BYTES for begin, end in ranges)
+
+    gc.collect()
+    assert not mapped()
     workers = Workers(numbered, 1)
     batch = next(workers.batches(requests(2)))
-    assert not [name for name in os.listdir("/dev/shm") if name not in before and "torch" in name]
-    slots = weakref.ref(workers._loader.dataset.slots)  # type: ignore[union-attr, attr-defined]
     workers.close()
     del workers
-    gc.collect()
-    assert slots() is None and is_whole(batch), "a batch outlives its loader"
+    assert mapped() and is_whole(batch), "a batch outlives its loader"
+    del batch
+    assert not mapped()
+
+
+def test_two_loaders_have_their_own_memory() -> None:
+    """As training and an evaluation do."""
+    pairs = [Workers(numbered, 1), Workers(numbered, 1)]
+    streams = [each.batches(requests(6)) for each in pairs]
+    kept = [next(stream) for _ in range(3) for stream in streams]
+    streams[1] = pairs[1].batches(requests(4))
+    kept += [next(streams[1]), next(streams[0])]
+    assert [batch.step for batch in kept] == [0, 0, 1, 1, 2, 2, 0, 3] and all(map(is_whole, kept))
+    assert [taken(each) >= 4 for each in pairs] == [True, True]
+    for each in pairs:
+        each.close()
+
+
+def test_workers_of_a_forked_process_do_not_write_to_the_slots_of_its_parent() -> None:
+    """Both make workers with the same numbers from one loader, and read at the same time."""
+    workers = Workers(numbered, 1)
+
+    def read() -> None:
+        for _ in range(3):
+            assert all(map(is_whole, workers.batches(requests(20))))
+
+    child = multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    read()
+    child.join()
+    assert child.exitcode == 0
+    workers.close()
+
+
+def test_small_tensors_do_not_keep_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "SMALL", 64)
+    slots = Slots(1)
+    small = torch.arange(8), torch.tensor(2.5), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([True, False])
+    got = sent((*small, torch.empty(0, 3), torch.arange(100)), free(slots))
+    assert all(map(torch.equal, got, (*small, torch.empty(0, 3), torch.arange(100))))
+    assert [tensor.dtype for tensor in got[:4]] == [tensor.dtype for tensor in small]
+    assert free(slots)._number == 1
+    got = got[:-1]
+    assert free(slots)._number == 0
+    got[0][0] = 7  # They can be written to.
 
 
 @pytest.fixture
@@ -215,10 +272,11 @@ def spawned() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("spawned")
-def test_workers_that_are_not_forked_send_through_pipes() -> None:
+def test_workers_that_are_not_forked_send_through_pipes(capsys: pytest.CaptureFixture[str]) -> None:
     workers = Workers(numbered, 1)
     assert all(map(is_whole, workers.batches(requests(3))))
     workers.close()
+    assert f"they are started by spawn, not by fork): {PIPES}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -237,15 +295,20 @@ def test_batches_are_the_same_without_shared_memory(
     assert torch.equal(*found)
 
 
-def test_pipes_are_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    no_memory(monkeypatch)
-    for _ in range(3):
-        Slots(1)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_pipes_are_told_once_by_one_rank_of_a_machine(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of addresses would leave too few for the run."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(shared_memory.resource, "getrlimit", lambda which: (1 << 50, 1 << 50))
+    assert [Slots(1).free(0) for _ in range(3)] == [None] * 3
     Slots(0)
-    assert capsys.readouterr().err == (
-        "no memory can be shared with the decoding processes (Cannot allocate memory): batches go through pipes, which "
-        "takes more CPU time\n"
+    line = (
+        "no memory can be shared with the decoding processes (a limit of addresses is set, see `ulimit -v`): batches "
+        "go through pipes, which takes more CPU time\n"
     )
+    assert capsys.readouterr().err == (line if rank == "0" else "")
 
 
 def test_workers_that_cannot_start_are_told_in_words(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
