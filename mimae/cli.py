@@ -23,7 +23,7 @@ from mimae.bench.data.command import data as bench_data
 from mimae.bench.gpu.command import gpu
 from mimae.bench.harness.command import drill, flat, fuzz, soak
 from mimae.bench.ops.command import kernels, traffic
-from mimae.bench.step.command import engines, step
+from mimae.bench.step.command import budget, engines, step
 from mimae.bench.tasks.command import starts, tasks
 from mimae.config.command import config, settings
 from mimae.data.command import check, pack
@@ -148,6 +148,7 @@ app.add_typer(
         kernels=kernels,
         gpu=gpu,
         step=step,
+        budget=budget,
         traffic=traffic,
         data=bench_data,
         engines=engines,

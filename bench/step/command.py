@@ -170,3 +170,33 @@ def engines(
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {out}")
+
+
+def budget(
+    earlier: Annotated[
+        Path | None, typer.Option("--against", metavar="CHECKOUT", help="count a block of another version too")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="the file with the counts")] = Path(
+        "bench/results/budget.json"
+    ),
+    docs: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/budget.md"),
+    render_only: Annotated[bool, typer.Option("--render", help="only write the page")] = False,
+) -> None:
+    """Count the bytes that a block moves, and predict a step on an H100; no GPU needed.
+
+    Blocks are compiled for the counts, which takes minutes. The page needs `kept-bytes.json` and `traffic.json` beside
+    FILE.
+    """
+    from mimae.bench.step.budget import measure, render
+    from mimae.outside.files import write_atomically
+    from mimae.outside.output import as_json
+
+    if not render_only:
+        write_atomically(out, json.dumps(measure(earlier), indent=2) + "\n")
+    result, kept, traffic = (
+        json.loads(file.read_text()) for file in (out, out.with_name("kept-bytes.json"), out.with_name("traffic.json"))
+    )
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(render(result, kept, traffic), encoding="utf-8")
+    if not as_json({"page": docs}):
+        print(f"wrote {docs}")

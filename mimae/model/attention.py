@@ -117,7 +117,8 @@ BACKENDS: dict[str, Attend] = {
 PACKED: dict[str, Callable[[Tensor, int], Tensor]] = {"plain": packed_plain}
 """Backends that take queries, keys and values of one set of tokens in one tensor: (S, T, 3 H d), H -> (S, T, H d).
 
-They serve blocks that run eagerly, operator by operator. In a compiled block the compiler removes the copies itself."""
+They serve blocks that run eagerly, operator by operator. In a compiled block the compiler removes the copies of the
+forward itself. There the gradients, which torch's operators return in three tensors, are still copied into one."""
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_widths: Iterable[int]) -> str | None:

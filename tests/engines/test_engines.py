@@ -194,6 +194,11 @@ SLOW_KINDS = {
     "zero3, offload": ["engine.kind=zero3", "engine.offload=cpu"],
     "fsdp, checkpointing": ["engine.kind=fsdp", "model.checkpointing=full"],
     "zero3, checkpointing": ["engine.kind=zero3", "model.checkpointing=full"],
+    "ddp, packed": ["engine.kind=ddp", "model.attention=plain"],
+    "ddp, packed, selective": ["engine.kind=ddp", "model.attention=plain", "model.checkpointing=selective"],
+    "fsdp, packed, selective": ["engine.kind=fsdp", "model.attention=plain", "model.checkpointing=selective"],
+    "zero3, packed": ["engine.kind=zero3", "model.attention=plain"],
+    "ddp, compiled, selective": ["engine.kind=ddp", "compile=on", "model.checkpointing=selective"],
 }
 FOUR_RANKS = {"fsdp, replicas": ["engine.kind=fsdp", "engine.replicas=2"], "zero3": ["engine.kind=zero3"]}
 
