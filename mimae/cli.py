@@ -10,7 +10,7 @@ import errno
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from itertools import pairwise
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from mimae.errors import EXIT_MISTAKE, ConfigError, UserError
 from mimae.evaluate.command import probe
 from mimae.launch.command import detect, extend, finetune, linear, pretrain, segment, submit
 from mimae.outside import output
-from mimae.outside.text import losses, open_standard_streams, say
+from mimae.outside.text import Loss, Stream, losses, open_standard_streams, say
 from mimae.outside.threads import yield_cores
 from mimae.report.command import compare, profile, report, watch
 from mimae.tools.command import convert, doctor, evaluate, plan, predict, replay, show, status
@@ -92,6 +92,11 @@ def _run(verb: Callable[..., None], arguments: dict[str, Any]) -> None:
     except typer.Exit as end:
         if end.exit_code:
             raise
+    _check_printed(before)
+
+
+def _check_printed(before: Mapping[Stream, Loss]) -> None:
+    """Raise UserError if something could not be printed on stdout since its losses were `before`."""
     lost = losses().get("stdout")
     # A reader that closed the pipe, as `head` does, has what it wants.
     if lost is not None and lost != before.get("stdout") and lost.reason != os.strerror(errno.EPIPE):
@@ -167,7 +172,9 @@ app.add_typer(_group("Check data sets, pack them, show samples.", check=check, p
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
+        before = losses()
         say(__version__)
+        _check_printed(before)
 
 
 def main() -> None:
@@ -182,6 +189,11 @@ def main() -> None:
         app(_under_new_names(sys.argv[1:]), prog_name="mimae")
     except UserError as mistake:
         _report(mistake)
+        sys.exit(EXIT_MISTAKE)
+    except OSError as error:  # --help, which is printed before any command runs
+        if error.filename is not None or error.errno not in (*_FULL, errno.EIO):
+            raise
+        _report(UserError(f"stdout cannot be written ({error.strerror})"))
         sys.exit(EXIT_MISTAKE)
 
 

@@ -73,6 +73,16 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", heavy], text=True) == "set()\n"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--help"], ["bench", "step", "--help"]])
+def test_help_on_a_full_disk_is_one_sentence(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mimae", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mimae: ") and done.stderr.count("\n") == 1
+    assert "stdout cannot be written (No space left on device)" in done.stderr
+
+
 def test_overrides_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, trained: list[Recipe]) -> None:
     assert launch(monkeypatch, *QUICK, "masking.num_masks=2", "optimizer.learning_rate=1e-3") == 0
     assert mimae.pretrain("quickstart", "masking.num_masks=2", optimizer={"learning_rate": 1e-3})
