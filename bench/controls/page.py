@@ -82,9 +82,11 @@ def _render_judge(results: list[Result]) -> Iterator[str]:
 
 def _render_choices(results: list[Result]) -> Iterator[str]:
     """Yield lines that compare MI-MAE with its variants with less work or precision in a step."""
-    if not any(result["kind"] in CHOICES for result in results):
+    found = [CHOICES[result["kind"]] for result in results if result["kind"] in CHOICES]
+    if not found:
         return
-    yield "Variants with less work or precision in a step, after equal steps and after equal training time:\n"
+    longer = " and after equal training time" if any(row.stretch != 1 for row in found) else ""
+    yield f"Variants with less work or precision in a step, after equal steps{longer}:\n"
     yield (
         f"| MI-MAE | steps | seeds | linear probe | few labels | {NEIGHBOURS} neighbours | L_rec | minutes |\n"
         "|---|---|---|---|---|---|---|---|"
