@@ -11,7 +11,7 @@ from mimae.config.recipe import RunRecipe
 from mimae.engines.base import Engine, M, Obstacles, Setup, Start
 from mimae.engines.ddp import DDPEngine
 from mimae.engines.fsdp import FSDPEngine
-from mimae.engines.zero import Zero1Engine, Zero2Engine, Zero3Engine
+from mimae.engines.zero import Zero1Engine, Zero2Engine, Zero3Engine, restore_linear
 from mimae.errors import UserError
 from mimae.optim.groups import Rule
 
@@ -40,7 +40,10 @@ def setup_of(recipe: RunRecipe) -> Setup:
 
 def make_engine(model: M, setup: Setup, device: torch.device, rule: Rule, start: Start) -> Engine[M]:
     """Return the engine that the settings name; see `Engine.__init__`."""
-    return ENGINES[setup.engine.kind](model, setup, device, rule, start)
+    engine = ENGINES[setup.engine.kind]
+    if engine is not Zero3Engine:
+        restore_linear()
+    return engine(model, setup, device, rule, start)
 
 
 def check_machine(setup: Setup, device: torch.device, of_model: Obstacles) -> None:

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -379,3 +380,14 @@ def _import(device: torch.device) -> Any:
     # equivalent ones.
     import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def restore_linear() -> None:
+    """Give torch its own `linear` back, which DeepSpeed replaces in the whole process when zero3 spreads a model.
+
+    DeepSpeed's form adds the bias in place, to a product that selective checkpointing keeps for the recomputation.
+    """
+    module = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    torchs = getattr(getattr(module, "InsertPostInitMethodToModuleSubClasses", None), "linear_bk", None)
+    if torchs is not None:
+        torch.nn.functional.linear = torchs

@@ -432,3 +432,16 @@ def test_what_an_engine_needs_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(zero, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"engine\.kind=zero2 cannot run .*pip install 'mimae\[deepspeed\]'"):
         check(recipe("engine.kind=zero2"))
+
+
+def test_an_engine_has_torchs_own_linear_after_zero3_in_one_process(tmp_path: Path) -> None:
+    """With DeepSpeed's form, a recomputed product would get its bias twice."""
+    assert run_ranks(1, tmp_path, linear_after_zero3)[0]
+
+
+def linear_after_zero3() -> bool:
+    torchs = torch.nn.functional.linear
+    engine_of(recipe("engine.kind=zero3"), torch.device("cpu"))
+    replaced = torch.nn.functional.linear is not torchs
+    engine_of(recipe("engine.kind=ddp", "model.checkpointing=selective"), torch.device("cpu"))
+    return replaced and torch.nn.functional.linear is torchs
