@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mimae.bench.ops.traffic import H100_BYTES_PER_S
 from mimae.bench.step.moved import KINDS, Way, count
+from mimae.bench.step.version import check_version, name_of
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe
 from mimae.model.geometry import geometry
@@ -85,7 +86,12 @@ class Budget(NamedTuple):
 
 
 def measure(earlier: Path | None) -> dict[str, Any]:
-    """Count every way of running a block, and with `earlier` the compiled block of another version's checkout."""
+    """Count every way of running a block, and with `earlier` the compiled block of another version's checkout.
+
+    Raises UserError if that has no version of this package.
+    """
+    if earlier is not None:
+        check_version(earlier)
     rows = [{**way._asdict(), **count(way)} for way in track(WAYS, "blocks", len(WAYS))]
     return {
         "bench": "budget",
@@ -93,7 +99,7 @@ def measure(earlier: Path | None) -> dict[str, Any]:
         "versions": {"torch": metadata.version("torch")},
         "unit": "bytes of a token and channel, in a forward and a backward in bf16",
         "counts": rows,
-        "earlier": None if earlier is None else {"version": earlier.name, **count(Way(), earlier)},
+        "earlier": None if earlier is None else {"version": name_of(earlier), **count(Way(), earlier)},
     }
 
 
@@ -122,8 +128,9 @@ def predict(recipe: Recipe, counts: Counts, ops_bytes: float) -> Budget:
 def attention_flops(recipe: Recipe) -> list[tuple[int, int]]:
     """Return, for encoder and decoder, the FLOPs of attention in a view's forward and the width of a head.
 
-    The decoder's last block has queries for the targets only.
+    The decoder has self attention, and its last block has queries for the targets only.
     """
+    assert recipe.decoder.attention == "self"
     sizes, model, decoder = geometry(recipe), recipe.model, recipe.decoder
     tokens, of_decoder = 1 + sizes.visible, 1 + sizes.visible + sizes.targets
     queries = (decoder.depth - 1) * of_decoder + sizes.targets
@@ -136,11 +143,18 @@ def attention_flops(recipe: Recipe) -> list[tuple[int, int]]:
 def render(result: Mapping[str, Any], kept: Mapping[str, Any], traffic: Mapping[str, Any]) -> str:
     """Return the page of a result. `kept` and `traffic`: the contents of those files of bench/results."""
     lines = _HEAD.splitlines()
+    # Attention that is computed again is not among the least.
+    least = {
+        row["part"]: row["products"] + row["attention"] for row in result["counts"] if row["checkpointing"] == "none"
+    }
     for row in result["counts"]:
         run = "compiled" if row["compiled"] else "operator by operator"
-        lines.append(f"| {_PARTS[row['part']]} | {run} | {row['checkpointing']} | {row['residual']} | {_cells(row)} |")
+        cells = _cells(row, least[row["part"]])
+        lines.append(f"| {_PARTS[row['part']]} | {run} | {row['checkpointing']} | {row['residual']} | {cells} |")
     if earlier := result["earlier"]:
-        lines.append(f"| whole, of version {earlier['version']} | compiled | none | fp32 | {_cells(earlier)} |")
+        lines.append(
+            f"| whole, of version {earlier['version']} | compiled | none | fp32 | {_cells(earlier, least['block'])} |"
+        )
     eager, compiled = kept["eager"]["sdpa"], kept["compiled, sdpa, by activation_memory_budget"]
     assumed = (
         f"{PRODUCTS:.0%} of the peak for matrix products, {ATTENTION[64]:.0%} for attention with heads of 64,\n"
@@ -150,14 +164,16 @@ def render(result: Mapping[str, Any], kept: Mapping[str, Any], traffic: Mapping[
         "",
         f"For backward a block keeps {eager['none']:.1f} bytes of a token and channel, with `selective` "
         f"{eager['selective']:.1f}; compiled {compiled['1.0']:.1f}, with `selective` {compiled['0.7']:.1f}",
-        "([file](../bench/results/kept-bytes.json)). Of a compiled block's other work, 12 bytes copy the gradients of",
-        "queries, keys and values, which torch's attention returns in three tensors, into one. In a half alone,",
-        "`selective` has so little else to recompute that the compiler recomputes attention too.",
+        "([file](../bench/results/kept-bytes.json)). 12 bytes of a compiled block's other work are copies: torch's",
+        "attention returns the gradients of queries, keys and values in three tensors, which are copied into one. In a",
+        "half alone, `selective` has so little else to recompute that the compiler recomputes attention too.",
         "",
         "## The step",
         "",
         f"`vit_base_400ep` with {IMAGES} images on one H100, blocks compiled, in milliseconds. Assumed are",
         f"{assumed.replace('%', ' %')}. MFU counts the operations of the step's own settings.",
+        "Not counted are launches, waiting, communication, the norms outside of the blocks, and the work of the",
+        "decoder's last block on tokens that are no targets. The fused ops are those of the recipe in every row.",
         "",
         "| settings | products | attention | other work of blocks | fused ops | optimizer | step | images/s | MFU |",
         "| --- |" + " ---: |" * 8,
@@ -187,6 +203,7 @@ _HEAD = """\
 This page is generated by `mimae bench budget --render` from `bench/results/budget.json`; do not edit it. **Its times
 are predictions**: operations and bytes are counted without a GPU, and rates are assumed. [gpu-day.md](gpu-day.md) is
 the page for measurements. The predictions there are older, and assume fewer bytes for the work between products.
+`mimae plan` assumes 45 % of the peak for the whole step (`--share`), so its times are shorter than those here.
 
 ## What a block moves and keeps
 
@@ -202,9 +219,9 @@ CPU. The least is what products and attention move: at best, all other work woul
 _PARTS = {"block": "whole", "attention": "half with attention", "mlp": "half with MLP"}
 
 
-def _cells(row: Counts) -> str:
-    least = row["products"] + row["attention"]
-    return " | ".join([*(f"{row[kind]:.0f}" for kind in KINDS), f"{(least + row['other']) / least:.2f}"])
+def _cells(row: Counts, least: float) -> str:
+    moved = [row[kind] for kind in KINDS]
+    return " | ".join([*(f"{each:.0f}" for each in moved), f"{sum(moved) / least:.2f}"])
 
 
 def _recipe(overrides: Sequence[str]) -> Recipe:

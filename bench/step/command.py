@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -188,15 +188,19 @@ def budget(
     FILE.
     """
     from mimae.bench.step.budget import measure, render
+    from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.output import as_json
 
+    def read(file: Path) -> Any:
+        if not file.exists():
+            raise UserError(f"{file} is missing; the page needs kept-bytes.json and traffic.json beside {out.name}")
+        return json.loads(file.read_text())
+
+    kept, traffic = (read(out.with_name(name)) for name in ("kept-bytes.json", "traffic.json"))
     if not render_only:
         write_atomically(out, json.dumps(measure(earlier), indent=2) + "\n")
-    result, kept, traffic = (
-        json.loads(file.read_text()) for file in (out, out.with_name("kept-bytes.json"), out.with_name("traffic.json"))
-    )
     docs.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(render(result, kept, traffic), encoding="utf-8")
+    docs.write_text(render(read(out), kept, traffic), encoding="utf-8")
     if not as_json({"page": docs}):
         print(f"wrote {docs}")

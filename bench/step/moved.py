@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from torch._functorch import config as functorch
 from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mimae
 from mimae.errors import UserError
 from mimae.model.blocks import Block
 
@@ -33,7 +34,7 @@ KINDS = ("products", "attention", "other")
 """Matrix products; attention; all else: norms, GELU, sums, casts, gradients of biases."""
 
 SEQUENCES = 512
-"""Number of sequences: so many that the parameters are less than 1 % of what is moved."""
+"""Number of sequences. It is large enough that the parameters are less than 1 % of what is moved."""
 
 
 class Way(NamedTuple):
@@ -53,7 +54,7 @@ def count(way: Way, checkout: Path | None = None) -> dict[str, float]:
 
     Each count has a process of its own, because torch's compiler keeps what it has compiled.
     """
-    root = Path(__file__).parents[2] if checkout is None else checkout
+    root = Path(mimae.__file__).parents[1] if checkout is None else checkout
     environment = {
         **os.environ,
         "PYTHONPATH": str(root.absolute()),
@@ -90,15 +91,21 @@ def counted(way: Way) -> dict[str, float]:
     return {kind: found[kind] / (SEQUENCES * way.tokens * way.width) for kind in KINDS}
 
 
-def _step(way: Way) -> None:
+def _step(way: Way) -> Callable[[], None]:
+    """Return a function that runs a forward and a backward, whose inputs exist."""
     part = _Part(Block(way.width, way.heads, "sdpa"), way.part)
     if way.compiled:
         part.compile(dynamic=False)
     stream = torch.bfloat16 if way.residual == "bf16" else torch.float32
     tokens = torch.randn(SEQUENCES, way.tokens, way.width, dtype=stream, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = part(tokens) if way.checkpointing == "none" else _recomputing(part, way.checkpointing, tokens)
-    out.backward(torch.ones_like(out))
+    gradient = torch.ones_like(tokens)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = part(tokens) if way.checkpointing == "none" else _recomputing(part, way.checkpointing, tokens)
+        out.backward(gradient)
+
+    return step
 
 
 def _recomputing(part: nn.Module, how: Any, tokens: Tensor) -> Tensor:
@@ -128,8 +135,9 @@ class _Operators(TorchDispatchMode):
 
 
 def _by_operator(way: Way) -> Mapping[str, int]:
+    step = _step(way)
     with _Operators() as operators:
-        _step(way)
+        step()
     return operators.bytes
 
 
@@ -156,7 +164,7 @@ def kind_of(operator: str) -> str:
 
 
 def _by_compiled_kernel(way: Way) -> Mapping[str, int]:
-    _step(way)
+    _step(way)()
     found: Counter[str] = Counter()
     for node, numbers in metrics.nodes_num_elem:  # numbers of 4 bytes
         found[kind_of(_name(node))] += 4 * numbers

@@ -16,13 +16,18 @@ import torch
 from mimae.errors import UserError
 
 
+def check_version(checkout: Path) -> None:
+    """Raise UserError if `checkout` has no version of this package."""
+    if not (checkout / "mimae/__init__.py").exists():
+        raise UserError(f"--against {checkout}: has no mimae/__init__.py; legal is a checkout of this repository")
+
+
 class Version:
     """The version of a checkout. Use it in a `with` statement, which ends its process."""
 
     def __init__(self, checkout: Path, recipe: str | None, overrides: Sequence[str], device: torch.device) -> None:
         """Start the process. Raises UserError if `checkout` has no version of this package."""
-        if not (checkout / "mimae/__init__.py").exists():
-            raise UserError(f"--against {checkout}: has no mimae/__init__.py; legal is a checkout of this repository")
+        check_version(checkout)
         request: dict[str, Any] = {
             "recipe": recipe or {},
             "overrides": [*overrides],

@@ -1,7 +1,7 @@
 """Results of worker processes, handed over in memory that they share with the process that reads them.
 
-torch's DataLoader moves each tensor into a new block of shared memory, and both processes pay for its pages: 0.2 ms of
-CPU time for an image of 224 pixels. Here each worker writes into slots of one block that exists before the workers
+torch's DataLoader moves each tensor into a new block of shared memory, and both processes pay for its pages. Here each
+worker writes into slots of one block that exists before the workers
 start. A slot is used again when the reader has dropped all tensors in it, so its pages are made once.
 
 The block takes memory only where something was written, /dev/shm does not limit it, and nothing of it is left when the
@@ -61,7 +61,8 @@ def unshared(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
 class Slots:
     """Memory for the results of `workers` processes that are forked from this process.
 
-    Where the system grants none, and in processes that are not forked, there are no slots: results go through pipes.
+    There are no slots where the system grants no memory, under a limit of addresses, and for processes that are not
+    forked. Results then go through pipes.
     """
 
     def __init__(self, workers: int) -> None:
@@ -112,7 +113,10 @@ def _release(memory: mmap.mmap, mark: int, reader: int) -> None:
 
 def _reserved(size: int) -> mmap.mmap | None:
     """Return `size` bytes of addresses that this process shares with those that are forked from it."""
-    if (method := multiprocessing.get_start_method()) != "fork":
+    # A program may still set another method for the processes that it starts itself, so nothing is set here.
+    if (
+        method := multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    ) != "fork":
         return _without(f"they are started by {method}, not by fork")
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         # The addresses would be taken from those that the run needs.
@@ -167,9 +171,13 @@ class Slot:
         return self._slots.take(self._number)
 
     def place(self, tensor: Tensor) -> Place | None:
-        """Return where a tensor is, which is copied into the slot if it lies elsewhere; None if the slot is full."""
+        """Return the bytes of a small tensor, or the place of a larger one; None if the slot is full.
+
+        A larger tensor is copied into the slot if it lies elsewhere.
+        """
         if tensor.nbytes <= SMALL:
-            return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), tuple(tensor.shape), tensor.dtype
+            flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+            return flat.view(torch.uint8).numpy().tobytes(), tuple(tensor.shape), tensor.dtype
         begin = tensor.data_ptr() - self._first
         if not (0 <= begin < self._used and tensor.is_contiguous()):
             copied = self._next(tuple(tensor.shape), tensor.dtype)
@@ -180,7 +188,7 @@ class Slot:
 
 
 def handed_over(made: Any, slot: Slot | None) -> Message:
-    """Return the message with a worker's result, of any type. Its tensors are in the slot, without one in the pipe."""
+    """Return the message with a worker's result, of any type. Its large tensors are in the slot, if there is one."""
     file = io.BytesIO()
     _Writer(file, slot).dump(made)
     if slot is None:

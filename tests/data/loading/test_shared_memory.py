@@ -253,10 +253,11 @@ def test_workers_of_a_forked_process_do_not_write_to_the_slots_of_its_parent() -
 def test_small_tensors_do_not_keep_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "SMALL", 64)
     slots = Slots(1)
-    small = torch.arange(8), torch.tensor(2.5), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([True, False])
+    conjugate = torch.tensor([1 + 2j, 3j]).conj()
+    small = torch.arange(8), torch.tensor(2.5), torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2) > 0, conjugate
     got = sent((*small, torch.empty(0, 3), torch.arange(100)), free(slots))
     assert all(map(torch.equal, got, (*small, torch.empty(0, 3), torch.arange(100))))
-    assert [tensor.dtype for tensor in got[:4]] == [tensor.dtype for tensor in small]
+    assert [tensor.dtype for tensor in got[: len(small)]] == [tensor.dtype for tensor in small]
     assert free(slots)._number == 1
     got = got[:-1]
     assert free(slots)._number == 0
