@@ -127,6 +127,8 @@ def _compete(contest: Contest, rounds: int, device: torch.device, processes: Exi
     for number in track(range(rounds), "step", rounds, "rounds"):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            # The first step of a turn gets the memory that the contender before has given back; it is not counted.
+            contenders[name].timed(1)
             seconds[name].append(contenders[name].timed(steps))
     return {
         "images": len(images),

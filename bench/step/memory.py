@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from mimae.bench.machine import resident_bytes
 from mimae.bench.step.contenders import OURS, Baseline, Contender, Ours, batch_of
@@ -24,7 +25,8 @@ from mimae.model.mimae import MIMAE
 def count_memory(held: Sequence[tuple[Contest, dict[str, Any]]]) -> None:
     """Add the bytes that a step allocates to every contender, see `allocated`.
 
-    They are None for blocks that are compiled, which choose what they keep.
+    They are None for blocks that are compiled, which choose what they keep, and for models of other projects that read
+    values of tensors while they are built.
     """
     for contest, result in held:
         for name, row in result["contenders"].items():
@@ -32,13 +34,16 @@ def count_memory(held: Sequence[tuple[Contest, dict[str, Any]]]) -> None:
             row["counted"] = None if is_compiled else _count(contest, name, row["attention"])
 
 
-def _count(contest: Contest, name: str, attention: str | None) -> dict[str, int]:
+def _count(contest: Contest, name: str, attention: str | None) -> dict[str, int] | None:
     for another in contest.versions:
         if another.name == name:
             with another.start(torch.device("cpu")) as version:
                 return version.allocated()
     kind, recipe = contest.contender(name)
-    return allocated(lambda: _contender(kind, recipe, torch.device("cpu"), attention))
+    try:
+        return allocated(lambda: _contender(kind, recipe, torch.device("cpu"), attention))
+    except DataDependentOutputException:  # Tensors without memory have no values.
+        return None
 
 
 def measure_memory(held: Sequence[tuple[Contest, dict[str, Any]]], device: torch.device) -> None:

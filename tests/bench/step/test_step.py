@@ -19,7 +19,7 @@ from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
 from mimae.bench.step import command, contest, memory, meters, roof, table
-from mimae.bench.step.contenders import ATTENTION, Baseline, Ours, batch_of, with_attention
+from mimae.bench.step.contenders import ATTENTION, Baseline, Contender, Ours, batch_of, with_attention
 from mimae.bench.step.version import Version
 from mimae.cli import app
 from mimae.config.load import load_recipe
@@ -241,9 +241,33 @@ def test_counted_memory_is_what_the_planner_counts(checkpointing: str, precision
     given = [f"precision={precision}", f"model.checkpointing={checkpointing}", "schedule.batch_size=64"]
     recipe = recipe_of(*given, "model.attention=sdpa")
     counted = memory._count(contest.Contest(recipe, [], {}), "mimae", "sdpa")
+    assert counted is not None
     assert counted["kept_bytes"] == pytest.approx(planned.kept(recipe, 64, 1, ops="plain"), rel=0.03)
     whole = planned.memory(recipe, planned.Layout("ddp", 1), 64, count=planned.parameters(recipe), ops="plain").total
     assert counted["kept_bytes"] < counted["peak_bytes"] == pytest.approx(whole, rel=0.1)
+
+
+def test_memory_of_a_model_that_reads_values_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timm's ViT does while it is built."""
+    monkeypatch.setattr(memory, "_contender", lambda *given: torch.linspace(0, 1, 3)[1].item())
+    assert memory._count(contest.Contest(recipe_of(), [], {}), "mimae", "sdpa") is None
+
+
+def test_the_first_step_of_a_turn_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pays for memory that the contender before has given back."""
+    calls: list[int] = []
+
+    def timed(self: Contender, steps: int) -> float:
+        calls.append(steps)
+        return 9.0 if len(calls) % 2 else 0.5
+
+    monkeypatch.setattr(Contender, "timed", timed)
+    monkeypatch.setattr(Contender, "warm_up", lambda self: 1.0)
+    monkeypatch.setattr(contest, "ROUND_SECONDS", 3)
+    monkeypatch.setattr(contest, "time_by_kind", lambda contender: {})
+    found = contest.compete(contest.Contest(recipe_of(*NO_MI), [], {"next_view": recipe_of(*NO_MI)}), 2, CPU)
+    assert [row["seconds_per_step"] for row in found["contenders"].values()] == [[0.5, 0.5]] * 2
+    assert calls == [1, 3] * 4
 
 
 def test_without_rounds_only_memory_is_counted(tmp_path: Path) -> None:
