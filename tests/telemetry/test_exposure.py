@@ -149,6 +149,7 @@ def check(found: list[dict[str, Any]], name: str, counts: list[int]) -> None:
         assert rank[name]["same bits"], "a profiled step is a step as any other"
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_seen_unless_computing_hides_it(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["idle"] > 0.8
     assert ranks[1]["busy"] < 0.2
@@ -158,11 +159,13 @@ def test_a_late_rank_is_seen_unless_computing_hides_it(ranks: list[dict[str, Any
 # log-sum-exps, and sums V's terms and the losses: 9 all-gathers and 6 all-reduces for three micro-batches.
 
 
+@pytest.mark.slow
 def test_ddp_reduces_each_bucket_once(ranks: list[dict[str, Any]]) -> None:
     """Expect two buckets: DDP's first bucket has 1 MiB, and the second has room for 25 MiB."""
     check(ranks, "ddp", [9, 6 + 2, 0])
 
 
+@pytest.mark.slow
 def test_fsdp_reduces_shares_with_every_micro_batch(ranks: list[dict[str, Any]]) -> None:
     """Expect all-gathers of root and four blocks, of the blocks again for backward, and one sum of norms."""
     check(ranks, "fsdp", [9 + 3 * 9, 6 + 1, 3 * 5])

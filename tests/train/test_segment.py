@@ -221,6 +221,7 @@ def alone(scenes: Path, run: Path) -> tuple[list[float], float]:
     return [record["loss"] for record in lines(run / "metrics.jsonl")], lines(run / "epochs.jsonl")[-1]["miou"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_resume_with_equal_bits(scenes: Path, tmp_path: Path) -> None:
     """Evaluate 9 images with FSDP, which is a collective, on two ranks; each image has 3 to 6 windows."""
     expected = alone(scenes, tmp_path / "alone")
