@@ -3,8 +3,6 @@
 A matrix product and attention take their operations over a share of the peak. All other work of the blocks takes the
 bytes that it moves, as counted by `moved`, over a share of the memory's bandwidth; so do the fused ops with their least
 bytes, and the optimizer. These parts follow each other.
-
-Letters: K visible patches of a view, M targets, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -107,14 +105,12 @@ def predict(recipe: Recipe, counts: Counts, ops_bytes: float) -> Budget:
     """Return the time of a step of `IMAGES` images. `ops_bytes`: least bytes of the fused ops for an image."""
     peak = peak_flops(GPUS["h100"].name, "bf16")
     assert peak is not None
-    sizes, model, decoder = geometry(recipe), recipe.model, recipe.decoder
+    model, decoder = recipe.model, recipe.decoder
     views = IMAGES * recipe.masking.num_masks
-    tokens, of_decoder = 1 + sizes.visible, 1 + sizes.visible + sizes.targets
+    tokens, _, queries = _tokens(recipe)
     attention = attention_flops(recipe)
     products = 3 * (IMAGES * image_flops(recipe) - views * sum(flops for flops, _ in attention))
-    moved = views * (
-        model.depth * tokens * model.width + ((decoder.depth - 1) * of_decoder + sizes.targets) * decoder.width
-    )
+    moved = views * (model.depth * tokens * model.width + queries * decoder.width)
     memory = MEMORY * H100_BYTES_PER_S
     return Budget(
         1e3 * products / (PRODUCTS * peak),
@@ -128,16 +124,25 @@ def predict(recipe: Recipe, counts: Counts, ops_bytes: float) -> Budget:
 def attention_flops(recipe: Recipe) -> list[tuple[int, int]]:
     """Return, for encoder and decoder, the FLOPs of attention in a view's forward and the width of a head.
 
-    The decoder has self attention, and its last block has queries for the targets only.
+    The decoder has self attention.
     """
     assert recipe.decoder.attention == "self"
-    sizes, model, decoder = geometry(recipe), recipe.model, recipe.decoder
-    tokens, of_decoder = 1 + sizes.visible, 1 + sizes.visible + sizes.targets
-    queries = (decoder.depth - 1) * of_decoder + sizes.targets
+    model, decoder = recipe.model, recipe.decoder
+    tokens, of_decoder, queries = _tokens(recipe)
     return [
         (4 * model.depth * tokens**2 * model.width, model.width // model.heads),
         (4 * queries * of_decoder * decoder.width, decoder.width // decoder.heads),
     ]
+
+
+def _tokens(recipe: Recipe) -> tuple[int, int, int]:
+    """Return a view's tokens in the encoder and in the decoder, and the queries of all blocks of the decoder.
+
+    The decoder's last block has queries for the targets only.
+    """
+    sizes = geometry(recipe)
+    of_decoder = 1 + sizes.visible + sizes.targets
+    return 1 + sizes.visible, of_decoder, (recipe.decoder.depth - 1) * of_decoder + sizes.targets
 
 
 def render(result: Mapping[str, Any], kept: Mapping[str, Any], traffic: Mapping[str, Any]) -> str:
@@ -180,15 +185,14 @@ def render(result: Mapping[str, Any], kept: Mapping[str, Any], traffic: Mapping[
     ]
     ops_bytes = _ops_bytes(traffic)
     counts = {tuple(row[key] for key in Way._fields): row for row in result["counts"]}
-    rows: list[tuple[str, tuple[str, ...], Counts]] = []
+    rows: list[tuple[str, Recipe, Counts]] = []
     for overrides in STEPS:
         recipe = _recipe(overrides)
         way = Way(checkpointing=recipe.model.checkpointing, residual=recipe.model.residual)
-        rows.append((" ".join(f"`{each}`" for each in overrides) or "the recipe", overrides, counts[tuple(way)]))
+        rows.append((" ".join(f"`{each}`" for each in overrides) or "the recipe", recipe, counts[tuple(way)]))
     if earlier:
-        rows.insert(0, (f"version {earlier['version']}", (), earlier))
-    for name, overrides, moved in rows:
-        recipe = _recipe(overrides)
+        rows.insert(0, (f"version {earlier['version']}", _recipe(()), earlier))
+    for name, recipe, moved in rows:
         budget = predict(recipe, moved, ops_bytes)
         rate = IMAGES / budget.step * 1e3
         mfu = 3 * rate * image_flops(recipe) / (peak_flops(GPUS["h100"].name, "bf16") or 1)
