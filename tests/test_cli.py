@@ -225,9 +225,8 @@ def test_a_verb_takes_its_arguments_to_its_module(
     assert seen == [tmp_path] and capsys.readouterr().out.split() == ["state", "finished"]
     assert launch(monkeypatch, "probe", "--help") == 0
     out = capsys.readouterr().out
-    assert (
-        "Usage: mimae probe [OPTIONS] " in out and "directory of a pretraining run" in out and "RUN/probe.json" in out
-    )
+    assert "Usage: mimae probe [OPTIONS] " in out and "a pretraining run, or one of its" in out
+    assert "RUN/probe.json" in out
     assert launch(monkeypatch, "probe", "runs/x", "--images", "many") == 2
 
 

@@ -1,4 +1,4 @@
-"""Running trials: each is one `mimae pretrain` and one `mimae probe` in separate processes, and leaves one JSON file.
+"""Running trials: each is one `mimae pretrain`, and `mimae probe` for its checkpoints; it leaves one JSON file.
 
 A trial that has its file is not run again, and an interrupted trial resumes from its checkpoint.
 """
@@ -21,6 +21,7 @@ import torch
 from mimae.bench.controls.time_to import checks_of
 from mimae.bench.controls.trials import RECIPES, Result, Trial
 from mimae.bench.machine import describe
+from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
 from mimae.config.load import load_recipe
 from mimae.config.recipe import Recipe, flat
@@ -99,26 +100,36 @@ class Processes:
 
     def __call__(self, trial: Trial, run: Path) -> Result:
         run.parent.mkdir(parents=True, exist_ok=True)
-        # A recipe of larger batches has shorter epochs: every control is checked after the same numbers of steps.
-        every = trial.settings["schedule.batch_size"] // load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
-        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", f"telemetry.probe_every_epochs={every}"]
-        ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", *quiet]
+        # A recipe of larger batches has shorter epochs: every control is probed after the same numbers of steps.
+        batch = load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
+        every = max(1, trial.settings["schedule.batch_size"] // batch)
+        quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
+        kept = f"checkpoint.every_epochs={every}"
+        ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", kept, *quiet]
         # The CPU seconds of an interrupted run are not known, since its first part is not measured here.
         is_whole = not run.exists()
         with run.with_suffix(".log").open("ab") as log:
             cpu_seconds = self._wait(["pretrain", trial.recipe, *trial.overrides, *trial.paths, *ours], log)
             _check_trained(trial, run)
-            self._wait(["probe", str(run), *([] if trial.kind == "mi_mae" else ["--no-baselines"])], log)
-        epochs = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
-        probed = json.loads((run / "probe.json").read_text())
+            epochs = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
+            *earlier, end = checks_of(epochs, every)
+            probes = [check | self._probe(run, check["step"], log)["features"]["this run"] for check in earlier]
+            probed = self._probe(run, end["step"], log, baselines=trial.kind == "mi_mae")
         return {
             "threads": self.threads,
             "seconds": sum(epoch["seconds"] for epoch in epochs),
             "cpu_seconds": cpu_seconds if is_whole else None,
-            "checks": checks_of(epochs),
+            "probes": [*probes, end | probed["features"]["this run"]],
             "last_epoch": epochs[-1],
             "probe": {key: value for key, value in probed.items() if key not in ("train", "test")},
         }
+
+    def _probe(self, run: Path, step: float, log: Any, baselines: bool = False) -> Result:
+        """Probe a checkpoint, and return the content of the file that `mimae probe` writes."""
+        one = checkpoint.finished(checkpoint.unfinished(run, int(step)))
+        self._wait(["probe", str(one), *([] if baselines else ["--no-baselines"])], log)
+        probed: Result = json.loads((run / f"probe-{one.name}.json").read_text())
+        return probed
 
     def _wait(self, arguments: list[str], log: Any) -> float:
         """Run a command to its end, and return the CPU seconds of its processes.

@@ -1,4 +1,4 @@
-"""The time in which a control reaches MAE's final accuracy of nearest neighbours, as evaluated during training."""
+"""The cost at which a control reaches MAE's final accuracies, from probes of its checkpoints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mimae.bench.controls.trials import CHOICES, CONTROLS, Result
+from mimae.evaluate.knn import NEIGHBOURS
+from mimae.evaluate.probe import MEASURES
 
 
 class Reached(NamedTuple):
-    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the whole command.
+    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the training command.
 
     The CPU seconds of an interrupted run are not known.
     """
@@ -20,56 +22,65 @@ class Reached(NamedTuple):
     cpu_seconds: float | None
 
 
-def checks_of(epochs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the evaluations in a run's epochs.jsonl, each with the FLOPs of all steps before it."""
-    found, flops = [], 0.0
-    for epoch in epochs:
+def checks_of(epochs: Sequence[dict[str, Any]], every: int) -> list[dict[str, float]]:
+    """Return the times at which a run is probed: after every `every` epochs, and at its end.
+
+    Each is a step, with the FLOPs and seconds of all steps before it. `epochs` is the content of epochs.jsonl.
+    """
+    found, flops, seconds = [], 0.0, 0.0
+    for number, epoch in enumerate(epochs, 1):
         flops += 1e12 * (epoch["tflops"] or 0.0) * epoch["seconds"]
-        if epoch.get("knn") is not None:
-            found.append({"step": epoch["step"], "flops": flops, "knn": epoch["knn"], "val_rec": epoch["val_rec"]})
+        seconds += epoch["seconds"]
+        if number % every == 0 or number == len(epochs):
+            found.append({"step": epoch["step"], "flops": flops, "seconds": seconds})
     return found
 
 
-def reached(result: Result, level: float) -> Reached | None:
-    """Return the cost until a run reached an accuracy, interpolated between two evaluations; None if it never did.
-
-    The CPU seconds are those of the whole command times the share of its steps: an upper bound if images grow.
-    """
-    checks = result["checks"]
-    before = {"step": 0, "flops": 0.0, "knn": 0.0}
-    for check in checks:
-        if check["knn"] >= level:
-            # The first evaluation has no earlier one for an interpolation.
-            share = (level - before["knn"]) / (check["knn"] - before["knn"]) if before["step"] else 1.0
-            steps, flops = (before[key] + share * (check[key] - before[key]) for key in ("step", "flops"))
-            seconds = result["cpu_seconds"]
-            return Reached(steps, flops, None if seconds is None else seconds * steps / checks[-1]["step"])
-        before = check
-    return None
+def reached(result: Result, measure: str, level: float) -> Reached | None:
+    """Return the cost until a run reached an accuracy, interpolated between two probes; None if it never did."""
+    probes, cpu_seconds = result["probes"], result["cpu_seconds"]
+    crossed = next((i for i, probe in enumerate(probes) if probe[measure] >= level), None)
+    if crossed is None:
+        return None
+    now = before = probes[crossed]
+    share = 0.0  # The first probe has no earlier one for an interpolation.
+    if crossed:
+        before = probes[crossed - 1]
+        share = (level - before[measure]) / (now[measure] - before[measure])
+    steps, flops, seconds = (before[key] + share * (now[key] - before[key]) for key in ("step", "flops", "seconds"))
+    return Reached(steps, flops, None if cpu_seconds is None else cpu_seconds * seconds / probes[-1]["seconds"])
 
 
 def render_times(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the table of one data set. MAE's level is the mean of its last evaluations over the seeds."""
-    timed = [result for result in results if result.get("checks")]
+    """Yield the tables of one data set, one for each measure. MAE's level is its mean at the end over the seeds."""
+    timed = [result for result in results if result.get("probes")]
     mae = [result for result in timed if result["kind"] == "mae"]
     if not mae:
         return
-    level = statistics.fmean(result["checks"][-1]["knn"] for result in mae)
-    whole = statistics.fmean(result["checks"][-1]["flops"] for result in mae)
+    probes, few = mae[0]["probes"], mae[0]["probe"]["few_labels"]
     yield (
-        f"Time to MAE's final accuracy, {level:.3f} by the vote of the neighbours as evaluated during training (with "
-        "fewer images than in the probe, and linear interpolation between evaluations). FLOPs are those of the steps, "
-        "as a share of all of MAE's. CPU seconds are those of the whole command, in proportion to the steps (an upper "
-        "bound if images grow):\n"
+        f"Time to MAE's final accuracies. The probe evaluated {len(probes)} checkpoints of each run, the first after "
+        f"{probes[0]['step']:,} steps, and the time is interpolated linearly between two of them. A run that is as "
+        "good at the first one has its cost, which is an upper bound. FLOPs are those of the steps, as a share of all "
+        "of MAE's. CPU seconds are those of the training command, in proportion to the seconds of the epochs. Costs "
+        "are means over the seeds that reached the accuracy.\n"
     )
-    yield "| control | seeds | last evaluation | reached by | steps | FLOPs, of MAE's | CPU s |"
+    for measure, name in zip(MEASURES, ("linear probe", f"{few} labels", f"{NEIGHBOURS} neighbours"), strict=True):
+        yield from _render_measure(timed, mae, measure, name)
+
+
+def _render_measure(timed: list[Result], mae: list[Result], measure: str, name: str) -> Iterator[str]:
+    """Yield the table of one measure."""
+    level = statistics.fmean(result["probes"][-1][measure] for result in mae)
+    whole = statistics.fmean(result["probes"][-1]["flops"] for result in mae)
+    yield f"| {name}: MAE's {level:.3f} | seeds | at the end | reached by | steps | FLOPs, of MAE's | CPU s |"
     yield "|---|---|---|---|---|---|---|"
     for kind, row in {**CONTROLS, **CHOICES}.items():
         rows = [result for result in timed if result["kind"] == kind]
         if not rows:
             continue
-        last = statistics.fmean(result["checks"][-1]["knn"] for result in rows)
-        found = [when for result in rows if (when := reached(result, level)) is not None]
+        last = statistics.fmean(result["probes"][-1][measure] for result in rows)
+        found = [when for result in rows if (when := reached(result, measure, level)) is not None]
         cells = ["not reached", "", ""]
         if found:
             steps, flops = (statistics.fmean(column) for column in list(zip(*found, strict=True))[:2])

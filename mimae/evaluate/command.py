@@ -10,17 +10,20 @@ import typer
 
 
 def probe(
-    run: Annotated[Path, typer.Argument(help="directory of a pretraining run")],
+    run: Annotated[Path, typer.Argument(help="a pretraining run, or one of its checkpoints")],
     train: Annotated[str | None, typer.Option(help="labelled training images [default: data.path]")] = None,
     test: Annotated[str | None, typer.Option(help="labelled test images [default: data.val_path]")] = None,
     images: Annotated[int, typer.Option(help="largest number of training images, class-balanced", min=1)] = 50_000,
     baselines: Annotated[bool, typer.Option(help="also probe raw pixels and the encoder before training")] = True,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="[default: RUN/probe.json]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="[default: RUN/probe.json, or RUN/probe-CHECKPOINT.json]")
+    ] = None,
 ) -> None:
     """Evaluate the frozen features of a run.
 
     Uses a linear probe, a probe with few labels, and nearest neighbours. Prints the results, then writes them.
     """
+    from mimae.checkpoints.checkpoint import run_of
     from mimae.evaluate.probe import probe
     from mimae.outside.files import write_report
     from mimae.outside.output import as_json
@@ -28,7 +31,9 @@ def probe(
     result = probe(run, train, test, images, baselines)
     if not as_json(result):
         _print(run, result)
-    write_report(run, "probe.json", json.dumps(result, indent=2) + "\n", out)
+    whole = run_of(run)
+    name = "probe.json" if run == whole else f"probe-{run.name}.json"
+    write_report(whole, name, json.dumps(result, indent=2) + "\n", out)
 
 
 def _print(run: Path, result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
@@ -56,14 +57,14 @@ def probe(
     images: int = 50_000,
     baselines: bool = True,
 ) -> dict[str, Any]:
-    """Probe the newest checkpoint of a run; with `baselines`, also raw pixels and the encoder before training.
+    """Probe a run (its newest checkpoint) or one checkpoint; with `baselines`, also raw pixels and the random encoder.
 
     `train` and `test` are data paths that replace the run's. At most `images` class-balanced images of the training set
     are used. Returns the content of probe.json, which `mimae probe` writes. Raises UserError.
     """
     run, started = Path(run), time.monotonic()
     encoder = load_encoder(run)
-    recipe = load_run(run)
+    recipe = load_run(checkpoint.run_of(run))
     if test is None and recipe.data.val_path is None:
         raise UserError(
             f"{run} has no test set: data.val_path is null in its config.yaml; name one with --test PATH, "

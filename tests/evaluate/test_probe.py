@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mimae.data.loading.order import Share
 from mimae.data.settings import DataSettings
 from mimae.data.sources.base import Source
 from mimae.data.sources.open import open_source
-from mimae.errors import UserError
+from mimae.errors import CheckpointError, UserError
 from mimae.evaluate import command, linear, probe
 from mimae.evaluate.features import extract, pixels
 from mimae.evaluate.knn import knn_accuracy, nearest_neighbours
@@ -405,6 +406,20 @@ def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.C
     assert again["features"] == written["features"]
 
 
+def test_one_checkpoint_is_probed_by_its_path_and_has_a_file_of_its_own(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "probe.json").unlink(missing_ok=True)
+    newest = copied / "checkpoints" / "step-00000002"
+    command.probe(newest, baselines=False)
+    written = json.loads((copied / "probe-step-00000002.json").read_text())
+    assert written["features"] == probe.probe(copied, baselines=False)["features"]
+    assert not (copied / "probe.json").exists()
+    assert not list(newest.glob("probe*")), "a checkpoint holds its own files alone"
+    with pytest.raises(CheckpointError, match=r"neither a run directory nor a checkpoint of one"):
+        command.probe(tmp_path)
+
+
 def test_a_probe_whose_file_cannot_be_written_prints_its_table(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +428,7 @@ def test_a_probe_whose_file_cannot_be_written_prints_its_table(
     monkeypatch.setattr(probe, "probe", lambda *_: counts | {"features": {"this run": scores}})
     other = tmp_path / "other"
     (other / "probe.json").mkdir(parents=True)
+    (other / "config.yaml").touch()
     with pytest.raises(UserError, match=r"probe\.json cannot be written: .*; --out FILE names another file"):
         command.probe(other)
     assert "0.500" in capsys.readouterr().out

@@ -37,6 +37,7 @@ from mimae.config.printing import as_yaml
 from mimae.config.recipe import Recipe
 from mimae.data.sources.open import open_source
 from mimae.errors import UserError
+from mimae.evaluate.probe import MEASURES
 
 ROOT = Path(__file__).parents[3]
 
@@ -142,35 +143,73 @@ def test_the_choices_have_a_table_of_their_own_beside_the_default() -> None:
     assert "Variants with less work" not in alone
 
 
-def checked(kind: str, knn: list[float], flops: float = 1e12) -> tuple[str, int, Result]:
-    """Return a trial of 100 steps between two checks, each of which takes `flops`, and 10 CPU seconds in all."""
-    epochs = [
-        {"step": 100 * i, "tflops": flops / 1e12 / 2, "seconds": 2.0, "knn": each, "val_rec": 0.5}
-        for i, each in enumerate(knn, 1)
+def epochs_of(flops: list[float], seconds: list[float]) -> list[dict[str, Any]]:
+    """Return the epochs.jsonl of a run of 100 steps an epoch."""
+    rows = zip(flops, seconds, strict=True)
+    return [{"step": 100 * i, "tflops": each / 1e12 / took, "seconds": took} for i, (each, took) in enumerate(rows, 1)]
+
+
+def checked(kind: str, scores: list[tuple[float, float, float]], flops: float = 1e12) -> tuple[str, int, Result]:
+    """Return a trial of 100 steps between two probes, each of which takes `flops`, and 10 CPU seconds in all.
+
+    The scores are those of the linear probe, of few labels and of neighbours.
+    """
+    checks = checks_of(epochs_of([flops] * len(scores), [2.0] * len(scores)), 1)
+    probes = [check | dict(zip(MEASURES, row, strict=True)) for check, row in zip(checks, scores, strict=True)]
+    return kind, 0, result(0.5, 0.3, 0.4) | {"cpu_seconds": 10.0, "probes": probes}
+
+
+def test_the_checks_of_a_run_are_its_multiples_and_its_end() -> None:
+    """Count the FLOPs and the seconds of all steps before a check, also of epochs that cost more than others."""
+    checks = checks_of(epochs_of([1e12, 2e12, 4e12, 8e12, 16e12], [1.0, 2.0, 4.0, 8.0, 16.0]), 2)
+    assert checks == [
+        {"step": 200, "flops": pytest.approx(3e12), "seconds": 3.0},
+        {"step": 400, "flops": pytest.approx(15e12), "seconds": 15.0},
+        {"step": 500, "flops": pytest.approx(31e12), "seconds": 31.0},
     ]
-    return kind, 0, result(0.5, 0.3, 0.4) | {"cpu_seconds": 10.0, "checks": checks_of(epochs)}
 
 
-def test_the_time_to_an_accuracy_is_interpolated_between_two_checks() -> None:
-    _, _, run = checked("mi_mae", [0.2, 0.4, 0.4, 0.6], flops=3e12)
-    assert reached(run, 0.3) == pytest.approx((150, 4.5e12, 3.75))
-    assert reached(run, 0.1) == pytest.approx((100, 3e12, 2.5))  # There is no check before the first.
-    assert reached(run, 0.61) is None
+def test_the_time_to_an_accuracy_is_interpolated_between_two_probes() -> None:
+    _, _, run = checked("mi_mae", [(0.2, 0.1, 0.0), (0.4, 0.2, 0.0), (0.4, 0.2, 0.0), (0.6, 0.1, 0.0)], flops=3e12)
+    assert reached(run, "linear", 0.3) == pytest.approx((150, 4.5e12, 3.75))
+    assert reached(run, "linear", 0.1) == pytest.approx((100, 3e12, 2.5))  # There is no probe before the first.
+    assert reached(run, "linear", 0.61) is None
+    assert reached(run, "few_labels", 0.2) == pytest.approx((200, 6e12, 5))
+    assert reached(run, "knn", 0.3) is None
 
 
-def test_the_time_to_the_last_check_of_mae_is_a_table() -> None:
-    trials = [checked("mae", [0.2, 0.3, 0.4]), checked("mi_mae", [0.3, 0.5, 0.6], 0.5e12), checked("orthogonal", [0.1])]
+def test_the_cpu_seconds_of_a_run_whose_images_grow_follow_its_epochs() -> None:
+    run = {
+        "cpu_seconds": 20.0,
+        "probes": [
+            check | {"linear": score}
+            for check, score in zip(checks_of(epochs_of([1e12, 9e12], [1.0, 9.0]), 1), (0.5, 0.6), strict=True)
+        ],
+    }
+    assert reached(run, "linear", 0.5) == pytest.approx((100, 1e12, 2.0))
+    assert reached(run, "linear", 0.55) == pytest.approx((150, 5.5e12, 11.0))
+
+
+def test_the_time_to_each_of_maes_final_accuracies_is_a_table() -> None:
+    trials = [
+        checked("mae", [(0.2, 0.1, 0.1), (0.3, 0.2, 0.2), (0.4, 0.3, 0.2)]),
+        checked("mi_mae", [(0.3, 0.4, 0.1), (0.5, 0.4, 0.1), (0.6, 0.4, 0.1)], 0.5e12),
+        checked("orthogonal", [(0.1, 0.1, 0.2)]),
+    ]
     page = render(written(trials), [])
-    assert "Time to MAE's final accuracy, 0.400" in page
+    linear, few, knn = ("\n".join(part.splitlines()[:4]) for part in page.split(": MAE's ")[1:])
+    assert linear.startswith("0.400") and few.startswith("0.300") and knn.startswith("0.200")
     assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.600 | 1 of 1 | 150 | 0.25 | 5 |" in page
-    assert "| 4. N orthogonal masks, no MI | 1 | 0.100 | 0 of 1 | not reached |  |  |" in page
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.400 | 1 of 1 | 100 | 0.17 | 3 |" in page
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.100 | 0 of 1 | not reached |  |  |" in page
+    assert "| 4. N orthogonal masks, no MI | 1 | 0.200 | 1 of 1 | 100 | 0.33 | 10 |" in page
     assert "Time to" not in render(written([("mi_mae", 0, result(0.5, 0.3, 0.4))]), [])
 
 
 def test_cpu_seconds_of_an_interrupted_trial_are_not_shown() -> None:
-    kind, seed, whole = checked("mae", [0.2, 0.4])
+    kind, seed, whole = checked("mae", [(0.2, 0.2, 0.2), (0.4, 0.4, 0.4)])
     interrupted = whole | {"cpu_seconds": None}
-    assert reached(interrupted, 0.3) == (150, 1.5e12, None)
+    assert reached(interrupted, "linear", 0.3) == pytest.approx((150, 1.5e12, None))
     page = render(written([(kind, seed, whole), (kind, seed + 1, interrupted)]), [])
     assert "| 2 of 2 | 200 | 1.00 | 10 |" in page
     assert "| 1 of 1 | 200 | 1.00 |  |" in render(written([(kind, seed, interrupted)]), [])
@@ -441,7 +480,7 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     run()
     file = results / "controls/photos-mi_mae-1.json"
     row = json.loads(file.read_text())
-    assert row["last_epoch"]["step"] == 2 and row["views"] == 2 * 8 * 4
+    assert row["last_epoch"]["step"] == row["probes"][-1]["step"] == 2 and row["views"] == 2 * 8 * 4
     assert 0 <= row["probe"]["features"]["this run"]["linear"] <= 1
     assert str(tmp_path) not in file.read_text()
     assert load_recipe(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
