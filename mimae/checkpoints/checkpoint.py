@@ -209,7 +209,7 @@ def _prune(newest: Path, settings: CheckpointSettings, passed_over: set[str]) ->
     states = {path: state for path in counted if (state := _state(path)) is not None}
     before = sorted(path for path in states if path < newest)
     kept = {path for path, state in states.items() if state.get("for_good")} | {newest}
-    kept |= {*before[len(before) - settings.keep + 1 :]}
+    kept |= {*before[max(len(before) - settings.keep + 1, 0) :]}
     measured = {path: finite_measures(state, settings.best) for path, state in states.items()}
     if judged := {path: value for path, value in measured.items() if value is not None}:
         better = states.get(newest, {}).get("better", {"knn": "max"})  # Older runs do not record a direction.

@@ -21,11 +21,13 @@ EXTENDABLE = ("epochs", "max_steps", "warmup_epochs", "shape", "floor", "drop_ep
 def schedule_factor(schedule: ScheduleSettings, step: int, steps_per_epoch: int, peak: float) -> float:
     """Return the factor of the peak learning rates at optimizer step `step` (from 0): linear warm-up, then the shape.
 
-    The schedule of an extended run begins at the step of the extension, with the factor that it had there; `step` is
-    not before that step. `peak` is the scaled value of learning_rate. The floor is relative to it, so that the rate of
-    each group ends at the same share of its own peak.
+    The schedule of an extended run begins at the step of the extension, with the factor that it had there. `peak` is
+    the scaled value of learning_rate. The floor is relative to it, so that the rate of each group ends at the same
+    share of its own peak. Raises ValueError for a step before the extension, whose schedule is not known.
     """
-    first, begin = _start(schedule)
+    first, begin = start(schedule)
+    if step < first:
+        raise ValueError(f"step {step} is before step {first}, at which the schedule begins")
     total, warmup, taken = total_steps(schedule, steps_per_epoch), _warmup(schedule, steps_per_epoch), step - first
     if taken < warmup:
         return begin + (1 - begin) * (taken if schedule.warmup_from_zero else taken + 1) / warmup
@@ -48,23 +50,26 @@ def extended(
     goes on as in that run.
     """
     changed = [key for key in EXTENDABLE if getattr(old, key) != getattr(new, key)]
-    start = _start(old)
-    is_warming_up = step < start[0] + _warmup(old, steps_per_epoch) and "warmup_epochs" not in changed
+    begun = start(old)
+    is_warming_up = step < begun[0] + _warmup(old, steps_per_epoch) and "warmup_epochs" not in changed
     has_no_end = new.shape in ("constant", "steps") and {"epochs", "max_steps"}.issuperset(changed)
     # Of a run with several resolutions, the steps before an extension had other sizes: see `resolution.stages`.
     if new.resolution or not (is_warming_up or has_no_end):
-        start = step, schedule_factor(old, step, steps_per_epoch, peak)
+        begun = step, schedule_factor(old, step, steps_per_epoch, peak)
     before = " ".join(f"schedule.{key}={text(getattr(old, key))}" for key in changed)
-    return new.model_copy(update={"extended": (*old.extended, (*start, f"{before} until step {step}"))})
+    return new.model_copy(update={"extended": (*old.extended, (*begun, f"{before} until step {step}"))})
 
 
-def _start(schedule: ScheduleSettings) -> tuple[int, float]:
-    """Return the step at which a schedule begins, and the share of the peak that its warm-up rises from."""
+def start(schedule: ScheduleSettings) -> tuple[int, float]:
+    """Return the step at which a schedule begins, and the share of the peak that its warm-up rises from.
+
+    Both are 0 unless the run was extended.
+    """
     return schedule.extended[-1][:2] if schedule.extended else (0, 0.0)
 
 
 def _warmup(schedule: ScheduleSettings, steps_per_epoch: int) -> float:
     """Return the steps of the warm-up."""
     steps = schedule.warmup_epochs * steps_per_epoch
-    left = total_steps(schedule, steps_per_epoch) - _start(schedule)[0]
+    left = total_steps(schedule, steps_per_epoch) - start(schedule)[0]
     return min(steps if schedule.warmup_from_zero else round(steps), left)

@@ -24,7 +24,7 @@ from mimae.data.loading.loader import make_loader
 from mimae.engines.make import check_machine, setup_of
 from mimae.errors import UserError
 from mimae.optim.resolution import Size, stage_at
-from mimae.optim.schedule import schedule_factor, total_steps
+from mimae.optim.schedule import schedule_factor, start, total_steps
 from mimae.outside.files import Folder
 from mimae.outside.progress import track
 from mimae.outside.text import say
@@ -103,7 +103,8 @@ class _Replay:
 
     def run(self, step: int, say: Callable[[str], None]) -> Findings:
         done = self._load(step, say)
-        if (extended := self.recipe.schedule.extended) and done < (first := extended[-1][0]):
+        first, _ = start(self.recipe.schedule)
+        if done < first:
             raise UserError(
                 f"step {done + 1} was taken before the run was extended at step {first}, by a schedule that is not "
                 "kept; steps after it can be replayed"

@@ -19,7 +19,7 @@ from mimae.engines.base import Engine
 from mimae.errors import CheckpointError, RunError
 from mimae.objective.terms import active
 from mimae.optim.resolution import in_words, stages
-from mimae.optim.schedule import EXTENDABLE, extended, total_steps
+from mimae.optim.schedule import EXTENDABLE, extended, start, total_steps
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train.epoch import read_sums
 from mimae.train.run_data import moved_from
@@ -96,6 +96,14 @@ def check_ranks(recipe: RunRecipe, run: Path, source: Source) -> None:
                 )
 
 
+def _before_extension(recipe: RunRecipe, step: int) -> str:
+    """Return why a run cannot continue from `step`, or an empty text if it can."""
+    first, _ = start(recipe.schedule)
+    if step >= first:
+        return ""
+    return f"is of step {step}; the run was extended at step {first}, and its schedule before that is not kept"
+
+
 def resume(
     recipe: RunRecipe,
     length: Length,
@@ -128,6 +136,8 @@ def resume(
             raise RunError(
                 f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}{limit}"
             )
+        if fault := _before_extension(recipe, found.state["step"]):
+            raise CheckpointError(f"{found.path} {fault}")
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, but the run has {steps} steps")
         if "sums" in found.state:
@@ -145,6 +155,8 @@ def resume(
     without = newer_keys(run) if (run / "config.yaml").exists() else []
     found = checkpoint.use(run, take, pass_over)
     step, sums, name = 0, None, None
+    if found is None and (fault := _before_extension(recipe, 0)):
+        raise RunError(f"{run} has lost its checkpoints, and its start {fault}; start in a new run.dir")
     if found is not None:
         used, _ = found
         name = used.path.name

@@ -16,13 +16,16 @@ def as_kept(recipe: R) -> R:
     """Return the recipe as the run keeps it.
 
     Paths of data are absolute. For an existing run the numbering of samples is that of its first start, extensions of
-    the schedule are kept, and keys that are newer than the run have their defaults.
+    the schedule are kept, and keys that are newer than the run have their defaults. A new run has no extensions, also
+    if its recipe is the config.yaml of a run that was extended: it has the whole new length from its first step.
     """
     run = Path(recipe.run.dir)
+    extended: tuple[tuple[int, float, str], ...] = ()
     if (run / "config.yaml").exists():
         old = load_run(run, (), None, type(recipe))
         recipe = with_version(with_keys_of(recipe, old, newer_keys(run)), old.data.index_version)
-        recipe = with_keys_of(recipe, old, ["schedule.extended"])
+        extended = old.schedule.extended
+    recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"extended": extended})})
     paths = {
         key: absolute_path(path) for key in ("path", "val_path") if (path := getattr(recipe.data, key)) is not None
     }

@@ -145,6 +145,13 @@ def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest
         assert found is not None and torch.equal(found.tensors("model")["w"], torch.full((3,), float(step)))
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 20])
+def test_as_many_are_kept_as_asked_while_there_are_fewer_and_after(keep: int, tmp_path: Path) -> None:
+    for step in range(1, 9):
+        assert save(saver(tmp_path, keep=keep), step)
+        assert steps(tmp_path) == [*range(max(step - keep, 0) + 1, step + 1)]
+
+
 def test_the_newest_are_kept_and_those_for_good_and_the_best(tmp_path: Path) -> None:
     each = saver(tmp_path, keep=2, best="knn")
     measured = {1: 0.3, 2: 0.9, 3: 0.5, 4: None, 5: 0.6, 6: 0.7}

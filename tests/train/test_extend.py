@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ import typer
 import yaml
 from torch import Tensor
 
+from mimae.config.load import load_recipe
 from mimae.data.loading.batch import Batch
-from mimae.errors import RunError, UserError
+from mimae.errors import CheckpointError, RunError, UserError
 from mimae.launch.command import extend
 from mimae.optim.schedule import extended, schedule_factor, total_steps
 from mimae.optim.settings import ScheduleSettings
@@ -147,6 +149,51 @@ def test_a_cosine_run_is_extended_after_an_interruption(
     peak = recipe(images, run).optimizer.peak(0.1, 8, 4)
     shown = [line["lr"] / peak for line in lines(run / "metrics.jsonl")]
     assert shown[6:] == pytest.approx(rates(kept, 6)) and shown[6:9] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_a_run_does_not_fall_back_to_a_step_before_its_extension(images: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The learning rate of those steps is not known any more: it would be computed as negative."""
+    run, way = (
+        tmp_path / "run",
+        (*QUIET, "checkpoint.every_steps=1", "checkpoint.keep=20", "checkpoint.background=false"),
+    )
+    pretrain(recipe(images, run, *way, "schedule.epochs=2"))
+    by_command(run, "schedule.epochs=4")
+    saved = sorted((run / "checkpoints").iterdir())
+    for step in saved[6:]:  # The first six are of the steps up to the extension.
+        (step / "state.json").write_text("damaged")
+    pretrain(recipe(images, run, *way, "schedule.epochs=4", "run.dry=true"))
+    assert [line["step"] for line in lines(run / "metrics.jsonl")][-1] == 7
+    for step in saved[5:7]:
+        (step / "state.json").write_text("damaged")
+    behind = r"step-00000001 is of step 1; the run was extended at step 6, and its schedule before that is not kept"
+    with pytest.raises(CheckpointError, match=behind):
+        pretrain(recipe(images, run, *way, "schedule.epochs=4"))
+    shutil.rmtree(run / "checkpoints")
+    (run / "latest").unlink()
+    with pytest.raises(RunError, match=r"has lost its checkpoints, and its start is of step 0; the run was extended"):
+        pretrain(recipe(images, run, *way, "schedule.epochs=4"))
+
+
+def test_a_new_run_with_the_recipe_of_an_extended_one_has_the_whole_length_from_its_start(
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    first, second, plain = tmp_path / "first", tmp_path / "second", tmp_path / "plain"
+    pretrain(recipe(images, first, *QUIET, "schedule.epochs=1"))
+    by_command(first, "schedule.epochs=2")
+    pretrain(load_recipe(str(first / "config.yaml"), [f"run.dir={second}"]).recipe)
+    pretrain(recipe(images, plain, *QUIET, "schedule.epochs=2"))
+    assert yaml.safe_load((second / "config.yaml").read_text())["schedule"]["extended"] == []
+    rates_of = [[line["lr"] for line in lines(run / "metrics.jsonl")] for run in (second, plain)]
+    assert rates_of[0] == rates_of[1] and min(rates_of[0]) >= 0
+    assert_bit_equal(tensors(second), tensors(plain))
+
+
+def test_the_rate_before_an_extension_is_not_computed() -> None:
+    found = longer(ScheduleSettings(epochs=2, warmup_epochs=1), 6, epochs=4)
+    with pytest.raises(ValueError, match=r"step 5 is before step 6"):
+        schedule_factor(found, 5, PER_EPOCH, 1.0)
 
 
 def test_micro_batches_may_change_where_no_term_compares_images(images: Path, tmp_path: Path) -> None:  # noqa: F811
