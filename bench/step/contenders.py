@@ -18,7 +18,7 @@ from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE
 from mimae.bench.step.meters import timed
 from mimae.config.recipe import Recipe
-from mimae.engines.base import compile_units, will_compile
+from mimae.engines.compiling import compile_units, will_compile
 from mimae.errors import UserError
 from mimae.model import attention_choice
 from mimae.model.geometry import geometry
@@ -131,7 +131,7 @@ class Ours(Contender):
         self.optimizer.step(1.0)
 
     def compile_blocks(self) -> None:
-        compile_units(self.module, self.recipe.compile, self.images.device)
+        compile_units(self.module, self.recipe.compile, self.recipe.model.checkpointing, self.images.device)
 
 
 class Baseline(Contender):

@@ -45,6 +45,11 @@ class Checkpoint(NamedTuple):
     path: Path
     state: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The name of its directory in the run, also if `path` is a link or `.`."""
+        return self.path.resolve().name
+
     def tensors(self, section: str) -> dict[str, Tensor]:
         """Return the whole tensors of the section model, optimizer or ema, by name; {} if the run has none."""
         return dcp.load_whole(self.path, f"{section}.")
@@ -95,11 +100,11 @@ def find(run: Path, say: Callable[[str], None] = say) -> Checkpoint | None:
 
 
 def run_of(path: Path) -> Path:
-    """Resolve `path` (a run or a single checkpoint) to its run directory. Raises CheckpointError."""
-    run = path if (path / "config.yaml").exists() else path.parent.parent
-    if not (run / "config.yaml").exists():
-        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
-    return run
+    """Resolve `path` (a run, a single checkpoint, or a link to one) to its run directory. Raises CheckpointError."""
+    for run in (path, path.absolute().parent.parent, path.resolve().parent.parent):
+        if (run / "config.yaml").exists():
+            return run
+    raise CheckpointError(f"{path} is neither a run directory nor a checkpoint of one: no config.yaml")
 
 
 def locate(path: Path) -> tuple[Path, Checkpoint]:

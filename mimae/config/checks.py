@@ -54,7 +54,10 @@ def _stages_fit(resolved: Resolved[Any]) -> Iterator[str]:
     sizes = resolution.sizes(recipe.schedule, last)
     told, image_size = _described(resolved, "schedule.resolution"), _described(resolved, "data.image_size")
     if sizes[-1] != last:
-        yield f"{told}: the run ends with images of {resolution.in_words(sizes[-1])}; legal is {image_size}"
+        yield (
+            f"{told}: the run ends with images of {resolution.in_words(sizes[-1])}, and {image_size} is another size; "
+            "legal is one size for both"
+        )
         return
     for size, following in pairwise(sizes):
         words = resolution.in_words(size)
@@ -64,8 +67,11 @@ def _stages_fit(resolved: Resolved[Any]) -> Iterator[str]:
             yield f"{told}: {words} has another shape than {image_size}, and crops would be distorted"
         elif any(side % patch for side in size):
             yield f"{told}: each side of {words} must be divisible by {_described(resolved, 'model.patch_size')}"
-        else:
-            yield from _masks_fit_in(resolved, size, "schedule.resolution")
+        elif not any(_masks_fit_in(resolved, last, "data.image_size")) and any(
+            found := [*_masks_fit_in(resolved, size, "schedule.resolution")]
+        ):
+            yield from found
+            return  # Larger sizes add nothing: they are legal, or have the same problem.
 
 
 @_check("finetune", "schedule")
@@ -88,12 +94,13 @@ def _masks_fit_in(resolved: Resolved[Any], size_hw: tuple[int, int], key: str) -
         return
     visible = recipe.masking.num_visible(patches)
     if MASK_KINDS[recipe.masking.kind].is_disjoint and recipe.masking.num_masks * visible > patches:
-        others = " or ".join(name for name, kind in MASK_KINDS.items() if not kind.is_disjoint)
+        mends = ["fewer masks", "a higher masking.ratio"][: 1 + (visible > 1)]
+        mends += ["a larger size in schedule.resolution"] if key == "schedule.resolution" else []
+        mends += [f"masking.kind={name}" for name, kind in MASK_KINDS.items() if not kind.is_disjoint]
         yield (
             f"{_described(resolved, 'masking.num_masks')}: at most {patches // visible} masks that show {visible} "
             f"patches each ({_described(resolved, 'masking.ratio')}) are disjoint in an image of {patches} "
-            f"({resolution.in_words(size_hw)}); "
-            f"a higher masking.ratio or masking.kind={others} allows more"
+            f"({resolution.in_words(size_hw)}); legal are {', '.join(mends[:-1])} or {mends[-1]}"
         )
 
 

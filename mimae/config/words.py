@@ -84,7 +84,9 @@ def legal(key: str) -> str:
     """Return a text with the legal values of a dotted key, made from the constraints of its field."""
     if key == "task":
         return " or ".join(", ".join(RECIPES).rsplit(", ", 1))
-    return _in_words(schemas()[key])
+    schema = schemas()[key]
+    example = f", for example {text(schema['examples'][0])}" if schema.get("examples") else ""
+    return _in_words(schema) + example
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:
@@ -99,7 +101,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         items = schema.get("prefixItems") or [schema["items"]]
         count = f"{len(items)} values" if "prefixItems" in schema else "values"
         each = list(dict.fromkeys(_in_words(item) for item in items))
-        return f"a list of {count}, " + (f"each {each[0]}" if len(each) == 1 else " and ".join(each))
+        return f"a list of {count}" + (f", each {each[0]}" if len(each) == 1 else f": {'; '.join(each)}")
     words = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")

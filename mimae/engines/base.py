@@ -16,16 +16,15 @@ from mimae import distributed
 from mimae.checkpoints import dcp
 from mimae.checkpoints.dcp import State
 from mimae.engines import replicas
+from mimae.engines.compiling import compile_units
 from mimae.engines.settings import Compile, EngineSettings
+from mimae.model.settings import Checkpointing
 from mimae.model.units import Model
 from mimae.optim import adamw
 from mimae.optim.groups import Rule
 from mimae.optim.optimizer import Optimizer, StepResult
 from mimae.optim.settings import OptimizerSettings
 from mimae.randomness import Part
-
-RECOMPILE_LIMIT = 8
-"""Dynamo's default number of variants of one code that it compiles."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameter numbers of `mallopt` in glibc's malloc.h."""
@@ -38,6 +37,7 @@ class Setup(NamedTuple):
     optimizer: OptimizerSettings
     precision: Literal["fp32", "bf16"]
     compile: Compile
+    checkpointing: Checkpointing
     ema_decay: float | None
     batch_size: int
     """Images of an optimizer step, over all ranks and micro-batches."""
@@ -94,7 +94,7 @@ class Engine(ABC, Generic[M]):
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=setup.precision == "bf16", cache_enabled=False)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
         if self.compiles:
-            compile_units(model, setup.compile, device)
+            compile_units(model, setup.compile, setup.checkpointing, device)
         self.model = model
         if self.spreads and (device.type == "cpu" or setup.engine.offload != "none"):
             return_memory()
@@ -113,6 +113,7 @@ class Engine(ABC, Generic[M]):
             f"optimizer.kind={kind}": needs_whole if kind == "lars" and cls.spreads else None,
             f"optimizer.impl={impl}": cls.optimizer_obstacle(impl, optimizer_device(engine, device)),
             f"compile={setup.compile}": cls.compile_obstacle(setup, device),
+            f"model.checkpointing={setup.checkpointing}": cls.checkpointing_obstacle(setup),
         }
 
     @classmethod
@@ -148,6 +149,15 @@ class Engine(ABC, Generic[M]):
             return (
                 f"torch's CUDA graphs are known to give wrong gradients if gradients accumulate (schedule.accumulate="
                 f"{setup.accumulate}; pytorch issues 169545 and 96693); use compile=on, or schedule.accumulate=1"
+            )
+        return None
+
+    @classmethod
+    def checkpointing_obstacle(cls, setup: Setup) -> str | None:
+        """Return the reason why activations cannot be recomputed as the setting asks, or None if they can."""
+        if setup.checkpointing == "full" and setup.compile == "graphs":
+            return (
+                "CUDA graphs replay a forward into memory that its recomputation would overwrite; compile=on does not"
             )
         return None
 
@@ -270,30 +280,3 @@ def return_memory() -> None:
 def optimizer_device(engine: EngineSettings, device: torch.device) -> torch.device:
     """Return the device on which a run on `device` steps its parameters: the host if the optimizer is offloaded."""
     return device if engine.offload == "none" else torch.device("cpu")
-
-
-def will_compile(setting: Compile, device: torch.device) -> bool:
-    """Return True if the setting `compile` compiles units on `device`."""
-    return setting in ("on", "graphs") or (setting == "auto" and device.type == "cuda")
-
-
-def compile_units(model: Model, setting: Compile, device: torch.device) -> None:
-    """Compile each unit of a model in place. This comes before sharding, and after checkpointing (around the call)."""
-    if not will_compile(setting, device):
-        return
-    from torch import _dynamo, _functorch
-
-    # Inside DistributedDataParallel dynamo splits a graph at the ends of DDP's buckets, so that reductions start before
-    # the end of a graph's backward. A unit is too small to gain from that: a split unit fuses less and keeps more.
-    _dynamo.config.optimize_ddp = False
-    _functorch.config.activation_memory_budget = model.compiled_budget
-    # Dynamo counts the variants of a unit's code over all units. It has room for those of one size of images.
-    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, RECOMPILE_LIMIT * model.num_sizes)
-    mode = "reduce-overhead" if setting == "graphs" else None
-    for unit in model.units():
-        # Sizes do not change in training. But units of different sizes may run the same code (encoder and decoder do).
-        # With dynamic shapes torch would treat the second sizes as a change, and compile for variable sizes.
-        unit.compile(mode=mode, dynamic=False)
-    if setting == "graphs":
-        # From here on the outputs that the graphs made in the previous pass may be overwritten.
-        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

@@ -31,6 +31,7 @@ def setup_of(recipe: RunRecipe) -> Setup:
         optimizer=recipe.optimizer,
         precision=recipe.precision,
         compile=recipe.compile,
+        checkpointing=recipe.model.checkpointing,
         ema_decay=recipe.ema.decay,
         batch_size=recipe.schedule.batch_size,
         accumulate=recipe.schedule.accumulate,

@@ -32,7 +32,7 @@ def probe(
     if not as_json(result):
         _print(run, result)
     whole = run_of(run)
-    name = "probe.json" if run == whole else f"probe-{run.name}.json"
+    name = "probe.json" if whole == run else f"probe-{result['checkpoint']}.json"
     write_report(whole, name, json.dumps(result, indent=2) + "\n", out)
 
 

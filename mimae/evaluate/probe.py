@@ -27,7 +27,7 @@ from mimae.evaluate.linear import FOLDS, few_label_probe, few_labels, linear_pro
 from mimae.evaluate.samples import balanced_subset, shared_labels, standardise
 from mimae.model.mimae import build
 from mimae.outside.progress import Progress
-from mimae.transfer.load import load_encoder
+from mimae.transfer.load import load, load_encoder
 
 MEASURES = ("linear", "few_labels", "knn")
 
@@ -63,7 +63,7 @@ def probe(
     are used. Returns the content of probe.json, which `mimae probe` writes. Raises UserError.
     """
     run, started = Path(run), time.monotonic()
-    encoder = load_encoder(run)
+    loaded = load(run)
     recipe = load_run(checkpoint.run_of(run))
     if test is None and recipe.data.val_path is None:
         raise UserError(
@@ -82,7 +82,7 @@ def probe(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoders = {"random encoder": build(recipe).encoder.eval()} if baselines else {}
-    encoders["this run"] = encoder
+    encoders["this run"] = loaded.encoder
     if recipe.ema.decay is not None:
         encoders["this run, moving average"] = load_encoder(run, average=True)
     extractors: dict[str, Extractor] = {"raw pixels": pixels} if baselines else {}
@@ -100,6 +100,7 @@ def probe(
             progress.begin(name)
             scores[name] = measure(train_features[name], train_labels, test_features[name], test_labels, classes)
     return {
+        "checkpoint": loaded.checkpoint,
         "train": sources[0].name,
         "test": sources[1].name,
         "train_images": len(train_ids),

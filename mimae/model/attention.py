@@ -76,7 +76,12 @@ def packed_plain(packed: Tensor, heads: int) -> Tensor:
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute attention with cuDNN's fused kernel, which `sdpa` chooses last."""
+    """Compute attention with cuDNN's fused kernel, which `sdpa` chooses last.
+
+    cuDNN has no kernel for fp32, in which a run in bf16 evaluates its features: there it is `sdpa`.
+    """
+    if q.dtype == torch.float32:
+        return sdpa(q, k, v)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -126,6 +131,8 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_widths
 
     The function runs a small forward and backward to find out.
     """
+    if backend == "cudnn" and dtype == torch.float32:
+        return "cuDNN's attention computes in bf16; use precision=bf16 or another back end"
     try:
         for width in head_widths:
             qkv = torch.ones(3, 1, 2, 16, width, device=device, dtype=dtype, requires_grad=True)

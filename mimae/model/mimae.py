@@ -15,7 +15,6 @@ from mimae.model.encoder import Encoder
 from mimae.model.geometry import Grid
 from mimae.model.portable import Form, Graph, encoder_graph
 from mimae.model.positions import GridPositions
-from mimae.model.recomputation import BUDGET
 from mimae.model.settings import DecoderSettings, MaskingSettings, ModelSettings
 from mimae.model.units import Model
 from mimae.objective.objective import Losses, Objective
@@ -46,7 +45,6 @@ class MIMAE(Model):
         super().__init__()
         self.encoder = Encoder(model, data.size_hw, data.mean, data.std)
         self.decoder = Decoder(decoder, model, self.encoder.grid)
-        self.compiled_budget = BUDGET if model.checkpointing == "selective" else 1.0
         self.objective = Objective(objective, masking.num_masks, model.width, self.encoder.grid)
         grids = {Grid.of(size, model.patch_size) for size in sizes} - {self.encoder.grid}
         self.num_sizes = 1 + len(grids)
@@ -109,22 +107,9 @@ def obstacles(recipe: Recipe, device: torch.device) -> dict[str, str | None]:
     heads = {model.width // model.heads, decoder.width // decoder.heads}
     return {
         f"model.attention={model.attention}": attention.obstacle(model.attention, device, dtype, heads),
-        f"model.checkpointing={model.checkpointing}": _checkpointing_obstacle(recipe),
         f"compile={recipe.compile} with schedule.resolution": (
             "CUDA graphs were not proven with images of several sizes; legal are compile=on, and schedule.resolution=[]"
             if recipe.schedule.resolution and recipe.compile == "graphs"
             else None
         ),
     }
-
-
-def _checkpointing_obstacle(recipe: Recipe) -> str | None:
-    """Return the reason why model.checkpointing cannot do what the recipe asks, or None if it can."""
-    if recipe.model.checkpointing == "selective" and recipe.engine.kind == "zero3":
-        return (
-            "with engine.kind=zero3, which gathers weights inside blocks, its losses differed from those without by "
-            "more than rounding; model.checkpointing=full works, and so does engine.kind=fsdp"
-        )
-    if recipe.model.checkpointing == "full" and recipe.compile == "graphs":
-        return "CUDA graphs replay a forward into memory that its recomputation would overwrite; compile=on does not"
-    return None

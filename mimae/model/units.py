@@ -20,9 +20,6 @@ class Model(nn.Module):
     evaluations: ClassVar[tuple[str, ...]] = ()
     """Names of the model's other forward methods, which evaluation calls."""
 
-    compiled_budget: float = 1.0
-    """Share of the activations of a compiled unit that are kept for backward; torch recomputes the others."""
-
     num_sizes: int = 1
     """Number of sizes of images that the model is trained on; a unit is compiled for each."""
 

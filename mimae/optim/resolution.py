@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,17 +28,29 @@ def sizes(schedule: ScheduleSettings, size_hw: Size) -> list[Size]:
 
 
 def stages(schedule: ScheduleSettings, size_hw: Size, steps: int) -> list[Stage]:
-    """Return the stages of a run of `steps` steps; a stage that is too short for a step is left out.
+    """Return the stages of a run of `steps` steps, of which the last has at least one step.
 
-    An extended run has one stage: it was extended in its last stage (`train.resume` refuses any other), and the shares
-    of its first length do not apply to the new one.
+    Another stage that is too short for a step is left out. An extended run has one stage: it was extended in its last
+    stage (`train.resume` refuses any other), and the shares of its first length do not apply to the new one.
     """
     if not schedule.resolution or schedule.extended:
         return [Stage(size_hw, 0, steps)]
-    ends = [round(steps * share) for share in accumulate(share for _, share in schedule.resolution)]
+    ends = [min(round(steps * share), steps - 1) for share in accumulate(share for _, share in schedule.resolution)]
     ends[-1] = steps
     found = map(Stage, sizes(schedule, size_hw), [0, *ends], ends)
     return [stage for stage in found if stage.first < stage.end]
+
+
+def shares(schedule: ScheduleSettings, size_hw: Size) -> list[tuple[Size, float]]:
+    """Return the sizes of the training images, each with its share of the steps that are left (see `stages`)."""
+    if not schedule.resolution or schedule.extended:
+        return [(size_hw, 1.0)]
+    return [(_pair(side), share) for side, share in schedule.resolution]
+
+
+def work(found: list[Stage], step: int, cost: Callable[[Size], float]) -> float:
+    """Return the work of the first `step` steps of a run, if an image of a size costs `cost`."""
+    return sum((min(step, stage.end) - stage.first) * cost(stage.size_hw) for stage in found if stage.first < step)
 
 
 def stage_at(schedule: ScheduleSettings, size_hw: Size, steps: int, step: int) -> Stage:

@@ -75,9 +75,9 @@ class ScheduleSettings(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps of the run, if fewer than its epochs have")
     resolution: tuple[tuple[Side | tuple[Side, Side], Share], ...] = Field(
         (),
+        examples=[[[16, 0.3], [24, 0.3], [32, 0.4]]],
         description="pretraining on images that grow: for each stage of the run the size of its images, as in "
-        "data.image_size, and its share of the steps: [[16, 0.3], [24, 0.3], [32, 0.4]]; the last size is "
-        "data.image_size; []: one size",
+        "data.image_size, and its share of the steps; the last size is data.image_size; []: one size",
     )
     extended: tuple[tuple[int, float, str], ...] = setting(
         (),

@@ -73,9 +73,8 @@ def step_flops(recipe: Recipe, size_hw: Size | None = None) -> int:
 
 def run_flops(recipe: Recipe) -> float:
     """Return the FLOPs of an optimizer step over all ranks, as a mean over the stages of schedule.resolution."""
-    shares = [share for _, share in recipe.schedule.resolution] or [1.0]
-    sizes = resolution.sizes(recipe.schedule, recipe.data.size_hw)
-    return sum(share * step_flops(recipe, size_hw) for share, size_hw in zip(shares, sizes, strict=True))
+    shares = resolution.shares(recipe.schedule, recipe.data.size_hw)
+    return sum(share * step_flops(recipe, size_hw) for size_hw, share in shares)
 
 
 M = TypeVar("M", bound=nn.Module)

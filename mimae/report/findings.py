@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -108,7 +108,8 @@ def _waits(run: Run) -> list[Finding]:
         found.append(
             Finding("warn", f"During {exposed:.0%} of a step ranks communicate and nothing computes: docs/scaling.md.")
         )
-    rates = epochs["images_per_s"][np.isfinite(epochs["images_per_s"])]
+    alike = _of_the_last_size(run)
+    rates = epochs["images_per_s"][alike & np.isfinite(epochs["images_per_s"])]
     if len(rates) >= 4 and rates[-1] < 0.85 * np.median(rates):
         found.append(
             Finding(
@@ -117,10 +118,17 @@ def _waits(run: Run) -> list[Finding]:
                 f"median epoch: possible causes are another program on the machine, or a device that is too hot.",
             )
         )
-    memory = epochs["mem_peak_bytes"][np.isfinite(epochs["mem_peak_bytes"])]
+    memory = epochs["mem_peak_bytes"][alike & np.isfinite(epochs["mem_peak_bytes"])]
     if len(memory) >= 6 and memory[-1] > 1.2 * memory[len(memory) // 2]:
         found.append(Finding("warn", "Peak memory rose by more than a fifth in the second half of the epochs: a leak?"))
     return found
+
+
+def _of_the_last_size(run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which epochs had images of the run's last size in all of their steps (see schedule.resolution)."""
+    size, ends = run.steps["image_size"], run.epochs["step"]
+    smaller = run.steps["step"][np.isfinite(size) & (size != run.steps.last("image_size"))]
+    return np.concatenate([[0.0], ends[:-1]])[: len(ends)] >= max(smaller, default=0.0)
 
 
 def _learning(run: Run) -> list[Finding]:

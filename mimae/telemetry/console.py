@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mimae.outside.output import is_quiet
@@ -15,22 +15,30 @@ from mimae.outside.text import is_terminal, say
 class Console:
     """The lines of a run on stdout, with a progress bar below them if stdout is a terminal; none with --quiet."""
 
-    def __init__(self, total_steps: int, losses: Sequence[str], measures: Sequence[str]) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        losses: Sequence[str],
+        measures: Sequence[str],
+        work: Callable[[int], float] = float,
+    ) -> None:
+        """`work` returns the work of the first steps of the run, in any unit; by default each step is as much work."""
         self._total_steps, self._losses, self._measures = total_steps, losses, measures[:4]
-        # Recent (step, time) pairs. The remaining time is estimated from the last logs, which include checkpoints.
-        self._pace: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=50)
+        self._work = work
+        # Recent (work, time) pairs. The remaining time is estimated from the last logs, which include checkpoints.
+        self._pace: deque[tuple[float, float]] = deque([(0.0, time.monotonic())], maxlen=50)
         self._is_quiet = is_quiet()
         self._bar = Bar(total_steps, stream="stdout") if is_terminal() and not self._is_quiet else None
 
     def rewind(self, step: int) -> None:
         """Start to measure the speed at `step`."""
         self._pace.clear()
-        self._pace.append((step, time.monotonic()))
+        self._pace.append((self._work(step), time.monotonic()))
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a record of STEP_KEYS."""
         step = int(record["step"])
-        self._pace.append((step, time.monotonic()))
+        self._pace.append((self._work(step), time.monotonic()))
         left = self._seconds_left()
         if self._bar is not None:
             status = f"{_total(record)}  {_rate(record)}{_wait(record)}  {clock(left)} left"  # It fits 80 columns.
@@ -59,10 +67,10 @@ class Console:
             self._bar.close()
 
     def _seconds_left(self) -> float | None:
-        (first_step, first), (last_step, last) = self._pace[0], self._pace[-1]
-        if last_step <= first_step:
+        (before, first), (done, last) = self._pace[0], self._pace[-1]
+        if done <= before:
             return None
-        return (self._total_steps - last_step) * (last - first) / (last_step - first_step)
+        return (self._work(self._total_steps) - done) * (last - first) / (done - before)
 
     def _told(self, record: Mapping[str, Any]) -> str:
         """Return the loss, and its parts where it has some."""

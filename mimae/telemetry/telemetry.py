@@ -45,18 +45,20 @@ class Telemetry:
         epoch_keys: Sequence[str] = EPOCH_KEYS,
         losses: Sequence[str] = LOSSES,
         measures: Sequence[str] = ("knn", "val_rec"),
+        work: Callable[[int], float] = float,
     ) -> None:
         """Open the trackers.
 
         `run` is the run's directory; `step_keys` and `epoch_keys` are the columns of metrics.jsonl and epochs.jsonl,
-        of which people are shown `losses` and `measures`. Raises UserError for a tracker that is not installed.
+        of which people are shown `losses` and `measures`. `work` returns the work of the first steps of the run, from
+        which the time left is estimated. Raises UserError for a tracker that is not installed.
         """
         self._folder = run if isinstance(run, Folder) else Folder(run)
         self._step_keys, self._epoch_keys = step_keys, epoch_keys
         self._step = 0
         self._lost: set[str] = set()
         self._unsaid: set[str] = set()
-        self._console = Console(total_steps, losses, measures) if is_main else None
+        self._console = Console(total_steps, losses, measures, work) if is_main else None
         self._trackers: list[Tracker] = []
         self.events = Events(self._folder if is_main else None, self.message)
         """Writer of events.jsonl."""

@@ -15,6 +15,7 @@ from mimae.config.recipe import RunRecipe
 from mimae.data.loading.loader import Loader
 from mimae.data.sources.cache import cache_note
 from mimae.errors import UserError
+from mimae.optim.resolution import in_words, shares, stages
 from mimae.plan.gpus import device_name
 from mimae.train.task import Task
 
@@ -68,6 +69,19 @@ def hints(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> Iterator[str]:
             f"the run ends inside its warm-up: it has {steps} steps{limit}, and the learning rate rises for {warmup} "
             f"(schedule.warmup_epochs={schedule.warmup_epochs:g}); for a short trial of the whole schedule use "
             f"schedule.warmup_epochs={max(1, steps // 10) / steps_per_epoch:.2g}"
+        )
+    found = stages(schedule, recipe.data.size_hw, steps)
+    met = {stage.size_hw for stage in found}
+    lost = [in_words(size_hw) for size_hw, _ in shares(schedule, recipe.data.size_hw) if size_hw not in met]
+    if lost:
+        yield (
+            f"no step has images of {', '.join(lost)}: the run has {steps} steps, too few for all stages of "
+            "schedule.resolution"
+        )
+    if recipe.run.dry and len(found) > 1:
+        yield (
+            f"a dry run has images of the size of its step; {in_words(found[-1].size_hw)} come after step "
+            f"{found[-1].first}: to try the memory that they need, use schedule.resolution=[] and another run.dir"
         )
     if recipe.ema.decay is not None and steps * (1 - recipe.ema.decay) < 1:
         yield (

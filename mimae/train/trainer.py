@@ -26,7 +26,7 @@ from mimae.faults.nonfinite import NonFinite
 from mimae.faults.signals import Signals
 from mimae.faults.watchdog import Watchdog, patience
 from mimae.optim.optimizer import StepResult
-from mimae.optim.resolution import Stage, in_words, stage_at
+from mimae.optim.resolution import Stage, in_words, stage_at, stages, work
 from mimae.optim.schedule import schedule_factor, total_steps
 from mimae.telemetry.telemetry import Telemetry
 from mimae.train import choices, resume
@@ -112,6 +112,7 @@ class Trainer(Generic[M]):
             epoch_keys=task.epoch_keys,
             losses=task.losses,
             measures=tuple(task.measures),
+            work=self._work,
         )
         self.events = self.telemetry.events
         self.transfer = Transfer(device)
@@ -121,6 +122,8 @@ class Trainer(Generic[M]):
         self.measures: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
         """The remaining micro-batches of the epoch; None between two epochs."""
+        self.stage: Stage | None = None
+        """The stage of schedule.resolution whose images the last step had; None before the first step of this start."""
         if note := not_taken_up(task.asked, recipe):
             self.telemetry.message(note)
         length = resume.Length(self.steps, self.per_epoch, task.peak)
@@ -194,11 +197,19 @@ class Trainer(Generic[M]):
         """Return the stage of schedule.resolution that a step is in, counted from 0."""
         return stage_at(self.recipe.schedule, self.recipe.data.size_hw, self.steps, step)
 
+    def _work(self, step: int) -> float:
+        """Return the FLOPs of the first `step` steps for one image each, or their number if FLOPs are not known."""
+        found = stages(self.recipe.schedule, self.recipe.data.size_hw, self.steps)
+        return work(found, step, lambda size_hw: self.task.flops(size_hw) or 1.0) if len(found) > 1 else step
+
     def _enter_stage(self) -> bool:
-        """Note the first step with images of another size, whose blocks may have to be compiled; return whether the
-        next step is that."""
-        stage = self._stage(self.step)
-        if not self.recipe.schedule.resolution or self.step != stage.first:
+        """Tell the size of the images at the first step of a start or stage, if they grow (schedule.resolution).
+
+        Return whether the next step is such a step: its blocks may have to be compiled.
+        """
+        stage, before = self._stage(self.step), self.stage
+        self.stage = stage
+        if not self.recipe.schedule.resolution or stage == before:
             return False
         self.telemetry.message(f"from step {self.step + 1} to {stage.end}: images of {in_words(stage.size_hw)}")
         self.events.add("resolution", step=self.step, size=stage.size_hw, until=stage.end)

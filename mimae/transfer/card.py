@@ -147,7 +147,12 @@ def _measures(run: Path, found: Checkpoint) -> dict[str, str]:
     measures = found.state.get("measures") or {}
     if values := [f"{key} {value:.3f}" for key, value in measures.items() if isinstance(value, float)]:
         told["measured while training"] = ", ".join(values)
-    probed: Any = _json(run / "probe.json").get("features", {})
+    name = found.name
+    files = (_json(run / file) for file in (f"probe-{name}.json", "probe.json"))
+    # Older files do not name their checkpoint.
+    probed: Any = next(
+        (file.get("features", {}) for file in files if file and file.get("checkpoint", name) == name), {}
+    )
     if isinstance(probed, dict) and isinstance(row := probed.get("this run"), dict):
         values = [f"{key} {row[key]:.3f}" for key in ("linear", "few_labels", "knn") if isinstance(row.get(key), float)]
         told["mimae probe"] = ", ".join(values)

@@ -78,7 +78,7 @@ class Job:
     """The embedding of one data set by one encoder. Raises UserError if they cannot be opened."""
 
     def __init__(self, weights: Path, data: str, request: Request, average: bool = False) -> None:
-        self.encoder, settings = load(weights, average)
+        self.encoder, settings, _ = load(weights, average)
         self.settings: DataSettings = settings
         self.request = request
         self.source: Source = open_source(data, settings=settings)

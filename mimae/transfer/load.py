@@ -35,6 +35,8 @@ class Loaded(NamedTuple):
 
     encoder: Encoder
     data: DataSettings
+    checkpoint: str | None = None
+    """The name of the checkpoint; None for an export."""
 
 
 def load_encoder(path: str | Path, average: bool = False) -> Encoder:
@@ -62,8 +64,8 @@ def load(path: str | Path, average: bool = False) -> Loaded:
         own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
         return _encoder(settings, recipe.data, own)
 
-    _, encoder = use_weights(path, recipe, average, "the encoder", read)
-    return Loaded(encoder, recipe.data)
+    found, encoder = use_weights(path, recipe, average, "the encoder", read)
+    return Loaded(encoder, recipe.data, found.name)
 
 
 def _encoder(settings: ModelSettings, data: DataSettings, tensors: dict[str, Tensor]) -> Encoder:

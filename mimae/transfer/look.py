@@ -125,7 +125,7 @@ class Bank(NamedTuple):
 
 def bank(weights: Path, path: str, limit: int, average: bool = False) -> Bank:
     """Return the features of at most `limit` images, evenly spread over a data set. Raises UserError."""
-    encoder, data = load(weights, average)
+    encoder, data, _ = load(weights, average)
     source = open_source(path, settings=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractors = {"encoder": encoder.to(device).features}

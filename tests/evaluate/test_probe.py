@@ -384,6 +384,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model": {"patch_size": 2, "width": 16, "depth": 1, "heads": 2},
             "decoder": {"width": 8, "depth": 1, "heads": 1},
             "schedule": {"batch_size": 8, "epochs": 1, "warmup_epochs": 0, "max_steps": 2},
+            "checkpoint": {"every_steps": 1, "background": False},
             "telemetry": {"tensorboard": False, "images_every_epochs": 0},
         }
     ).recipe  # fmt: skip
@@ -406,16 +407,28 @@ def test_probe_of_a_run_prints_a_table_and_writes_it(run: Path, capsys: pytest.C
     assert again["features"] == written["features"]
 
 
-def test_one_checkpoint_is_probed_by_its_path_and_has_a_file_of_its_own(run: Path, tmp_path: Path) -> None:
+def test_one_checkpoint_is_probed_by_its_path_and_has_a_file_of_its_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let a sum of the features stand for the accuracies, which two steps of training do not change."""
+    monkeypatch.setattr(probe, "measure", lambda train, *_: dict.fromkeys(probe.MEASURES, train.double().sum().item()))
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
     (copied / "probe.json").unlink(missing_ok=True)
-    newest = copied / "checkpoints" / "step-00000002"
-    command.probe(newest, baselines=False)
-    written = json.loads((copied / "probe-step-00000002.json").read_text())
-    assert written["features"] == probe.probe(copied, baselines=False)["features"]
-    assert not (copied / "probe.json").exists()
-    assert not list(newest.glob("probe*")), "a checkpoint holds its own files alone"
+    earlier = copied / "checkpoints" / "step-00000001"
+    (tmp_path / "link").symlink_to(earlier)
+    sums = set()
+    for path in (earlier, tmp_path / "link", earlier / ".", Path("step-00000001"), Path(".")):
+        monkeypatch.chdir({"step-00000001": earlier.parent, ".": earlier}.get(str(path), tmp_path))
+        command.probe(path, baselines=False)
+        written = json.loads((copied / "probe-step-00000001.json").read_text())
+        (copied / "probe-step-00000001.json").unlink()
+        assert written["checkpoint"] == "step-00000001"
+        sums.add(written["features"]["this run"]["linear"])
+    whole = probe.probe(copied, baselines=False)
+    assert whole["checkpoint"] == "step-00000002" and len(sums) == 1
+    assert whole["features"]["this run"]["linear"] not in sums
+    assert not list(copied.rglob("probe*")), "neither the run nor a checkpoint holds another file"
     with pytest.raises(CheckpointError, match=r"neither a run directory nor a checkpoint of one"):
         command.probe(tmp_path)
 

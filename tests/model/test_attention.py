@@ -17,7 +17,7 @@ from mimae.model import attention_choice
 from mimae.model.attention import BACKENDS, PACKED, obstacle
 from mimae.model.attention_choice import Call, calls, choose
 from mimae.model.masking import views
-from mimae.model.mimae import build, obstacles
+from mimae.model.mimae import build
 
 CPU = torch.device("cpu")
 # An odd number of heads; more keys than queries; 50 tokens are an encoder's view at ViT-B.
@@ -187,18 +187,8 @@ def test_a_large_step_is_measured_on_a_part_of_it(monkeypatch: pytest.MonkeyPatc
     assert len(asked) == 2 and 0 < asked[0].sequences * 16 * 197**2 <= attention_choice.SCORES["cpu"]
 
 
-def test_cuda_graphs_are_refused_where_blocks_are_recomputed() -> None:
-    given = ["compile=graphs", "model.checkpointing=full"]
-    (reason,) = [
-        reason
-        for key, reason in obstacles(load_recipe("quickstart", given).recipe, CPU).items()
-        if key == "model.checkpointing=full"
-    ]
-    assert reason is not None and "compile=on" in reason
-
-
-def test_selective_checkpointing_is_refused_with_zero3() -> None:
-    for kind, is_refused in (("zero3", True), ("zero2", False), ("fsdp", False)):
-        given = [f"engine.kind={kind}", "model.checkpointing=selective"]
-        reasons = obstacles(load_recipe("quickstart", given).recipe, CPU)
-        assert (reasons["model.checkpointing=selective"] is not None) == is_refused
+def test_cudnn_leaves_fp32_to_torch_and_cannot_train_in_it() -> None:
+    """A run in bf16 evaluates its features in fp32, for which cuDNN has no kernel."""
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    assert torch.equal(BACKENDS["cudnn"](q, k, v), BACKENDS["sdpa"](q, k, v))
+    assert "precision=bf16" in str(obstacle("cudnn", CPU, torch.float32, [64]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimae.config.load import load_recipe
-from mimae.engines.base import compile_units
+from mimae.engines.compiling import compile_units
 from mimae.model import blocks, decoder
 from mimae.model.masking import views
 from mimae.model.mimae import MIMAE, build
@@ -100,5 +100,5 @@ def test_compiled_blocks_train_the_same() -> None:
         nudge(moved.float().parameters(), number)
         nudged.append(gradients(moved, batch))
     compiled, _ = make({"depth": 2})
-    compile_units(compiled.float(), "on", torch.device("cpu"))
+    compile_units(compiled.float(), "on", "none", torch.device("cpu"))
     assert excess(gradients(compiled, batch), expected, nudged) < 1

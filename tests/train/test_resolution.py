@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from mimae.launch.command import extend
 from mimae.model.masking import views
 from mimae.model.mimae import build
 from mimae.objective.posterior import cell_means
-from mimae.optim.resolution import Stage, stages
+from mimae.optim.resolution import Stage, stages, work
 from mimae.outside.files import Folder
 from mimae.plan.advice import report
 from mimae.plan.cost import Fleet
@@ -26,6 +28,7 @@ from mimae.plan.flops import encoder_flops, image_flops, objective_flops, run_fl
 from mimae.plan.gpus import find_gpu
 from mimae.randomness import whole_parts
 from mimae.telemetry import events
+from mimae.telemetry.console import Console
 from mimae.tools import status
 from mimae.tools.replay import replay
 from mimae.train.tasks.pretrain import Pretrain, pretrain
@@ -79,9 +82,22 @@ def test_a_run_resumes_with_equal_bits(whole: Path, images: Path, tmp_path: Path
     ]
 
 
+def sizes_told(run: Path) -> list[tuple[Any, Any]]:
+    """Return step and details of the events that tell a size."""
+    return [(event["step"], event["details"]) for event in events.read(Folder(run)) if event["kind"] == "resolution"]
+
+
+def test_a_run_that_continues_inside_a_stage_tells_its_size(whole: Path, images: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    only_until(run, 4)
+    pretrain(recipe(images, run, GROWING, *QUIET, "run.dry=true"))
+    assert sizes_told(run)[-1] == (4, {"size": [6, 6], "until": 6})
+
+
 def test_records_events_and_status_name_the_sizes(whole: Path) -> None:
     assert [line["image_size"] for line in lines(whole / "metrics.jsonl")] == SIZES
-    found = [(event["step"], event["details"]) for event in events.read(Folder(whole)) if event["kind"] == "resolution"]
+    found = sizes_told(whole)
     assert found == [
         (0, {"size": [4, 4], "until": 3}),
         (3, {"size": [6, 6], "until": 6}),
@@ -103,11 +119,38 @@ def test_stages_are_a_function_of_the_step() -> None:
         Stage((24, 24), 360, 720),
         Stage((32, 32), 720, 1200),
     ]
-    # A stage without steps is left out, and the end of the run does not change.
-    assert stages(schedule, (32, 32), 1) == [Stage((24, 24), 0, 1)]
+    # A stage without steps is left out, but never the last one: the run ends with images of data.image_size.
+    assert stages(schedule, (32, 32), 1) == [Stage((32, 32), 0, 1)]
     assert stages(schedule, (32, 32), 2) == [Stage((16, 16), 0, 1), Stage((32, 32), 1, 2)]
+    late = load_recipe("quickstart_fast", ["schedule.resolution=[[16, 0.999], [32, 0.001]]"]).recipe.schedule
+    assert stages(late, (32, 32), 100) == [Stage((16, 16), 0, 99), Stage((32, 32), 99, 100)]
     plain = load_recipe("quickstart").recipe.schedule
     assert stages(plain, (32, 32), 7) == [Stage((32, 32), 0, 7)]
+
+
+def test_the_work_of_a_run_counts_the_size_of_each_step() -> None:
+    found = stages(load_recipe("quickstart_fast").recipe.schedule, (32, 32), 10)  # 3 + 3 + 4 steps
+    counts = [work(found, step, lambda size_hw: size_hw[0] / 8) for step in range(11)]
+    assert counts == [0, 2, 4, 6, 9, 12, 15, 19, 23, 27, 31]
+
+
+def test_the_time_left_knows_that_later_images_are_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step take one second for each 8 pixels of a side; after 2 of 10 steps, 4 of 31 seconds have passed."""
+    found = stages(load_recipe("quickstart_fast").recipe.schedule, (32, 32), 10)
+    clock = iter([0.0, 0.0, 2.0, 4.0, 6.0, 9.0])
+    monkeypatch.setattr("mimae.telemetry.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    console = Console(10, ["loss"], [], lambda step: work(found, step, lambda size_hw: size_hw[0] / 8))
+    console.rewind(0)
+    told: list[float | None] = []
+
+    def note(record: Any, left: float | None) -> str:
+        told.append(left)
+        return ""
+
+    monkeypatch.setattr(console, "_step_line", note)
+    for step in range(1, 5):
+        console.step({"step": step, "loss": 1.0})
+    assert told == [29, 27, 25, 22]
 
 
 @pytest.mark.parametrize("size", [4, 6])
@@ -164,13 +207,15 @@ def test_the_planner_knows_the_stages() -> None:
     rows = [line.split() for line in told.splitlines() if line.strip().startswith(("16 px", "24 px", "32 px"))]
     assert [row[2] for row in rows] == ["360", "360", "480"]
     assert Pretrain(given).flops((16, 16)) == parts[0] / given.schedule.batch_size
+    longer = given.schedule.model_copy(update={"extended": ((1200, 0.0, "schedule.epochs=6 until step 1200"),)})
+    assert run_flops(given.model_copy(update={"schedule": longer})) == parts[2], "all further steps have its last size"
 
 
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
         (["schedule.resolution=[[4, 0.5], [8, 0.4]]"], "sum to 0.9; legal is 1"),
-        (["schedule.resolution=[[4, 0.5], [6, 0.5]]"], "ends with images of 6 px; legal is data.image_size = 8"),
+        (["schedule.resolution=[[4, 0.5], [6, 0.5]]"], "ends with images of 6 px, and data.image_size = 8"),
         (["schedule.resolution=[[12, 0.5], [8, 0.5]]"], "12 px before 8 px; legal are sizes that grow"),
         (["schedule.resolution=[[5, 0.5], [8, 0.5]]"], "each side of 5 px must be divisible by model.patch_size = 2"),
         (["schedule.resolution=[[2, 0.5], [8, 0.5]]"], "2 px are one patch"),

@@ -23,6 +23,13 @@ from mimae.train.start import hints
         ),
         (["ema.decay=0.999"], 500, "the average of the weights reaches back 1 / (1 - ema.decay) = 1000 steps"),
         (["schedule.warmup_epochs=2"], 1, ""),
+        (["schedule.resolution=[[16, 0.01], [32, 0.99]]"], 20, "no step has images of 16 px: the run has 20 steps, to"),
+        (["schedule.resolution=[[16, 0.1], [32, 0.9]]"], 20, ""),
+        (
+            ["schedule.resolution=[[16, 0.1], [32, 0.9]]", "run.dry=true"],
+            20,
+            "a dry run has images of the size of its step; 32 px come after step 2",
+        ),
         (["schedule.warmup_epochs=2"], 201, ""),
         (["ema.decay=0.999"], 1001, ""),
     ],

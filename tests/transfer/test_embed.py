@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).parents[2]
 @pytest.fixture
 def expected(run: Path, images: Path) -> dict[str, np.ndarray]:
     """Return the features of each image by itself; image 3 (b/03.png) cannot be read."""
-    encoder, data = load(run)
+    encoder, data, _ = load(run)
     source = open_source(str(images))
     ids = [i for i in range(11) if not source.path(i).endswith("03.png")]
     (batch,) = evaluation_batches(data, source, 11, ids)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mimae import distributed, kernels
 from mimae.config.recipe import Recipe, RunRecipe
-from mimae.engines.base import will_compile
+from mimae.engines.compiling import will_compile
 from mimae.outside.progress import Progress
 from mimae.plan import memory as planned
 from mimae.plan.gpus import device_name, peak_flops
