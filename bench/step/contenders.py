@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, TransformersMAE
@@ -48,8 +49,16 @@ PLAIN = ("eager", "compiled")
 PEERS = ("transformers", "lightly")
 
 
-ATTENTION = {"sdpa": True, "plain": False}
-"""Ways of a baseline to compute attention, by name; whether it is torch's fused one."""
+ATTENTION = {"sdpa": True, "cudnn": True, "plain": False}
+"""Ways of a baseline to compute attention, by name; whether it is torch's function. With `cudnn` that prefers cuDNN."""
+
+ON_CPU = ("sdpa", "plain")
+"""The ways that a baseline tries on a CPU. On a GPU plain attention would write all attention weights to memory."""
+
+_CUDNN_FIRST = (
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    *(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+)
 
 TRIALS = 2
 """Steps of a baseline with each of them, in turns. The best one counts; the first one may compile."""
@@ -148,11 +157,14 @@ class Baseline(Contender):
         device: torch.device,
         attention: str | None = None,
     ) -> None:
-        """Set up the baseline. `attention` is a key of ATTENTION; None: `warm_up` finds the faster one on a CPU.
+        """Set up the baseline. `attention` is a key of ATTENTION; None: the faster one, which `warm_up` finds on a CPU.
 
-        On a GPU it is torch's own, because plain attention would write all attention weights to memory.
+        On a GPU it is measured by itself, since a compiled block keeps the form with which it was compiled.
         """
-        self.attention = "sdpa" if attention is None and device.type == "cuda" else attention
+        if attention is None and device.type == "cuda":
+            dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+            attention, _ = attention_choice.choose(attention_choice.calls(recipe, 1), device, dtype, ("sdpa", "cudnn"))
+        self.attention = attention
         module: Any = BASELINES[name](recipe)
         module.load(dict(state))
         mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
@@ -180,6 +192,12 @@ class Baseline(Contender):
             fused=True,
         )
 
+    def forward(self, masks: Sequence[Tensor], precision: str) -> Tensor:
+        if self.attention != "cudnn":
+            return super().forward(masks, precision)
+        with sdpa_kernel(list(_CUDNN_FIRST), set_priority=True):
+            return super().forward(masks, precision)
+
     def draw(self) -> tuple[Tensor, ...]:
         return (torch.rand(len(self.images), self.num_patches, device=self.images.device),)
 
@@ -192,9 +210,9 @@ class Baseline(Contender):
             return super().warm_up()
         if self.compiled:
             self.compile_blocks()
-        seconds = dict.fromkeys(ATTENTION, float("inf"))
+        seconds = dict.fromkeys(ON_CPU, float("inf"))
         for _ in range(TRIALS):
-            for name in ATTENTION:
+            for name in ON_CPU:
                 self.module.set_attention(ATTENTION[name])
                 seconds[name] = min(seconds[name], self.timed(1))
         self.attention = min(seconds, key=seconds.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,9 +60,14 @@ def calls(recipe: Recipe, ranks: int) -> list[Call]:
     return [encoder, last._replace(queries=every, times=decoder.depth - 1), last]
 
 
-def choose(made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Return the backend for the calls of a step, and the reason for the choice as text."""
-    first, *others = CANDIDATES[device.type]
+def choose(
+    made: Sequence[Call], device: torch.device, dtype: torch.dtype, candidates: Sequence[str] | None = None
+) -> tuple[str, str]:
+    """Return the backend for the calls of a step, and the reason for the choice as text.
+
+    `candidates` are by default those of CANDIDATES; the first one is the default, and runs everywhere.
+    """
+    first, *others = candidates or CANDIDATES[device.type]
     if not made:
         return first, "the default"
     widths = {call.width for call in made}
@@ -71,14 +77,19 @@ def choose(made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> tu
     seconds = measured(names, made, device, dtype)
     fastest = min(names, key=lambda name: seconds[name])
     name = fastest if seconds[fastest] < MARGIN * seconds[first] else first
-    times = ", ".join(f"{name} {1e3 * taken:.3g}" for name, taken in seconds.items())
+    times = ", ".join(
+        f"{name} {1e3 * taken:.3g}" if math.isfinite(taken) else f"{name} failed" for name, taken in seconds.items()
+    )
     return name, f"measured here (ms of a forward and backward: {times})"
 
 
 def measured(
     names: Sequence[str], made: Sequence[Call], device: torch.device, dtype: torch.dtype
 ) -> Mapping[str, float]:
-    """Return the seconds that each backend takes for all calls of a forward and its backward: best of its runs."""
+    """Return the seconds that each backend takes for all calls of a forward and its backward: best of its runs.
+
+    They are infinite for a backend that fails on one of the calls, unless it is the first, whose error is raised.
+    """
     totals = dict.fromkeys(names, 0.0)
     asked = [call for call in made if call.times]
     for call in asked:
@@ -87,7 +98,13 @@ def measured(
         while turns < 2 or time.perf_counter() < end:
             turns += 1
             for name in names:
-                best[name] = min(best[name], _seconds(name, short, device, dtype))
+                if math.isfinite(totals[name]):
+                    try:
+                        best[name] = min(best[name], _seconds(name, short, device, dtype))
+                    except Exception:  # A third-party backend may fail in any way on shapes that it does not support.
+                        if name == names[0]:
+                            raise
+                        totals[name] = math.inf
         for name in names:
             totals[name] += call.times * best[name] * call.sequences / short.sequences
     return totals
@@ -96,7 +113,9 @@ def measured(
 def _seconds(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> float:
     """Return the seconds of one forward and backward, with q, k and v packed in one tensor as in a block."""
     size = (call.sequences, call.keys, 3 * call.heads * call.width)
-    packed = torch.zeros(size, device=device, dtype=dtype, requires_grad=True)
+    # Random values: matrix products of zeros take less power, and a GPU then runs faster than in training.
+    random = torch.Generator(device).manual_seed(0)
+    packed = torch.randn(size, generator=random, device=device, dtype=dtype).requires_grad_()
     _wait(device)
     start = time.perf_counter()
     if call.queries == call.keys and name in PACKED:

@@ -12,6 +12,7 @@ from mimae.config.kept import load_run
 from mimae.config.recipe import RunRecipe
 from mimae.data.loading import backend
 from mimae.model import attention_choice
+from mimae.model.attention import obstacle
 from mimae.optim import resolution
 from mimae.plan.gpus import device_name, peak_flops
 from mimae.train.task import Task
@@ -79,8 +80,13 @@ def _attention(task: Task[Any], kept: RunRecipe | None, device: torch.device) ->
     recipe = task.recipe
     if recipe.model.attention != "auto":
         return recipe.model.attention, "as set in the recipe"
-    if kept is not None:
-        # If config.yaml has auto, the run is older than this choice and used sdpa.
-        return "sdpa" if kept.model.attention == "auto" else kept.model.attention, _KEPT
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    return attention_choice.choose(task.attention_calls(), device, dtype)
+    made = task.attention_calls()
+    if kept is None:
+        return attention_choice.choose(made, device, dtype)
+    # If config.yaml has auto, the run is older than this choice and used sdpa.
+    name = "sdpa" if kept.model.attention == "auto" else kept.model.attention
+    if (reason := obstacle(name, device, dtype, {call.width for call in made})) is None:
+        return name, _KEPT
+    anew, measured = attention_choice.choose(made, device, dtype)
+    return anew, f"{measured}, since {name}, with which the run was started, does not run here: {reason}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,29 @@ def test_the_faster_backend_is_chosen_and_told(monkeypatch: pytest.MonkeyPatch) 
     seconds["plain"] = 1.9e-3
     assert choose(CALLS, CPU, torch.bfloat16)[0] == "sdpa"
     assert choose([], CPU, torch.bfloat16)[0] == "sdpa"
+
+
+def test_a_backend_that_fails_on_the_steps_shapes_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention_choice._seconds
+
+    def seconds(name: str, call: Call, *others: Any) -> float:
+        if name == failing and call.queries == 48:
+            raise RuntimeError("No execution plan")
+        return real(name, call, *others)
+
+    monkeypatch.setattr(attention_choice, "_seconds", seconds)
+    failing = "plain"
+    name, told = choose(CALLS, CPU, torch.float32)
+    assert name == "sdpa" and "plain failed" in told
+    failing = "sdpa"
+    with pytest.raises(RuntimeError, match="No execution plan"):
+        choose(CALLS, CPU, torch.float32)
+
+
+def test_measuring_leaves_the_random_numbers_of_the_run_alone() -> None:
+    before = torch.get_rng_state()
+    choose(CALLS, CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_large_step_is_measured_on_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -469,6 +469,20 @@ def test_a_run_that_is_older_than_the_choice_of_attention_goes_on_with_sdpa(
     assert load_recipe(config).recipe.model.attention == "sdpa"
 
 
+def test_an_attention_that_this_machine_lacks_is_chosen_anew_and_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Continue a run of a GPU on a CPU."""
+    pretrain(recipe(images, tmp_path, "run.dry=true"))
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("attention: sdpa", "attention: cudnn"))
+    monkeypatch.setattr(attention_choice, "choose", lambda *given: ("plain", "measured here"))
+    assert pretrain(recipe(images, tmp_path, "run.dry=true", "model.attention=auto")).step == 2
+    told = "model.attention=plain, measured here, since cudnn, with which the run was started, does not run here: cuDNN"
+    assert told in capsys.readouterr().out
+    assert load_recipe(config).recipe.model.attention == "plain"
+
+
 # The record of an interrupted epoch
 
 
