@@ -33,7 +33,7 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
         "of the whole image, standardised. It has three classifiers: a linear one with all training images, a linear "
         f"one with few labels (mean of 5 draws), and the vote of the {NEIGHBOURS} nearest training images. Figures are "
         "accuracies on the test set: mean ± standard deviation over seeds. Minutes are CPU minutes "
-        "of the training command or, where those were not counted, minutes of the training.\n"
+        "of the training command, or minutes by the clock where a run was interrupted.\n"
     )
     if not results:
         yield "Not yet run.\n"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mimae.bench.controls.time_to import checks_of
-from mimae.bench.controls.trials import RECIPES, Result, Trial
+from mimae.bench.controls.trials import CHOICES, CONTROLS, RECIPES, Result, Trial
 from mimae.bench.machine import describe
 from mimae.checkpoints import checkpoint
 from mimae.config.kept import load_run
@@ -100,9 +100,10 @@ class Processes:
 
     def __call__(self, trial: Trial, run: Path) -> Result:
         run.parent.mkdir(parents=True, exist_ok=True)
-        # A recipe of larger batches has shorter epochs: every control is probed after the same numbers of steps.
+        # A recipe of larger batches has shorter epochs: all controls are probed after about the same numbers of steps.
         batch = load_recipe(RECIPES[trial.data]).recipe.schedule.batch_size
         every = max(1, trial.settings["schedule.batch_size"] // batch)
+        _check_kept(run, every)
         quiet = ["telemetry.trackers=[]", "telemetry.images_every_epochs=0", "telemetry.probe_every_epochs=0"]
         kept = f"checkpoint.every_epochs={every}"
         ours = [f"run.dir={run}", f"seed={trial.seed}", f"data.workers={self.threads}", kept, *quiet]
@@ -113,8 +114,10 @@ class Processes:
             _check_trained(trial, run)
             epochs = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
             *earlier, end = checks_of(epochs, every)
-            probes = [check | self._probe(run, check["step"], log)["features"]["this run"] for check in earlier]
-            probed = self._probe(run, end["step"], log, baselines=trial.kind == "mi_mae")
+            timed = earlier if trial.kind in CONTROLS | CHOICES else []
+            probes = [check | self._probe(run, check["step"], log)["features"]["this run"] for check in timed]
+            self._wait(["probe", str(run), *([] if trial.kind == "mi_mae" else ["--no-baselines"])], log)
+            probed = json.loads((run / "probe.json").read_text())
         return {
             "threads": self.threads,
             "seconds": sum(epoch["seconds"] for epoch in epochs),
@@ -124,11 +127,13 @@ class Processes:
             "probe": {key: value for key, value in probed.items() if key not in ("train", "test")},
         }
 
-    def _probe(self, run: Path, step: float, log: Any, baselines: bool = False) -> Result:
+    def _probe(self, run: Path, step: float, log: Any) -> Result:
         """Probe a checkpoint, and return the content of the file that `mimae probe` writes."""
         one = checkpoint.finished(checkpoint.unfinished(run, int(step)))
-        self._wait(["probe", str(one), *([] if baselines else ["--no-baselines"])], log)
-        probed: Result = json.loads((run / f"probe-{one.name}.json").read_text())
+        file = run / f"probe-{one.name}.json"
+        if not file.exists():  # It exists if the trial was interrupted after this probe.
+            self._wait(["probe", str(one), "--no-baselines"], log)
+        probed: Result = json.loads(file.read_text())
         return probed
 
     def _wait(self, arguments: list[str], log: Any) -> float:
@@ -165,6 +170,12 @@ class Processes:
             self.stopping = True
             for process in self.running:
                 process.terminate()
+
+
+def _check_kept(run: Path, every: int) -> None:
+    """Raise UserError if an existing run does not keep the checkpoints that are probed."""
+    if (run / "config.yaml").exists() and load_run(run).checkpoint.every_epochs != every:
+        raise UserError(f"{run} did not keep the checkpoints of every {every} epochs. Remove it to train it again")
 
 
 def _check_trained(trial: Trial, run: Path) -> None:

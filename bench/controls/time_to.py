@@ -11,15 +11,22 @@ from mimae.evaluate.knn import NEIGHBOURS
 from mimae.evaluate.probe import MEASURES
 
 
-class Reached(NamedTuple):
-    """The cost of a run until it reached a level: optimizer steps, FLOPs, CPU seconds of the training command.
+class Cost(NamedTuple):
+    """The cost of a part of a run: optimizer steps, FLOPs, and CPU seconds of the training command.
 
-    The CPU seconds of an interrupted run are not known.
+    The CPU seconds are None if no run of the control was timed as a whole.
     """
 
     steps: float
     flops: float
     cpu_seconds: float | None
+
+
+class Point(NamedTuple):
+    """A probe of a control: means over its seeds."""
+
+    cost: Cost
+    accuracies: dict[str, float]
 
 
 def checks_of(epochs: Sequence[dict[str, Any]], every: int) -> list[dict[str, float]]:
@@ -36,55 +43,80 @@ def checks_of(epochs: Sequence[dict[str, Any]], every: int) -> list[dict[str, fl
     return found
 
 
-def reached(result: Result, measure: str, level: float) -> Reached | None:
-    """Return the cost until a run reached an accuracy, interpolated between two probes; None if it never did."""
-    probes, cpu_seconds = result["probes"], result["cpu_seconds"]
-    crossed = next((i for i, probe in enumerate(probes) if probe[measure] >= level), None)
-    if crossed is None:
+def curve(results: Sequence[Result]) -> list[Point]:
+    """Return the probes of the runs of one control."""
+    points = []
+    for probes in zip(*(result["probes"] for result in results), strict=True):
+        shares = [
+            probe["seconds"] / result["probes"][-1]["seconds"] for probe, result in zip(probes, results, strict=True)
+        ]
+        timed = [
+            share * result["cpu_seconds"]
+            for share, result in zip(shares, results, strict=True)
+            if result["cpu_seconds"] is not None  # An interrupted run was not timed as a whole.
+        ]
+        steps, flops = (statistics.fmean(probe[key] for probe in probes) for key in ("step", "flops"))
+        accuracies = {measure: statistics.fmean(probe[measure] for probe in probes) for measure in MEASURES}
+        points.append(Point(Cost(steps, flops, statistics.fmean(timed) if timed else None), accuracies))
+    return points
+
+
+def reached(points: Sequence[Point], measure: str, level: float) -> Cost | None:
+    """Return the cost until a control reached an accuracy and kept it to its end; None if it did not.
+
+    The cost is interpolated between the last probe below the level and the next one. It is that of the first probe, an
+    upper bound, if no probe is below the level.
+    """
+    below = [i for i, point in enumerate(points) if point.accuracies[measure] < level]
+    if not below:
+        return points[0].cost
+    if below[-1] == len(points) - 1:
         return None
-    now = before = probes[crossed]
-    share = 0.0  # The first probe has no earlier one for an interpolation.
-    if crossed:
-        before = probes[crossed - 1]
-        share = (level - before[measure]) / (now[measure] - before[measure])
-    steps, flops, seconds = (before[key] + share * (now[key] - before[key]) for key in ("step", "flops", "seconds"))
-    return Reached(steps, flops, None if cpu_seconds is None else cpu_seconds * seconds / probes[-1]["seconds"])
+    before, after = points[below[-1]], points[below[-1] + 1]
+    share = (level - before.accuracies[measure]) / (after.accuracies[measure] - before.accuracies[measure])
+    steps, flops, seconds = (
+        None if a is None or b is None else a + share * (b - a) for a, b in zip(before.cost, after.cost, strict=True)
+    )
+    assert steps is not None and flops is not None
+    return Cost(steps, flops, seconds)
 
 
 def render_times(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the tables of one data set, one for each measure. MAE's level is its mean at the end over the seeds."""
-    timed = [result for result in results if result.get("probes")]
-    mae = [result for result in timed if result["kind"] == "mae"]
-    if not mae:
+    """Yield the tables of one data set, one for each measure."""
+    found = {
+        kind: rows
+        for kind in (*CONTROLS, *CHOICES)
+        if (rows := [result for result in results if result["kind"] == kind and result.get("probes")])
+    }
+    if "mae" not in found:
         return
-    probes, few = mae[0]["probes"], mae[0]["probe"]["few_labels"]
+    curves = {kind: curve(rows) for kind, rows in found.items()}
+    seeds = {kind: len(rows) for kind, rows in found.items()}
+    mae = curves["mae"]
     yield (
-        f"Time to MAE's final accuracies. The probe evaluated {len(probes)} checkpoints of each run, the first after "
-        f"{probes[0]['step']:,} steps, and the time is interpolated linearly between two of them. A run that is as "
-        "good at the first one has its cost, which is an upper bound. FLOPs are those of the steps, as a share of all "
-        "of MAE's. CPU seconds are those of the training command, in proportion to the seconds of the epochs. Costs "
-        "are means over the seeds that reached the accuracy.\n"
+        f"Time to MAE's final accuracies, from probes of {len(mae)} checkpoints of each run, the first after "
+        f"{mae[0].cost.steps:,.0f} steps. All figures are means over the seeds. An accuracy is reached where the curve "
+        "of the means rises to it for the last time, by linear interpolation between two probes; ≤ stands for the "
+        "first probe, if none is below the accuracy. FLOPs are those of the steps, as a share of all of MAE's. CPU "
+        "seconds are those of the training command, in proportion to the seconds of the epochs.\n"
     )
-    for measure, name in zip(MEASURES, ("linear probe", f"{few} labels", f"{NEIGHBOURS} neighbours"), strict=True):
-        yield from _render_measure(timed, mae, measure, name)
+    names = ("linear probe", f"{found['mae'][0]['probe']['few_labels']} labels", f"{NEIGHBOURS} neighbours")
+    for measure, name in zip(MEASURES, names, strict=True):
+        level = mae[-1].accuracies[measure]
+        yield f"| {name}: MAE's {level:.3f} | seeds | at the end | steps | FLOPs, of MAE's | CPU s |"
+        yield "|---|---|---|---|---|---|"
+        for kind, points in curves.items():
+            cells = _cells(points, measure, level, mae[-1].cost.flops)
+            end = points[-1].accuracies[measure]
+            yield f"| {(CONTROLS | CHOICES)[kind].meaning} | {seeds[kind]} | {end:.3f} | {' | '.join(cells)} |"
+        yield ""
 
 
-def _render_measure(timed: list[Result], mae: list[Result], measure: str, name: str) -> Iterator[str]:
-    """Yield the table of one measure."""
-    level = statistics.fmean(result["probes"][-1][measure] for result in mae)
-    whole = statistics.fmean(result["probes"][-1]["flops"] for result in mae)
-    yield f"| {name}: MAE's {level:.3f} | seeds | at the end | reached by | steps | FLOPs, of MAE's | CPU s |"
-    yield "|---|---|---|---|---|---|---|"
-    for kind, row in {**CONTROLS, **CHOICES}.items():
-        rows = [result for result in timed if result["kind"] == kind]
-        if not rows:
-            continue
-        last = statistics.fmean(result["probes"][-1][measure] for result in rows)
-        found = [when for result in rows if (when := reached(result, measure, level)) is not None]
-        cells = ["not reached", "", ""]
-        if found:
-            steps, flops = (statistics.fmean(column) for column in list(zip(*found, strict=True))[:2])
-            seconds = [each.cpu_seconds for each in found if each.cpu_seconds is not None]
-            cells = [f"{steps:,.0f}", f"{flops / whole:.2f}", f"{statistics.fmean(seconds):.0f}" if seconds else ""]
-        yield f"| {row.meaning} | {len(rows)} | {last:.3f} | {len(found)} of {len(rows)} | {' | '.join(cells)} |"
-    yield ""
+def _cells(points: Sequence[Point], measure: str, level: float, whole: float) -> list[str]:
+    """Return steps, FLOPs as a share of `whole`, and CPU seconds, as text."""
+    cost = reached(points, measure, level)
+    if cost is None:
+        return ["not reached", "", ""]
+    bound = "≤ " if cost == points[0].cost else ""
+    seconds = "" if cost.cpu_seconds is None else f"{bound}{cost.cpu_seconds:.0f}"
+    return [f"{bound}{cost.steps:,.0f}", f"{bound}{cost.flops / whole:.2f}", seconds]

@@ -127,15 +127,17 @@ class Telemetry:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Append a line of the epoch's columns to epochs.jsonl; keys that `record` lacks are null.
 
-        `step` is the step at which the epoch ended. After a resume from a checkpoint without sums of its epoch, all
-        counts and means are those of the part since then. `seconds` is wall time and includes the phases' `seconds_*`.
-        `bytes_sent` is the number of bytes that a rank sends in a step, by the formulas of docs/scaling.md;
-        `exposed_communication` is the share (0 to 1) of three steps of the epoch in which this rank was in a collective
-        without computing. The columns of ACCOUNT_KEYS are over all ranks.
+        `step` is the step at which the epoch ended, by default the last logged one. After a resume from a checkpoint
+        without sums of its epoch, all counts and means are those of the part since then. `seconds` is wall time and
+        includes the phases' `seconds_*`. `bytes_sent` is the number of bytes that a rank sends in a step, by the
+        formulas of docs/scaling.md; `exposed_communication` is the share (0 to 1) of three steps of the epoch in which
+        this rank was in a collective without computing. The columns of ACCOUNT_KEYS are over all ranks.
         """
         if self._console is None:
             return
         line = plain(FILES["epoch"], self._epoch_keys, {"step": self._step, **record})
+        # The step of the record may be after the last logged one.
+        self._step = self.events.step = int(line["step"])
         self._scalars("epoch", line)
         self._console.epoch(line)
 

@@ -102,7 +102,7 @@ class Journal(Generic[M]):
 
     def epoch(self, number: int, step: Step) -> dict[str, Any]:
         """Return the columns of the epoch that ends with this step, and note its warnings. This is a collective."""
-        record = {"epoch": (number - 1) // self.per_epoch} | self.sums.record() | memory(self.device)
+        record = {"epoch": (number - 1) // self.per_epoch, "step": number} | self.sums.record() | memory(self.device)
         record |= {"bytes_sent": self.bytes_sent, "exposed_communication": self.exposure.read()}
         record |= self._flops(number, record["images_per_s"])
         own = {name: record.get(name) for name in ("seconds", *OVER_RANKS)}

@@ -483,6 +483,23 @@ def test_an_attention_that_this_machine_lacks_is_chosen_anew_and_told(
     assert load_recipe(config).recipe.model.attention == "plain"
 
 
+def test_the_record_of_an_epoch_has_its_last_step_and_goes_when_the_run_goes_back_behind_it(
+    images: Path, tmp_path: Path
+) -> None:
+    """Log only the first step, and continue from the checkpoint of step 4, inside epoch 1."""
+    rare = ("telemetry.log_every_steps=100", "telemetry.images_every_epochs=0", "schedule.epochs=3")
+    pretrain(recipe(images, tmp_path, *rare, "checkpoint.keep=9"))
+    assert [record["step"] for record in lines(tmp_path / "epochs.jsonl")] == [3, 6, 9]
+    for step in (6, 8, 9):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{step:08d}")
+    pretrain(recipe(images, tmp_path, *rare))
+    assert [(record["epoch"], record["step"]) for record in lines(tmp_path / "epochs.jsonl")] == [
+        (0, 3),
+        (1, 6),
+        (2, 9),
+    ]
+
+
 # The record of an interrupted epoch
 
 

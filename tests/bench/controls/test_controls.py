@@ -20,7 +20,7 @@ from PIL import Image
 from mimae.bench.controls import command
 from mimae.bench.controls.page import load_results, render
 from mimae.bench.controls.running import Processes, Stopped, finished, record, run_trials
-from mimae.bench.controls.time_to import checks_of, reached
+from mimae.bench.controls.time_to import checks_of, curve, reached
 from mimae.bench.controls.trials import (
     CONTROLS,
     RECIPES,
@@ -169,25 +169,40 @@ def test_the_checks_of_a_run_are_its_multiples_and_its_end() -> None:
     ]
 
 
+def costs(kind: str, scores: list[tuple[float, float, float]], measure: str, level: float) -> Any:
+    return reached(curve([checked(kind, scores, flops=3e12)[2]]), measure, level)
+
+
 def test_the_time_to_an_accuracy_is_interpolated_between_two_probes() -> None:
-    _, _, run = checked("mi_mae", [(0.2, 0.1, 0.0), (0.4, 0.2, 0.0), (0.4, 0.2, 0.0), (0.6, 0.1, 0.0)], flops=3e12)
-    assert reached(run, "linear", 0.3) == pytest.approx((150, 4.5e12, 3.75))
-    assert reached(run, "linear", 0.1) == pytest.approx((100, 3e12, 2.5))  # There is no probe before the first.
-    assert reached(run, "linear", 0.61) is None
-    assert reached(run, "few_labels", 0.2) == pytest.approx((200, 6e12, 5))
-    assert reached(run, "knn", 0.3) is None
+    rising = [(0.2, 0.1, 0.0), (0.4, 0.2, 0.0), (0.4, 0.2, 0.0), (0.6, 0.1, 0.0)]
+    assert costs("mi_mae", rising, "linear", 0.3) == pytest.approx((150, 4.5e12, 3.75))
+    assert costs("mi_mae", rising, "linear", 0.2) == pytest.approx((100, 3e12, 2.5)), "no probe is below it"
+    assert costs("mi_mae", rising, "linear", 0.61) is None
+    assert costs("mi_mae", rising, "few_labels", 0.2) is None, "it is lost again before the end"
+    assert costs("mi_mae", rising, "knn", 0.3) is None
+
+
+def test_an_accuracy_counts_from_where_it_is_kept() -> None:
+    noisy = [(0.5,) * 3, (0.7,) * 3, (0.5,) * 3, (0.7,) * 3]
+    assert costs("mae", noisy, "linear", 0.6) == pytest.approx((350, 10.5e12, 8.75))
+
+
+def test_seeds_are_averaged_before_a_level_is_looked_for() -> None:
+    """Neither leave a seed out that never reaches the level, nor one that an interruption kept from being timed."""
+    good, bad = (checked("mae", scores)[2] for scores in ([(0.4,) * 3, (0.8,) * 3], [(0.2,) * 3, (0.4,) * 3]))
+    assert reached(curve([good, bad]), "linear", 0.45) == pytest.approx((150, 1.5e12, 7.5))
+    assert reached(curve([good]), "linear", 0.45) == pytest.approx((112.5, 1.125e12, 5.625))
+    interrupted = bad | {"cpu_seconds": None}
+    assert reached(curve([good, interrupted]), "linear", 0.45) == pytest.approx((150, 1.5e12, 7.5))
+    assert reached(curve([interrupted]), "linear", 0.4) == (200, 2e12, None)
 
 
 def test_the_cpu_seconds_of_a_run_whose_images_grow_follow_its_epochs() -> None:
-    run = {
-        "cpu_seconds": 20.0,
-        "probes": [
-            check | {"linear": score}
-            for check, score in zip(checks_of(epochs_of([1e12, 9e12], [1.0, 9.0]), 1), (0.5, 0.6), strict=True)
-        ],
-    }
-    assert reached(run, "linear", 0.5) == pytest.approx((100, 1e12, 2.0))
-    assert reached(run, "linear", 0.55) == pytest.approx((150, 5.5e12, 11.0))
+    checks = checks_of(epochs_of([1e12, 9e12], [1.0, 9.0]), 1)
+    probes = [check | dict.fromkeys(MEASURES, score) for check, score in zip(checks, (0.5, 0.6), strict=True)]
+    points = curve([{"cpu_seconds": 20.0, "probes": probes}])
+    assert reached(points, "linear", 0.5) == pytest.approx((100, 1e12, 2.0))
+    assert reached(points, "linear", 0.55) == pytest.approx((150, 5.5e12, 11.0))
 
 
 def test_the_time_to_each_of_maes_final_accuracies_is_a_table() -> None:
@@ -197,22 +212,13 @@ def test_the_time_to_each_of_maes_final_accuracies_is_a_table() -> None:
         checked("orthogonal", [(0.1, 0.1, 0.2)]),
     ]
     page = render(written(trials), [])
-    linear, few, knn = ("\n".join(part.splitlines()[:4]) for part in page.split(": MAE's ")[1:])
-    assert linear.startswith("0.400") and few.startswith("0.300") and knn.startswith("0.200")
-    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.600 | 1 of 1 | 150 | 0.25 | 5 |" in page
-    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.400 | 1 of 1 | 100 | 0.17 | 3 |" in page
-    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.100 | 0 of 1 | not reached |  |  |" in page
-    assert "| 4. N orthogonal masks, no MI | 1 | 0.200 | 1 of 1 | 100 | 0.33 | 10 |" in page
+    linear, few, knn = (part.partition(" ")[0] for part in page.split(": MAE's ")[1:])
+    assert (linear, few, knn) == ("0.400", "0.300", "0.200")
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.600 | 150 | 0.25 | 5 |" in page
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.400 | ≤ 100 | ≤ 0.17 | ≤ 3 |" in page
+    assert "| 6. control 5 + L_min: MI-MAE | 1 | 0.100 | not reached |  |  |" in page
+    assert "| 2. MAE: one mask, N times the images | 1 | 0.200 | 200 | 0.67 | 7 |" in page
     assert "Time to" not in render(written([("mi_mae", 0, result(0.5, 0.3, 0.4))]), [])
-
-
-def test_cpu_seconds_of_an_interrupted_trial_are_not_shown() -> None:
-    kind, seed, whole = checked("mae", [(0.2, 0.2, 0.2), (0.4, 0.4, 0.4)])
-    interrupted = whole | {"cpu_seconds": None}
-    assert reached(interrupted, "linear", 0.3) == pytest.approx((150, 1.5e12, None))
-    page = render(written([(kind, seed, whole), (kind, seed + 1, interrupted)]), [])
-    assert "| 2 of 2 | 200 | 1.00 | 10 |" in page
-    assert "| 1 of 1 | 200 | 1.00 |  |" in render(written([(kind, seed, interrupted)]), [])
 
 
 def test_the_seeds_of_the_claim_are_three() -> None:
@@ -366,11 +372,23 @@ def test_a_run_of_other_settings_is_not_judged(tmp_path: Path, verbs: Callable[[
     """Continue a run that is older than a settings key: `mimae pretrain` keeps its recipe as it was."""
     verbs("")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.yaml").write_text(as_yaml(Recipe(), without=["masking.rounding"]))
+    every = Recipe().schedule.batch_size // load_recipe(RECIPES["photos"]).recipe.schedule.batch_size
+    kept = load_recipe({"checkpoint": {"every_epochs": every}}).recipe
+    (tmp_path / "a" / "config.yaml").write_text(as_yaml(kept, without=["masking.rounding"]))
     trained = {"schedule.batch_size": Recipe().schedule.batch_size, "data.loader": "auto", "probe.tolerance": 1e-6}
     older = trial("a", {"masking.rounding": "down", **trained})
     with pytest.raises(UserError, match=r"trained with other settings: masking.rounding was 'nearest', is 'down'"):
         Processes(threads=1)(older, tmp_path / "a")
+
+
+def test_a_run_without_the_checkpoints_on_its_way_is_told_before_it_is_trained_on(
+    tmp_path: Path, verbs: Callable[[str], None]
+) -> None:
+    verbs("import sys; sys.exit('it began')")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(as_yaml(Recipe()))
+    with pytest.raises(UserError, match=r"a did not keep the checkpoints of every 1 epochs. Remove it to train it aga"):
+        Processes(threads=1)(trial("a"), tmp_path / "a")
 
 
 def test_a_signal_ends_what_runs_and_lets_nothing_new_start(tmp_path: Path, verbs: Callable[[str], None]) -> None:
@@ -466,9 +484,12 @@ def test_the_page_in_the_documentation_is_what_its_files_render_to() -> None:
 
 @pytest.mark.slow
 def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the real processes for two steps of the shipped recipes; the second call finds everything done."""
+    """Run the real processes for five epochs of a step; the second call finds everything done.
+
+    Twice the recipe's batch is probed half as often: after epochs 2 and 4, and at the end.
+    """
     folder = folder_of_images(tmp_path / "images", 40)
-    short = ["schedule.max_steps=2", "data.image_size=8", "model.patch_size=2", "schedule.batch_size=8"]
+    short = ["schedule.max_steps=5", "data.image_size=8", "model.patch_size=2", "schedule.batch_size=64"]
     paths = [f"data.path={folder}", f"data.val_path={folder}"]
     made = make_trial("photos-mi_mae-1", "photos", "mi_mae", "quickstart", short, paths, 80, 1)
     monkeypatch.setattr("mimae.bench.controls.trials.control_trials", lambda data: [made])
@@ -480,7 +501,12 @@ def test_a_trial_from_its_recipe_to_its_result(tmp_path: Path, monkeypatch: pyte
     run()
     file = results / "controls/photos-mi_mae-1.json"
     row = json.loads(file.read_text())
-    assert row["last_epoch"]["step"] == row["probes"][-1]["step"] == 2 and row["views"] == 2 * 8 * 4
+    assert [probe["step"] for probe in row["probes"]] == [2, 4, 5]
+    assert row["last_epoch"]["step"] == 5 and row["views"] == 5 * 64 * 4
+    assert row["probe"]["features"]["this run"]["linear"] == row["probes"][-1]["linear"]
+    assert {file.name for file in (runs / "photos-mi_mae-1").glob("probe*.json")} == {
+        *("probe-step-00000002.json", "probe-step-00000004.json", "probe.json")
+    }
     assert 0 <= row["probe"]["features"]["this run"]["linear"] <= 1
     assert str(tmp_path) not in file.read_text()
     assert load_recipe(tmp_path / "runs/photos-mi_mae-1/config.yaml").recipe.seed == 1
