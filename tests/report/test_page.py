@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,6 +254,28 @@ def test_each_cause_of_a_slow_run_is_named(make_run: MakeRun) -> None:
     throttled = make_run("throttled", epochs=[epoch_record(0, cpu_limited=0.6, cpu_waiting=0.7, cpu_hot=None)])
     told = [finding.text for finding in findings(read(throttled))]
     assert any("in 60% of the time the limit of its control group held it back" in text for text in told)
+
+
+STAGE_OF_EPOCH = (0, 0, 0, 1, 1, 2, 2, 2, 2)
+
+
+def test_larger_images_are_no_fault_of_the_machine(make_run: MakeRun) -> None:
+    """Epochs of the last size alone are compared: with each size a step is slower and takes more memory."""
+
+    def record(epoch: int, slower: float = 1.0) -> dict[str, Any]:
+        size = STAGE_OF_EPOCH[epoch]
+        return epoch_record(epoch, images_per_s=(900, 400, 100)[size] / slower, mem_peak_bytes=2 ** (28 + 2 * size))
+
+    def told(name: str, last: float) -> list[str]:
+        steps = [
+            step_record(step, image_size=(16, 24, 32)[STAGE_OF_EPOCH[(step - 1) // 100]]) for step in range(10, 910, 10)
+        ]
+        run = make_run(name, steps=steps, epochs=[*map(record, range(8)), record(8, last)])
+        return [finding.text for finding in findings(read(run))]
+
+    (nothing,) = told("grown", 1.0)
+    assert nothing.startswith("Nothing stands out")
+    assert any("last epoch ran at 50 images/s, 50% below" in text for text in told("slow", 2.0))
 
 
 def test_the_recipe_tells_where_each_value_was_set(make_run: MakeRun) -> None:
