@@ -42,6 +42,8 @@ def unknown(key: str, setting: Setting, tree: type[RunRecipe]) -> str:
             f"its keys are {', '.join(by_name[key].model_fields)}"
         )
     section, _, name = key.rpartition(".")
+    if section in known:
+        return f"{key} ({setting.origin}): {section} has no keys of its own; legal is {legal(section)}"
 
     def likeness(candidate: str) -> tuple[float, float]:
         other_section, _, other_name = candidate.rpartition(".")

@@ -352,7 +352,7 @@ def test_overrides_that_are_none(small: str) -> None:
         ("task=segmant", "legal here is pretrain"),
         ("zzz=1", "a recipe has task, seed, precision, compile, run, "),
         ("masking=4", "masking is a section; its keys are kind, num_masks, ratio"),
-        ("seed.low=4", "unknown key"),
+        ("seed.low=4", "seed has no keys of its own; legal is an integer"),
     ],
 )
 def test_unknown_keys(small: str, override: str, said: str) -> None:
