@@ -14,7 +14,7 @@ def gpu(
         "bench/results/gpu.json"
     ),
     only: Annotated[list[str] | None, typer.Option(help="stages to run; repeatable [default: all]")] = None,
-    seconds: Annotated[float, typer.Option(help="time of this call", min=30)] = 540,
+    seconds: Annotated[float, typer.Option(help="time of this call, from the start of its process", min=30)] = 540,
     page: Annotated[
         Path | None, typer.Option("--render", help="write what the file holds as this page, and run nothing")
     ] = None,
@@ -37,7 +37,7 @@ def gpu(
     import torch
 
     from mimae.bench.gpu.run import Run
-    from mimae.bench.machine import describe
+    from mimae.bench.machine import describe, process_age
     from mimae.errors import UserError
 
     names = [stage.name for stage in STAGES]
@@ -47,7 +47,8 @@ def gpu(
     if not torch.cuda.is_available():
         raise UserError("no CUDA device: `mimae bench kernels` and `mimae bench step` run on a CPU too")
     stages = [stage for stage in STAGES if stage.name in (only or names)]
-    states = Run(stages, out, describe(torch.device("cuda")), seconds).run()
+    machine = describe(torch.device("cuda"))
+    states = Run(stages, out, machine, seconds - process_age()).run()
     as_json({"stages": states, "file": out})
     left = {name: state or "not started" for name, state in states.items() if state != "done"}
     if left:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mimae.bench.gpu import details
+from mimae.bench.gpu.predicted import predictions
 from mimae.bench.gpu.stages import STAGES
-
-PREDICTED = {
-    "pretrain, plain": "1,443 images/s, MFU 33 % (H100: 177 ms per step of 256 images)",
-    "step, ViT-L": "795 images/s, MFU 39.5 % (H100: 322 ms per step of 256 images)",
-}
-"""Predictions of the cost model, +-15 %, made before any measurement on a GPU."""
 
 _INTRODUCTION = """# Measurements on a GPU
 
 `mimae bench gpu` runs everything that needs a GPU, in two calls of at most nine minutes. Each stage is stopped at its
 limit, and the second call runs the remaining stages. `mimae bench gpu --render docs/gpu-day.md` writes this page from
-`bench/results/gpu.json`. Predictions are those of a cost model, made before any measurement.
+`bench/results/gpu.json`. Predictions are for one H100, by the cost model of [budget.md](budget.md).
 """
 
 
@@ -33,34 +29,55 @@ def render(report: Mapping[str, Any]) -> str:
     else:
         lines.append("Nothing has been measured on a GPU yet.\n")
     lines += ["| stage | limit, s | state | measured | predicted |", "| --- | ---: | --- | --- | --- |"]
+    predicted, results = predictions(), {}
     for stage in STAGES:
         row = report.get("stages", {}).get(stage.name, {})
         found = row.get("result") or (row.get("before") or {}).get("result")
         measured = "; ".join(_measured(found)) if found else ""
+        if isinstance(found, dict):
+            results[stage.name] = found
         state = row.get("state", "not run")
-        lines.append(f"| {stage.name} | {stage.seconds:.0f} | {state} | {measured} | {PREDICTED.get(stage.name, '')} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {stage.name} | {stage.seconds:.0f} | {state} | {measured} | {predicted.get(stage.name, '')} |")
+    return "\n".join([*lines, *details.sections(results)]) + "\n"
 
 
 def _measured(result: Any) -> Iterator[str]:
-    """Yield the figures of a stage's result as text."""
+    """Yield the main figures of a stage's result as text; `details` has the others."""
     if isinstance(result, str):  # This is pytest's XML.
         head = result.partition("<testsuite ")[2].partition(">")[0].replace('"', "").split()
         counts = dict(field.split("=", 1) for field in head if "=" in field)
         yield ", ".join(f"{counts[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in counts)
         return
+    # A speed that is not known is null.
     for record in result.get("epochs", [])[-1:]:
-        yield f"{record['images_per_s']:,.0f} images/s"
+        if record.get("images_per_s") is not None:
+            yield f"{record['images_per_s']:,.0f} images/s"
         if record.get("mfu") is not None:
-            yield f"MFU {record['mfu']:.0%}"
+            yield f"MFU {100 * record['mfu']:.0f} %"
+        if record.get("knn") is not None:
+            yield f"kNN {record['knn']:.3f}, {len(result['pictures'])} pictures"
     if not result.get("epochs"):
         for record in result.get("metrics", [])[-1:]:
-            yield f"{record['images_per_s']:,.0f} images/s at step {record['step']}"
+            speed = "" if record["images_per_s"] is None else f"{record['images_per_s']:,.0f} images/s "
+            yield f"{speed}at step {record['step']}"
     for contest in result.get("contests", []):
-        if "contenders" in contest:
-            for name, row in contest["contenders"].items():
-                if isinstance(row, dict) and "images_per_s" in row:
-                    yield f"{name} {row['images_per_s']:,.0f} images/s"
+        for name, row in contest["contenders"].items():
+            if "images_per_s" in row:
+                yield f"{name} {row['images_per_s']:,.0f} images/s"
+            elif row.get("peak_bytes") is not None:
+                yield f"{name} {row['peak_bytes'] / 2**30:.1f} GiB"
+        if "op" in contest:
+            yield _of_op(contest)
     if "machine_code" in result:
         failed = [row for row in result["machine_code"] if "error" in row]
         yield f"{len(result['machine_code']) - len(failed)} kernels in {result['seconds']:.0f} s, {len(failed)} failed"
+    if "phases" in result:
+        yield f"{1e3 * result['seconds']:.1f} ms a step of {result['images']} images"
+
+
+def _of_op(contest: Mapping[str, Any]) -> str:
+    """Return the time of the fused form and that of the fastest other one, in milliseconds."""
+    times = {name: 1e3 * row["both"]["median"] for name, row in contest["contenders"].items() if "both" in row}
+    others = sorted((name for name in times if name != "fused"), key=times.__getitem__)
+    told = [f"{name} {times[name]:.3g} ms" for name in ("fused", *others[:1]) if name in times]
+    return f"{contest['size']}, {contest['batch']:,} images: {', '.join(told) or 'no time'}"

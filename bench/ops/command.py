@@ -17,19 +17,26 @@ def kernels(
     precision: Annotated[
         str | None, typer.Option(help="precision of the products: bf16 or fp32 [default: bf16; infonce in both]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
+    rates: Annotated[
+        bool, typer.Option("--roof/--no-roof", help="measure the rates of copies and products first")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="write the result here, anew after each number")
+    ] = None,
 ) -> None:
     """Measure time and memory of every op.
 
     Fused and reference beside eager PyTorch and torch.compile.
     """
 
+    from functools import partial
+
     import torch
     from rich.console import Console
 
     from mimae.bench.machine import describe
     from mimae.bench.ops.cases import CASES
-    from mimae.bench.ops.kernels import BATCHES, contest, crossovers, roof, show, sizes_of
+    from mimae.bench.ops.kernels import BATCHES, FIRST_ROUNDS, contest, crossovers, roof, show, sizes_of
     from mimae.errors import UserError
     from mimae.outside.files import write_atomically
     from mimae.outside.output import as_json
@@ -41,15 +48,29 @@ def kernels(
         raise UserError(f"{wrong}; precision is bf16 or fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # This is the default for products: fp32 is fp32 for every contender.
-    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device)}
-    contests = result["contests"] = []
-    for case in (known[name] for name in op or known):
-        for size, images in sizes_of(case, batch or BATCHES, dtypes.get(precision or "")):
-            contests.append(contest(case, size, images, device, rounds, compiled))
-            show(contests[-1], result["roof"], Console())
-            result["crossovers"] = crossovers(contests)
-            if out is not None:  # Write it each time: the next op may hang.
-                write_atomically(out, json.dumps(result, indent=2) + "\n")
+    result = {"bench": "kernels", **describe(device), "rounds": rounds, "roof": roof(device) if rates else {}}
+    contests: list[dict[str, Any]] = []
+
+    def write(number: int, found: dict[str, Any]) -> None:
+        """Write all that was found so far: the next number may never come. A second contest keeps the first's times."""
+        earlier = contests[number]["contenders"] if number < len(contests) else {}
+        rows = {name: {**earlier.get(name, {}), **row} for name, row in found["contenders"].items()}
+        contests[number : number + 1] = [{**found, "contenders": {**earlier, **rows}}]
+        result.update(contests=contests, crossovers=crossovers(contests))
+        if out is not None:
+            write_atomically(out, json.dumps(result, indent=2) + "\n")
+
+    places = [
+        (known[name], *place)
+        for name in op or known
+        for place in sizes_of(known[name], batch or BATCHES, dtypes.get(precision or ""))
+    ]
+    for last in (False, True) if compiled else (True,):
+        for number, (case, size, images) in enumerate(places):
+            count = rounds if last else min(rounds, FIRST_ROUNDS)
+            contest(case, size, images, device, count, compiled and last, partial(write, number))
+            if last:
+                show(contests[number], result["roof"], Console())
     if not as_json(result) and out is not None:
         print(f"wrote {out}")
 

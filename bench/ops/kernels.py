@@ -28,6 +28,10 @@ from mimae.kernels.runtime import Impl, chosen, watching
 from mimae.outside.progress import track
 
 BATCHES = (256, 1024, 4096)
+
+FIRST_ROUNDS = 3
+"""Rounds without the compiled forms, at all sizes, before the first compilation."""
+
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
 """Bytes of inputs that are rotated: more than the L2 of the supported GPUs, or the L3 of most CPUs."""
 MOST_SETS = 8
@@ -64,11 +68,12 @@ def forms(case: Case, device: torch.device, compiled: bool) -> dict[str, Form]:
     if automatic != "reference":
         found["fused"] = Form(public, prepared=False, impl=automatic)
     found["eager"] = Form(case.eager, prepared=True)
-    if compiled:
+    found |= {name: Form(call, prepared=True) for name, call in case.others(device).items()}
+    if compiled:  # They come last: compilation may take long or fail.
         torch._dynamo.reset()  # After eight shapes of one function, torch would stop compiling it.
         found["compiled"] = Form(torch.compile(case.eager, dynamic=False), prepared=True)
         found["compiled reference"] = found["reference"]._replace(call=torch.compile(public, dynamic=False))
-    return found | {name: Form(call, prepared=True) for name, call in case.others(device).items()}
+    return found
 
 
 # One contender
@@ -158,8 +163,16 @@ def _between(start: Any, end: Any) -> float:
 # One op
 
 
-def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Check and time the contenders of an op.
+def contest(
+    case: Case,
+    size: Size,
+    batch: int,
+    device: torch.device,
+    rounds: int,
+    compiled: bool,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Check and time the contenders of an op. `keep` gets the result so far after each contender and each round.
 
     One that fails or runs out of memory has the reason in place of a time.
     """
@@ -169,7 +182,13 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
     count = min(MOST_SETS, max(2, math.ceil(CACHE_BYTES[device.type] / used)))
     sets = [first, *(case.inputs(size, batch, device) for _ in range(count - 1))]
     laid = {False: sets, True: [case.prepare(size, each) for each in sets]}
+    passes = [sum(p) for p in zip(*(_work(case, each, size, batch) for each in case.passes))]
     rows: dict[str, dict[str, Any]] = {}
+    found = {
+        "op": case.op, "size": size.name, "batch": batch, "width": size.width, "sets": count,
+        "precision": "bf16" if size.precision == torch.bfloat16 else "fp32",
+        "floor_bytes": passes[0], "flops": passes[1], "contenders": rows,
+    }  # fmt: skip
     racing: dict[str, Contender] = {}
     expected: list[float] = []
     largest = eager_traffic(case, size._replace(batch=batch))["largest_bytes"]
@@ -181,34 +200,43 @@ def contest(case: Case, size: Size, batch: int, device: torch.device, rounds: in
             continue
         try:
             contender = Contender(case, form, laid[form.prepared], device)
-            found = contender.norms()
+            norms = contender.norms()
             rows[name]["extra_bytes"] = contender.extra_bytes()
-        except (RuntimeError, ImportError) as error:  # Memory, a compiler or a package failed: only this time is lost.
+        except Exception as error:  # Memory, a compiler or a package failed: only this time is lost.
             rows[name]["skipped"] = _reason(error)
+            keep(found)
             continue
-        expected = expected or found
+        expected = expected or norms
         # Random masks have no common norm.
-        if case.op == "orthogonal_masks" or _agree(expected, found, size.precision):
+        if case.op == "orthogonal_masks" or _agree(expected, norms, size.precision):
             racing[name] = contender
         else:
-            rows[name]["skipped"] = f"wrong: norms {found}, the reference has {expected}"
+            rows[name]["skipped"] = f"wrong: norms {norms}, the reference has {expected}"
+        keep(found)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in racing}
     names = list(racing)
     for number in track(range(rounds), f"{case.op} {size.name}", rounds, "rounds"):
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            times[name].append(racing[name].once())
-    passes = [sum(p) for p in zip(*(_work(case, each, size, batch) for each in case.passes))]
-    for name, pairs in times.items():
-        kinds = {"forward": [f for f, _ in pairs], "both": [f + b for f, b in pairs]}
-        if case.trained:
-            kinds["backward"] = [b for _, b in pairs]
-        rows[name] |= {kind: _quantiles(values) for kind, values in kinds.items()}
-    return {
-        "op": case.op, "size": size.name, "batch": batch, "width": size.width, "sets": count,
-        "precision": "bf16" if size.precision == torch.bfloat16 else "fp32",
-        "floor_bytes": passes[0], "flops": passes[1], "contenders": rows,
-    }  # fmt: skip
+            if name not in racing:
+                continue
+            try:
+                times[name].append(racing[name].once())
+            except Exception as error:
+                del racing[name]
+                rows[name]["skipped"] = _reason(error)
+        for name in racing:
+            rows[name] |= _row(times[name], has_backward=bool(case.trained))
+        keep(found)
+    return found
+
+
+def _row(pairs: Sequence[tuple[float, float]], has_backward: bool) -> dict[str, Any]:
+    """Return the spread of a contender's times; a pair has the seconds of a forward and of its backward."""
+    kinds = {"forward": [f for f, _ in pairs], "both": [f + b for f, b in pairs]}
+    if has_backward:
+        kinds["backward"] = [b for _, b in pairs]
+    return {kind: _quantiles(values) for kind, values in kinds.items()}
 
 
 def _reason(error: Exception) -> str:
@@ -288,10 +316,10 @@ def sizes_of(case: Case, batches: Sequence[int], precision: torch.dtype | None) 
 
 
 def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> None:
-    """Print a contest as a table."""
+    """Print a contest as a table. `roof` may be empty."""
     matrix = contest["flops"] > 0
     unit = "TFLOP/s" if matrix else "GB/s"
-    limit = roof[f"{contest['precision']}_flops_per_s" if matrix else "copy_bytes_per_s"]
+    limit = roof.get(f"{contest['precision']}_flops_per_s" if matrix else "copy_bytes_per_s")
     table = Table(title=f"{contest['op']}, {contest['size']}, {contest['batch']} images, {contest['precision']}")
     for column in ("", "forward ms", "backward ms", "both ms", "p20 .. p80", unit, "of the roof", "extra memory"):
         table.add_column(column, justify="right" if column else "left")
@@ -308,7 +336,7 @@ def show(contest: dict[str, Any], roof: dict[str, float], console: Console) -> N
             f"{1e3 * both['median']:.3g}",
             f"{1e3 * both['p20']:.3g} .. {1e3 * both['p80']:.3g}",
             f"{rate / (1e12 if matrix else 1e9):.3g}",
-            f"{rate / limit:.0%}",
+            "" if limit is None else f"{rate / limit:.0%}",
             "" if extra is None else f"{extra / 2**20:,.0f} MiB",
         )
     console.print(table)

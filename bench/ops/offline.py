@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -163,19 +163,22 @@ def compiled(launch: Launch, capability: int) -> Binary:
 
 
 def machine_code(
-    cases: Sequence[Case], processes: int = 2, targets: Sequence[Target] = TARGETS
+    cases: Sequence[Case],
+    processes: int = 2,
+    targets: Sequence[Target] = TARGETS,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
-    """Return the binaries of the cases' kernels at each size for each target.
+    """Return the binaries of the cases' kernels at each size for each target. `keep` gets those so far, time and again.
 
     An entry is `Binary.row` with op and size, or has `error` in place of the figures.
     """
     jobs = [(case.op, size, target) for case in cases for size in case.sizes for target in targets]
+    found: list[dict[str, Any]] = []
     with fresh_processes(processes, interpret=False) as pool:
-        return [
-            {"op": op, "size": size.name, **row}
-            for (op, size, _), rows in zip(jobs, track(pool.map(_rows, *zip(*jobs)), "machine code", len(jobs)))
-            for row in rows
-        ]
+        for (op, size, _), rows in zip(jobs, track(pool.map(_rows, *zip(*jobs)), "machine code", len(jobs))):
+            found += [{"op": op, "size": size.name, **row} for row in rows]
+            keep(found)
+    return found
 
 
 def _rows(op: str, size: Size, target: Target) -> list[dict[str, Any]]:

@@ -39,9 +39,22 @@ def step(
         list[Path] | None, typer.Option(metavar="CHECKOUT", help="another version of this repository; repeatable")
     ] = None,
     rounds: Annotated[
-        int, typer.Option(help="number of rounds, with a turn of every contender in each; 0: only count memory", min=0)
+        int, typer.Option(help="number of rounds, with a turn of every contender in each; 0: only memory", min=0)
     ] = 5,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="write the result here")] = None,
+    memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--memory/--no-memory",
+            help="count memory, and measure each contender's peak in a process of its own "
+            "[default: yes; without rounds only count]",
+        ),
+    ] = None,
+    matrix_rate: Annotated[
+        bool, typer.Option("--roof/--no-roof", help="measure the rate of matrix products first")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="write the result here, anew after each number")
+    ] = None,
 ) -> None:
     """Measure speed and memory of a training step.
 
@@ -55,7 +68,7 @@ def step(
 
     from mimae.bench.machine import describe
     from mimae.bench.step.contenders import PEERS, PLAIN, check_baselines, with_attention
-    from mimae.bench.step.contest import Another, Contest, compete, untimed
+    from mimae.bench.step.contest import Another, Contest, Result, compete, reason, untimed
     from mimae.bench.step.memory import count_memory, measure_memory
     from mimae.bench.step.roof import roof
     from mimae.bench.step.table import show
@@ -72,46 +85,57 @@ def step(
     given = [*(overrides or ()), *chosen, f"schedule.batch_size={batch}", "schedule.accumulate=1"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def resolve(*more: str) -> Recipe:
-        found = load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+    def load(*more: str) -> Recipe:
+        return load_recipe(recipe or {}, [*given, *more, "objective.gate_loss=null"]).recipe
+
+    def ready(found: Recipe) -> Recipe:
         check_machine(setup_of(found), device, obstacles(found, device))
         return with_attention(found, device)
 
-    ours = resolve()
+    ours = ready(load())
     views = ours.masking.num_masks
     for option, names, legal in (("--peer", peer, PEERS), ("--baseline", baseline, PLAIN)):
         if unknown := sorted(set(names or ()) - {*legal}):
             raise UserError(f"{option} {unknown[0]}: legal is {' or '.join(legal)}")
-    variants = {text: resolve(*text.split()) for text in variant or ()}
+    asked = {text: load(*text.split()) for text in variant or ()}
+    variants: dict[str, Recipe] = {}
+    absent: dict[str, str] = {}
+    for text, found in asked.items():
+        try:
+            variants[text] = ready(found)
+        except UserError as error:  # This machine cannot run it.
+            absent[text] = reason(error)
     versions = [Another(checkout, recipe, [*given, "objective.gate_loss=null"]) for checkout in against or ()]
     contests = []
-    if baseline or variants or versions or not peer:
-        plain = baseline or ([] if variants or versions else ["eager"])
-        contests.append(Contest(ours, plain, variants, versions))
+    if baseline or asked or versions or not peer:
+        plain = baseline or ([] if asked or versions else ["eager"])
+        contests.append(Contest(ours, plain, variants, versions, absent))
     if peers or peer:
         one_view = ["masking.num_masks=1", "objective.max_mi=0", "objective.min_mi=0"]
-        contests.append(Contest(resolve(*one_view, f"schedule.batch_size={batch * views}"), peer or PEERS, {}))
+        contests.append(Contest(ready(load(*one_view, f"schedule.batch_size={batch * views}")), peer or PEERS, {}))
     for contest in contests:
         if contest.others:
             check_baselines(contest.recipe)
 
     result = {"bench": "step", **describe(device), "rounds": rounds, "model": ours.model.model_dump()}
     result["decoder"] = ours.decoder.model_dump()
-    result["roof"] = roof(ours, device) if rounds else {}
+    result["roof"] = roof(ours, device) if rounds and matrix_rate else {}
+    done: list[Result] = []
 
-    def write() -> None:
-        if out is not None:  # Write it each time: the next contest may hang.
+    def write(running: Result | None = None) -> None:
+        """Write all that was found so far: the next number may never come."""
+        result["contests"] = [*done, *([] if running is None else [running])]
+        if out is not None:
             write_atomically(out, json.dumps(result, indent=2) + "\n")
 
-    result["contests"] = []
     for contest in contests:
-        result["contests"].append(compete(contest, rounds, device) if rounds else untimed(contest))
+        done.append(compete(contest, rounds, device, write) if rounds else untimed(contest))
         write()
-    held = list(zip(contests, result["contests"]))
-    count_memory(held)
-    write()
-    if rounds:
-        measure_memory(held, device)
+    held = list(zip(contests, done))
+    if memory or (memory is None and rounds):
+        measure_memory(held, device, write)
+    if memory is not False:
+        count_memory(held)
         write()
     if not as_json(result):
         show(result, Console())

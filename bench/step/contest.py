@@ -6,13 +6,16 @@ system with other settings is not checked, because it may compute something else
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mimae.bench.baselines.peers import noise_of
 from mimae.bench.step.contenders import OURS, Baseline, Contender, Gradient, Ours, batch_of
@@ -25,8 +28,14 @@ from mimae.model.mimae import build
 from mimae.outside.progress import track
 from mimae.plan.flops import step_flops
 
+Result = dict[str, Any]
+"""The result of a contest, as the file has it."""
+
 TOLERANCES = {"fp32": {"loss": 1e-5, "grad_norm": 1e-4}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 """Largest relative differences from this system with which a contender is timed."""
+
+CHECKED = 8
+"""Number of images, the first of a batch, on which contenders are compared before they are timed."""
 
 ROUND_SECONDS = 2.0
 """Approximate seconds of a contender's turn in a round; a turn has at least one step."""
@@ -72,85 +81,187 @@ class Contest(NamedTuple):
     others: Sequence[str]
     variants: Mapping[str, Recipe]
     versions: Sequence[Another] = ()
+    absent: Mapping[str, str] = {}
+    """Variants that this machine cannot run, with the reason."""
 
     def contender(self, name: str) -> tuple[str, Recipe]:
         """Return the implementation of a name, and its recipe."""
         return (OURS, self.variants[name]) if name in self.variants else (name, self.recipe)
 
 
-def compete(contest: Contest, rounds: int, device: torch.device) -> dict[str, Any]:
+def compete(
+    contest: Contest, rounds: int, device: torch.device, keep: Callable[[Result], None] = lambda result: None
+) -> Result:
     """Check, time and profile the contenders.
 
-    A contender that runs out of memory or is not installed is left out, with the reason, unless it is this system on
-    the contest's recipe, or another version of it.
+    `keep` gets the result so far after each number. A contender that fails is left out, with the reason in `skipped`,
+    unless it is this system on the contest's recipe, or another version of it.
     """
     with ExitStack() as processes:
-        return _compete(contest, rounds, device, processes)
+        return _Race(contest, device, keep, processes).run(rounds)
 
 
-def _compete(contest: Contest, rounds: int, device: torch.device, processes: ExitStack) -> dict[str, Any]:
-    recipe = contest.recipe
-    state, images = build(recipe).state_dict(), batch_of(recipe)
-    ours = Ours(recipe, state, images, device)
-    contenders: dict[str, Contender | Version] = {OURS: ours}
-    if contest.others:
-        visible, targets = ours.draw()
-        noise = noise_of(visible, ours.num_patches)
-        expected = {p: ours.gradient((visible, targets), p) for p in dict.fromkeys(["fp32", recipe.precision])}
-    slowest = ours.warm_up()
-    agreement: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    for name in (*contest.others, *contest.variants):
+class Expected(NamedTuple):
+    """This system's gradients by precision, and the noise that leads other implementations to the same masks."""
+
+    gradients: dict[str, Gradient]
+    noise: Tensor
+
+
+class _Race:
+    """A contest while it runs, and its result so far."""
+
+    def __init__(
+        self, contest: Contest, device: torch.device, keep: Callable[[Result], None], processes: ExitStack
+    ) -> None:
+        recipe = contest.recipe
+        self.contest, self.device, self.keep, self.processes = contest, device, keep, processes
+        self.state, self.images = build(recipe).state_dict(), batch_of(recipe)
+        self.ours = Ours(recipe, self.state, self.images, device)
+        self.contenders: dict[str, Contender | Version] = {}
+        self.seconds: dict[str, list[float]] = {}
+        """Seconds per step in each round, by contender."""
+        self.slowest = 0.0
+        self.result: Result = {
+            "images": len(self.images),
+            "views": recipe.masking.num_masks,
+            "precision": recipe.precision,
+            "compiled_blocks": self.ours.compiled,
+            "clock": clock()[0],
+            "agreement": {},
+            "skipped": dict(contest.absent),
+            "variants": list(contest.variants),
+            "contenders": {},
+        }
+
+    def run(self, rounds: int) -> Result:
+        """Run the contest, and return its result."""
+        contest, ours = self.contest, self.ours
+        expected = self._expected() if contest.others else Expected({}, torch.empty(0))
+        if ours.compiled:
+            self._time_without_compilation()
+        self._join(OURS, ours)
+        for name in (*contest.others, *contest.variants):
+            with self._may_fail(name):
+                self._join(name, self._variant(name) if name in contest.variants else self._other(name, expected))
+        for another in contest.versions:
+            self._join(another.name, self.processes.enter_context(another.start(self.device)))
+        self._time(rounds)
+        for name in list(self.contenders):
+            with self._may_fail(name):
+                self.result["contenders"][name]["time_by_kind"] = _kinds(self.contenders[name])
+                self.keep(self.result)
+        return self.result
+
+    def _expected(self) -> Expected:
+        masks = tuple(each[:CHECKED] for each in self.ours.draw())
+        precisions = dict.fromkeys(["fp32", str(self.contest.recipe.precision)])
+        gradients = {p: checked_gradient(self.ours, masks, p) for p in precisions}
+        return Expected(gradients, noise_of(masks[0], self.ours.num_patches))
+
+    def _variant(self, name: str) -> Contender:
+        recipe = self.contest.variants[name]
+        return Ours(recipe, build(recipe).state_dict(), batch_of(recipe), self.device)
+
+    def _other(self, name: str, expected: Expected) -> Contender:
+        """Return another implementation. Raises RuntimeError if it does not compute the same."""
+        other = Baseline(name, self.contest.recipe, self.state, self.images, self.device)
+        self.result["agreement"][name] = {
+            precision: check(name, gradient, checked_gradient(other, (expected.noise,), precision), precision)
+            for precision, gradient in expected.gradients.items()
+        }
+        return other
+
+    def _time_without_compilation(self) -> None:
+        """Time a step before compilation, whose first attempt on a machine may take long or fail."""
         try:
-            if name in contest.variants:
-                variant = contest.variants[name]
-                other: Contender = Ours(variant, build(variant).state_dict(), batch_of(variant), device)
-            else:
-                other = Baseline(name, recipe, state, images, device)
-                agreement[name] = {
-                    p: check(name, gradient, other.gradient((noise,), p), p) for p, gradient in expected.items()
-                }
-            slowest = max(slowest, other.warm_up())
-            contenders[name] = other
-        except torch.OutOfMemoryError as error:
-            skipped[name] = f"out of memory: {str(error).splitlines()[0]}"
-        except UserError as error:  # The package is not installed.
-            skipped[name] = str(error)
-    for another in contest.versions:
-        version = processes.enter_context(another.start(device))
-        slowest = max(slowest, version.warm_up())
-        contenders[another.name] = version
+            self.ours.timed(1)
+            self.result["uncompiled_seconds"] = self.ours.timed(1)
+        except torch.OutOfMemoryError as error:  # Compiled blocks keep less for backward.
+            self.result["skipped"]["before compilation"] = reason(error)
+            self.ours.module.zero_grad()
+            _free(error)
+        self.keep(self.result)
 
-    steps = max(1, round(ROUND_SECONDS / slowest))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in track(range(rounds), "step", rounds, "rounds"):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            # The first step of a turn gets the memory that the contender before has given back; it is not counted.
-            contenders[name].timed(1)
-            seconds[name].append(contenders[name].timed(steps))
-    return {
-        "images": len(images),
-        "views": recipe.masking.num_masks,
-        "precision": recipe.precision,
-        "compiled_blocks": ours.compiled,
-        "steps_per_round": steps,
-        "clock": clock()[0],
-        "agreement": agreement,
-        "skipped": skipped,
-        "variants": list(contest.variants),
-        "contenders": {
-            name: {
-                "images_per_s": len(images) / statistics.median(times),
-                **_described(contenders[name], recipe),
-                "seconds_per_step": times,
-                # Pair by round, so that a temporary slowdown of the machine affects both.
-                "ours_over_this": _spread([t / o for t, o in zip(times, seconds[OURS])]),
-            }
-            for name, times in seconds.items()
-        },
-    }
+    def _join(self, name: str, contender: Contender | Version) -> None:
+        """Warm up a contender, and take it into the contest."""
+        warm = contender.warm_up()
+        self.slowest = max(self.slowest, warm)
+        self.contenders[name] = contender
+        self.seconds[name] = []
+        self.result["contenders"][name] = {
+            "images_per_s": len(self.images) / warm,
+            **_described(contender, self.contest.recipe),
+            "seconds_per_step": [],
+            "ours_over_this": None,
+            "time_by_kind": None,
+        }
+        self.keep(self.result)
+
+    def _time(self, rounds: int) -> None:
+        steps = self.result["steps_per_round"] = max(1, round(ROUND_SECONDS / self.slowest))
+        names, optional = list(self.contenders), {*self.contest.others, *self.contest.variants}
+        for number in track(range(rounds), "step", rounds, "rounds"):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                if name not in self.contenders:
+                    continue
+                with self._may_fail(name, is_needed=name not in optional):
+                    # The first step of a turn gets the memory that the contender before has given back; it is not
+                    # counted.
+                    self.contenders[name].timed(1)
+                    self.seconds[name].append(self.contenders[name].timed(steps))
+            for name in self.contenders:
+                self._count(name)
+            self.keep(self.result)
+
+    def _count(self, name: str) -> None:
+        """Write the times of a contender so far into its row."""
+        times = self.seconds[name]
+        self.result["contenders"][name] |= {
+            "images_per_s": len(self.images) / statistics.median(times),
+            "seconds_per_step": list(times),
+            # Pair by round, so that a temporary slowdown of the machine affects both.
+            "ours_over_this": _spread([t / o for t, o in zip(times, self.seconds[OURS])]),
+        }
+
+    @contextmanager
+    def _may_fail(self, name: str, is_needed: bool = False) -> Iterator[None]:
+        """Take a contender that fails out of the contest, with the reason; its row keeps the numbers it has."""
+        try:
+            yield
+        except Exception as error:  # Memory, a compiler, a package or a kernel: each costs this contender only.
+            if is_needed:
+                raise
+            self.contenders.pop(name, None)
+            self.result["skipped"][name] = reason(error)
+            self.keep(self.result)
+            _free(error)
+
+
+def checked_gradient(contender: Contender, masks: Sequence[Tensor], precision: str) -> Gradient:
+    """Return loss and gradient norm on the first CHECKED images, whose activations fit into any memory."""
+    images = contender.images
+    contender.images = images[:CHECKED]
+    try:
+        return contender.gradient(masks, precision)
+    finally:
+        contender.images = images
+
+
+def _free(error: Exception) -> None:
+    """Free the memory that the frames of an error hold, for the contenders that follow."""
+    clear_frames(error.__traceback__)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error as the reason for a number that is missing."""
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, UserError):
+        return line
+    return f"{'out of memory' if isinstance(error, torch.OutOfMemoryError) else type(error).__name__}: {line}"
 
 
 def untimed(contest: Contest) -> dict[str, Any]:
@@ -170,18 +281,17 @@ def untimed(contest: Contest) -> dict[str, Any]:
 
 
 def _described(contender: Contender | Version, recipe: Recipe) -> dict[str, Any]:
-    """Return what a contender computes, and its profile. Another version has the recipe of the contest."""
+    """Return what a contender computes. Another version has the recipe of the contest."""
     if isinstance(contender, Version):
-        own, attention, kinds = recipe, None, contender.kinds()
+        own, attention = recipe, None
     else:
-        own, kinds = contender.recipe, time_by_kind(contender)
+        own = contender.recipe
         attention = contender.attention if isinstance(contender, Baseline) else own.model.attention
-    return {
-        "precision": own.precision,
-        "attention": attention,
-        "flops_per_step": step_flops(own),
-        "time_by_kind": kinds,
-    }
+    return {"precision": own.precision, "attention": attention, "flops_per_step": step_flops(own)}
+
+
+def _kinds(contender: Contender | Version) -> dict[str, float]:
+    return contender.kinds() if isinstance(contender, Version) else time_by_kind(contender)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -13,17 +13,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
 """Sides of the square matrices for the matrix rate of a device."""
 
-PRODUCT_SECONDS = 0.1
-"""Approximate seconds for which a matrix product is repeated to find its best time; at least twice."""
+PRODUCT_SECONDS = {"cpu": 0.1, "cuda": 0.02}
+"""Approximate seconds for which a device repeats a matrix product to find its best time; at least twice."""
 
 
 def roof(recipe: Recipe, device: torch.device) -> dict[str, dict[str, float]]:
     """Return measured matrix rates in FLOP/s by precision: of large square matrices and of the model's layers."""
-    side = SQUARE_SIDE[device.type]
+    side, seconds = SQUARE_SIDE[device.type], PRODUCT_SECONDS[device.type]
     return {
         precision: {
-            "square": matmul_rate([Product(side, side, side)], dtype, device, PRODUCT_SECONDS),
-            "layers": matmul_rate(products(recipe), dtype, device, PRODUCT_SECONDS),
+            "square": matmul_rate([Product(side, side, side)], dtype, device, seconds),
+            "layers": matmul_rate(products(recipe), dtype, device, seconds),
         }
         for precision, dtype in DTYPES.items()
     }

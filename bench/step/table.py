@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,12 +32,17 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         for column in ("", "attention", "kept for backward", "peak of all tensors", "peak of the process"):
             memory.add_column(column, justify="right" if column else "left", overflow="fold")
         for name, row in contest["contenders"].items():
-            counted = row["counted"] or {}
+            counted = row.get("counted") or {}
             sizes = [counted.get("kept_bytes"), counted.get("peak_bytes"), row.get("peak_bytes")]
             memory.add_row(
                 name, row["attention"] or "", *("" if size is None else f"{size / 2**20:,.0f} MiB" for size in sizes)
             )
-        console.print(memory)
+        if any({"counted", "peak_bytes"} & row.keys() for row in contest["contenders"].values()):
+            console.print(memory)
+        for name, row in contest["contenders"].items():
+            for key in ("peak_skipped", "counted_skipped"):
+                if key in row:
+                    console.print(f"{name} has no {key.removesuffix('_skipped')} memory: {row[key]}")
 
 
 def _show_speed(result: Mapping[str, Any], contest: Mapping[str, Any], title: str, console: Console) -> None:
@@ -48,13 +52,15 @@ def _show_speed(result: Mapping[str, Any], contest: Mapping[str, Any], title: st
         speed.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, row in rows.items():
         ratio, flops = row["ours_over_this"], row["flops_per_step"]
-        seconds, limit = statistics.median(row["seconds_per_step"]), result["roof"][row["precision"]]["layers"]
+        seconds, rates = contest["images"] / row["images_per_s"], result["roof"].get(row["precision"])
         speed.add_row(
             name,
             f"{row['images_per_s']:.3g}",
-            "" if name == OURS else f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})",
+            ""
+            if name == OURS or ratio is None
+            else f"{ratio['median']:.3f} ({ratio['min']:.3f} .. {ratio['max']:.3f})",
             f"{flops / 1e12:.3g}",
-            f"{flops / seconds / limit:.0%}",
+            "" if rates is None else f"{flops / seconds / rates['layers']:.0%}",
         )
     if contest["clock"] == "processor":
         speed.caption = "seconds are those of the processor, which runs one thread"
@@ -65,5 +71,6 @@ def _show_speed(result: Mapping[str, Any], contest: Mapping[str, Any], title: st
     for column in ("", *KINDS, "other"):
         kinds.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, row in rows.items():
-        kinds.add_row(name, *(f"{share:.1%}" for share in row["time_by_kind"].values()))
+        if row["time_by_kind"] is not None:
+            kinds.add_row(name, *(f"{share:.1%}" for share in row["time_by_kind"].values()))
     console.print(kinds)

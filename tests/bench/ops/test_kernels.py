@@ -41,6 +41,69 @@ def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPat
     assert "both" not in found["eager"] and found["eager"]["skipped"].startswith("wrong")
 
 
+def test_numbers_are_kept_at_once_and_compiled_forms_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation may take long: the others' numbers are in the result by then."""
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    assert list(bench.forms(KNOWN["club"], CPU, True))[-2:] == ["compiled", "compiled reference"]
+    kept: list[dict[str, Any]] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        kept.append(json.loads(json.dumps(found["contenders"])))
+
+    found = bench.contest(KNOWN["club"], SMALL, 3, CPU, rounds=2, compiled=False, keep=keep)
+    names = list(found["contenders"])
+    assert [list(rows) for rows in kept] == [names[: n + 1] for n in range(len(names))] + [names] * 2
+    assert ["both" in rows["reference"] for rows in kept] == [False] * len(names) + [True] * 2
+    assert kept[-1] == json.loads(json.dumps(found["contenders"]))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])  # the first run is the check, the second the count of memory, then rounds
+def test_a_contender_that_fails_costs_its_own_time(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = KNOWN["club"], []
+
+    def breaks(inputs: dict[str, Any]) -> Any:
+        calls.append(1)
+        if len(calls) >= at:
+            raise ValueError("no kernel")
+        return case.eager(inputs)
+
+    monkeypatch.setattr(bench, "eager_traffic", lambda *_: {"largest_bytes": 0})
+    found = bench.contest(case._replace(eager=breaks), SMALL, 3, CPU, rounds=2, compiled=False)["contenders"]
+    assert found["eager"]["skipped"] == "ValueError: no kernel" and "both" not in found["eager"]
+    assert "both" in found["reference"]
+
+
+def test_all_sizes_have_times_before_the_first_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contests with compiled forms come second. They keep what the first ones have found, until they have more."""
+    file, seen = tmp_path / "kernels.json", []
+
+    def contest(case: Case, size: Size, batch: int, device: Any, rounds: int, compiled: bool, keep: Any) -> None:
+        seen.append((batch, rounds, compiled))
+        found = {"op": case.op, "size": size.name, "batch": batch, "precision": "fp32", "flops": 0, "floor_bytes": 8}
+        rows: dict[str, Any] = {"eager": {"skipped": None, "extra_bytes": 0}}
+        keep({**found, "contenders": rows})
+        held = json.loads(file.read_text())["contests"]
+        assert len(held) == 2 or not compiled
+        times = dict.fromkeys(("median", "p20", "p80"), float(rounds))
+        kept = next(each for each in held if each["batch"] == batch)["contenders"]["eager"]
+        first = dict.fromkeys(times, 3.0)
+        assert kept == rows["eager"] | ({"forward": first, "both": first} if compiled else {})
+        rows["eager"] |= {"forward": times, "both": times}
+        keep({**found, "contenders": rows})
+
+    monkeypatch.setattr(bench, "contest", contest)
+    monkeypatch.setattr(bench, "sizes_of", lambda *_: [(SMALL, 1024), (SMALL, 256)])
+    given = ["--op", "club", "--rounds", "9", "--no-roof", "--out", str(file)]
+    answer = CliRunner().invoke(app, ["bench", "kernels", *given], catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    assert seen == [(1024, 3, False), (256, 3, False), (1024, 9, True), (256, 9, True)]
+    found = json.loads(file.read_text())
+    assert found["roof"] == {} and [each["contenders"]["eager"]["both"]["median"] for each in found["contests"]] == [
+        9,
+        9,
+    ]
+
+
 def test_backward_runs_in_the_form_that_is_timed() -> None:
     """Force the path: on a GPU, `auto` would use the fused gradient in place of the reference."""
     case, seen = KNOWN["infonce"], []

@@ -6,6 +6,7 @@ import io
 import json
 import statistics
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mimae.bench.baselines import peers
 from mimae.bench.baselines.eager import EagerMIMAE
 from mimae.bench.baselines.peers import LightlyMAE, noise_of
 from mimae.bench.step import command, contest, memory, meters, roof, table
-from mimae.bench.step.contenders import ATTENTION, Baseline, Contender, Ours, batch_of, with_attention
+from mimae.bench.step.contenders import ATTENTION, ON_CPU, Baseline, Contender, Ours, batch_of, with_attention
 from mimae.bench.step.version import Version
 from mimae.cli import app
 from mimae.config.load import load_recipe
@@ -167,13 +168,13 @@ def test_the_layers_of_the_roof_are_those_of_the_cost_model(decoder: list[str], 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roof, "SQUARE_SIDE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(roof, "PRODUCT_SECONDS", 1e-4)
+    monkeypatch.setattr(roof, "PRODUCT_SECONDS", {"cpu": 1e-4, "cuda": 1e-4})
     monkeypatch.setattr(contest, "ROUND_SECONDS", 1e-4)
     # Run in this process: a fresh one takes seconds to import torch, and test_peak_memory covers it.
     monkeypatch.setattr(
         memory,
         "measure_memory",
-        lambda held, _: [c.update(peak_bytes=None) for _, r in held for c in r["contenders"].values()],
+        lambda held, *_: [c.update(peak_bytes=None) for _, r in held for c in r["contenders"].values()],
     )
 
 
@@ -220,7 +221,7 @@ def test_variants_are_compared_with_the_recipe(tmp_path: Path, quick: None) -> N
 
 def test_every_contender_has_the_faster_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of("model.attention=auto")
-    for fastest in ATTENTION:
+    for fastest in ON_CPU:
         monkeypatch.setattr(attention_choice, "choose", lambda *_, fastest=fastest: (fastest, "measured"))
         assert with_attention(recipe, CPU).model.attention == fastest
         eager = Baseline("eager", recipe, build(recipe).state_dict(), batch_of(recipe), CPU)
@@ -268,6 +269,193 @@ def test_the_first_step_of_a_turn_is_not_counted(monkeypatch: pytest.MonkeyPatch
     found = contest.compete(contest.Contest(recipe_of(*NO_MI), [], {"next_view": recipe_of(*NO_MI)}), 2, CPU)
     assert [row["seconds_per_step"] for row in found["contenders"].values()] == [[0.5, 0.5]] * 2
     assert calls == [1, 3] * 4
+
+
+class Kept(list[dict[str, Any]]):
+    """The result of a contest after each number."""
+
+    def __call__(self, result: dict[str, Any]) -> None:
+        self.append(json.loads(json.dumps(result)))
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contenders take no step: each one is said to take half a second."""
+    monkeypatch.setattr(Contender, "timed", lambda self, steps: 0.5)
+    monkeypatch.setattr(Contender, "compile_blocks", lambda self: None)
+    monkeypatch.setattr(contest, "time_by_kind", lambda contender: {"other": 1.0})
+
+
+@pytest.mark.usefixtures("instant")
+def test_each_number_is_kept_at_once() -> None:
+    """The next step may hang: the result has the first step, each warm-up, each round and each profile by then."""
+    recipe, kept = recipe_of(*NO_MI, "compile=on"), Kept()
+    found = contest.compete(contest.Contest(recipe, [], {"same": recipe}), 2, CPU, kept)
+    assert kept[-1] == found
+    assert kept[0]["uncompiled_seconds"] == 0.5 and not kept[0]["contenders"]
+
+    def progress(result: dict[str, Any]) -> list[tuple[int, bool]]:
+        rows = result["contenders"].values()
+        return [(len(row["seconds_per_step"]), row["time_by_kind"] is not None) for row in rows]
+
+    first = (0, False)
+    both = [[(1, False)] * 2, [(2, False)] * 2, [(2, True), (2, False)], [(2, True)] * 2]
+    assert [progress(each) for each in kept] == [[], [first], [first] * 2, *both]
+    assert all(row["images_per_s"] == 10 for each in kept for row in each["contenders"].values())
+
+
+@pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("asked for too much\nand more"), "out of memory: asked for too much"),
+        (RuntimeError("no kernel"), "RuntimeError: no kernel"),
+        (UserError("not installed"), "not installed"),
+    ],
+)
+@pytest.mark.parametrize("when", ["warm_up", "timed", "time_by_kind"])
+def test_a_contender_that_fails_costs_its_own_numbers(
+    when: str, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, broken = recipe_of(*NO_MI), recipe_of(*NO_MI)
+    owner: Any = contest if when == "time_by_kind" else Contender
+    works = getattr(owner, when)
+
+    def fails(contender: Contender, *given: Any) -> Any:
+        if contender.recipe is broken:
+            raise error
+        return works(contender, *given)
+
+    monkeypatch.setattr(owner, when, fails)
+    found = contest.compete(contest.Contest(recipe, [], {"broken": broken, "last": recipe}), 2, CPU)
+    assert found["skipped"] == {"broken": told}
+    for name in ("mimae", "last"):
+        assert len(found["contenders"][name]["seconds_per_step"]) == 2
+        assert found["contenders"][name]["time_by_kind"] == {"other": 1.0}
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_contender_that_fails_leaves_its_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its objects refer to each other, as those of a compiled block may."""
+    recipe, broken = recipe_of(*NO_MI), recipe_of(*NO_MI)
+    left: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def warm_up(contender: Contender) -> float:
+        alive.extend(each() is not None for each in left)
+        if contender.recipe is broken:
+            left.append(weakref.ref(contender.module))
+            contender.module.owner = contender  # type: ignore[assignment]
+            raise torch.OutOfMemoryError("too large")
+        return 0.5
+
+    monkeypatch.setattr(Contender, "warm_up", warm_up)
+    contest.compete(contest.Contest(recipe, [], {"broken": broken, "last": recipe}), 1, CPU)
+    assert alive == [False]
+
+
+@pytest.mark.usefixtures("instant")
+def test_the_step_before_compilation_may_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(*NO_MI, "compile=on")
+    monkeypatch.setattr(Contender, "warm_up", lambda self: 0.5)
+    answers = iter([torch.OutOfMemoryError("CUDA out of memory")])
+
+    def timed(self: Contender, steps: int) -> float:
+        for answer in answers:
+            raise answer
+        return 0.5
+
+    monkeypatch.setattr(Contender, "timed", timed)
+    found = contest.compete(contest.Contest(recipe, [], {}), 1, CPU)
+    assert "uncompiled_seconds" not in found and len(found["contenders"]["mimae"]["seconds_per_step"]) == 1
+    assert found["skipped"] == {"before compilation": "out of memory: CUDA out of memory"}
+
+
+@pytest.mark.usefixtures("instant")
+def test_agreement_is_checked_on_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients in fp32 of a whole batch without compilation would not fit into a GPU."""
+    sizes: list[int] = []
+    works = Contender.gradient
+
+    def gradient(self: Contender, *given: Any) -> Any:
+        sizes.append(len(self.images))
+        return works(self, *given)
+
+    monkeypatch.setattr(Contender, "gradient", gradient)
+    recipe = recipe_of("schedule.batch_size=11", "precision=bf16")
+    found = contest.compete(contest.Contest(recipe, ["eager"], {}), 1, CPU)
+    assert sizes == [8] * 4 and found["images"] == 11
+    assert found["agreement"]["eager"]["fp32"]["loss"] < 1e-5
+
+
+def test_a_variant_that_this_machine_cannot_run_is_left_out(tmp_path: Path, quick: None) -> None:
+    output, result = result_of(tmp_path / "step.json", "--variant", "model.attention=cudnn")
+    speed = result["contests"][0]
+    assert list(speed["contenders"]) == ["mimae"] and "cudnn" in speed["skipped"]["model.attention=cudnn"]
+    assert "model.attention=cudnn left out" in output
+
+
+def test_a_timed_stage_may_leave_out_memory_and_roof(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure_memory", None)
+    monkeypatch.setattr(roof, "roof", None)
+    output, result = result_of(tmp_path / "step.json", "--no-memory", "--no-roof", "--baseline", "eager")
+    assert result["roof"] == {} and "counted" not in result["contests"][0]["contenders"]["mimae"]
+    assert "3 images x 2 views, fp32" in output and "memory, 3 images" not in output
+
+
+def test_a_peak_that_cannot_be_measured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(contest: Any, name: str, *given: Any) -> int:
+        if name == "mimae":
+            raise RuntimeError("cuDNN has no kernel for this\nand more")
+        return 7
+
+    monkeypatch.setattr(memory, "_peak", peak)
+    rows: dict[str, Any] = {name: {"attention": "cudnn"} for name in ("mimae", "eager")}
+    written: list[str] = []
+    held = [(contest.Contest(recipe_of(), ["eager"], {}), {"contenders": rows})]
+    memory.measure_memory(held, CPU, lambda: written.append(json.dumps(rows)))
+    assert rows["mimae"] | {"attention": ""} == {
+        "attention": "",
+        "peak_bytes": None,
+        "peak_skipped": "RuntimeError: cuDNN has no kernel for this",
+    }
+    assert rows["eager"]["peak_bytes"] == 7 and len(written) == 2
+
+
+def test_memory_with_attention_of_a_gpu_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted on the CPU, for which cuDNN has no attention. What cannot be counted costs its row only."""
+    counted = [
+        memory._count(contest.Contest(recipe_of("precision=bf16", f"model.attention={name}"), [], {}), "mimae", name)
+        for name in ("sdpa", "cudnn")
+    ]
+    assert counted[0] is not None and counted[0] == counted[1]
+
+    def count(contest: Any, name: str, *given: Any) -> dict[str, int]:
+        if name == "mimae":
+            raise RuntimeError("no fake form")
+        return {"kept_bytes": 1, "peak_bytes": 2}
+
+    monkeypatch.setattr(memory, "_count", count)
+    rows: dict[str, Any] = {name: {"attention": "sdpa"} for name in ("mimae", "eager")}
+    memory.count_memory([(contest.Contest(recipe_of(), ["eager"], {}), {"contenders": rows, "compiled_blocks": False})])
+    assert (
+        rows["mimae"]["counted_skipped"] == "RuntimeError: no fake form" and rows["eager"]["counted"]["peak_bytes"] == 2
+    )
+
+
+def test_peaks_are_measured_without_rounds_if_asked_for(tmp_path: Path, quick: None) -> None:
+    _, result = result_of(tmp_path / "step.json", "--rounds", "0", "--memory", "--variant", "model.checkpointing=full")
+    rows = result["contests"][0]["contenders"].values()
+    assert all("peak_bytes" in row and row["counted"]["kept_bytes"] > 0 for row in rows)
+
+
+def test_heads_of_the_small_step_suit_every_attention() -> None:
+    """cuDNN has kernels only for heads whose width is a multiple of eight."""
+    small = memory._miniature(recipe_of())
+    for part in (small.model, small.decoder):
+        assert part.width // part.heads % 8 == 0
 
 
 def test_without_rounds_only_memory_is_counted(tmp_path: Path) -> None:
