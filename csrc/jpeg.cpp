@@ -63,6 +63,12 @@ struct Numbers {
   }
 };
 
+// Bytes of a number of a type in EXIF; 0 for types that Pillow does not know and skips.
+uint64_t exif_bytes(uint32_t type) {
+  constexpr uint8_t BYTES[] = {0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8};
+  return type < sizeof(BYTES) ? BYTES[type] : 0;
+}
+
 // The orientation in an EXIF block (0x0112). Returns false for all that Pillow might understand in another way.
 bool read_exif(string_view exif, int& orientation) {
   if (exif.size() < 14) return false;
@@ -74,9 +80,16 @@ bool read_exif(string_view exif, int& orientation) {
   const size_t entries = numbers.at(first, 2);
   if (first + 2 + 12 * entries + 4 > exif.size()) return false;
   bool is_seen = false;
+  uint64_t total = 0;
   for (size_t i = 0; i < entries; ++i) {
     const size_t entry = first + 2 + 12 * i;
     const uint32_t tag = numbers.at(entry, 2), type = numbers.at(entry + 2, 2), count = numbers.at(entry + 4, 4);
+    // Where a value leaves the block, Pillow skips it or all that follows, depending on its version.
+    const uint64_t size = count * exif_bytes(type);
+    if (size > 4) {
+      total += size;
+      if (total > exif.size() || numbers.at(entry + 8, 4) + size > exif.size()) return false;
+    }
     // Pillow reads the resolution as it opens the file, and refuses it where the types are not these.
     if (tag == 0x011A && (type != 5 || count != 1)) return false;
     if (tag == 0x0128 && (type != 3 || count != 1)) return false;
@@ -103,6 +116,16 @@ bool is_readable_photoshop(string_view block) {
     const size_t size = numbers.at(at, 4);
     at += 4 + size;
     at += at & 1;
+  }
+  return true;
+}
+
+// Whether a segment consists of whole quantization tables of 8 or 16 bits.
+bool has_whole_tables(string_view segment) {
+  while (!segment.empty()) {
+    const size_t size = 1 + (static_cast<uint8_t>(segment[0]) < 16 ? 64 : 128);
+    if (segment.size() < size) return false;
+    segment.remove_prefix(size);
   }
   return true;
 }
@@ -167,7 +190,9 @@ bool read_header(string_view data, Header& header) {
       header.restart = static_cast<int>(numbers.at(at + 4, 2));
     } else if (APP0 <= marker && marker <= APP15) {
       if (!read_application(marker, segment, has_exif, has_xmp, header)) return false;
-    } else if (marker != DQT && marker != DHT && marker != COM) {
+    } else if (marker == DQT) {
+      if (!has_whole_tables(segment)) return false;
+    } else if (marker != DHT && marker != COM) {
       return false;
     }
     at += 2 + length;
@@ -328,8 +353,18 @@ bool is_own(const jpeg_marker_struct& marker) {
          (marker.marker == APP14 && starts(text, "Adobe"));
 }
 
-// Writes the same coefficients as one baseline scan into `out`. Returns its size, 0 where it cannot be done.
+// Whether libjpeg writes such a marker with the same content: JFIF without a thumbnail, Adobe of version 100 without
+// flags.
+bool is_written_alike(const jpeg_marker_struct& marker) {
+  const string_view text(reinterpret_cast<const char*>(marker.data), marker.data_length);
+  if (marker.marker == APP0) return text.size() == 14;
+  return text.size() == 12 && text.substr(5, 6) == string_view("\0\x64\0\0\0\0", 6);
+}
+
+// Writes the same coefficients as one baseline scan into `out`. Returns its size, 0 where it cannot be done, or where
+// something of the file would get lost.
 size_t transcode(string_view data, uint8_t* out, size_t room) {
+  if (room == 0) return 0;
   Errors errors;
   jpeg_decompress_struct from;
   jpeg_compress_struct to;
@@ -361,10 +396,17 @@ size_t transcode(string_view data, uint8_t* out, size_t room) {
   const int mcu_width = 8 * (from.num_components == 1 ? 1 : from.max_h_samp_factor);
   to.restart_interval = restart_interval((from.image_width + mcu_width - 1) / mcu_width);
   jpeg_write_coefficients(&to, coefficients);
-  for (jpeg_saved_marker_ptr marker = from.marker_list; marker != nullptr; marker = marker->next)
-    if (!is_own(*marker)) jpeg_write_marker(&to, marker->marker, marker->data, marker->data_length);
+  int own[256] = {};
+  for (jpeg_saved_marker_ptr marker = from.marker_list; marker != nullptr; marker = marker->next) {
+    if (!is_own(*marker)) {
+      jpeg_write_marker(&to, marker->marker, marker->data, marker->data_length);
+    } else if (++own[marker->marker] > 1 || !is_written_alike(*marker)) {
+      leave(reinterpret_cast<j_common_ptr>(&from));
+    }
+  }
   jpeg_finish_compress(&to);
   jpeg_finish_decompress(&from);
+  if (from.src->bytes_in_buffer > 0) leave(reinterpret_cast<j_common_ptr>(&from));  // another image, or other data
   const size_t size = errors.manager.num_warnings == 0 ? room - target.free_in_buffer : 0;
   jpeg_destroy_compress(&to);
   jpeg_destroy_decompress(&from);
@@ -419,7 +461,8 @@ EXPORTED int mimae_jpeg_scaled_region(const char* data, size_t size, const int32
 }
 
 // Writes a JPEG of the same pixels and metadata: one baseline scan with optimized Huffman codes, and restart markers
-// between columns. Returns its size; 0 where it has no room, or the JPEG cannot be read without a warning.
+// between columns. Returns its size; 0 where it has no room, the JPEG cannot be read without a warning, or it has more
+// than would be kept: bytes behind its end, a thumbnail of JFIF, unusual flags of Adobe.
 EXPORTED size_t mimae_jpeg_transcode(const char* data, size_t size, uint8_t* out, size_t room) {
   return transcode({data, size}, out, room);
 }

@@ -61,7 +61,7 @@ class Batch:
         return self.with_tensors({name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory. torch's DataLoader calls this method."""
+        """Return the batch in page-locked memory, from which a copy to a GPU is asynchronous."""
         return self.with_tensors({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:

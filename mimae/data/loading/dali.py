@@ -17,12 +17,12 @@ import numpy as np
 import simplejpeg
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from mimae.data.loading.batch import Batch, DataError
 from mimae.data.loading.order import BatchRequest
 from mimae.data.loading.samples import Clock, EachDecoder, Sample, make_batch
 from mimae.data.loading.shared_memory import Empty, unshared
+from mimae.data.loading.worker import is_worker
 from mimae.data.loading.workers import Workers, default_workers
 from mimae.data.pixels.cut import Cut, finish
 from mimae.data.pixels.decode import BadImage
@@ -162,7 +162,7 @@ class RegionDecoder:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the lines that native code writes to stderr on damaged images; only in workers, which print nothing."""
-    if get_worker_info() is None:
+    if not is_worker():
         yield
         return
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -1,8 +1,8 @@
 """Results of worker processes, handed over in memory that they share with the process that reads them.
 
-torch's DataLoader moves each tensor into a new block of shared memory, and both processes pay for its pages. Here each
-worker writes into slots of one block that exists before the workers
-start. A slot is used again when the reader has dropped all tensors in it, so its pages are made once.
+With a new block of shared memory for each tensor, both processes would pay for its pages. Here each worker writes into
+slots of one block that exists before the workers start. A slot is used again when the reader has dropped all tensors in
+it, so its pages are made once.
 
 The block takes memory only where something was written, /dev/shm does not limit it, and nothing of it is left when the
 processes end, however they end.
@@ -19,7 +19,7 @@ import os
 import pickle
 import resource
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from mimae.outside.text import say
 
 SLOTS = 16
-"""Slots of a worker, for the two results that torch requests ahead and those that the reader keeps. The first free slot
+"""Slots of a worker, for the results that it makes ahead and those that the reader keeps. The first free slot
 is taken, so that memory grows only to the largest number that was ever in use. It stays until the loader is closed."""
 
 SLOT_BYTES = 1 << 32
@@ -66,11 +66,11 @@ class Slots:
     """
 
     def __init__(self, workers: int) -> None:
-        self._reader, self._key = os.getpid(), next(_numbers)
+        self._reader, self.key = os.getpid(), next(_numbers)
         # After the slots there is a byte for each, which the worker sets and the reader clears.
         self._marks = workers * SLOTS * SLOT_BYTES
         self._memory = _reserved(self._marks + workers * SLOTS) if workers else None
-        _known[self._key] = self
+        _known[self.key] = self
 
     def __reduce__(self) -> tuple[type[Slots], tuple[int]]:
         return Slots, (0,)
@@ -91,11 +91,10 @@ class Slots:
         assert self._memory is not None
         return memoryview(self._memory)[number * SLOT_BYTES : (number + 1) * SLOT_BYTES]
 
-    def take(self, number: int) -> tuple[int, int]:
-        """Mark a slot as used, in the worker. Returns what the reader finds it by."""
+    def take(self, number: int) -> None:
+        """Mark a slot as used, in the worker."""
         assert self._memory is not None
         self._memory[self._marks + number] = 1
-        return self._key, number
 
     def received(self, number: int) -> memoryview:
         """Return the memory of a slot, in the reader. The slot is free again when no tensor refers to this object."""
@@ -150,6 +149,8 @@ class Slot:
 
     def __init__(self, slots: Slots, number: int) -> None:
         self._slots, self._number, self._used = slots, number, 0
+        self.name = slots.key, number
+        """What the reader finds the slot by."""
         self._part = slots.part(number)
         self._first = torch.frombuffer(self._part, dtype=torch.uint8, count=1).data_ptr()
 
@@ -166,9 +167,9 @@ class Slot:
         self._used = -(-end // _ALIGNED) * _ALIGNED
         return torch.frombuffer(self._part, dtype=dtype, count=count, offset=begin).view(shape)
 
-    def taken(self) -> tuple[int, int]:
-        """Mark the slot as used. Returns what the reader finds it by."""
-        return self._slots.take(self._number)
+    def take(self) -> None:
+        """Mark the slot as used. The reader frees it."""
+        self._slots.take(self._number)
 
     def place(self, tensor: Tensor) -> Place | None:
         """Return the bytes of a small tensor, or the place of a larger one; None if the slot is full.
@@ -187,31 +188,24 @@ class Slot:
         return begin, tuple(tensor.shape), tensor.dtype
 
 
-def handed_over(made: Any, slot: Slot | None) -> Message:
+def handed_over(made: Any, slot: Slot | None) -> bytes:
     """Return the message with a worker's result, of any type. Its large tensors are in the slot, if there is one."""
     file = io.BytesIO()
+    pickle.dump(None if slot is None else slot.name, file, pickle.HIGHEST_PROTOCOL)
     _Writer(file, slot).dump(made)
-    if slot is None:
-        return Message(None, file.getvalue())
-    return Message(slot.taken(), file.getvalue())
-
-
-class Message:
-    """A result on its way to the reader. What arrives there is the result itself."""
-
-    def __init__(self, slot: tuple[int, int] | None, data: bytes) -> None:
-        self._sent = slot, data
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[tuple[int, int] | None, bytes]]:
-        return _arrived, self._sent
-
-
-def _arrived(slot: tuple[int, int] | None, data: bytes) -> Any:
-    part = None
     if slot is not None:
-        key, number = slot
+        slot.take()
+    return file.getvalue()
+
+
+def arrived(message: bytes | bytearray) -> Any:
+    """Return the result in a message of `handed_over`, in the reader."""
+    file = io.BytesIO(message)
+    name, part = pickle.load(file), None
+    if name is not None:
+        key, number = name
         part = _known[key].received(number)
-    return _Reader(io.BytesIO(data), part).load()
+    return _Reader(file, part).load()
 
 
 def _is_plain(thing: Any) -> bool:

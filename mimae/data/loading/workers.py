@@ -1,33 +1,38 @@
-"""Worker processes, built on torch's DataLoader, that prefetch whole micro-batches in order for every loader."""
+"""Worker processes that prefetch whole micro-batches in order, for every loader."""
 
 from __future__ import annotations
 
+import errno
+import itertools
 import multiprocessing.connection
 import os
 import re
 import signal
-import threading
-import traceback
-import warnings
-from collections.abc import Generator, Iterable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch._utils import ExceptionWrapper
 
 from mimae.data.loading.batch import DataError
+from mimae.data.loading.channel import Lost
 from mimae.data.loading.order import BatchRequest
-from mimae.data.loading.shared_memory import Empty, Slots, handed_over, unshared
+from mimae.data.loading.pinning import PinThread, pinned
+from mimae.data.loading.shared_memory import Slots, unshared
+from mimae.data.loading.worker import Make, Worker
 from mimae.ranks.place import number as variable
 
 Made = TypeVar("Made")
-Made_co = TypeVar("Made_co", covariant=True)
 
+AHEAD = 2
+"""Results that each worker makes ahead of the one that the caller waits for."""
 
-class Make(Protocol[Made_co]):
-    """Makes the result of a request. Large tensors are best made by `empty`: then they are not copied any more."""
-
-    def __call__(self, request: BatchRequest, *, empty: Empty) -> Made_co: ...
+GRACE = 5.0
+"""Seconds within which workers end by themselves, after the batch that they are making. They are killed then."""
 
 
 class Workers(Generic[Made]):
@@ -35,113 +40,157 @@ class Workers(Generic[Made]):
 
     `workers` is the number of processes; None: one per core of this rank; 0: the calling process does the work.
     The large tensors of a result are in shared memory, which is used again when the caller has dropped all of them:
-    clone what is to be kept for long. The processes live until `close`.
+    clone what is to be kept for long. On a GPU results come in page-locked memory. The processes start with the first
+    iteration and live until `close`.
     """
 
     def __init__(self, make: Make[Made], workers: int | None) -> None:
-        workers = default_workers() if workers is None else workers
-        self._requests = _Requests()
+        self._make, self._count = make, default_workers() if workers is None else workers
+        self._slots = Slots(self._count)
+        self._pins = torch.cuda.is_available()
+        self._team: list[Worker] = []
+        self._threads: list[PinThread] = []
+        """On a GPU, the thread that receives the results."""
+        self._starter = 0
+        """Process id of the process that has started the workers."""
+        self._end: Callable[[], object] = lambda: None
         self._running: Generator[Made, None, None] | None = None
-        with warnings.catch_warnings():
-            # torch warns about more workers than cores; `stalls` reports it if training waits for them.
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            self._loader: DataLoader | None = DataLoader(
-                _MicroBatches(make, Slots(workers)),
-                batch_size=None,
-                sampler=self._requests,
-                num_workers=workers,
-                collate_fn=_as_is,
-                pin_memory=torch.cuda.is_available(),
-                persistent_workers=workers > 0,
-                worker_init_fn=_Guard(os.getpid()),
-                # A separate generator, so that the loader does not change torch's global random state.
-                generator=torch.Generator(),
-            )
+        self._is_closed = False
 
     def batches(self, requests: Iterable[BatchRequest]) -> Iterator[Made]:
         """Yield the results for `requests` in order. An unfinished earlier iteration is ended. Raises DataError."""
-        if self._loader is None:
+        if self._is_closed:
             raise ValueError("the loader is closed")
         if self._running is not None:
             self._running.close()
-        self._requests.requests = requests
-        self._running = self._run()
+        self._running = self._run(requests) if self._count else self._alone(requests)
         return self._running
 
     def close(self) -> None:
         """Stop the workers."""
+        self._is_closed = True
         if self._running is not None:
             self._running.close()
-        # The workers end with the last reference to the DataLoader, and an error's traceback may hold one.
-        iterator: Any = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-            for worker in getattr(iterator, "_workers", ()):
-                # One that was stopped takes no other signal, and the process would wait for it at its end.
-                if worker.is_alive():
-                    worker.kill()
-        self._running = self._loader = None
+        self._running = None
+        self._end()
 
-    def _run(self) -> Generator[Made, None, None]:
+    def _alone(self, requests: Iterable[BatchRequest]) -> Generator[Made, None, None]:
+        for request in requests:
+            made = self._make(request, empty=unshared)
+            yield pinned(made) if self._pins else made
+
+    def _run(self, requests: Iterable[BatchRequest]) -> Generator[Made, None, None]:
+        if self._starter != os.getpid():
+            self._start()
         try:
-            for made in self._iterator():
-                if isinstance(made, DataError):
-                    raise made
-                yield made
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # ConnectionError and EOFError mean that a worker died while it sent a batch.
-            # An error from a living worker names its process too, but without "(pid".
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-                raise
+            # Results of an iteration that was ended early.
+            for dropped in [self._later(worker.drop_answers) for worker in self._team]:
+                dropped()
+            yield from self._results(requests)
+        except Lost as error:
             raise DataError(
                 f"a decoding process died ({self._ends() or error}). Most often memory ran out: lower data.workers or "
                 f"the micro-batch."
             ) from error.with_traceback(None)
 
+    def _results(self, requests: Iterable[BatchRequest]) -> Generator[Made, None, None]:
+        waiting: deque[Callable[[], Any]] = deque()
+        asked = self._asked(requests, waiting)
+        for _ in range(AHEAD * self._count):
+            next(asked, None)
+        while waiting:
+            made = waiting.popleft()()
+            next(asked, None)
+            if isinstance(made, DataError):
+                raise made
+            if isinstance(made, ExceptionWrapper):
+                made.reraise()
+            yield made
+
+    def _asked(self, requests: Iterable[BatchRequest], waiting: deque[Callable[[], Any]]) -> Iterator[None]:
+        """Send a request to the next worker for each item, and append a function that returns its result."""
+        for request, worker in zip(requests, itertools.cycle(self._team)):
+            worker.ask(request)
+            waiting.append(self._later(partial(_answer, worker, self._pins)))
+            yield
+
+    def _later(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return `call`, or a function that waits for its result if a thread makes the call."""
+        return self._threads[0].submit(call) if self._threads else call
+
+    def _start(self) -> None:
+        """Start the workers. Raises DataError."""
+        self._team, self._threads, self._starter = [], [], os.getpid()
+        # They also end with this object, and with this process.
+        self._end = weakref.finalize(self, _end, self._starter, self._team, self._threads)
+        try:
+            for number in range(self._count):
+                self._team.append(Worker(self._make, self._slots, number))
+            if self._pins:
+                self._threads.append(PinThread())
+        except BaseException as error:
+            self._end()
+            self._starter = 0  # The next iteration starts all of them.
+            if isinstance(error, OSError):
+                raise DataError(_not_started(error)) from error
+            raise
+
     def _ends(self) -> str:
         """Return how worker processes have ended, for example "process 12 by SIGKILL"."""
-        iterator: Any = getattr(self._loader, "_iterator", None)
-        workers = getattr(iterator, "_workers", ())
-        # A process closes its pipes before it ends, and its exit code is there only at the end.
-        closed = multiprocessing.connection.wait([worker.sentinel for worker in workers], 2.0)
-        for worker in workers:
-            if worker.sentinel in closed:
-                worker.join(2.0)
-        ends = {worker.pid: worker.exitcode for worker in workers}
+        processes = [worker.process for worker in self._team]
+        # A process closes its channel before it ends, and its exit code is there only at the end.
+        closed = multiprocessing.connection.wait([process.sentinel for process in processes], 2.0)
+        for process in processes:
+            if process.sentinel in closed:
+                process.join(2.0)
+        ends = {process.pid: process.exitcode for process in processes}
         return ", ".join(
             f"process {pid} " + (f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}")
             for pid, code in ends.items()
             if code is not None
         )
 
-    def _iterator(self) -> Iterator[Made | DataError]:
-        """Return the DataLoader's iterator without torch's SIGCHLD handler.
 
-        That handler raises an error for a dead worker wherever the main thread is, for instance during a save. The
-        next batch detects the death too, within seconds.
-        """
-        assert self._loader is not None
-        is_main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-        try:
-            iterator = iter(self._loader)
-        except OSError as error:
-            _forget_half_made(error)
-            raise DataError(
-                f"no decoding processes can be started ({error.strerror or error}); their locks need some room in "
-                f"/dev/shm (docker run --shm-size=1g), or data.workers=0"
-            ) from error
-        if is_main:  # No other thread may set signal handlers.
-            signal.signal(signal.SIGCHLD, handler)
-        return iterator
+def _answer(worker: Worker, pins: bool) -> Any:
+    made = worker.answer()
+    return pinned(made) if pins else made
 
 
-def _forget_half_made(error: OSError) -> None:
-    """Mark the iterator that torch could not finish as shut down; its end would print a traceback of its own."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        made = frame.f_locals.get("self")
-        if type(made).__name__ == "_MultiProcessingDataLoaderIter":
-            vars(made).setdefault("_shutdown", True)
+def _end(starter: int, team: list[Worker], threads: list[PinThread]) -> None:
+    """End the workers and the thread. It never waits for longer than a few GRACE."""
+    if os.getpid() != starter:  # A forked process has a copy of the object, and must not end what its parent uses.
+        return
+    for worker in team:
+        worker.channel.shut()
+    for thread in threads:
+        thread.end(GRACE)
+    end = time.monotonic() + GRACE
+    for worker in team:
+        worker.process.join(max(0.0, end - time.monotonic()))
+    for worker in team:
+        # One that was stopped takes no other signal, and this process would wait for it at its end.
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join(GRACE)
+        worker.channel.close()
+    team.clear()  # Each process keeps descriptors.
+
+
+_LIMITS = {
+    errno.EMFILE: "this process may open more files (`ulimit -n`)",
+    errno.ENFILE: "this machine may open more files",
+    errno.EAGAIN: "more processes may run (`ulimit -u`, or the limit of a container)",
+    errno.ENOMEM: "more memory is free",
+}
+"""What has to change if the system refuses to start a process."""
+
+
+def _not_started(error: OSError) -> str:
+    remedy = _LIMITS.get(error.errno or 0)
+    return (
+        f"no decoding processes can be started ({error.strerror or error}): lower data.workers, or set data.workers=0"
+        + (f", unless {remedy}" if remedy else "")
+    )
 
 
 def default_workers() -> int:
@@ -159,58 +208,3 @@ def default_workers() -> int:
     of_task = min(cores, variable(os.environ, "SLURM_CPUS_PER_TASK", cores, least=1))
     of_node = variable(os.environ, "SLURM_CPUS_ON_NODE", cores * ranks, least=1)
     return max(1, min(of_task // max(1, ranks // tasks), of_node // ranks))
-
-
-class _Requests(Sampler[BatchRequest]):
-    """Sampler that gives the DataLoader the requests of the current iteration."""
-
-    requests: Iterable[BatchRequest] = ()
-
-    def __init__(self) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        return iter(self.requests)
-
-
-class _MicroBatches(Dataset[Any]):
-    """Maps a request to its result. A DataError is returned as a value, because torch would wrap it in a traceback."""
-
-    def __init__(self, make: Make[Any], slots: Slots) -> None:
-        self.make, self.slots = make, slots
-
-    def __getitem__(self, request: BatchRequest) -> Any:
-        worker = get_worker_info()
-        slot = None if worker is None else self.slots.free(worker.id)
-        try:
-            made = self.make(request, empty=unshared if slot is None else slot.empty)
-        except DataError as error:
-            return error
-        return made if worker is None else handed_over(made, slot)
-
-
-def _as_is(made: Any) -> Any:
-    return made
-
-
-class _Guard:
-    """Prepares a worker process.
-
-    Only the parent reacts to signals that are sent to the whole job. Workers continue until the parent stops them, so
-    that it gets the batches that it still needs. They exit when the parent does, for whatever reason.
-    """
-
-    def __init__(self, parent: int) -> None:
-        self.parent = parent
-
-    def __call__(self, worker: int) -> None:
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            signalled = signal.sigtimedwait({signal.SIGTERM}, 2.0)
-            if os.getppid() != self.parent or (signalled is not None and signalled.si_pid == self.parent):
-                os._exit(0)

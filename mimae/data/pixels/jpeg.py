@@ -110,7 +110,8 @@ def transcoded(data: bytes) -> bytes | None:
     """Return a JPEG with the same coefficients and metadata whose regions are faster to decode.
 
     It is one baseline scan with optimized Huffman codes, and with restart markers that divide it into columns. None if
-    the file cannot be read without a warning.
+    the file cannot be read without a warning, or has something that would get lost: bytes behind its end, a thumbnail
+    of JFIF, unusual flags of Adobe.
     """
     if _library is None:
         return None

@@ -2,18 +2,22 @@
 
 Shard k contains samples k S to (k + 1) S - 1. Each shard is written under a temporary name and renamed when it is
 complete, so that an interrupted packing resumes with the missing shards. A JSON file next to the shards records the
-source and the options; both have to be the same when packing resumes.
+source and the options; both have to be the same when packing resumes. A packing holds the lock of this file, so that no
+other one writes the same shards, in whatever container or on whatever host.
 """
 
 from __future__ import annotations
 
-import glob
+import errno
+import fcntl
 import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -72,12 +76,11 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
     """
     try:
         packing.target.parent.mkdir(parents=True, exist_ok=True)
-        _same_as_before(packing)
-        _sweep(packing)
-        missing = [number for number in packing.numbers() if not packing.shard(number).exists()]
-        for _ in over(missing, _write_shard, packing, workers=workers, title="packing", unit="shards"):
-            pass
-        return len(missing), _gather(packing)
+        with _recorded(packing):
+            missing = [number for number in packing.numbers() if not packing.shard(number).exists()]
+            for _ in over(missing, _write_shard, packing, workers=workers, title="packing", unit="shards"):
+                pass
+            return len(missing), _gather(packing)
     except OSError as error:
         raise DataError(
             f"packing into {packing.target.parent} failed: {error.strerror or error}. Complete shards are kept; the "
@@ -85,9 +88,38 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
         ) from error
 
 
-def _same_as_before(packing: Packing) -> None:
-    """Record the source and the options, or check that they equal the recorded ones. Raises DataError, OSError."""
+@contextmanager
+def _recorded(packing: Packing) -> Iterator[None]:
+    """Record the source and the options, or check that they equal the recorded ones, and hold the record's lock.
+
+    A killed packing keeps the lock until its last process has ended. Raises DataError, OSError.
+    """
     note = packing.target.with_suffix(".json")
+    with os.fdopen(os.open(note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another packing writes shards under this name, as the lock of {note} says; wait for it, or choose "
+                f"another name"
+            ) from None
+        if before := file.read():
+            _check(packing, note, before)
+        else:
+            _check_unused(packing, note)
+            data = (json.dumps(_record(packing), indent=2) + "\n").encode()
+            if file.write(data) < len(data):
+                file.truncate(0)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+
+_OPTIONAL = ("range", "lossless")
+"""Keys of a record that are absent if the option was not given."""
+
+
+def _record(packing: Packing) -> dict[str, Any]:
+    """Return the source and the options of a packing."""
     now = {
         "source": packing.source.fingerprint,
         "samples": len(packing.source),
@@ -96,47 +128,52 @@ def _same_as_before(packing: Packing) -> None:
         "max_pixels": packing.max_pixels,
         "classes": packing.source.classes,
     }
-    # Options that an older record does not have, because they were not given.
     given = {"range": packing.white, "lossless": packing.lossless or None}
-    if note.exists():
-        try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-            changed = [key for key in now if before[key] != now[key]]
-            changed += [key for key in given if before.get(key) != given[key]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{note} exists and is not the record of a packing; choose another name") from error
-        if changed:
-            raise DataError(
-                f"{note} records other shards under this name ({', '.join(changed)} differ); choose another name, or "
-                f"remove it and its shards"
-            )
-    elif taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
+    return now | {key: value for key, value in given.items() if value is not None}
+
+
+def _check(packing: Packing, note: Path, text: bytes) -> None:
+    """Raise DataError unless the record in `text` is one of this packing."""
+    now = _record(packing)
+    try:
+        before = json.loads(text)
+        changed = [key for key in now if key not in _OPTIONAL and before[key] != now[key]]
+        changed += [key for key in _OPTIONAL if before.get(key) != now.get(key)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{note} exists and is not the record of a packing; choose another name") from error
+    if changed:
+        raise DataError(
+            f"{note} records other shards under this name ({', '.join(changed)} differ); choose another name, or "
+            f"remove it and its shards"
+        )
+
+
+def _check_unused(packing: Packing, note: Path) -> None:
+    """Raise DataError if there are shards of this name, whose record is missing."""
+    if taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
+        note.unlink()
         raise DataError(f"{taken[0]} exists but {note.name}, the record of its content, does not; choose another name")
-    else:
-        now |= {key: value for key, value in given.items() if value is not None}
-        _write(note, json.dumps(now, indent=2) + "\n")
 
 
 def _write_shard(packing: Packing, number: int) -> None:
     shard, source, bad = packing.shard(number), packing.source, list[BadSample]()
     first = number * packing.samples
-    temporary = _temporary(shard)
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(first, min(first + packing.samples, len(source))):
-                try:
-                    ending, data = _packed(packing, i)
-                except BadImage as error:
-                    bad.append(BadSample(i, source.path(i), str(error)))
-                    continue
-                _add(tar, f"{i:09}.{ending}", data)
-                if source.labels is not None:
-                    _add(tar, f"{i:09}.cls", b"%d" % source.labels[i])
-        file.flush()
-        os.fsync(file.fileno())
-    # The list is written first: if the shard exists, so does the list.
-    _write(packing.left_out(number), _lines(bad))
-    temporary.replace(shard)
+    with _replacing(shard) as temporary:
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for i in range(first, min(first + packing.samples, len(source))):
+                    try:
+                        ending, data = _packed(packing, i)
+                    except BadImage as error:
+                        bad.append(BadSample(i, source.path(i), str(error)))
+                        continue
+                    _add(tar, f"{i:09}.{ending}", data)
+                    if source.labels is not None:
+                        _add(tar, f"{i:09}.cls", b"%d" % source.labels[i])
+            file.flush()
+            os.fsync(file.fileno())
+        # The list is written first: if the shard exists, so does the list.
+        _write(packing.left_out(number), _lines(bad))
 
 
 def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
@@ -165,7 +202,7 @@ def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
 def transcoded(data: bytes, max_pixels: int) -> bytes:
     """Return a plain JPEG transcoded: the same pixels and EXIF, one baseline scan, restart markers between columns.
 
-    Other images, and JPEGs that are damaged or whose pixels would change, are returned as they are. Raises BadImage.
+    Other images, and JPEGs that are damaged or would lose something, are returned as they are. Raises BadImage.
     """
     before = look(data, max_pixels)
     made = jpeg.transcoded(data) if before.orientation is not None else None
@@ -207,25 +244,18 @@ def _lines(bad: list[BadSample]) -> str:
     return "".join(json.dumps(sample._asdict()) + "\n" for sample in bad)
 
 
-def _temporary(path: Path) -> Path:
-    """Return a temporary path of this process, so that two packings of one target do not write to the same file."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _sweep(packing: Packing) -> None:
-    """Remove the unfinished files of interrupted packings."""
-    for left in packing.target.parent.glob(f".{glob.escape(packing.target.stem)}*.*.tmp"):
-        pid = left.name.split(".")[-2]
-        try:
-            if pid.isdigit():
-                os.kill(int(pid), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except PermissionError:  # The process belongs to another user and is running.
-            pass
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path. The file there replaces `path` at the end, and is removed if an exception is raised."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

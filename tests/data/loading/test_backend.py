@@ -112,7 +112,8 @@ def test_a_rate_counts_the_cpu_seconds_of_workers(images: str, monkeypatch: pyte
     source = open_source(images)
     rate = backends._rate(DataSettings(image_size=224, workers=2, loader="torch"), source, 0, 4)
     assert rate.images_per_s > 0
-    assert 5e-4 < rate.cpu_seconds < 2.2 / rate.images_per_s  # two processes, and this one for a little
+    # This process alone needs a third of the lower bound; the upper one is two processes, and this one for a little.
+    assert 2.5e-4 < rate.cpu_seconds < 2.2 / rate.images_per_s
 
 
 RATES = {"torch": Rate(500, 4e-3), "dali_cpu": Rate(900, 2e-3), "dali_gpu": Rate(4000, 1e-3)}

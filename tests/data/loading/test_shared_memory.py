@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import pytest
 import torch
 
 from mimae.data.loading import shared_memory
-from mimae.data.loading.batch import Batch, DataError
-from mimae.data.loading.loader import make_loader
+from mimae.data.loading.batch import Batch
 from mimae.data.loading.order import BatchRequest
-from mimae.data.loading.shared_memory import SLOTS, Empty, Slot, Slots, handed_over
+from mimae.data.loading.shared_memory import SLOTS, Empty, Slot, Slots, arrived, handed_over
 from mimae.data.loading.workers import Workers
 from mimae.data.settings import DataSettings
 from mimae.data.sources.open import open_source
@@ -71,7 +69,7 @@ def taken(workers: Workers[Any]) -> int:
 
 
 def numbers_taken(workers: Workers[Any]) -> set[int]:
-    slots: Slots = workers._loader.dataset.slots  # type: ignore[union-attr, attr-defined]
+    slots = workers._slots
     assert slots._memory is not None
     return {number for number, mark in enumerate(slots._memory[slots._marks :]) if mark}
 
@@ -84,7 +82,7 @@ def free(slots: Slots, worker: int = 0) -> Slot:
 
 def sent(made: Any, slot: Slot | None) -> Any:
     """Return what arrives in the reader, which is this process."""
-    return pickle.loads(pickle.dumps(handed_over(made, slot)))
+    return arrived(handed_over(made, slot))
 
 
 def test_a_result_of_any_type_arrives_unchanged() -> None:
@@ -145,9 +143,9 @@ def test_a_slot_is_free_when_its_last_tensor_is_dropped() -> None:
 
 def test_a_slot_is_free_when_its_message_is_dropped() -> None:
     slots = Slots(1)
-    message = pickle.dumps(handed_over(torch.arange(3), free(slots)))
+    message = handed_over(torch.arange(3), free(slots))
     assert free(slots)._number == 1
-    pickle.loads(message)
+    arrived(message)
     assert free(slots)._number == 0
 
 
@@ -310,16 +308,3 @@ def test_pipes_are_told_once_by_one_rank_of_a_machine(
         "go through pipes, which takes more CPU time\n"
     )
     assert capsys.readouterr().err == (line if rank == "0" else "")
-
-
-def test_workers_that_cannot_start_are_told_in_words(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The locks of worker processes are in shared memory too."""
-    import multiprocessing.synchronize
-
-    def full(*given: object, **more: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
-    loader = make_loader(DataSettings(image_size=8, workers=1), open_source(images), seed=0, batch_size=4)
-    with pytest.raises(DataError, match=r"No space left on device.*--shm-size.*data.workers=0"):
-        next(loader.epoch(0))

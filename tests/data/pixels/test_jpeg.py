@@ -109,6 +109,11 @@ def test_headers_that_pillow_reads_in_its_own_way_are_left_to_it() -> None:
         "EXIF, cut off": with_segment(0xE1, exif + b"\0\x05"),
         "a resolution of another type": with_segment(0xE1, exif + b"\0\1\1\x1a\0\7\0\0\0\1\1\0\0\0\0\0\0\0"),
         "an orientation of four bytes": with_segment(0xE1, exif + b"\0\1\1\x12\0\4\0\0\0\1\0\0\0\6\0\0\0\0"),
+        "an orientation after a value that lies outside": with_segment(
+            *(0xE1, exif + b"\0\2\1\x0f\0\2\0\0\0\x14\0\0\x0f\xa0\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
+        ),
+        "quantization tables, cut off": with_segment(0xDB, bytes(64)),
+        "quantization tables of 16 bits, cut off": with_segment(0xDB, b"\x10" + bytes(127)),
         "progressive": encoded(pixels, "JPEG", progressive=True),
         "bytes behind the end": data + bytes(70),
         "no end": data[:-2],
@@ -124,6 +129,33 @@ def test_headers_that_pillow_reads_in_its_own_way_are_left_to_it() -> None:
     data = encoded(pixels, "JPEG")
     at = data.index(b"\xff\xdb")
     assert jpeg.header(with_segment(0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\0")) == (20, 30, 1)
+
+
+def test_exif_is_read_as_pillow_reads_it_or_left_to_it() -> None:
+    """Blocks with damage: values that lie outside, other types and counts, tags twice, both orders of bytes."""
+    draw = random.Random(7)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0112], exif[0x011A], exif[0x0128] = "maker", "a model", 6, 300.0, 2
+    exif[0x0132] = "2026:01:01 00:00:00"
+    big, little = bytes(exif.tobytes()), Image.Exif()
+    little.load(big)
+    little.endian = "<"
+    blocks = [big, little.tobytes()]
+    plain = encoded(photograph(0, 20, 30), "JPEG")
+    at = plain.index(b"\xff\xdb")
+    seen = {"turned": 0, "upright": 0, "left": 0}
+    for number in range(4000):
+        block = bytearray(blocks[number % 2])
+        for _ in range(draw.randint(1, 2)):
+            place = draw.randrange(6, min(len(block), 100))
+            block[place] = draw.choice((0, 1, 2, 3, 4, 5, 8, 12, 13, 0x7F, 0xFF, draw.randrange(256)))
+        data = plain[:at] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + plain[at:]
+        found = jpeg.header(data)
+        seen["left" if found is None else "upright" if found.orientation == 1 else "turned"] += 1
+        if found is not None:
+            with jpeg.unused():
+                assert look(data, LIMIT).orientation == found.orientation, (number, bytes(block))
+    assert min(seen.values()) > 100, seen
 
 
 def verdict(data: bytes, window: Window) -> np.ndarray | str:
@@ -200,6 +232,32 @@ def test_transcoding_keeps_every_pixel_and_the_metadata() -> None:
 def test_what_is_damaged_is_not_transcoded(damage: Callable[[bytes], bytes]) -> None:
     data = damage(encoded(photograph(0, 60, 90), "JPEG"))
     assert transcoded(data, LIMIT) == data
+
+
+def test_files_with_more_than_transcoding_keeps_are_not_transcoded() -> None:
+    plain = encoded(photograph(0, 60, 90), "JPEG", progressive=True)
+    jfif, rest = plain[:20], plain[20:]
+    assert jfif[2:4] == b"\xff\xe0" and jfif[6:10] == b"JFIF"
+    thumbnail = jfif[:2] + b"\xff\xe0\0\x40" + jfif[6:18] + b"\4\4" + bytes(range(48))
+
+    def adobe(content: bytes) -> bytes:
+        return plain[:2] + b"\xff\xee" + (len(content) + 7).to_bytes(2, "big") + b"Adobe" + content + rest
+
+    kept = {
+        "another image behind the end": plain + encoded(photograph(1, 20, 30), "JPEG"),
+        "bytes behind the end": plain + b"T" * 60,
+        "a byte behind the end": plain + b"\0",
+        "a thumbnail": thumbnail + rest,
+        "two headers of JFIF": jfif + jfif[2:] + rest,
+        "flags of Adobe": adobe(b"\0\x65\xc0\0\x40\0\1"),
+        "Adobe, cut off": adobe(b"\0\x64"),
+        "Adobe, longer": adobe(b"\0\x64\0\0\0\0\1more"),
+    }
+    for name, data in kept.items():
+        assert np.asarray(Image.open(io.BytesIO(data))).shape == (60, 90, 3)
+        assert transcoded(data, LIMIT) == data, name
+    for data in (plain, adobe(b"\0\x64\0\0\0\0\1"), jfif + b"\xff\xfe\0\5abc" + rest):
+        assert transcoded(data, LIMIT) != data
 
 
 def test_without_the_extension_all_is_as_before() -> None:

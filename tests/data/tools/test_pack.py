@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,9 +121,7 @@ def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     # As if killed while the second shard was written, with the other shards complete and their lists not merged.
     (out / "t-00001.tar").unlink()
-    with subprocess.Popen("true") as process:
-        pass
-    (out / f".t-00001.tar.{process.pid}.tmp").write_bytes(b"half")
+    (out / ".t-00001.tar.tmp").write_bytes(b"half")
     untouched = (out / "t-00000.tar").stat().st_mtime_ns
     assert pack.pack(job, workers=1) == (1, 2)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
@@ -142,11 +142,28 @@ def test_list_forgets_what_a_shard_written_anew_holds(folder: Path) -> None:
     assert json.loads(line)["path"].endswith("0/0.png")
 
 
-def test_packings_of_one_target_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = packing(folder).shard(0)
-    ours = pack._temporary(shard)
-    monkeypatch.setattr(pack.os, "getpid", lambda: -1)
-    assert pack._temporary(shard) != ours and ours.parent == shard.parent
+def test_a_packing_that_is_under_way_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one may have process ids of its own, in a container or on another host."""
+    job, out = packing(folder), folder.parent / "out"
+    again: list[DataError] = []
+
+    def gather(packing: Packing) -> int:
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(DataError, match="another packing writes shards under this name") as refused:
+            pack.pack(job, workers=1)
+        again.append(refused.value)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        return real(packing)
+
+    real = pack._gather
+    monkeypatch.setattr(pack, "_gather", gather)
+    half = out / ".t2-00000.tar.tmp"
+    out.mkdir()
+    half.write_bytes(b"of a packing of another name")
+    assert pack.pack(job, workers=1) == (3, 0) and len(again) == 1
+    assert half.exists()
+    monkeypatch.setattr(pack, "_gather", real)
+    assert pack.pack(job, workers=1) == (0, 0)
 
 
 def test_names_sort_as_the_shards_follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +197,46 @@ def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:
         pack.pack(packing(folder), workers=1)
 
 
-def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("ending", ["png", "cls", "list"])
+def test_full_disk(folder: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing unfinished of the second shard stays on the disk. Packing goes on when there is room."""
+    out, job = folder.parent / "out", packing(folder)
+    add, write_text = pack._add, Path.write_text
 
-    monkeypatch.setattr(pack, "_add", full)
-    with pytest.raises(DataError, match=r"failed: No space left on device.*same command writes the others"):
-        pack.pack(packing(folder), workers=1)
-    assert not list((folder.parent / "out").glob("t-*.tar"))
+    def full(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+        add(tar, name, data)
+        if name == f"000000003.{ending}":
+            raise OSError(28, "No space left on device")
+
+    def full_list(path: Path, *given: Any, **more: Any) -> int:
+        if ending == "list" and path.name.startswith("..t-00001.tar.jsonl"):
+            write_text(path, "half", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+        return write_text(path, *given, **more)
+
+    with monkeypatch.context() as filled:
+        filled.setattr(pack, "_add", full)
+        filled.setattr(Path, "write_text", full_list)
+        with pytest.raises(DataError, match=r"failed: No space left on device.*same command writes the others"):
+            pack.pack(job, workers=1)
+    assert (out / "t-00000.tar").exists()
+    assert not [name for name in names(out) if name.endswith(".tmp") or "t-00001" in name]
+    assert pack.pack(job, workers=1)[1] == 0
+    assert len(open_source(str(out))) == 7 and not list(out.glob(".*"))
+
+
+def test_a_record_for_which_there_is_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of it would not be a record, and packing could not go on."""
+    job, soft, hard = packing(folder), *resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as long:
+        long.setattr(pack, "_record", lambda packing: {"long": "x" * 10_000})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(DataError, match="No space left on device"):
+                pack.pack(job, workers=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert pack.pack(job, workers=1) == (3, 0)
 
 
 STOPPING = """
