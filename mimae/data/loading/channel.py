@@ -6,6 +6,7 @@ keep, and no other process that could wait for the rest of its message.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -30,19 +31,23 @@ class Channel:
         self._end, self._is_alive = end, is_alive
         self.sent = self.received = 0
         """Numbers of whole messages."""
-        end.settimeout(CHECK)
+        self.is_interrupted = False
+        """True if an exception, as that of a signal's handler, has stopped a message half-way and ended the stream."""
+        end.setblocking(False)
 
     def send(self, message: bytes) -> None:
         """Send a message. Raises Lost."""
+        self._wait(select.POLLOUT)
         with self._whole():
             for part in (_SIZE.pack(len(message)), message):
                 left = memoryview(part)
                 while left:
-                    left = left[self._some(self._end.send, left) :]
+                    left = left[self._some(self._end.send, left, select.POLLOUT) :]
             self.sent += 1
 
     def receive(self) -> bytearray:
         """Return the next message. Raises Lost."""
+        self._wait(select.POLLIN)
         with self._whole():
             message = self._read(*_SIZE.unpack(self._read(_SIZE.size)))
             self.received += 1
@@ -62,28 +67,42 @@ class Channel:
         block = bytearray(size)
         left = memoryview(block)
         while left:
-            count = self._some(self._end.recv_into, left)
+            count = self._some(self._end.recv_into, left, select.POLLIN)
             if count == 0:
                 raise Lost("the stream has ended")
             left = left[count:]
         return block
 
-    def _some(self, move: Callable[[memoryview], int], part: memoryview) -> int:
+    def _some(self, move: Callable[[memoryview], int], part: memoryview, event: int) -> int:
         """Return how many bytes of `part` were moved."""
         while True:
             try:
                 return move(part)
-            except TimeoutError:
-                if not self._is_alive():
-                    raise Lost("the process has ended") from None
+            except BlockingIOError:
+                pass
             except OSError as error:
                 raise Lost(error.strerror or str(error)) from error
+            self._wait(event)
+
+    def _wait(self, event: int) -> None:
+        """Wait until bytes can be moved, or the stream has ended.
+
+        Nothing is caught here: the exception of a signal's handler is the caller's, whatever its type.
+        """
+        if self._end.fileno() < 0:
+            raise Lost("the channel is closed")
+        poll = select.poll()
+        poll.register(self._end, event)
+        while not poll.poll(1000 * CHECK):
+            if not self._is_alive():
+                raise Lost("the process has ended")
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Shut the channel if a message stops half-way, as by a signal: the rest would be taken for the next one."""
+        """Shut the channel if a message stops half-way: the rest would be taken for the next one."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            self.is_interrupted = self.is_interrupted or not isinstance(error, Lost)
             self.shut()
             raise

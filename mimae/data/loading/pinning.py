@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
@@ -24,8 +25,9 @@ class PinThread:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_run, args=(self._jobs, torch.cuda.current_device()), daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._jobs,), daemon=True)
         self._thread.start()
+        self.submit(partial(_prepare, torch.cuda.current_device()))()  # It raises what the GPU says.
 
     def submit(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """Let the thread make a call. Returns a function that waits for its result, and raises its exception."""
@@ -36,12 +38,16 @@ class PinThread:
     def end(self, seconds: float) -> None:
         """Let the thread end after the calls that it was given, and wait for it for some seconds."""
         self._jobs.put(None)
-        self._thread.join(seconds)
+        if threading.current_thread() is not self._thread:  # The garbage collector may run in any thread.
+            self._thread.join(seconds)
 
 
-def _run(jobs: SimpleQueue[_Job | None], device: int) -> None:
+def _prepare(device: int) -> None:
     torch.cuda.set_device(device)  # Each thread has its own; memory pinned for another GPU would take room on it.
     torch.set_num_threads(1)
+
+
+def _run(jobs: SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         call, future = job
         try:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import socket
 import threading
+import traceback
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -91,13 +92,14 @@ def _send(channel: Channel, results: SimpleQueue[bytes]) -> None:
 
 def _result(make: Make[Any], slots: Slots, number: int, request: BatchRequest) -> bytes:
     """Return the message with the result of a request, or with the exception that it raised."""
-    slot = slots.free(number)
+    slot, place = slots.free(number), f"in decoding process {number}"
     try:
         return handed_over(make(request, empty=unshared if slot is None else slot.empty), slot)
-    except DataError as error:
-        return handed_over(error, None)
-    except Exception:
-        return handed_over(ExceptionWrapper(where=f"in decoding process {number}"), None)
+    except Exception as error:
+        try:
+            return handed_over(error if isinstance(error, DataError) else ExceptionWrapper(where=place), None)
+        except Exception:  # Some exceptions cannot be pickled.
+            return handed_over(DataError(f"{place}:\n{''.join(traceback.format_exception(error))}"), None)
 
 
 def _prepare(parent: int) -> None:

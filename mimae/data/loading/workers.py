@@ -80,6 +80,9 @@ class Workers(Generic[Made]):
             yield pinned(made) if self._pins else made
 
     def _run(self, requests: Iterable[BatchRequest]) -> Generator[Made, None, None]:
+        if any(worker.channel.is_interrupted for worker in self._team):
+            self._end()  # The messages that were on their way are lost, and the slots that they named stay marked.
+            self._starter, self._slots = 0, Slots(self._count)
         if self._starter != os.getpid():
             self._start()
         try:
@@ -88,10 +91,9 @@ class Workers(Generic[Made]):
                 dropped()
             yield from self._results(requests)
         except Lost as error:
-            raise DataError(
-                f"a decoding process died ({self._ends() or error}). Most often memory ran out: lower data.workers or "
-                f"the micro-batch."
-            ) from error.with_traceback(None)
+            ends = self._ends() or str(error)
+            likely = ". Most often memory ran out: lower data.workers or the micro-batch" if "SIGKILL" in ends else ""
+            raise DataError(f"a decoding process died ({ends}){likely}") from error.with_traceback(None)
 
     def _results(self, requests: Iterable[BatchRequest]) -> Generator[Made, None, None]:
         waiting: deque[Callable[[], Any]] = deque()

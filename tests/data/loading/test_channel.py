@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -81,13 +82,35 @@ def test_what_follows_half_a_message_is_not_taken_for_one() -> None:
 
     ours, its = socket.socketpair()
     end = Channel(ours, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        end.receive()
+    assert not end.is_interrupted, "no message had begun"
     its.sendall(struct.pack("<Q", 9) + b"1234")
     with pytest.raises(KeyboardInterrupt):
         end.receive()
+    assert end.is_interrupted
     with pytest.raises(OSError):  # The other process is told by the end of the stream.
         its.sendall(b"56789")
     with pytest.raises(Lost):
         end.receive()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [TimeoutError, BlockingIOError, ConnectionError, KeyboardInterrupt])
+def test_an_exception_of_a_signals_handler_is_the_callers(kind: type[BaseException]) -> None:
+    def handler(number: int, frame: object) -> None:
+        raise kind("deadline")
+
+    ours, _its = socket.socketpair()
+    end = Channel(ours)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(kind, match="deadline"):
+            end.receive()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.timeout(60)

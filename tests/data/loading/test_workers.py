@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import multiprocessing
 import os
@@ -21,7 +22,9 @@ import torch
 
 from mimae.data.loading import shared_memory
 from mimae.data.loading.batch import DataError
+from mimae.data.loading.channel import Channel
 from mimae.data.loading.order import BatchRequest
+from mimae.data.loading.pinning import PinThread
 from mimae.data.loading.shared_memory import Empty
 from mimae.data.loading.worker import is_worker
 from mimae.data.loading.workers import Workers
@@ -181,6 +184,69 @@ def test_a_result_that_cannot_be_sent_is_an_error() -> None:
     workers.close()
 
 
+def _slow(request: BatchRequest, *, empty: Empty) -> Pinnable:
+    time.sleep(0.3)
+    return make(request, empty=empty)
+
+
+@pytest.mark.parametrize("half_way", [False, True], ids=["while it waits", "inside a message"])
+def test_an_interrupted_iteration_leaves_the_workers_usable(half_way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C in a notebook, after which the loader is used again."""
+    workers = Workers(_slow, 2)
+    results = workers.batches(requests(64))
+    next(results)
+    if half_way:
+        monkeypatch.setattr(Channel, "_some", _interrupt)
+    else:
+        monkeypatch.setattr(Channel, "_wait", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    monkeypatch.undo()
+    for steps in (3, 5):
+        assert [result.step for result in workers.batches(requests(64, steps)) if is_whole(result)] == [*range(steps)]
+    workers.close()
+    assert not multiprocessing.active_children()
+
+
+def _interrupt(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _raises(request: BatchRequest, *, empty: Empty) -> object:
+    class Local(DataError if request.step else ValueError):  # type: ignore[misc]
+        """It cannot be pickled."""
+
+    raise Local("the reason")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_error_that_cannot_be_pickled_is_told_with_its_traceback(first: int) -> None:
+    workers = Workers(_raises, 1)
+    with pytest.raises(DataError, match=r"(?s)in decoding process 0:.*in _raises.*the reason"):
+        next(workers.batches(itertools.islice(requests(4), first, None)))
+    workers.close()
+
+
+def test_a_gpu_that_a_thread_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinning(monkeypatch)
+
+    def fails(device: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "set_device", fails)
+    workers = Workers(make, 1)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        next(workers.batches(requests(4)))
+    assert not multiprocessing.active_children()
+
+
+def test_a_thread_may_end_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may drop a loader in any thread."""
+    pinning(monkeypatch)
+    thread = PinThread()
+    thread.submit(lambda: thread.end(5.0))()
+
+
 def test_workers_of_which_one_cannot_start_are_not_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the reason; otherwise the next iteration would have no worker, and be empty."""
     workers = Workers(make, 1)
@@ -233,6 +299,7 @@ def test_workers_that_cannot_start_are_told_in_words(
             raise OSError(number, os.strerror(number))
         return real(*given)
 
+    gc.collect()  # Processes of other tests have descriptors.
     workers, before = Workers(make, 2), descriptors()
     with monkeypatch.context() as limited:
         limited.setattr(place, name, refused)
