@@ -2,8 +2,9 @@
 
 Shard k contains samples k S to (k + 1) S - 1. Each shard is written under a temporary name and renamed when it is
 complete, so that an interrupted packing resumes with the missing shards. A JSON file next to the shards records the
-source and the options; both have to be the same when packing resumes. A packing holds the lock of this file, so that no
-other one writes the same shards, in whatever container or on whatever host.
+source and the options; both have to be the same when packing resumes. A packing locks the file .NAME.lock, so that no
+other one writes the same shards, in whatever container or on whatever host. Some file systems have no locks, or locks
+that other hosts do not see. There, one of two packings may fail, but they never write to the same file.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import fcntl
 import io
 import json
 import os
+import re
+import secrets
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +31,8 @@ from mimae.data.loading.processes import over
 from mimae.data.pixels import jpeg
 from mimae.data.pixels.decode import BadImage, format_of, look, whole, why
 from mimae.data.sources.base import Source
+from mimae.outside.files import sync, write_atomically
+from mimae.outside.text import say
 
 QUALITY = 95
 """JPEG quality of resized images."""
@@ -76,7 +81,10 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
     """
     try:
         packing.target.parent.mkdir(parents=True, exist_ok=True)
-        with _recorded(packing):
+        with _locked(packing) as is_locked:
+            _same_as_before(packing)
+            if is_locked:
+                _sweep(packing)
             missing = [number for number in packing.numbers() if not packing.shard(number).exists()]
             for _ in over(missing, _write_shard, packing, workers=workers, title="packing", unit="shards"):
                 pass
@@ -88,30 +96,93 @@ def pack(packing: Packing, workers: int) -> tuple[int, int]:
         ) from error
 
 
-@contextmanager
-def _recorded(packing: Packing) -> Iterator[None]:
-    """Record the source and the options, or check that they equal the recorded ones, and hold the record's lock.
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-    A killed packing keeps the lock until its last process has ended. Raises DataError, OSError.
+_NO_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
+"""Errors of flock where a file cannot be locked. NFS raises EBADF for a file that is only open for reading."""
+
+
+@contextmanager
+def _locked(packing: Packing) -> Iterator[bool]:
+    """Hold the lock of the shards' name. Yield whether there is one: a file system may have no locks.
+
+    A killed packing keeps the lock until its last process has ended. The file stays: if it was removed, two packings
+    could lock two files of this name. Raises DataError, OSError.
     """
+    path = packing.target.with_name(f".{packing.target.stem}.lock")
+    if (descriptor := _open_lock(path)) is None:
+        yield False
+        return
+    try:
+        yield _lock(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    """Return a descriptor of the lock file, which another user may have made. Raises OSError.
+
+    Returns None if there is no such file and the folder is read-only. Then nothing has to be protected.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+    with suppress(FileNotFoundError):
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock the file, and return whether it can be locked. Raises DataError if another packing has the lock, OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(
+            f"another packing writes shards under this name, because {path} is locked; wait for it, or choose another "
+            f"name"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCK:
+            raise
+        say(
+            f"{path} cannot be locked ({error.strerror}), and packing continues without a lock: do not start a second "
+            f"packing under this name",
+            error=True,
+        )
+        return False
+    return True
+
+
+def _same_as_before(packing: Packing) -> None:
+    """Record the source and the options, or check that they equal the recorded ones. Raises DataError, OSError."""
     note = packing.target.with_suffix(".json")
-    with os.fdopen(os.open(note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another packing writes shards under this name, as the lock of {note} says; wait for it, or choose "
-                f"another name"
-            ) from None
-        if before := file.read():
-            _check(packing, note, before)
-        else:
-            _check_unused(packing, note)
-            data = (json.dumps(_record(packing), indent=2) + "\n").encode()
-            if file.write(data) < len(data):
-                file.truncate(0)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
+    # An earlier version left an empty record if it was killed at its start.
+    if note.exists() and (before := note.read_bytes()):
+        _check(packing, note, before)
+    elif taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
+        raise DataError(
+            f"{taken[0]} exists but {note.name}, the record of its content, is missing or empty; choose another name, "
+            f"or remove the shards"
+        )
+    else:
+        write_atomically(note, json.dumps(_record(packing), indent=2) + "\n")
+        sync(note.parent)  # After a power loss, no shard exists without its record.
+
+
+def _sweep(packing: Packing) -> None:
+    """Remove the temporary files of interrupted packings under this name, by this version or an earlier one.
+
+    The caller has the lock: without it, they may be files that another packing is writing.
+    """
+    name = re.escape(packing.target.stem)
+    files = rf"({name}-\d{{5,}}\.tar|\.{name}-\d{{5,}}\.tar\.jsonl|{name}\.json|{name}\.bad_samples\.jsonl)"
+    temporary = re.compile(rf"\.{files}(\.[0-9a-f]+)?\.tmp")
+    for left in packing.target.parent.iterdir():
+        if temporary.fullmatch(left.name):
+            with suppress(OSError):  # The folder is read-only, or keeps the files of another user.
+                left.unlink()
 
 
 _OPTIONAL = ("range", "lossless")
@@ -140,19 +211,15 @@ def _check(packing: Packing, note: Path, text: bytes) -> None:
         changed = [key for key in now if key not in _OPTIONAL and before[key] != now[key]]
         changed += [key for key in _OPTIONAL if before.get(key) != now.get(key)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{note} exists and is not the record of a packing; choose another name") from error
+        raise DataError(
+            f"{note} exists and is not the record of a packing, or is damaged; choose another name, or remove it and "
+            f"its shards"
+        ) from error
     if changed:
         raise DataError(
             f"{note} records other shards under this name ({', '.join(changed)} differ); choose another name, or "
             f"remove it and its shards"
         )
-
-
-def _check_unused(packing: Packing, note: Path) -> None:
-    """Raise DataError if there are shards of this name, whose record is missing."""
-    if taken := [shard for shard in map(packing.shard, packing.numbers()) if shard.exists()]:
-        note.unlink()
-        raise DataError(f"{taken[0]} exists but {note.name}, the record of its content, does not; choose another name")
 
 
 def _write_shard(packing: Packing, number: int) -> None:
@@ -173,7 +240,7 @@ def _write_shard(packing: Packing, number: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         # The list is written first: if the shard exists, so does the list.
-        _write(packing.left_out(number), _lines(bad))
+        write_atomically(packing.left_out(number), _lines(bad))
 
 
 def _packed(packing: Packing, i: int) -> tuple[str, bytes]:
@@ -230,7 +297,8 @@ def _gather(packing: Packing) -> int:
         [sample for sample in _read(joined) if sample.id // packing.samples not in parts] if joined.exists() else []
     )
     bad = {sample.id: sample for sample in [*before, *(sample for part in parts.values() for sample in _read(part))]}
-    _write(joined, _lines([bad[i] for i in sorted(bad)]))
+    if parts or not joined.exists():  # Otherwise nothing has changed, and the folder may be read-only.
+        write_atomically(joined, _lines([bad[i] for i in sorted(bad)]))
     for part in parts.values():
         part.unlink(missing_ok=True)
     return len(bad)
@@ -246,16 +314,15 @@ def _lines(bad: list[BadSample]) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path. The file there replaces `path` at the end, and is removed if an exception is raised."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Yield a temporary path, which no other process uses, for a file that replaces `path` at the end.
+
+    The file is removed if an exception is raised. Files of other packings stay, however old: one that waits for slow
+    storage is not over.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

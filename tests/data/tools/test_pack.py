@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -52,7 +55,7 @@ def test_shards_hold_the_same_bytes_and_labels(folder: Path) -> None:
     with tarfile.open(folder.parent / "out" / "t-00001.tar") as tar:
         assert tar.getnames() == [f"00000000{i}.{ending}" for i in (3, 4, 5) for ending in ("png", "cls")]
     assert names(folder.parent / "out") == [
-        *("t-00000.tar", "t-00001.tar", "t-00002.tar", "t.bad_samples.jsonl", "t.json")
+        *(".t.lock", "t-00000.tar", "t-00001.tar", "t-00002.tar", "t.bad_samples.jsonl", "t.json")
     ]
 
 
@@ -121,7 +124,10 @@ def test_packing_goes_on_with_what_is_missing(folder: Path, monkeypatch: pytest.
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     # As if killed while the second shard was written, with the other shards complete and their lists not merged.
     (out / "t-00001.tar").unlink()
-    (out / ".t-00001.tar.tmp").write_bytes(b"half")
+    # Temporary files of this version, and of earlier ones.
+    for left in ("t-00001.tar", ".t-00001.tar.jsonl", "t.json", "t.bad_samples.jsonl"):
+        for unique in (".0123456789abcdef", ".4711", ""):
+            (out / f".{left}{unique}.tmp").write_bytes(b"half")
     untouched = (out / "t-00000.tar").stat().st_mtime_ns
     assert pack.pack(job, workers=1) == (1, 2)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
@@ -166,6 +172,114 @@ def test_a_packing_that_is_under_way_is_left_alone(folder: Path, monkeypatch: py
     assert pack.pack(job, workers=1) == (0, 0)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks(
+    folder: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packing says that there is no lock, and removes no file that another packing may be writing."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    job, out = packing(folder), folder.parent / "out"
+    out.mkdir()
+    other = out / ".t-00001.tar.0123456789abcdef.tmp"
+    other.write_bytes(b"of another packing")
+    os.utime(other, (0, 0))  # It waits for slow storage.
+    with monkeypatch.context() as without:
+        without.setattr(fcntl, "flock", flock)
+        assert pack.pack(job, workers=1) == (3, 0)
+    assert capsys.readouterr().err.count(".t.lock cannot be locked") == 1
+    assert other.read_bytes() == b"of another packing"
+    assert pack.pack(job, workers=1) == (0, 0) and not other.exists()
+
+
+def test_two_packings_at_once_mix_no_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have locks that other hosts do not see."""
+    job, out = packing(folder), folder.parent / "out"
+    pack.pack(job, workers=1)
+    shard, add, seen = out / "t-00000.tar", pack._add, list[bytes]()
+    whole = shard.read_bytes()
+    shard.unlink()
+
+    def twice(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+        add(tar, name, data)
+        if name == "000000001.png" and not seen:
+            tar.fileobj.flush()  # type: ignore[attr-defined]
+            seen.append(b"")
+            pack._write_shard(job, 0)
+            seen.append(shard.read_bytes())
+
+    monkeypatch.setattr(pack, "_add", twice)
+    pack._write_shard(job, 0)
+    assert seen[1] == whole and shard.read_bytes() == whole
+
+
+def test_the_record_is_on_disk_before_the_first_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power there is no shard without its record: both the file and its name were flushed."""
+    out, flushed, fsync = folder.parent / "out", list[int](), os.fsync
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    def over(*_: object, **__: object) -> list[None]:
+        assert flushed == [(out / "t.json").stat().st_ino, out.stat().st_ino]
+        return []
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(pack, "over", over)
+    assert pack.pack(packing(folder), workers=1) == (3, 0)
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, folder: Path, only: str = "") -> None:
+    """Refuse to open files for writing in a folder, or only one of them, as for another user without that right."""
+    real = os.open
+
+    def open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        named = Path(os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else "") / os.fsdecode(path)
+        if named.parent == folder and named.name.endswith(only) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", open)
+
+
+def test_another_user_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is writable for the group, but the record and the lock only for the user who began."""
+    job, out = packing(folder), folder.parent / "out"
+    pack.pack(job, workers=1)
+    (out / "t-00001.tar").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as foreign:
+        for name in ("t.json", ".t.lock"):
+            refuse_writing(foreign, out, only=name)
+        with (out / ".t.lock").open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(DataError, match="another packing writes shards under this name"):
+                pack.pack(job, workers=1)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert pack.pack(job, workers=1) == (1, 0)
+
+
+@pytest.mark.parametrize("is_locked_before", [True, False])
+def test_complete_shards_in_a_read_only_folder(
+    folder: Path, is_locked_before: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing has to be written. Shards of an earlier version have no lock file."""
+    job, out = packing(folder), folder.parent / "out"
+    pack.pack(job, workers=1)
+    capsys.readouterr()
+    if not is_locked_before:
+        (out / ".t.lock").unlink()
+    refuse_writing(monkeypatch, out)
+    assert pack.pack(job, workers=1) == (0, 0)
+    assert "lock" not in capsys.readouterr().err
+    (out / "t.bad_samples.jsonl").unlink()
+    with pytest.raises(DataError, match="Permission denied"):
+        pack.pack(job, workers=1)
+
+
 def test_names_sort_as_the_shards_follow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = packing(folder, samples=1)
     monkeypatch.setattr(type(job.source), "__len__", lambda self: 100_001)
@@ -189,53 +303,61 @@ def test_other_shards_under_the_name_are_left_alone(folder: Path) -> None:
     with pytest.raises(DataError, match=r"\(source, samples differ\)"):
         pack.pack(packing(folder), workers=1)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    (out / "t.json").write_text("[]")
-    with pytest.raises(DataError, match="is not the record of a packing"):
-        pack.pack(packing(folder), workers=1)
+    for text in ("[]", before["t.json"].decode()[:50]):
+        (out / "t.json").write_text(text)
+        with pytest.raises(DataError, match=r"is not the record of a packing, or is damaged.*remove it and its shards"):
+            pack.pack(packing(folder), workers=1)
+    (out / "t.json").write_text("")
+    for _ in range(2):  # The refusal removes nothing.
+        with pytest.raises(DataError, match=r"t-00000.tar exists but t.json.* is missing or empty"):
+            pack.pack(packing(folder), workers=1)
+        assert (out / "t.json").exists()
     (out / "t.json").unlink()
-    with pytest.raises(DataError, match=r"t-00000.tar exists but t.json"):
+    with pytest.raises(DataError, match=r"t-00000.tar exists but t.json.* is missing or empty"):
         pack.pack(packing(folder), workers=1)
+    assert not (out / "t.json").exists()
 
 
 @pytest.mark.parametrize("ending", ["png", "cls", "list"])
 def test_full_disk(folder: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing unfinished of the second shard stays on the disk. Packing goes on when there is room."""
     out, job = folder.parent / "out", packing(folder)
-    add, write_text = pack._add, Path.write_text
+    add, write_atomically = pack._add, pack.write_atomically
 
     def full(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         add(tar, name, data)
         if name == f"000000003.{ending}":
             raise OSError(28, "No space left on device")
 
-    def full_list(path: Path, *given: Any, **more: Any) -> int:
-        if ending == "list" and path.name.startswith("..t-00001.tar.jsonl"):
-            write_text(path, "half", encoding="utf-8")
+    def full_list(path: Path, content: str | bytes) -> None:
+        if ending == "list" and path.name == ".t-00001.tar.jsonl":
             raise OSError(28, "No space left on device")
-        return write_text(path, *given, **more)
+        write_atomically(path, content)
 
     with monkeypatch.context() as filled:
         filled.setattr(pack, "_add", full)
-        filled.setattr(Path, "write_text", full_list)
+        filled.setattr(pack, "write_atomically", full_list)
         with pytest.raises(DataError, match=r"failed: No space left on device.*same command writes the others"):
             pack.pack(job, workers=1)
     assert (out / "t-00000.tar").exists()
     assert not [name for name in names(out) if name.endswith(".tmp") or "t-00001" in name]
     assert pack.pack(job, workers=1)[1] == 0
-    assert len(open_source(str(out))) == 7 and not list(out.glob(".*"))
+    assert len(open_source(str(out))) == 7 and [path.name for path in out.glob(".*")] == [".t.lock"]
 
 
 def test_a_record_for_which_there_is_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of it would not be a record, and packing could not go on."""
+    """A part of it would not be a record. A kill could leave it too, if the file was written in place."""
     job, soft, hard = packing(folder), *resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as long:
         long.setattr(pack, "_record", lambda packing: {"long": "x" * 10_000})
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            with pytest.raises(DataError, match="No space left on device"):
+            with pytest.raises(DataError, match="File too large"):
                 pack.pack(job, workers=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(folder.parent / "out") == [".t.lock"]
+    (folder.parent / "out" / "t.json").touch()  # An earlier version left this if it was killed at its start.
     assert pack.pack(job, workers=1) == (3, 0)
 
 
