@@ -64,6 +64,11 @@ def _render_controls(results: list[Result]) -> Iterator[str]:
             if rows := [result for result in here if result["kind"] == kind]:
                 yield _row(control.meaning, rows, "this run", trained=True)
         yield ""
+        if any("probes" not in result for result in every) and any("probes" in result for result in every):
+            yield (
+                "Runs that are not in the tables of time at the end evaluated nearest neighbours during training, "
+                "which their minutes include.\n"
+            )
         yield from _render_differences(here)
         yield from _render_choices(every)
         yield from render_times(every)
