@@ -102,7 +102,8 @@ class ModelSettings(Section):
         "none",
         resume="rounding",
         description="recomputation in backward, which saves memory; selective: norms and activations of each block are "
-        "recomputed, products and torch's attention (sdpa, cudnn) are kept; full: each block is recomputed, which costs a third more compute",
+        "recomputed, products and torch's attention (sdpa, cudnn) are kept; full: each block is recomputed, which "
+        "costs a third more compute",
     )
 
     @model_validator(mode="before")
