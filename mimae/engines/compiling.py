@@ -26,6 +26,13 @@ class Selective:
 
     mode: str | None
 
+    def reset(self) -> None:
+        """Forget the CUDA graphs; `torch.compiler.reset` calls this."""
+        if self.mode is not None:
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
+
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         """Compile a graph."""
         from torch._functorch import config
@@ -54,6 +61,7 @@ def compile_units(model: Model, setting: Compile, checkpointing: Checkpointing, 
     # Dynamo counts the variants of a unit's code over all units and all models of the process. Past the limit it would
     # run a unit uncompiled.
     _dynamo.config.recompile_limit += RECOMPILE_LIMIT * model.num_sizes
+    _dynamo.config.accumulated_recompile_limit += RECOMPILE_LIMIT * model.num_sizes
     mode = "reduce-overhead" if setting == "graphs" else None
     how: dict[str, Any] = {"backend": Selective(mode)} if checkpointing == "selective" else {"mode": mode}
     for unit in model.units():

@@ -42,7 +42,8 @@ def stages(schedule: ScheduleSettings, size_hw: Size, steps: int) -> list[Stage]
 
 
 def shares(schedule: ScheduleSettings, size_hw: Size) -> list[tuple[Size, float]]:
-    """Return the sizes of the training images, each with its share of the steps that are left (see `stages`)."""
+    """Return the sizes of the training images, each with its share of the steps; those of an extended run are its
+    further steps."""
     if not schedule.resolution or schedule.extended:
         return [(size_hw, 1.0)]
     return [(_pair(side), share) for side, share in schedule.resolution]

@@ -30,7 +30,7 @@ class Console:
         self._is_quiet = is_quiet()
         self._bar = Bar(total_steps, stream="stdout") if is_terminal() and not self._is_quiet else None
 
-    def rewind(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Start to measure the speed at `step`."""
         self._pace.clear()
         self._pace.append((self._work(step), time.monotonic()))

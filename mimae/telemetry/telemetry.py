@@ -76,7 +76,6 @@ class Telemetry:
         self._step = self.events.step = step
         if self._console is None:
             return
-        self._console.rewind(step)
         records, *others = self._trackers
         try:
             records.rewind(step)
@@ -84,6 +83,11 @@ class Telemetry:
             raise self._unwritable(error) from error
         for tracker in others:
             self._try(tracker, lambda tracker: tracker.rewind(step))
+
+    def begin(self, step: int) -> None:
+        """Start to measure the speed at `step`, from which the time left is estimated."""
+        if self._console is not None:
+            self._console.begin(step)
 
     def describe(self, recipe: str, origins: Mapping[str, str] | None = None) -> None:
         """Write config.yaml (the resolved recipe) and environment.json, and pass them to the trackers.

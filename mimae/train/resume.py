@@ -101,7 +101,7 @@ def _before_extension(recipe: RunRecipe, step: int) -> str:
     first, _ = start(recipe.schedule)
     if step >= first:
         return ""
-    return f"is of step {step}; the run was extended at step {first}, and its schedule before that is not kept"
+    return f"the run was extended at step {first}, and its schedule before that is not kept"
 
 
 def resume(
@@ -137,7 +137,7 @@ def resume(
                 f"{run} is at step {found.state['step']}, and with {asked} it would end at step {steps}{limit}"
             )
         if fault := _before_extension(recipe, found.state["step"]):
-            raise CheckpointError(f"{found.path} {fault}")
+            raise CheckpointError(f"{found.path} is of step {found.state['step']}, and {fault}")
         if found.state["step"] > steps:
             raise CheckpointError(f"{found.path} is of step {found.state['step']}, but the run has {steps} steps")
         if "sums" in found.state:
@@ -151,12 +151,14 @@ def resume(
         passed_over.append(fault)
         records.message(fault)
 
+    # All of this is read before the first collective: later the main rank may already have written the new recipe.
     moved = moved_from(recipe)
     without = newer_keys(run) if (run / "config.yaml").exists() else []
+    old = load_run(run, (), None, type(recipe)).schedule if extends else recipe.schedule
     found = checkpoint.use(run, take, pass_over)
     step, sums, name = 0, None, None
     if found is None and (fault := _before_extension(recipe, 0)):
-        raise RunError(f"{run} has lost its checkpoints, and its start {fault}; start in a new run.dir")
+        raise RunError(f"{run} has lost its checkpoints, and cannot start again: {fault}; use a new run.dir")
     if found is not None:
         used, _ = found
         name = used.path.name
@@ -164,7 +166,6 @@ def resume(
         step, sums = int(used.state["step"]), used.state.get("sums")
         records.message(f"resuming {run} at step {step} of {steps}")
     if extends and step:
-        old = load_run(run, (), None, type(recipe)).schedule
         last = stages(old, recipe.data.size_hw, total_steps(old, length.steps_per_epoch))[-1]
         if step < last.first:
             raise RunError(

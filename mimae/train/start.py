@@ -80,7 +80,7 @@ def hints(recipe: RunRecipe, steps: int, steps_per_epoch: int) -> Iterator[str]:
         )
     if recipe.run.dry and len(found) > 1:
         yield (
-            f"a dry run has images of the size of its step; {in_words(found[-1].size_hw)} come after step "
+            f"a dry run takes one step, with images of that step's size; {in_words(found[-1].size_hw)} come after step "
             f"{found[-1].first}: to try the memory that they need, use schedule.resolution=[] and another run.dir"
         )
     if recipe.ema.decay is not None and steps * (1 - recipe.ema.decay) < 1:

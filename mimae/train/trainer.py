@@ -131,6 +131,7 @@ class Trainer(Generic[M]):
         resumed = resume.resume(recipe, length, self.source, self.engine, self.saver, self.telemetry, origins)
         self.recipe = task.recipe = resumed.recipe
         self.step = self.first = resumed.step
+        self.telemetry.begin(self.step)
         if task.fit is not None:
             with self._evaluating() as model:
                 task.started(model, device)

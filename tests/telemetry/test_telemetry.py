@@ -158,7 +158,7 @@ def test_plain_lines_without_a_terminal(
     clock = iter([0.0, 100.0, 110.0, 130.0])
     monkeypatch.setattr("mimae.telemetry.console.time.monotonic", lambda: next(clock))
     with Telemetry(tmp_path, QUIET, is_main=True, total_steps=1200) as telemetry:
-        telemetry.rewind(80)
+        telemetry.begin(80)
         telemetry.step(losses(100, images_per_s=309.6, data_wait=0.0312, max_mi=0.1))
         telemetry.step(losses(110, loss=math.nan))
     first, second = capsys.readouterr().out.splitlines()

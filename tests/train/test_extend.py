@@ -166,12 +166,14 @@ def test_a_run_does_not_fall_back_to_a_step_before_its_extension(images: Path, t
     assert [line["step"] for line in lines(run / "metrics.jsonl")][-1] == 7
     for step in saved[5:7]:
         (step / "state.json").write_text("damaged")
-    behind = r"step-00000001 is of step 1; the run was extended at step 6, and its schedule before that is not kept"
+    behind = r"step-00000001 is of step 1, and the run was extended at step 6, and its schedule before that is not kept"
     with pytest.raises(CheckpointError, match=behind):
         pretrain(recipe(images, run, *way, "schedule.epochs=4"))
     shutil.rmtree(run / "checkpoints")
     (run / "latest").unlink()
-    with pytest.raises(RunError, match=r"has lost its checkpoints, and its start is of step 0; the run was extended"):
+    with pytest.raises(
+        RunError, match=r"has lost its checkpoints, and cannot start again: the run was extended at step 6"
+    ):
         pretrain(recipe(images, run, *way, "schedule.epochs=4"))
 
 

@@ -140,7 +140,7 @@ def test_the_time_left_knows_that_later_images_are_larger(monkeypatch: pytest.Mo
     clock = iter([0.0, 0.0, 2.0, 4.0, 6.0, 9.0])
     monkeypatch.setattr("mimae.telemetry.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = Console(10, ["loss"], [], lambda step: work(found, step, lambda size_hw: size_hw[0] / 8))
-    console.rewind(0)
+    console.begin(0)
     told: list[float | None] = []
 
     def note(record: Any, left: float | None) -> str:

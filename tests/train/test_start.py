@@ -28,7 +28,7 @@ from mimae.train.start import hints
         (
             ["schedule.resolution=[[16, 0.1], [32, 0.9]]", "run.dry=true"],
             20,
-            "a dry run has images of the size of its step; 32 px come after step 2",
+            "a dry run takes one step, with images of that step's size; 32 px come after step 2",
         ),
         (["schedule.warmup_epochs=2"], 201, ""),
         (["ema.decay=0.999"], 1001, ""),
