@@ -22,12 +22,19 @@ from PIL import Image, ImageOps
 from mimae.data.loading.batch import DataError
 from mimae.data.loading.loader import evaluation_batches, make_loader
 from mimae.data.settings import DataSettings
+from mimae.data.sources import cache
 from mimae.data.sources.base import Source
 from mimae.data.sources.cache import Cached, Fullness, cache_folder_of, cache_note, cached
 from mimae.data.sources.open import open_source
 from tests.data.conftest import encoded, photograph, write_images
 
 IMAGES = 12
+
+
+@pytest.fixture(autouse=True)
+def any_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a cache fill all of the file system, so that the tests do not depend on how full this machine's is."""
+    monkeypatch.setattr(cache, "SPARE", 0.0)
 
 
 @pytest.fixture
@@ -300,6 +307,7 @@ def test_a_full_disk_ends_the_filling_with_one_line(
 ) -> None:
     """A tenth of the file system stays free. Two readers print one line. A run with room again fills the cache."""
     counted = Counted(open_source(str(folder)))
+    monkeypatch.setattr(cache, "SPARE", 0.1)
     monkeypatch.setattr(os, "statvfs", lambda _: Room(101))  # 100 bytes above a tenth: less than an image.
     readers = [Cached(settings(tmp_path), counted) for _ in range(2)]
     for reader in readers * 2:
@@ -316,7 +324,7 @@ def test_a_full_disk_ends_the_filling_with_one_line(
     full = Cached(settings(tmp_path), counted)
     full.read(0)
     assert capfd.readouterr().err == ""
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "statvfs", lambda _: Room(1000))
     later = Cached(settings(tmp_path), counted)
     before = counted.reads[0]
     assert later.read(0) == later.read(0)
