@@ -74,11 +74,10 @@ def reached(points: Sequence[Point], measure: str, level: float) -> Cost | None:
         return None
     before, after = points[below[-1]], points[below[-1] + 1]
     share = (level - before.accuracies[measure]) / (after.accuracies[measure] - before.accuracies[measure])
-    steps, flops, seconds = (
-        None if a is None or b is None else a + share * (b - a) for a, b in zip(before.cost, after.cost, strict=True)
-    )
-    assert steps is not None and flops is not None
-    return Cost(steps, flops, seconds)
+    (steps, flops, seconds), (steps_after, flops_after, seconds_after) = before.cost, after.cost
+    if seconds is not None and seconds_after is not None:
+        seconds += share * (seconds_after - seconds)
+    return Cost(steps + share * (steps_after - steps), flops + share * (flops_after - flops), seconds)
 
 
 def render_times(results: Sequence[Result]) -> Iterator[str]:

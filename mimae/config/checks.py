@@ -59,6 +59,7 @@ def _stages_fit(resolved: Resolved[Any]) -> Iterator[str]:
             "legal is one size for both"
         )
         return
+    does_last_fail = any(_masks_fit_in(resolved, last, "data.image_size"))  # `_masks_fit` tells it.
     for size, following in pairwise(sizes):
         words = resolution.in_words(size)
         if size[0] >= following[0] or size[1] >= following[1]:
@@ -67,9 +68,7 @@ def _stages_fit(resolved: Resolved[Any]) -> Iterator[str]:
             yield f"{told}: {words} has another shape than {image_size}, and crops would be distorted"
         elif any(side % patch for side in size):
             yield f"{told}: each side of {words} must be divisible by {_described(resolved, 'model.patch_size')}"
-        elif not any(_masks_fit_in(resolved, last, "data.image_size")) and any(
-            found := [*_masks_fit_in(resolved, size, "schedule.resolution")]
-        ):
+        elif not does_last_fail and (found := [*_masks_fit_in(resolved, size, "schedule.resolution")]):
             yield from found
             return  # Larger sizes add nothing: they are legal, or have the same problem.
 

@@ -90,24 +90,29 @@ def measured(
 
     They are infinite for a backend that fails on one of the calls, unless it is the first, whose error is raised.
     """
-    totals = dict.fromkeys(names, 0.0)
     asked = [call for call in made if call.times]
-    for call in asked:
-        short = call.shortened(SCORES[device.type])
-        best, end, turns = dict.fromkeys(names, float("inf")), time.perf_counter() + SECONDS / len(asked), 0
+    short = [call.shortened(SCORES[device.type]) for call in asked]
+    working = [name for name in names if name == names[0] or _works(name, short, device, dtype)]
+    totals = dict.fromkeys(names, math.inf) | dict.fromkeys(working, 0.0)
+    for call, shorter in zip(asked, short, strict=True):
+        best, end, turns = dict.fromkeys(working, math.inf), time.perf_counter() + SECONDS / len(asked), 0
         while turns < 2 or time.perf_counter() < end:
             turns += 1
-            for name in names:
-                if math.isfinite(totals[name]):
-                    try:
-                        best[name] = min(best[name], _seconds(name, short, device, dtype))
-                    except Exception:  # A third-party backend may fail in any way on shapes that it does not support.
-                        if name == names[0]:
-                            raise
-                        totals[name] = math.inf
-        for name in names:
-            totals[name] += call.times * best[name] * call.sequences / short.sequences
+            for name in working:
+                best[name] = min(best[name], _seconds(name, shorter, device, dtype))
+        for name in working:
+            totals[name] += call.times * best[name] * call.sequences / shorter.sequences
     return totals
+
+
+def _works(name: str, made: Sequence[Call], device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a backend computes all calls: a third-party one may fail in any way on their shapes."""
+    try:
+        for call in made:
+            _seconds(name, call, device, dtype)
+    except Exception:
+        return False
+    return True
 
 
 def _seconds(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> float:

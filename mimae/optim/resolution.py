@@ -33,11 +33,9 @@ def stages(schedule: ScheduleSettings, size_hw: Size, steps: int) -> list[Stage]
     Another stage that is too short for a step is left out. An extended run has one stage: it was extended in its last
     stage (`train.resume` refuses any other), and the shares of its first length do not apply to the new one.
     """
-    if not schedule.resolution or schedule.extended:
-        return [Stage(size_hw, 0, steps)]
-    ends = [min(round(steps * share), steps - 1) for share in accumulate(share for _, share in schedule.resolution)]
-    ends[-1] = steps
-    found = map(Stage, sizes(schedule, size_hw), [0, *ends], ends)
+    found_sizes, found_shares = zip(*shares(schedule, size_hw), strict=True)
+    ends = [*(min(round(steps * share), steps - 1) for share in accumulate(found_shares[:-1])), steps]
+    found = map(Stage, found_sizes, [0, *ends], ends)
     return [stage for stage in found if stage.first < stage.end]
 
 
